@@ -1,0 +1,1 @@
+"""What a training run is: spec, events, outcome, record, adapter folder, coded errors. No framework."""

@@ -1,0 +1,104 @@
+"""The adapter-folder contract: PEFT's files, plus ``run.json`` with the run id and the files' hashes.
+
+    adapter_config.json          PEFT's settings: base, r, lora_alpha, target_modules, …
+    adapter_model.safetensors    lora_A (r, d_in) and lora_B (d_out, r) of each adapted module
+    tokenizer.json, chat_template.jinja, …   as trained
+    run.json                     {"schema", "run_id", "base", "files": {name: sha256}}
+
+Every rail writes it; merge and export read only it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from bp_runs.errors import AdapterInvalidError
+from bp_runs.files import publish_json, sha256_file
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MANIFEST_FILE = "run.json"
+MANIFEST_SCHEMA = "backpropagate.adapter/1"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFolder:
+    """A PEFT adapter on disk, checked to be complete; no tensor has been read."""
+
+    path: Path
+    config: Mapping[str, Any]
+    """``adapter_config.json`` as it stands."""
+    base: str
+    """The base model: a folder or a Hub id."""
+    r: int
+    alpha: float
+    run_id: str | None
+    """The run that made it; None for adapters from elsewhere."""
+
+    @property
+    def weights(self) -> Path:
+        """The safetensors file with all of the adapter's tensors."""
+        return self.path / WEIGHTS_FILE
+
+
+def read_adapter_folder(path: Path) -> AdapterFolder:
+    """Read an adapter folder's settings and check that its files are there.
+
+    Raises:
+        AdapterInvalidError: A file is missing, not JSON, or not a LoRA adapter's.
+    """
+    if not path.is_dir():
+        raise AdapterInvalidError(f"{path} is not a folder")
+    config = _read_json(path / CONFIG_FILE)
+    if str(config.get("peft_type", "LORA")).upper() != "LORA":
+        raise AdapterInvalidError(f"{path} holds a {config['peft_type']} adapter; only LoRA adapters are understood")
+    if not (path / WEIGHTS_FILE).is_file():
+        raise AdapterInvalidError(f"{path / WEIGHTS_FILE} is missing")
+    base = config.get("base_model_name_or_path")
+    r = config.get("r")
+    if not isinstance(base, str) or not isinstance(r, int) or r < 1:
+        raise AdapterInvalidError(f"{path / CONFIG_FILE} does not name its base model and rank")
+    manifest = read_manifest(path)
+    return AdapterFolder(
+        path=path,
+        config=config,
+        base=base,
+        r=r,
+        alpha=float(config.get("lora_alpha", r)),
+        run_id=manifest.get("run_id"),
+    )
+
+
+def read_manifest(path: Path) -> Mapping[str, Any]:
+    """The folder's ``run.json``; empty for an adapter that another tool wrote."""
+    file = path / MANIFEST_FILE
+    return _read_json(file) if file.is_file() else {}
+
+
+def write_manifest(path: Path, *, run_id: str, base: str) -> None:
+    """Write ``run.json`` into a finished adapter folder: the run's id and every file's SHA-256."""
+    files = {p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file() and p.name != MANIFEST_FILE}
+    publish_json(path / MANIFEST_FILE, {"schema": MANIFEST_SCHEMA, "run_id": run_id, "base": base, "files": files})
+
+
+def changed_files(path: Path) -> list[str]:
+    """Names of files that are gone or whose bytes no longer match ``run.json``; empty when all hold."""
+    recorded: Mapping[str, str] = read_manifest(path).get("files", {})
+    return [n for n, digest in recorded.items() if not (path / n).is_file() or sha256_file(path / n) != digest]
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = orjson.loads(file.read_bytes())
+    except FileNotFoundError as error:
+        raise AdapterInvalidError(f"{file} is missing") from error
+    except orjson.JSONDecodeError as error:
+        raise AdapterInvalidError(f"{file} is not JSON", cause=str(error)) from error
+    if not isinstance(data, dict):
+        raise AdapterInvalidError(f"{file} is not a JSON object")
+    return data

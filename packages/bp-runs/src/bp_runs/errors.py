@@ -1,0 +1,194 @@
+"""Coded errors: what went wrong, why, and what to type next.
+
+    CodedError                     every error a user may meet; carries code, cause, way out, exit status
+    ├── UserError       exit 1     the user's input or settings: INPUT_*, CONFIG_*
+    ├── DependencyError exit 2     something outside is missing or refuses: DEP_*
+    ├── RunFailedError  exit 2     the work itself failed: RUNTIME_*
+    ├── StateError      exit 2     files of ours are damaged or cannot be written: STATE_*
+    ├── PartialError    exit 3     some of it succeeded: PARTIAL_*
+    └── GateError       exit 65    a check said no; nothing is broken
+    ContractError                  a programmer's mistake; has no code and no way out, only a traceback
+
+A leaf class states its ``code``; that registers it. Two classes with one code fail at import.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+_CODE_SHAPE = re.compile(r"(INPUT|CONFIG|DEP|RUNTIME|STATE|PARTIAL)(_[A-Z0-9]+)+")
+_registry: dict[str, type[CodedError]] = {}
+
+
+class ContractError(Exception):
+    """A caller inside the program broke an agreement; never the user's doing."""
+
+
+class CodedError(Exception):
+    """An error that a user may meet.
+
+    Args:
+        message: What happened, in one sentence, with the offending value.
+        cause: Why, where that is known and not obvious from the message.
+        way_out: What to do or type next; falls back on the class's own.
+        details: Machine-readable facts for ``--json`` and records.
+
+    Raises:
+        ContractError: When a class without a code is raised.
+    """
+
+    code: ClassVar[str] = ""
+    exit_status: ClassVar[int] = 2
+    when: ClassVar[str] = ""
+    default_way_out: ClassVar[str] = ""
+    prefixes: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "code" in cls.__dict__:
+            _register(cls)
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        cause: str | None = None,
+        way_out: str | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not self.code:
+            raise ContractError(f"{type(self).__name__} has no code; raise one of its leaves")
+        super().__init__(message)
+        self.message = message
+        self.cause = cause
+        self.way_out = way_out or self.default_way_out
+        self.details: Mapping[str, Any] = MappingProxyType(dict(details or {}))
+
+    def __str__(self) -> str:
+        return f"[{self.code}]: {self.message}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The error as JSON-ready data: code, message, cause, way_out, exit_status, details."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "cause": self.cause,
+            "way_out": self.way_out,
+            "exit_status": self.exit_status,
+            "details": dict(self.details),
+        }
+
+
+def _register(cls: type[CodedError]) -> None:
+    code = cls.code
+    if not _CODE_SHAPE.fullmatch(code) or (cls.prefixes and not code.startswith(cls.prefixes)):
+        raise ContractError(f"{cls.__qualname__}: {code!r} must start with one of {cls.prefixes} and be upper snake case")
+    if not cls.when or not cls.default_way_out:
+        raise ContractError(f"{cls.__qualname__} ({code}) must say when it occurs and the way out")
+    owner = _registry.setdefault(code, cls)
+    if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise ContractError(f"{code} belongs to {owner.__module__}.{owner.__qualname__}; {cls.__qualname__} cannot own it too")
+
+
+def registered_codes() -> Mapping[str, type[CodedError]]:
+    """All codes of the packages imported so far, in alphabetical order, with their classes."""
+    return MappingProxyType(dict(sorted(_registry.items())))
+
+
+class UserError(CodedError):
+    """The user's input or settings are at fault."""
+
+    exit_status = 1
+    prefixes = ("INPUT_", "CONFIG_")
+
+
+class DependencyError(CodedError):
+    """Something that the work needs from outside is missing or refuses."""
+
+    prefixes = ("DEP_",)
+
+
+class RunFailedError(CodedError):
+    """The work itself failed."""
+
+    prefixes = ("RUNTIME_",)
+
+
+class StateError(CodedError):
+    """Files of ours are damaged, locked or cannot be written."""
+
+    prefixes = ("STATE_",)
+
+
+class PartialError(CodedError):
+    """Part of the work succeeded and is kept; the rest is named."""
+
+    exit_status = 3
+    prefixes = ("PARTIAL_",)
+
+
+class GateError(CodedError):
+    """A check that the user asked for, or that is on by default, said no."""
+
+    exit_status = 65
+    prefixes = ("INPUT_", "RUNTIME_")
+
+
+class OutputNotWritableError(UserError):
+    """The output folder cannot be created or written."""
+
+    code = "INPUT_OUTPUT_NOT_WRITABLE"
+    when = "The output folder cannot be created or written."
+    default_way_out = "Choose a folder of yours: --output ./output"
+
+
+class OutputLockedError(StateError):
+    """Another process holds the lock of an output folder."""
+
+    code = "STATE_OUTPUT_LOCKED"
+    when = "Another process has held the output folder's lock for too long."
+    default_way_out = "Wait for the other backprop command to end, or use another --output."
+
+
+class DiskFullError(StateError):
+    """There is not enough room on the disk."""
+
+    code = "STATE_DISK_FULL"
+    when = "The disk has, or would have, no room for a file; nothing half-written is left."
+    default_way_out = "Free some space or choose another disk: --output /other/disk/output"
+
+
+class RunNotFoundError(UserError):
+    """No run has the id, or several start with it."""
+
+    code = "INPUT_RUN_NOT_FOUND"
+    when = "No run in the output folder has the given id, or several ids start with it."
+    default_way_out = "See the ids: backprop list-runs"
+
+
+class RecordInvalidError(StateError):
+    """A run's record cannot be read."""
+
+    code = "STATE_RECORD_INVALID"
+    when = "A run's run.json is missing, damaged or not a record."
+    default_way_out = "The run's other files are untouched; restore run.json from a backup, or look at metrics.jsonl beside it."
+
+
+class AdapterInvalidError(UserError):
+    """A folder is not a complete PEFT adapter."""
+
+    code = "INPUT_ADAPTER_INVALID"
+    when = "A folder given as an adapter lacks its files, or they are damaged."
+    default_way_out = "Give the folder that `backprop train` wrote: backprop export ./output/lora"
+
+
+class InterruptedRunError(RunFailedError):
+    """The user or the system asked the run to stop."""
+
+    code = "RUNTIME_INTERRUPTED"
+    exit_status = 130
+    when = "The run was stopped by Ctrl-C or a signal; what was trained so far is kept."
+    default_way_out = "See what was kept: backprop list-runs"

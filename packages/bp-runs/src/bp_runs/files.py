@@ -1,0 +1,151 @@
+"""Files that are either whole or absent: write beside, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from bp_runs.errors import DiskFullError, OutputNotWritableError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+@contextlib.contextmanager
+def coded_disk_errors(path: Path) -> Iterator[None]:
+    """Turn the disk's own errors about ``path`` into coded ones.
+
+    Raises:
+        DiskFullError: No space or quota left.
+        OutputNotWritableError: No permission, read-only, or a file stands where a folder should.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise DiskFullError(f"no room left while writing {path}", cause=str(error)) from error
+        if error.errno in _DENIED:
+            raise OutputNotWritableError(f"cannot write {path}", cause=str(error)) from error
+        raise
+
+
+def require_folder(path: Path) -> Path:
+    """Create ``path`` where it is missing and prove that files can be written in it.
+
+    Raises:
+        OutputNotWritableError: It cannot be created or written.
+        DiskFullError: There is no room for even one small file.
+    """
+    probe = path / f".write-probe-{os.getpid()}"
+    with coded_disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"x")
+        finally:
+            probe.unlink(missing_ok=True)
+    return path
+
+
+def require_free_space(folder: Path, need: int, what: str) -> None:
+    """Refuse before the work starts when ``folder``'s disk has less than ``need`` bytes free.
+
+    Raises:
+        DiskFullError: Too little room.
+    """
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < need:
+        raise DiskFullError(
+            f"{what} needs {need / 2**20:,.0f} MiB in {folder}, and {free / 2**20:,.0f} MiB are free",
+            details={"need_bytes": need, "free_bytes": free},
+        )
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside ``folder`` durable; a no-op where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        DiskFullError, OutputNotWritableError: As `coded_disk_errors`; the old file stays.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with coded_disk_errors(path):
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+
+
+def publish_json(path: Path, data: Any) -> None:
+    """`publish_bytes` of ``data`` as indented JSON; NaN and infinities become null."""
+    publish_bytes(path, orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
+@contextlib.contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``; on success it takes ``path``'s place, else it vanishes.
+
+    A folder that stood at ``path`` is moved aside first and removed last, so one of the two is always whole.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    with coded_disk_errors(path):
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _fsync_file(file)
+            fsync_folder(partial)
+            _swap_in(partial, path, old)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap_in(partial: Path, path: Path, old: Path) -> None:
+    if path.exists():
+        os.replace(path, old)
+    try:
+        os.replace(partial, path)
+    except OSError:
+        if old.exists():
+            os.replace(old, path)
+        raise
+    fsync_folder(path.parent)
+
+
+def _fsync_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
