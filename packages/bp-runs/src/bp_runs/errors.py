@@ -17,7 +17,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
+
+RunStatus = Literal["running", "completed", "stopped", "failed", "diverged", "interrupted"]
+"""completed: all steps done. stopped: the user asked, the adapter is kept. interrupted: the process vanished."""
 
 _CODE_SHAPE = re.compile(r"(INPUT|CONFIG|DEP|RUNTIME|STATE|PARTIAL)(_[A-Z0-9]+)+")
 _registry: dict[str, type[CodedError]] = {}
@@ -45,6 +48,8 @@ class CodedError(Exception):
     when: ClassVar[str] = ""
     default_way_out: ClassVar[str] = ""
     prefixes: ClassVar[tuple[str, ...]] = ()
+    run_status: ClassVar[RunStatus] = "failed"
+    """The status that a run ended by this error is recorded with."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -85,12 +90,16 @@ class CodedError(Exception):
 def _register(cls: type[CodedError]) -> None:
     code = cls.code
     if not _CODE_SHAPE.fullmatch(code) or (cls.prefixes and not code.startswith(cls.prefixes)):
-        raise ContractError(f"{cls.__qualname__}: {code!r} must start with one of {cls.prefixes} and be upper snake case")
+        raise ContractError(
+            f"{cls.__qualname__}: {code!r} must start with one of {cls.prefixes} and be upper snake case"
+        )
     if not cls.when or not cls.default_way_out:
         raise ContractError(f"{cls.__qualname__} ({code}) must say when it occurs and the way out")
     owner = _registry.setdefault(code, cls)
     if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ContractError(f"{code} belongs to {owner.__module__}.{owner.__qualname__}; {cls.__qualname__} cannot own it too")
+        raise ContractError(
+            f"{code} belongs to {owner.__module__}.{owner.__qualname__}; {cls.__qualname__} cannot own it too"
+        )
 
 
 def registered_codes() -> Mapping[str, type[CodedError]]:
@@ -174,7 +183,9 @@ class RecordInvalidError(StateError):
 
     code = "STATE_RECORD_INVALID"
     when = "A run's run.json is missing, damaged or not a record."
-    default_way_out = "The run's other files are untouched; restore run.json from a backup, or look at metrics.jsonl beside it."
+    default_way_out = (
+        "The run's other files are untouched; restore run.json from a backup, or look at metrics.jsonl beside it."
+    )
 
 
 class AdapterInvalidError(UserError):
@@ -190,5 +201,15 @@ class InterruptedRunError(RunFailedError):
 
     code = "RUNTIME_INTERRUPTED"
     exit_status = 130
+    run_status = "stopped"
     when = "The run was stopped by Ctrl-C or a signal; what was trained so far is kept."
     default_way_out = "See what was kept: backprop list-runs"
+
+
+class TrainingDivergedError(RunFailedError):
+    """The loss became NaN or infinite."""
+
+    code = "RUNTIME_TRAINING_DIVERGED"
+    run_status = "diverged"
+    when = "The loss became NaN or infinite; the run is recorded as diverged and no adapter is published."
+    default_way_out = "Lower the learning rate, for example --lr 5e-5, and look at the data: backprop validate"

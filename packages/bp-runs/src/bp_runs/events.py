@@ -1,0 +1,105 @@
+"""What happens in a run, as small values: a rail emits them; the store, the screen and trackers read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """One thing that happened."""
+
+    kind: ClassVar[str] = "event"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, with the event's kind under ``event``."""
+        return {"event": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLoaded(Event):
+    """The base model is in memory and has its adapter."""
+
+    kind = "model"
+    name: str
+    revision: str | None
+    """The commit that was loaded; None for a local folder."""
+    config_sha256: str
+    parameters: int
+    trainable: int
+    """Parameters that the adapter trains."""
+    dtype: str
+    device: str
+    """With the reason, as in ``cpu (no CUDA device)``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReady(Event):
+    """The rows are tokenized, masked and counted: read = trained + truncated + dropped."""
+
+    kind = "data"
+    path: str
+    sha256: str
+    template: str
+    """Name of the chat template's source."""
+    template_sha256: str
+    read: int
+    trained: int
+    truncated: int
+    dropped: int
+    tokens: int
+    trained_tokens: int
+    """Tokens that carry loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone(Event):
+    """An optimizer step is done."""
+
+    kind = "step"
+    step: int
+    steps: int
+    loss: float
+    """Mean cross-entropy over the step's trained tokens, in nats."""
+    learning_rate: float
+    grad_norm: float | None
+    tokens: int
+    """Tokens seen since the run began, prompts included."""
+    tokens_per_second: float
+    memory_bytes: int
+    """Peak memory: the GPU's allocation, or the process's resident set on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleAnswer(Event):
+    """The model's greedy answer to one of the sample prompts."""
+
+    kind = "sample"
+    step: int
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice(Event):
+    """Something that the user should know."""
+
+    kind = "notice"
+    message: str
+    level: Literal["info", "warning"] = "info"
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSaved(Event):
+    """The adapter folder is complete."""
+
+    kind = "adapter"
+    path: str
+    bytes: int
+
+
+Emit = Callable[[Event], None]
+"""Takes an event and returns fast; a CodedError that it raises (a full disk, say) ends the run."""

@@ -1,0 +1,42 @@
+"""The layout of an output folder, in one place.
+
+<output>/lora                  the newest finished adapter (hard links into its run)
+<output>/run_history.json      index of summary rows, rebuilt from the run folders
+<output>/runs/<run_id>/        run.json metrics.jsonl rejected.jsonl lora/
+"""
+
+from __future__ import annotations
+
+import secrets
+from datetime import UTC, datetime
+from pathlib import Path
+
+RECORD_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+REJECTED_FILE = "rejected.jsonl"
+LOCK_FILE = "alive.lock"
+
+
+def new_run_id(now: datetime | None = None) -> str:
+    """A new id, sortable by time: ``20261123-153412-9f2c1a`` (UTC, six random hex digits)."""
+    return f"{(now or datetime.now(UTC)):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def runs_folder(output: Path) -> Path:
+    """``<output>/runs``."""
+    return output / "runs"
+
+
+def run_folder(output: Path, run_id: str) -> Path:
+    """``<output>/runs/<run_id>``."""
+    return runs_folder(output) / run_id
+
+
+def index_file(output: Path) -> Path:
+    """``<output>/run_history.json``."""
+    return output / "run_history.json"
+
+
+def adapter_folder(output: Path) -> Path:
+    """``<output>/lora``: the newest finished adapter."""
+    return output / "lora"

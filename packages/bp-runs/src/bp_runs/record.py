@@ -1,0 +1,106 @@
+"""A run's record: ``run.json``, the truth about what was asked, with what, on what, and how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from bp_runs.errors import RecordInvalidError, RunStatus
+from bp_runs.files import publish_json
+from bp_runs.paths import RECORD_FILE
+from bp_runs.redact import redact_data
+
+RECORD_SCHEMA = "backpropagate.run/1"
+
+
+def utc_now() -> str:
+    """The time as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass(slots=True, kw_only=True)
+class RunRecord:
+    """The whole record; every value is JSON-ready and free of secrets."""
+
+    schema: str = RECORD_SCHEMA
+    run_id: str
+    kind: str = "train"
+    status: RunStatus = "running"
+    created_at: str = field(default_factory=utc_now)
+    ended_at: str | None = None
+    command: list[str] = field(default_factory=list)
+    """What was typed; empty when started from Python."""
+    rail: str = ""
+    host: str = ""
+    pid: int = 0
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By dotted key: ``{"value": …, "source": "flag"}``."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """`ModelLoaded` as a dict, once it happened."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """`DataReady` as a dict, once it happened."""
+    versions: dict[str, str] = field(default_factory=dict)
+    hardware: dict[str, Any] = field(default_factory=dict)
+    result: dict[str, Any] = field(default_factory=dict)
+    """`TrainOutcome` as a dict, once it ended well."""
+    artifacts: list[dict[str, Any]] = field(default_factory=list)
+    error: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready and redacted."""
+        redacted: dict[str, Any] = redact_data(asdict(self))
+        return redacted
+
+    def to_summary(self) -> dict[str, Any]:
+        """The record's row in the index."""
+        return {
+            "run_id": self.run_id,
+            "kind": self.kind,
+            "status": self.status,
+            "created_at": self.created_at,
+            "ended_at": self.ended_at,
+            "rail": self.rail,
+            "model": self.setting("model.name"),
+            "data": self.setting("data.path"),
+            "steps": self.result.get("steps"),
+            "first_loss": self.result.get("first_loss"),
+            "final_loss": self.result.get("final_loss"),
+            "seconds": self.result.get("seconds"),
+            "error": (self.error or {}).get("code"),
+        }
+
+    def setting(self, key: str) -> Any:
+        """A setting's value by dotted key; None when it was not recorded."""
+        return self.settings.get(key, {}).get("value")
+
+
+def write_record(folder: Path, record: RunRecord) -> None:
+    """Publish ``run.json`` in the run's folder, atomically.
+
+    Raises:
+        DiskFullError, OutputNotWritableError: The old record stays.
+    """
+    publish_json(folder / RECORD_FILE, record.to_dict())
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Read ``run.json``; fields of a newer schema are left out of the value, and the file is not touched.
+
+    Raises:
+        RecordInvalidError: Missing, not JSON, or not a record.
+    """
+    file = folder / RECORD_FILE
+    try:
+        data = orjson.loads(file.read_bytes())
+    except OSError as error:
+        raise RecordInvalidError(f"{file} cannot be read", cause=str(error)) from error
+    except orjson.JSONDecodeError as error:
+        raise RecordInvalidError(f"{file} is not JSON", cause=str(error)) from error
+    if not isinstance(data, dict) or not isinstance(data.get("run_id"), str):
+        raise RecordInvalidError(f"{file} is not a run record")
+    known = {f.name for f in fields(RunRecord)}
+    return RunRecord(**{k: v for k, v in data.items() if k in known})

@@ -1,0 +1,120 @@
+"""What a run is asked to do: every setting that acts, and no other.
+
+A setting's dotted key is its place here: ``lora.r``, flag ``--lora-r``, environment ``BACKPROPAGATE_LORA__R``,
+``[lora] r = …`` in TOML. ``metadata["help"]`` of each field is the text that the CLI and the docs show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its default and its one-line help."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """The base model."""
+
+    name: str = setting(DEFAULT_MODEL, "Base model: a Hugging Face folder or Hub id.")
+    revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
+    max_seq_length: int = setting(2048, "Longest row, in tokens; longer rows are truncated and counted.")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Weights' type: auto is bfloat16 on a GPU that has it, else float32."
+    )
+    trust_remote_code: bool = setting(False, "Let a model's own Python code run on this machine.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSpec:
+    """The rows to learn from."""
+
+    path: str = setting("", "The data file.")
+    samples: int | None = setting(None, "Use at most so many rows, drawn by the seed; default: all.")
+    on_bad_row: Literal["fail", "skip"] = setting(
+        "fail", "What a row that cannot be used does: fail, or skip and count."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """The low-rank adapter (Hu et al., arXiv:2106.09685)."""
+
+    r: int = setting(16, "Rank of the adapter.")
+    alpha: float | None = setting(None, "Scale: the update counts alpha / r times. Default: twice the rank.")
+    dropout: float = setting(0.0, "Dropout on the adapter's input, 0 to 1.")
+    target_modules: str = setting("all-linear", "Adapted layers: all-linear, or names joined by commas: q_proj,v_proj.")
+
+    @property
+    def resolved_alpha(self) -> float:
+        """``alpha``, or twice the rank: setting only the rank keeps the scale at 2."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSpec:
+    """The loop."""
+
+    backend: str = setting("auto", "Rail to train on: auto, or a name that `backprop info` lists.")
+    steps: int = setting(100, "Optimizer steps.")
+    learning_rate: float = setting(2e-4, "Peak learning rate.")
+    batch_size: int = setting(2, "Rows in a micro-batch.")
+    gradient_accumulation: int = setting(4, "Micro-batches in a step.")
+    warmup_steps: int = setting(5, "Steps in which the learning rate rises from 0.")
+    scheduler: Literal["linear", "cosine", "constant"] = setting("linear", "Course of the learning rate after warm-up.")
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.")
+    gradient_checkpointing: bool = setting(True, "Recompute activations in backward on a GPU: slower, far less memory.")
+    seed: int = setting(42, "Seed of rows' order, initial weights and dropout.")
+    sample_prompts: tuple[str, ...] = setting((), "Prompts that are answered before and after training.")
+    sample_tokens: int = setting(48, "Longest sample answer, in tokens.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolders:
+    """Where the run lives; made by the store, never by the user."""
+
+    run_id: str
+    output: Path
+    """The user's output folder."""
+    run: Path
+    """``<output>/runs/<run_id>``; the rail writes here and nowhere else."""
+
+    @property
+    def adapter(self) -> Path:
+        """Where the rail writes the finished adapter."""
+        return self.run / "lora"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All that a user can set, by group."""
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    data: DataSpec = field(default_factory=DataSpec)
+    lora: LoraSpec = field(default_factory=LoraSpec)
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Settings by dotted key, in the order of this module."""
+        nested: Mapping[str, Mapping[str, Any]] = asdict(self)
+        return {f"{group}.{name}": value for group, values in nested.items() for name, value in values.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSpec(Settings):
+    """Everything that a rail needs to train: the settings and the run's folders."""
+
+    folders: RunFolders
+
+    @classmethod
+    def build(cls, settings: Settings, folders: RunFolders) -> TrainSpec:
+        """Join settings and folders."""
+        return cls(**{f.name: getattr(settings, f.name) for f in fields(Settings)}, folders=folders)

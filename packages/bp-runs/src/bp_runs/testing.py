@@ -1,0 +1,149 @@
+"""A rail for tests of everything but training: it learns nothing, in milliseconds, and keeps every contract."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, write_manifest
+from bp_runs.errors import CodedError
+from bp_runs.events import AdapterSaved, DataReady, Emit, ModelLoaded, SampleAnswer, StepDone
+from bp_runs.files import publish_folder, sha256_file
+from bp_runs.rail import Probe, Stop, TrainOutcome, mean_ends
+from bp_runs.spec import TrainSpec
+
+FAKE_MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FakeRail:
+    """Emits what a real rail emits, with a loss of 4 / (step + 1), and writes a valid adapter of zeros.
+
+    Args:
+        width: d_in and d_out of the one adapted module.
+        usable: What the probe says.
+        fail_at: The step before which ``failure`` is raised; 0: never.
+        failure: The error to raise.
+    """
+
+    name: str = "fake"
+    width: int = 8
+    usable: bool = True
+    fail_at: int = 0
+    failure: CodedError | None = None
+
+    def probe(self) -> Probe:
+        """Usable as told."""
+        return Probe(usable=self.usable, why="told so by the test", device="none", memory=None)
+
+    def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
+        """Go through the motions; raises ``failure`` where told."""
+        emit(_model_loaded(spec))
+        emit(_data_ready(spec))
+        emit_answers(spec, emit, step=0, answer="before")
+        losses: list[float] = []
+        stopped = False
+        for step in range(1, spec.training.steps + 1):
+            if step == self.fail_at and self.failure:
+                raise self.failure
+            losses.append(4.0 / (step + 1))
+            emit(_step_done(spec, step, losses[-1]))
+            stopped = stop() and step < spec.training.steps
+            if stopped:
+                break
+        emit_answers(spec, emit, step=len(losses), answer="after")
+        size = write_fake_adapter(spec, self.width)
+        emit(AdapterSaved(path=str(spec.folders.adapter), bytes=size))
+        first, final = mean_ends(losses)
+        return TrainOutcome(
+            adapter=spec.folders.adapter,
+            steps=len(losses),
+            first_loss=first,
+            final_loss=final,
+            tokens=16 * len(losses),
+            seconds=0.001,
+            peak_memory=1,
+            stopped=stopped,
+        )
+
+
+def emit_answers(spec: TrainSpec, emit: Emit, *, step: int, answer: str) -> None:
+    """Emit the same ``answer`` to every sample prompt."""
+    for prompt in spec.training.sample_prompts:
+        emit(SampleAnswer(step=step, prompt=prompt, answer=answer))
+
+
+def write_fake_adapter(spec: TrainSpec, width: int) -> int:
+    """Write an adapter folder of zeros for one module; returns the weights' size in bytes."""
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": spec.model.name,
+        "r": spec.lora.r,
+        "lora_alpha": spec.lora.resolved_alpha,
+        "target_modules": ["q_proj"],
+    }
+    with publish_folder(spec.folders.adapter) as folder:
+        (folder / CONFIG_FILE).write_bytes(orjson.dumps(config))
+        weights = _zeros(spec.lora.r, width)
+        (folder / WEIGHTS_FILE).write_bytes(weights)
+        write_manifest(folder, run_id=spec.folders.run_id, base=spec.model.name)
+    return len(weights)
+
+
+def _zeros(r: int, width: int) -> bytes:
+    """A safetensors file: u64 length of the header, JSON header, data."""
+    size = 4 * r * width
+    header = orjson.dumps(
+        {
+            f"{FAKE_MODULE}.lora_A.weight": {"dtype": "F32", "shape": [r, width], "data_offsets": [0, size]},
+            f"{FAKE_MODULE}.lora_B.weight": {"dtype": "F32", "shape": [width, r], "data_offsets": [size, 2 * size]},
+        }
+    )
+    return struct.pack("<Q", len(header)) + header + bytes(2 * size)
+
+
+def _model_loaded(spec: TrainSpec) -> ModelLoaded:
+    digest = hashlib.sha256(spec.model.name.encode()).hexdigest()
+    return ModelLoaded(
+        name=spec.model.name,
+        revision=spec.model.revision,
+        config_sha256=digest,
+        parameters=1,
+        trainable=1,
+        dtype="float32",
+        device="none",
+    )
+
+
+def _data_ready(spec: TrainSpec) -> DataReady:
+    file = Path(spec.data.path)
+    rows = len(file.read_bytes().splitlines())
+    return DataReady(
+        path=spec.data.path,
+        sha256=sha256_file(file),
+        template="none",
+        template_sha256="",
+        read=rows,
+        trained=rows,
+        truncated=0,
+        dropped=0,
+        tokens=16 * rows,
+        trained_tokens=8 * rows,
+    )
+
+
+def _step_done(spec: TrainSpec, step: int, loss: float) -> StepDone:
+    return StepDone(
+        step=step,
+        steps=spec.training.steps,
+        loss=loss,
+        learning_rate=spec.training.learning_rate,
+        grad_norm=1.0,
+        tokens=16 * step,
+        tokens_per_second=1000.0,
+        memory_bytes=1,
+    )
