@@ -1,0 +1,108 @@
+"""Rows to tokens and loss masks that can be trusted. Names load on first use: importing this costs nothing."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bp_data.dataset import Prepared, prepare, tokenize_rows
+    from bp_data.errors import (
+        DataError,
+        DatasetEmptyError,
+        DatasetFormatUnsupportedError,
+        DatasetGateError,
+        DatasetInvalidError,
+        DatasetNotFoundError,
+        DatasetParseFailedError,
+        DatasetUnreadableError,
+        RowFault,
+        TemplateFailedError,
+        TokenizerInvalidError,
+    )
+    from bp_data.example import Chat, Example, Message, Rejected, Row, Text
+    from bp_data.formats import recognise
+    from bp_data.gate import check_gate
+    from bp_data.ledger import Ledger
+    from bp_data.preview import PreviewToken, preview_rows
+    from bp_data.read import read_rows
+    from bp_data.split import split_rows
+    from bp_data.template import DEFAULT_TEMPLATE_NAME, ChatTemplate, load_template
+    from bp_data.tokenrow import IGNORED, TokenRow
+    from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
+
+_HOMES = {
+    "errors": (
+        "DataError",
+        "DatasetEmptyError",
+        "DatasetFormatUnsupportedError",
+        "DatasetGateError",
+        "DatasetInvalidError",
+        "DatasetNotFoundError",
+        "DatasetParseFailedError",
+        "DatasetUnreadableError",
+        "RowFault",
+        "TemplateFailedError",
+        "TokenizerInvalidError",
+    ),
+    "example": ("Chat", "Example", "Message", "Rejected", "Row", "Text"),
+    "formats": ("recognise",),
+    "gate": ("check_gate",),
+    "ledger": ("Ledger",),
+    "dataset": ("Prepared", "prepare", "tokenize_rows"),
+    "preview": ("PreviewToken", "preview_rows"),
+    "read": ("read_rows",),
+    "split": ("split_rows",),
+    "template": ("DEFAULT_TEMPLATE_NAME", "ChatTemplate", "load_template"),
+    "tokenrow": ("IGNORED", "TokenRow"),
+    "tokens": ("Tokenizer", "TokenizerFacts", "load_tokenizer"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "DEFAULT_TEMPLATE_NAME",
+    "IGNORED",
+    "Chat",
+    "ChatTemplate",
+    "DataError",
+    "DatasetEmptyError",
+    "DatasetFormatUnsupportedError",
+    "DatasetGateError",
+    "DatasetInvalidError",
+    "DatasetNotFoundError",
+    "DatasetParseFailedError",
+    "DatasetUnreadableError",
+    "Example",
+    "Ledger",
+    "Message",
+    "Prepared",
+    "PreviewToken",
+    "Rejected",
+    "Row",
+    "RowFault",
+    "TemplateFailedError",
+    "Text",
+    "TokenRow",
+    "Tokenizer",
+    "TokenizerFacts",
+    "TokenizerInvalidError",
+    "check_gate",
+    "load_template",
+    "load_tokenizer",
+    "prepare",
+    "preview_rows",
+    "read_rows",
+    "recognise",
+    "split_rows",
+    "tokenize_rows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bp_data' has no attribute {name!r}")
+    found = getattr(import_module(f"bp_data.{_HOME[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

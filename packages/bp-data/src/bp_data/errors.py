@@ -1,0 +1,152 @@
+"""What can go wrong with a data set: whole-file errors with codes, and faults of single rows.
+
+bp_runs.errors.UserError
+└── DataError                         exit 1
+    ├── DatasetNotFoundError          INPUT_DATASET_NOT_FOUND
+    ├── DatasetUnreadableError        INPUT_DATASET_UNREADABLE
+    ├── DatasetFormatUnsupportedError INPUT_DATASET_FORMAT_UNSUPPORTED
+    ├── DatasetParseFailedError       INPUT_DATASET_PARSE_FAILED
+    ├── DatasetInvalidError           INPUT_DATASET_INVALID
+    ├── DatasetEmptyError             INPUT_DATASET_EMPTY
+    ├── TokenizerInvalidError         INPUT_TOKENIZER_INVALID
+    └── TemplateFailedError           INPUT_TEMPLATE_FAILED
+bp_runs.errors.GateError
+└── DatasetGateError                  INPUT_DATASET_VALIDATION_FAILED, exit 65
+RowFaultError                         a single row is at fault; becomes a ledger entry, or one of the above
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from bp_runs.errors import GateError, UserError
+
+
+class DataError(UserError):
+    """The data set, or the tokenizer that should read it, is at fault."""
+
+
+class DatasetNotFoundError(DataError):
+    """No file has the given path."""
+
+    code = "INPUT_DATASET_NOT_FOUND"
+    when = "The data file does not exist."
+    default_way_out = "Check the path, relative to the folder you are in: --data ./my_data.jsonl"
+
+
+class DatasetUnreadableError(DataError):
+    """The file exists, and the system refuses to read it."""
+
+    code = "INPUT_DATASET_UNREADABLE"
+    when = "The data file exists and the system refuses to read it (permissions, a bad disk)."
+    default_way_out = "Make the file readable for your user, or copy it to a folder of yours."
+
+
+class DatasetFormatUnsupportedError(DataError):
+    """Not a kind of file, or not columns, that are understood."""
+
+    code = "INPUT_DATASET_FORMAT_UNSUPPORTED"
+    when = "The kind of file, or the columns of a row, are none of those understood."
+    default_way_out = (
+        "Give a .jsonl, .json or .csv file whose rows have `messages`, `conversations`, `instruction` and `output`, "
+        "`prompt` and `completion`, or `text`."
+    )
+
+
+class DatasetParseFailedError(DataError):
+    """The file is not what its name says: binary, not UTF-8, broken JSON or CSV."""
+
+    code = "INPUT_DATASET_PARSE_FAILED"
+    when = "The data file is binary, not UTF-8, or holds broken JSON or CSV."
+    default_way_out = "Fix the place that the message names, or leave broken rows out: --on-bad-row skip"
+
+
+class DatasetInvalidError(DataError):
+    """A row can be read and cannot be trained on."""
+
+    code = "INPUT_DATASET_INVALID"
+    when = "A row of the data can be read and cannot be trained on, and --on-bad-row is fail."
+    default_way_out = "Fix the row that the message names, or leave bad rows out: --on-bad-row skip"
+
+
+class DatasetEmptyError(DataError):
+    """The file has no rows at all."""
+
+    code = "INPUT_DATASET_EMPTY"
+    when = "The data file has no rows."
+    default_way_out = "Check that the file was written completely; it needs at least one row."
+
+
+class TokenizerInvalidError(DataError):
+    """The model folder has no tokenizer that can be read."""
+
+    code = "INPUT_TOKENIZER_INVALID"
+    when = "The model folder lacks tokenizer.json, or it is damaged."
+    default_way_out = "Download the model again, with its tokenizer.json; older tokenizer files alone are not enough."
+
+
+class TemplateFailedError(DataError):
+    """The tokenizer's chat template cannot be used for any row."""
+
+    code = "INPUT_TEMPLATE_FAILED"
+    when = "The chat template of the model is not valid Jinja, or none can be chosen or made."
+    default_way_out = "Use a model folder whose chat_template.jinja is whole, or a model with a chat template."
+
+
+class DatasetGateError(GateError):
+    """The check before the first step said no."""
+
+    code = "INPUT_DATASET_VALIDATION_FAILED"
+    when = (
+        "Before the first step: no rows are left, a row has nothing to learn, or the model would never learn to stop."
+    )
+    default_way_out = "Look at what is trained, token by token: backprop data preview --data my_data.jsonl"
+
+
+class RowFault(StrEnum):
+    """Why a row is not trained on; the ``code`` in ``rejected.jsonl``."""
+
+    meaning: str
+
+    def __new__(cls, value: str, meaning: str) -> RowFault:
+        """A member whose value is its code and that carries what the code means."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.meaning = meaning
+        return member
+
+    NOT_UTF8 = "ROW_NOT_UTF8", "The line has bytes that are not UTF-8."
+    JSON_BROKEN = "ROW_JSON_BROKEN", "The line is not valid JSON."
+    NOT_OBJECT = "ROW_NOT_OBJECT", "The row is JSON, and not an object with named fields."
+    CSV_FIELDS = "ROW_CSV_FIELDS", "The CSV record has more or fewer fields than the header."
+    COLUMNS_UNKNOWN = "ROW_COLUMNS_UNKNOWN", "The row's columns are none of the known formats."
+    FIELD_TYPE = "ROW_FIELD_TYPE", "A known field holds the wrong type, such as a number for a text."
+    FIELD_UNSUPPORTED = (
+        "ROW_FIELD_UNSUPPORTED",
+        "A field asks for something that is not done here and must not be ignored.",
+    )
+    ROLE_UNKNOWN = (
+        "ROW_ROLE_UNKNOWN",
+        "A turn's role is none of system, user, assistant, tool or their known other names.",
+    )
+    EMPTY_TURN = "ROW_EMPTY_TURN", "A turn of the user or the assistant, or the whole text, is empty."
+    NO_ANSWER = "ROW_NO_ANSWER", "The chat has no turn of the assistant, so there is nothing to learn."
+    TOOL_CALL_BROKEN = "ROW_TOOL_CALL_BROKEN", "A tool call or tool description cannot be read."
+    TEMPLATE_REFUSED = "ROW_TEMPLATE_REFUSED", "The model's chat template refuses the chat; the reason is its own."
+    TURN_NOT_RENDERED = "ROW_TURN_NOT_RENDERED", "The model's chat template leaves a turn's text out."
+    TOOLS_NOT_RENDERED = "ROW_TOOLS_NOT_RENDERED", "The model's chat template leaves tools or tool calls out."
+    SPANS_UNFOUND = "ROW_SPANS_UNFOUND", "The assistant's turns cannot be located in the rendered text beyond doubt."
+    MASK_UNVERIFIED = (
+        "ROW_MASK_UNVERIFIED",
+        "The tokens to train do not decode to the very text that should be trained.",
+    )
+    CUT_AWAY = "ROW_CUT_AWAY", "Within max_seq_length tokens there is nothing of an answer left to learn."
+
+
+class RowFaultError(Exception):
+    """A single row is at fault; raised where it is found, caught where rows are counted."""
+
+    def __init__(self, code: RowFault, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason

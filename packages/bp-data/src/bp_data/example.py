@@ -1,0 +1,96 @@
+"""The nouns of a data set: a row as read, an example as understood, a turn, a row that is no use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from bp_data.errors import RowFault
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+
+# Names under which data sets hold a turn's reasoning; the first is the one that templates read.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row as it stands in the file.
+
+    Attributes:
+        number: From 1: the line in a .jsonl or .csv file, the position in a .json list.
+        data: The row's fields.
+    """
+
+    number: int
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that is not trained on, and why.
+
+    Attributes:
+        number: As in `Row`.
+        code: The kind of fault.
+        reason: What exactly is wrong, in one sentence.
+    """
+
+    number: int
+    code: RowFault
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat.
+
+    Attributes:
+        role: Who speaks.
+        content: What is said; empty where a turn of the assistant only calls tools.
+        fields: What else the template may read: ``tool_calls``, ``tool_call_id``, ``name``, ``reasoning_content``.
+    """
+
+    role: Role
+    content: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def tool_calls(self) -> list[dict[str, Any]]:
+        """The calls of this turn, in OpenAI's shape with ``arguments`` as an object."""
+        return list(self.fields.get("tool_calls") or [])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The turn as templates expect it; reasoning is given under each name that templates know."""
+        reasoning = next((self.fields[name] for name in _REASONING if self.fields.get(name) is not None), None)
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if reasoning is not None:
+            turn["thinking"] = reasoning
+        turn.update(self.fields)
+        if reasoning is not None:
+            turn["reasoning_content"] = reasoning
+        return turn
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation; only the assistant's turns are trained.
+
+    Attributes:
+        messages: The turns, in order; at least one is the assistant's.
+        tools: JSON schemas of the tools on offer; None where the row names none.
+    """
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Raw text; all of it is trained, with an end-of-text token after it."""
+
+    text: str
+
+
+Example: TypeAlias = Chat | Text

@@ -1,0 +1,107 @@
+"""The row ledger: every row that was read was trained, truncated or dropped, and the sum is checked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from bp_data.example import Rejected
+from bp_runs.errors import ContractError
+from bp_runs.files import publish_bytes
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Counts of rows; ``read = trained + truncated + dropped`` always holds.
+
+    A truncated row is trained on as well, without its end: the three counts are disjoint.
+
+    Attributes:
+        read: Rows taken up, good or bad.
+        trained: Rows trained on whole.
+        truncated: Rows trained on up to ``max_seq_length``.
+        truncated_tokens: Tokens cut off, over all truncated rows.
+        truncated_rows: Numbers of the truncated rows.
+        drops: Rows that are not trained on, with their reasons, in file order.
+        unsampled: Good-looking rows of the file that were never taken up, since fewer samples were asked for.
+    """
+
+    read: int = 0
+    trained: int = 0
+    truncated: int = 0
+    truncated_tokens: int = 0
+    truncated_rows: list[int] = field(default_factory=list)
+    drops: list[Rejected] = field(default_factory=list)
+    unsampled: int = 0
+
+    @property
+    def dropped(self) -> int:
+        """Rows that are not trained on."""
+        return len(self.drops)
+
+    @property
+    def dropped_by_code(self) -> dict[str, list[int]]:
+        """Row numbers of the dropped rows, for each code."""
+        found: dict[str, list[int]] = {}
+        for drop in self.drops:
+            found.setdefault(drop.code.value, []).append(drop.number)
+        return found
+
+    def take_trained(self) -> None:
+        """Count a row that is trained on whole."""
+        self.read += 1
+        self.trained += 1
+
+    def take_truncated(self, number: int, tokens: int) -> None:
+        """Count a row that is trained on without its last ``tokens`` tokens."""
+        self.read += 1
+        self.truncated += 1
+        self.truncated_tokens += tokens
+        self.truncated_rows.append(number)
+
+    def take_dropped(self, rejected: Rejected) -> None:
+        """Count a row that is not trained on."""
+        self.read += 1
+        self.drops.append(rejected)
+
+    def check(self) -> None:
+        """Prove that no row vanished.
+
+        Raises:
+            ContractError: The counts do not add up.
+        """
+        if self.read != self.trained + self.truncated + self.dropped or self.truncated != len(self.truncated_rows):
+            raise ContractError(
+                f"row ledger: {self.read} read, but {self.trained} trained + {self.truncated} truncated "
+                f"+ {self.dropped} dropped"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts, JSON-ready; the single drops are in ``rejected.jsonl``."""
+        return {
+            "read": self.read,
+            "trained": self.trained,
+            "truncated": self.truncated,
+            "truncated_tokens": self.truncated_tokens,
+            "dropped": self.dropped,
+            "dropped_by_code": dict(sorted(Counter(drop.code.value for drop in self.drops).items())),
+            "unsampled": self.unsampled,
+        }
+
+    def write_rejected(self, path: Path) -> None:
+        """Write one line ``{"row", "code", "reason"}`` for each dropped row; an empty file where none was dropped.
+
+        Raises:
+            DiskFullError, OutputNotWritableError: As `bp_runs.files.publish_bytes`.
+        """
+        lines = [
+            orjson.dumps(
+                {"row": drop.number, "code": drop.code.value, "reason": drop.reason}, option=orjson.OPT_APPEND_NEWLINE
+            )
+            for drop in self.drops
+        ]
+        publish_bytes(path, b"".join(lines))

@@ -1,0 +1,42 @@
+"""What the rails train on: token ids and, beside them, which of them are learnt."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from typing import Final, Literal
+
+IGNORED: Final = -100
+"""The label of a token that does not count in the loss; what PyTorch's cross-entropy ignores by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A row of tokens, no longer than ``max_seq_length``.
+
+    Attributes:
+        number: As in `bp_data.example.Row`.
+        ids: Token ids, int32, one a token.
+        mask: One byte a token: 1 where it is learnt, 0 where it is only read.
+        kind: ``chat`` (assistant's turns are learnt) or ``text`` (everything is).
+        truncated: Whether its end was cut off.
+    """
+
+    number: int
+    ids: array[int]
+    mask: bytes
+    kind: Literal["chat", "text"] = "chat"
+    truncated: bool = False
+
+    @property
+    def trained(self) -> int:
+        """Tokens that count in the loss; the first token of a row is never predicted, so it is not one of them."""
+        return self.mask.count(1, 1)
+
+    def labels(self) -> list[int]:
+        """Ids where learnt, `IGNORED` elsewhere.
+
+        Labels come from the mask and from nothing else; comparing ids with the pad token would unlearn the end of a
+        turn wherever pad and end token are the same.
+        """
+        return [token if learnt else IGNORED for token, learnt in zip(self.ids, self.mask, strict=True)]

@@ -1,0 +1,198 @@
+"""The model's tokenizer, read straight from tokenizer.json.
+
+Not through transformers' AutoTokenizer: it rebuilds normalizer and pre-tokenizer for some model types, and the ids
+then differ from those of the file that is exported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+from tokenizers import Tokenizer as _Core
+
+from bp_data.errors import TokenizerInvalidError
+
+# Names under which tokenizer_config.json and special_tokens_map.json keep special tokens; templates see them all.
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Encoded(NamedTuple):
+    """Tokens of a text.
+
+    Attributes:
+        ids: Token ids.
+        offsets: For each token, the characters ``[start, end)`` of the text that it stands for.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What training needs to know of a tokenizer.
+
+    Attributes:
+        pad_id: For filling up batches; the end token's where the tokenizer names none, since labels never depend on it.
+        eos_id: The end-of-text token, None where there is none.
+        bos_id: The begin-of-text token, None where there is none.
+        terminator_id: The token that ends the assistant's turn, None where the template has none.
+        stop_ids: All ids at which generation stops: eos, those of generation_config.json, the terminator.
+        vocab_size: Tokens, added ones included.
+        sha256: Of tokenizer.json.
+    """
+
+    pad_id: int | None
+    eos_id: int | None
+    bos_id: int | None
+    terminator_id: int | None
+    stop_ids: tuple[int, ...]
+    vocab_size: int
+    sha256: str
+
+
+class Tokenizer:
+    """A tokenizer that does not truncate, pad or trim offsets, whatever was saved with it.
+
+    Attributes:
+        special_tokens: Named special tokens (``bos_token`` …) as texts; the variables of a template.
+        stop_texts: Texts of the tokens that end a generation, from the configuration files.
+        eos_id, bos_id, pad_id: None where the files name none.
+        added: Texts of all added tokens with their ids.
+        special_ids: Ids of the added tokens that are special.
+        sha256: Hex SHA-256 of tokenizer.json.
+    """
+
+    def __init__(
+        self, core: _Core, special_tokens: Mapping[str, Any], stop_ids: Sequence[int] = (), sha256: str = ""
+    ) -> None:
+        self._core = core
+        self.special_tokens = dict(special_tokens)
+        self.sha256 = sha256
+        added = core.get_added_tokens_decoder()
+        self.added: dict[str, int] = {token.content: number for number, token in added.items()}
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
+        self.bos_id, self.eos_id, self.pad_id = (self._id_of(name) for name in ("bos_token", "eos_token", "pad_token"))
+        known = dict.fromkeys(i for i in (self.eos_id, *stop_ids) if i is not None and core.id_to_token(i) is not None)
+        self.stop_ids: tuple[int, ...] = tuple(known)
+
+    def _id_of(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return self.token_id(text) if isinstance(text, str) else None
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens, added ones included."""
+        return self._core.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token that is written ``text``; None where no single token is."""
+        return self._core.token_to_id(text)
+
+    def token_text(self, token: int) -> str:
+        """The token as the vocabulary writes it (``Ġthe``), not as it decodes."""
+        return self._core.id_to_token(token) or ""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> Encoded:
+        """Tokens of ``text``; with ``add_special_tokens`` also those that the tokenizer puts around a text."""
+        encoding = self._core.encode(text, add_special_tokens=add_special_tokens)
+        return Encoded(encoding.ids, encoding.offsets)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens included."""
+        return self._core.decode(list(ids), skip_special_tokens=False)
+
+    def normalize(self, text: str) -> str:
+        """``text`` after the tokenizer's own normalization (such as NFC); the same text where it has none."""
+        normalizer = self._core.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text))
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself puts its begin-of-text token before a text."""
+        return self.bos_id is not None and self.encode("a", add_special_tokens=True).ids[:1] == [self.bos_id]
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read the tokenizer of a model folder.
+
+    Raises:
+        TokenizerInvalidError: tokenizer.json is missing or damaged, or one of the small files beside it is.
+    """
+    raw = _read(folder / "tokenizer.json")
+    core = _build_core(raw, folder / "tokenizer.json")
+    special = read_special_tokens(folder)
+    stops = _read_object(folder / "generation_config.json").get("eos_token_id")
+    stop_ids = [i for i in (stops if isinstance(stops, list) else [stops]) if isinstance(i, int)]
+    return Tokenizer(core, special, stop_ids, hashlib.sha256(raw).hexdigest())
+
+
+def read_special_tokens(folder: Path) -> dict[str, Any]:
+    """Named special tokens of a model folder as texts; tokenizer_config.json wins over special_tokens_map.json.
+
+    Raises:
+        TokenizerInvalidError: One of the two is not a JSON object.
+    """
+    found: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        data = _read_object(folder / name)
+        found.update({key: text for key in _SPECIAL_NAMES if (text := _token_text(data.get(key))) is not None})
+        for key in ("additional_special_tokens", "extra_special_tokens"):
+            if isinstance(data.get(key), list):
+                found["additional_special_tokens"] = [t for t in map(_token_text, data[key]) if t is not None]
+    return found
+
+
+def _token_text(value: Any) -> str | None:
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else None
+
+
+def _build_core(raw: bytes, path: Path) -> _Core:
+    try:
+        data = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise TokenizerInvalidError(f"{path} is not valid JSON", cause=str(error)) from error
+    if not isinstance(data, dict):
+        raise TokenizerInvalidError(f"{path} is not a tokenizer", cause=f"it holds a {type(data).__name__}")
+    data["truncation"] = data["padding"] = None
+    _untrim(data.get("post_processor"))
+    try:
+        return _Core.from_str(orjson.dumps(data).decode())
+    except Exception as error:  # the Rust side raises plain Exception and nothing narrower
+        raise TokenizerInvalidError(f"{path} cannot be loaded", cause=str(error)) from error
+
+
+def _untrim(processor: Any) -> None:
+    # Trimmed offsets give a token of blanks no characters at all, and it would fall out of every mask.
+    if isinstance(processor, dict):
+        if "trim_offsets" in processor:
+            processor["trim_offsets"] = False
+        for inner in processor.get("processors") or ():
+            _untrim(inner)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise TokenizerInvalidError(f"{path.parent} has no {path.name}") from error
+    except OSError as error:
+        raise TokenizerInvalidError(f"{path} cannot be read", cause=str(error)) from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        data = orjson.loads(_read(path))
+    except orjson.JSONDecodeError as error:
+        raise TokenizerInvalidError(f"{path} is not valid JSON", cause=str(error)) from error
+    if not isinstance(data, dict):
+        raise TokenizerInvalidError(f"{path} is not a JSON object", cause=f"it holds a {type(data).__name__}")
+    return data
