@@ -1,0 +1,255 @@
+"""Safetensors without the safetensors package: a header, byte ranges, and three float dtypes.
+
+The format (huggingface/safetensors, README "Format"): 8 bytes with the header's length N, little-endian; N bytes of
+JSON ``{name: {"dtype", "shape", "data_offsets": [start, stop]}}``; then the tensors' bytes, row-major, offsets counted
+from the end of the header. Reads go by byte range and not by mmap, so that memory stays near what is asked for.
+
+Not here: integer, FP8 and packed 4-bit tensors, which have no place in an adapter's arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import IO, Any, Literal, Self, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bp_merge.errors import TensorsInvalidError
+from bp_runs.files import coded_disk_errors
+
+Dtype: TypeAlias = Literal["BF16", "F16", "F32"]
+Floats: TypeAlias = NDArray[np.float32]
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_LENGTH_BYTES = 8
+_LARGEST_HEADER = 100 * 2**20
+_ITEM_BYTES: Mapping[str, int] = MappingProxyType({"BF16": 2, "F16": 2, "F32": 4})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor lies; nothing of it has been read."""
+
+    name: str
+    dtype: Dtype
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    """Offset of the first byte in ``file``."""
+
+    @property
+    def rows(self) -> int:
+        """Length of the first axis; 1 for a vector, which counts as one row."""
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def columns(self) -> int:
+        """Weights in a row: the product of all axes but the first."""
+        return math.prod(self.shape[1:]) if len(self.shape) > 1 else math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+def read_index(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, sorted by name.
+
+    Raises:
+        TensorsInvalidError: The file is missing, cut short, not safetensors, or holds another dtype.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as handle:
+            length = int.from_bytes(handle.read(_LENGTH_BYTES), "little")
+            if not 2 <= length <= min(_LARGEST_HEADER, size - _LENGTH_BYTES):
+                raise TensorsInvalidError(f"{file} is not a whole safetensors file")
+            header = json.loads(handle.read(length))
+    except OSError as error:
+        raise TensorsInvalidError(f"{file} cannot be read", cause=str(error)) from error
+    except ValueError as error:
+        raise TensorsInvalidError(f"{file} has a damaged header", cause=str(error)) from error
+    data_start = _LENGTH_BYTES + length
+    infos = (_to_info(file, n, e, data_start, size) for n, e in sorted(header.items()) if n != "__metadata__")
+    return {info.name: info for info in infos}
+
+
+def _to_info(file: Path, name: str, entry: Any, data_start: int, file_size: int) -> TensorInfo:
+    try:
+        dtype, shape, (start, stop) = str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise TensorsInvalidError(f"{file} has a damaged entry for {name}", cause=str(error)) from error
+    if dtype not in get_args(Dtype):
+        raise TensorsInvalidError(f"{name} in {file} is {dtype}; only BF16, F16 and F32 can be read")
+    info = TensorInfo(name, dtype, shape, file, data_start + start)  # type: ignore[arg-type]  # checked above
+    if stop - start != info.bytes or not 0 <= start <= stop <= file_size - data_start:
+        raise TensorsInvalidError(f"{file} is cut short or damaged: the bytes of {name} are not all there")
+    return info
+
+
+def read_model_index(folder: Path) -> dict[str, TensorInfo]:
+    """The tensors of a model folder, in one file or in shards, in the order of shards and then of names.
+
+    Raises:
+        TensorsInvalidError: No weights there, a shard is missing or damaged, or lacks a tensor of the index.
+    """
+    index_file = folder / INDEX_FILE
+    if not index_file.is_file():
+        return read_index(folder / SINGLE_FILE)
+    try:
+        weight_map = json.loads(index_file.read_bytes())["weight_map"]
+        shards = sorted({str(name) for name in weight_map.values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TensorsInvalidError(f"{index_file} is damaged", cause=str(error)) from error
+    found = {name: info for shard in shards for name, info in read_index(folder / shard).items()}
+    if missing := sorted(set(weight_map) - set(found)):
+        raise TensorsInvalidError(f"{index_file} names {missing[0]}, and no shard holds it")
+    return found
+
+
+class TensorReader:
+    """Reads rows of indexed tensors as float32; safe to share between threads; close it, or use it in a ``with``.
+
+    Args:
+        tensors: What can be read, by name; from `read_index` or `read_model_index`.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        self._files: dict[Path, IO[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+
+    def read(self, name: str) -> Floats:
+        """A whole tensor in its own shape, as float32."""
+        info = self.tensors[name]
+        return self.read_rows(name, 0, info.rows).reshape(info.shape)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Rows ``start`` to ``stop`` of a tensor as float32 of shape (stop - start, columns).
+
+        Raises:
+            TensorsInvalidError: The file has been cut or taken away since it was indexed.
+        """
+        info = self.tensors[name]
+        row_bytes = info.columns * _ITEM_BYTES[info.dtype]
+        raw = self._read_bytes(info, info.start + start * row_bytes, (stop - start) * row_bytes)
+        return decode(raw, info.dtype).reshape(stop - start, info.columns)
+
+    def _read_bytes(self, info: TensorInfo, offset: int, length: int) -> bytes:
+        try:
+            # One lock around seek and read, since pread does not exist on Windows.
+            with self._lock:
+                file = self._files.get(info.file)
+                if file is None:
+                    file = self._files[info.file] = info.file.open("rb", buffering=0)
+                file.seek(offset)
+                raw = b"".join(_read_exactly(file, length))
+        except OSError as error:
+            raise TensorsInvalidError(f"{info.file} cannot be read", cause=str(error)) from error
+        if len(raw) != length:
+            raise TensorsInvalidError(f"{info.file} ended inside {info.name}")
+        return raw
+
+
+def _read_exactly(file: IO[bytes], length: int) -> Iterable[bytes]:
+    while length and (part := file.read(length)):
+        yield part
+        length -= len(part)
+
+
+def decode(raw: bytes, dtype: Dtype) -> Floats:
+    """Little-endian bytes of a dtype as a new, writable float32 vector; exact for all three dtypes."""
+    if dtype == "BF16":
+        return (np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype == "F16":
+        return np.frombuffer(raw, "<f2").astype(np.float32)
+    return np.frombuffer(raw, "<f4").astype(np.float32)
+
+
+def encode(values: Floats, dtype: Dtype) -> bytes:
+    """Float32 values rounded once to a dtype, ties to even, as little-endian bytes."""
+    if dtype == "BF16":
+        return bytes(_to_bf16_bits(values).astype("<u2").tobytes())
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return bytes(values.astype("<f2").tobytes())
+    return bytes(values.astype("<f4").tobytes())
+
+
+def round_to(values: Floats, dtype: Dtype) -> Floats:
+    """Float32 values rounded once to a dtype, ties to even, and given back as float32 of the same shape."""
+    if dtype == "BF16":
+        return (_to_bf16_bits(values) << np.uint32(16)).view(np.float32)
+    if dtype == "F16":
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
+    return values
+
+
+def _to_bf16_bits(values: Floats) -> NDArray[np.uint32]:
+    """The upper half of each float32, rounded to nearest, ties to even (IEEE 754); NaNs stay NaNs."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    half = (bits >> np.uint32(16)) & np.uint32(1)
+    half += np.uint32(0x7FFF)
+    half += bits
+    half >>= np.uint32(16)
+    # A NaN whose payload sits in the lower half only would otherwise round to an infinity.
+    if np.isnan(values).any():
+        half = np.where(np.isnan(values), (bits >> np.uint32(16)) | np.uint32(0x40), half)
+    return half
+
+
+def build_header(tensors: Mapping[str, tuple[Dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON header of a file that holds ``tensors`` in the given order, padded to 8 bytes with spaces."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        stop = offset + math.prod(shape) * _ITEM_BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Floats], *, dtype: Dtype = "F32", metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a small set of tensors, such as an adapter's, to one safetensors file, in the order of their names.
+
+    The file is written in place; wrap the call in `bp_runs.files.publish_folder` where that matters.
+
+    Raises:
+        DiskFullError, OutputNotWritableError: As `bp_runs.files.coded_disk_errors`.
+    """
+    ordered = dict(sorted(tensors.items()))
+    shapes = {name: (dtype, tuple(value.shape)) for name, value in ordered.items()}
+    with coded_disk_errors(path), path.open("wb") as file:
+        file.write(build_header(shapes, metadata or {"format": "pt"}))
+        for value in ordered.values():
+            file.write(encode(value, dtype))

@@ -1,0 +1,160 @@
+"""Folding against PEFT's own ``merge_and_unload()``, bit for bit, and everything that must be refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from bp_merge import (
+    AdapterMismatchError,
+    AdapterUnfoldableError,
+    FoldedModel,
+    TensorReader,
+    compute_scale,
+    load_adapter,
+    read_model_index,
+    write_tensors,
+)
+from bp_runs.errors import AdapterInvalidError
+
+SHAPES = {"q_proj": (576, 576), "k_proj": (192, 576), "down_proj": (576, 1536)}
+
+
+def build_peft_case(folder, *, dtype, **settings):
+    """A base of two layers of linears, an adapter with random A and B on it, and PEFT's merge of the two."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    torch.manual_seed(0)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, (out, into) in SHAPES.items():
+                self.add_module(name, torch.nn.Linear(into, out, bias=False))
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Layer(), Layer()])
+
+    base = Model().to(getattr(torch, dtype))
+    (folder / "base").mkdir()
+    save_file({k: v.clone() for k, v in base.state_dict().items()}, folder / "base" / "model.safetensors")
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=list(SHAPES), **settings))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn_like(weight) * 0.02)
+    model.save_pretrained(folder / "lora")
+    config = json.loads((folder / "lora" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "base")
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    merged = model.merge_and_unload().state_dict()
+    return {name: value.float().numpy() for name, value in merged.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        ("bfloat16", {"r": 1, "lora_alpha": 32}),
+        ("bfloat16", {"r": 8, "lora_alpha": 16}),
+        ("bfloat16", {"r": 16, "lora_alpha": 32}),
+        ("bfloat16", {"r": 64, "lora_alpha": 64}),
+        ("float16", {"r": 16, "lora_alpha": 32}),
+        ("float32", {"r": 16, "lora_alpha": 32}),
+        ("bfloat16", {"r": 8, "lora_alpha": 20, "use_rslora": True}),
+        (
+            "bfloat16",
+            {
+                "r": 8,
+                "rank_pattern": {"layers.0.q_proj": 16, "^layers.1.*": 4},
+                "alpha_pattern": {"k_proj": 5, "q_proj|down_proj": 3},
+            },
+        ),
+    ],
+    ids=["r1", "r8", "r16", "r64", "r16-f16", "r16-f32", "rslora", "patterns"],
+)
+def test_fold_is_pefts_merge_bit_for_bit(tmp_path, dtype, settings):
+    merged = build_peft_case(tmp_path, dtype=dtype, **settings)
+    adapter = load_adapter(tmp_path / "lora")
+    assert len(adapter.modules) == 6
+    with FoldedModel(TensorReader(read_model_index(tmp_path / "base")), adapter) as model:
+        assert model.changed == set(merged)
+        for name, expected in merged.items():
+            whole = model.read_rows(name, 0, expected.shape[0])
+            pieces = [model.read_rows(name, i, min(i + 37, expected.shape[0])) for i in range(0, expected.shape[0], 37)]
+            assert np.array_equal(whole.view(np.uint32), expected.view(np.uint32)), name
+            assert np.array_equal(np.concatenate(pieces).view(np.uint32), expected.view(np.uint32)), name
+
+
+def write_case(folder, *, module="layers.0.q_proj", a=(2, 8), b=(4, 2), base=(4, 8), key=None, fill=1.0, **config):
+    """A base with one linear and an adapter for ``module``, without torch."""
+    for name in ("base", "lora"):
+        (folder / name).mkdir()
+    write_tensors(folder / "base" / "model.safetensors", {"layers.0.q_proj.weight": np.ones(base, np.float32)})
+    stem = f"base_model.model.{module}"
+    tensors = {f"{stem}.lora_A.weight": np.full(a, fill, np.float32), f"{stem}.lora_B.weight": np.ones(b, np.float32)}
+    if key:
+        tensors[key] = np.ones(3, np.float32)
+    write_tensors(folder / "lora" / "adapter_model.safetensors", tensors)
+    settings = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": 2, "lora_alpha": 4, **config}
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def fold(folder):
+    return FoldedModel(TensorReader(read_model_index(folder / "base")), load_adapter(folder / "lora"))
+
+
+def test_the_small_case_folds(tmp_path):
+    write_case(tmp_path)
+    with fold(tmp_path) as model:
+        assert np.array_equal(model.read_rows("layers.0.q_proj.weight", 0, 4), np.full((4, 8), 5.0, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "bias on lora_B"),
+        ({"bias": "lora_only"}, "lora_only"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
+        ({"layer_replication": [[0, 2]]}, "replicated"),
+        ({"key": "base_model.model.embed.lora_embedding_A"}, "lora_embedding_A"),
+        ({"key": "base_model.model.layers.0.q_proj.lora_magnitude_vector.weight"}, "lora_magnitude_vector"),
+    ],
+)
+def test_what_a_fold_would_lose_is_refused(tmp_path, config, word):
+    write_case(tmp_path, **config)
+    with pytest.raises(AdapterUnfoldableError, match=word):
+        load_adapter(tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("case", "error", "word"),
+    [
+        ({"module": "layers.9.q_proj"}, AdapterMismatchError, "no such module"),
+        ({"base": (5, 8)}, AdapterMismatchError, r"\(4, 8\).*\(5, 8\)"),
+        ({"a": (3, 8)}, AdapterInvalidError, "rank 2"),
+        ({"b": (4, 3)}, AdapterInvalidError, "rank 2"),
+        ({"fill": float("nan")}, AdapterInvalidError, "diverged"),
+        ({"key": "base_model.model.other.lora_A.weight"}, AdapterInvalidError, "only one"),
+        ({"rank_pattern": {"(": 1}}, AdapterInvalidError, "no pattern"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(tmp_path, case, error, word):
+    write_case(tmp_path, **case)
+    with pytest.raises(error, match=word):
+        fold(tmp_path)
+
+
+def test_scales_follow_peft():
+    config = {"r": 16, "lora_alpha": 32, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {r".*\.1\.k_proj": 8}}
+    assert compute_scale(config, "model.layers.0.v_proj") == (16, 2.0)
+    assert compute_scale(config, "model.layers.0.q_proj") == (4, 8.0)
+    assert compute_scale(config, "model.layers.1.k_proj") == (16, 0.5)
+    assert compute_scale({"r": 16, "lora_alpha": 32, "use_rslora": True}, "x") == (16, 8.0)
