@@ -18,6 +18,7 @@ RowFaultError                         a single row is at fault; becomes a ledger
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Self
 
 from bp_runs.errors import GateError, UserError
 
@@ -108,7 +109,7 @@ class RowFault(StrEnum):
 
     meaning: str
 
-    def __new__(cls, value: str, meaning: str) -> RowFault:
+    def __new__(cls, value: str, meaning: str) -> Self:
         """A member whose value is its code and that carries what the code means."""
         member = str.__new__(cls, value)
         member._value_ = value

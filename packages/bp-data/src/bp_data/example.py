@@ -48,13 +48,18 @@ class Message:
 
     Attributes:
         role: Who speaks.
-        content: What is said; empty where a turn of the assistant only calls tools.
+        content: What is said; may be None where a turn of the assistant only calls tools.
         fields: What else the template may read: ``tool_calls``, ``tool_call_id``, ``name``, ``reasoning_content``.
     """
 
     role: Role
-    content: str
+    content: str | None
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """What is said, without the blanks around it."""
+        return (self.content or "").strip()
 
     @property
     def tool_calls(self) -> list[dict[str, Any]]:

@@ -62,7 +62,7 @@ def _check_row(row: TokenRow, labels: Sequence[int], facts: TokenizerFacts) -> N
         what = "no end-of-text token" if facts.terminator_id is None else f"end token {facts.terminator_id} not learnt"
         raise DatasetGateError(
             f"row {row.number} has {what}: the model would never stop",
-            way_out="Use a model whose chat template ends each turn with a token, or whose tokenizer names an eos_token.",
+            way_out="Use a model whose chat template ends a turn with a token, and whose tokenizer has an eos_token.",
         )
 
 

@@ -66,8 +66,8 @@ def read_rows(path: str | Path) -> Iterator[Row | Rejected]:
 
 
 def place_of(path: str | Path, number: int) -> str:
-    """How a person finds row ``number`` of the file: its line, or its position in the list."""
-    return f"item {number}" if Path(path).suffix.lower() == ".json" else f"line {number}"
+    """How a person finds row ``number`` of the file: by its line, or by its position in a list."""
+    return f"row {number}" if Path(path).suffix.lower() == ".json" else f"line {number}"
 
 
 def _kind(path: Path) -> str:
@@ -93,7 +93,7 @@ def _refuse_binary(path: Path, file: BinaryIO) -> None:
         )
 
 
-def _read_jsonl(path: Path, file: BinaryIO) -> Iterator[Row | Rejected]:
+def _read_jsonl(_path: Path, file: BinaryIO) -> Iterator[Row | Rejected]:
     for number, line in enumerate(file, start=1):
         text = line.removeprefix(_BOM) if number == 1 else line
         if text.strip():
@@ -111,9 +111,7 @@ def _parse_line(number: int, line: bytes) -> Row | Rejected:
         data = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         hint = "; a list over several lines belongs into a .json file" if line.strip() == b"[" else ""
-        return Rejected(
-            number, RowFault.JSON_BROKEN, f"broken JSON at line {number}, column {error.colno}: {error.msg}{hint}"
-        )
+        return Rejected(number, RowFault.JSON_BROKEN, f"broken JSON at column {error.colno}: {error.msg}{hint}")
     return _to_row(number, data)
 
 

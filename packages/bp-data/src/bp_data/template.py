@@ -49,7 +49,7 @@ class _GenerationTag(Extension):
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
-    def parse(self, parser: Parser) -> nodes.CallBlock:
+    def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         marks = nodes.Name(_MARKS, "load", lineno=line)
@@ -206,7 +206,7 @@ class ChatTemplate:
             _MARKS: marks,
         }
         try:
-            return self._compiled[self._pick(tools)].render(given)
+            return str(self._compiled[self._pick(tools)].render(given))
         except TEMPLATE_FAULTS as error:
             raise RowFaultError(RowFault.TEMPLATE_REFUSED, f"the chat template refuses it: {error}") from error
 

@@ -7,6 +7,7 @@ then differ from those of the file that is exported.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import orjson
 from tokenizers import Tokenizer as _Core
+from tokenizers.pre_tokenizers import Metaspace
 
 from bp_data.errors import TokenizerInvalidError
 
@@ -27,10 +29,12 @@ class Encoded(NamedTuple):
     Attributes:
         ids: Token ids.
         offsets: For each token, the characters ``[start, end)`` of the text that it stands for.
+        swallowed: Blanks beside special tokens that stand for nothing, since such a token takes them with it.
     """
 
     ids: list[int]
     offsets: list[tuple[int, int]]
+    swallowed: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,10 @@ class Tokenizer:
         added = core.get_added_tokens_decoder()
         self.added: dict[str, int] = {token.content: number for number, token in added.items()}
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
+        # Added tokens that take the blanks beside them (Phi's <|end|>): their offsets cover more than themselves.
+        self._greedy = {number: token.content for number, token in added.items() if token.lstrip or token.rstrip}
+        words = sorted(self.added, key=len, reverse=True)
+        self._splitter = re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
         self.bos_id, self.eos_id, self.pad_id = (self._id_of(name) for name in ("bos_token", "eos_token", "pad_token"))
         known = dict.fromkeys(i for i in (self.eos_id, *stop_ids) if i is not None and core.id_to_token(i) is not None)
         self.stop_ids: tuple[int, ...] = tuple(known)
@@ -98,19 +106,40 @@ class Tokenizer:
         """The token as the vocabulary writes it (``Ġthe``), not as it decodes."""
         return self._core.id_to_token(token) or ""
 
+    def is_special(self, token: int) -> bool:
+        """Whether it is a special token."""
+        return token in self.special_ids
+
     def encode(self, text: str, add_special_tokens: bool = False) -> Encoded:
         """Tokens of ``text``; with ``add_special_tokens`` also those that the tokenizer puts around a text."""
         encoding = self._core.encode(text, add_special_tokens=add_special_tokens)
-        return Encoded(encoding.ids, encoding.offsets)
+        offsets: list[tuple[int, int]] = encoding.offsets
+        swallowed: list[tuple[int, int]] = []
+        for place, token in enumerate(encoding.ids) if self._greedy else ():
+            start, end = offsets[place]
+            if (word := self._greedy.get(token)) is not None and end > start:
+                at = max(start, text.find(word, start, end))
+                offsets[place] = (at, at + len(word))
+                swallowed += [(start, at), (at + len(word), end)]
+        return Encoded(encoding.ids, offsets, [gap for gap in swallowed if gap[0] < gap[1]])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included."""
         return self._core.decode(list(ids), skip_special_tokens=False)
 
     def normalize(self, text: str) -> str:
-        """``text`` after the tokenizer's own normalization (such as NFC); the same text where it has none."""
-        normalizer = self._core.normalizer
-        return text if normalizer is None else str(normalizer.normalize_str(text))
+        """``text`` as it decodes after the tokenizer's own changes between added tokens: NFC, a blank put before."""
+        pieces = self._splitter.split(text) if self._splitter else [text]
+        return "".join(self._normalize_piece(piece) for piece in pieces if piece)
+
+    def _normalize_piece(self, piece: str) -> str:
+        normalizer, splitting = self._core.normalizer, self._core.pre_tokenizer
+        if piece in self.added:
+            return piece
+        changed = piece if normalizer is None else str(normalizer.normalize_str(piece))
+        if isinstance(splitting, Metaspace) and splitting.prepend_scheme == "always" and changed[:1] not in " \u2581":
+            changed = " " + changed
+        return changed.replace("\u2581", " ")
 
     @property
     def adds_bos(self) -> bool:

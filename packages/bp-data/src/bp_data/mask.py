@@ -1,0 +1,341 @@
+"""Which tokens are learnt: the assistant's, with the token that ends each turn, and proof that they are the right ones.
+
+The characters to learn are found, in this order, by
+1. ``{% generation %}`` marks of the template, widened to the end token where they stop short of it;
+2. prefixes: the chat up to a turn with the generation prompt, and up to and with the turn, must both begin the whole;
+3. a stand-in: the turn's text is replaced by one that occurs nowhere, and what differs from the whole is the turn.
+Each way's result is checked against the turn's own text, and the tokens are decoded and compared with the characters.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from bp_data.errors import RowFault, RowFaultError
+from bp_data.example import Chat, Message, Text
+from bp_data.formats import tool_name
+from bp_data.template import ChatTemplate
+from bp_data.tokens import Encoded, Tokenizer
+
+_STAND_IN = "\ue0f3turn\ue0f3"
+
+
+class Span(NamedTuple):
+    """Characters ``[start, end)`` of a rendered chat."""
+
+    start: int
+    end: int
+
+
+class Marked(NamedTuple):
+    """A rendered chat and its characters to learn, in order, one span a turn."""
+
+    text: str
+    spans: list[Span]
+
+
+def mask_chat(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[int], bytearray]:
+    """Token ids and mask of a chat; no special tokens but those that the template writes.
+
+    Raises:
+        RowFaultError: The template refuses the chat or leaves parts of it out, the turns cannot be located, or the
+            tokens to learn do not decode to the assistant's texts.
+    """
+    marked = find_spans(chat, tokenizer, template)
+    encoded = _encode(marked, tokenizer)
+    mask = mask_tokens(encoded.offsets, marked.spans)
+    verify(encoded, mask, marked, tokenizer)
+    return encoded.ids, mask
+
+
+def mask_text(example: Text, tokenizer: Tokenizer) -> tuple[list[int], bytearray]:
+    """Token ids and mask of raw text: all of it is learnt, and the end-of-text token after it.
+
+    Raises:
+        RowFaultError: The tokens do not decode to the text.
+    """
+    encoded = tokenizer.encode(example.text, add_special_tokens=True)
+    ids = list(encoded.ids)
+    # Tokens that the tokenizer puts around a text stand for none of its characters.
+    inner = [
+        place
+        for place, (start, end) in enumerate(encoded.offsets)
+        if start < end or not tokenizer.is_special(ids[place])
+    ]
+    low, high = (inner[0], inner[-1] + 1) if inner else (0, 0)
+    wanted = _without(example.text, Span(0, len(example.text)), encoded.swallowed)
+    if tokenizer.decode(ids[low:high]) != wanted:
+        _compare(_decode_run(ids, low, high, tokenizer), wanted, tokenizer)
+    if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
+        ids.append(tokenizer.eos_id)
+    return ids, bytearray(b"\x01" * len(ids))
+
+
+def find_spans(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> Marked:
+    """The rendered chat and the characters of each of the assistant's turns, its end token included.
+
+    Raises:
+        RowFaultError: As `mask_chat`.
+    """
+    search = _Search(chat, tokenizer, template)
+    spans = search.by_marks() or [search.by_prefix(turn) or search.by_stand_in(turn) for turn in search.turns]
+    if any(after.start < before.end for before, after in pairwise(spans)):
+        raise RowFaultError(RowFault.SPANS_UNFOUND, "two turns of the assistant overlap in the rendered chat")
+    marked = Marked(search.full, spans)
+    _check_rendered(chat, marked.text)
+    if len(spans) == len(search.turns):
+        _check_turns(marked, [chat.messages[turn] for turn in search.turns], search.ends)
+    return marked
+
+
+class _Search:
+    """The assistant's turns of one chat, looked for in its rendering."""
+
+    def __init__(self, chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        self.chat = chat
+        self.template = template
+        self.messages: list[dict[str, Any]] = [message.to_dict() for message in chat.messages]
+        self.turns = [place for place, message in enumerate(chat.messages) if message.role == "assistant"]
+        self.full = template.render(self.messages, chat.tools)
+        self.ends = _end_texts(tokenizer, template)
+
+    def by_marks(self) -> list[Span] | None:
+        """All turns by the template's own marks; None where it has none or they mark something else."""
+        if not self.template.has_marks(self.chat.tools):
+            return None
+        found = self.template.render_marked(self.messages, self.chat.tools)
+        spans = [self._widen(Span(*span)) for span in found[1]] if found else []
+        texts = [self.full[start:end] for start, end in spans]
+        turns = [self.chat.messages[turn] for turn in self.turns]
+        return spans if spans and _in_order(texts, turns, self.ends) else None
+
+    def by_prefix(self, turn: int) -> Span | None:
+        """One turn, as what is added to its generation prompt; None where renderings are not prefixes."""
+        start = self._prompt_end(turn)
+        try:
+            upto = self.template.render(self.messages[: turn + 1], self.chat.tools)
+        except RowFaultError:
+            return None
+        if start is None or len(upto) <= start or not self.full.startswith(upto):
+            return None
+        return self._trim(Span(start, len(upto)))
+
+    def by_stand_in(self, turn: int) -> Span:
+        """One turn, as what differs when its text is another.
+
+        Raises:
+            RowFaultError: ROW_SPANS_UNFOUND.
+        """
+        for other in self._stand_ins(turn):
+            before, found, after = other.partition(_STAND_IN)
+            start = _common(before, self.full)
+            end = len(self.full) - len(after)
+            if found and not before[start:].strip() and self.full.endswith(after) and start < end:
+                prompt_end = self._prompt_end(turn)
+                start = prompt_end if prompt_end is not None and prompt_end <= start else start
+                return self._widen(Span(start, end))
+        raise RowFaultError(RowFault.SPANS_UNFOUND, f"turn {turn + 1} cannot be located in the rendered chat")
+
+    def _stand_ins(self, turn: int) -> list[str]:
+        message = self.messages[turn]
+        plain = {"role": message["role"], "content": _STAND_IN}
+        rendered = []
+        for stand_in in (plain, {**message, "content": _STAND_IN}):
+            try:
+                changed = [*self.messages[:turn], stand_in, *self.messages[turn + 1 :]]
+                rendered.append(self.template.render(changed, self.chat.tools))
+            except RowFaultError:
+                continue
+        return rendered
+
+    def _prompt_end(self, turn: int) -> int | None:
+        """Where the prompt of a turn ends and the model begins to write; None where it is not how the whole begins."""
+        try:
+            prompt = self.template.render(self.messages[:turn], self.chat.tools, add_generation_prompt=True)
+        except RowFaultError:
+            return None
+        return len(prompt) if self.full.startswith(prompt) else None
+
+    def _widen(self, span: Span) -> Span:
+        """With the end token, where one follows, be it after blanks, and the span does not hold it yet."""
+        if self.full[span.start : span.end].rstrip().endswith(self.ends):
+            return span
+        rest = self.full[span.end :]
+        blanks = len(rest) - len(rest.lstrip())
+        end = max((len(text) for text in self.ends if rest.startswith(text, blanks)), default=None)
+        return span if end is None else Span(span.start, span.end + blanks + end)
+
+    def _trim(self, span: Span) -> Span | None:
+        """Up to its end token: not the line feed after it, nor an end-of-text token that closes the whole chat."""
+        text = self.full[span.start : span.end]
+        last = max(self.ends, key=lambda end: (text.rfind(end), len(end)), default="")
+        terminator = self.template.terminator
+        if terminator and terminator in text:
+            last = terminator
+        if not last or last not in text:
+            return span
+        end = text.rfind(last) + len(last)
+        rest = text[end:]
+        for closing in self.ends:
+            rest = rest.replace(closing, "")
+        return None if rest.strip() else Span(span.start, span.start + end)
+
+
+def _end_texts(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[str, ...]:
+    texts = {text for text, number in tokenizer.added.items() if number in tokenizer.stop_ids}
+    named = (template.terminator, tokenizer.special_tokens.get("eos_token"))
+    return tuple(sorted(texts | {text for text in named if text}))
+
+
+def _in_order(texts: Sequence[str], turns: Sequence[Message], ends: Sequence[str]) -> bool:
+    """Whether each text belongs to a turn, in the turns' order; a turn may have none."""
+    left = iter(turns)
+    return all(any(_belongs(text, turn, ends) for turn in left) for text in texts)
+
+
+def _belongs(text: str, turn: Message, ends: Sequence[str]) -> bool:
+    """Whether a text is a turn's: it holds the words, or the end of them where a template drops old reasoning."""
+    if not all(tool_name(call) in text for call in turn.tool_calls):
+        return False
+    words, said = _squash(turn.words), _squash(text)
+    if words in said:
+        return True
+    for end in ends:
+        said = said.removesuffix(_squash(end))
+    return bool(said) and words.endswith(said)
+
+
+def _squash(text: str) -> str:
+    # Templates trim and re-space; which words are there is what counts here.
+    return "".join(text.split())
+
+
+def _check_rendered(chat: Chat, full: str) -> None:
+    """Prove that the template left no turn of the others and no tool out of the rendering."""
+    squashed = _squash(full)
+    for place, message in enumerate(chat.messages, start=1):
+        if message.role in ("system", "user") and _squash(message.words) not in squashed:
+            reason = f"the chat template leaves out turn {place} ({message.role})"
+            raise RowFaultError(RowFault.TURN_NOT_RENDERED, reason)
+    wanted = [*(chat.tools or ()), *(call for message in chat.messages for call in message.tool_calls)]
+    missing = dict.fromkeys(name for name in map(tool_name, wanted) if name not in full)
+    if missing:
+        reason = f"the chat template leaves out tools or calls: {', '.join(missing)}"
+        raise RowFaultError(RowFault.TOOLS_NOT_RENDERED, reason)
+
+
+def _check_turns(marked: Marked, turns: Sequence[Message], ends: Sequence[str]) -> None:
+    """Prove that each span holds its turn's words and calls."""
+    for (start, end), turn in zip(marked.spans, turns, strict=True):
+        if not _belongs(marked.text[start:end], turn, ends):
+            raise RowFaultError(RowFault.TURN_NOT_RENDERED, "the chat template leaves out what the assistant says")
+
+
+def mask_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> bytearray:
+    """One byte a token, 1 where the token begins inside a span.
+
+    The bytes of one character may be several tokens with the same offsets; all of them begin inside, or none does.
+    """
+    starts = [start for start, _ in offsets]
+    mask = bytearray(len(offsets))
+    for span in spans:
+        low, high = bisect_left(starts, span.start), bisect_left(starts, span.end)
+        mask[low:high] = b"\x01" * (high - low)
+    return mask
+
+
+def _encode(marked: Marked, tokenizer: Tokenizer) -> Encoded:
+    """Tokens of a chat, none of which reaches over the border of a span.
+
+    Where one would, the text is cut at the borders and encoded in pieces: when the model answers, its prompt ends
+    there as well, so the pieces are the tokens that it will meet.
+    """
+    encoded = tokenizer.encode(marked.text)
+    borders = sorted({border for span in marked.spans for border in span})
+    if not _crosses(encoded.offsets, borders):
+        return encoded
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    swallowed: list[tuple[int, int]] = []
+    for start, end in pairwise([0, *borders, len(marked.text)]):
+        piece = tokenizer.encode(marked.text[start:end])
+        ids += piece.ids
+        offsets += [(start + low, start + high) for low, high in piece.offsets]
+        swallowed += [(start + low, start + high) for low, high in piece.swallowed]
+    return Encoded(ids, offsets, swallowed)
+
+
+def _crosses(offsets: Sequence[tuple[int, int]], borders: Sequence[int]) -> bool:
+    starts = [start for start, _ in offsets]
+    before = (bisect_left(starts, border) - 1 for border in borders)
+    return any(place >= 0 and offsets[place][1] > border for place, border in zip(before, borders, strict=True))
+
+
+def verify(encoded: Encoded, mask: bytearray, marked: Marked, tokenizer: Tokenizer) -> None:
+    """Prove that the tokens to learn decode to the characters to learn, run by run.
+
+    Raises:
+        RowFaultError: ROW_MASK_UNVERIFIED.
+    """
+    runs = list(_runs(mask))
+    spans = _merge(marked.spans)
+    if len(runs) != len(spans):
+        raise RowFaultError(RowFault.MASK_UNVERIFIED, f"{len(runs)} runs of tokens to learn for {len(spans)} turns")
+    for (low, high), span in zip(runs, spans, strict=True):
+        got = _decode_run(encoded.ids, low, high, tokenizer)
+        _compare(got, _without(marked.text, span, encoded.swallowed), tokenizer)
+
+
+def _runs(mask: bytearray) -> Iterator[tuple[int, int]]:
+    low = mask.find(1)
+    while low >= 0:
+        high = mask.find(0, low)
+        high = len(mask) if high < 0 else high
+        yield low, high
+        low = mask.find(1, high)
+
+
+def _merge(spans: Sequence[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for span in spans:
+        if merged and merged[-1].end == span.start:
+            merged[-1] = Span(merged[-1].start, span.end)
+        else:
+            merged.append(span)
+    return merged
+
+
+def _without(text: str, span: Span, gaps: Sequence[tuple[int, int]]) -> str:
+    kept, start = "", span.start
+    for low, high in gaps:
+        if low < span.end and high > start:
+            kept += text[start:low]
+            start = min(high, span.end)
+    return kept + text[start : span.end]
+
+
+def _decode_run(ids: Sequence[int], low: int, high: int, tokenizer: Tokenizer) -> str:
+    # With the token before it, since some decoders strip a blank at the very start of what they are given.
+    context = ids[max(0, low - 1) : low]
+    before = tokenizer.decode(context) if context else ""
+    return tokenizer.decode([*context, *ids[low:high]]).removeprefix(before)
+
+
+def _common(left: str, right: str) -> int:
+    """Characters that two texts share at their beginning."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
+    return low
+
+
+def _compare(got: str, wanted: str, tokenizer: Tokenizer) -> None:
+    if wanted == got or tokenizer.normalize(wanted) == got:
+        return
+    place = max(0, _common(got, wanted) - 10)
+    shown = f"{got[place : place + 30]!r} for {wanted[place : place + 30]!r}"
+    raise RowFaultError(RowFault.MASK_UNVERIFIED, f"the tokens to learn decode to something else: {shown}")
