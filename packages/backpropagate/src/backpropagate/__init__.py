@@ -1,0 +1,26 @@
+"""Fine-tune a language model on one consumer GPU and have it running in Ollama, in three lines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backpropagate.exporting import ExportResult
+    from backpropagate.trainer import Trainer, TrainResult
+
+__all__ = ["ExportResult", "TrainResult", "Trainer"]
+
+_HOMES = {
+    "ExportResult": "backpropagate.exporting",
+    "TrainResult": "backpropagate.trainer",
+    "Trainer": "backpropagate.trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the facade when it is first used, so that `import backpropagate` stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -72,6 +72,7 @@ class TrainingSpec:
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.")
     gradient_checkpointing: bool = setting(True, "Recompute activations in backward on a GPU: slower, far less memory.")
+    output_dir: str = setting("./output", "Output folder: adapter, runs and exports.")
     seed: int = setting(42, "Seed of rows' order, initial weights and dropout.")
     sample_prompts: tuple[str, ...] = setting((), "Prompts that are answered before and after training.")
     sample_tokens: int = setting(48, "Longest sample answer, in tokens.")
@@ -110,11 +111,16 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSpec(Settings):
-    """Everything that a rail needs to train: the settings and the run's folders."""
+    """Everything that a rail needs to train: the settings, the run's folders and the base model on disk."""
 
     folders: RunFolders
+    base: Path
+    """Local Hugging Face folder of ``model.name``; rails never touch the network."""
+    base_commit: str | None = None
+    """The Hub commit that ``base`` holds; None for a local folder."""
 
     @classmethod
-    def build(cls, settings: Settings, folders: RunFolders) -> TrainSpec:
-        """Join settings and folders."""
-        return cls(**{f.name: getattr(settings, f.name) for f in fields(Settings)}, folders=folders)
+    def build(cls, settings: Settings, folders: RunFolders, base: Path, base_commit: str | None = None) -> TrainSpec:
+        """Join the settings with where things are."""
+        groups = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+        return cls(**groups, folders=folders, base=base, base_commit=base_commit)

@@ -110,7 +110,7 @@ def _model_loaded(spec: TrainSpec) -> ModelLoaded:
     digest = hashlib.sha256(spec.model.name.encode()).hexdigest()
     return ModelLoaded(
         name=spec.model.name,
-        revision=spec.model.revision,
+        revision=spec.base_commit,
         config_sha256=digest,
         parameters=1,
         trainable=1,

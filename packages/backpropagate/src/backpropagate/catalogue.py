@@ -1,0 +1,90 @@
+"""Models by name: a folder on this machine, or a download from the Hub that the user asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from backpropagate.errors import HubAccessError, HubUnreachableError, ModelInvalidError, ModelNotFoundError
+
+TOKENIZER: Literal["tokenizer"] = "tokenizer"
+WHOLE: Literal["whole"] = "whole"
+Need = Literal["whole", "tokenizer"]
+"""Whether the weights are wanted too."""
+
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A base model on disk."""
+
+    folder: Path
+    commit: str | None
+    """The Hub commit; None for a folder of the user's."""
+
+
+def find_model(name: str, *, revision: str | None = None, offline: bool = False, need: Need = WHOLE) -> BaseModel:
+    """The model's folder; a Hub model is downloaded unless it is in the cache.
+
+    Raises:
+        ModelNotFoundError, ModelInvalidError: No such folder or Hub model, or not a Hugging Face model.
+        HubUnreachableError, HubAccessError: The Hub does not answer, or refuses.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return BaseModel(require_model_folder(folder.resolve(), need), None)
+    if folder.exists():
+        raise ModelInvalidError(f"{name} is a file, not a model folder")
+    if _looks_like_path(name):
+        raise ModelNotFoundError(f"there is no model folder {name}")
+    return _from_hub(name, revision, offline=offline, need=need)
+
+
+def require_model_folder(folder: Path, need: Need = WHOLE) -> Path:
+    """Check that ``folder`` has a config, and weights where they are needed.
+
+    Raises:
+        ModelInvalidError: It lacks one of them.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelInvalidError(f"{folder} has no config.json")
+    if need == WHOLE and not any(folder.glob("*.safetensors")):
+        raise ModelInvalidError(f"{folder} has no *.safetensors weights")
+    return folder
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~", "\\")) or name.count("/") != 1 or ":" in name
+
+
+def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need) -> BaseModel:
+    from httpx import HTTPError
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_WANTED if need == WHOLE else [p for p in _WANTED if p != "*.safetensors"],
+                local_files_only=offline,
+            )
+        )
+    except hub.GatedRepoError as error:
+        raise HubAccessError(f"{name} is gated", cause=_first_line(error)) from error
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
+        what = f"{name} at revision {revision}" if revision else name
+        raise ModelNotFoundError(f"the Hub has no model {what}", cause=_first_line(error)) from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        why = "offline mode is on" if offline else "the Hub does not answer"
+        raise HubUnreachableError(f"{name} is not in the local cache, and {why}") from error
+    except (hub.HfHubHTTPError, HTTPError, OSError) as error:
+        raise HubUnreachableError(f"{name} could not be fetched", cause=_first_line(error)) from error
+    return BaseModel(require_model_folder(folder, need), folder.name)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

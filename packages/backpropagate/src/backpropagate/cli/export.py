@@ -1,0 +1,101 @@
+"""`backprop export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from backpropagate.cli.flags import Json
+from backpropagate.cli.screen import print_json
+from backpropagate.exporting import ExportResult, export_adapter
+
+
+def export(
+    adapter: Path = Path("output/lora"),
+    *,
+    format: Annotated[Literal["gguf", "merged", "lora"], Parameter(name=("--format", "-f"))] = "gguf",
+    quantization: Annotated[
+        Literal["f32", "bf16", "f16", "q8_0", "q4_k_m"], Parameter(name=("--quantization", "-q"))
+    ] = "q4_k_m",
+    output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
+    base: str | None = None,
+    pre: str | None = None,
+    ollama: Annotated[bool, Parameter(negative="")] = False,
+    ollama_name: str | None = None,
+    json: Json = False,
+) -> int:
+    """Export an adapter: base and adapter become one file that llama.cpp and Ollama run.
+
+    Example: backprop export ./output/lora --format gguf --quantization q4_k_m --ollama --ollama-name my-model
+
+    Parameters
+    ----------
+    adapter: Path
+        Adapter folder that training wrote.
+    format: str
+        gguf: one quantized file; merged: a Hugging Face folder; lora: a copy of the adapter.
+    quantization: str
+        The GGUF's type.
+    output: Path
+        File (gguf) or folder to write; default: beside the adapter.
+    base: str
+        Folder or Hub id of the base model, where it is not the one that the adapter names.
+    pre: str
+        Name of llama.cpp's pre-tokenizer, where it is not recognised.
+    ollama: bool
+        Register the GGUF with the Ollama that runs here.
+    ollama_name: str
+        Name in Ollama; given alone it registers too. Default: the file's name.
+    """
+    name = ollama_name or (adapter.resolve().parent.name if ollama else None)
+    shown = _Bytes() if sys.stdout.isatty() and not json else None
+    result = export_adapter(
+        adapter,
+        format,
+        quantization=quantization,
+        output=output,
+        base=base,
+        pre=pre,
+        ollama_name=name,
+        progress=shown,
+    )
+    if shown:
+        shown.close()
+    if json:
+        print_json("export", result.to_dict())
+    else:
+        _tell_end(result)
+    return 0
+
+
+def _tell_end(result: ExportResult) -> None:
+    done = result.outcome
+    kind = f"{done.format} {done.quantization}" if done.format == "gguf" else done.format
+    print(f"  exported  {done.path}  ({kind}, {done.bytes / 2**20:,.1f} MiB, {done.seconds:.1f} s)")  # noqa: T201
+    if result.ollama:
+        print(f"  ollama    registered as {result.ollama}")  # noqa: T201
+        print(f"  next      ollama run {result.ollama}")  # noqa: T201
+    elif done.format == "gguf":
+        print(f"  next      backprop export … --ollama --ollama-name my-model, or llama-cli -m {done.path}")  # noqa: T201
+
+
+class _Bytes:
+    """A progress bar over bytes written."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._progress = Progress(
+            TextColumn("  export  "), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn(), transient=True
+        )
+        self._task = self._progress.add_task("export", total=None)
+        self._progress.start()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+    def close(self) -> None:
+        self._progress.stop()

@@ -1,0 +1,54 @@
+"""Command signatures made from the settings, so that every setting is a flag and no flag does nothing."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from backpropagate.settings import Setting, all_settings
+
+# Further spellings that people type.
+_ALIASES: Mapping[str, tuple[str, ...]] = {
+    "model.name": ("-m",),
+    "data.path": ("-d",),
+    "training.output_dir": ("-o",),
+    "training.learning_rate": ("--learning-rate",),
+    "training.sample_prompts": ("--sample-prompt",),
+}
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document and nothing else.")]
+Output = Annotated[str, Parameter(name=("--output", "-o"), help="Output folder that holds the runs.")]
+
+
+def with_settings(
+    command: Callable[..., int], *, leave_out: Sequence[str] = (), extra: Sequence[inspect.Parameter] = ()
+) -> Callable[..., int]:
+    """Give ``command(**flags)`` a keyword for every setting; a flag that is not typed arrives as None."""
+    chosen = [s for s in all_settings().values() if s.key not in leave_out]
+    parameters = [_parameter(s) for s in chosen] + list(extra)
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    """A keyword-only parameter for `with_settings`."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
+    flag = "--sample-prompt" if setting.key == "training.sample_prompts" else "--" + setting.short.replace("_", "-")
+    names = (flag, *(a for a in _ALIASES.get(setting.key, ()) if a != flag))
+    kind = list[str] if setting.key == "training.sample_prompts" else setting.type
+    shown = "" if setting.default in (None, "", ()) else f" [default: {_spell(setting.default)}]"
+    annotation = Annotated[
+        kind | None, Parameter(name=names, help=setting.help + shown, show_default=False, negative_iterable="")
+    ]
+    return keyword(setting.short, annotation, None)
+
+
+def _spell(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

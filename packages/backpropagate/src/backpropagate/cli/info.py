@@ -1,0 +1,41 @@
+"""`backprop info`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+
+from backpropagate import rails, system
+from backpropagate.cli.flags import Json
+from backpropagate.cli.screen import print_json
+
+
+def info(*, json: Json = False) -> int:
+    """Show versions, rails, the machine and paths: what a bug report needs.
+
+    Example: backprop info --json
+    """
+    machine = system.describe_machine()
+    versions = system.installed_versions()
+    statuses = rails.all_rails()
+    home = system.program_home(os.environ)
+    if json:
+        body = {
+            "machine": machine,
+            "versions": versions,
+            "rails": [{"name": s.name, **asdict(s.probe)} for s in statuses],
+            "home": str(home),
+            "offline": system.is_offline(os.environ),
+        }
+        print_json("info", body)
+        return 0
+    lines = [f"  {k:<9} {v}" for k, v in machine.items() if k != "memory"]
+    if machine["memory"]:
+        lines.append(f"  memory    {machine['memory'] / 2**30:.1f} GiB")
+    lines.append(f"  home      {home}")
+    lines.append("rails")
+    lines += [f"  {s.name:<9} {'usable' if s.probe.usable else 'unusable'}: {s.probe.why}" for s in statuses]
+    lines.append("versions")
+    lines += [f"  {name:<15} {number}" for name, number in versions.items()]
+    print("\n".join(["machine", *lines]))  # noqa: T201
+    return 0

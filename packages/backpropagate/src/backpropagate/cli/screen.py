@@ -1,0 +1,203 @@
+"""What people see while a run goes on: a live bar on a terminal, plain lines elsewhere, nothing under --json."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import orjson
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bp_runs.events import AdapterSaved, DataReady, Event, ModelLoaded, Notice, SampleAnswer, StepDone
+from bp_runs.redact import redact_data
+
+_PLAIN_LINES = 10
+_BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+class Screen(Protocol):
+    """Shows a run's events."""
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Show one line."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *args: object) -> None: ...
+
+
+def open_screen(*, as_json: bool) -> Screen:
+    """The screen that fits where stdout goes."""
+    if as_json:
+        return SilentScreen()
+    return LiveScreen() if sys.stdout.isatty() else PlainScreen()
+
+
+def print_json(kind: str, body: dict[str, Any]) -> None:
+    """The one JSON document of a command, redacted: ``{"schema": "backpropagate.<kind>/1", …}``."""
+    document = redact_data({"schema": f"backpropagate.{kind}/1", **body})
+    option = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
+    sys.stdout.write(orjson.dumps(document, option=option, default=str).decode())
+
+
+class SilentScreen:
+    """Shows nothing."""
+
+    def show(self, event: Event) -> None:
+        """Nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        return
+
+
+class PlainScreen:
+    """Ten lines a run, for files and pipes."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+
+    def show(self, event: Event) -> None:
+        """Print an event's line; steps are thinned to about ten lines."""
+        if isinstance(event, StepDone) and not _is_told(event):
+            return
+        line = describe(event, since=self._began)
+        if line:
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        """Print one line at once."""
+        print(text, flush=True)  # noqa: T201
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        return
+
+
+class LiveScreen:
+    """A bar with step, loss, learning rate, speed, memory and time left."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False)
+        self._progress = Progress(
+            TextColumn("  training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            transient=True,
+        )
+        self._task: Any = None
+        self._began = time.monotonic()
+
+    def show(self, event: Event) -> None:
+        """Move the bar, or print an event's line above it."""
+        if isinstance(event, StepDone):
+            if self._task is None:
+                self._task = self._progress.add_task("training", total=event.steps, facts="")
+                self._progress.start()
+            self._progress.update(self._task, completed=event.step, facts=_facts(event))
+            if event.step == event.steps:
+                self._close()
+                self.say(describe(event, since=self._began))
+        elif line := describe(event, since=self._began):
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._console.print(text, markup=False, soft_wrap=True)
+
+    def _close(self) -> None:
+        if self._task is not None:
+            self._progress.stop()
+            self._task = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+
+def describe(event: Event, *, since: float) -> str:
+    """An event in one line; empty for events that have nothing to say."""
+    match event:
+        case DataReady():
+            lost = f", {event.truncated} truncated, {event.dropped} dropped" if event.truncated or event.dropped else ""
+            return (
+                f"  data      {event.read} rows read: {event.trained} trained{lost}; "
+                f"{event.trained_tokens:,} of {event.tokens:,} tokens carry loss; template: {event.template}"
+            )
+        case ModelLoaded():
+            return (
+                f"  model     {event.name}: {event.parameters / 1e6:,.0f} M parameters, "
+                f"{event.trainable / 1e6:,.2f} M trained, {event.dtype} on {event.device}"
+            )
+        case StepDone():
+            return f"  step      {event.step}/{event.steps}  {_facts(event)}  {time.monotonic() - since:,.0f} s"
+        case AdapterSaved():
+            return f"  adapter   {event.bytes / 2**20:,.1f} MiB saved"
+        case Notice():
+            return f"  {event.level:<9} {event.message}"
+        case SampleAnswer():
+            when = "before" if event.step == 0 else f"step {event.step}"
+            return f"  {when:<9} {event.prompt}  →  {' '.join(event.answer.split())}"
+        case _:
+            return ""
+
+
+def _facts(event: StepDone) -> str:
+    return (
+        f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  "
+        f"{event.tokens_per_second:,.0f} tok/s  {event.memory_bytes / 2**30:.1f} GiB"
+    )
+
+
+def _is_told(event: StepDone) -> bool:
+    every = max(1, event.steps // _PLAIN_LINES)
+    return event.step % every == 0 or event.step in (1, event.steps)
+
+
+def loss_plot(losses: Sequence[float], *, width: int = 60, height: int = 8) -> str:
+    """The loss over steps as text, the y axis labelled; empty for fewer than two steps."""
+    if len(losses) < 2:
+        return ""
+    columns = [_mean_of_share(losses, i, min(width, len(losses))) for i in range(min(width, len(losses)))]
+    low, high = min(columns), max(columns)
+    span = (high - low) or 1.0
+    levels = [1 + round((c - low) / span * (height * 8 - 1)) for c in columns]  # eighths of a row
+    rows = []
+    for row in range(height - 1, -1, -1):
+        label = high if row == height - 1 else low if row == 0 else None
+        cells = "".join(_cell(level - 8 * row) for level in levels)
+        rows.append(f"  {'' if label is None else f'{label:.2f}':>6} │{cells}")
+    rows.append(f"  {'loss':>6} └{'─' * len(columns)} step {len(losses)}")
+    return "\n".join(rows)
+
+
+def _mean_of_share(values: Sequence[float], index: int, shares: int) -> float:
+    share = values[index * len(values) // shares : max((index + 1) * len(values) // shares, index + 1)]
+    return sum(share) / len(share)
+
+
+def _cell(eighths: int) -> str:
+    return " " if eighths <= 0 else _BLOCKS[min(eighths, 8) - 1]

@@ -1,0 +1,98 @@
+"""From an adapter folder to a file that others run: finds the base, exports, notes it in the run, registers it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import bp_export
+from backpropagate import catalogue, system
+from bp_runs.adapter import read_adapter_folder
+from bp_runs.errors import RecordInvalidError
+from bp_runs.store import RunStore
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportResult:
+    """What was written, and under which name Ollama has it."""
+
+    outcome: bp_export.ExportOutcome
+    ollama: str | None
+    """The name it was registered under; None where that was not asked for."""
+    run_id: str | None
+    """The run whose record now names the file; None for adapters from elsewhere."""
+
+    @property
+    def path(self) -> Path:
+        """The file or folder."""
+        return self.outcome.path
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {**asdict(self.outcome), "path": str(self.path), "ollama": self.ollama, "run_id": self.run_id}
+
+
+def export_adapter(
+    adapter: Path,
+    format: bp_export.Format,
+    *,
+    quantization: str,
+    output: Path | None = None,
+    base: str | None = None,
+    pre: str | None = None,
+    ollama_name: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExportResult:
+    """Export an adapter folder.
+
+    Args:
+        adapter: The adapter folder.
+        base: Overrides the base model that the adapter names: a folder or Hub id.
+
+    Raises:
+        CodedError: As `bp_export.export_adapter` and `catalogue.find_model`.
+    """
+    folder = read_adapter_folder(adapter)
+    base_folder = None
+    if format != "lora":
+        revision = None if base else folder.config.get("revision")
+        offline = system.is_offline(os.environ)
+        base_folder = catalogue.find_model(base or folder.base, revision=revision, offline=offline).folder
+    outcome = bp_export.export_adapter(
+        adapter,
+        output=output,
+        format=format,
+        quantization=quantization,
+        base=base_folder,
+        pre=pre,
+        progress=progress,
+    )
+    run_id = _note_in_run(adapter, folder.run_id, outcome)
+    if ollama_name is not None:
+        bp_export.register_with_ollama(outcome.path, ollama_name)
+    return ExportResult(outcome=outcome, ollama=ollama_name, run_id=run_id)
+
+
+def _note_in_run(adapter: Path, run_id: str | None, outcome: bp_export.ExportOutcome) -> str | None:
+    """Add the export to its run's record where that stands beside the adapter; returns the run's id."""
+    if run_id is None:
+        return None
+    for output in (adapter.resolve().parent, *adapter.resolve().parents[2:3]):
+        store = RunStore(output)
+        try:
+            store.add_artifact(
+                run_id,
+                {
+                    "kind": outcome.format,
+                    "path": str(outcome.path),
+                    "quantization": outcome.quantization,
+                    "sha256": outcome.sha256,
+                },
+            )
+        except RecordInvalidError:
+            continue
+        return run_id
+    return None

@@ -1,0 +1,71 @@
+"""The rails that are installed, and the one to train on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from backpropagate.errors import RailUnknownError, RailUnusableError
+from bp_runs.rail import Probe, Rail
+
+GROUP = "backpropagate.rails"
+_ORDER = ("cuda", "mlx")
+_in_use: list[Rail] = []
+
+
+@dataclass(frozen=True, slots=True)
+class RailStatus:
+    """A rail and what it says of this machine; ``rail`` is None where it failed to import."""
+
+    name: str
+    probe: Probe
+    rail: Rail | None
+
+
+@contextlib.contextmanager
+def use(rail: Rail) -> Iterator[None]:
+    """Let ``rail`` be the only one while the context lasts: the seam for tests and for rails of one's own."""
+    _in_use.append(rail)
+    try:
+        yield
+    finally:
+        _in_use.pop()
+
+
+def all_rails() -> list[RailStatus]:
+    """Every installed rail with its probe; importing them may import their frameworks."""
+    if _in_use:
+        return [RailStatus(_in_use[-1].name, _in_use[-1].probe(), _in_use[-1])]
+    points = {p.name: p for p in entry_points(group=GROUP)}
+    names = [n for n in _ORDER if n in points] + sorted(set(points) - set(_ORDER))
+    return [_status(name, points[name]) for name in names]
+
+
+def _status(name: str, point: object) -> RailStatus:
+    try:
+        rail: Rail = point.load()()  # type: ignore[attr-defined]
+        return RailStatus(name, rail.probe(), rail)
+    except Exception as error:  # noqa: BLE001  # an edge: a rail's framework may fail to import in any way
+        why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        return RailStatus(name, Probe(usable=False, why=f"failed to load: {why}"), None)
+
+
+def choose_rail(backend: str) -> Rail:
+    """The rail named ``backend``, or the first usable one for ``auto``.
+
+    Raises:
+        RailUnknownError: No rail has the name.
+        RailUnusableError: It cannot train here, or none can.
+    """
+    statuses = all_rails()
+    wanted = statuses if backend == "auto" else [s for s in statuses if s.name == backend]
+    if not wanted and backend != "auto":
+        names = ", ".join(s.name for s in statuses) or "none"
+        raise RailUnknownError(f"there is no backend {backend!r}; installed: {names}")
+    for status in wanted:
+        if status.probe.usable and status.rail is not None:
+            return status.rail
+    reasons = "; ".join(f"{s.name}: {s.probe.why}" for s in wanted) or "no rail is installed"
+    raise RailUnusableError("nothing here can train", cause=reasons)

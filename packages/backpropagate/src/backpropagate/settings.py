@@ -1,0 +1,203 @@
+"""Where each setting's value comes from: flag > environment > backpropagate.toml > default.
+
+A setting is a field of `bp_runs.Settings`; nothing here lists them a second time.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_type_hints
+
+import msgspec
+
+from backpropagate.errors import InvalidSettingError, SettingsFileError, UnknownSettingError
+from bp_runs.spec import Settings
+
+ENV_PREFIX = "BACKPROPAGATE_"
+TOML_FILE = "backpropagate.toml"
+Source = Literal["flag", "env", "toml", "default"]
+
+# Environment names of the program itself, which are no settings of a run.
+PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "OFFLINE", "DEBUG"})
+
+_SHORT = {"model.name": "model", "data.path": "data", "training.learning_rate": "lr", "training.output_dir": "output"}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: its key, type, default and words."""
+
+    key: str
+    type: Any
+    default: Any
+    help: str
+
+    @property
+    def short(self) -> str:
+        """Python keyword and, with dashes, the flag: ``lora_r``, ``lr``, ``max_seq_length``."""
+        group, name = self.key.split(".")
+        return _SHORT.get(self.key) or (f"lora_{name}" if group == "lora" and name != "target_modules" else name)
+
+    @property
+    def env(self) -> str:
+        """Name in the environment: ``BACKPROPAGATE_LORA__R``."""
+        return ENV_PREFIX + self.key.replace(".", "__").upper()
+
+
+@cache
+def all_settings() -> Mapping[str, Setting]:
+    """Every setting by dotted key, in the order of `bp_runs.spec`."""
+    found: dict[str, Setting] = {}
+    for group in fields(Settings):
+        group_type = get_type_hints(Settings)[group.name]
+        hints = get_type_hints(group_type)
+        for f in fields(group_type):
+            default = f.default if f.default is not MISSING else None
+            found[f"{group.name}.{f.name}"] = Setting(
+                f"{group.name}.{f.name}", hints[f.name], default, f.metadata["help"]
+            )
+    return MappingProxyType(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Settings, and where each value came from."""
+
+    settings: Settings
+    sources: Mapping[str, Source]
+
+    def to_record(self) -> dict[str, dict[str, Any]]:
+        """By dotted key: ``{"value": …, "source": …}``."""
+        return {k: {"value": v, "source": self.sources[k]} for k, v in self.settings.to_flat().items()}
+
+
+def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None, toml: Path | None = None) -> Resolved:
+    """Join the four sources into typed settings.
+
+    Args:
+        flags: By short name (``lora_r``); None means not given.
+        environ: The environment; names that start with ``BACKPROPAGATE_`` are read.
+        toml: The settings file; a missing file is no settings.
+
+    Raises:
+        UnknownSettingError: A name that no setting has; the nearest one is named.
+        InvalidSettingError: A value of the wrong type or out of range.
+        SettingsFileError: The file is not TOML.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = dict.fromkeys(all_settings(), "default")
+    layers: tuple[tuple[Source, Mapping[str, Any]], ...] = (
+        ("toml", _from_toml(toml)),
+        ("env", _from_env(environ or {})),
+        ("flag", _from_flags(flags)),
+    )
+    for source, layer in layers:
+        for key, raw in layer.items():
+            values[key] = _convert(all_settings()[key], raw, source)
+            sources[key] = source
+    return Resolved(_check(_build(values)), MappingProxyType(sources))
+
+
+def _from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    by_short = {s.short: s.key for s in all_settings().values()}
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name in given:
+        if name not in by_short:
+            raise UnknownSettingError(f"there is no setting {name!r}{nearest(name, by_short)}")
+    return {by_short[name]: value for name, value in given.items()}
+
+
+def _from_env(environ: Mapping[str, str]) -> dict[str, Any]:
+    by_env = {s.env: s.key for s in all_settings().values()}
+    found = {}
+    for name, value in environ.items():
+        if not name.startswith(ENV_PREFIX) or name.removeprefix(ENV_PREFIX) in PROGRAM_ENV:
+            continue
+        if name not in by_env:
+            raise UnknownSettingError(f"the environment variable {name} is no setting{nearest(name, by_env)}")
+        found[by_env[name]] = value
+    return found
+
+
+def _from_toml(file: Path | None) -> dict[str, Any]:
+    if file is None or not file.is_file():
+        return {}
+    try:
+        tree = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise SettingsFileError(f"{file} cannot be read as TOML", cause=str(error)) from error
+    found = {}
+    for group, table in tree.items():
+        for name, value in table.items() if isinstance(table, dict) else [("", table)]:
+            key = f"{group}.{name}".rstrip(".")
+            if key not in all_settings():
+                raise UnknownSettingError(f"{file} sets {key!r}, which is no setting{nearest(key, all_settings())}")
+            found[key] = value
+    return found
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` for the known name nearest to ``name``; empty where none is near."""
+    match = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _convert(setting: Setting, raw: Any, source: Source) -> Any:
+    """``raw`` as the setting's type; text from the environment is read as the type wants it."""
+    if isinstance(raw, str) and "tuple" in str(setting.type):
+        raw = [part.strip() for part in raw.split("|") if part.strip()]
+    if isinstance(raw, Path):
+        raw = str(raw)
+    try:
+        return msgspec.convert(raw, setting.type, strict=source == "toml")
+    except msgspec.ValidationError as error:
+        where = {"env": setting.env, "toml": f"{setting.key} in {TOML_FILE}"}.get(
+            source, "--" + setting.short.replace("_", "-")
+        )
+        raise InvalidSettingError(f"{where} cannot be {raw!r}", cause=str(error)) from error
+
+
+def _build(values: Mapping[str, Any]) -> Settings:
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        group, name = key.split(".")
+        groups.setdefault(group, {})[name] = value
+    types = get_type_hints(Settings)
+    return Settings(**{group: types[group](**values) for group, values in groups.items()})
+
+
+# Lowest and highest values that make sense; the highest is open where None.
+_RANGES: Mapping[str, tuple[float, float | None]] = {
+    "model.max_seq_length": (8, None),
+    "data.samples": (1, None),
+    "lora.r": (1, 4096),
+    "lora.dropout": (0.0, 0.999),
+    "training.steps": (1, None),
+    "training.batch_size": (1, None),
+    "training.gradient_accumulation": (1, None),
+    "training.warmup_steps": (0, None),
+    "training.weight_decay": (0.0, None),
+    "training.max_grad_norm": (0.0, None),
+    "training.sample_tokens": (1, None),
+}
+_POSITIVE = ("training.learning_rate", "lora.alpha")
+
+
+def _check(settings: Settings) -> Settings:
+    flat = settings.to_flat()
+    for key, (low, high) in _RANGES.items():
+        value = flat[key]
+        if value is not None and (not value >= low or (high is not None and value > high)):
+            upper = f" and at most {high}" if high is not None else ""
+            raise InvalidSettingError(f"{key} is {value}; it must be at least {low}{upper}")
+    for key in _POSITIVE:
+        value = flat[key]
+        if value is not None and not 0 < value < float("inf"):
+            raise InvalidSettingError(f"{key} is {value}; it must be a positive number")
+    return settings

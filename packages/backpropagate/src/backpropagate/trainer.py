@@ -1,0 +1,158 @@
+"""The facade: three lines from a data file to a GGUF.
+
+trainer = Trainer("Qwen/Qwen2.5-7B-Instruct")
+trainer.train("my_data.jsonl", steps=100)
+trainer.export("gguf", quantization="q4_k_m")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from backpropagate import catalogue, rails, settings, stopping, system
+from backpropagate.errors import DataMissingError
+from backpropagate.exporting import ExportResult, export_adapter
+from backpropagate.logs import current_run
+from bp_data.errors import DatasetNotFoundError
+from bp_runs.events import Event
+from bp_runs.rail import Rail, TrainOutcome
+from bp_runs.record import RunRecord
+from bp_runs.spec import TrainSpec
+from bp_runs.store import RunStore
+
+Format = Literal["lora", "merged", "gguf"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainResult:
+    """A run that ended well, or was stopped with its adapter kept."""
+
+    run_id: str
+    adapter: Path
+    """``<output>/lora``, or the run's own folder where it was stopped before the first step ended."""
+    outcome: TrainOutcome
+    record: RunRecord
+
+
+class Trainer:
+    """Trains adapters on one base model and exports them.
+
+    Args:
+        model: A Hugging Face folder or Hub id; default: the setting ``model.name``.
+        output: Output folder; default: the setting ``training.output_dir``.
+        rail: Train on this rail instead of one that is found; for tests and rails of one's own.
+        command: What was typed, for the record.
+        **flags: Settings by short name, as the CLI's flags with underscores: ``lora_r=16``, ``lr=1e-4``.
+
+    Raises:
+        UserError: A setting is unknown or has a value that it cannot take.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        output: str | Path | None = None,
+        rail: Rail | None = None,
+        command: Sequence[str] = (),
+        **flags: Any,
+    ) -> None:
+        self._flags = {"model": model, "output": output, **flags}
+        self._rail = rail
+        self._command = tuple(command)
+        self.settings = self._resolve({}).settings
+        self.last: TrainResult | None = None
+
+    @property
+    def output(self) -> Path:
+        """The output folder."""
+        return Path(self.settings.training.output_dir)
+
+    def train(
+        self, data: str | Path | None = None, *, on_event: Callable[[Event], None] | None = None, **flags: Any
+    ) -> TrainResult:
+        """Train an adapter and leave it at ``<output>/lora``.
+
+        Args:
+            data: The data file; default: the setting ``data.path``.
+            on_event: Called with every event of the run, after it is recorded.
+            **flags: Settings for this run, over the Trainer's own.
+
+        Raises:
+            CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
+        """
+        system.silence_telemetry(os.environ)
+        resolved = self._resolve({"data": data, **flags})
+        self.settings = wanted = resolved.settings
+        _require_data(wanted.data.path)
+        rail = self._rail or rails.choose_rail(wanted.training.backend)
+        offline = system.is_offline(os.environ)
+        base = catalogue.find_model(wanted.model.name, revision=wanted.model.revision, offline=offline)
+        store = RunStore(self.output)
+        writer = store.start(
+            settings=resolved.to_record(),
+            rail=rail.name,
+            command=self._command,
+            versions=system.installed_versions(),
+            hardware=system.describe_machine(),
+        )
+        current_run.set(writer.run_id)
+
+        def emit(event: Event) -> None:
+            writer.emit(event)
+            if on_event is not None:
+                on_event(event)
+
+        with writer, stopping.on_interrupt() as stop:
+            spec = TrainSpec.build(wanted, writer.folders, base.folder, base.commit)
+            outcome = rail.train(spec, emit, stop)
+            adapter = store.publish_adapter(writer.run_id)
+            record = writer.finish(outcome)
+        self.last = TrainResult(run_id=writer.run_id, adapter=adapter, outcome=outcome, record=record)
+        return self.last
+
+    def export(
+        self,
+        format: Format = "gguf",
+        *,
+        quantization: str = "q4_k_m",
+        output: str | Path | None = None,
+        ollama_name: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ExportResult:
+        """Export the newest adapter of the output folder.
+
+        Args:
+            format: ``gguf``, ``merged`` or ``lora``.
+            quantization: The GGUF's type: f32, bf16, f16, q8_0 or q4_k_m.
+            output: The file (GGUF) or folder to write; default: beside the adapter.
+            ollama_name: Register the GGUF with a running Ollama under this name.
+            progress: Called with bytes written and bytes in all.
+
+        Raises:
+            CodedError: Bad input or a failed export; nothing half-written is left.
+        """
+        adapter = self.last.adapter if self.last else self.output / "lora"
+        return export_adapter(
+            adapter,
+            format,
+            quantization=quantization,
+            output=None if output is None else Path(output),
+            ollama_name=ollama_name,
+            progress=progress,
+        )
+
+    def _resolve(self, flags: dict[str, Any]) -> settings.Resolved:
+        given = {name: value for name, value in flags.items() if value is not None}
+        return settings.resolve({**self._flags, **given}, os.environ, Path(settings.TOML_FILE))
+
+
+def _require_data(path: str) -> None:
+    if not path:
+        raise DataMissingError("no data file was named")
+    if not Path(path).expanduser().exists():
+        raise DatasetNotFoundError(f"there is no data file {path}")

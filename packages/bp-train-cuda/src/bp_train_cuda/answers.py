@@ -1,0 +1,40 @@
+"""Greedy answers to the sample prompts, so that a person sees what the training changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from bp_data import ChatTemplate, Tokenizer
+
+
+def answer(
+    model: Any, tokenizer: Tokenizer, template: ChatTemplate, prompt: str, *, max_tokens: int, ends: Sequence[int]
+) -> str:
+    """The model's greedy answer to one user message.
+
+    Args:
+        ends: Token ids that end an assistant turn.
+    """
+    text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    batch = torch.tensor([ids], device=model.device)  # (1, T)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model.generate(
+                input_ids=batch,
+                attention_mask=torch.ones_like(batch),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=list(ends),
+                pad_token_id=ends[0],
+            )
+    finally:
+        model.train(was_training)
+    new = [t for t in out[0, len(ids) :].tolist() if t not in ends]
+    return tokenizer.decode(new).strip()

@@ -1,0 +1,146 @@
+"""One run from prepared rows to a saved adapter, on transformers, PEFT and TRL."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from bp_data import Prepared
+from bp_runs.errors import CodedError
+from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
+from bp_runs.files import require_free_space
+from bp_runs.rail import Stop, TrainOutcome, mean_ends
+from bp_runs.spec import TrainSpec
+from bp_train_cuda import load, lora, probe
+from bp_train_cuda.answers import answer
+from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
+from bp_train_cuda.loop import StepReporter
+from bp_train_cuda.methods import sft
+
+_log = logging.getLogger("bp_train_cuda")
+_SAVE_MARGIN = 64 * 2**20  # tokenizer, settings, metrics
+
+
+def train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> TrainOutcome:
+    """Load, train, answer the sample prompts, save.
+
+    Raises:
+        CodedError: As `bp_train_cuda.rail.CudaRail.train`.
+    """
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with _logged_warnings(), _coded_framework_errors():
+        return _train(spec, prepared, emit, stop)
+
+
+def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> TrainOutcome:
+
+    device = probe.choose_device()
+    memory = probe.PeakMemory(device)
+    trust = spec.model.trust_remote_code
+    parameters = load.count_parameters(load.read_config(spec.base, trust_remote_code=trust), trust_remote_code=trust)
+    load.require_capable(parameters, device)
+    base = load.load_model(spec.base, device, dtype=spec.model.dtype, trust_remote_code=trust)
+    set_seed(spec.training.seed)
+    model = lora.add_lora(base, spec.lora)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    require_free_space(spec.folders.run, 4 * trainable + _SAVE_MARGIN, "the adapter")
+    emit(_model_loaded(spec, parameters, trainable, base.dtype, device))
+    if device.kind == "cpu":
+        emit(Notice(message=f"training on the CPU ({device.why}): fine for small models, slow for others"))
+    _emit_answers(spec, prepared, model, emit, step=0)
+    reporter = StepReporter(emit, stop, memory, spec.training.steps)
+    trainer = sft.build_trainer(
+        model,
+        _trl_tokenizer(spec, prepared),
+        prepared.rows,
+        spec.training,
+        spec.folders.run,
+        on_gpu=device.kind == "cuda",
+        bf16=device.kind == "cuda" and base.dtype == torch.bfloat16,
+        callback=reporter,
+    )
+    trainer.train()
+    _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
+    template = None if prepared.template.name == "tokenizer" else prepared.template.text
+    size = lora.save_adapter(model, spec, template)
+    emit(AdapterSaved(path=str(spec.folders.adapter), bytes=size))
+    first, final = mean_ends(reporter.losses)
+    return TrainOutcome(
+        adapter=spec.folders.adapter,
+        steps=len(reporter.losses),
+        first_loss=first,
+        final_loss=final,
+        tokens=reporter.tokens,
+        seconds=reporter.seconds,
+        peak_memory=memory.read(),
+        stopped=reporter.stopped,
+    )
+
+
+def _emit_answers(spec: TrainSpec, prepared: Prepared, model: Any, emit: Emit, *, step: int) -> None:
+
+    for prompt in spec.training.sample_prompts:
+        text = answer(
+            model,
+            prepared.tokenizer,
+            prepared.template,
+            prompt,
+            max_tokens=spec.training.sample_tokens,
+            ends=prepared.facts.stop_ids,
+        )
+        emit(SampleAnswer(step=step, prompt=prompt, answer=text))
+
+
+def _trl_tokenizer(spec: TrainSpec, prepared: Prepared) -> Any:
+    """TRL asks its tokenizer for the padding token only; a model without one pads with what ends a turn."""
+    pad = prepared.facts.pad_id if prepared.facts.pad_id is not None else prepared.facts.stop_ids[0]
+    end = prepared.facts.eos_id if prepared.facts.eos_id is not None else pad
+    texts = prepared.tokenizer.token_text
+    return load.build_tokenizer(spec.base, pad=texts(pad), eos=texts(end))
+
+
+def _model_loaded(spec: TrainSpec, parameters: int, trainable: int, dtype: Any, device: probe.Device) -> ModelLoaded:
+
+    return ModelLoaded(
+        name=spec.model.name,
+        revision=spec.base_commit,
+        config_sha256=load.config_digest(spec.base),
+        parameters=parameters,
+        trainable=trainable,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.label,
+    )
+
+
+@contextlib.contextmanager
+def _logged_warnings() -> Iterator[None]:
+    """Frameworks' warnings go to our log, whatever the process does with warnings elsewhere."""
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
+        _log.info("%s at %s:%d: %s", category.__name__, filename, lineno, message)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.showwarning = show
+        yield
+
+
+@contextlib.contextmanager
+def _coded_framework_errors() -> Iterator[None]:
+    """Give the framework's own errors a code; ours and a lack of memory keep their own."""
+    try:
+        yield
+    except CodedError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise GpuOutOfMemoryError("the GPU ran out of memory", cause=str(error).split(". ")[0]) from error
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, OSError) as error:
+        raise TrainingFailedError(f"{type(error).__name__}: {error}") from error

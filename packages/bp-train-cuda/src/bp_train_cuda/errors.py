@@ -1,0 +1,64 @@
+"""What can go wrong on this rail.
+
+DependencyError
+├── GpuNotAvailableError   DEP_GPU_NOT_AVAILABLE   too large a model for a CPU
+└── ModelLoadError         DEP_MODEL_LOAD_FAILED   the base model's files cannot be loaded
+UserError
+├── RemoteCodeError        CONFIG_TRUST_REMOTE_CODE_REQUIRED
+└── TargetModulesError     CONFIG_TARGET_MODULES   no layer has the given names
+RunFailedError
+├── GpuOutOfMemoryError    RUNTIME_GPU_OOM
+└── TrainingFailedError    RUNTIME_TRAINING_FAILED the framework raised inside the loop
+"""
+
+from __future__ import annotations
+
+from bp_runs.errors import DependencyError, RunFailedError, UserError
+
+
+class GpuNotAvailableError(DependencyError):
+    """The model is too large to train on a CPU."""
+
+    code = "DEP_GPU_NOT_AVAILABLE"
+    when = "A model of over 1 billion parameters was to be trained where no CUDA device can be used."
+    default_way_out = "Use a machine with an NVIDIA card and its driver, or a model under 1 billion parameters."
+
+
+class ModelLoadError(DependencyError):
+    """The base model cannot be loaded."""
+
+    code = "DEP_MODEL_LOAD_FAILED"
+    when = "The base model's files are damaged, incomplete, or of a kind that transformers does not know."
+    default_way_out = "Check the folder, or fetch the model again; `backprop info` shows the versions installed."
+
+
+class RemoteCodeError(UserError):
+    """The model brings its own Python code, which is not run unasked."""
+
+    code = "CONFIG_TRUST_REMOTE_CODE_REQUIRED"
+    when = "The model's config points to its own Python code, and trust_remote_code is off."
+    default_way_out = "Read that code first; then set BACKPROPAGATE_MODEL__TRUST_REMOTE_CODE=true"
+
+
+class TargetModulesError(UserError):
+    """The adapter's target modules do not occur in the model."""
+
+    code = "CONFIG_TARGET_MODULES"
+    when = "No layer of the model has any of the names given as target modules."
+    default_way_out = "Adapt all linear layers: --target-modules all-linear"
+
+
+class GpuOutOfMemoryError(RunFailedError):
+    """The GPU has too little memory for a step."""
+
+    code = "RUNTIME_GPU_OOM"
+    when = "The GPU ran out of memory while loading or training; nothing of earlier runs is touched."
+    default_way_out = "Halve the micro-batch or the row length: --batch-size 1 --max-seq-length 1024"
+
+
+class TrainingFailedError(RunFailedError):
+    """The training framework raised an error in the loop."""
+
+    code = "RUNTIME_TRAINING_FAILED"
+    when = "transformers, TRL or torch raised an error in the training loop."
+    default_way_out = "Report it with the output of `backprop info`; the run's metrics.jsonl shows how far it came."

@@ -1,0 +1,101 @@
+"""The base model from a local folder: checked first, then loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from bp_train_cuda.errors import GpuNotAvailableError, ModelLoadError, RemoteCodeError
+from bp_train_cuda.probe import CPU_PARAMETER_LIMIT, Device, choose_dtype
+
+_LOAD_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError, SafetensorError)
+
+
+def read_config(base: Path, *, trust_remote_code: bool) -> Any:
+    """The model's transformers config.
+
+    Raises:
+        RemoteCodeError: It needs the model's own code and that was not allowed.
+        ModelLoadError: transformers does not understand it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
+    except _LOAD_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise RemoteCodeError(f"{base} needs its own Python code", cause=_first_line(error)) from error
+        raise ModelLoadError(f"the config of {base} cannot be used", cause=_first_line(error)) from error
+    if (
+        getattr(config, "auto_map", None)
+        and not trust_remote_code
+        and type(config).__module__.startswith("transformers_")
+    ):
+        raise RemoteCodeError(f"{base} needs its own Python code")
+    return config
+
+
+def count_parameters(config: Any, *, trust_remote_code: bool) -> int:
+    """Parameters of the model that ``config`` describes, without its weights.
+
+    Raises:
+        ModelLoadError: No causal language model has such a config.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except _LOAD_ERRORS as error:
+        raise ModelLoadError("the config describes no causal language model", cause=_first_line(error)) from error
+    return sum(p.numel() for p in model.parameters())
+
+
+def require_capable(parameters: int, device: Device) -> None:
+    """Refuse a CPU for models that would take days on it.
+
+    Raises:
+        GpuNotAvailableError: Over `CPU_PARAMETER_LIMIT` parameters and no CUDA device.
+    """
+    if device.kind == "cpu" and parameters > CPU_PARAMETER_LIMIT:
+        raise GpuNotAvailableError(
+            f"the model has {parameters / 1e9:.1f} billion parameters and there is only a CPU: {device.why}",
+            details={"parameters": parameters, "limit": CPU_PARAMETER_LIMIT},
+        )
+
+
+def load_model(
+    base: Path, device: Device, *, dtype: Literal["auto", "float32", "bfloat16"], trust_remote_code: bool
+) -> Any:
+    """The base model's weights on ``device``.
+
+    Raises:
+        ModelLoadError: Files are missing, damaged or do not fit the config.
+    """
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base,
+            dtype=choose_dtype(dtype, device),
+            device_map={"": device.kind},
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except _LOAD_ERRORS as error:
+        raise ModelLoadError(f"the weights in {base} cannot be loaded", cause=_first_line(error)) from error
+
+
+def build_tokenizer(base: Path, *, pad: str, eos: str) -> PreTrainedTokenizerFast:
+    """tokenizer.json as it stands, for TRL's padding; AutoTokenizer would rebuild the pre-tokenizer."""
+    return PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"), pad_token=pad, eos_token=eos)
+
+
+def config_digest(base: Path) -> str:
+    """Hex SHA-256 of config.json."""
+    return hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

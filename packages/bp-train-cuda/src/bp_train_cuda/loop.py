@@ -1,0 +1,72 @@
+"""From transformers' callbacks to our events, and from a stop request to the loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from bp_runs.errors import TrainingDivergedError
+from bp_runs.events import Emit, StepDone
+from bp_runs.rail import Stop
+from bp_train_cuda.probe import PeakMemory
+
+
+class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for a strict check
+    """Emits `StepDone` for every optimizer step and ends the loop when asked to.
+
+    Raises (inside the loop):
+        TrainingDivergedError: The loss is not finite.
+    """
+
+    def __init__(self, emit: Emit, stop: Stop, memory: PeakMemory, steps: int) -> None:
+        self._emit = emit
+        self._stop = stop
+        self._memory = memory
+        self._steps = steps
+        self._began = self._last = 0.0
+        self.losses: list[float] = []
+        self.tokens = 0
+        self.stopped = False
+
+    @property
+    def seconds(self) -> float:
+        """From the first step's start to the last step's end."""
+        return self._last - self._began
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self._began = self._last = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Finish after this step where a stop was asked for."""
+        if state.global_step < self._steps and self._stop():
+            self.stopped = True
+            control.should_training_stop = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """Turn a step's log into an event; the closing summary has no learning rate and is passed over."""
+        if "loss" not in logs or "learning_rate" not in logs:
+            return
+        now, loss = time.perf_counter(), float(logs["loss"])
+        tokens = int(logs.get("num_tokens", self.tokens))
+        self._emit(
+            StepDone(
+                step=state.global_step,
+                steps=self._steps,
+                loss=loss,
+                learning_rate=float(logs["learning_rate"]),
+                grad_norm=None if logs.get("grad_norm") is None else float(logs["grad_norm"]),
+                tokens=tokens,
+                tokens_per_second=(tokens - self.tokens) / max(now - self._last, 1e-9),
+                memory_bytes=self._memory.read(),
+            )
+        )
+        self._last, self.tokens = now, tokens
+        if not math.isfinite(loss):
+            raise TrainingDivergedError(f"the loss is {loss} at step {state.global_step}")
+        self.losses.append(loss)

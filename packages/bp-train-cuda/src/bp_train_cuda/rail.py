@@ -1,0 +1,75 @@
+"""The CUDA rail: rows → tokens → LoRA on transformers, PEFT and TRL → adapter folder. Small models also on a CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bp_runs.events import DataReady, Emit, Notice
+from bp_runs.paths import REJECTED_FILE
+from bp_runs.rail import Probe, Stop, TrainOutcome
+from bp_runs.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from bp_data import Prepared
+
+
+class CudaRail:
+    """Trains on the first CUDA device, or on the CPU models of up to one billion parameters."""
+
+    name = "cuda"
+
+    def probe(self) -> Probe:
+        """Usable on a CUDA device, and on a CPU for small models."""
+        from bp_train_cuda.probe import choose_device
+
+        device = choose_device()
+        note = "" if device.kind == "cuda" else "; models of up to 1 billion parameters train on the CPU"
+        return Probe(usable=True, why=device.why + note, device=device.kind, memory=device.memory)
+
+    def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
+        """Train a LoRA adapter with loss on the assistant's tokens only.
+
+        Raises:
+            DataError, DatasetGateError: The rows cannot be trained on; nothing has been loaded then.
+            GpuNotAvailableError, RemoteCodeError, ModelLoadError, TargetModulesError: The model cannot be trained here.
+            GpuOutOfMemoryError: Too little GPU memory.
+            TrainingDivergedError: The loss is no longer finite.
+            TrainingFailedError: The framework raised.
+        """
+        prepared = self._prepare(spec, emit)
+        from bp_train_cuda import engine
+
+        return engine.train(spec, prepared, emit, stop)
+
+    def _prepare(self, spec: TrainSpec, emit: Emit) -> Prepared:
+        from bp_data import prepare
+
+        prepared = prepare(
+            spec.data.path,
+            spec.base,
+            spec.model.max_seq_length,
+            on_bad_row=spec.data.on_bad_row,
+            samples=spec.data.samples,
+            seed=spec.training.seed,
+        )
+        prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
+        emit(_data_ready(spec, prepared))
+        if prepared.ledger.dropped:
+            emit(Notice(message=f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}", level="warning"))
+        return prepared
+
+
+def _data_ready(spec: TrainSpec, prepared: Prepared) -> DataReady:
+    ledger = prepared.ledger
+    return DataReady(
+        path=spec.data.path,
+        sha256=prepared.data_sha256,
+        template=prepared.template_name,
+        template_sha256=prepared.template_hash,
+        read=ledger.read,
+        trained=ledger.trained,
+        truncated=ledger.truncated,
+        dropped=ledger.dropped,
+        tokens=prepared.tokens,
+        trained_tokens=prepared.trained_tokens,
+    )

@@ -1,0 +1,17 @@
+"""What can go wrong on this rail.
+
+DependencyError
+└── MlxUnavailableError   DEP_MLX_UNAVAILABLE
+"""
+
+from __future__ import annotations
+
+from bp_runs.errors import DependencyError
+
+
+class MlxUnavailableError(DependencyError):
+    """MLX cannot train here."""
+
+    code = "DEP_MLX_UNAVAILABLE"
+    when = "Training on MLX was asked for where it cannot be done."
+    default_way_out = "Train on the other rail: --backend cuda"
