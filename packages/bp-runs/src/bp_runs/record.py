@@ -56,7 +56,11 @@ class RunRecord:
         return redacted
 
     def to_summary(self) -> dict[str, Any]:
-        """The record's row in the index."""
+        """The record's row in the index, redacted."""
+        row: dict[str, Any] = redact_data(self._summary())
+        return row
+
+    def _summary(self) -> dict[str, Any]:
         return {
             "run_id": self.run_id,
             "kind": self.kind,

@@ -19,6 +19,7 @@ from bp_runs.events import DataReady, Event, ModelLoaded
 from bp_runs.files import coded_disk_errors, fsync_folder, publish_folder, publish_json, require_folder, sha256_file
 from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord, read_record, utc_now, write_record
+from bp_runs.redact import redact_data
 from bp_runs.spec import RunFolders
 
 INDEX_SCHEMA = "backpropagate.run_history/1"
@@ -234,7 +235,7 @@ class RunWriter:
         Raises:
             DiskFullError: No room for the line.
         """
-        line = orjson.dumps({"at": utc_now(), **event.to_dict()}, option=orjson.OPT_APPEND_NEWLINE)
+        line = orjson.dumps({"at": utc_now(), **redact_data(event.to_dict())}, option=orjson.OPT_APPEND_NEWLINE)
         with coded_disk_errors(self.folders.run):
             self._metrics.write(line)
         if isinstance(event, ModelLoaded):

@@ -40,7 +40,7 @@ def add_lora(model: Any, spec: LoraSpec) -> Any:
     targets = [name.strip() for name in spec.target_modules.split(",") if name.strip()]
     config = LoraConfig(
         r=spec.r,
-        lora_alpha=spec.resolved_alpha,  # type: ignore[arg-type]  # PEFT divides it; a float is exact
+        lora_alpha=spec.resolved_alpha,
         lora_dropout=spec.dropout,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         task_type="CAUSAL_LM",
@@ -77,8 +77,10 @@ def save_adapter(model: Any, spec: TrainSpec, template: str | None) -> int:
 
 
 def _name_base(file: Path, spec: TrainSpec) -> None:
-    """Name the base as the user did (a folder: absolute), not by where a cache keeps it."""
+    """Name the base as the user did (a folder: absolute), not by where a cache keeps it; same run, same bytes."""
     config = orjson.loads(file.read_bytes())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
     config["base_model_name_or_path"] = spec.model.name if spec.base_commit else str(spec.base.resolve())
     config["revision"] = spec.base_commit
     file.write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 
 from cyclopts import App, CycloptsError
@@ -13,22 +14,59 @@ from backpropagate.cli.failing import report_bug, report_error
 from backpropagate.errors import CommandLineError
 from bp_runs.errors import CodedError
 
-# name, module:function, one line for the overview; lazy commands need their help here.
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A row of the command table."""
+
+    name: str
+    target: str
+    """``module:function`` under `backpropagate.cli`."""
+    line: str
+    """For the overview; a lazy command's own text is not read before it is called."""
+    example: str
+
+
 COMMANDS = (
-    ("quickstart", "quickstart:quickstart", "Train, export and talk to a small model with the example data."),
-    ("train", "train:train", "Train an adapter on your data."),
-    ("export", "export:export", "Export an adapter as GGUF, merged model or adapter; register it with Ollama."),
-    ("validate", "validate:validate", "Check a data file the way training reads it, and show what is trained."),
-    ("list-runs", "list_runs:list_runs", "List the runs of an output folder."),
-    ("show-run", "show_run:show_run", "Show one run in full."),
-    ("info", "info:info", "Show versions, rails, paths and settings, for bug reports."),
-    ("errors", "errors:errors", "Explain the error codes."),
+    Command(
+        "quickstart",
+        "quickstart:quickstart",
+        "Train, export and talk to a small model with the example data.",
+        "backprop quickstart --output ./quickstart",
+    ),
+    Command(
+        "train",
+        "train:train",
+        "Train an adapter on your data and leave it at OUTPUT/lora.",
+        "backprop train --data my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct --steps 100",
+    ),
+    Command(
+        "export",
+        "export:export",
+        "Export an adapter as GGUF, merged model or adapter; register it with Ollama.",
+        "backprop export ./output/lora --format gguf --quantization q4_k_m --ollama --ollama-name my-model",
+    ),
+    Command(
+        "validate",
+        "validate:validate",
+        "Check a data file the way training reads it, and show what is trained.",
+        "backprop validate my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct",
+    ),
+    Command("list-runs", "list_runs:list_runs", "List the runs of an output folder.", "backprop list-runs --limit 5"),
+    Command(
+        "show-run",
+        "show_run:show_run",
+        "Show one run in full; a part of its id is enough.",
+        "backprop show-run 20261123 --output ./output",
+    ),
+    Command("info", "info:info", "Show versions, rails, paths and settings, for bug reports.", "backprop info --json"),
+    Command("errors", "errors:errors", "Explain the error codes.", "backprop errors INPUT_DATASET_NOT_FOUND"),
 )
 
 _EPILOGUE = """Three things to do next:
-  backprop quickstart                                    see it work on a small model
-  backprop train --data my_data.jsonl --model OWNER/NAME  train on your own rows
-  backprop export ./output/lora --format gguf            make a GGUF of the result
+  backprop quickstart                      see it work on a small model
+  backprop train --data my_data.jsonl      train on your own rows
+  backprop export ./output/lora            make a GGUF of the result
 """
 
 
@@ -42,8 +80,9 @@ def build_app() -> App:
         version=lambda: version("backpropagate"),
         version_flags=["--version", "-V"],
     )
-    for name, target, line in COMMANDS:
-        app.command(f"backpropagate.cli.{target}", name=name, help=line)
+    for command in COMMANDS:
+        target = f"backpropagate.cli.{command.target}"
+        app.command(target, name=command.name, help=command.line, help_epilogue=f"Example:\n  {command.example}")
     return app
 
 
@@ -71,21 +110,11 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _command_line_error(error: CycloptsError, argv: Sequence[str]) -> CommandLineError:
-    known = {name for name, _, _ in COMMANDS}
+    """Cyclopts' message, which already names the nearest flag or command, under our code."""
+    known = {command.name for command in COMMANDS}
     command = next((word for word in argv if word in known), None)
-    message = " ".join(str(error).split()).rstrip(".")
-    flag = getattr(getattr(error, "token", None), "keyword", None)
-    hint = _nearest_flag(flag, command) if flag and command else ""
     help_line = f"backprop {command} --help" if command else "backprop --help"
-    return CommandLineError(f"{message}{hint}", way_out=f"See what it takes: {help_line}")
-
-
-def _nearest_flag(flag: str, command: str) -> str:
-    from backpropagate.settings import nearest
-
-    arguments = build_app()[command].assemble_argument_collection()
-    hint = nearest(flag.split("=", maxsplit=1)[0], [name for argument in arguments for name in argument.names])
-    return "" if "ean" in hint and hint in flag else hint
+    return CommandLineError(" ".join(str(error).split()).rstrip("."), way_out=f"See what it takes: {help_line}")
 
 
 def main() -> None:

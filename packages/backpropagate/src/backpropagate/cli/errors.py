@@ -17,8 +17,6 @@ _OWNERS = ("bp_runs", "bp_data", "bp_merge", "bp_export", "bp_train_cuda", "bp_t
 def errors(code: str | None = None, *, json: Json = False) -> int:
     """Explain one error code, or list them all.
 
-    Example: backprop errors INPUT_DATASET_NOT_FOUND
-
     Parameters
     ----------
     code: str

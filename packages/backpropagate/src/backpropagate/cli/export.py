@@ -29,8 +29,6 @@ def export(
 ) -> int:
     """Export an adapter: base and adapter become one file that llama.cpp and Ollama run.
 
-    Example: backprop export ./output/lora --format gguf --quantization q4_k_m --ollama --ollama-name my-model
-
     Parameters
     ----------
     adapter: Path

@@ -42,9 +42,9 @@ def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def _parameter(setting: Setting) -> inspect.Parameter:
     flag = "--sample-prompt" if setting.key == "training.sample_prompts" else "--" + setting.short.replace("_", "-")
     names = (flag, *(a for a in _ALIASES.get(setting.key, ()) if a != flag))
-    kind = list[str] if setting.key == "training.sample_prompts" else setting.type
+    kind: Any = list[str] if setting.key == "training.sample_prompts" else setting.type
     shown = "" if setting.default in (None, "", ()) else f" [default: {_spell(setting.default)}]"
-    annotation = Annotated[
+    annotation: Any = Annotated[
         kind | None, Parameter(name=names, help=setting.help + shown, show_default=False, negative_iterable="")
     ]
     return keyword(setting.short, annotation, None)

@@ -11,10 +11,7 @@ from backpropagate.cli.screen import print_json
 
 
 def info(*, json: Json = False) -> int:
-    """Show versions, rails, the machine and paths: what a bug report needs.
-
-    Example: backprop info --json
-    """
+    """Show versions, rails, the machine and paths: what a bug report needs."""
     machine = system.describe_machine()
     versions = system.installed_versions()
     statuses = rails.all_rails()

@@ -18,8 +18,6 @@ def list_runs(
 ) -> int:
     """List the runs of an output folder, newest first.
 
-    Example: backprop list-runs --status completed
-
     Parameters
     ----------
     status: str
@@ -30,7 +28,7 @@ def list_runs(
     rows = [r for r in RunStore(Path(output)).list_runs() if status in (None, r["status"])]
     shown = rows[:limit] if limit else rows
     if json:
-        print_json("runs", {"runs": shown, "total": len(rows)})
+        print_json("list-runs", {"runs": shown, "total": len(rows)})
         return 0
     if not rows:
         print(f"no runs in {output}; start one: backprop train --data my_data.jsonl")  # noqa: T201

@@ -24,8 +24,6 @@ def quickstart(
 ) -> int:
     """Train, export and talk to a small model with the example data: a few minutes on two CPU cores.
 
-    Example: backprop quickstart --output ./quickstart
-
     Parameters
     ----------
     output: Path

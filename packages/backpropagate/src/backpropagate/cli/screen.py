@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 import orjson
@@ -132,9 +131,7 @@ class LiveScreen:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *args: object) -> None:
         self._close()
 
 
@@ -143,9 +140,10 @@ def describe(event: Event, *, since: float) -> str:
     match event:
         case DataReady():
             lost = f", {event.truncated} truncated, {event.dropped} dropped" if event.truncated or event.dropped else ""
+            template = "the model's own" if event.template == "tokenizer" else event.template
             return (
                 f"  data      {event.read} rows read: {event.trained} trained{lost}; "
-                f"{event.trained_tokens:,} of {event.tokens:,} tokens carry loss; template: {event.template}"
+                f"{event.trained_tokens:,} of {event.tokens:,} tokens carry loss; chat template: {template}"
             )
         case ModelLoaded():
             return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,6 @@ from bp_runs.store import RunStore
 def show_run(run: str, *, output: Output = "./output", json: Json = False) -> int:
     """Show one run in full: what was asked, with what, how it went and how it ended.
 
-    Example: backprop show-run 20261123
-
     Parameters
     ----------
     run: str
@@ -25,7 +24,7 @@ def show_run(run: str, *, output: Output = "./output", json: Json = False) -> in
     record = store.load(run)
     metrics = store.read_metrics(record.run_id)
     if json:
-        print_json("run", {"record": record.to_dict(), "metrics": metrics})
+        print_json("show-run", {"record": record.to_dict(), "metrics": metrics})
     else:
         print("\n".join(_lines(record, metrics)))  # noqa: T201
     return 0
@@ -39,7 +38,7 @@ def _lines(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
         f"  rail      {record.rail} on {record.host} (pid {record.pid})",
     ]
     if record.command:
-        lines.append(f"  command   {' '.join(record.command)}")
+        lines.append(f"  command   {shlex.join(record.command)}")
     if record.model:
         lines.append(f"  model     {record.model['name']} ({record.model['dtype']} on {record.model['device']})")
     if record.data:
@@ -56,6 +55,6 @@ def _lines(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
         lines.append(f"  do        {record.error['way_out']}")
     lines += [f"  {a['kind']:<9} {a['path']}" for a in record.artifacts]
     changed = {k: v for k, v in record.settings.items() if v["source"] != "default"}
-    lines += ["  settings  " + ", ".join(f"{k}={v['value']} ({v['source']})" for k, v in changed.items())]
+    lines += [f"  set       {k} = {v['value']} ({v['source']})" for k, v in changed.items()]
     plot = loss_plot([m["loss"] for m in metrics if m.get("event") == "step" and m.get("loss") is not None])
     return [*lines, "", plot] if plot else lines

@@ -11,10 +11,7 @@ from backpropagate.trainer import Trainer
 
 
 def train(**flags: Any) -> int:
-    """Train an adapter on your data and leave it at OUTPUT/lora.
-
-    Example: backprop train --data my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct --steps 100
-    """
+    """Train an adapter on your data and leave it at OUTPUT/lora."""
     as_json = flags.pop("json", False)
     trainer = Trainer(command=["backprop", *sys.argv[1:]], **flags)
     with open_screen(as_json=as_json) as screen:

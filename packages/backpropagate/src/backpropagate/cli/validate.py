@@ -27,8 +27,6 @@ def validate(
 ) -> int:
     """Check a data file the way training reads it, and show which tokens are trained.
 
-    Example: backprop validate my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct
-
     Parameters
     ----------
     data: Path

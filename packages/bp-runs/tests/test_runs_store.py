@@ -1,0 +1,209 @@
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import orjson
+import pytest
+
+from bp_runs import Settings, TrainSpec, paths
+from bp_runs.adapter import changed_files, read_adapter_folder
+from bp_runs.errors import (
+    AdapterInvalidError,
+    OutputNotWritableError,
+    RecordInvalidError,
+    RunNotFoundError,
+    TrainingDivergedError,
+)
+from bp_runs.spec import DataSpec, TrainingSpec
+from bp_runs.store import RunStore
+from bp_runs.testing import FakeRail
+
+
+def fake_run(output: Path, *, rail: FakeRail | None = None, steps: int = 5, stop=lambda: False) -> str:
+    data = output.parent / "data.jsonl"
+    data.write_text('{"text": "hello"}\n')
+    settings = Settings(data=DataSpec(path=str(data)), training=TrainingSpec(steps=steps))
+    store = RunStore(output)
+    recorded = {k: {"value": v, "source": "default"} for k, v in settings.to_flat().items()}
+    with store.start(settings=recorded, rail="fake") as run:
+        spec = TrainSpec.build(settings, run.folders, base=output)
+        outcome = (rail or FakeRail()).train(spec, run.emit, stop)
+        store.publish_adapter(run.run_id)
+        run.finish(outcome)
+    return run.run_id
+
+
+def test_a_run_is_recorded_from_start_to_end(tmp_path):
+    store = RunStore(tmp_path / "out")
+    run_id = fake_run(tmp_path / "out")
+    record = store.load(run_id)
+    assert record.status == "completed"
+    assert record.result["steps"] == 5
+    assert record.data["read"] == 1
+    assert record.settings["lora.r"] == {"value": 16, "source": "default"}
+    events = store.read_metrics(run_id)
+    assert [e["loss"] for e in events if e["event"] == "step"] == [4 / (s + 1) for s in range(1, 6)]
+    adapter = read_adapter_folder(tmp_path / "out" / "lora")
+    assert adapter.run_id == run_id
+    assert changed_files(adapter.path) == []
+
+
+def test_a_later_run_leaves_the_earlier_adapter_intact(tmp_path):
+    output = tmp_path / "out"
+    first = fake_run(output)
+    second = fake_run(output)
+    assert read_adapter_folder(output / "lora").run_id == second
+    assert read_adapter_folder(paths.run_folder(output, first) / "lora").run_id == first
+
+
+def test_failures_keep_their_kind(tmp_path):
+    output = tmp_path / "out"
+    good = fake_run(output)
+    with pytest.raises(TrainingDivergedError):
+        fake_run(output, rail=FakeRail(fail_at=3, failure=TrainingDivergedError("loss is nan")))
+    with pytest.raises(ZeroDivisionError), RunStore(output).start(settings={}, rail="fake"):
+        _ = 1 / 0
+    with RunStore(output).start(settings={}, rail="fake"):
+        pass
+    statuses = [row["status"] for row in RunStore(output).list_runs()]
+    assert sorted(statuses) == ["completed", "diverged", "failed", "failed"]
+    assert read_adapter_folder(output / "lora").run_id == good
+    codes = {row["error"] for row in RunStore(output).list_runs()}
+    assert codes == {None, "RUNTIME_TRAINING_DIVERGED"}
+
+
+def test_a_stop_keeps_the_adapter(tmp_path):
+    run_id = fake_run(tmp_path / "out", stop=lambda: True)
+    record = RunStore(tmp_path / "out").load(run_id)
+    assert (record.status, record.result["steps"]) == ("stopped", 1)
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"runs": [{}]}', None])
+def test_the_index_is_rebuilt(tmp_path, damage):
+    output = tmp_path / "out"
+    ids = {fake_run(output) for _ in range(3)}
+    index = paths.index_file(output)
+    index.unlink() if damage is None else index.write_bytes(damage)
+    assert {row["run_id"] for row in RunStore(output).list_runs()} == ids
+    fake_run(output)
+    assert len(orjson.loads(index.read_bytes())["runs"]) == 4
+
+
+def test_a_torn_last_line_is_left_out(tmp_path):
+    run_id = fake_run(tmp_path / "out")
+    file = paths.run_folder(tmp_path / "out", run_id) / paths.METRICS_FILE
+    whole = RunStore(tmp_path / "out").read_metrics(run_id)
+    file.write_bytes(file.read_bytes() + b'{"event": "st')
+    assert RunStore(tmp_path / "out").read_metrics(run_id) == whole
+
+
+def test_a_damaged_record_is_named_and_the_others_are_listed(tmp_path):
+    output = tmp_path / "out"
+    bad, good = fake_run(output), fake_run(output)
+    (paths.run_folder(output, bad) / "run.json").write_bytes(b"\x00")
+    with pytest.raises(RecordInvalidError):
+        RunStore(output).load(bad)
+    paths.index_file(output).unlink()
+    rows = {row["run_id"]: row["status"] for row in RunStore(output).list_runs()}
+    assert rows == {bad: "failed", good: "completed"}
+
+
+def test_partial_ids(tmp_path):
+    output = tmp_path / "out"
+    ids = [fake_run(output) for _ in range(2)]
+    assert RunStore(output).find(ids[0][-6:]) == ids[0]
+    for wrong in ("zzz", ""):
+        with pytest.raises(RunNotFoundError):
+            RunStore(output).find(wrong)
+    with pytest.raises(RunNotFoundError, match="2 runs match"):
+        RunStore(output).find(os.path.commonprefix(ids))
+
+
+def test_reading_makes_no_folders(tmp_path):
+    assert RunStore(tmp_path / "none").list_runs() == []
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_output_that_is_a_file(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(OutputNotWritableError):
+        RunStore(tmp_path / "out").start(settings={}, rail="fake")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_secrets_do_not_reach_the_disk(tmp_path):
+    secret = "hf_" + "a1B2" * 8
+    settings = {"model.name": {"value": f"https://me:{secret}@x.y/z", "source": "flag"}}
+    with RunStore(tmp_path).start(settings=settings, rail="fake", command=["backprop", "--token=" + secret]) as run:
+        pass
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or secret.encode() not in file.read_bytes()
+    assert RunStore(tmp_path).load(run.run_id).settings["model.name"]["source"] == "flag"
+
+
+def _hang(output: str) -> None:
+    run = RunStore(Path(output)).start(settings={}, rail="fake")
+    time.sleep(60)
+    run.fail(TimeoutError())
+
+
+def test_a_killed_run_is_interrupted_at_the_next_look(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=_hang, args=(str(tmp_path),))
+    process.start()
+    store = RunStore(tmp_path)
+    deadline = time.monotonic() + 30
+    while not store.list_runs() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [row["status"] for row in store.list_runs()] == ["running"]
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert [row["status"] for row in store.list_runs()] == ["interrupted"]
+    assert store.load(store.list_runs()[0]["run_id"]).ended_at
+
+
+def _record_many(output: str, count: int) -> None:
+    for _ in range(count):
+        with RunStore(Path(output)).start(settings={}, rail="fake"):
+            pass
+
+
+def test_processes_share_an_output_folder(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_record_many, args=(str(tmp_path), 20)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [p.exitcode for p in processes] == [0] * 4
+    index = orjson.loads(paths.index_file(tmp_path).read_bytes())["runs"]
+    assert len({row["run_id"] for row in index}) == 80
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("adapter_config.json", None),
+        ("adapter_config.json", b"{"),
+        ("adapter_config.json", b"[]"),
+        ("adapter_config.json", b"{}"),
+        ("adapter_config.json", b'{"peft_type": "IA3"}'),
+        ("adapter_model.safetensors", None),
+    ],
+)
+def test_incomplete_adapters_are_refused(tmp_path, name, content):
+    fake_run(tmp_path / "out")
+    file = tmp_path / "out" / "lora" / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(AdapterInvalidError):
+        read_adapter_folder(tmp_path / "out" / "lora")
+
+
+def test_a_changed_adapter_file_is_noticed(tmp_path):
+    fake_run(tmp_path / "out")
+    weights = tmp_path / "out" / "lora" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    assert changed_files(weights.parent) == ["adapter_model.safetensors"]
