@@ -1,0 +1,47 @@
+"""From a LoRA adapter and its base to one GGUF, or a merged folder, in one streaming pass without torch.
+
+Importing this package imports nothing else; its names load their modules when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bp_export.chat import LlamaChat
+    from bp_export.export import ExportOutcome, Format, export_adapter
+    from bp_export.gguf import read_settings, read_stop_strings
+    from bp_export.mixture import QUANTIZATIONS
+    from bp_export.ollama import OllamaModel, register_gguf
+
+__all__ = [
+    "QUANTIZATIONS",
+    "ExportOutcome",
+    "Format",
+    "LlamaChat",
+    "OllamaModel",
+    "export_adapter",
+    "read_settings",
+    "read_stop_strings",
+    "register_gguf",
+]
+
+_MODULES = {
+    "QUANTIZATIONS": "mixture",
+    "ExportOutcome": "export",
+    "Format": "export",
+    "LlamaChat": "chat",
+    "OllamaModel": "ollama",
+    "export_adapter": "export",
+    "read_settings": "gguf",
+    "read_stop_strings": "gguf",
+    "register_gguf": "ollama",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULES.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

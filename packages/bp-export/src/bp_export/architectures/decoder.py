@@ -1,0 +1,137 @@
+"""What the dense decoder models have in common: names, settings, and the order of both.
+
+Names come from gguf-py's tensor map. Settings and their order follow ``TextModel.set_gguf_parameters`` of llama.cpp's
+converter (b11434), so that a file made here can be compared byte by byte with one made there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, LlamaFileType, RopeScalingType, get_tensor_name_map
+
+from bp_export.errors import ArchitectureUnsupportedError, ModelInvalidError
+from bp_merge import Floats
+
+# Buffers that old checkpoints carry along and llama.cpp computes by itself.
+_SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+_PLAIN_ROPES = ("default", "linear", "yarn")
+
+
+class Architecture(ABC):
+    """How one kind of model is laid out in a GGUF.
+
+    Args:
+        config: The model's ``config.json``.
+
+    Raises:
+        ModelInvalidError: A setting is missing or no number.
+        ArchitectureUnsupportedError: The rotary embedding is of a kind that cannot be written.
+    """
+
+    gguf_arch: ClassVar[MODEL_ARCH]
+    ropes: ClassVar[tuple[str, ...]] = _PLAIN_ROPES
+    tells_space_prefix: ClassVar[bool] = False
+    """Whether the converter repeats the tokenizer's ``add_prefix_space``."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+        self.layers = self._read_count("num_hidden_layers")
+        self.heads = self._read_count("num_attention_heads")
+        self.key_heads = int(config.get("num_key_value_heads") or self.heads)
+        self.width = self._read_count("hidden_size")
+        self.vocab_size = self._read_count("vocab_size")
+        self.rope = _read_rope(config)
+        self._names = get_tensor_name_map(self.gguf_arch, self.layers)
+        if (kind := self.rope.get("rope_type", "default")) not in self.ropes:
+            raise ArchitectureUnsupportedError(f"the rotary embedding's type {kind!r} cannot be written as GGUF yet")
+
+    @property
+    def name(self) -> str:
+        """The GGUF's ``general.architecture``."""
+        return str(MODEL_ARCH_NAMES[self.gguf_arch])
+
+    @property
+    def head_width(self) -> int:
+        """Weights of one attention head."""
+        return int(self.config.get("head_dim") or self.width // self.heads)
+
+    def map_name(self, name: str) -> str | None:
+        """The GGUF's name of a checkpoint's tensor; None for one that is left out.
+
+        Raises:
+            ArchitectureUnsupportedError: The layout knows no such tensor.
+        """
+        if name.endswith(_SKIPPED) or (name == "lm_head.weight" and self.config.get("tie_word_embeddings")):
+            return None
+        mapped = self._names.get_name(key=name, try_suffixes=(".weight", ".bias"))
+        if mapped is None:
+            raise ArchitectureUnsupportedError(f"{self.name} has no place for the tensor {name}")
+        return str(mapped)
+
+    @abstractmethod
+    def read_rotated_heads(self, name: str) -> int:
+        """Heads whose rows change places in a checkpoint's tensor; 0 where they stay."""
+
+    def build_extra_tensors(self) -> dict[str, Floats]:
+        """Tensors that a checkpoint lacks and a GGUF needs, by GGUF name; written as F32."""
+        return {}
+
+    def add_settings(self, writer: GGUFWriter, file_type: LlamaFileType) -> None:
+        """Write the model's numbers into a GGUF's key-value section."""
+        config = self.config
+        writer.add_block_count(self.layers)
+        if (context := config.get("max_position_embeddings")) is not None:
+            writer.add_context_length(int(context))
+        writer.add_embedding_length(self.width)
+        writer.add_feed_forward_length(self._read_count("intermediate_size"))
+        writer.add_head_count(self.heads)
+        if "num_key_value_heads" in config:
+            writer.add_head_count_kv(self.key_heads)
+        self._add_rope(writer)
+        if (epsilon := config.get("rms_norm_eps")) is not None:
+            writer.add_layer_norm_rms_eps(float(epsilon))
+        if (head := config.get("head_dim")) is not None:
+            writer.add_key_length(int(head))
+            writer.add_value_length(int(head))
+        writer.add_file_type(int(file_type))
+
+    def add_after_vocabulary(self, writer: GGUFWriter) -> None:
+        """Write what the converter adds once the vocabulary is in."""
+        del writer
+
+    def _add_rope(self, writer: GGUFWriter) -> None:
+        kind, factor = self.rope.get("rope_type"), self.rope.get("factor")
+        if kind == "linear" and factor is not None:
+            writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(float(factor))
+        if kind == "yarn" and factor is not None:
+            writer.add_rope_scaling_type(RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(float(factor))
+            writer.add_rope_scaling_orig_ctx_len(int(self._read_rope_number("original_max_position_embeddings")))
+        if (base := self.rope.get("rope_theta")) is not None:
+            writer.add_rope_freq_base(float(base))
+
+    def _read_rope_number(self, key: str) -> float:
+        value = self.rope.get(key, self.config.get(key))
+        if not isinstance(value, int | float):
+            raise ModelInvalidError(f"config.json scales the rotary embedding without {key}")
+        return float(value)
+
+    def _read_count(self, key: str) -> int:
+        value = self.config.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise ModelInvalidError(f"config.json says {key}={value!r}; a whole number above 0 is needed")
+        return value
+
+
+def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding's settings; newer files keep them in one object, older ones beside each other."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if "rope_type" not in rope and "type" in rope:
+        rope["rope_type"] = rope["type"]
+    if "rope_theta" not in rope and config.get("rope_theta") is not None:
+        rope["rope_theta"] = config["rope_theta"]
+    return rope

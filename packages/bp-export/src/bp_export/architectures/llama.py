@@ -1,0 +1,64 @@
+"""Arch ``llama``: Llama 3.x, SmolLM2, and Mistral models with a byte-level vocabulary."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gguf import MODEL_ARCH, GGUFWriter
+
+from bp_export.architectures.decoder import Architecture
+from bp_export.errors import ArchitectureUnsupportedError
+from bp_merge import Floats
+
+_ADDS_NO_BOS = 49152
+_FREQUENCIES = "rope_freqs.weight"
+
+
+class LlamaArchitecture(Architecture):
+    """Rows of q and k are re-ordered, since llama.cpp rotates neighbouring pairs and transformers halves of a head."""
+
+    gguf_arch = MODEL_ARCH.LLAMA
+    ropes = ("default", "linear", "yarn", "llama3")
+    tells_space_prefix = True
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        for key in ("attention_bias", "mlp_bias"):
+            if config.get(key):
+                raise ArchitectureUnsupportedError(f"a llama with {key} cannot be written as GGUF yet")
+
+    def read_rotated_heads(self, name: str) -> int:
+        if name.endswith("q_proj.weight"):
+            return self.heads
+        return self.key_heads if name.endswith("k_proj.weight") else 0
+
+    def add_settings(self, writer: GGUFWriter, file_type: int) -> None:
+        super().add_settings(writer, file_type)
+        writer.add_vocab_size(self.vocab_size)
+        writer.add_rope_dimension_count(self.head_width)
+
+    def add_after_vocabulary(self, writer: GGUFWriter) -> None:
+        if self.vocab_size == _ADDS_NO_BOS:
+            writer.add_add_bos_token(False)
+
+    def build_extra_tensors(self) -> dict[str, Floats]:
+        return {_FREQUENCIES: self._build_frequencies()} if self.rope.get("rope_type") == "llama3" else {}
+
+    def _build_frequencies(self) -> Floats:
+        """Factors on the wavelengths, (head / 2,): Llama 3.1's scaling (``_compute_llama3_parameters``, transformers).
+
+        Short waves stay, long ones are stretched by ``factor``, those between are blended.
+        """
+        factor = self._read_rope_number("factor")
+        low, high = self._read_rope_number("low_freq_factor"), self._read_rope_number("high_freq_factor")
+        context = self._read_rope_number("original_max_position_embeddings")
+        exponents = np.arange(0, self.head_width, 2, dtype=np.float32) / np.float32(self.head_width)
+        frequencies = np.float32(1.0) / np.float32(self._read_rope_number("rope_theta")) ** exponents
+        waves = np.float32(2 * math.pi) / frequencies
+        smooth = (np.float32(context) / waves - np.float32(low)) / np.float32(high - low)
+        blended = np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)
+        stretched = np.where(waves > context / low, np.float32(factor), blended)
+        return np.where(waves < context / high, np.float32(1), stretched).astype(np.float32)

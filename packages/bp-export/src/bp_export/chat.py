@@ -1,0 +1,117 @@
+"""Chat with a GGUF in llama.cpp, in this process, with the file's own chat template.
+
+llama.cpp comes from the package xllamacpp (the extra ``verify``), which is imported only when a chat is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bp_export.errors import ChatFailedError, LlamaCppMissingError
+from bp_export.gguf import read_settings
+
+_QUIET = -1
+
+
+class LlamaChat:
+    """A GGUF loaded in llama.cpp; close it, or use it in a ``with``.
+
+    Args:
+        path: The GGUF.
+        context: Tokens of prompt and answer together.
+
+    Raises:
+        LlamaCppMissingError: xllamacpp is not installed.
+        ChatFailedError: The file is no GGUF, or llama.cpp cannot load it.
+    """
+
+    def __init__(self, path: Path, *, context: int = 2048) -> None:
+        self.template = read_settings(path).get("tokenizer.chat_template")
+        """The Jinja template in the file; None without one."""
+        self._path = path
+        self._server: Any = _start_server(path, context)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unload the model; answering after it is an error."""
+        self._server = None
+
+    def answer(
+        self, messages: Sequence[Mapping[str, str]], max_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> str:
+        """The assistant's next message.
+
+        Args:
+            messages: Each with ``role`` and ``content``.
+            max_tokens: Tokens at most; the answer ends earlier where the model ends its turn.
+            temperature: 0 for always the likeliest token.
+            seed: For other temperatures.
+
+        Raises:
+            ChatFailedError: The file has no chat template, or llama.cpp answers with an error.
+        """
+        return str(self.complete(messages, max_tokens, temperature, seed)["message"]["content"] or "")
+
+    def complete(
+        self, messages: Sequence[Mapping[str, str]], max_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> dict[str, Any]:
+        """As `answer`, but llama.cpp's whole first choice: ``message``, ``finish_reason`` (``stop`` or ``length``)."""
+        if not self.template:
+            raise ChatFailedError(
+                f"{self._path} has no chat template", way_out="Export it with a tokenizer that has one."
+            )
+        request = {
+            "messages": [dict(message) for message in messages],
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        return _read_choice(_ask(self._server, request))
+
+
+def _start_server(path: Path, context: int) -> Any:
+    try:
+        import xllamacpp  # an extra, and a large library
+    except ImportError as error:
+        raise LlamaCppMissingError("xllamacpp is not installed", cause=str(error)) from error
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx = context
+    params.n_parallel = 1
+    params.use_jinja = True
+    params.verbosity = _QUIET
+    params.warmup = False
+    params.ui = False
+    params.port = 0
+    try:
+        return xllamacpp.Server(params)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ChatFailedError(f"llama.cpp cannot load {path}", cause=str(error)) from error
+
+
+def _ask(server: Any, request: Mapping[str, Any]) -> Any:
+    if server is None:
+        raise ChatFailedError("the model has been unloaded")
+    try:
+        reply = server.handle_chat_completions(json.dumps(request))
+    except (RuntimeError, ValueError) as error:
+        raise ChatFailedError("llama.cpp could not answer", cause=str(error)) from error
+    return json.loads(reply) if isinstance(reply, str | bytes) else reply
+
+
+def _read_choice(reply: Any) -> dict[str, Any]:
+    try:
+        return dict(reply["choices"][0])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ChatFailedError("llama.cpp could not answer", cause=str(reply)[:500]) from error

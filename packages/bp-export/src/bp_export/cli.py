@@ -1,0 +1,101 @@
+"""``bp-export``: the command line of this package alone; ``backprop export`` is the larger one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bp_runs.errors import CodedError
+
+if TYPE_CHECKING:
+    from bp_export.export import ExportOutcome
+
+_INTERRUPTED = 130
+_QUANTIZATIONS = "f32, bf16, f16, q8_0, q6_k, q5_k_m, q4_k_m"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="bp-export", description="Export a LoRA adapter, or a model, without torch.")
+    parser.add_argument("adapter", type=Path, help="a PEFT adapter folder, or a Hugging Face model folder")
+    parser.add_argument("--format", choices=("lora", "merged", "gguf"), default="gguf", help="default: gguf")
+    parser.add_argument("--quantization", default="q4_k_m", help=f"for gguf: {_QUANTIZATIONS} (default: q4_k_m)")
+    parser.add_argument("--output", type=Path, help="file or folder to write (default: beside the adapter)")
+    parser.add_argument("--base", type=Path, help="the base model's folder (default: the one the adapter names)")
+    parser.add_argument("--pre", help="llama.cpp's name of the tokenizer's splitting rule, if it is not recognised")
+    parser.add_argument("--name", help="the name to write into the GGUF")
+    parser.add_argument("--ollama", action="store_true", help="register the GGUF with a running Ollama")
+    parser.add_argument("--ollama-name", help="its name there (default: the file's name)")
+    parser.add_argument("--ollama-host", help="its address (default: http://127.0.0.1:11434)")
+    parser.add_argument("--json", action="store_true", help="print the outcome, or the error, as one JSON object")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status: 0, 1 the user's input, 2 the rest, 130 interrupted."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.ollama and options.format != "gguf":
+        parser.error("--ollama needs --format gguf")
+    try:
+        outcome, registered = _export(options)
+    except CodedError as error:
+        _print_error(error, as_json=options.json)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was left behind.", file=sys.stderr)  # noqa: T201
+        return _INTERRUPTED
+    _print_outcome(outcome, registered, as_json=options.json)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> tuple[ExportOutcome, str | None]:
+    from bp_export.export import export_adapter  # NumPy only after --help
+    from bp_export.ollama import register_gguf
+
+    outcome = export_adapter(
+        options.adapter,
+        output=options.output,
+        format=options.format,
+        quantization=options.quantization,
+        base=options.base,
+        pre=options.pre,
+        name=options.name,
+        progress=None if options.json or not sys.stderr.isatty() else _print_progress,
+    )
+    if not options.ollama:
+        return outcome, None
+    name = options.ollama_name or outcome.path.stem.lower()
+    return outcome, register_gguf(outcome.path, name, host=options.ollama_host).name
+
+
+def _print_progress(done: int, total: int) -> None:
+    end = "\n" if done == total else ""
+    print(f"\r{done / total:4.0%} of {total / 2**20:,.0f} MiB", end=end, file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _print_outcome(outcome: ExportOutcome, registered: str | None, *, as_json: bool) -> None:
+    if as_json:
+        fields: dict[str, Any] = dataclasses.asdict(outcome)
+        print(json.dumps({**fields, "path": str(outcome.path), "ollama": registered}))  # noqa: T201
+        return
+    kind = f"{outcome.format} {outcome.quantization or ''}".strip()
+    size = f"{outcome.bytes / 2**20:,.1f} MiB, {outcome.tensors} tensors, {outcome.seconds:.1f} s"
+    print(f"{outcome.path}\n  {kind}, {size}\n  sha256 {outcome.sha256}")  # noqa: T201
+    if registered:
+        print(f"  in Ollama as {registered}: ollama run {registered}")  # noqa: T201
+
+
+def _print_error(error: CodedError, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(error.to_dict(), default=str))  # noqa: T201
+        return
+    print(str(error), file=sys.stderr)  # noqa: T201
+    if error.cause:
+        print(f"  because: {error.cause}", file=sys.stderr)  # noqa: T201
+    print(f"  {error.way_out}", file=sys.stderr)  # noqa: T201

@@ -1,0 +1,115 @@
+"""What can go wrong with an export, as coded errors.
+
+    UserError (bp_runs)
+    ├── BaseModelNotFoundError       INPUT_EXPORT_BASE_NOT_FOUND          no base model folder on this machine
+    ├── ModelInvalidError            INPUT_EXPORT_MODEL_INVALID           config.json or a tensor is missing or wrong
+    ├── ArchitectureUnsupportedError INPUT_EXPORT_ARCHITECTURE            no GGUF layout for this kind of model
+    ├── TokenizerUnsupportedError    INPUT_EXPORT_TOKENIZER               not a byte-level BPE, or damaged
+    ├── PreTokenizerUnknownError     INPUT_EXPORT_PRE_TOKENIZER           its splitting rule is not in the table
+    ├── QuantizationUnknownError     INPUT_EXPORT_QUANTIZATION            no such --quantization, or not for this format
+    └── OutputTakenError             INPUT_EXPORT_OUTPUT_TAKEN            something else is where the output should go
+    DependencyError (bp_runs)
+    ├── GgmlMissingError             DEP_GGML_MISSING                     ggml's library is not installed or not whole
+    ├── LlamaCppMissingError         DEP_LLAMA_CPP_MISSING                the extra `verify` is not installed
+    └── OllamaRegistrationError      DEP_OLLAMA_REGISTRATION_FAILED       Ollama is away or refuses
+    RunFailedError (bp_runs)
+    └── ChatFailedError              RUNTIME_CHAT_FAILED                  llama.cpp cannot load or run the file
+
+The adapter's own faults are bp_merge's and bp_runs', the disk's are bp_runs'.
+"""
+
+from __future__ import annotations
+
+from bp_runs.errors import DependencyError, RunFailedError, UserError
+
+
+class BaseModelNotFoundError(UserError):
+    """The base model is not a folder on this machine."""
+
+    code = "INPUT_EXPORT_BASE_NOT_FOUND"
+    when = "The adapter's base model is not a local folder with a config.json."
+    default_way_out = "Download it and name its folder: --base /path/to/base-model"
+
+
+class ModelInvalidError(UserError):
+    """The model's folder lacks something or contradicts itself."""
+
+    code = "INPUT_EXPORT_MODEL_INVALID"
+    when = "The model's config.json is missing, damaged or incomplete, or its tensors do not fit it."
+    default_way_out = "Download or save the base model again; its folder must hold config.json and all of its weights."
+
+
+class ArchitectureUnsupportedError(UserError):
+    """There is no GGUF layout for this kind of model here."""
+
+    code = "INPUT_EXPORT_ARCHITECTURE"
+    when = "The model's architecture, or an option of it, is not one that the GGUF export can write."
+    default_way_out = "Export it as a merged model instead: --format merged"
+
+
+class TokenizerUnsupportedError(UserError):
+    """The tokenizer cannot be written into a GGUF."""
+
+    code = "INPUT_EXPORT_TOKENIZER"
+    when = "The tokenizer.json is missing or damaged, or is not a byte-level BPE."
+    default_way_out = "Export it as a merged model instead: --format merged"
+
+
+class PreTokenizerUnknownError(UserError):
+    """The tokenizer's splitting rule has no known name in llama.cpp."""
+
+    code = "INPUT_EXPORT_PRE_TOKENIZER"
+    when = "The tokenizer.json splits text by a rule that is not in the table, so that llama.cpp might split otherwise."
+    default_way_out = "If you know llama.cpp's name of the rule, give it: --pre llama-bpe"
+
+
+class QuantizationUnknownError(UserError):
+    """The quantization or the format is not one of those that exist."""
+
+    code = "INPUT_EXPORT_QUANTIZATION"
+    when = "The name given as quantization or format is unknown."
+    default_way_out = "Use one of the names in `bp-export --help`: --format gguf --quantization q4_k_m"
+
+
+class OutputTakenError(UserError):
+    """The output's place is taken by something that an export must not replace."""
+
+    code = "INPUT_EXPORT_OUTPUT_TAKEN"
+    when = "The output exists and is not an earlier export: a folder with files in it, or a file that is no GGUF."
+    default_way_out = "Choose another place: --output ./output/export"
+
+
+class GgmlMissingError(DependencyError):
+    """ggml's shared library cannot be loaded."""
+
+    code = "DEP_GGML_MISSING"
+    when = "The package libggml-python is not installed for this platform, or its library does not load."
+    default_way_out = "Install it again: pip install --force-reinstall libggml-python"
+
+
+class LlamaCppMissingError(DependencyError):
+    """llama.cpp for Python is not installed."""
+
+    code = "DEP_LLAMA_CPP_MISSING"
+    when = "A GGUF should be tried in llama.cpp, and the package xllamacpp is not installed."
+    default_way_out = "Install the extra: pip install 'bp-export[verify]'"
+
+
+class OllamaRegistrationError(DependencyError):
+    """Ollama cannot be reached, or refuses the model."""
+
+    code = "DEP_OLLAMA_REGISTRATION_FAILED"
+    when = "Ollama does not answer, or refuses the model; the exported file is kept."
+    default_way_out = (
+        "Start it in another terminal with `ollama serve` (or open the Ollama app), then repeat the command."
+    )
+
+
+class ChatFailedError(RunFailedError):
+    """llama.cpp cannot load the file, or cannot answer with it."""
+
+    code = "RUNTIME_CHAT_FAILED"
+    when = "llama.cpp cannot load the GGUF, or its answer is an error."
+    default_way_out = (
+        "Export the model again; if it fails again, try --quantization bf16 to see whether the type matters."
+    )

@@ -1,0 +1,152 @@
+"""Export an adapter, or a model without one, as a copy, as a merged model, or as one GGUF."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+from bp_export.errors import BaseModelNotFoundError, OutputTakenError, QuantizationUnknownError
+from bp_export.gguf import MAGIC
+from bp_export.merged import copy_adapter, write_merged
+from bp_export.mixture import read_quantization
+from bp_export.plan import build_plan, read_config
+from bp_export.stream import write_gguf
+from bp_export.vocab import TOKENIZER_FILE
+from bp_merge import FoldedModel, LoraAdapter, TensorReader, load_adapter, read_model_index
+from bp_runs.adapter import CONFIG_FILE, read_adapter_folder
+from bp_runs.files import require_folder, require_free_space
+
+Format: TypeAlias = Literal["lora", "merged", "gguf"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOutcome:
+    """What an export wrote."""
+
+    path: Path
+    """The GGUF, or the folder."""
+    format: Format
+    quantization: str | None
+    """None for formats that keep the base's types."""
+    bytes: int
+    """Size of the file, or of all files of the folder."""
+    tensors: int
+    seconds: float
+    sha256: str
+    """Of the GGUF, of model.safetensors (or of its index, where there are shards), or of adapter_model.safetensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What is exported: a base folder, perhaps an adapter on it, and whose tokenizer counts."""
+
+    base: Path
+    adapter: LoraAdapter | None
+    tokenizer: Path
+    name: str
+
+
+def export_adapter(
+    adapter: Path,
+    *,
+    output: Path | None = None,
+    format: Format = "gguf",
+    quantization: str = "q4_k_m",
+    base: Path | None = None,
+    pre: str | None = None,
+    name: str | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExportOutcome:
+    """Export an adapter folder, or a model folder that has no adapter.
+
+    Args:
+        adapter: A PEFT adapter folder, or a Hugging Face model folder (config.json and safetensors).
+        output: The GGUF's path, or the folder for the other formats. By default beside ``adapter``:
+            ``<name>-<quantization>.gguf``, ``<name>-merged`` or ``<name>-lora``.
+        format: ``lora`` copies the adapter, ``merged`` writes a Hugging Face folder, ``gguf`` one file for llama.cpp.
+        quantization: For ``gguf``: f32, bf16, f16, q8_0, q6_k, q5_k_m, q4_k_m.
+        base: The base's folder, instead of the one that the adapter names. The adapter's own counts if it is a
+            folder on this machine; Hub ids are for the caller to resolve.
+        pre: llama.cpp's name of the tokenizer's splitting rule, instead of recognising it.
+        name: Becomes the GGUF's ``general.name``, and part of the default output. By default ``<base>-tuned`` for an
+            adapter, and the folder's name for a model.
+        threads: Threads that quantize; None for the machine's cores, at most 8.
+        progress: Called with bytes done and bytes in all.
+
+    Raises:
+        CodedError: Anything in `bp_export.errors` and `bp_merge.errors`, AdapterInvalidError, DiskFullError,
+            OutputNotWritableError. Nothing half-written is left, nor after Ctrl-C.
+    """
+    begun = time.monotonic()
+    if format not in get_args(Format):
+        raise QuantizationUnknownError(f"there is no format {format!r}; there are {', '.join(get_args(Format))}")
+    if format == "lora":
+        return _export_lora(adapter, output, name, begun)
+    asked = read_quantization(quantization)
+    source = _read_source(adapter, base, name)
+    with FoldedModel(TensorReader(read_model_index(source.base)), source.adapter) as model:
+        if format == "merged":
+            target = output or adapter.parent / f"{source.name}-merged"
+            _require_free_folder(target)
+            size, sha256 = write_merged(model, source.base, source.tokenizer, target, progress=progress)
+            seconds = time.monotonic() - begun
+            return ExportOutcome(target, format, None, size, len(model.tensors), seconds, sha256)
+        target = output or adapter.parent / f"{source.name}-{asked.name}.gguf"
+        plan = build_plan(model, source.base, quantization=asked, tokenizer=source.tokenizer, name=source.name, pre=pre)
+        _require_free_file(target)
+        require_folder(target.parent)
+        require_free_space(target.parent, plan.disk_bytes, f"the {asked.name} GGUF")
+        size, sha256 = write_gguf(plan, model, target, progress=progress, threads=threads)
+    seconds = time.monotonic() - begun
+    return ExportOutcome(target, format, asked.name, size, len(plan.tensors), seconds, sha256)
+
+
+def _export_lora(adapter: Path, output: Path | None, name: str | None, begun: float) -> ExportOutcome:
+    folder = read_adapter_folder(adapter)
+    target = output or adapter.parent / f"{name or _name_after(folder.base)}-lora"
+    _require_free_folder(target)
+    tensors, size, sha256 = copy_adapter(folder, target)
+    return ExportOutcome(target, "lora", None, size, tensors, time.monotonic() - begun, sha256)
+
+
+def _read_source(folder: Path, base: Path | None, name: str | None) -> _Source:
+    """Find the base of an adapter folder; a folder without an adapter is its own base."""
+    if not (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
+        read_config(folder)
+        return _Source(folder, None, folder, name or folder.resolve().name)
+    adapter = load_adapter(folder)
+    named = Path(adapter.folder.base)
+    where = base or named
+    if not where.is_dir():
+        raise BaseModelNotFoundError(
+            f"the base model {where} is not a folder on this machine", details={"base": adapter.folder.base}
+        )
+    read_config(where)
+    tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else where
+    return _Source(where, adapter, tokenizer, name or _name_after(adapter.folder.base))
+
+
+def _name_after(base: str) -> str:
+    """The last part of a Hub id or path, and that it was tuned."""
+    return f"{base.replace(os.sep, '/').rstrip('/').rpartition('/')[2] or 'model'}-tuned"
+
+
+def _require_free_folder(path: Path) -> None:
+    """An output folder replaces only an empty one: what else stands there might be anything."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise OutputTakenError(f"{path} exists and is not empty")
+
+
+def _require_free_file(path: Path) -> None:
+    """An output file replaces only an earlier GGUF."""
+    if path.is_dir():
+        raise OutputTakenError(f"{path} is a folder", way_out=f"Name a file: --output {path / 'model.gguf'}")
+    if path.exists():
+        with path.open("rb") as file:
+            if file.read(len(MAGIC)) not in (MAGIC, b""):
+                raise OutputTakenError(f"{path} exists and is no GGUF")

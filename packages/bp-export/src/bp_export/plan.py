@@ -1,0 +1,197 @@
+"""The plan of a GGUF: every tensor's name, type and size, and all settings, before a byte is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Metadata, size_label
+
+from bp_export.architectures import Architecture, find_architecture
+from bp_export.errors import BaseModelNotFoundError, ModelInvalidError
+from bp_export.gguf import add_tensor, align, order_like_quantizer
+from bp_export.mixture import Quantization, choose_types, is_big_llama, sort_like_quantizer
+from bp_export.quantize import TensorType, compute_row_bytes
+from bp_export.vocab import Vocabulary, read_vocabulary
+from bp_merge import AdapterMismatchError, FoldedModel
+
+_SPARE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One tensor of the GGUF."""
+
+    name: str
+    """In the GGUF."""
+    source: str | None
+    """In the checkpoint; None for one that is computed."""
+    shape: tuple[int, ...]
+    kind: TensorType
+    rotated_heads: int
+    """Heads whose rows change places; 0 where they stay."""
+
+    @property
+    def rows(self) -> int:
+        """Rows; 1 for a vector."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file, without padding."""
+        return self.rows * compute_row_bytes(self.kind, self.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPlan:
+    """A whole GGUF, ready to be written."""
+
+    tensors: tuple[TensorPlan, ...]
+    """In the order in which they are written."""
+    writer: GGUFWriter
+    """Settings and tensor table."""
+    architecture: Architecture
+    vocabulary: Vocabulary
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of all tensors without padding: what progress counts."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room to ask for: tensors with padding, and a generous header."""
+        words = sum(len(token) for token in self.vocabulary.tokens) + 64 * len(self.vocabulary.tokens)
+        return sum(align(tensor.bytes) for tensor in self.tensors) + words + _SPARE_BYTES
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's ``config.json``.
+
+    Raises:
+        BaseModelNotFoundError: There is no such folder, or no config.json in it.
+        ModelInvalidError: It is damaged.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise BaseModelNotFoundError(f"{folder} is not a model folder on this machine: it has no config.json")
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelInvalidError(f"{file} cannot be read", cause=str(error)) from error
+    if not isinstance(config, dict):
+        raise ModelInvalidError(f"{file} is not a JSON object")
+    return config
+
+
+def build_plan(
+    model: FoldedModel,
+    base: Path,
+    *,
+    quantization: Quantization,
+    tokenizer: Path,
+    name: str,
+    pre: str | None = None,
+) -> GgufPlan:
+    """Decide the whole file.
+
+    Args:
+        model: The base's tensors with the adapter.
+        base: The base's folder, for config.json and generation_config.json.
+        quantization: The mixture.
+        tokenizer: The folder whose tokenizer goes in.
+        name: Becomes ``general.name``, and what it says about version and size, as llama.cpp's converter does with the
+            folder's name.
+        pre: llama.cpp's name of the splitting rule, instead of recognising it.
+
+    Raises:
+        ArchitectureUnsupportedError, ModelInvalidError, TokenizerUnsupportedError, PreTokenizerUnknownError: As named.
+        AdapterMismatchError: The adapter changes a tensor that the file leaves out, such as a tied lm_head.
+    """
+    config = read_config(base)
+    architecture = find_architecture(config)
+    tensors = _plan_tensors(model, architecture, quantization)
+    vocabulary = read_vocabulary(tokenizer, vocab_size=architecture.vocab_size, model_config=config, pre=pre)
+    writer = _build_writer(architecture, vocabulary, tensors, quantization, _read_metadata(base, name, tensors))
+    return GgufPlan(tensors, writer, architecture, vocabulary)
+
+
+def _plan_tensors(model: FoldedModel, architecture: Architecture, quantization: Quantization) -> tuple[TensorPlan, ...]:
+    named = {info.name: architecture.map_name(info.name) for info in model.tensors.values()}
+    if lost := sorted(name for name in model.changed if named[name] is None):
+        raise AdapterMismatchError(
+            f"the adapter changes {lost[0]}, which this model shares with its embedding",
+            way_out="Train without that module: --target-modules all-linear leaves lm_head out.",
+        )
+    sources = {gguf: hf for hf, gguf in named.items() if gguf is not None}
+    shapes = {name: value.shape for name, value in architecture.build_extra_tensors().items()}
+    shapes.update({gguf: model.tensors[hf].shape for gguf, hf in sources.items()})
+    _check_shapes(shapes, architecture)
+    big = is_big_llama(architecture.layers, architecture.heads, architecture.key_heads)
+    big = big and architecture.name == "llama"
+    kinds = choose_types(shapes, quantization, layers=architecture.layers, is_big_llama=big)
+    # The converter keeps the checkpoint's order, and llama-quantize sorts.
+    order = list(shapes) if quantization.is_float else sort_like_quantizer(list(shapes))
+    return tuple(_plan_tensor(n, sources.get(n), shapes[n], kinds[n], architecture) for n in order)
+
+
+def _plan_tensor(
+    name: str, source: str | None, shape: tuple[int, ...], kind: TensorType, architecture: Architecture
+) -> TensorPlan:
+    heads = architecture.read_rotated_heads(source) if source else 0
+    if heads and shape[0] % (2 * heads):
+        raise ModelInvalidError(f"{source} has {shape[0]} rows, which {heads} heads cannot share")
+    return TensorPlan(name, source, shape, kind, heads)
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture) -> None:
+    embedding = shapes.get("token_embd.weight")
+    if embedding != (architecture.vocab_size, architecture.width):
+        raise ModelInvalidError(
+            f"the embedding is {embedding}; config.json says {(architecture.vocab_size, architecture.width)}"
+        )
+    if missing := [i for i in range(architecture.layers) if f"blk.{i}.attn_q.weight" not in shapes]:
+        raise ModelInvalidError(f"config.json says {architecture.layers} layers, and layer {missing[0]} has no weights")
+    if wrong := [name for name, shape in shapes.items() if len(shape) not in (1, 2)]:
+        raise ModelInvalidError(f"{wrong[0]} has the shape {shapes[wrong[0]]}; vectors and matrices can be written")
+
+
+def _read_metadata(base: Path, name: str, tensors: tuple[TensorPlan, ...]) -> Metadata:
+    """gguf-py's reading of a name and of generation_config.json, as if the merged model were saved under the name."""
+    count = sum(math.prod(tensor.shape) for tensor in tensors)
+    metadata = Metadata.apply_metadata_heuristic(Metadata(), None, None, Path(name), count)
+    sampling = Metadata.load_generation_config(base) or {}
+    for key in ("sequence", "top_k", "top_p", "min_p", "mirostat", "mirostat_tau", "mirostat_eta"):
+        setattr(metadata, f"sampling_{key}", sampling.get(key))
+    metadata.sampling_temp = sampling.get("temperature")
+    metadata.sampling_penalty_repeat = sampling.get("penalty_repeat")
+    metadata.name = metadata.name or name
+    metadata.size_label = metadata.size_label or size_label(count, count, 0, 0)
+    return metadata
+
+
+def _build_writer(
+    architecture: Architecture,
+    vocabulary: Vocabulary,
+    tensors: tuple[TensorPlan, ...],
+    quantization: Quantization,
+    metadata: Metadata,
+) -> GGUFWriter:
+    writer = GGUFWriter(path=None, arch=architecture.name)
+    writer.add_type(GGUFType.MODEL)
+    metadata.set_gguf_meta_model(writer)
+    architecture.add_settings(writer, quantization.file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    if architecture.tells_space_prefix and vocabulary.space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    vocabulary.add_to(writer)
+    architecture.add_after_vocabulary(writer)
+    if not quantization.is_float:
+        order_like_quantizer(writer)
+    for tensor in tensors:
+        add_tensor(writer, tensor.name, tensor.shape, tensor.kind, tensor.bytes)
+    return writer

@@ -1,0 +1,64 @@
+"""What a chat template tells an exporter: its text, and which token ends an assistant's turn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_TEMPLATE_FILE = "chat_template.jinja"
+_CONFIG_FILE = "tokenizer_config.json"
+# Letters only, so that no template trims or escapes it.
+_MARK = "Qanswerx"
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The folder's template: ``chat_template.jinja``, else the one in ``tokenizer_config.json``; None without one."""
+    file = folder / _TEMPLATE_FILE
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    config = folder / _CONFIG_FILE
+    template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None
+
+
+def find_turn_end(template: str, tokens: Collection[str], words: Mapping[str, str]) -> str | None:
+    """The added token that follows an assistant's content, found by rendering a conversation of two messages.
+
+    Args:
+        template: The Jinja template.
+        tokens: All added tokens.
+        words: What the template may call ``bos_token`` and ``eos_token``.
+
+    Returns:
+        The token, or None where nothing follows, or the template wants more than messages.
+    """
+    messages = [{"role": "user", "content": "Qquestionx"}, {"role": "assistant", "content": _MARK}]
+    try:
+        text = (
+            _build_environment().from_string(template).render(messages=messages, add_generation_prompt=False, **words)
+        )
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        return None
+    rest = text.rpartition(_MARK)[2].lstrip() if _MARK in text else ""
+    starts = [token for token in tokens if token and rest.startswith(token)]
+    return max(starts, key=len, default=None)
+
+
+def _build_environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers sets it up for chat templates; sandboxed, since templates come from downloads."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.globals["raise_exception"] = _raise_template_error
+    environment.globals["strftime_now"] = lambda pattern: f"{pattern}"
+    return environment
+
+
+def _raise_template_error(message: Any) -> None:
+    raise TemplateError(str(message))

@@ -1,0 +1,171 @@
+"""The tokenizer as a GGUF wants it, read from the tokenizer's own JSON files.
+
+No tokenizer is ever *loaded*: transformers rebuilds a tokenizer by the model's type and may change its splitting rule,
+while the files say what the model was trained with. The token list, types and special tokens follow llama.cpp's
+converter (``get_vocab_base``, ``_set_vocab_gpt2``); the special tokens come from gguf-py's `SpecialVocab`.
+
+One thing is decided differently on purpose: the end-of-sequence token is the one that ends an assistant's turn in the
+chat template, since a GGUF whose EOS is another token never stops talking.
+
+Only byte-level BPE vocabularies (GPT-2's kind); SentencePiece ones are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, SpecialVocab, TokenType
+
+from bp_export.errors import TokenizerUnsupportedError
+from bp_export.pretokenizers import recognise_pre
+from bp_export.template import find_turn_end, read_chat_template
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+
+# Added tokens that some models do not mark as special, and that are control tokens all the same.
+_CONTROL_LOOKS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+_CONTROL_NAMES = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+_SPECIAL_KINDS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """All that a GGUF says about a tokenizer."""
+
+    tokens: Sequence[str]
+    """By id; ids that the model has and the tokenizer lacks are ``[PADn]``."""
+    types: Sequence[int]
+    """By id: gguf's ``TokenType``."""
+    pre: str
+    """llama.cpp's name of the splitting rule."""
+    special: SpecialVocab
+    """Merges, special ids, whether to add them, chat template."""
+    turn_end: int | None
+    """Id of the token that ends an assistant's turn, where the template shows it."""
+    space_prefix: bool | None
+    """The tokenizer's ``add_prefix_space``, where it says so."""
+
+    def add_to(self, writer: GGUFWriter) -> None:
+        """Write it as the converter does, in its order."""
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(list(self.tokens))
+        writer.add_token_types(list(self.types))
+        self.special.add_to_gguf(writer, quiet=True)
+
+
+def read_vocabulary(
+    folder: Path, *, vocab_size: int | None, model_config: Mapping[str, Any], pre: str | None = None
+) -> Vocabulary:
+    """Read the tokenizer in a folder.
+
+    Args:
+        folder: Holds ``tokenizer.json``, and perhaps ``tokenizer_config.json`` and ``chat_template.jinja``.
+        vocab_size: Rows of the model's embedding; None for as many as there are tokens.
+        model_config: The model's ``config.json``; its special ids fill the tokenizer's gaps.
+        pre: llama.cpp's name of the splitting rule, instead of recognising it.
+
+    Raises:
+        TokenizerUnsupportedError: Files missing or damaged, not a byte-level BPE, or more tokens than the model has.
+        PreTokenizerUnknownError: The splitting rule is not in the table and ``pre`` is None.
+    """
+    tokenizer = _read_tokenizer(folder)
+    config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    added = _read_added(config, tokenizer)
+    by_id = {int(i): token for token, i in tokenizer["model"]["vocab"].items()}
+    by_id.update({i: str(entry["content"]) for i, entry in added.items()})
+    size = vocab_size or max(by_id) + 1
+    if max(by_id) >= size:
+        raise TokenizerUnsupportedError(
+            f"{folder} has token {max(by_id)}, and the model has only {size} tokens",
+            cause="the tokenizer was extended, or belongs to another model",
+        )
+    entries = [_to_entry(i, by_id.get(i), added.get(i)) for i in range(size)]
+    special = _read_special(folder, model_config, size)
+    turn_end = _set_turn_end(special, {token: i for i, token in by_id.items()}, added)
+    tokens, types = [token for token, _ in entries], [kind for _, kind in entries]
+    return Vocabulary(tokens, types, pre or recognise_pre(tokenizer), special, turn_end, config.get("add_prefix_space"))
+
+
+def _read_tokenizer(folder: Path) -> dict[str, Any]:
+    tokenizer = _read_json(folder / TOKENIZER_FILE)
+    model = tokenizer.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not model["vocab"]:
+        raise TokenizerUnsupportedError(f"{folder / TOKENIZER_FILE} holds no vocabulary of the BPE kind")
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or not _is_byte_level(tokenizer):
+        raise TokenizerUnsupportedError(
+            f"{folder / TOKENIZER_FILE} is not a byte-level BPE",
+            cause="SentencePiece and WordPiece vocabularies are not written yet",
+        )
+    return tokenizer
+
+
+def _is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
+    steps = tokenizer.get("pre_tokenizer") or {}
+    return any(step.get("type") == "ByteLevel" for step in steps.get("pretokenizers", [steps]))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_bytes())
+    except OSError as error:
+        raise TokenizerUnsupportedError(f"{file} cannot be read", cause=str(error)) from error
+    except ValueError as error:
+        raise TokenizerUnsupportedError(f"{file} is not JSON", cause=str(error)) from error
+    if not isinstance(data, dict):
+        raise TokenizerUnsupportedError(f"{file} is not a JSON object")
+    return data
+
+
+def _read_added(config: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    """Added tokens by id, from both files; the tokenizer's own file counts where they differ."""
+    added = {int(i): entry for i, entry in (config.get("added_tokens_decoder") or {}).items()}
+    added.update({int(entry["id"]): entry for entry in tokenizer.get("added_tokens") or []})
+    return added
+
+
+def _to_entry(index: int, token: str | None, added: Mapping[str, Any] | None) -> tuple[str, int]:
+    """A token's text and type; ids without a token are padding."""
+    if token is None:
+        return f"[PAD{index}]", int(TokenType.UNUSED)
+    if added is None:
+        return token, int(TokenType.NORMAL)
+    if added.get("special") or _looks_like_control(token):
+        return token, int(TokenType.CONTROL)
+    # Added tokens are matched against the text as it stands, where SentencePiece's mark for a space is a space.
+    return token.replace("\u2581", " "), int(TokenType.USER_DEFINED)
+
+
+def _looks_like_control(token: str) -> bool:
+    return token in _CONTROL_NAMES or any(token.startswith(a) and token.endswith(b) for a, b in _CONTROL_LOOKS)
+
+
+def _read_special(folder: Path, model_config: Mapping[str, Any], size: int) -> SpecialVocab:
+    """gguf-py's reading of the folder, with the model's own ids where the tokenizer names none."""
+    special = SpecialVocab(folder, load_merges=True)
+    if template := read_chat_template(folder):
+        special.chat_template = template
+    for kind in _SPECIAL_KINDS:
+        value = model_config.get(f"{kind}_token_id")
+        if kind not in special.special_token_ids and isinstance(value, int) and 0 <= value < size:
+            special.special_token_ids[kind] = value
+    return special
+
+
+def _set_turn_end(special: SpecialVocab, ids: Mapping[str, int], added: Mapping[int, Any]) -> int | None:
+    template = special.chat_template
+    if not isinstance(template, str):
+        return None
+    names = {str(entry["content"]) for entry in added.values()}
+    by_kind = {kind: special.special_token_ids.get(kind) for kind in ("bos", "eos")}
+    words = {f"{kind}_token": str(added[i]["content"]) for kind, i in by_kind.items() if i is not None and i in added}
+    token = find_turn_end(template, names, words)
+    if token is None:
+        return None
+    special.special_token_ids["eos"] = ids[token]
+    return ids[token]
