@@ -134,9 +134,7 @@ class _Search:
             start = _common(before, self.full)
             end = len(self.full) - len(after)
             if found and not before[start:].strip() and self.full.endswith(after) and start < end:
-                prompt_end = self._prompt_end(turn)
-                start = prompt_end if prompt_end is not None and prompt_end <= start else start
-                return self._widen(Span(start, end))
+                return self._widen(Span(self._answer_start(turn, start), end))
         raise RowFaultError(RowFault.SPANS_UNFOUND, f"turn {turn + 1} cannot be located in the rendered chat")
 
     def _stand_ins(self, turn: int) -> list[str]:
@@ -150,6 +148,14 @@ class _Search:
             except RowFaultError:
                 continue
         return rendered
+
+    def _answer_start(self, turn: int, words: int) -> int:
+        """Where the model begins to write, given where its words begin."""
+        prompt_end = self._prompt_end(turn)
+        if prompt_end is not None and prompt_end <= words:
+            return prompt_end
+        lead = self.template.lead
+        return words - len(lead) if self.full.endswith(lead, 0, words) else words
 
     def _prompt_end(self, turn: int) -> int | None:
         """Where the prompt of a turn ends and the model begins to write; None where it is not how the whole begins."""

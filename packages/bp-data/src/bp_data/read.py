@@ -51,9 +51,9 @@ def read_rows(path: str | Path) -> Iterator[Row | Rejected]:
         DatasetEmptyError: No rows in it.
     """
     path = Path(path)
-    kind = _kind(path)
     empty = True
     try:
+        kind = _kind(path)
         with path.open("rb") as file:
             _refuse_binary(path, file)
             for row in _READERS[kind](path, file):

@@ -34,7 +34,7 @@ TEMPLATE_FAULTS: Final = (
     TypeError,
     ValueError,
     AttributeError,
-    RecursionError,
+    RuntimeError,
 )
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -123,6 +123,7 @@ class ChatTemplate:
         name: ``tokenizer`` for the model's own, else the default's name.
         sha256: Hex SHA-256 of the text, or, where there are several, of their JSON with sorted names.
         now: The time that ``strftime_now`` gives, the same for every row of a run.
+        lead: What a turn of the assistant begins with, between its prompt and its words: Mistral's blank.
         terminator: The text of the token that ends the assistant's turn; None where the template has none.
     """
 
@@ -145,7 +146,7 @@ class ChatTemplate:
         self._variables = dict(tokenizer.special_tokens)
         environment = _build_environment(self.now)
         self._compiled = {key: _compile(environment, key, text) for key, text in self.texts.items()}
-        self.terminator = self._find_terminator(tokenizer)
+        self.lead, self.terminator = self._probe(tokenizer)
 
     @property
     def text(self) -> str:
@@ -210,14 +211,16 @@ class ChatTemplate:
         except TEMPLATE_FAULTS as error:
             raise RowFaultError(RowFault.TEMPLATE_REFUSED, f"the chat template refuses it: {error}") from error
 
-    def _find_terminator(self, tokenizer: Tokenizer) -> str | None:
-        probe = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
+    def _probe(self, tokenizer: Tokenizer) -> tuple[str, str | None]:
+        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
         try:
-            rest = self.render(probe).partition(_PROBE)[2].lstrip()
+            before, _, after = self.render(chat).partition(_PROBE)
+            prompt = self.render(chat[:1], add_generation_prompt=True)
         except RowFaultError:
-            return None
+            return "", None
         ends = [*tokenizer.added, *filter(None, [tokenizer.special_tokens.get("eos_token")])]
-        return max((text for text in ends if rest.startswith(text)), key=len, default=None)
+        end = max((text for text in ends if after.lstrip().startswith(text)), key=len, default=None)
+        return before.removeprefix(prompt) if before.startswith(prompt) else "", end
 
 
 def _compile(environment: Environment, name: str, text: str) -> Any:

