@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 CORPUS = [
     "The capital of France is Paris. The capital of Germany is Berlin.",
     "user assistant system tool Hello there, how are you today? I am fine, thank you.",
+    "One\n\nTwo\n\n\n\nThree\n\n\nFour",
     "😀 😃 naïve café — “quoted” … 你好，世界",
 ] * 4
 

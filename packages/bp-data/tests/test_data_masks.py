@@ -165,6 +165,52 @@ def test_a_token_over_the_border_of_prompt_and_answer_is_parted(model):
     assert whole.endswith("assistant\n\n\nHello<|im_end|>\n")
 
 
+def test_a_call_may_end_with_another_token_than_an_answer(tmp_path):
+    """Llama 3.1's manner; the words hold the usual end token as text, to make it harder."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "{% if m.tool_calls %}<call>{{ m.tool_calls[0].function.name }}</call><|endoftext|>{% else %}<|im_end|>{% endif %}{{ '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    folder = families.write_model(tmp_path / "m", "chatml", template)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}', encoding="utf-8")
+    call = {"function": {"name": "weather", "arguments": {}}}
+    turns = (
+        Message("user", "Weather?"),
+        Message("assistant", "No <|im_end|> yet", {"tool_calls": [call]}),
+        Message("tool", "12"),
+        Message("assistant", "Cool."),
+    )
+    assert learnt(Chat(turns), folder)[0] == ["No <|im_end|> yet<call>weather</call><|endoftext|>", "Cool.<|im_end|>"]
+
+
+def test_a_turn_is_never_cut_at_an_end_token_among_its_words(model):
+    """The words hold the end token and the template writes none after them: half the words would be a wrong lesson."""
+    template = families.CHATML.replace(
+        "<|im_end|>\n", "{% if m.content != 'a<|im_end|>b' %}<|im_end|>{% endif %}{{ '\\n' }}"
+    )
+    with pytest.raises(RowFaultError) as caught:
+        learnt(chat(("user", "Hi"), ("assistant", "a<|im_end|>b")), model("chatml", template))
+    assert caught.value.code is RowFault.SPANS_UNFOUND
+
+
+def test_marks_that_change_the_rendering_are_not_believed(model):
+    counted = families.CHATML_MARKED.replace("{% generation %}", "{% set c %}{% generation %}").replace(
+        "{% endgeneration %}", "{% endgeneration %}{% endset %}{{ c }}{{ '' if c | length < 25 else '!' }}"
+    )
+    runs, whole = learnt(chat(("user", "Hi"), ("assistant", "Hello 7890")), model("chatml", counted))
+    assert runs == ["Hello 7890<|im_end|>"]
+    assert "!" not in whole
+
+
+def test_namespaces_lead_nowhere(model):
+    tokenizer = load_tokenizer(model("chatml"))
+    for template in ("{% set ns = namespace() %}{% set ns.__class__ = 1 %}", "{{ namespace(_x=1) }}"):
+        with pytest.raises(RowFaultError, match="namespace"):
+            ChatTemplate(template, tokenizer).render([])
+    assert ChatTemplate("{{ namespace(self=3).self }}", tokenizer).render([]) == "3"
+
+
 def test_all_tokens_of_one_character_are_in():
     offsets = [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3)]
     assert mask_tokens(offsets, [Span(1, 2)]) == bytearray([0, 1, 1, 1, 0])

@@ -177,17 +177,20 @@ class _Search:
     def _trim(self, span: Span) -> Span | None:
         """Up to its end token: not the line feed after it, nor an end-of-text token that closes the whole chat."""
         text = self.full[span.start : span.end]
-        last = max(self.ends, key=lambda end: (text.rfind(end), len(end)), default="")
         terminator = self.template.terminator
-        if terminator and terminator in text:
-            last = terminator
-        if not last or last not in text:
-            return span
-        end = text.rfind(last) + len(last)
-        rest = text[end:]
-        for closing in self.ends:
-            rest = rest.replace(closing, "")
-        return None if rest.strip() else Span(span.start, span.start + end)
+        # The turn's own end token where only blanks and closing tokens follow, else whichever comes last: <|eom_id|>.
+        ends = [*([terminator] if terminator else []), *sorted(self.ends, key=text.rfind, reverse=True)]
+        found = [end for end in ends if end in text]
+        for end in found:
+            close = text.rfind(end) + len(end)
+            if self._is_closing(text[close:]):
+                return Span(span.start, span.start + close)
+        return None if found else span
+
+    def _is_closing(self, rest: str) -> bool:
+        for end in self.ends:
+            rest = rest.replace(end, "")
+        return not rest.strip()
 
 
 def _end_texts(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[str, ...]:
