@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import bp_export
 from backpropagate import catalogue, system
+from backpropagate.errors import InvalidSettingError
 from bp_runs.adapter import read_adapter_folder
 from bp_runs.errors import RecordInvalidError
 from bp_runs.store import RunStore
@@ -55,6 +56,8 @@ def export_adapter(
     Raises:
         CodedError: As `bp_export.export_adapter` and `catalogue.find_model`.
     """
+    if ollama_name is not None and format != "gguf":
+        raise InvalidSettingError(f"Ollama takes GGUF files, not {format!r}", way_out="Add: --format gguf")
     folder = read_adapter_folder(adapter)
     base_folder = None
     if format != "lora":
@@ -70,29 +73,43 @@ def export_adapter(
         pre=pre,
         progress=progress,
     )
-    run_id = _note_in_run(adapter, folder.run_id, outcome)
+    run_id, context = _note_in_run(adapter, folder.run_id, outcome)
     if ollama_name is not None:
-        bp_export.register_with_ollama(outcome.path, ollama_name)
+        bp_export.register_gguf(outcome.path, ollama_name, host=ollama_host(os.environ), context=context)
     return ExportResult(outcome=outcome, ollama=ollama_name, run_id=run_id)
 
 
-def _note_in_run(adapter: Path, run_id: str | None, outcome: bp_export.ExportOutcome) -> str | None:
-    """Add the export to its run's record where that stands beside the adapter; returns the run's id."""
-    if run_id is None:
+def ollama_host(environ: Mapping[str, str]) -> str | None:
+    """Ollama's own variable ``OLLAMA_HOST`` as an address; None where it is not set."""
+    host = environ.get("OLLAMA_HOST", "").strip()
+    if not host:
         return None
+    scheme, _, rest = host.rpartition("://")
+    name, _, port = rest.partition(":")
+    name = "127.0.0.1" if name in ("", "0.0.0.0") else name  # noqa: S104  # listening everywhere includes here
+    return f"{scheme or 'http'}://{name}:{port or '11434'}"
+
+
+def _note_in_run(
+    adapter: Path, run_id: str | None, outcome: bp_export.ExportOutcome
+) -> tuple[str | None, int | None]:
+    """Add the export to its run's record where that stands beside the adapter.
+
+    Returns the run's id and the row length, in tokens, that it was trained with; None where there is no record.
+    """
+    if run_id is None:
+        return None, None
+    artifact = {
+        "kind": outcome.format,
+        "path": str(outcome.path),
+        "quantization": outcome.quantization,
+        "sha256": outcome.sha256,
+    }
     for output in (adapter.resolve().parent, *adapter.resolve().parents[2:3]):
         store = RunStore(output)
         try:
-            store.add_artifact(
-                run_id,
-                {
-                    "kind": outcome.format,
-                    "path": str(outcome.path),
-                    "quantization": outcome.quantization,
-                    "sha256": outcome.sha256,
-                },
-            )
+            store.add_artifact(run_id, artifact)
         except RecordInvalidError:
             continue
-        return run_id
-    return None
+        return run_id, store.load(run_id).setting("model.max_seq_length")
+    return None, None

@@ -6,6 +6,8 @@ those of the 4-bit file and no better; the folder's name says so.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import orjson
 
 from backpropagate import catalogue
 from backpropagate.errors import HubUnreachableError, SmallModelError
-from bp_runs.files import publish_folder
+from bp_runs.files import publish_folder, require_folder, require_free_space
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER_NAME = "SmolLM2-135M-Instruct-from-Q4_1"
@@ -27,6 +29,7 @@ _PRE_TOKENIZER = {
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     ],
 }
+_NEEDS_BYTES = 300 * 2**20
 _LOADER_KEYS = ("is_local", "local_files_only", "_model_name_or_path", "quantization_config")
 
 
@@ -66,9 +69,13 @@ def unpack(file: Path, folder: Path) -> None:
     """De-quantize the GGUF into a Hugging Face folder: bfloat16 safetensors, config, tokenizer, chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with publish_folder(folder) as partial:
+    logging.disable_progress_bar()
+    require_folder(folder.parent)
+    require_free_space(folder.parent, _NEEDS_BYTES, "the small model")
+    # transformers' own bar cannot be switched off here.
+    with publish_folder(folder) as partial, contextlib.redirect_stderr(io.StringIO()):
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
