@@ -5,7 +5,6 @@ llama.cpp comes from the package xllamacpp (the extra ``verify``), which is impo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -104,10 +103,9 @@ def _ask(server: Any, request: Mapping[str, Any]) -> Any:
     if server is None:
         raise ChatFailedError("the model has been unloaded")
     try:
-        reply = server.handle_chat_completions(json.dumps(request))
+        return server.handle_chat_completions(dict(request))
     except (RuntimeError, ValueError) as error:
         raise ChatFailedError("llama.cpp could not answer", cause=str(error)) from error
-    return json.loads(reply) if isinstance(reply, str | bytes) else reply
 
 
 def _read_choice(reply: Any) -> dict[str, Any]:

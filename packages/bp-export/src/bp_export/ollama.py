@@ -76,7 +76,8 @@ def register_gguf(
             way_out="Use letters, digits, -, _ and .: --ollama-name my-model",
         )
     server = (host or DEFAULT_HOST).rstrip("/")
-    words = tuple(stop if stop is not None else read_stop_strings(read_settings(path)))
+    settings = read_settings(path)
+    words = tuple(stop if stop is not None else read_stop_strings(settings))
     digest = f"sha256:{sha256_file(path)}"
     _upload(server, path, digest)
     parameters: dict[str, Any] = {"stop": list(words)} if words else {}

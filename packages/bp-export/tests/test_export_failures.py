@@ -1,0 +1,198 @@
+"""Injected failures: each is a coded error, before time is spent where it can be, and nothing half-written stays."""
+
+import json
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from export_pico import write_base, write_json, write_lora
+
+from bp_export import export_adapter
+from bp_export.errors import (
+    ArchitectureUnsupportedError,
+    BaseModelNotFoundError,
+    ModelInvalidError,
+    OutputTakenError,
+    PreTokenizerUnknownError,
+    QuantizationUnknownError,
+)
+from bp_merge import AdapterMismatchError, TensorsInvalidError
+from bp_runs.errors import AdapterInvalidError, DiskFullError
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+@pytest.fixture
+def base(tmp_path):
+    return write_base(tmp_path / "base")
+
+
+@pytest.fixture
+def lora(tmp_path, base):
+    return write_lora(tmp_path / "lora", base)
+
+
+def change_json(path, **changes):
+    data = json.loads(path.read_text())
+    data.update(changes)
+    write_json(path, {k: v for k, v in data.items() if v is not None})
+
+
+def expect(error, word, *args, **kwargs):
+    """The export fails so, and leaves its folder as it was."""
+    folder = args[0].parent
+    before = sorted(str(p) for p in folder.rglob("*"))
+    with pytest.raises(error, match=word) as caught:
+        export_adapter(*args, **kwargs)
+    assert sorted(str(p) for p in folder.rglob("*")) == before
+    return caught.value
+
+
+def test_unknown_architecture(base, lora):
+    change_json(base / "config.json", architectures=["MambaForCausalLM"])
+    assert "LlamaForCausalLM" in expect(ArchitectureUnsupportedError, "MambaForCausalLM", lora).message
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "word"),
+    [
+        ({"num_hidden_layers": None}, ModelInvalidError, "num_hidden_layers"),
+        ({"num_hidden_layers": 3}, ModelInvalidError, "layer 2"),
+        ({"vocab_size": 400}, ModelInvalidError, "embedding"),
+        ({"num_attention_heads": 7}, ModelInvalidError, "heads"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ArchitectureUnsupportedError, "longrope"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, ModelInvalidError, "factor"),
+        ({"attention_bias": True}, ArchitectureUnsupportedError, "attention_bias"),
+    ],
+)
+def test_config_that_does_not_fit(base, lora, changes, error, word):
+    change_json(base / "config.json", **changes)
+    expect(error, word, lora)
+
+
+def test_missing_or_damaged_config(base, lora):
+    (base / "config.json").write_text("{")
+    expect(ModelInvalidError, "cannot be read", lora)
+    (base / "config.json").unlink()
+    expect(BaseModelNotFoundError, "no config.json", lora)
+    shutil.rmtree(base)
+    expect(BaseModelNotFoundError, "not a folder|cannot|no config", lora)
+    expect(BaseModelNotFoundError, "elsewhere", lora, base=base.parent / "elsewhere")
+
+
+def test_unknown_pre_tokenizer(base, lora):
+    data = json.loads((base / "tokenizer.json").read_text())
+    data["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
+    write_json(base / "tokenizer.json", data)
+    expect(PreTokenizerUnknownError, "pre-tokenizer", lora)
+    assert export_adapter(lora, pre="gpt-2").path.is_file()
+
+
+def test_unknown_words(lora):
+    expect(QuantizationUnknownError, "q4_x", lora, quantization="q4_x")
+    expect(QuantizationUnknownError, "onnx", lora, format="onnx")
+
+
+@pytest.mark.parametrize(
+    ("modules", "word"),
+    [
+        ({"model.layers.7.self_attn.q_proj": (64, 64)}, "no such module"),
+        ({"model.layers.0.self_attn.q_proj": (32, 64)}, "the base has it as"),
+        ({"lm_head": (300, 64)}, "lm_head"),
+    ],
+)
+def test_an_adapter_of_another_base(tmp_path, base, modules, word):
+    other = write_lora(tmp_path / "other", base, modules=modules)
+    expect(AdapterMismatchError, word, other)
+    expect(AdapterMismatchError, word, other, format="merged")
+
+
+def test_an_adapter_on_a_head_that_a_tied_model_would_drop(tmp_path):
+    base = write_base(tmp_path / "untied", tied=False)
+    change_json(base / "config.json", tie_word_embeddings=True)
+    vocab = json.loads((base / "config.json").read_text())["vocab_size"]
+    expect(AdapterMismatchError, "shares", write_lora(tmp_path / "other", base, modules={"lm_head": (vocab, 64)}))
+
+
+def test_damaged_weights(base, lora):
+    whole = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(whole[:-100])
+    expect(TensorsInvalidError, "cut short", lora)
+    (lora / "adapter_model.safetensors").write_bytes(b"")
+    expect(TensorsInvalidError, "not a whole", lora)
+    (lora / "adapter_model.safetensors").unlink()
+    expect(AdapterInvalidError, "missing", lora)
+
+
+def test_a_tensor_without_a_place(tmp_path, base):
+    from bp_merge import TensorReader, read_model_index, write_tensors
+
+    with TensorReader(read_model_index(base)) as reader:
+        tensors = {name: reader.read(name) for name in reader.tensors}
+    write_tensors(base / "model.safetensors", {**tensors, "model.vision.weight": np.ones((2, 2), np.float32)})
+    expect(ArchitectureUnsupportedError, "model.vision.weight", base)
+
+
+@pytest.mark.parametrize("format", ["gguf", "merged", "lora"])
+def test_full_disk_is_noticed_before_the_work(lora, monkeypatch, format):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10, 10, 0))
+    expect(DiskFullError, "MiB", lora, format=format)
+
+
+@pytest.mark.parametrize("format", ["gguf", "merged"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, DiskFullError("full"), RuntimeError("bug")])
+def test_a_stop_half_way_leaves_nothing_and_keeps_the_old_file(lora, format, error):
+    def stop(done, total):
+        if done > total // 2:
+            raise error
+
+    kind = error if isinstance(error, type) else type(error)
+    expect(kind, ".*", lora, format=format, progress=stop)
+    if format == "gguf":
+        old = export_adapter(lora).path
+        before = old.read_bytes()
+        expect(kind, ".*", lora, progress=stop, quantization="q4_k_m")
+        assert old.read_bytes() == before
+
+
+def test_the_disk_filling_up_while_writing(lora, monkeypatch):
+    import errno
+
+    from bp_export.gguf import GgufStream
+
+    real, calls = GgufStream._append, []
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, part):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            self.file.close()
+
+    def fill(self, part):
+        calls.append(part)
+        if len(calls) == 20:
+            self._file = Full(self._file)
+        real(self, part)
+
+    monkeypatch.setattr(GgufStream, "_append", fill)
+    expect(DiskFullError, "no room left", lora)
+
+
+def test_what_stands_at_the_output_is_not_replaced(tmp_path, lora):
+    keep = tmp_path / "keep"
+    keep.mkdir()
+    (keep / "precious.txt").write_text("x")
+    for format in ("lora", "merged"):
+        expect(OutputTakenError, "not empty", lora, format=format, output=keep)
+    expect(OutputTakenError, "no GGUF", lora, output=keep / "precious.txt")
+    expect(OutputTakenError, "is a folder", lora, output=keep)
+    expect(OutputTakenError, "not empty", lora, format="merged", output=tmp_path / "base")

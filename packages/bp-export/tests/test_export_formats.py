@@ -1,0 +1,132 @@
+"""The other formats, the command line, and the file chatting in llama.cpp."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from export_pico import write_base, write_lora
+
+from bp_export import LlamaChat, export_adapter, read_settings
+from bp_export.cli import main
+from bp_export.errors import ChatFailedError
+from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
+
+
+@pytest.fixture
+def lora(tmp_path):
+    return write_lora(tmp_path / "lora", write_base(tmp_path / "pico"))
+
+
+def test_merged_is_a_folder_that_transformers_loads_with_the_folded_weights(tmp_path, lora):
+    transformers = pytest.importorskip("transformers")
+    seen = []
+    outcome = export_adapter(lora, format="merged", progress=lambda *step: seen.append(step))
+    assert outcome.path == tmp_path / "pico-tuned-merged"
+    assert seen[-1][0] == seen[-1][1]
+    assert (outcome.path / "tokenizer.json").is_file()
+    model = transformers.AutoModelForCausalLM.from_pretrained(outcome.path, dtype="auto")
+    found = {name: value.float().numpy() for name, value in model.state_dict().items()}
+    with FoldedModel(TensorReader(read_model_index(tmp_path / "pico")), load_adapter(lora)) as folded:
+        for name, info in folded.tensors.items():
+            expected = folded.read_rows(name, 0, info.rows).reshape(info.shape)
+            assert np.array_equal(found[name], expected), name
+
+
+def test_a_merged_folder_exports_to_the_same_file_as_the_adapter(tmp_path, lora):
+    direct = export_adapter(lora, output=tmp_path / "a.gguf", name="x")
+    merged = export_adapter(lora, format="merged", output=tmp_path / "merged")
+    assert export_adapter(merged.path, output=tmp_path / "b.gguf", name="x").sha256 == direct.sha256
+
+
+def test_lora_is_a_copy(tmp_path, lora):
+    outcome = export_adapter(lora, format="lora", output=tmp_path / "copy")
+    for file in lora.iterdir():
+        assert (outcome.path / file.name).read_bytes() == file.read_bytes()
+    assert outcome.tensors == 28
+
+
+def test_another_base_can_be_given(tmp_path, lora):
+    shutil.move(tmp_path / "pico", tmp_path / "elsewhere")
+    assert export_adapter(lora, base=tmp_path / "elsewhere").path == tmp_path / "pico-tuned-q4_k_m.gguf"
+
+
+@pytest.mark.parametrize("quantization", ["q8_0", "q4_k_m"])
+def test_the_file_answers_in_llama_cpp(lora, quantization):
+    pytest.importorskip("xllamacpp")
+    with LlamaChat(export_adapter(lora, quantization=quantization).path, context=256) as chat:
+        messages = [{"role": "user", "content": "the cat"}]
+        first = chat.answer(messages, max_tokens=8)
+        assert first == chat.answer(messages, max_tokens=8)
+        assert chat.complete(messages, max_tokens=3)["finish_reason"] in ("stop", "length")
+
+
+def test_what_is_no_gguf_does_not_chat(tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF\x03\x00\x00\x00\x01")
+    with pytest.raises(ChatFailedError):
+        LlamaChat(tmp_path / "x.gguf")
+    with pytest.raises(ChatFailedError):
+        read_settings(tmp_path / "missing.gguf")
+
+
+def test_the_command_prints_the_outcome_as_json(tmp_path, lora, capsys):
+    assert main([str(lora), "--quantization", "Q8_0", "--output", str(tmp_path / "x.gguf"), "--json"]) == 0
+    outcome = json.loads(capsys.readouterr().out)
+    assert outcome["path"] == str(tmp_path / "x.gguf")
+    assert outcome["quantization"] == "q8_0"
+
+
+def test_the_commands_errors_are_coded_and_have_no_traceback(tmp_path, lora, capsys):
+    assert main([str(tmp_path / "nothing")]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("[INPUT_ADAPTER_INVALID]")
+    assert "Traceback" not in printed
+    assert main([str(lora), "--quantization", "q9", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["code"] == "INPUT_EXPORT_QUANTIZATION"
+
+
+def test_the_command_reports_an_interrupt(lora, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bp_export.export.export_adapter", interrupt)
+    assert main([str(lora)]) == 130
+    assert "nothing was left" in capsys.readouterr().err
+
+
+def test_import_and_help_are_light():
+    script = "import sys, bp_export, bp_export.cli; assert not {'numpy', 'gguf', 'torch'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_public_names_are_sorted_real_and_exported():
+    import bp_export
+
+    assert sorted(bp_export.__all__) == sorted(bp_export._MODULES)
+    assert all(getattr(bp_export, name) is not None for name in bp_export.__all__)
+    with pytest.raises(AttributeError):
+        _ = bp_export.nonsense
+
+
+def test_it_works_where_frameworks_cannot_be_imported(tmp_path, lora):
+    script = f"""
+import sys
+from pathlib import Path
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {{"torch", "transformers", "peft", "safetensors", "tokenizers", "xllamacpp"}}:
+            raise ImportError(f"{{name}} is blocked")
+sys.meta_path.insert(0, Blocker())
+from bp_export import export_adapter, LlamaChat
+from bp_export.errors import LlamaCppMissingError
+outcome = export_adapter(Path({str(lora)!r}))
+try:
+    LlamaChat(outcome.path)
+except LlamaCppMissingError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert "[DEP_LLAMA_CPP_MISSING]" in done.stdout
+    assert (tmp_path / "pico-tuned-q4_k_m.gguf").is_file()

@@ -1,0 +1,154 @@
+"""Registration against a strict stand-in for Ollama's server: it checks digests, order and fields, and can fail."""
+
+import hashlib
+import json
+import re
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from export_pico import write_base
+
+from bp_export import export_adapter, register_gguf
+from bp_export.cli import main
+from bp_export.errors import OllamaRegistrationError
+
+FIELDS = {"model", "files", "template", "system", "parameters", "license", "messages", "stream"}
+
+
+class FakeOllama(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status, data=None, lines=None):
+        body = b"" if data is None else json.dumps(data).encode()
+        if lines is not None:
+            body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_HEAD(self):
+        self.server.calls.append("HEAD")
+        digest = self.path.removeprefix("/api/blobs/")
+        known = re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
+        self.reply(400 if not known else 200 if digest in self.server.blobs else 404)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.calls.append(self.path.split("/")[2])
+        getattr(self, self.path.split("/")[2])(body)
+
+    def blobs(self, body):
+        digest = self.path.removeprefix("/api/blobs/")
+        got = "sha256:" + hashlib.sha256(body).hexdigest()
+        if got != digest or self.server.failure == "digest":
+            self.reply(400, {"error": f'digest mismatch, expected "{digest}", got "{got}"'})
+            return
+        self.server.blobs.add(digest)
+        self.reply(201)
+
+    def create(self, body):
+        request = json.loads(body)
+        assert set(request) <= FIELDS
+        assert all(not name.startswith("/") and ".." not in name for name in request["files"])
+        if self.server.failure == "status":
+            self.reply(400, {"error": "invalid model name"})
+            return
+        lines = [{"status": "parsing GGUF"}]
+        if not set(request["files"].values()) <= self.server.blobs:
+            lines.append({"error": "blob not found"})
+        elif self.server.failure == "stream":
+            lines.append({"error": "supplied file was not in GGUF format"})
+        elif self.server.failure != "short":
+            lines += [{"status": "writing manifest"}, {"status": "success"}]
+            self.server.models[request["model"]] = request
+        self.reply(200, lines=lines)
+
+    def show(self, body):
+        request = self.server.models[json.loads(body)["model"]]
+        self.reply(200, {"template": request.get("template", "{{ .Prompt }}"), "parameters": ""})
+
+
+@pytest.fixture
+def ollama():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeOllama)
+    server.blobs, server.models, server.calls, server.failure = set(), {}, [], None
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ollama")
+    return export_adapter(write_base(folder / "base"), quantization="q8_0").path
+
+
+def test_a_model_is_uploaded_created_and_looked_at(ollama, model):
+    seen = []
+    made = register_gguf(model, "me/pico:latest", host=ollama.url, system="Be short.", context=512, status=seen.append)
+    assert ollama.calls == ["HEAD", "blobs", "create", "show"]
+    request = ollama.models["me/pico:latest"]
+    assert request["parameters"] == {"stop": ["<|im_end|>"], "num_ctx": 512}
+    assert request["system"] == "Be short."
+    assert request["files"] == {model.name: "sha256:" + hashlib.sha256(model.read_bytes()).hexdigest()}
+    assert seen == ["parsing GGUF", "writing manifest", "success"]
+    assert made.is_raw
+    assert made.stop == ("<|im_end|>",)
+
+
+def test_a_known_blob_is_not_sent_again(ollama, model):
+    register_gguf(model, "a", host=ollama.url)
+    made = register_gguf(model, "b", host=ollama.url, template="{{ .System }}")
+    assert ollama.calls == ["HEAD", "blobs", "create", "show", "HEAD", "create", "show"]
+    assert not made.is_raw
+
+
+@pytest.mark.parametrize(
+    ("failure", "word"),
+    [
+        ("digest", "digest mismatch"),
+        ("status", "invalid model name"),
+        ("stream", "not in GGUF format"),
+        ("short", "did not report success"),
+    ],
+)
+def test_refusals_are_one_coded_error(ollama, model, failure, word):
+    ollama.failure = failure
+    with pytest.raises(OllamaRegistrationError, match=word):
+        register_gguf(model, "pico", host=ollama.url)
+
+
+def test_an_absent_server_says_how_to_start_it(model):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(OllamaRegistrationError, match="does not answer") as caught:
+        register_gguf(model, "pico", host=f"http://127.0.0.1:{port}")
+    assert "ollama serve" in caught.value.way_out
+
+
+@pytest.mark.parametrize("name", ["", "a b", "-x", "a/b/c/d", "x:", "../x"])
+def test_bad_names_are_refused_before_anything_is_sent(ollama, model, name):
+    with pytest.raises(OllamaRegistrationError, match="no name"):
+        register_gguf(model, name, host=ollama.url)
+    assert ollama.calls == []
+
+
+def test_the_command_registers_and_keeps_the_file_when_that_fails(ollama, tmp_path, capsys):
+    base = write_base(tmp_path / "base")
+    arguments = [str(base), "--quantization", "q8_0", "--ollama", "--ollama-name", "pico", "--ollama-host", ollama.url]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ollama"] == "pico"
+    ollama.failure = "stream"
+    assert main(arguments) == 2
+    assert "[DEP_OLLAMA_REGISTRATION_FAILED]" in capsys.readouterr().err
+    assert (tmp_path / "base-q8_0.gguf").is_file()

