@@ -90,9 +90,7 @@ def ollama_host(environ: Mapping[str, str]) -> str | None:
     return f"{scheme or 'http'}://{name}:{port or '11434'}"
 
 
-def _note_in_run(
-    adapter: Path, run_id: str | None, outcome: bp_export.ExportOutcome
-) -> tuple[str | None, int | None]:
+def _note_in_run(adapter: Path, run_id: str | None, outcome: bp_export.ExportOutcome) -> tuple[str | None, int | None]:
     """Add the export to its run's record where that stands beside the adapter.
 
     Returns the run's id and the row length, in tokens, that it was trained with; None where there is no record.

@@ -1,0 +1,249 @@
+"""The command line from end to end on the fake rail: milliseconds, and every contract but training is real."""
+
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from backpropagate import Trainer, rails
+from backpropagate.cli.app import COMMANDS, build_app, run
+from backpropagate.cli.errors import load_codes
+from backpropagate.cli.screen import loss_plot
+from bp_runs.errors import TrainingDivergedError
+from bp_runs.store import RunStore
+from bp_runs.testing import FakeRail
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with a data file and a model folder that the fake rail does not look into."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+@pytest.fixture
+def fake():
+    with rails.use(FakeRail()):
+        yield
+
+
+TRAIN = ["train", "--data", "d.jsonl", "--model", "./m"]
+
+
+def out(capsys, argv) -> dict:
+    assert run([*argv, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return json.loads(captured.out)
+
+
+def test_train_list_show_export(place, fake, capsys):
+    trained = out(capsys, [*TRAIN, "--steps", "20", "--lora-r", "4", "--sample-prompt", "hi"])
+    assert trained["schema"] == "backpropagate.train/1"
+    assert trained["status"] == "completed"
+    rows = out(capsys, ["list-runs"])["runs"]
+    assert [r["run_id"] for r in rows] == [trained["run_id"]]
+    shown = out(capsys, ["show-run", trained["run_id"][-6:]])
+    assert shown["record"]["settings"]["lora.r"] == {"value": 4, "source": "flag"}
+    assert shown["record"]["settings"]["training.batch_size"]["source"] == "default"
+    assert shown["record"]["command"][0] == "backprop"
+    assert {"python", "bp-runs", "backpropagate"} <= shown["record"]["versions"].keys()
+    assert sum(m["event"] == "step" for m in shown["metrics"]) == 20
+    exported = out(capsys, ["export", "output/lora", "--format", "lora", "--output", "copy"])
+    assert exported["run_id"] == trained["run_id"]
+    artifacts = out(capsys, ["show-run", trained["run_id"]])["record"]["artifacts"]
+    assert [a["kind"] for a in artifacts] == ["adapter", "lora"]
+
+
+def test_plain_output_tells_the_loss_and_the_next_command(place, fake, capsys):
+    assert run([*TRAIN, "--steps", "30"]) == 0
+    text = capsys.readouterr().out
+    assert "step      30/30" in text
+    assert text.count("  step ") <= 13
+    assert "backprop export" in text
+    assert run(["show-run", "20"]) == 0
+    assert "└───" in capsys.readouterr().out
+    assert run(["list-runs"]) == 0
+    assert "completed" in capsys.readouterr().out
+
+
+def test_a_failed_run_is_told_recorded_and_leaves_the_adapter(place, capsys):
+    with rails.use(FakeRail()):
+        assert run(TRAIN) == 0
+    before = (place / "output/lora/run.json").read_bytes()
+    capsys.readouterr()
+    with rails.use(FakeRail(fail_at=2, failure=TrainingDivergedError("the loss is nan at step 2"))):
+        assert run(TRAIN) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("[RUNTIME_TRAINING_DIVERGED]: the loss is nan at step 2\n")
+    assert "do:" in captured.err
+    assert "Traceback" not in captured.err
+    assert (place / "output/lora/run.json").read_bytes() == before
+    assert [r["status"] for r in RunStore(place / "output").list_runs()] == ["diverged", "completed"]
+
+
+class InterruptingRail(FakeRail):
+    """Sends its own process Ctrl-C at the second step."""
+
+    def train(self, spec, emit, stop):
+        def watch(event):
+            emit(event)
+            if event.kind == "step" and event.step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return FakeRail.train(self, spec, watch, stop)
+
+
+def test_ctrl_c_once_saves_and_says_so(place, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with rails.use(InterruptingRail()):
+        assert run([*TRAIN, "--steps", "50"]) == 130
+    assert "stopped after 2 steps" in capsys.readouterr().out
+    assert RunStore(place / "output").list_runs()[0]["status"] == "stopped"
+    assert (place / "output/lora/adapter_config.json").is_file()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_settings_from_file_and_environment_are_recorded_with_their_source(place, fake, capsys, monkeypatch):
+    (place / "backpropagate.toml").write_text("[training]\nsteps = 3\nseed = 7\n")
+    monkeypatch.setenv("BACKPROPAGATE_TRAINING__STEPS", "4")
+    run_id = out(capsys, TRAIN)["run_id"]
+    settings = out(capsys, ["show-run", run_id])["record"]["settings"]
+    assert settings["training.steps"] == {"value": 4, "source": "env"}
+    assert settings["training.seed"] == {"value": 7, "source": "toml"}
+    assert settings["data.path"] == {"value": "d.jsonl", "source": "flag"}
+
+
+def test_three_lines_of_python(place):
+    trainer = Trainer("./m", output="o", rail=FakeRail())
+    result = trainer.train("d.jsonl", steps=3)
+    exported = trainer.export("lora", output="copy")
+    assert result.outcome.steps == 3
+    assert exported.run_id == result.run_id
+    assert (place / "copy/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "status", "near"),
+    [
+        (["trian"], "INPUT_COMMAND_LINE", 1, "train"),
+        (["train", "--stpes", "3"], "INPUT_COMMAND_LINE", 1, "--steps"),
+        (["train", "--steps", "many"], "INPUT_COMMAND_LINE", 1, "--steps"),
+        (["train", "--dtype", "int3"], "INPUT_COMMAND_LINE", 1, "bfloat16"),
+        (["train"], "INPUT_DATA_MISSING", 1, ""),
+        (["train", "--data", "none.jsonl"], "INPUT_DATASET_NOT_FOUND", 1, "none.jsonl"),
+        (["train", "--data", "d.jsonl", "--model", "./none"], "INPUT_MODEL_NOT_FOUND", 1, "./none"),
+        (["train", "--data", "d.jsonl", "--model", "d.jsonl"], "INPUT_MODEL_INVALID", 1, "d.jsonl"),
+        (["train", "--data", "d.jsonl", "--model", "."], "INPUT_MODEL_INVALID", 1, "config.json"),
+        (["train", "--data", "d.jsonl", "--model", "no-such-owner/model"], "DEP_HUB_UNREACHABLE", 2, "offline"),
+        (["train", "--data", "d.jsonl", "--model", "a b/c!"], "INPUT_MODEL_NOT_FOUND", 1, ""),
+        ([*TRAIN, "--backend", "tpu"], "CONFIG_UNKNOWN_BACKEND", 1, "fake"),
+        ([*TRAIN, "--lora-r", "0"], "CONFIG_INVALID_SETTING", 1, "lora.r"),
+        ([*TRAIN, "--output", "d.jsonl"], "INPUT_OUTPUT_NOT_WRITABLE", 1, "d.jsonl"),
+        (["show-run", "zzz"], "INPUT_RUN_NOT_FOUND", 1, "zzz"),
+        (["show-run"], "INPUT_COMMAND_LINE", 1, ""),
+        (["export", "none"], "INPUT_ADAPTER_INVALID", 1, "none"),
+        (["export", "m", "--format", "merged", "--ollama"], "CONFIG_INVALID_SETTING", 1, "gguf"),
+        (["errors", "INPUT_NONE"], "INPUT_COMMAND_LINE", 1, ""),
+    ],
+)  # fmt: skip
+def test_bad_input_has_a_code_a_way_out_and_leaves_runs_alone(place, fake, capsys, argv, code, status, near):
+    assert run(TRAIN) == 0
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in (place / "output").rglob("*") if p.is_file()}
+    assert run(argv) == status
+    plain = capsys.readouterr()
+    assert plain.err.startswith(f"[{code}]: ")
+    assert "  do:    " in plain.err
+    assert "Traceback" not in plain.err
+    assert near in plain.err
+    assert run([*argv, "--json"]) == status
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert (error["code"], error["exit_status"]) == (code, status)
+    assert code in load_codes()
+    after = {p: p.read_bytes() for p in (place / "output").rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_an_unusable_rail_says_why(place, capsys):
+    with rails.use(FakeRail(usable=False)):
+        assert run(TRAIN) == 2
+    assert "told so by the test" in capsys.readouterr().err
+    assert not (place / "output").exists()
+
+
+def test_a_bug_keeps_its_traceback_in_a_file(place, capsys, monkeypatch):
+    class Broken(FakeRail):
+        def train(self, spec, emit, stop):
+            raise ZeroDivisionError("secret hf_" + "a1B2" * 8)
+
+    with rails.use(Broken()):
+        assert run(TRAIN) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("[RUNTIME_BUG]: ZeroDivisionError")
+    file = next((Path(os.environ["BACKPROPAGATE_HOME"]) / "crashes").glob("*.txt"))
+    assert "Traceback" in file.read_text()
+    assert "hf_a1" not in error + file.read_text()
+    assert RunStore(place / "output").list_runs()[0]["status"] == "failed"
+
+
+def test_help_fits_80_columns_and_shows_an_example(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in COMMANDS:
+        assert run([command.name, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert command.example.split()[1] in text
+        assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_examples_of_help_are_valid_command_lines():
+    app = build_app()
+    for command in COMMANDS:
+        app.parse_args(command.example.split()[1:], exit_on_error=False, print_error=False)
+
+
+def test_codes_are_explained(capsys):
+    assert run(["errors", "input_data_missing"]) == 0
+    assert "exit 1" in capsys.readouterr().out
+    listed = out(capsys, ["errors"])["errors"]
+    assert len(listed) == len(load_codes()) > 30
+
+
+def test_info_names_rails_and_versions(fake, capsys):
+    found = out(capsys, ["info"])
+    assert found["rails"][0]["name"] == "fake"
+    assert found["versions"]["backpropagate"]
+    assert run(["info"]) == 0
+    assert "told so by the test" in capsys.readouterr().out
+
+
+def test_loss_plot():
+    assert loss_plot([1.0]) == ""
+    lines = loss_plot([4.0, 2.0, 1.0], height=4).splitlines()
+    assert "4.00 │█" in lines[0]
+    assert lines[-1].endswith("step 3")
+    assert len(loss_plot([float(i) for i in range(500)]).splitlines()[0]) < 80
+
+
+def test_logs_carry_the_run_and_no_secrets(capsys):
+    from backpropagate.logs import current_run, install_handlers
+
+    root, before = logging.getLogger(), logging.getLogger().handlers[:]
+    try:
+        install_handlers("INFO", "json")
+        token = current_run.set("20260101-000000-abcdef")
+        logging.getLogger("backpropagate").info("pushing with hf_%s", "a1B2" * 8)
+        current_run.reset(token)
+        line = json.loads(capsys.readouterr().err)
+    finally:
+        root.handlers[:] = before
+        logging.captureWarnings(capture=False)
+    assert (line["run_id"], line["level"]) == ("20260101-000000-abcdef", "INFO")
+    assert "hf_a" not in line["message"]

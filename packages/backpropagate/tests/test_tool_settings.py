@@ -1,0 +1,127 @@
+import pytest
+
+from backpropagate.errors import InvalidSettingError, SettingsFileError, UnknownSettingError
+from backpropagate.settings import all_settings, resolve
+from bp_runs import Settings
+
+OTHERS = {
+    "model.name": "x/y",
+    "model.revision": "main",
+    "model.max_seq_length": 512,
+    "model.dtype": "bfloat16",
+    "model.trust_remote_code": True,
+    "data.path": "d.jsonl",
+    "data.samples": 3,
+    "data.on_bad_row": "skip",
+    "lora.r": 7,
+    "lora.alpha": 9.0,
+    "lora.dropout": 0.5,
+    "lora.target_modules": "q_proj",
+    "training.backend": "cuda",
+    "training.steps": 3,
+    "training.learning_rate": 0.5,
+    "training.batch_size": 7,
+    "training.gradient_accumulation": 9,
+    "training.warmup_steps": 1,
+    "training.scheduler": "cosine",
+    "training.weight_decay": 0.25,
+    "training.max_grad_norm": 0.5,
+    "training.gradient_checkpointing": False,
+    "training.output_dir": "elsewhere",
+    "training.seed": 1,
+    "training.sample_prompts": ("a", "b"),
+    "training.sample_tokens": 5,
+}
+
+
+def as_text(value) -> str:
+    return "|".join(value) if isinstance(value, tuple) else str(value)
+
+
+def test_every_setting_is_in_this_file():
+    assert set(OTHERS) == set(all_settings())
+    assert all(OTHERS[k] != s.default for k, s in all_settings().items())
+    assert all(s.help.endswith(".") and len(s.help) > 10 for s in all_settings().values())
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_each_source_reaches_each_setting_and_the_nearer_wins(key, tmp_path):
+    setting, value = all_settings()[key], OTHERS[key]
+    group, name = key.split(".")
+    toml = tmp_path / "backpropagate.toml"
+    quoted = (
+        str(value).lower()
+        if isinstance(value, bool | int | float)
+        else repr(list(value) if isinstance(value, tuple) else value)
+    )
+    toml.write_text(f"[{group}]\n{name} = {quoted}\n")
+    for found, source in (
+        (resolve({}, {}, toml), "toml"),
+        (resolve({}, {setting.env: as_text(value)}, None), "env"),
+        (
+            resolve({setting.short: value}, {setting.env: as_text(setting.default)} if setting.default else {}, toml),
+            "flag",
+        ),
+    ):
+        assert found.settings.to_flat()[key] == value
+        assert found.sources[key] == source
+        assert [k for k, s in found.sources.items() if s != "default"] == [key]
+    assert resolve({}, {setting.env: as_text(value)}, toml).sources[key] == "env"
+
+
+def test_defaults_are_bp_runs_own():
+    assert resolve({}).settings == Settings()
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "toml", "near"),
+    [
+        ({"lora_rank": 3}, {}, "", "lora_r"),
+        ({}, {"BACKPROPAGATE_LORA__RANK": "3"}, "", "BACKPROPAGATE_LORA__R"),
+        ({}, {"BACKPROPAGATE_HOEM": "3"}, "", None),
+        ({}, {}, "[training]\nstep = 3\n", "training.steps"),
+        ({}, {}, "steps = 3\n", None),
+        ({}, {}, "[nothing]\nx = 3\n", None),
+    ],
+)
+def test_unknown_names_are_errors_that_name_the_nearest(flags, environ, toml, near, tmp_path):
+    file = tmp_path / "b.toml"
+    file.write_text(toml)
+    with pytest.raises(UnknownSettingError) as caught:
+        resolve(flags, environ, file)
+    if near:
+        assert f"did you mean {near!r}" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "toml"),
+    [
+        ({}, {"BACKPROPAGATE_LORA__R": "many"}, ""),
+        ({}, {"BACKPROPAGATE_MODEL__DTYPE": "int3"}, ""),
+        ({}, {}, "[lora]\nr = '16'\n"),
+        ({"lora_r": 0}, {}, ""),
+        ({"lora_dropout": 1.0}, {}, ""),
+        ({"lr": 0.0}, {}, ""),
+        ({"lr": float("nan")}, {}, ""),
+        ({"weight_decay": float("nan")}, {}, ""),
+        ({"steps": -1}, {}, ""),
+        ({"lora_alpha": -1.0}, {}, ""),
+    ],
+)
+def test_values_that_a_setting_cannot_take(flags, environ, toml, tmp_path):
+    file = tmp_path / "b.toml"
+    file.write_text(toml)
+    with pytest.raises(InvalidSettingError):
+        resolve(flags, environ, file)
+
+
+def test_a_broken_settings_file_is_named(tmp_path):
+    file = tmp_path / "backpropagate.toml"
+    file.write_text("[lora\n")
+    with pytest.raises(SettingsFileError, match=r"backpropagate\.toml"):
+        resolve({}, {}, file)
+
+
+def test_the_programs_own_variables_are_no_settings():
+    names = ("HOME", "LOG_LEVEL", "LOG_FORMAT", "OFFLINE", "DEBUG")
+    assert resolve({}, {f"BACKPROPAGATE_{n}": "1" for n in names}).settings == Settings()
