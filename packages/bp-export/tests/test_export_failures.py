@@ -67,6 +67,7 @@ def test_unknown_architecture(base, lora):
         ({"num_attention_heads": 7}, ModelInvalidError, "heads"),
         ({"rope_parameters": {"rope_type": "longrope"}}, ArchitectureUnsupportedError, "longrope"),
         ({"rope_parameters": {"rope_type": "llama3"}}, ModelInvalidError, "factor"),
+        ({"hidden_act": "gelu"}, ArchitectureUnsupportedError, "gelu"),
         ({"attention_bias": True}, ArchitectureUnsupportedError, "attention_bias"),
     ],
 )

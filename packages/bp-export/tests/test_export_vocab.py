@@ -87,15 +87,17 @@ def test_smollms_vocabulary_size_turns_bos_off(tmp_path):
     assert settings["tokenizer.ggml.token_type"][-1] == 5
 
 
-def test_the_adapters_own_tokenizer_counts(tmp_path):
+def test_the_adapters_own_tokens_and_template_count(tmp_path):
     from export_pico import write_lora
 
     base = write_base(tmp_path / "base")
     lora = write_lora(tmp_path / "lora", base)
-    write_tokenizer(lora)
+    write_tokenizer(lora, family="gpt-2")
     (lora / "chat_template.jinja").write_text("{{ 'mine' }}")
     settings = read_settings(export_adapter(lora, quantization="q8_0").path)
     assert settings["tokenizer.chat_template"] == "{{ 'mine' }}"
+    # But not its splitting rule, which saving may have changed.
+    assert settings["tokenizer.ggml.pre"] == "smollm"
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def build_plan(
     config = read_config(base)
     architecture = find_architecture(config)
     tensors = _plan_tensors(model, architecture, quantization)
-    vocabulary = read_vocabulary(tokenizer, vocab_size=architecture.vocab_size, model_config=config, pre=pre)
+    vocabulary = read_vocabulary(tokenizer, vocab_size=architecture.vocab_size, model_config=config, pre=pre, base=base)
     writer = _build_writer(architecture, vocabulary, tensors, quantization, _read_metadata(base, name, tensors))
     return GgufPlan(tensors, writer, architecture, vocabulary)
 

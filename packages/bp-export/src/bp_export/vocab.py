@@ -60,7 +60,12 @@ class Vocabulary:
 
 
 def read_vocabulary(
-    folder: Path, *, vocab_size: int | None, model_config: Mapping[str, Any], pre: str | None = None
+    folder: Path,
+    *,
+    vocab_size: int | None,
+    model_config: Mapping[str, Any],
+    pre: str | None = None,
+    base: Path | None = None,
 ) -> Vocabulary:
     """Read the tokenizer in a folder.
 
@@ -69,6 +74,8 @@ def read_vocabulary(
         vocab_size: Rows of the model's embedding; None for as many as there are tokens.
         model_config: The model's ``config.json``; its special ids fill the tokenizer's gaps.
         pre: llama.cpp's name of the splitting rule, instead of recognising it.
+        base: The base model's folder. Where it has a tokenizer, its splitting rule counts: a framework that saves a
+            tokenizer beside an adapter may have rebuilt the rule, while the model learned the base's.
 
     Raises:
         TokenizerUnsupportedError: Files missing or damaged, not a byte-level BPE, or more tokens than the model has.
@@ -88,8 +95,10 @@ def read_vocabulary(
     entries = [_to_entry(i, by_id.get(i), added.get(i)) for i in range(size)]
     special = _read_special(folder, model_config, size)
     turn_end = _set_turn_end(special, {token: i for i, token in by_id.items()}, added)
+    if pre is None:
+        pre = recognise_pre(_read_tokenizer(base) if base and (base / TOKENIZER_FILE).is_file() else tokenizer)
     tokens, types = [token for token, _ in entries], [kind for _, kind in entries]
-    return Vocabulary(tokens, types, pre or recognise_pre(tokenizer), special, turn_end, config.get("add_prefix_space"))
+    return Vocabulary(tokens, types, pre, special, turn_end, config.get("add_prefix_space"))
 
 
 def _read_tokenizer(folder: Path) -> dict[str, Any]:

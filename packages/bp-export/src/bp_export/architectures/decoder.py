@@ -17,6 +17,8 @@ from bp_merge import Floats
 
 # Buffers that old checkpoints carry along and llama.cpp computes by itself.
 _SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
+# What transformers assumes for these models where config.json is silent.
+_DEFAULT_EPSILON, _DEFAULT_THETA = 1e-6, 10000.0
 _PLAIN_ROPES = ("default", "linear", "yarn")
 
 
@@ -33,6 +35,8 @@ class Architecture(ABC):
 
     gguf_arch: ClassVar[MODEL_ARCH]
     ropes: ClassVar[tuple[str, ...]] = _PLAIN_ROPES
+    tells_head_width: ClassVar[bool] = False
+    """Whether transformers' own config class fills ``head_dim`` in, so that the converter always sees it."""
     tells_space_prefix: ClassVar[bool] = False
     """Whether the converter repeats the tokenizer's ``add_prefix_space``."""
 
@@ -45,6 +49,10 @@ class Architecture(ABC):
         self.vocab_size = self._read_count("vocab_size")
         self.rope = _read_rope(config)
         self._names = get_tensor_name_map(self.gguf_arch, self.layers)
+        if (activation := config.get("hidden_act", "silu")) != "silu":
+            raise ArchitectureUnsupportedError(
+                f"{self.name} with hidden_act={activation} cannot be written as GGUF yet"
+            )
         if (kind := self.rope.get("rope_type", "default")) not in self.ropes:
             raise ArchitectureUnsupportedError(f"the rotary embedding's type {kind!r} cannot be written as GGUF yet")
 
@@ -88,14 +96,12 @@ class Architecture(ABC):
         writer.add_embedding_length(self.width)
         writer.add_feed_forward_length(self._read_count("intermediate_size"))
         writer.add_head_count(self.heads)
-        if "num_key_value_heads" in config:
-            writer.add_head_count_kv(self.key_heads)
+        writer.add_head_count_kv(self.key_heads)
         self._add_rope(writer)
-        if (epsilon := config.get("rms_norm_eps")) is not None:
-            writer.add_layer_norm_rms_eps(float(epsilon))
-        if (head := config.get("head_dim")) is not None:
-            writer.add_key_length(int(head))
-            writer.add_value_length(int(head))
+        writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", _DEFAULT_EPSILON)))
+        if self.tells_head_width or config.get("head_dim") is not None:
+            writer.add_key_length(self.head_width)
+            writer.add_value_length(self.head_width)
         writer.add_file_type(int(file_type))
 
     def add_after_vocabulary(self, writer: GGUFWriter) -> None:
@@ -111,8 +117,19 @@ class Architecture(ABC):
             writer.add_rope_scaling_type(RopeScalingType.YARN)
             writer.add_rope_scaling_factor(float(factor))
             writer.add_rope_scaling_orig_ctx_len(int(self._read_rope_number("original_max_position_embeddings")))
-        if (base := self.rope.get("rope_theta")) is not None:
-            writer.add_rope_freq_base(float(base))
+            self._add_yarn_options(writer)
+        writer.add_rope_freq_base(float(self.rope.get("rope_theta", _DEFAULT_THETA)))
+
+    def _add_yarn_options(self, writer: GGUFWriter) -> None:
+        options = (
+            ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
+            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
+            ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+            ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+        )
+        for key, add in options:
+            if (value := self.rope.get(key)) is not None:
+                add(float(value))
 
     def _read_rope_number(self, key: str) -> float:
         value = self.rope.get(key, self.config.get(key))

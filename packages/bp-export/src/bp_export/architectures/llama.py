@@ -22,6 +22,7 @@ class LlamaArchitecture(Architecture):
 
     gguf_arch = MODEL_ARCH.LLAMA
     ropes = ("default", "linear", "yarn", "llama3")
+    tells_head_width = True
     tells_space_prefix = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
