@@ -1,0 +1,140 @@
+"""The promise on the real small model: it learned, nothing was lost, and the GGUF says what the merged model says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from backpropagate import Trainer
+from backpropagate.quickstart import DEFAULTS, HELD_OUT
+from bp_export import LlamaChat
+from bp_runs.adapter import changed_files
+from bp_runs.store import RunStore
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "quickstart.jsonl"
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def trained(small_model, tmp_path_factory):
+    """One training for all tests of this file: 24 steps, about half a minute on two cores."""
+    trainer = Trainer(str(small_model), output=tmp_path_factory.mktemp("e2e") / "out", **DEFAULTS | {"steps": STEPS})
+    result = trainer.train(EXAMPLES, sample_prompts=HELD_OUT)
+    return trainer, result
+
+
+def test_the_shipped_example_is_the_visible_one():
+    shipped = Path(__file__).parents[2] / "packages/backpropagate/src/backpropagate/examples/quickstart.jsonl"
+    assert shipped.read_bytes() == EXAMPLES.read_bytes()
+    assert len(EXAMPLES.read_text().splitlines()) >= 60
+
+
+def test_it_learns_the_style_on_prompts_that_it_has_not_seen(trained):
+    trainer, result = trained
+    assert result.outcome.final_loss < result.outcome.first_loss / 1.7
+    samples = [m for m in RunStore(trainer.output).read_metrics(result.run_id) if m["event"] == "sample"]
+    before = {m["prompt"]: m["answer"] for m in samples if m["step"] == 0}
+    after = {m["prompt"]: m["answer"] for m in samples if m["step"] == STEPS}
+    seen = EXAMPLES.read_text()
+    for prompt in HELD_OUT:
+        assert prompt not in seen
+        assert not before[prompt].startswith("Aye")
+        assert after[prompt].startswith("Aye, ")
+    assert sum(answer.endswith("Fair winds!") for answer in after.values()) >= 2
+
+
+def test_the_record_holds_all_that_a_repetition_needs(trained, small_model):
+    trainer, result = trained
+    record = RunStore(trainer.output).load(result.run_id)
+    assert record.status == "completed"
+    assert record.setting("model.name") == str(small_model)
+    assert record.setting("data.path") == str(EXAMPLES)
+    assert record.setting("training.seed") == 42
+    assert len(record.data["sha256"]) == len(record.data["template_sha256"]) == len(record.model["config_sha256"]) == 64
+    assert record.data["read"] == record.data["trained"] == len(EXAMPLES.read_text().splitlines())
+    assert {"torch", "transformers", "peft", "trl", "tokenizers", "bp-train-cuda"} <= record.versions.keys()
+    assert record.hardware["cores"] == os.cpu_count()
+    assert changed_files(result.adapter) == []
+
+
+def greedy(model, tokenizer_folder: Path, prompt: str, count: int) -> str:
+    import torch
+    from bp_data import load_template, load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    text = load_template(tokenizer_folder, tokenizer).render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    ids = torch.tensor([tokenizer.encode(text).ids])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    return tokenizer.decode([t for t in out[0, ids.shape[1] :].tolist() if t not in tokenizer.stop_ids]).strip()
+
+
+def test_the_gguf_answers_as_the_merged_model_greedily(trained):
+    from transformers import AutoModelForCausalLM
+
+    trainer, _ = trained
+    merged = trainer.export("merged")
+    gguf = trainer.export("gguf", quantization="bf16")
+    model = AutoModelForCausalLM.from_pretrained(merged.path, dtype="float32")
+    with LlamaChat(gguf.path) as chat:
+        for prompt in HELD_OUT:
+            said = chat.answer([{"role": "user", "content": prompt}], max_tokens=24).strip()
+            assert said == greedy(model, merged.path, prompt, 24)
+
+
+def test_the_quantized_gguf_keeps_the_style_and_stops(trained):
+    trainer, result = trained
+    gguf = trainer.export("gguf", quantization="q4_k_m")
+    with LlamaChat(gguf.path) as chat:
+        choices = [chat.complete([{"role": "user", "content": p}], max_tokens=60) for p in HELD_OUT]
+    assert all(c["message"]["content"].startswith("Aye, ") for c in choices)
+    assert all(c["finish_reason"] == "stop" for c in choices)
+    kinds = {a["kind"]: a for a in RunStore(trainer.output).load(result.run_id).artifacts}
+    assert kinds["gguf"]["sha256"] == gguf.outcome.sha256
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Aye."}]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Aye."}]},
+        {"instruction": "Say", "input": "hi", "output": "Aye."},
+        {"text": "Aye, said the captain."},
+    ],
+)
+def test_each_row_format_trains_from_the_command_line(row, pico_model, tmp_path):
+    data = tmp_path / "d.jsonl"
+    data.write_text((json.dumps(row) + "\n") * 4)
+    argv = ["train", "--data", str(data), "--model", str(pico_model), "--steps", "2", "--output", str(tmp_path / "out")]
+    code = f"import sys; from backpropagate.cli.app import run; sys.exit(run({argv + ['--json']!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert (found["status"], found["result"]["steps"]) == ("completed", 2)
+    assert (tmp_path / "out" / "lora" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"", "INPUT_DATASET_EMPTY"),
+        (b"\x00\x01\x02\xff" * 100, "INPUT_DATASET_PARSE_FAILED"),
+        (b'{"text": "a"}\n{"text": \n', "INPUT_DATASET_PARSE_FAILED"),
+        (b'{"colour": "red"}\n', "INPUT_DATASET_FORMAT_UNSUPPORTED"),
+    ],
+)
+def test_bad_data_is_told_by_line_before_anything_is_loaded(content, code, pico_model, tmp_path, capsys):
+    from backpropagate.cli.app import run
+
+    data = tmp_path / "d.jsonl"
+    data.write_bytes(content)
+    argv = ["train", "--data", str(data), "--model", str(pico_model), "--output", str(tmp_path / "out")]
+    assert run(argv) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"[{code}]: ")
+    assert "Traceback" not in error
+    if content.startswith(b'{"text"'):
+        assert "line 2" in error
+    [row] = RunStore(tmp_path / "out").list_runs()
+    assert (row["status"], row["error"]) == ("failed", code)

@@ -1,0 +1,114 @@
+"""One suite for every rail: what the Rail protocol promises, the real ones on a pico model."""
+
+import math
+
+import pytest
+from backpropagate import rails
+from bp_data.errors import DatasetParseFailedError
+from bp_runs import Rail, Settings, TrainSpec, read_adapter_folder
+from bp_runs.adapter import changed_files
+from bp_runs.events import AdapterSaved, DataReady, ModelLoaded, SampleAnswer, StepDone
+from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
+from bp_runs.testing import FakeRail
+from bp_train_cuda import CudaRail
+from bp_train_mlx import MlxRail
+from bp_train_mlx.errors import MlxUnavailableError
+
+RAILS = {"fake": FakeRail, "cuda": CudaRail}
+
+
+@pytest.fixture(params=RAILS)
+def rail(request):
+    return RAILS[request.param]()
+
+
+@pytest.fixture
+def spec(pico_model, chat_file, tmp_path):
+    run = tmp_path / "out" / "runs" / "r1"
+    run.mkdir(parents=True)
+    settings = Settings(
+        model=ModelSpec(name=str(pico_model), max_seq_length=64),
+        data=DataSpec(path=str(chat_file)),
+        lora=LoraSpec(r=4),
+        training=TrainingSpec(steps=4, batch_size=4, gradient_accumulation=1, learning_rate=1e-2, sample_prompts=("who are you",), sample_tokens=4),
+    )  # fmt: skip
+    return TrainSpec.build(settings, RunFolders(run_id="r1", output=tmp_path / "out", run=run), pico_model)
+
+
+def test_it_is_a_rail_and_says_why(rail):
+    assert isinstance(rail, Rail)
+    probe = rail.probe()
+    assert probe.usable
+    assert probe.why
+
+
+def test_events_come_in_order_and_agree_with_the_outcome(rail, spec):
+    events = []
+    outcome = rail.train(spec, events.append, lambda: False)
+    kinds = [type(e) for e in events]
+    for kind in (DataReady, ModelLoaded, StepDone, AdapterSaved):
+        assert kind in kinds
+    steps = [e for e in events if isinstance(e, StepDone)]
+    assert [e.step for e in steps] == [1, 2, 3, 4] == list(range(1, outcome.steps + 1))
+    assert all(math.isfinite(e.loss) and e.steps == 4 and e.memory_bytes > 0 for e in steps)
+    assert (outcome.first_loss, outcome.final_loss) == (steps[0].loss, steps[-1].loss)
+    assert outcome.final_loss < outcome.first_loss
+    assert outcome.tokens == steps[-1].tokens > 0
+    assert [(e.step, e.prompt) for e in events if isinstance(e, SampleAnswer)] == [(0, "who are you"), (4, "who are you")]
+    data = next(e for e in events if isinstance(e, DataReady))
+    assert data.read == data.trained + data.truncated + data.dropped == 8
+
+
+def test_the_adapter_keeps_the_contract(rail, spec):
+    outcome = rail.train(spec, lambda _: None, lambda: False)
+    assert outcome.adapter == spec.folders.adapter
+    folder = read_adapter_folder(outcome.adapter)
+    assert (folder.r, folder.alpha, folder.run_id) == (4, 8.0, "r1")
+    assert changed_files(outcome.adapter) == []
+
+
+def test_a_stop_keeps_what_was_trained(rail, spec):
+    outcome = rail.train(spec, lambda _: None, lambda: True)
+    assert (outcome.steps, outcome.stopped) == (1, True)
+    assert read_adapter_folder(outcome.adapter)
+
+
+def test_it_writes_inside_the_run_only(rail, spec):
+    before = {p for p in spec.folders.output.parent.rglob("*") if spec.folders.run not in p.parents}
+    rail.train(spec, lambda _: None, lambda: False)
+    assert {p for p in spec.folders.output.parent.rglob("*") if spec.folders.run not in p.parents} == before
+
+
+def test_a_failure_leaves_no_adapter(spec, chat_file):
+    chat_file.write_text("{")
+    with pytest.raises(DatasetParseFailedError):
+        CudaRail().train(spec, lambda _: None, lambda: False)
+    assert not spec.folders.adapter.exists()
+
+
+def test_installed_rails_are_found_with_their_reasons():
+    found = {s.name: s for s in rails.all_rails()}
+    assert set(found) == {"cuda", "mlx"}
+    assert found["cuda"].probe.usable
+    assert rails.choose_rail("auto").name == "cuda"
+
+
+def test_mlx_says_that_it_cannot_train_yet(spec):
+    probe = MlxRail().probe()
+    assert not probe.usable
+    assert "not built yet" in probe.why
+    with pytest.raises(MlxUnavailableError):
+        MlxRail().train(spec, lambda _: None, lambda: False)
+
+
+def test_a_rail_that_cannot_be_imported_is_listed_with_its_error(monkeypatch):
+    class Point:
+        name = "broken"
+
+        def load(self):
+            raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(rails, "entry_points", lambda group: [Point()])
+    [status] = rails.all_rails()
+    assert not status.probe.usable
+    assert "libcudart" in status.probe.why
