@@ -115,6 +115,15 @@ def test_the_end_of_a_turn_is_read_from_the_template(template, end):
     assert find_turn_end(template, {"<|im_end|>", "<|im", "</s>"}, {"eos_token": "</s>"}) == end
 
 
+def test_a_trainers_marks_do_not_reach_the_file(tmp_path):
+    write_tokenizer(tmp_path)
+    marked = TEMPLATE.replace("{% endfor %}", "{%- generation -%}x{%- endgeneration %}{% endfor %}")
+    (tmp_path / "chat_template.jinja").write_text(marked)
+    vocabulary = read_vocabulary(tmp_path, vocab_size=None, model_config={})
+    assert "{%- if true -%}x{%- endif %}" in vocabulary.special.chat_template
+    assert vocabulary.turn_end == 2
+
+
 @pytest.mark.parametrize(
     ("damage", "error", "word"),
     [

@@ -13,7 +13,8 @@ def build(m, r, n, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("m", "r", "n"), [(1, 1, 1), (97, 16, 241), (192, 16, 576), (576, 8, 1536), (110, 33, 720)]
+    ("m", "r", "n"),
+    [(1, 1, 1), (97, 16, 241), (192, 16, 576), (576, 8, 1536), (110, 33, 720), (192, 128, 576), (192, 192, 576)],
 )
 def test_it_is_torchs_product_bit_for_bit(m, r, n):
     torch = pytest.importorskip("torch")
@@ -34,3 +35,18 @@ def test_rows_can_be_cut_anywhere():
     for size in (1, 37, 100):
         pieces = [multiply_in_order(b[i : i + size], a) for i in range(0, 200, size)]
         assert np.array_equal(np.concatenate(pieces), whole)
+
+
+@pytest.mark.parametrize("r", [200, 256, 384, 512])
+def test_large_ranks_are_cut_as_torchs_library_cuts_them(r):
+    torch = pytest.importorskip("torch")
+    b, a = build(192, r, 576)
+    theirs = (torch.from_numpy(b) @ torch.from_numpy(a)).numpy()
+    # Seen on one CPU; another may cut otherwise, and then the last bits differ, no more.
+    assert np.allclose(multiply_in_order(b, a), theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_the_parts_of_a_rank_cover_it():
+    for r in range(1, 800):
+        parts = product._cut_rank(r)
+        assert [k for start, stop in parts for k in range(start, stop)] == list(range(r))

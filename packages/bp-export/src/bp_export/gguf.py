@@ -6,6 +6,7 @@ data, which gguf-py can only take a whole tensor at a time. The format: ggml's d
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import struct
@@ -74,8 +75,9 @@ class GgufStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._file is not None:
-            # A close may fail to flush on a full disk; the file is thrown away either way.
-            self._file.close()
+            # On a full disk even the close fails, and the file is thrown away in any case.
+            with contextlib.suppress(OSError):
+                self._file.close()
         self._partial.unlink(missing_ok=True)
 
     def write_tensor(self, parts: Iterable[bytes]) -> None:

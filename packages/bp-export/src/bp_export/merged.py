@@ -11,7 +11,7 @@ from bp_runs.adapter import AdapterFolder
 from bp_runs.files import publish_folder, publish_json, require_folder, require_free_space, sha256_file
 
 SHARD_BYTES = 5 * 10**9
-CHUNK_WEIGHTS = 2**20
+CHUNK_WEIGHTS = 2**19
 _SPARE_BYTES = 64 * 2**20
 
 _MODEL_FILES = ("config.json", "generation_config.json")

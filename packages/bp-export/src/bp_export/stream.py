@@ -19,7 +19,7 @@ from bp_export.plan import GgufPlan, TensorPlan
 from bp_export.quantize import load_ggml, quantize_rows
 from bp_merge import Floats, FoldedModel
 
-CHUNK_WEIGHTS = 2**20
+CHUNK_WEIGHTS = 2**19
 MOST_THREADS = 8
 
 Progress = Callable[[int, int], None]
@@ -89,7 +89,7 @@ def _compute_parts(tensor: TensorPlan, model: FoldedModel, pool: ThreadPoolExecu
 
 
 def cut_rows(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about a million weights, never cutting through a head whose rows change places."""
+    """Ranges of rows of about half a million weights, never cutting through a head whose rows change places."""
     unit = tensor.rows // tensor.rotated_heads if tensor.rotated_heads else 1
     step = max(1, CHUNK_WEIGHTS // (tensor.shape[-1] * unit)) * unit
     for start in range(0, tensor.rows, step):

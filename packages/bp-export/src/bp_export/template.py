@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,22 @@ _MARK = "Qanswerx"
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """The folder's template: ``chat_template.jinja``, else the one in ``tokenizer_config.json``; None without one."""
+    """The folder's template: ``chat_template.jinja``, else the one in ``tokenizer_config.json``; None without one.
+
+    Marks around what an assistant generates, which some trainers add and llama.cpp does not know, are taken out.
+    """
     file = folder / _TEMPLATE_FILE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return remove_generation_marks(file.read_text(encoding="utf-8"))
     config = folder / _CONFIG_FILE
     template = json.loads(config.read_bytes()).get("chat_template") if config.is_file() else None
-    return template if isinstance(template, str) else None
+    return remove_generation_marks(template) if isinstance(template, str) else None
+
+
+def remove_generation_marks(template: str) -> str:
+    """``{% generation %}`` blocks as blocks that every engine knows, with the same effect on white space."""
+    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)
 
 
 def find_turn_end(template: str, tokens: Collection[str], words: Mapping[str, str]) -> str | None:

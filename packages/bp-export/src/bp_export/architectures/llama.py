@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from gguf import MODEL_ARCH, GGUFWriter
+from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType
 
 from bp_export.architectures.decoder import Architecture
 from bp_export.errors import ArchitectureUnsupportedError
@@ -32,20 +32,24 @@ class LlamaArchitecture(Architecture):
                 raise ArchitectureUnsupportedError(f"a llama with {key} cannot be written as GGUF yet")
 
     def read_rotated_heads(self, name: str) -> int:
+        """All heads for q, the key heads for k."""
         if name.endswith("q_proj.weight"):
             return self.heads
         return self.key_heads if name.endswith("k_proj.weight") else 0
 
-    def add_settings(self, writer: GGUFWriter, file_type: int) -> None:
+    def add_settings(self, writer: GGUFWriter, file_type: LlamaFileType) -> None:
+        """The common settings, vocabulary size and rotated dimensions."""
         super().add_settings(writer, file_type)
         writer.add_vocab_size(self.vocab_size)
         writer.add_rope_dimension_count(self.head_width)
 
     def add_after_vocabulary(self, writer: GGUFWriter) -> None:
+        """SmolLM's and Granite's vocabulary, known by its size, starts no text with BOS."""
         if self.vocab_size == _ADDS_NO_BOS:
             writer.add_add_bos_token(False)
 
     def build_extra_tensors(self) -> dict[str, Floats]:
+        """Llama 3's factors on the rotary wavelengths, where config.json scales them."""
         return {_FREQUENCIES: self._build_frequencies()} if self.rope.get("rope_type") == "llama3" else {}
 
     def _build_frequencies(self) -> Floats:
