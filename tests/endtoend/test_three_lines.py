@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from backpropagate import Trainer
 from backpropagate.quickstart import DEFAULTS, HELD_OUT
 from bp_export import LlamaChat
@@ -61,10 +62,13 @@ def test_the_record_holds_all_that_a_repetition_needs(trained, small_model):
 
 def greedy(model, tokenizer_folder: Path, prompt: str, count: int) -> str:
     import torch
+
     from bp_data import load_template, load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_folder)
-    text = load_template(tokenizer_folder, tokenizer).render([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    text = load_template(tokenizer_folder, tokenizer).render(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True
+    )
     ids = torch.tensor([tokenizer.encode(text).ids])
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
     return tokenizer.decode([t for t in out[0, ids.shape[1] :].tolist() if t not in tokenizer.stop_ids]).strip()
@@ -107,7 +111,7 @@ def test_each_row_format_trains_from_the_command_line(row, pico_model, tmp_path)
     data = tmp_path / "d.jsonl"
     data.write_text((json.dumps(row) + "\n") * 4)
     argv = ["train", "--data", str(data), "--model", str(pico_model), "--steps", "2", "--output", str(tmp_path / "out")]
-    code = f"import sys; from backpropagate.cli.app import run; sys.exit(run({argv + ['--json']!r}))"
+    code = f"import sys; from backpropagate.cli.app import run; sys.exit(run({[*argv, '--json']!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)

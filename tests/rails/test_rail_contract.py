@@ -3,6 +3,7 @@
 import math
 
 import pytest
+
 from backpropagate import rails
 from bp_data.errors import DatasetParseFailedError
 from bp_runs import Rail, Settings, TrainSpec, read_adapter_folder
@@ -54,7 +55,10 @@ def test_events_come_in_order_and_agree_with_the_outcome(rail, spec):
     assert (outcome.first_loss, outcome.final_loss) == (steps[0].loss, steps[-1].loss)
     assert outcome.final_loss < outcome.first_loss
     assert outcome.tokens == steps[-1].tokens > 0
-    assert [(e.step, e.prompt) for e in events if isinstance(e, SampleAnswer)] == [(0, "who are you"), (4, "who are you")]
+    assert [(e.step, e.prompt) for e in events if isinstance(e, SampleAnswer)] == [
+        (0, "who are you"),
+        (4, "who are you"),
+    ]
     data = next(e for e in events if isinstance(e, DataReady))
     assert data.read == data.trained + data.truncated + data.dropped == 8
 

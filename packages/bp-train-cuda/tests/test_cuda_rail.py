@@ -240,9 +240,9 @@ def test_framework_errors_have_a_code(pico_model, chat_file, tmp_path, monkeypat
 
 
 def test_a_full_disk_is_noticed_before_training(pico_model, chat_file, tmp_path, monkeypatch):
-    from collections import namedtuple
+    import shutil
 
-    usage = namedtuple("usage", "total used free")
+    usage = shutil._ntuple_diskusage
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1, 1, 0))
     events = []
     with pytest.raises(DiskFullError, match="adapter"):

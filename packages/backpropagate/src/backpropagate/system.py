@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,8 @@ THEIRS = (
 
 def installed_versions() -> dict[str, str]:
     """Versions of our packages and of the libraries that decide results; those not installed are left out."""
+    from importlib.metadata import PackageNotFoundError, version
+
     found = {"python": platform.python_version()}
     for name in (*OURS, *THEIRS):
         try:

@@ -1,13 +1,34 @@
-"""What a training run is: spec, events, outcome, record, adapter folder, coded errors. No framework."""
+"""What a training run is: spec, events, outcome, record, adapter folder, coded errors. No framework.
 
-from bp_runs.adapter import AdapterFolder, read_adapter_folder
-from bp_runs.errors import CodedError, ContractError, registered_codes
-from bp_runs.events import Emit, Event
-from bp_runs.rail import Probe, Rail, Stop, TrainOutcome
-from bp_runs.record import RunRecord
-from bp_runs.redact import redact, redact_data
-from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, Settings, TrainingSpec, TrainSpec
-from bp_runs.store import RunStore, RunWriter
+Names load their modules when they are first used: importing one error must not open the store.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bp_runs.adapter import AdapterFolder, read_adapter_folder
+    from bp_runs.errors import CodedError, ContractError, registered_codes
+    from bp_runs.events import Emit, Event
+    from bp_runs.rail import Probe, Rail, Stop, TrainOutcome
+    from bp_runs.record import RunRecord
+    from bp_runs.redact import redact, redact_data
+    from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, Settings, TrainingSpec, TrainSpec
+    from bp_runs.store import RunStore, RunWriter
+
+_HOMES = {
+    "adapter": ("AdapterFolder", "read_adapter_folder"),
+    "errors": ("CodedError", "ContractError", "registered_codes"),
+    "events": ("Emit", "Event"),
+    "rail": ("Probe", "Rail", "Stop", "TrainOutcome"),
+    "record": ("RunRecord",),
+    "redact": ("redact", "redact_data"),
+    "spec": ("DataSpec", "LoraSpec", "ModelSpec", "RunFolders", "Settings", "TrainSpec", "TrainingSpec"),
+    "store": ("RunStore", "RunWriter"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterFolder",
@@ -34,3 +55,10 @@ __all__ = [
     "redact_data",
     "registered_codes",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name's module on first use."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from cyclopts import App, CycloptsError
 
@@ -77,13 +76,19 @@ def build_app() -> App:
         help="Fine-tune a language model on one GPU and have it running in Ollama.",
         help_epilogue=_EPILOGUE,
         help_format="plaintext",
-        version=lambda: version("backpropagate"),
+        version=_read_version,
         version_flags=["--version", "-V"],
     )
     for command in COMMANDS:
         target = f"backpropagate.cli.{command.target}"
         app.command(target, name=command.name, help=command.line, help_epilogue=f"Example:\n  {command.example}")
     return app
+
+
+def _read_version() -> str:
+    from importlib.metadata import version
+
+    return version("backpropagate")
 
 
 def run(argv: Sequence[str]) -> int:

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from datetime import UTC, datetime
-
-import orjson
 
 from backpropagate import system
 from bp_runs.errors import CodedError
 from bp_runs.redact import redact, redact_data
-
-DOCS = "docs/reference/errors.md"
 
 
 def prepare_process() -> None:
@@ -34,6 +29,8 @@ def prepare_process() -> None:
 def report_error(error: CodedError, *, as_json: bool) -> int:
     """Tell a coded error, on stdout as JSON where the user asked for JSON; returns its exit status."""
     if as_json:
+        import orjson
+
         document = {"schema": "backpropagate.error/1", "error": redact_data(error.to_dict())}
         sys.stdout.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
         return error.exit_status
@@ -48,6 +45,10 @@ def report_error(error: CodedError, *, as_json: bool) -> int:
 
 def report_bug(error: Exception, *, as_json: bool) -> int:
     """Keep the traceback in a file and name it; ``BACKPROPAGATE_DEBUG=1`` shows it at once."""
+    import traceback
+
+    import orjson
+
     text = redact("".join(traceback.format_exception(error)))
     folder = system.program_home(os.environ) / "crashes"
     file = folder / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.txt"

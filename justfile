@@ -1,0 +1,29 @@
+# Recipes for people and CI; `uv run just` lists them where just is installed, each line also works by hand.
+
+default:
+    @just --list
+
+# What CI runs.
+check: lock lint types test
+
+lock:
+    uv lock --check
+
+lint:
+    uv run ruff check
+    uv run ruff format --check
+
+types:
+    uv run mypy
+
+# The whole suite on two workers.
+test:
+    uv run pytest -n 2
+
+# Generated reference pages.
+docs:
+    uv run python docs/reference/generate.py
+
+# Start-up times as ratios, in one run.
+bench-start:
+    uv run python benchmarks/start.py
