@@ -73,7 +73,7 @@ def write_base(
     **config: object,
 ) -> Path:
     """A Llama or Qwen2 checkpoint with random weights."""
-    vocab = write_tokenizer(folder, family=family or {"llama": "smollm", "qwen2": "qwen2"}[kind]) + pad_vocab
+    vocab = write_tokenizer(folder, family=family or {"qwen2": "qwen2"}.get(kind, "smollm")) + pad_vocab
     random = np.random.default_rng(seed)
     head = hidden // heads
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
@@ -98,7 +98,9 @@ def write_base(
     }
     write_tensors(folder / "model.safetensors", tensors, dtype=dtype)  # type: ignore[arg-type]
     settings = {
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind]],
+        "architectures": [
+            {"mistral": "MistralForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[kind]
+        ],
         "model_type": kind,
         "hidden_size": hidden,
         "intermediate_size": inner,

@@ -41,6 +41,21 @@ def test_a_merged_folder_exports_to_the_same_file_as_the_adapter(tmp_path, lora)
     assert export_adapter(merged.path, output=tmp_path / "b.gguf", name="x").sha256 == direct.sha256
 
 
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-tuned"),
+        ("/models/mine/", "mine-tuned"),
+        ("/cache/models--Qwen--Qwen2.5-0.5B/snapshots/0123abc", "Qwen2.5-0.5B-tuned"),
+        ("", "model-tuned"),
+    ],
+)
+def test_the_default_name_comes_from_the_base(base, name):
+    from bp_export.export import _name_after
+
+    assert _name_after(base) == name
+
+
 def test_lora_is_a_copy(tmp_path, lora):
     outcome = export_adapter(lora, format="lora", output=tmp_path / "copy")
     for file in lora.iterdir():

@@ -13,6 +13,7 @@ CASES = {
     "k-quants": {"hidden": 256, "inner": 512, "layers": 9},
     "untied": {"hidden": 256, "inner": 320, "tied": False, "heads": 8, "key_heads": 8},
     "qwen2": {"kind": "qwen2", "hidden": 256, "inner": 768, "layers": 3, "pad_vocab": 5},
+    "mistral": {"kind": "mistral", "hidden": 256, "inner": 512, "tied": False, "head_dim": 64},
     "f16-base": {"hidden": 256, "inner": 256, "dtype": "F16"},
 }
 

@@ -132,8 +132,11 @@ def _read_source(folder: Path, base: Path | None, name: str | None) -> _Source:
 
 
 def _name_after(base: str) -> str:
-    """The last part of a Hub id or path, and that it was tuned."""
-    return f"{base.replace(os.sep, '/').rstrip('/').rpartition('/')[2] or 'model'}-tuned"
+    """The last part of a Hub id or path, and that it was tuned; a folder of the Hub's cache counts as its id."""
+    parts = [part for part in base.replace(os.sep, "/").split("/") if part]
+    if len(parts) > 2 and parts[-2] == "snapshots":
+        parts = parts[-3].split("--")
+    return f"{parts[-1] if parts else 'model'}-tuned"
 
 
 def _require_free_folder(path: Path) -> None:
