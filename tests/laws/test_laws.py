@@ -256,7 +256,7 @@ def test_numpy_packages_pass_their_tests_where_torch_cannot_be_imported(package,
         "sys.meta_path.insert(0, Block())\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no_torch", "-p", "no:xdist", "-p", "no:cacheprovider", str(PACKAGES[package] / "tests")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no_torch", "-n0", "-p", "no:cacheprovider", str(PACKAGES[package] / "tests")],
         cwd=ROOT, env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

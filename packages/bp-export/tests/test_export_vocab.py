@@ -26,21 +26,20 @@ def test_llama_cpp_splits_as_the_tokenizer_does(tmp_path, family):
     pytest.importorskip("xllamacpp")
     from tokenizers import Tokenizer
 
-    from bp_export.chat import _start_server
+    from bp_export.serving import LlamaServer
 
     base = write_base(tmp_path / "base", family=family)
     path = export_adapter(base, quantization="f16").path
     assert read_settings(path)["tokenizer.ggml.pre"] == family
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
-    server = _start_server(path, 128)
+    server = LlamaServer(path, 128)
     for text in TRIALS:
         body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
-        request = urllib.request.Request(
-            f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
+        request = urllib.request.Request(f"{server.address}/tokenize", body, {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=30) as answer:
             tokens = json.loads(answer.read())["tokens"]
         assert tokens == tokenizer.encode(text, add_special_tokens=False).ids, text
+    server.close()
 
 
 def test_the_real_smollm2_tokenizer_comes_out_as_its_gguf_has_it(tmp_path):

@@ -1,6 +1,6 @@
-import multiprocessing
 import os
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -143,40 +143,46 @@ def test_secrets_do_not_reach_the_disk(tmp_path):
     assert RunStore(tmp_path).load(run.run_id).settings["model.name"]["source"] == "flag"
 
 
-def _hang(output: str) -> None:
-    run = RunStore(Path(output)).start(settings={}, rail="fake")
-    time.sleep(60)
-    run.fail(TimeoutError())
+def start_python(code: str, *arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time\nfrom pathlib import Path\nfrom bp_runs import RunStore\n" + code,
+            *arguments,
+        ]
+    )
+
+
+HANG = """
+run = RunStore(Path(sys.argv[1])).start(settings={}, rail="fake")
+time.sleep(60)
+"""
 
 
 def test_a_killed_run_is_interrupted_at_the_next_look(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=_hang, args=(str(tmp_path),))
-    process.start()
+    process = start_python(HANG, str(tmp_path))
     store = RunStore(tmp_path)
     deadline = time.monotonic() + 30
     while not store.list_runs() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [row["status"] for row in store.list_runs()] == ["running"]
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    process.kill()
+    process.wait()
     assert [row["status"] for row in store.list_runs()] == ["interrupted"]
     assert store.load(store.list_runs()[0]["run_id"]).ended_at
 
 
-def _record_many(output: str, count: int) -> None:
-    for _ in range(count):
-        with RunStore(Path(output)).start(settings={}, rail="fake"):
-            pass
+MANY = """
+for _ in range(20):
+    with RunStore(Path(sys.argv[1])).start(settings={}, rail="fake"):
+        pass
+"""
 
 
 def test_processes_share_an_output_folder(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_record_many, args=(str(tmp_path), 20)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert [p.exitcode for p in processes] == [0] * 4
+    processes = [start_python(MANY, str(tmp_path)) for _ in range(4)]
+    assert [p.wait() for p in processes] == [0] * 4
     index = orjson.loads(paths.index_file(tmp_path).read_bytes())["runs"]
     assert len({row["run_id"] for row in index}) == 80
 

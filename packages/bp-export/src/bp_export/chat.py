@@ -1,19 +1,24 @@
-"""Chat with a GGUF in llama.cpp, in this process, with the file's own chat template.
+"""Chat with a GGUF in llama.cpp with the file's own chat template.
 
-llama.cpp comes from the package xllamacpp (the extra ``verify``), which is imported only when a chat is opened.
+llama.cpp comes from the package xllamacpp (the extra ``verify``) and runs in a process of its own.
 """
 
 from __future__ import annotations
 
+import json
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from bp_export.errors import ChatFailedError, LlamaCppMissingError
+from bp_export.errors import ChatFailedError
 from bp_export.gguf import read_settings
+from bp_export.serving import LlamaServer
 
-_QUIET = -1
+_ANSWER_SECONDS = 600.0
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class LlamaChat:
@@ -32,7 +37,7 @@ class LlamaChat:
         self.template = read_settings(path).get("tokenizer.chat_template")
         """The Jinja template in the file; None without one."""
         self._path = path
-        self._server: Any = _start_server(path, context)
+        self._server: LlamaServer | None = LlamaServer(path, context)
 
     def __enter__(self) -> Self:
         return self
@@ -44,6 +49,8 @@ class LlamaChat:
 
     def close(self) -> None:
         """Unload the model; answering after it is an error."""
+        if self._server is not None:
+            self._server.close()
         self._server = None
 
     def answer(
@@ -79,32 +86,22 @@ class LlamaChat:
         return _read_choice(_ask(self._server, request))
 
 
-def _start_server(path: Path, context: int) -> Any:
-    try:
-        import xllamacpp  # an extra, and a large library
-    except ImportError as error:
-        raise LlamaCppMissingError("xllamacpp is not installed", cause=str(error)) from error
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx = context
-    params.n_parallel = 1
-    params.use_jinja = True
-    params.verbosity = _QUIET
-    params.warmup = False
-    params.ui = False
-    params.port = 0
-    try:
-        return xllamacpp.Server(params)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ChatFailedError(f"llama.cpp cannot load {path}", cause=str(error)) from error
-
-
-def _ask(server: Any, request: Mapping[str, Any]) -> Any:
+def _ask(server: LlamaServer | None, request: Mapping[str, Any]) -> Any:
     if server is None:
         raise ChatFailedError("the model has been unloaded")
+    body = json.dumps(request).encode()
+    headers = {"Content-Type": "application/json"}
+    address = f"{server.address}/v1/chat/completions"
+    post = urllib.request.Request(address, body, headers)  # noqa: S310  # our own server
     try:
-        return server.handle_chat_completions(dict(request))
-    except (RuntimeError, ValueError) as error:
+        with _DIRECT.open(post, timeout=_ANSWER_SECONDS) as reply:
+            return json.loads(reply.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            raise ChatFailedError(
+                "llama.cpp could not answer", cause=error.read()[:500].decode(errors="replace")
+            ) from error
+    except (OSError, ValueError) as error:
         raise ChatFailedError("llama.cpp could not answer", cause=str(error)) from error
 
 
