@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from bp_data import recognise
 from bp_data.errors import RowFault
-from bp_data.example import Chat, Message, Rejected, Row, Text
+from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Text
 
 
 def read(**data):
@@ -102,7 +102,12 @@ ANSWER = {"role": "assistant", "content": "A"}
     [
         ({"foo": 1, "bar": 2}, RowFault.COLUMNS_UNKNOWN, "columns seen: bar, foo"),
         ({}, RowFault.COLUMNS_UNKNOWN, "none"),
-        ({"prompt": "p", "chosen": "a", "rejected": "b"}, RowFault.COLUMNS_UNKNOWN, "preference"),
+        ({"prompt": "p", "chosen": "a", "rejected": "a"}, RowFault.SAME_ANSWERS, "same"),
+        ({"prompt": "p", "chosen": "a", "rejected": " "}, RowFault.EMPTY_TURN, "turn 2"),
+        ({"prompt": "p", "chosen": "a", "rejected": 3}, RowFault.FIELD_TYPE, "`rejected` is a number"),
+        ({"chosen": "a", "rejected": "b"}, RowFault.FIELD_TYPE, "no `prompt`"),
+        ({"chosen": [ANSWER], "rejected": [{**ANSWER, "content": "B"}]}, RowFault.EMPTY_TURN, "no prompt"),
+        ({"prompt": "p", "chosen": [], "rejected": "b"}, RowFault.NO_ANSWER, "assistant"),
         ({"messages": "hi"}, RowFault.FIELD_TYPE, "`messages` is a text"),
         ({"messages": []}, RowFault.NO_ANSWER, "assistant"),
         ({"messages": turns()}, RowFault.NO_ANSWER, "assistant"),
@@ -145,7 +150,8 @@ ANSWER = {"role": "assistant", "content": "A"}
         ),
         ({"instruction": "Q", "output": ""}, RowFault.EMPTY_TURN, "turn 2"),
         ({"instruction": "Q", "output": "A", "history": [["Q"]]}, RowFault.FIELD_TYPE, "history[0]"),
-        ({"prompt": [{"role": "user"}], "completion": "A"}, RowFault.FIELD_TYPE, "`prompt` is a list"),
+        ({"prompt": [{"role": "user"}], "completion": "A"}, RowFault.EMPTY_TURN, "turn 1"),
+        ({"prompt": 3, "completion": "A"}, RowFault.FIELD_TYPE, "not a text or a list"),
         ({"text": " "}, RowFault.EMPTY_TURN, "text"),
         ({"text": 1.5}, RowFault.FIELD_TYPE, "a number"),
     ],
@@ -163,7 +169,70 @@ def test_every_fault_says_what_it_means():
         assert fault.meaning.endswith(".")
 
 
+USER = {"role": "user", "content": "Q"}
+OTHER = {"role": "assistant", "content": "B"}
+PAIR = Preference((Message("user", "Q"),), (Message("assistant", "A"),), (Message("assistant", "B"),))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]},
+        {"prompt": "Q", "chosen": [USER, ANSWER], "rejected": [USER, OTHER], "messages": [USER, ANSWER]},
+        {"chosen": [USER, ANSWER], "rejected": [USER, OTHER]},
+        {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
+        {"prompt": "Q", "chosen": ANSWER, "rejected": OTHER, "score": 3},
+    ],
+)
+def test_preferences(data):
+    assert recognise(Row(7, data), "preference") == PAIR
+
+
+def test_preferences_keep_system_tools_and_turns_that_both_share():
+    found = recognise(
+        Row(1, {"system": "S", "chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, ANSWER, USER, OTHER]})
+    )
+    assert [turn.content for turn in found.prompt] == ["S", "Q", "A", "Q"]
+    assert ([t.content for t in found.chosen], [t.content for t in found.rejected]) == (["A"], ["B"])
+
+
+@pytest.mark.parametrize(
+    ("label", "good"), [(True, True), (False, False), (1, True), (0, False), ("True", True), ("0", False)]
+)
+def test_judged_answers(label, good):
+    assert read(prompt="Q", completion="A", label=label) == Judged(Chat(QA, None, 1), good)
+    assert read(prompt=[USER], completion=[ANSWER], label=label) == Judged(Chat(QA, None, 1), good)
+
+
+def test_a_label_that_is_no_verdict_is_a_column_like_any_other():
+    assert read(prompt="Q", completion="A", label="history") == Chat(QA)
+
+
+def test_prompt_and_completion_as_lists_train_the_completion_only():
+    chat = read(prompt=[USER, ANSWER, USER], completion=[OTHER])
+    assert (len(chat.messages), chat.first) == (4, 3)
+    assert read(prompt=[USER], completion="A") == Chat(QA, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "data"),
+    [
+        ("sft", {"prompt": "Q", "chosen": "A", "rejected": "B"}),
+        ("sft", {"prompt": "Q", "completion": "A", "label": False}),
+        ("preference", {"messages": [USER, ANSWER]}),
+        ("kto", {"text": "T"}),
+        ("kto", {"prompt": "Q", "completion": "A"}),
+    ],
+)
+def test_rows_of_another_kind_are_refused(wanted, data):
+    assert recognise(Row(1, data), wanted).code is RowFault.WRONG_KIND
+
+
 COLUMNS = [
+    "chosen",
+    "rejected",
+    "label",
     "messages",
     "conversations",
     "instruction",
@@ -212,8 +281,9 @@ VALUES = st.recursive(
 @settings(max_examples=250, deadline=None)
 @given(st.dictionaries(st.sampled_from(COLUMNS) | st.text(max_size=3), VALUES, max_size=4))
 def test_any_value_in_any_field_is_an_example_or_rejected(data):
+    for wanted in (None, "sft", "preference", "kto"):
+        assert isinstance(recognise(Row(1, data), wanted), Chat | Text | Preference | Judged | Rejected)
     result = recognise(Row(1, data))
-    assert isinstance(result, Chat | Text | Rejected)
     if isinstance(result, Chat):
         assert all(isinstance(turn.to_dict(), dict) for turn in result.messages)
 

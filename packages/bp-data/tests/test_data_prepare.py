@@ -113,7 +113,8 @@ def test_skipped_rows_are_in_the_ledger_and_on_disk(chatml, tmp_path, write_line
         (4, "ROW_CUT_AWAY"),
         (5, "ROW_EMPTY_TURN"),
     ]
-    assert all(set(entry) == {"row", "code", "reason"} for entry in written)
+    assert all(set(entry) == {"file", "row", "code", "reason", "excerpt"} for entry in written)
+    assert (written[0]["file"], written[0]["excerpt"]) == ("data.jsonl", '{"foo":1}')
     assert [name.name for name in tmp_path.iterdir() if "partial" in name.name] == []
 
 

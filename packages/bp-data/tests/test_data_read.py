@@ -121,7 +121,7 @@ def test_missing_folder_and_other_endings(tmp_path, put):
         list(read_rows(tmp_path / "nowhere.jsonl"))
     with pytest.raises(DatasetFormatUnsupportedError, match="folder"):
         list(read_rows(tmp_path))
-    for name in ("a.parquet", "a.jsonl.gz", "a.txt", "a"):
+    for name in ("a.xlsx", "a.jsonl.zip", ".jsonl", "a", "a.gz"):
         with pytest.raises(DatasetFormatUnsupportedError, match=r"\.jsonl, \.json, \.csv"):
             list(read_rows(put(b"x", name)))
     with pytest.raises(CodedError):

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bp_data.dataset import Prepared, prepare, tokenize_rows
+    from bp_data.dedupe import Contaminated, Duplicate, find_contamination, find_duplicates
     from bp_data.errors import (
         DataError,
         DatasetEmptyError,
@@ -18,18 +19,24 @@ if TYPE_CHECKING:
         TemplateFailedError,
         TokenizerInvalidError,
     )
-    from bp_data.example import Chat, Example, Message, Rejected, Row, Text
+    from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
     from bp_data.formats import recognise
-    from bp_data.gate import check_gate
+    from bp_data.gate import Gate, check_gate
     from bp_data.ledger import Ledger
+    from bp_data.pack import PackedRow, build_pack, iter_packs, pack_rows, plan_packs
+    from bp_data.pairs import Compared, JudgedRow, PairRow, prepare_judged, prepare_pairs
     from bp_data.preview import PreviewToken, preview_rows
     from bp_data.read import read_rows
+    from bp_data.reasoning import TraceBand
     from bp_data.split import split_rows
+    from bp_data.store import TokenRows
     from bp_data.template import DEFAULT_TEMPLATE_NAME, ChatTemplate, load_template
     from bp_data.tokenrow import IGNORED, TokenRow
     from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 
 _HOMES = {
+    "dataset": ("Prepared", "prepare", "tokenize_rows"),
+    "dedupe": ("Contaminated", "Duplicate", "find_contamination", "find_duplicates"),
     "errors": (
         "DataError",
         "DatasetEmptyError",
@@ -43,14 +50,17 @@ _HOMES = {
         "TemplateFailedError",
         "TokenizerInvalidError",
     ),
-    "example": ("Chat", "Example", "Message", "Rejected", "Row", "Text"),
+    "example": ("Chat", "Example", "Judged", "Message", "Preference", "Rejected", "Row", "Text"),
     "formats": ("recognise",),
-    "gate": ("check_gate",),
+    "gate": ("Gate", "check_gate"),
     "ledger": ("Ledger",),
-    "dataset": ("Prepared", "prepare", "tokenize_rows"),
+    "pack": ("PackedRow", "build_pack", "iter_packs", "pack_rows", "plan_packs"),
+    "pairs": ("Compared", "JudgedRow", "PairRow", "prepare_judged", "prepare_pairs"),
     "preview": ("PreviewToken", "preview_rows"),
     "read": ("read_rows",),
+    "reasoning": ("TraceBand",),
     "split": ("split_rows",),
+    "store": ("TokenRows",),
     "template": ("DEFAULT_TEMPLATE_NAME", "ChatTemplate", "load_template"),
     "tokenrow": ("IGNORED", "TokenRow"),
     "tokens": ("Tokenizer", "TokenizerFacts", "load_tokenizer"),
@@ -62,6 +72,8 @@ __all__ = [
     "IGNORED",
     "Chat",
     "ChatTemplate",
+    "Compared",
+    "Contaminated",
     "DataError",
     "DatasetEmptyError",
     "DatasetFormatUnsupportedError",
@@ -70,9 +82,16 @@ __all__ = [
     "DatasetNotFoundError",
     "DatasetParseFailedError",
     "DatasetUnreadableError",
+    "Duplicate",
     "Example",
+    "Gate",
+    "Judged",
+    "JudgedRow",
     "Ledger",
     "Message",
+    "PackedRow",
+    "PairRow",
+    "Preference",
     "Prepared",
     "PreviewToken",
     "Rejected",
@@ -81,13 +100,23 @@ __all__ = [
     "TemplateFailedError",
     "Text",
     "TokenRow",
+    "TokenRows",
     "Tokenizer",
     "TokenizerFacts",
     "TokenizerInvalidError",
+    "TraceBand",
+    "build_pack",
     "check_gate",
+    "find_contamination",
+    "find_duplicates",
+    "iter_packs",
     "load_template",
     "load_tokenizer",
+    "pack_rows",
+    "plan_packs",
     "prepare",
+    "prepare_judged",
+    "prepare_pairs",
     "preview_rows",
     "read_rows",
     "recognise",

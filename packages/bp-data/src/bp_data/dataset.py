@@ -3,35 +3,46 @@
 from __future__ import annotations
 
 import random
-from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from bp_data import cache as cached
+from bp_data.batch import Encoder
 from bp_data.errors import (
     DatasetFormatUnsupportedError,
     DatasetInvalidError,
     DatasetParseFailedError,
     RowFault,
-    RowFaultError,
 )
-from bp_data.example import Chat, Rejected, Row
-from bp_data.formats import recognise
-from bp_data.gate import check_gate
+from bp_data.example import Rejected, Row
+from bp_data.files import sha256_data
+from bp_data.gate import Gate
 from bp_data.ledger import Ledger
-from bp_data.mask import mask_chat, mask_text
+from bp_data.overflow import OnOverflow, fit_row
 from bp_data.read import place_of, read_rows
+from bp_data.reasoning import TraceBand
+from bp_data.store import TokenRows, TokenWriter
 from bp_data.template import ChatTemplate, load_template
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 from bp_runs.errors import ContractError
-from bp_runs.files import sha256_file
+from bp_runs.files import publish_folder
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
+Dedup: TypeAlias = Literal["none", "exact", "near"]
 
 # Which coded error a fault becomes when the first bad row ends the run; the others are INPUT_DATASET_INVALID.
 _PARSE_FAULTS = (RowFault.NOT_UTF8, RowFault.JSON_BROKEN, RowFault.CSV_FIELDS)
+# Rows that a filter takes out because it was asked to: they are no bad rows and end no run.
+_FILTERED = (
+    RowFault.DUPLICATE,
+    RowFault.TOO_SHORT,
+    RowFault.TRACE_MISSING,
+    RowFault.TRACE_UNBALANCED,
+    RowFault.TRACE_LENGTH,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,18 +50,19 @@ class Prepared:
     """A data set ready for training.
 
     Attributes:
-        rows: In file order; never empty, each with at least one token to learn.
+        rows: In file order; never empty, each with at least one token to learn. They lie on disk, read when asked for.
         ledger: What became of every row.
         facts: Ids and size of the tokenizer.
         tokenizer: As loaded; for previews and sample answers.
         template: The chat template in use; a default one must be saved with the adapter.
-        data_sha256: Hex SHA-256 of the data file.
+        data_sha256: Hex SHA-256 of the data file; of a folder, over its files' names and hashes.
         max_seq_length: The longest a row may be, in tokens.
         tokens: Tokens of all rows.
         trained_tokens: Tokens that count in the loss, over all rows.
+        from_cache: Whether the rows were prepared by an earlier call.
     """
 
-    rows: list[TokenRow]
+    rows: TokenRows
     ledger: Ledger
     facts: TokenizerFacts
     tokenizer: Tokenizer
@@ -59,6 +71,7 @@ class Prepared:
     max_seq_length: int
     tokens: int
     trained_tokens: int
+    from_cache: bool = False
 
     @property
     def template_hash(self) -> str:
@@ -71,6 +84,39 @@ class Prepared:
         return self.template.name
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which rows of a file are taken, and what bad and long ones do."""
+
+    path: str | Path
+    samples: int | None
+    seed: int
+    dedup: Dedup
+    on_bad_row: OnBadRow
+    on_overflow: OnOverflow | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What `prepare` was asked for, as far as tokens and masks depend on it."""
+
+    max_seq_length: int
+    on_bad_row: OnBadRow
+    samples: int | None
+    seed: int
+    on_overflow: OnOverflow | None
+    min_tokens: int
+    dedup: Dedup
+    trace: TraceBand | None
+
+    def check(self) -> None:
+        if self.max_seq_length < 2 or (self.samples is not None and self.samples < 1) or self.min_tokens < 0:
+            raise ContractError(
+                f"max_seq_length={self.max_seq_length}, samples={self.samples}, min_tokens={self.min_tokens}: "
+                "at least 2, 1 and 0"
+            )
+
+
 def prepare(
     path: str | Path,
     model: str | Path | tuple[Tokenizer, ChatTemplate],
@@ -79,50 +125,114 @@ def prepare(
     on_bad_row: OnBadRow = "fail",
     samples: int | None = None,
     seed: int = 0,
+    on_overflow: OnOverflow | None = None,
+    min_tokens: int = 0,
+    dedup: Dedup = "none",
+    trace: TraceBand | None = None,
+    cache: Path | None = None,
 ) -> Prepared:
     """Read a data file and turn it into tokens and loss masks.
 
     Args:
-        path: The data file.
+        path: The data file, or a folder of them.
         model: A model folder with tokenizer.json, or a tokenizer and a template already loaded.
-        max_seq_length: Tokens; longer rows are cut at their end and counted as truncated.
+        max_seq_length: Tokens; what becomes of longer rows is ``on_overflow``.
         on_bad_row: ``fail`` raises at the first row that cannot be trained on; ``skip`` drops it into the ledger.
         samples: Take at most so many rows, chosen evenly over the file by ``seed``; None takes all.
         seed: Decides which rows are taken; the same seed takes the same rows.
+        on_overflow: As `fit_row`; None truncates rows and splits the documents of .txt and .md files.
+        min_tokens: Rows with fewer tokens are dropped.
+        dedup: Drop rows that are the same as an earlier one, or nearly so.
+        trace: Keep reasoning traces of this band as plain text and drop rows without a good one.
+        cache: A folder in which prepared rows are kept for the next call; None keeps nothing.
 
     Raises:
         DataError: Its leaves, for the file, the tokenizer, the template, or (with ``fail``) the first bad row.
         DatasetGateError: As `check_gate`.
-        ContractError: ``max_seq_length`` below 2 or ``samples`` below 1.
+        ContractError: ``max_seq_length`` below 2, ``samples`` below 1 or ``min_tokens`` below 0.
     """
-    if max_seq_length < 2 or (samples is not None and samples < 1):
-        raise ContractError(f"max_seq_length={max_seq_length}, samples={samples}: at least 2 and 1")
+    wanted = _Wanted(max_seq_length, on_bad_row, samples, seed, on_overflow, min_tokens, dedup, trace)
+    wanted.check()
     path = Path(path)
-    tokenizer, template = _load(model)
-    ledger = Ledger()
-    taken: Iterable[Row | Rejected] = read_rows(path)
-    if samples is not None:
-        taken = sample_rows(taken, samples, seed, ledger)
-    rows = list(
-        tokenize_rows(taken, tokenizer, template, max_seq_length, ledger=ledger, on_bad_row=on_bad_row, source=path)
-    )
-    ledger.check()
-    prepared = Prepared(
+    tokenizer, template = load_source(model)
+    digest = sha256_data(path)
+    if cache is None:
+        writer = TokenWriter()
+        try:
+            ledger = _write_rows(path, tokenizer, template, wanted, writer)
+        except BaseException:
+            writer.close()
+            raise
+        rows = writer.finish()
+        tokens, trained, hit = writer.tokens, writer.trained_tokens, False
+    else:
+        entry = cache / cached.cache_key(digest, tokenizer, template, asdict(wanted))
+        hit = (found := cached.read_entry(entry)) is not None
+        if found is None:
+            _fill(entry, path, tokenizer, template, wanted)
+            cached.prune(cache)
+            found = cached.read_entry(entry)
+        if found is None:
+            raise ContractError(f"{entry} was written and cannot be read")
+        rows, ledger, meta = found
+        tokens, trained = meta["tokens"], meta["trained_tokens"]
+    if rows is None:
+        raise ContractError("a temporary store gives back its rows")
+    return Prepared(
         rows=rows,
         ledger=ledger,
         facts=tokenizer_facts(tokenizer, template),
         tokenizer=tokenizer,
         template=template,
-        data_sha256=sha256_file(path),
+        data_sha256=digest,
         max_seq_length=max_seq_length,
-        tokens=sum(len(row.ids) for row in rows),
-        trained_tokens=sum(row.trained for row in rows),
+        tokens=tokens,
+        trained_tokens=trained,
+        from_cache=hit,
     )
-    check_gate(prepared.rows, prepared.facts, ledger)
-    return prepared
 
 
-def _load(model: str | Path | tuple[Tokenizer, ChatTemplate]) -> tuple[Tokenizer, ChatTemplate]:
+def _fill(entry: Path, path: Path, tokenizer: Tokenizer, template: ChatTemplate, wanted: _Wanted) -> None:
+    with publish_folder(entry) as folder:
+        writer = TokenWriter(folder)
+        try:
+            ledger = _write_rows(path, tokenizer, template, wanted, writer)
+        finally:
+            writer.close()
+        cached.write_meta(folder, ledger, rows=writer.count, tokens=writer.tokens, trained_tokens=writer.trained_tokens)
+
+
+def _write_rows(
+    path: Path, tokenizer: Tokenizer, template: ChatTemplate, wanted: _Wanted, writer: TokenWriter
+) -> Ledger:
+    """All rows, through the gate, into ``writer``."""
+    ledger = Ledger()
+    gate = Gate(tokenizer_facts(tokenizer, template))
+    source = Source(path, wanted.samples, wanted.seed, wanted.dedup, wanted.on_bad_row, wanted.on_overflow)
+    rows = take_rows(source, ledger)
+    for row in _tokenize(rows, tokenizer, template, wanted, ledger=ledger, path=path):
+        gate.take(row)
+        writer.append(row)
+    ledger.check()
+    gate.close(ledger)
+    return ledger
+
+
+def take_rows(source: Source, ledger: Ledger) -> Iterable[Row | Rejected]:
+    """The rows of a file that are taken up, duplicates rejected where that is wanted."""
+    path = Path(source.path)
+    rows: Iterable[Row | Rejected] = read_rows(path)
+    if source.dedup != "none":
+        from bp_data.dedupe import reject_duplicates
+
+        rows = reject_duplicates(lambda: read_rows(path), near=source.dedup == "near")
+    if source.samples is not None:
+        rows = sample_rows(rows, source.samples, source.seed, ledger)
+    return rows
+
+
+def load_source(model: str | Path | tuple[Tokenizer, ChatTemplate]) -> tuple[Tokenizer, ChatTemplate]:
+    """The tokenizer and template of a model folder, or those given."""
     if isinstance(model, tuple):
         return model
     tokenizer = load_tokenizer(Path(model))
@@ -152,7 +262,7 @@ def sample_rows(rows: Iterable[Row | Rejected], samples: int, seed: int, ledger:
     left aside is added to ``ledger.unsampled``.
     """
     chance = random.Random(seed)  # noqa: S311 - a choice that must repeat, not a secret
-    kept: list[Row] = []
+    kept: list[tuple[int, Row]] = []
     seen = 0
     for row in rows:
         if isinstance(row, Rejected):
@@ -160,11 +270,11 @@ def sample_rows(rows: Iterable[Row | Rejected], samples: int, seed: int, ledger:
             continue
         seen += 1
         if len(kept) < samples:
-            kept.append(row)
+            kept.append((seen, row))
         elif (place := chance.randrange(seen)) < samples:
-            kept[place] = row
+            kept[place] = (seen, row)
     ledger.unsampled += seen - len(kept)
-    yield from sorted(kept, key=lambda row: row.number)
+    yield from (row for _, row in sorted(kept, key=lambda pair: pair[0]))
 
 
 def tokenize_rows(
@@ -176,56 +286,68 @@ def tokenize_rows(
     ledger: Ledger,
     on_bad_row: OnBadRow,
     source: Path,
+    on_overflow: OnOverflow | None = None,
+    min_tokens: int = 0,
+    trace: TraceBand | None = None,
 ) -> Iterator[TokenRow]:
     """Token rows one by one, each row entered in ``ledger`` as it passes.
 
     Raises:
         DatasetInvalidError, DatasetParseFailedError, DatasetFormatUnsupportedError: The first bad row, with ``fail``.
     """
-    for row in rows:
-        result = row if isinstance(row, Rejected) else tokenize_row(row, tokenizer, template)
-        if isinstance(result, TokenRow):
-            result = _cut(result, max_seq_length, ledger)
-        if isinstance(result, TokenRow):
-            yield result
-        elif on_bad_row == "fail":
-            raise _bad_row(source, result)
+    wanted = _Wanted(max_seq_length, on_bad_row, None, 0, on_overflow, min_tokens, "none", trace)
+    return _tokenize(rows, tokenizer, template, wanted, ledger=ledger, path=source)
+
+
+def _tokenize(
+    rows: Iterable[Row | Rejected],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    wanted: _Wanted,
+    *,
+    ledger: Ledger,
+    path: Path,
+) -> Iterator[TokenRow]:
+    stops = frozenset(tokenizer_facts(tokenizer, template).stop_ids)
+    for row in Encoder(tokenizer, template, wanted.trace).encode_rows(rows):
+        result = row if isinstance(row, Rejected) else _fit(row, wanted, stops, ledger)
+        if not isinstance(result, Rejected):
+            yield from result
+        elif not is_filtered(result, wanted):
+            raise bad_row(path, result)
         else:
             ledger.take_dropped(result)
 
 
-def tokenize_row(row: Row, tokenizer: Tokenizer, template: ChatTemplate) -> TokenRow | Rejected:
-    """One row's tokens and verified mask, uncut; or why it has none."""
-    example = recognise(row)
-    if isinstance(example, Rejected):
-        return example
-    try:
-        if isinstance(example, Chat):
-            ids, mask = mask_chat(example, tokenizer, template)
-            return TokenRow(row.number, array("i", ids), bytes(mask), "chat")
-        ids, mask = mask_text(example, tokenizer)
-        return TokenRow(row.number, array("i", ids), bytes(mask), "text")
-    except RowFaultError as fault:
-        return Rejected(row.number, fault.code, fault.reason)
+def _fit(row: TokenRow, wanted: _Wanted, stops: frozenset[int], ledger: Ledger) -> list[TokenRow] | Rejected:
+    if len(row.ids) < wanted.min_tokens:
+        reason = f"it has {len(row.ids)} tokens; wanted are at least {wanted.min_tokens}"
+        return Rejected(row.number, RowFault.TOO_SHORT, reason, row.source)
+    policy = wanted.on_overflow or ("split" if _is_document(row.source) else "truncate")
+    fitted = fit_row(row, wanted.max_seq_length, policy, stops, ledger)
+    return replace(fitted, source=row.source) if isinstance(fitted, Rejected) else fitted
 
 
-def _cut(row: TokenRow, max_seq_length: int, ledger: Ledger) -> TokenRow | Rejected:
-    over = len(row.ids) - max_seq_length
-    if over <= 0:
-        ledger.take_trained()
-        return row
-    cut = TokenRow(row.number, row.ids[:max_seq_length], row.mask[:max_seq_length], row.kind, truncated=True)
-    if not cut.trained:
-        reason = f"of {len(row.ids)} tokens the first {max_seq_length} hold nothing of an answer"
-        return Rejected(row.number, RowFault.CUT_AWAY, reason)
-    ledger.take_truncated(row.number, over)
-    return cut
+def _is_document(source: str) -> bool:
+    name = source.lower()
+    for ending in (".gz", ".zst"):
+        name = name.removesuffix(ending)
+    return name.endswith((".txt", ".md"))
 
 
-def _bad_row(
+def is_filtered(bad: Rejected, source: Source | _Wanted) -> bool:
+    """Whether a row is left out because a filter was asked for, which ends no run."""
+    if bad.code is RowFault.OVERFLOW:
+        return source.on_overflow != "fail"
+    return bad.code in _FILTERED or source.on_bad_row == "skip"
+
+
+def bad_row(
     source: Path, bad: Rejected
 ) -> DatasetParseFailedError | DatasetFormatUnsupportedError | DatasetInvalidError:
-    message = f"{source}, {place_of(source, bad.number)}: {bad.reason}"
+    """The error that a bad row ends a run with."""
+    file = source / bad.source if source.is_dir() and bad.source else source
+    message = f"{file}, {place_of(file, bad.number)}: {bad.reason}"
     details = {"path": str(source), "row": bad.number, "row_code": bad.code.value}
     if bad.code in _PARSE_FAULTS:
         return DatasetParseFailedError(message, details=details)
@@ -234,4 +356,6 @@ def _bad_row(
     way_out = None
     if bad.code is RowFault.CUT_AWAY:
         way_out = "Allow longer rows (--max-seq-length), or leave such rows out: --on-bad-row skip"
+    if bad.code is RowFault.OVERFLOW:
+        way_out = "Allow longer rows (--max-seq-length), or choose what becomes of them: --on-overflow truncate"
     return DatasetInvalidError(message, way_out=way_out, details=details)

@@ -49,8 +49,8 @@ class DatasetFormatUnsupportedError(DataError):
     code = "INPUT_DATASET_FORMAT_UNSUPPORTED"
     when = "The kind of file, or the columns of a row, are none of those understood."
     default_way_out = (
-        "Give a .jsonl, .json or .csv file whose rows have `messages`, `conversations`, `instruction` and `output`, "
-        "`prompt` and `completion`, or `text`."
+        "Give a .jsonl, .json, .csv, .parquet, .txt or .md file (also .gz, .zst) whose rows have `messages`, "
+        "`conversations`, `instruction` and `output`, `prompt` and `completion`, `chosen` and `rejected`, or `text`."
     )
 
 
@@ -118,6 +118,8 @@ class RowFault(StrEnum):
 
     NOT_UTF8 = "ROW_NOT_UTF8", "The line has bytes that are not UTF-8."
     JSON_BROKEN = "ROW_JSON_BROKEN", "The line is not valid JSON."
+    DUPLICATE_KEYS = "ROW_DUPLICATE_KEYS", "An object of the row names a field twice, and one value would be lost."
+    TOO_LONG = "ROW_TOO_LONG", "The row has more than 64 MiB; it is skipped and never held in memory."
     NOT_OBJECT = "ROW_NOT_OBJECT", "The row is JSON, and not an object with named fields."
     CSV_FIELDS = "ROW_CSV_FIELDS", "The CSV record has more or fewer fields than the header."
     COLUMNS_UNKNOWN = "ROW_COLUMNS_UNKNOWN", "The row's columns are none of the known formats."
@@ -132,6 +134,14 @@ class RowFault(StrEnum):
     )
     EMPTY_TURN = "ROW_EMPTY_TURN", "A turn of the user or the assistant, or the whole text, is empty."
     NO_ANSWER = "ROW_NO_ANSWER", "The chat has no turn of the assistant, so there is nothing to learn."
+    SAME_ANSWERS = "ROW_SAME_ANSWERS", "The chosen and the rejected answer are the same, so nothing can be preferred."
+    WRONG_KIND = (
+        "ROW_WRONG_KIND",
+        "The row is of another kind than the method trains: a preference for sft, a chat for dpo.",
+    )
+    TRACE_MISSING = "ROW_TRACE_MISSING", "A reasoning trace was asked for, and the answer has none or an empty one."
+    TRACE_UNBALANCED = "ROW_TRACE_UNBALANCED", "The answer's <think> and </think> do not pair up."
+    TRACE_LENGTH = "ROW_TRACE_LENGTH", "The reasoning trace is shorter or longer than the band that was asked for."
     TOOL_CALL_BROKEN = "ROW_TOOL_CALL_BROKEN", "A tool call or tool description cannot be read."
     TEMPLATE_REFUSED = "ROW_TEMPLATE_REFUSED", "The model's chat template refuses the chat; the reason is its own."
     TURN_NOT_RENDERED = "ROW_TURN_NOT_RENDERED", "The model's chat template leaves a turn's text out."
@@ -141,6 +151,9 @@ class RowFault(StrEnum):
         "ROW_MASK_UNVERIFIED",
         "The tokens to train do not decode to the very text that should be trained.",
     )
+    OVERFLOW = "ROW_OVERFLOW", "The row is longer than max_seq_length, and --on-overflow is drop or fail."
+    DUPLICATE = "ROW_DUPLICATE", "The row is the same as, or nearly the same as, an earlier one."
+    TOO_SHORT = "ROW_TOO_SHORT", "The row has fewer tokens than --min-tokens."
     CUT_AWAY = "ROW_CUT_AWAY", "Within max_seq_length tokens there is nothing of an answer left to learn."
 
 

@@ -11,7 +11,7 @@ from bp_data.errors import RowFault
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
 
 # Names under which data sets hold a turn's reasoning; the first is the one that templates read.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +19,14 @@ class Row:
     """A row as it stands in the file.
 
     Attributes:
-        number: From 1: the line in a .jsonl or .csv file, the position in a .json list.
+        number: From 1: the line in a .jsonl or .csv file, the position in a .json list or a Parquet file.
         data: The row's fields.
+        source: Name of its file, relative to the folder where one was given.
     """
 
     number: int
     data: Mapping[str, Any]
+    source: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,15 @@ class Rejected:
         number: As in `Row`.
         code: The kind of fault.
         reason: What exactly is wrong, in one sentence.
+        source: As in `Row`.
+        excerpt: How the row begins.
     """
 
     number: int
     code: RowFault
     reason: str
+    source: str = field(default="", compare=False)
+    excerpt: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class Message:
 
     def to_dict(self) -> dict[str, Any]:
         """The turn as templates expect it; reasoning is given under each name that templates know."""
-        reasoning = next((self.fields[name] for name in _REASONING if self.fields.get(name) is not None), None)
+        reasoning = next((self.fields[name] for name in REASONING_FIELDS if self.fields.get(name) is not None), None)
         turn: dict[str, Any] = {"role": self.role, "content": self.content}
         if reasoning is not None:
             turn["thinking"] = reasoning
@@ -85,10 +91,12 @@ class Chat:
     Attributes:
         messages: The turns, in order; at least one is the assistant's.
         tools: JSON schemas of the tools on offer; None where the row names none.
+        first: Turns before this place are only read, the assistant's too: they are the prompt.
     """
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
+    first: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,4 +106,34 @@ class Text:
     text: str
 
 
-Example: TypeAlias = Chat | Text
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt, of which one is the better.
+
+    Attributes:
+        prompt: The turns before the answers; may be none of the assistant's.
+        chosen: The better answer's turns.
+        rejected: The worse answer's turns; never the same as ``chosen``.
+        tools: As in `Chat`.
+    """
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """An answer that someone called good or bad.
+
+    Attributes:
+        chat: Prompt and answer; ``chat.first`` is where the answer begins.
+        label: True for a good answer.
+    """
+
+    chat: Chat
+    label: bool
+
+
+Example: TypeAlias = Chat | Text | Preference | Judged

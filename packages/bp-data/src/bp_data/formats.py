@@ -3,27 +3,33 @@
     messages                              OpenAI: role, content, tool_calls; beside it tools
     conversations                         ShareGPT: from/value or role/content; beside it system, tools
     instruction, output [input]           Alpaca; beside it system, history
-    prompt, completion                    one question, one answer
+    chosen, rejected [prompt]             preference: texts or lists of turns; the prompt may be in both answers
+    prompt, completion, label             KTO: label is true or false, 1 or 0
+    prompt, completion                    one question, one answer; texts or lists of turns, the prompt's only read
     question, answer
     instruction, response [context]
     text                                  raw text, trained on whole
 
 A column whose value is null counts as absent, so rows of a table that mixes formats are fine. The first format above
-whose columns are all there is taken; columns that no format knows (id, source …) are left aside.
+whose columns are all there is taken; columns that no format knows (id, source …) are left aside. Where a method wants
+one kind of row, formats of that kind are looked for first, and a row of another kind is refused.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import orjson
 
 from bp_data.errors import RowFault, RowFaultError
-from bp_data.example import Chat, Example, Message, Rejected, Role, Row, Text
+from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Role, Row, Text
 from bp_data.read import name_type
 
 _Data: TypeAlias = Mapping[str, Any]
+Wanted: TypeAlias = Literal["sft", "preference", "kto"]
+"""What kind of row a method trains on."""
 
 ROLES: Final[Mapping[str, Role]] = {
     "system": "system",
@@ -46,25 +52,38 @@ ROLES: Final[Mapping[str, Role]] = {
 _CORE_FIELDS = frozenset({"role", "from", "content", "value", "weight", "function_call", "tool_calls"})
 
 
-def recognise(row: Row) -> Example | Rejected:
-    """The row as an `Example`, or why it is none; whatever the fields hold, nothing else is raised."""
+def recognise(row: Row, wanted: Wanted | None = None) -> Example | Rejected:
+    """The row as an `Example`, or why it is none; whatever the fields hold, nothing else is raised.
+
+    Args:
+        row: A row as read.
+        wanted: ``sft`` takes a `Chat` or `Text`, ``preference`` a `Preference`, ``kto`` a `Judged`; None takes all.
+    """
     data = {name: value for name, value in row.data.items() if value is not None}
     try:
-        return _reader(data)(data)
+        return _reader(data, wanted)(data)
     except RowFaultError as fault:
-        return Rejected(row.number, fault.code, fault.reason)
+        return Rejected(row.number, fault.code, fault.reason, row.source)
 
 
-def _reader(data: _Data) -> Callable[[_Data], Example]:
-    for columns, read in _FORMATS:
-        if all(name in data for name in columns):
+def _reader(data: _Data, wanted: Wanted | None) -> Callable[[_Data], Example]:
+    fitting = [(kind, read) for kind, columns, read in _FORMATS if all(name in data for name in columns)]
+    if "label" in data and not is_label(data["label"]):
+        fitting = [(kind, read) for kind, read in fitting if kind != "kto"]
+    if not fitting:
+        seen = ", ".join(sorted(map(str, data))) or "none"
+        known = "; ".join(" + ".join(columns) for _, columns, _ in _FORMATS)
+        raise RowFaultError(RowFault.COLUMNS_UNKNOWN, f"columns seen: {seen}; known are: {known}")
+    for kind, read in fitting:
+        # A judged answer is no example to follow: it may be a bad one.
+        if wanted == "sft" and kind == "kto":
+            break
+        if wanted in (None, kind):
             return read
-    seen = ", ".join(sorted(map(str, data))) or "none"
-    known = "; ".join(" + ".join(columns) for columns, _ in _FORMATS)
-    hint = ""
-    if {"chosen", "rejected"} <= data.keys():
-        hint = " (preference rows are not read by this version)"
-    raise RowFaultError(RowFault.COLUMNS_UNKNOWN, f"columns seen: {seen}{hint}; known are: {known}")
+    kind = fitting[0][0]
+    raise RowFaultError(
+        RowFault.WRONG_KIND, f"it is a row for {_METHODS[kind]}, and one for {_METHODS[wanted]} is wanted"
+    )
 
 
 def _read_messages(data: _Data) -> Chat:
@@ -87,14 +106,103 @@ def _read_conversations(data: _Data) -> Chat:
     return _chat(turns, _read_tools(data))
 
 
+def _read_completion(data: _Data) -> Chat:
+    prompt = read_turns(data, "prompt", "user")
+    completion = read_turns(data, "completion", "assistant")
+    turns = [*_read_history(data), *prompt]
+    if isinstance(data["prompt"], str):
+        return _chat([*_system_turn(data), *turns, *completion])
+    chat = _chat([*_system_turn(data), *turns, *completion], _read_tools(data))
+    return Chat(chat.messages, chat.tools, len(chat.messages) - len(completion))
+
+
+def _read_judged(data: _Data) -> Judged:
+    chat = _read_completion(data)
+    judged = Chat(
+        chat.messages, chat.tools, chat.first or len(chat.messages) - len(read_turns(data, "completion", "assistant"))
+    )
+    return Judged(judged, str(data["label"]).lower() in ("true", "1"))
+
+
+def is_label(value: Any) -> bool:
+    """Whether a value says good or bad: true, false, 1, 0, also written as texts."""
+    return value in (True, False) if isinstance(value, bool | int) else str(value).strip().lower() in _LABELS
+
+
+_LABELS = ("true", "false", "1", "0")
+
+
+def _read_preference(data: _Data) -> Preference:
+    given = read_turns(data, "prompt", "user") if "prompt" in data else []
+    answers = [_read_answer(data, name, spoken=not given) for name in ("chosen", "rejected")]
+    if given and all(answer[: len(given)] == given and len(answer) > len(given) for answer in answers):
+        answers = [answer[len(given) :] for answer in answers]
+    shared = _shared_turns(*answers)
+    prompt = [*_system_turn(data), *given, *answers[0][:shared]]
+    chosen, rejected = (answer[shared:] for answer in answers)
+    if chosen == rejected:
+        raise RowFaultError(RowFault.SAME_ANSWERS, "`chosen` and `rejected` are the same")
+    for answer in (chosen, rejected):
+        _chat([*prompt, *answer])
+        if not any(turn.role == "assistant" for turn in answer):
+            raise RowFaultError(RowFault.NO_ANSWER, "an answer has no turn of the assistant")
+    if not prompt:
+        raise RowFaultError(RowFault.EMPTY_TURN, "there is no prompt, and the two answers share none")
+    return Preference(tuple(prompt), tuple(chosen), tuple(rejected), _read_tools(data))
+
+
+def _read_answer(data: _Data, name: str, *, spoken: bool) -> list[Message]:
+    value = data[name]
+    if isinstance(value, str) and spoken:
+        turns = _split_spoken(value)
+        if not turns:
+            raise RowFaultError(RowFault.FIELD_TYPE, f"`{name}` is a text, and there is no `prompt` beside it")
+        return turns
+    return read_turns(data, name, "assistant")
+
+
+# How dialogues are written in one text: a line that begins with who speaks.
+_SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+
+
+def _split_spoken(text: str) -> list[Message]:
+    before, *parts = _SPEAKER.split(text)
+    if before.strip():
+        return []
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [Message("user" if who == "Human" else "assistant", said.strip()) for who, said in pairs]
+
+
+def _shared_turns(left: list[Message], right: list[Message]) -> int:
+    """Turns that both answers begin with and that are the prompt; an answer keeps at least its last turn."""
+    most = min(len(left), len(right)) - 1
+    return next((place for place in range(most) if left[place] != right[place]), max(most, 0))
+
+
+def read_turns(data: _Data, name: str, role: Role) -> list[Message]:
+    """A field that is a text, the one turn of ``role``, or a list of turns."""
+    value = data[name]
+    if isinstance(value, str):
+        return [Message(role, value)]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise RowFaultError(RowFault.FIELD_TYPE, f"`{name}` is {name_type(value)}, not a text or a list of turns")
+    return [_read_turn(turn, f"{name}[{place}]") for place, turn in enumerate(value)]
+
+
+def _system_turn(data: _Data) -> list[Message]:
+    system = _optional_text(data, "system")
+    return [Message("system", system)] if system else []
+
+
 def _pair_reader(asked: str, answered: str, *more: str) -> Callable[[_Data], Chat]:
     """A reader of rows with one question and one answer; ``more`` are fields that continue the question."""
 
     def read(data: _Data) -> Chat:
         question = "\n\n".join(filter(None, [_text(data, asked), *(_optional_text(data, name) for name in more)]))
         turns = [*_read_history(data), Message("user", question), Message("assistant", _text(data, answered))]
-        system = _optional_text(data, "system")
-        return _chat([Message("system", system), *turns] if system else turns)
+        return _chat([*_system_turn(data), *turns])
 
     return read
 
@@ -115,15 +223,23 @@ def _read_text(data: _Data) -> Text:
     return Text(text)
 
 
-_FORMATS: Final[tuple[tuple[tuple[str, ...], Callable[[_Data], Example]], ...]] = (
-    (("messages",), _read_messages),
-    (("conversations",), _read_conversations),
-    (("instruction", "output"), _pair_reader("instruction", "output", "input")),
-    (("prompt", "completion"), _pair_reader("prompt", "completion")),
-    (("question", "answer"), _pair_reader("question", "answer")),
-    (("instruction", "response"), _pair_reader("instruction", "response", "input", "context")),
-    (("text",), _read_text),
+_FORMATS: Final[tuple[tuple[Wanted, tuple[str, ...], Callable[[_Data], Example]], ...]] = (
+    ("sft", ("messages",), _read_messages),
+    ("sft", ("conversations",), _read_conversations),
+    ("sft", ("instruction", "output"), _pair_reader("instruction", "output", "input")),
+    ("preference", ("chosen", "rejected"), _read_preference),
+    ("kto", ("prompt", "completion", "label"), _read_judged),
+    ("sft", ("prompt", "completion"), _read_completion),
+    ("sft", ("question", "answer"), _pair_reader("question", "answer")),
+    ("sft", ("instruction", "response"), _pair_reader("instruction", "response", "input", "context")),
+    ("sft", ("text",), _read_text),
 )
+_METHODS: Final[Mapping[Wanted | None, str]] = {
+    "sft": "sft",
+    "preference": "dpo, orpo or simpo",
+    "kto": "kto",
+    None: "any",
+}
 
 
 def _read_turn(turn: Any, where: str) -> Message:

@@ -31,34 +31,56 @@ def check_gate(
             the end token when labels are blanked by ``== pad``; an uncut chat whose end token is not learnt; no chat
             with a learnt end token at all; texts without an end token.
     """
-    count = chats = ended = 0
+    gate = Gate(facts, label_row)
     for row in rows:
-        count += 1
-        _check_row(row, label_row(row), facts)
+        gate.take(row)
+    gate.close(ledger)
+
+
+class Gate:
+    """`check_gate` for rows that pass one by one."""
+
+    def __init__(self, facts: TokenizerFacts, label_row: Callable[[TokenRow], Sequence[int]] = TokenRow.labels) -> None:
+        self._facts = facts
+        self._label_row = label_row
+        self._count = self._chats = self._ended = 0
+
+    def take(self, row: TokenRow) -> None:
+        """Check one row.
+
+        Raises:
+            DatasetGateError: As `check_gate`, for a single row.
+        """
+        self._count += 1
+        ended = _ends(row, self._facts)
+        _check_row(row, self._facts, ended=ended)
+        if self._label_row is not TokenRow.labels:
+            _check_labels(row, self._label_row(row), self._facts)
         if row.kind == "chat":
-            chats += 1
-            ended += _ends(row, facts)
-    if not count:
-        raise DatasetGateError("no row is left to train on", cause=_reasons(ledger), details=ledger.to_dict())
-    if chats and not ended:
-        raise DatasetGateError(
-            f"none of the {chats} chats has its end token among the learnt tokens: the model would never stop",
-            cause="every chat is longer than max_seq_length, and its end was cut off",
-            way_out="Allow longer rows (--max-seq-length), or shorten the chats.",
-        )
+            self._chats += 1
+            self._ended += ended
+
+    def close(self, ledger: Ledger) -> None:
+        """Check all rows together.
+
+        Raises:
+            DatasetGateError: As `check_gate`, for the rows as a whole.
+        """
+        if not self._count:
+            raise DatasetGateError("no row is left to train on", cause=_reasons(ledger), details=ledger.to_dict())
+        if self._chats and not self._ended:
+            raise DatasetGateError(
+                f"none of the {self._chats} chats has its end token among the learnt tokens: "
+                "the model would never stop",
+                cause="every chat is longer than max_seq_length, and its end was cut off",
+                way_out="Allow longer rows (--max-seq-length), or shorten the chats.",
+            )
 
 
-def _check_row(row: TokenRow, labels: Sequence[int], facts: TokenizerFacts) -> None:
+def _check_row(row: TokenRow, facts: TokenizerFacts, *, ended: bool) -> None:
     if not row.trained:
         raise DatasetGateError(f"row {row.number} has no token to learn")
-    for place, (token, learnt) in enumerate(zip(row.ids, row.mask, strict=True)):
-        if learnt and labels[place] != token:
-            cause = "labels must come from the mask; blanking every pad token unlearns the end token"
-            raise DatasetGateError(
-                f"row {row.number}: token {place} (id {token}) should be learnt, and its label is {labels[place]}",
-                cause=cause if token == facts.pad_id else None,
-            )
-    if not row.truncated and not _ends(row, facts):
+    if not row.truncated and not ended:
         what = "no end-of-text token" if facts.terminator_id is None else f"end token {facts.terminator_id} not learnt"
         raise DatasetGateError(
             f"row {row.number} has {what}: the model would never stop",
@@ -66,9 +88,24 @@ def _check_row(row: TokenRow, labels: Sequence[int], facts: TokenizerFacts) -> N
         )
 
 
+def _check_labels(row: TokenRow, labels: Sequence[int], facts: TokenizerFacts) -> None:
+    for place, (token, learnt) in enumerate(zip(row.ids, row.mask, strict=True)):
+        if learnt and labels[place] != token:
+            cause = "labels must come from the mask; blanking every pad token unlearns the end token"
+            raise DatasetGateError(
+                f"row {row.number}: token {place} (id {token}) should be learnt, and its label is {labels[place]}",
+                cause=cause if token == facts.pad_id else None,
+            )
+
+
 def _ends(row: TokenRow, facts: TokenizerFacts) -> bool:
-    stops = set(facts.stop_ids)
-    return any(learnt and token in stops for token, learnt in zip(row.ids, row.mask, strict=True))
+    for stop in facts.stop_ids:
+        place = -1
+        for _ in range(row.ids.count(stop)):
+            place = row.ids.index(stop, place + 1)
+            if row.mask[place]:
+                return True
+    return False
 
 
 def _reasons(ledger: Ledger) -> str:

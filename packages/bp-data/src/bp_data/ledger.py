@@ -12,6 +12,7 @@ import orjson
 from bp_data.example import Rejected
 from bp_runs.errors import ContractError
 from bp_runs.files import publish_bytes
+from bp_runs.redact import redact
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class Ledger:
         truncated_rows: Numbers of the truncated rows.
         drops: Rows that are not trained on, with their reasons, in file order.
         unsampled: Good-looking rows of the file that were never taken up, since fewer samples were asked for.
+        pieces: Further rows that long ones were split into, beside the first of each.
     """
 
     read: int = 0
@@ -37,6 +39,7 @@ class Ledger:
     truncated_rows: list[int] = field(default_factory=list)
     drops: list[Rejected] = field(default_factory=list)
     unsampled: int = 0
+    pieces: int = 0
 
     @property
     def dropped(self) -> int:
@@ -81,7 +84,7 @@ class Ledger:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The counts, JSON-ready; the single drops are in ``rejected.jsonl``."""
+        """The counts, JSON-ready; single drops are in ``rejected.jsonl``; ``pieces`` only where rows were split."""
         return {
             "read": self.read,
             "trained": self.trained,
@@ -90,17 +93,25 @@ class Ledger:
             "dropped": self.dropped,
             "dropped_by_code": dict(sorted(Counter(drop.code.value for drop in self.drops).items())),
             "unsampled": self.unsampled,
+            **({"pieces": self.pieces} if self.pieces else {}),
         }
 
     def write_rejected(self, path: Path) -> None:
-        """Write one line ``{"row", "code", "reason"}`` for each dropped row; an empty file where none was dropped.
+        """Write one line ``{"file", "row", "code", "reason", "excerpt"}`` a dropped row; an empty file where none was.
 
         Raises:
             DiskFullError, OutputNotWritableError: As `bp_runs.files.publish_bytes`.
         """
         lines = [
             orjson.dumps(
-                {"row": drop.number, "code": drop.code.value, "reason": drop.reason}, option=orjson.OPT_APPEND_NEWLINE
+                {
+                    "file": drop.source,
+                    "row": drop.number,
+                    "code": drop.code.value,
+                    "reason": redact(drop.reason),
+                    "excerpt": redact(drop.excerpt),
+                },
+                option=orjson.OPT_APPEND_NEWLINE,
             )
             for drop in self.drops
         ]

@@ -44,7 +44,15 @@ def mask_chat(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> tuple
         RowFaultError: The template refuses the chat or leaves parts of it out, the turns cannot be located, or the
             tokens to learn do not decode to the assistant's texts.
     """
-    marked = find_spans(chat, tokenizer, template)
+    return mask_marked(find_spans(chat, tokenizer, template), tokenizer)
+
+
+def mask_marked(marked: Marked, tokenizer: Tokenizer) -> tuple[list[int], bytearray]:
+    """Token ids and mask of a rendered chat whose characters to learn are known.
+
+    Raises:
+        RowFaultError: ROW_MASK_UNVERIFIED.
+    """
     encoded = _encode(marked, tokenizer)
     mask = mask_tokens(encoded.offsets, marked.spans)
     verify(encoded, mask, marked, tokenizer)
@@ -68,7 +76,7 @@ def mask_text(example: Text, tokenizer: Tokenizer) -> tuple[list[int], bytearray
     low, high = (inner[0], inner[-1] + 1) if inner else (0, 0)
     wanted = _without(example.text, Span(0, len(example.text)), encoded.swallowed)
     if tokenizer.decode(ids[low:high]) != wanted:
-        _compare(_decode_run(ids, low, high, tokenizer), wanted, tokenizer)
+        compare_run(_decode_run(ids, low, high, tokenizer), wanted, tokenizer)
     if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
         ids.append(tokenizer.eos_id)
     return ids, bytearray(b"\x01" * len(ids))
@@ -81,7 +89,9 @@ def find_spans(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> Mark
         RowFaultError: As `mask_chat`.
     """
     search = _Search(chat, tokenizer, template)
-    spans = search.by_marks() or [search.by_prefix(turn) or search.by_stand_in(turn) for turn in search.turns]
+    # Marks do not say which turn they belong to, and a prompt's answers are not learnt.
+    by_marks = None if chat.first else search.by_marks()
+    spans = by_marks or [search.by_prefix(turn) or search.by_stand_in(turn) for turn in search.turns]
     if any(after.start < before.end for before, after in pairwise(spans)):
         raise RowFaultError(RowFault.SPANS_UNFOUND, "two turns of the assistant overlap in the rendered chat")
     marked = Marked(search.full, spans)
@@ -99,6 +109,7 @@ class _Search:
         self.template = template
         self.messages: list[dict[str, Any]] = [message.to_dict() for message in chat.messages]
         self.turns = [place for place, message in enumerate(chat.messages) if message.role == "assistant"]
+        self.turns = [place for place in self.turns if place >= chat.first]
         self.full = template.render(self.messages, chat.tools)
         self.ends = _end_texts(tokenizer, template)
 
@@ -289,16 +300,17 @@ def verify(encoded: Encoded, mask: bytearray, marked: Marked, tokenizer: Tokeniz
     Raises:
         RowFaultError: ROW_MASK_UNVERIFIED.
     """
-    runs = list(_runs(mask))
-    spans = _merge(marked.spans)
+    runs = list(mask_runs(mask))
+    spans = merge_spans(marked.spans)
     if len(runs) != len(spans):
         raise RowFaultError(RowFault.MASK_UNVERIFIED, f"{len(runs)} runs of tokens to learn for {len(spans)} turns")
     for (low, high), span in zip(runs, spans, strict=True):
         got = _decode_run(encoded.ids, low, high, tokenizer)
-        _compare(got, _without(marked.text, span, encoded.swallowed), tokenizer)
+        compare_run(got, _without(marked.text, span, encoded.swallowed), tokenizer)
 
 
-def _runs(mask: bytearray) -> Iterator[tuple[int, int]]:
+def mask_runs(mask: bytearray) -> Iterator[tuple[int, int]]:
+    """Tokens ``[low, high)`` of each unbroken run to learn."""
     low = mask.find(1)
     while low >= 0:
         high = mask.find(0, low)
@@ -307,7 +319,8 @@ def _runs(mask: bytearray) -> Iterator[tuple[int, int]]:
         low = mask.find(1, high)
 
 
-def _merge(spans: Sequence[Span]) -> list[Span]:
+def merge_spans(spans: Sequence[Span]) -> list[Span]:
+    """The spans with those joined that touch."""
     merged: list[Span] = []
     for span in spans:
         if merged and merged[-1].end == span.start:
@@ -342,7 +355,12 @@ def _common(left: str, right: str) -> int:
     return low
 
 
-def _compare(got: str, wanted: str, tokenizer: Tokenizer) -> None:
+def compare_run(got: str, wanted: str, tokenizer: Tokenizer) -> None:
+    """Prove that a run decodes to its text, but for what the tokenizer normalizes.
+
+    Raises:
+        RowFaultError: ROW_MASK_UNVERIFIED.
+    """
     if wanted == got or tokenizer.normalize(wanted) == got:
         return
     place = max(0, _common(got, wanted) - 10)

@@ -1,44 +1,41 @@
-"""Rows from a file on disk, each with its place, and the good ones apart from the broken."""
+"""Rows from files on disk, each with its place, and the good ones apart from the broken."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import json
+import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import orjson
 
-from bp_data.errors import (
-    DatasetEmptyError,
-    DatasetFormatUnsupportedError,
-    DatasetNotFoundError,
-    DatasetParseFailedError,
-    DatasetUnreadableError,
-    RowFault,
-)
+from bp_data.errors import DatasetEmptyError, DatasetFormatUnsupportedError, DatasetParseFailedError, RowFault
 from bp_data.example import Rejected, Row
+from bp_data.files import UNDERSTOOD, Kind, coded_read_errors, kind_of, list_files, open_data
+from bp_data.jsonlist import BrokenListError, read_items
 
-UNDERSTOOD: Final = (".jsonl", ".json", ".csv")
-"""Endings of the files that are understood."""
+__all__ = ["LONGEST_LINE", "UNDERSTOOD", "name_type", "place_of", "read_rows"]
+
+LONGEST_LINE: Final = 64 * 2**20
+"""Bytes; a longer line, list item or document is rejected and never held in memory whole."""
 
 _BOM = b"\xef\xbb\xbf"
-_HEAD = 65_536  # bytes looked at before the first row
-_MAGICS = {
-    b"\x1f\x8b": "gzip data",
-    b"\x28\xb5\x2f\xfd": "Zstandard data",
-    b"PK\x03\x04": "a zip archive",
-    b"PAR1": "a Parquet file",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-}
+_EXCERPT = 80  # characters
+_WHOLE = 32 * 2**20  # bytes of a .json file up to which it is parsed at once
+# A quote that ends a text and a colon: an object's key. Inside a text a quote has a backslash before it.
+_KEY = re.compile(rb'[^\\]"[ \t\r\n]*:')
 
 
 def read_rows(path: str | Path) -> Iterator[Row | Rejected]:
-    """Read a data file row by row.
+    """Read a data file, or the data files of a folder, row by row; memory stays flat.
 
-    .jsonl and .csv are streamed; a .json list is held whole. A .json file with one object a line is read as .jsonl.
-    Blank lines are no rows. A byte order mark and CRLF line ends are fine; text is UTF-8.
+    .gz and .zst are unpacked on the way. A .json file holds a list, one object, or one object a line. A .txt or .md
+    file is one row with its ``text``. Blank lines are no rows. A byte order mark and CRLF are fine; text is UTF-8.
 
     Yields:
         `Row` for each row that is an object, `Rejected` for each that cannot be read.
@@ -46,79 +43,135 @@ def read_rows(path: str | Path) -> Iterator[Row | Rejected]:
     Raises:
         DatasetNotFoundError: No such file.
         DatasetUnreadableError: The system refuses to read it.
-        DatasetFormatUnsupportedError: A folder, or a file name ending in none of `UNDERSTOOD`.
-        DatasetParseFailedError: Binary data, or a .json or .csv file that is broken as a whole.
+        DatasetFormatUnsupportedError: A file name ending in none of `UNDERSTOOD`; a folder without data files;
+            Parquet where pyarrow is not installed.
+        DatasetParseFailedError: Binary data, damaged compression, or a file that is broken as a whole.
         DatasetEmptyError: No rows in it.
     """
     path = Path(path)
     empty = True
-    try:
-        kind = _kind(path)
-        with path.open("rb") as file:
-            _refuse_binary(path, file)
-            for row in _READERS[kind](path, file):
-                empty = False
-                yield row
-    except OSError as error:
-        raise DatasetUnreadableError(f"cannot read {path}", cause=str(error)) from error
+    for file in list_files(path):
+        source = file.name if file == path else file.relative_to(path).as_posix()
+        for row in _read_file(file, source):
+            empty = False
+            yield row
     if empty:
         raise DatasetEmptyError(f"{path} has no rows")
 
 
+def _read_file(file: Path, source: str) -> Iterator[Row | Rejected]:
+    kind = kind_of(file)
+    with coded_read_errors(file), open_data(file) as stream:
+        yield from _READERS[kind](file, stream, source)
+
+
 def place_of(path: str | Path, number: int) -> str:
-    """How a person finds row ``number`` of the file: by its line, or by its position in a list."""
-    return f"row {number}" if Path(path).suffix.lower() == ".json" else f"line {number}"
+    """How a person finds row ``number`` of a file: by its line, or by its position in a list."""
+    name = str(path).lower()
+    for ending in (".gz", ".zst"):
+        name = name.removesuffix(ending)
+    return f"row {number}" if name.endswith((".json", ".parquet", ".txt", ".md")) else f"line {number}"
 
 
-def _kind(path: Path) -> str:
-    understood = ", ".join(UNDERSTOOD)
-    if path.is_dir():
-        raise DatasetFormatUnsupportedError(f"{path} is a folder; give one file ({understood})")
-    if not path.exists():
-        raise DatasetNotFoundError(f"there is no file {path}")
-    if path.suffix.lower() not in _READERS:
-        raise DatasetFormatUnsupportedError(f"{path.name}: understood are {understood}")
-    return path.suffix.lower()
-
-
-def _refuse_binary(path: Path, file: BinaryIO) -> None:
-    head = file.read(_HEAD)
-    file.seek(0)
-    found = next((what for magic, what in _MAGICS.items() if head.startswith(magic)), None)
-    if found is None and b"\x00" in head:
-        found = f"binary data (a zero byte at offset {head.index(0)})"
-    if found is not None:
-        raise DatasetParseFailedError(
-            f"{path} is {found}, not UTF-8 text", way_out="Save or unpack it as UTF-8 text: .jsonl, .json or .csv."
-        )
-
-
-def _read_jsonl(_path: Path, file: BinaryIO) -> Iterator[Row | Rejected]:
-    for number, line in enumerate(file, start=1):
+def _read_jsonl(_file: Path, stream: BinaryIO, source: str) -> Iterator[Row | Rejected]:
+    number = 0
+    while line := stream.readline(LONGEST_LINE):
+        number += 1
         text = line.removeprefix(_BOM) if number == 1 else line
-        if text.strip():
-            yield _parse_line(number, text.rstrip(b"\r\n"))
+        if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+            size = len(line) + _skip_line(stream)
+            yield _too_long(number, size, text, source)
+        elif text.strip():
+            yield parse_line(number, text.rstrip(b"\r\n"), source)
 
 
-def _parse_line(number: int, line: bytes) -> Row | Rejected:
-    try:
-        line.decode()
-    except UnicodeDecodeError as error:
-        column = len(line[: error.start].decode()) + 1
-        reason = f"column {column}: byte 0x{line[error.start]:02x} is not UTF-8"
-        return Rejected(number, RowFault.NOT_UTF8, reason)
+def _skip_line(stream: BinaryIO) -> int:
+    skipped = 0
+    while piece := stream.readline(_WHOLE):
+        skipped += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return skipped
+
+
+def _too_long(number: int, size: int, start: bytes, source: str) -> Rejected:
+    reason = f"it has {size:,} bytes; the longest row that is read has {LONGEST_LINE:,}"
+    return Rejected(number, RowFault.TOO_LONG, reason, source, excerpt(start[:_EXCERPT]))
+
+
+def excerpt(line: bytes | str) -> str:
+    """The beginning of a line, for a person who looks for it."""
+    text = line[: 4 * _EXCERPT].decode(errors="replace") if isinstance(line, bytes) else line
+    return text if len(text) <= _EXCERPT else text[: _EXCERPT - 1] + "…"
+
+
+def parse_line(number: int, line: bytes, source: str = "") -> Row | Rejected:
+    """One line of JSON as a row."""
     try:
         data = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        hint = "; a list over several lines belongs into a .json file" if line.strip() == b"[" else ""
-        return Rejected(number, RowFault.JSON_BROKEN, f"broken JSON at column {error.colno}: {error.msg}{hint}")
-    return _to_row(number, data)
+        return _broken(number, line, source, error)
+    if isinstance(data, dict) and (twice := _key_twice(line, data)) is not None:
+        reason = f"the field {excerpt(twice)!r} is named twice in one object, and one of its values would be lost"
+        return Rejected(number, RowFault.DUPLICATE_KEYS, reason, source, excerpt(line))
+    return _to_row(number, data, source, line)
 
 
-def _to_row(number: int, data: Any) -> Row | Rejected:
+def _broken(number: int, line: bytes, source: str, error: orjson.JSONDecodeError) -> Rejected:
+    try:
+        line.decode()
+    except UnicodeDecodeError as wrong:
+        column = len(line[: wrong.start].decode()) + 1
+        reason = f"column {column}: byte 0x{line[wrong.start]:02x} is not UTF-8"
+        return Rejected(number, RowFault.NOT_UTF8, reason, source, excerpt(line))
+    hint = "; a list over several lines belongs into a .json file" if line.strip() == b"[" else ""
+    reason = f"broken JSON at column {error.colno}: {error.msg}{hint}"
+    return Rejected(number, RowFault.JSON_BROKEN, reason, source, excerpt(line))
+
+
+def _key_twice(line: bytes, data: dict[str, Any] | list[Any]) -> str | None:
+    """A key that an object of the line names twice; None where there is none."""
+    if len(_KEY.findall(line)) <= _count_keys(data):
+        return None
+    try:
+        json.loads(line, object_pairs_hook=_refuse_twice)
+    except _TwiceError as error:
+        return str(error)
+    except (ValueError, RecursionError):
+        return None
+    return None
+
+
+def _count_keys(data: dict[str, Any] | list[Any]) -> int:
+    count = 0
+    left: list[Any] = [data]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            count += len(item)
+            left += [value for value in item.values() if type(value) in (dict, list)]
+        else:
+            left += [value for value in item if type(value) in (dict, list)]
+    return count
+
+
+class _TwiceError(Exception):
+    pass
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _TwiceError(next(name for place, name in enumerate(names) if name in names[:place]))
+    return found
+
+
+def _to_row(number: int, data: Any, source: str, raw: bytes | str = b"") -> Row | Rejected:
     if isinstance(data, dict):
-        return Row(number, data)
-    return Rejected(number, RowFault.NOT_OBJECT, f"the row is {name_type(data)}, not an object with named fields")
+        return Row(number, data, source)
+    reason = f"the row is {name_type(data)}, not an object with named fields"
+    return Rejected(number, RowFault.NOT_OBJECT, reason, source, excerpt(raw))
 
 
 def name_type(value: Any) -> str:
@@ -137,21 +190,60 @@ _TYPE_NAMES: Mapping[type, str] = {
 }
 
 
-def _read_json(path: Path, file: BinaryIO) -> Iterator[Row | Rejected]:
-    raw = file.read().removeprefix(_BOM)
+def _read_json(file: Path, stream: BinaryIO, source: str) -> Iterator[Row | Rejected]:
+    raw = stream.read(_WHOLE).removeprefix(_BOM)
+    if stream.read(1):
+        yield from _read_long_json(file, raw, source)
+        return
     if not raw.strip():
         return
     try:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         if not _is_line_wise(raw):
-            message = f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            message = f"{file}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}"
             raise DatasetParseFailedError(message) from error
-        file.seek(0)
-        yield from _read_jsonl(path, file)
+        yield from _read_again(file, source)
+        return
+    if (twice := _twice_somewhere(raw, data)) is not None:
+        yield from _read_list(file, source) if isinstance(data, list) else [_twice(1, twice, raw, source)]
         return
     items = data if isinstance(data, list) else [data]
-    yield from (_to_row(number, item) for number, item in enumerate(items, start=1))
+    for number, item in enumerate(items, start=1):
+        yield _to_row(number, item, source, "" if isinstance(item, dict) else orjson.dumps(item))
+
+
+def _twice_somewhere(raw: bytes, data: Any) -> str | None:
+    return _key_twice(raw, data) if isinstance(data, dict | list) else None
+
+
+def _twice(number: int, name: str, raw: bytes, source: str) -> Rejected:
+    reason = f"the field {excerpt(name)!r} is named twice in one object, and one of its values would be lost"
+    return Rejected(number, RowFault.DUPLICATE_KEYS, reason, source, excerpt(raw))
+
+
+def _read_long_json(file: Path, head: bytes, source: str) -> Iterator[Row | Rejected]:
+    """A .json file that is too long to be parsed at once: a list, or one object a line."""
+    if head.lstrip()[:1] == b"[":
+        yield from _read_list(file, source)
+    elif _is_line_wise(head):
+        yield from _read_again(file, source)
+    else:
+        raise DatasetParseFailedError(f"{file}: more than {_WHOLE:,} bytes of JSON that are neither a list nor lines")
+
+
+def _read_list(file: Path, source: str) -> Iterator[Row | Rejected]:
+    with open_data(file) as stream:
+        try:
+            for number, item in enumerate(read_items(stream, LONGEST_LINE), start=1):
+                yield parse_line(number, item.text.encode(errors="surrogatepass"), source)
+        except BrokenListError as error:
+            raise DatasetParseFailedError(f"{file}: broken JSON at {error}") from error
+
+
+def _read_again(file: Path, source: str) -> Iterator[Row | Rejected]:
+    with open_data(file) as stream:
+        yield from _read_jsonl(file, stream, source)
 
 
 def _is_line_wise(raw: bytes) -> bool:
@@ -162,45 +254,106 @@ def _is_line_wise(raw: bytes) -> bool:
         return False
 
 
-def _read_csv(path: Path, file: BinaryIO) -> Iterator[Row | Rejected]:
-    reader = csv.reader(_decode_lines(path, file), strict=True)
+def _read_csv(file: Path, stream: BinaryIO, source: str) -> Iterator[Row | Rejected]:
+    reader = csv.reader(_decode_lines(file, stream), strict=True)
     header: list[str] | None = None
     while True:
         number = reader.line_num + 1
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise DatasetParseFailedError(f"{path}: broken CSV at line {reader.line_num}: {error}") from error
+            raise DatasetParseFailedError(f"{file}: broken CSV at line {reader.line_num}: {error}") from error
         if fields is None:
             return
         if not fields:
             continue
         if header is None:
-            header = _check_header(path, fields)
+            header = _check_header(file, fields)
         else:
-            yield _pair(number, header, fields)
+            yield _pair(number, header, fields, source)
 
 
-def _decode_lines(path: Path, file: BinaryIO) -> Iterator[str]:
-    for number, line in enumerate(file, start=1):
+def _decode_lines(file: Path, stream: BinaryIO) -> Iterator[str]:
+    number = 0
+    while line := stream.readline(LONGEST_LINE):
+        number += 1
         try:
             yield (line.removeprefix(_BOM) if number == 1 else line).decode()
         except UnicodeDecodeError as error:
-            reason = f"{path}: line {number}, byte {error.start + 1}: 0x{line[error.start]:02x} is not UTF-8"
+            reason = f"{file}: line {number}, byte {error.start + 1}: 0x{line[error.start]:02x} is not UTF-8"
             raise DatasetParseFailedError(reason) from error
 
 
-def _check_header(path: Path, fields: list[str]) -> list[str]:
+def _check_header(file: Path, fields: list[str]) -> list[str]:
     names = [name.strip() for name in fields]
     if len(set(names)) < len(names):
-        raise DatasetParseFailedError(f"{path}: the header names a column twice: {', '.join(names)}")
+        raise DatasetParseFailedError(f"{file}: the header names a column twice: {', '.join(names)}")
     return names
 
 
-def _pair(number: int, header: list[str], fields: list[str]) -> Row | Rejected:
+def _pair(number: int, header: list[str], fields: list[str], source: str) -> Row | Rejected:
     if len(fields) != len(header):
-        return Rejected(number, RowFault.CSV_FIELDS, f"{len(fields)} fields, and the header has {len(header)}")
-    return Row(number, dict(zip(header, fields, strict=True)))
+        reason = f"{len(fields)} fields, and the header has {len(header)}"
+        return Rejected(number, RowFault.CSV_FIELDS, reason, source, excerpt(",".join(fields)))
+    return Row(number, dict(zip(header, fields, strict=True)), source)
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+def _read_document(_file: Path, stream: BinaryIO, source: str) -> Iterator[Row | Rejected]:
+    """A whole file as one row, so that its number is 1."""
+    raw = stream.read(LONGEST_LINE).removeprefix(_BOM)
+    if more := stream.read(1):
+        size = len(raw) + len(more)
+        while piece := stream.read(_WHOLE):
+            size += len(piece)
+        yield _too_long(1, size, raw, source)
+        return
+    if not raw.strip():
+        return
+    try:
+        yield Row(1, {"text": raw.decode()}, source)
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        reason = f"line {line}: byte 0x{raw[error.start]:02x} is not UTF-8"
+        yield Rejected(1, RowFault.NOT_UTF8, reason, source, excerpt(raw))
+
+
+def _read_parquet(file: Path, stream: BinaryIO, source: str) -> Iterator[Row | Rejected]:
+    try:
+        from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise DatasetFormatUnsupportedError(
+            f"{file.name}: reading Parquet needs pyarrow", way_out="Install it: pip install 'bp-data[parquet]'"
+        ) from error
+    number = 0
+    try:
+        with _seekable(file, stream) as whole:
+            for batch in parquet.ParquetFile(whole).iter_batches(batch_size=512):
+                for data in batch.to_pylist():
+                    number += 1
+                    yield _to_row(number, data, source)
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DatasetParseFailedError(f"{file}: broken Parquet after row {number}", cause=str(error)) from error
+
+
+def _seekable(file: Path, stream: BinaryIO) -> contextlib.AbstractContextManager[Any]:
+    """Parquet is read from its end, so a packed file is unpacked first, to a temporary place."""
+    if file.suffix.lower() == ".parquet":
+        return contextlib.nullcontext(stream)
+    copy = tempfile.SpooledTemporaryFile(LONGEST_LINE)  # noqa: SIM115 - it is given away
+    try:
+        shutil.copyfileobj(stream, copy)
+    except BaseException:
+        copy.close()
+        raise
+    copy.seek(0)
+    return copy
+
+
+_READERS: Mapping[Kind, Any] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".txt": _read_document,
+    ".md": _read_document,
+    ".parquet": _read_parquet,
+}

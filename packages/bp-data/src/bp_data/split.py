@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeVar, overload
 
+from bp_data.store import TokenRows
 from bp_runs.errors import ContractError
 
 T = TypeVar("T")
 
 
-def split_rows(rows: Sequence[T], heldout: float, seed: int) -> tuple[list[T], list[T]]:
-    """Part ``rows`` into those to train on and those held out, both in their order.
+@overload
+def split_rows(  # type: ignore[overload-overlap]  # stored rows are a sequence too, and come back as stored rows
+    rows: TokenRows, heldout: float, seed: int
+) -> tuple[TokenRows, TokenRows]: ...
+@overload
+def split_rows(rows: Sequence[T], heldout: float, seed: int) -> tuple[list[T], list[T]]: ...
+def split_rows(
+    rows: Sequence[T] | TokenRows, heldout: float, seed: int
+) -> tuple[list[T], list[T]] | tuple[TokenRows, TokenRows]:
+    """Part ``rows`` into those to train on and those held out, both in their order; stored rows are not copied.
 
     Args:
         rows: Any rows.
@@ -28,5 +37,7 @@ def split_rows(rows: Sequence[T], heldout: float, seed: int) -> tuple[list[T], l
     wanted = max(1, round(heldout * len(rows))) if isinstance(heldout, float) and heldout else int(heldout)
     count = max(0, min(wanted, len(rows) - 1))
     places = set(random.Random(seed).sample(range(len(rows)), count))  # noqa: S311 - a choice that must repeat
-    train = [row for place, row in enumerate(rows) if place not in places]
-    return train, [rows[place] for place in sorted(places)]
+    kept = (place for place in range(len(rows)) if place not in places)
+    if isinstance(rows, TokenRows):
+        return rows.pick(kept), rows.pick(sorted(places))
+    return [rows[place] for place in kept], [rows[place] for place in sorted(places)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 IGNORED: Final = -100
@@ -20,6 +20,8 @@ class TokenRow:
         mask: One byte a token: 1 where it is learnt, 0 where it is only read.
         kind: ``chat`` (assistant's turns are learnt) or ``text`` (everything is).
         truncated: Whether its end was cut off.
+        cut: Tokens that were cut off; known while rows are made, 0 in rows that are read back from a store.
+        source: As in `bp_data.example.Row`, while rows are made; rows that are read back from a store have none.
     """
 
     number: int
@@ -27,6 +29,8 @@ class TokenRow:
     mask: bytes
     kind: Literal["chat", "text"] = "chat"
     truncated: bool = False
+    cut: int = field(default=0, compare=False)
+    source: str = field(default="", compare=False)
 
     @property
     def trained(self) -> int:

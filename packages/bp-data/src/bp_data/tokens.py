@@ -123,6 +123,19 @@ class Tokenizer:
                 swallowed += [(start, at), (at + len(word), end)]
         return Encoded(encoding.ids, offsets, [gap for gap in swallowed if gap[0] < gap[1]])
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether tokens take the blanks beside them, so that offsets must be put right one by one."""
+        return bool(self._greedy)
+
+    def encode_many(self, texts: Sequence[str]) -> list[Any]:
+        """The tokenizers library's own encodings of many texts, made on all its threads."""
+        return list(self._core.encode_batch(list(texts), add_special_tokens=False))
+
+    def decode_many(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The texts of many rows of ids, special tokens included."""
+        return list(self._core.decode_batch([list(row) for row in rows], skip_special_tokens=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``, special tokens included."""
         return self._core.decode(list(ids), skip_special_tokens=False)

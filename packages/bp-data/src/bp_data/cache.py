@@ -1,0 +1,104 @@
+"""Prepared rows kept on disk, so that the next start with the same data and settings is at once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from bp_data.errors import RowFault
+from bp_data.example import Rejected
+from bp_data.ledger import Ledger
+from bp_data.store import INDEX_FILE, TOKENS_FILE, TokenRows
+from bp_data.template import ChatTemplate
+from bp_data.tokens import Tokenizer
+
+_FORMAT: Final = 1
+_META_FILE: Final = "meta.json"
+_KEPT: Final = 8  # entries; the ones used longest ago go first
+
+
+def cache_key(data_sha256: str, tokenizer: Tokenizer, template: ChatTemplate, settings: Mapping[str, Any]) -> str:
+    """Hex SHA-256 over everything that tokens and masks depend on."""
+    dated = any("strftime_now" in text for text in template.texts.values())
+    parts = {
+        "format": _FORMAT,
+        "order": sys.byteorder,
+        "versions": {name: version(name) for name in ("bp-data", "tokenizers", "jinja2")},
+        "data": data_sha256,
+        "tokenizer": tokenizer.sha256,
+        "special": tokenizer.special_tokens,
+        "stops": tokenizer.stop_ids,
+        "template": template.sha256,
+        "day": template.now.isoformat() if dated else None,
+        "settings": dict(settings),
+    }
+    return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def read_entry(folder: Path) -> tuple[TokenRows, Ledger, dict[str, Any]] | None:
+    """An entry's rows, ledger and facts; None where it is not there or not whole."""
+    try:
+        meta = orjson.loads((folder / _META_FILE).read_bytes())
+        sizes = {name: (folder / name).stat().st_size for name in (INDEX_FILE, TOKENS_FILE)}
+        if meta["format"] != _FORMAT or meta["sizes"] != sizes:
+            return None
+        ledger = _to_ledger(meta["ledger"])
+        rows = TokenRows.open(folder, meta["rows"])
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+        return None
+    with contextlib.suppress(OSError):
+        (folder / _META_FILE).touch()
+    return rows, ledger, meta
+
+
+def write_meta(folder: Path, ledger: Ledger, *, rows: int, tokens: int, trained_tokens: int) -> None:
+    """Complete an entry whose two files of rows are written and closed; done before its folder is published."""
+    meta = {
+        "format": _FORMAT,
+        "rows": rows,
+        "tokens": tokens,
+        "trained_tokens": trained_tokens,
+        "sizes": {name: (folder / name).stat().st_size for name in (INDEX_FILE, TOKENS_FILE)},
+        "ledger": _from_ledger(ledger),
+    }
+    (folder / _META_FILE).write_bytes(orjson.dumps(meta))
+
+
+def prune(cache: Path) -> None:
+    """Keep the entries used last."""
+    entries = [meta.parent for meta in sorted(cache.glob(f"*/{_META_FILE}"), key=_age) if meta.parent.name[:1] != "."]
+    for old in entries[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _age(meta: Path) -> float:
+    try:
+        return meta.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _from_ledger(ledger: Ledger) -> dict[str, Any]:
+    return {
+        "read": ledger.read,
+        "trained": ledger.trained,
+        "truncated": ledger.truncated,
+        "truncated_tokens": ledger.truncated_tokens,
+        "truncated_rows": ledger.truncated_rows,
+        "unsampled": ledger.unsampled,
+        "pieces": ledger.pieces,
+        "drops": [(d.number, d.code.value, d.reason, d.source, d.excerpt) for d in ledger.drops],
+    }
+
+
+def _to_ledger(data: dict[str, Any]) -> Ledger:
+    drops = [Rejected(number, RowFault[code.removeprefix("ROW_")], *rest) for number, code, *rest in data.pop("drops")]
+    return Ledger(**data, drops=drops)

@@ -1,0 +1,205 @@
+"""Rows that say the same: exactly, nearly (MinHash), and across two files (contamination).
+
+Near duplicates: MinHash signatures (Broder, 1997) over runs of three words, banded for look-up (LSH), by the rensa
+library. Two rows count as near duplicates where 128 hashes estimate a Jaccard similarity of at least the threshold; the
+estimate's standard error is about 0.03 at 0.85.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import orjson
+
+from bp_data.errors import RowFault
+from bp_data.example import Rejected, Row
+from bp_data.read import excerpt, read_rows
+
+THRESHOLD: Final = 0.85
+"""Jaccard similarity from which two rows are near duplicates."""
+
+_HASHES, _BANDS, _SEED = 128, 16, 42
+_BATCH = 1024  # rows
+_WORD = re.compile(r"\w+")
+# What beside the words tells rows apart, and what does not.
+_LEFT_ASIDE = frozenset({"id", "uuid", "idx", "index", "source", "prompt_id", "timestamp", "created_at"})
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """A row that repeats an earlier one.
+
+    Attributes:
+        place: The row's place among all rows, from 0.
+        number: As in `Row`.
+        of: Place of the earlier row.
+        of_number: Number of the earlier row.
+        kind: ``exact``: the same texts but for blanks and letter case; ``near``: the same runs of words, mostly.
+    """
+
+    place: int
+    number: int
+    of: int
+    of_number: int
+    kind: Literal["exact", "near"]
+
+
+def row_text(row: Row) -> str:
+    """All texts of a row in the order of its fields, one a line; ids and the like are left aside."""
+    pieces: list[str] = []
+    left: list[Any] = [(name, value) for name, value in reversed([*row.data.items()]) if name not in _LEFT_ASIDE]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            pieces.append(item)
+        elif isinstance(item, tuple):
+            left.append(item[1])
+        elif isinstance(item, dict):
+            left += reversed([*item.values()])
+        elif isinstance(item, list):
+            left += reversed(item)
+        elif item is not None:
+            pieces.append(str(item))
+    return "\n".join(pieces)
+
+
+def exact_key(text: str) -> bytes:
+    """The same 16 bytes for texts that differ in blanks and letter case only."""
+    return hashlib.blake2b(" ".join(text.lower().split()).encode(errors="surrogatepass"), digest_size=16).digest()
+
+
+def shingles(text: str) -> list[str]:
+    """Runs of three words, lower case; one run where there are fewer."""
+    words = _WORD.findall(text.lower())
+    return list(map(" ".join, zip(words, words[1:], words[2:], strict=False))) or [" ".join(words) or text]
+
+
+def find_duplicates(
+    rows: Iterable[Row | Rejected], *, near: bool = True, threshold: float = THRESHOLD
+) -> Iterator[Duplicate]:
+    """Rows that repeat an earlier row, in order; rows that cannot be read are passed over.
+
+    Memory grows with the rows: about 60 bytes each for exact duplicates, about 1 KiB for near ones.
+    """
+    return _Finder(near=near, threshold=threshold).find(rows)
+
+
+class _Finder:
+    def __init__(self, *, near: bool, threshold: float) -> None:
+        self._exact: dict[bytes, int] = {}
+        self._numbers: list[int] = []
+        self._near = _near_index(threshold) if near else None
+
+    def find(self, rows: Iterable[Row | Rejected]) -> Iterator[Duplicate]:
+        batch: list[tuple[int, str]] = []
+        found: list[Duplicate] = []
+        for place, row in enumerate(rows):
+            self._numbers.append(row.number)
+            if isinstance(row, Rejected):
+                continue
+            text = row_text(row)
+            earlier = self._exact.setdefault(exact_key(text), place)
+            if earlier != place:
+                found.append(self._duplicate(place, earlier, "exact"))
+            elif self._near is not None:
+                batch.append((place, text))
+            if len(batch) >= _BATCH:
+                yield from self._flush(batch, found)
+        yield from self._flush(batch, found)
+
+    def _flush(self, batch: list[tuple[int, str]], found: list[Duplicate]) -> list[Duplicate]:
+        if self._near is not None and batch:
+            signatures = _signatures([text for _, text in batch])
+            for (place, _), signature in zip(batch, signatures, strict=True):
+                if not self._near.add(str(place), signature):
+                    alike = map(int, self._near.get_duplicates(signature))
+                    found.append(self._duplicate(place, min(alike), "near"))
+        result = sorted(found, key=lambda duplicate: duplicate.place)
+        batch.clear()
+        found.clear()
+        return result
+
+    def _duplicate(self, place: int, of: int, kind: Literal["exact", "near"]) -> Duplicate:
+        return Duplicate(place, self._numbers[place], of, self._numbers[of], kind)
+
+
+def _near_index(threshold: float) -> Any:
+    from rensa import RMinHashDeduplicator  # type: ignore[import-untyped]
+
+    return RMinHashDeduplicator(threshold, _HASHES, True, _BANDS, _SEED)
+
+
+def _signatures(texts: list[str]) -> list[Any]:
+    from rensa import RMinHash
+
+    return list(RMinHash.from_token_sets([shingles(text) for text in texts], _HASHES, _SEED))
+
+
+def reject_duplicates(
+    read: Callable[[], Iterable[Row | Rejected]], *, near: bool, threshold: float = THRESHOLD
+) -> Iterator[Row | Rejected]:
+    """All rows, those that repeat an earlier one as `Rejected`; the rows are read twice."""
+    repeated: Mapping[int, Duplicate] = {d.place: d for d in find_duplicates(read(), near=near, threshold=threshold)}
+    for place, row in enumerate(read()):
+        duplicate = repeated.get(place)
+        if duplicate is None or isinstance(row, Rejected):
+            yield row
+        else:
+            what = "the same as" if duplicate.kind == "exact" else "nearly the same as"
+            reason = f"it is {what} row {duplicate.of_number}"
+            shown = excerpt(orjson.dumps(row.data, default=str))
+            yield Rejected(row.number, RowFault.DUPLICATE, reason, row.source, shown)
+
+
+@dataclass(frozen=True, slots=True)
+class Contaminated:
+    """A row of one file that is in another one as well.
+
+    Attributes:
+        number: Of the row in the file that is looked at.
+        of_number: Of the row in the other file.
+        kind: As in `Duplicate`.
+    """
+
+    number: int
+    of_number: int
+    kind: Literal["exact", "near"]
+
+
+def find_contamination(path: str | Path, other: str | Path, *, threshold: float = THRESHOLD) -> Iterator[Contaminated]:
+    """Rows of ``other``, a test or held-out file, that are in ``path`` too, exactly or nearly.
+
+    Raises:
+        DataError: As `read_rows`, for either file.
+    """
+    exact: dict[bytes, int] = {}
+    numbers: list[int] = []
+    index = _near_index(threshold)
+    for batch in _batches(read_rows(path)):
+        for row, text, signature in batch:
+            exact.setdefault(exact_key(text), row.number)
+            index.add(str(len(numbers)), signature)
+            numbers.append(row.number)
+    for batch in _batches(read_rows(other)):
+        for row, text, signature in batch:
+            if (number := exact.get(exact_key(text))) is not None:
+                yield Contaminated(row.number, number, "exact")
+            elif alike := index.get_duplicates(signature):
+                yield Contaminated(row.number, numbers[min(map(int, alike))], "near")
+
+
+def _batches(rows: Iterable[Row | Rejected]) -> Iterator[list[tuple[Row, str, Any]]]:
+    batch: list[tuple[Row, str]] = []
+    for row in rows:
+        if isinstance(row, Row):
+            batch.append((row, row_text(row)))
+        if len(batch) >= _BATCH:
+            yield [(r, t, s) for (r, t), s in zip(batch, _signatures([t for _, t in batch]), strict=True)]
+            batch = []
+    if batch:
+        yield [(r, t, s) for (r, t), s in zip(batch, _signatures([t for _, t in batch]), strict=True)]

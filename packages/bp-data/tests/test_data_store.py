@@ -1,0 +1,421 @@
+"""Rows on disk, the cache, overflow policies, filters, and masks found the quick way."""
+
+import importlib.util
+import json
+from array import array
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bp_data import (
+    TokenRow,
+    TraceBand,
+    load_template,
+    load_tokenizer,
+    prepare,
+    prepare_judged,
+    prepare_pairs,
+    split_rows,
+)
+from bp_data.batch import Encoder
+from bp_data.errors import DatasetGateError, DatasetInvalidError, DatasetParseFailedError, RowFault, RowFaultError
+from bp_data.example import Chat, Message, Rejected, Row
+from bp_data.mask import find_spans, mask_chat
+from bp_data.skeleton import SpanFinder
+from bp_data.store import TOKENS_FILE, TokenWriter
+from bp_runs.errors import ContractError
+
+_spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))
+families = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(families)
+
+
+def qa(*pairs):
+    turns = [({"role": "user", "content": q}, {"role": "assistant", "content": a}) for q, a in pairs]
+    return {"messages": [turn for pair in turns for turn in pair]}
+
+
+@pytest.fixture(scope="session")
+def chatml(model):
+    return model("chatml", families.CHATML)
+
+
+ROWS = st.lists(
+    st.tuples(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9), st.booleans(), st.booleans()), max_size=9
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ROWS, st.booleans())
+def test_a_store_gives_back_what_it_took(tmp_path_factory, made, on_disk):
+    rows = [
+        TokenRow(place * 2**33, array("i", ids), bytes(i % 2 for i in ids), "text" if text else "chat", cut)
+        for place, (ids, text, cut) in enumerate(made)
+    ]
+    folder = tmp_path_factory.mktemp("store") if on_disk else None
+    writer = TokenWriter(folder)
+    for row in rows:
+        writer.append(row)
+    found = writer.finish()
+    if found is None:
+        from bp_data import TokenRows
+
+        found = TokenRows.open(folder, len(rows))
+    assert found == rows
+    assert list(found) == rows
+    assert found[1:3] == rows[1:3]
+    assert list(found.lengths()) == [len(row.ids) for row in rows]
+    assert writer.tokens == sum(found.lengths())
+    view = found.pick(range(len(rows) - 1, -1, -1))
+    assert list(view) == rows[::-1]
+    assert list(view.pick([0][: len(rows)])) == rows[::-1][:1]
+    assert list(view.lengths()) == list(found.lengths())[::-1]
+    with pytest.raises(IndexError):
+        found[len(rows)]
+
+
+def test_a_split_of_stored_rows_copies_nothing(chatml, write_lines):
+    rows = prepare(write_lines([qa(("Q", f"A{i}")) for i in range(10)]), chatml, 64).rows
+    train, held = split_rows(rows, 0.2, seed=1)
+    assert type(train) is type(held) is type(rows)
+    assert sorted(row.number for row in [*train, *held]) == list(range(1, 11))
+
+
+def test_the_second_start_comes_from_the_cache(chatml, tmp_path, write_lines):
+    path = write_lines([qa(("Q", f"A{i}")) for i in range(5)] + [{"foo": 1}, qa(("Q", "word " * 99))])
+    first, second = (prepare(path, chatml, 64, on_bad_row="skip", cache=tmp_path / "c") for _ in range(2))
+    plain = prepare(path, chatml, 64, on_bad_row="skip")
+    assert (first.from_cache, second.from_cache, plain.from_cache) == (False, True, False)
+    assert list(first.rows) == list(second.rows) == list(plain.rows)
+    assert first.ledger == second.ledger == plain.ledger
+    assert (second.tokens, second.trained_tokens) == (plain.tokens, plain.trained_tokens)
+
+
+def test_whatever_changes_tokens_misses_the_cache(model, tmp_path, write_lines):
+    cache, path, folder = tmp_path / "c", write_lines([qa(("Q", "A" * 30))]), model("chatml", families.CHATML)
+
+    def hit(**more):
+        given = {"path": path, "model": folder, "max_seq_length": 64, "cache": cache, **more}
+        return prepare(**given).from_cache
+
+    assert not hit()
+    assert hit()
+    assert not hit(max_seq_length=63)
+    assert not hit(samples=1)
+    assert not hit(min_tokens=2)
+    assert not hit(dedup="exact")
+    assert not hit(on_overflow="drop")
+    assert not hit(model=model("chatml", families.CHATML_MARKED))
+    assert hit()
+    path.write_text(path.read_text() + "\n")
+    assert not hit()
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "meta"])
+def test_a_damaged_cache_is_made_again(chatml, tmp_path, write_lines, damage):
+    path, cache = write_lines([qa(("Q", "A"))]), tmp_path / "c"
+    wanted = list(prepare(path, chatml, 64, cache=cache).rows)
+    (entry,) = cache.iterdir()
+    if damage == "cut":
+        (entry / TOKENS_FILE).write_bytes((entry / TOKENS_FILE).read_bytes()[:-1])
+    elif damage == "gone":
+        (entry / TOKENS_FILE).unlink()
+    else:
+        (entry / "meta.json").write_text("{")
+    again = prepare(path, chatml, 64, cache=cache)
+    assert not again.from_cache
+    assert list(again.rows) == wanted
+    assert prepare(path, chatml, 64, cache=cache).from_cache
+
+
+def test_a_failed_run_leaves_nothing_in_the_cache_and_old_entries_go(chatml, tmp_path, write_lines):
+    cache = tmp_path / "c"
+    with pytest.raises(DatasetInvalidError):
+        prepare(write_lines([qa(("Q", ""))]), chatml, 64, cache=cache)
+    assert list(cache.iterdir()) == []
+    path = write_lines([qa(("Q", "A"))])
+    for length in range(64, 76):
+        prepare(path, chatml, length, cache=cache)
+    assert len(list(cache.iterdir())) == 8
+
+
+LONG = qa(("Q", "word " * 60))
+
+
+@pytest.mark.parametrize(
+    ("policy", "rows", "counts"),
+    [
+        ("truncate", [(1, 16), (2, 40)], (1, 1, 0)),
+        ("drop", [(1, 16)], (1, 0, 1)),
+    ],
+)
+def test_rows_that_are_too_long(chatml, write_lines, policy, rows, counts):
+    prepared = prepare(write_lines([qa(("Hi", "Hello")), LONG]), chatml, 40, on_overflow=policy, on_bad_row="fail")
+    assert [row.number for row in prepared.rows] == [number for number, _ in rows]
+    ledger = prepared.ledger
+    assert (ledger.trained, ledger.truncated, ledger.dropped) == counts
+    assert max(len(row.ids) for row in prepared.rows) <= 40
+
+
+def test_overflow_fail_names_the_row_and_both_ways_out(chatml, write_lines):
+    with pytest.raises(DatasetInvalidError, match="line 2: it has") as caught:
+        prepare(write_lines([qa(("Hi", "Hello")), LONG]), chatml, 40, on_overflow="fail", on_bad_row="skip")
+    assert "--max-seq-length" in caught.value.way_out
+    assert caught.value.details["row_code"] == "ROW_OVERFLOW"
+
+
+def test_a_split_row_loses_no_token(chatml, write_lines):
+    path = write_lines([{"text": "word " * 99}, qa(("question " * 20, "A"))])
+    whole = prepare(path, chatml, 4096)
+    prepared = prepare(path, chatml, 32, on_overflow="split")
+    text = [row for row in prepared.rows if row.kind == "text"]
+    assert [token for row in text for token in row.ids] == list(whole.rows[0].ids)
+    assert [row.truncated for row in text] == [True] * (len(text) - 1) + [False]
+    (chat,) = (row for row in prepared.rows if row.kind == "chat")
+    assert chat.trained == whole.rows[1].trained
+    ledger = prepared.ledger
+    assert (ledger.read, ledger.trained, ledger.truncated, ledger.pieces) == (2, 1, 1, len(text) - 1)
+    assert ledger.truncated_tokens == len(whole.rows[1].ids) - len(chat.ids)
+    assert ledger.to_dict()["pieces"] == len(text) - 1
+
+
+def test_a_document_is_split_unless_told_otherwise(chatml, tmp_path):
+    (tmp_path / "a.md").write_text("word " * 200)
+    assert len(prepare(tmp_path / "a.md", chatml, 32).rows) > 3
+    assert len(prepare(tmp_path / "a.md", chatml, 32, on_overflow="truncate").rows) == 1
+
+
+def test_a_cut_keeps_the_terminator_where_it_can(chatml, write_lines):
+    prepared = prepare(write_lines([qa(("Hi", "Hello"), ("And?", "word " * 60))]), chatml, 60)
+    (row,) = prepared.rows
+    assert row.truncated
+    assert row.ids[-1] == prepared.facts.terminator_id
+    assert row.mask[-1] == 1
+    assert "Hello" in prepared.tokenizer.decode(row.ids)
+    assert "word" not in prepared.tokenizer.decode(row.ids)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    pairs=st.lists(
+        st.tuples(st.text("ab ", min_size=1, max_size=30), st.text("cd ", min_size=1, max_size=30)),
+        min_size=1,
+        max_size=4,
+    ),
+    length=st.integers(2, 60),
+    policy=st.sampled_from(["truncate", "drop", "split"]),
+)
+def test_no_policy_leaves_a_row_with_nothing_to_learn(chatml, tmp_path_factory, pairs, length, policy):
+    path = tmp_path_factory.getbasetemp() / "overflow.jsonl"
+    path.write_text(json.dumps(qa(*pairs)))
+    try:
+        prepared = prepare(path, chatml, length, on_bad_row="skip", on_overflow=policy)
+    except DatasetGateError:
+        return
+    for row in prepared.rows:
+        assert row.trained
+        assert len(row.ids) <= length
+
+
+def test_filters_drop_with_a_code_and_end_no_run(chatml, write_lines):
+    path = write_lines(
+        [qa(("Q", "The same words here")), qa(("q", "the  SAME words here")), qa(("Q", "another answer"))]
+    )
+    prepared = prepare(path, chatml, 64, dedup="exact", min_tokens=4)
+    assert prepared.ledger.dropped_by_code == {"ROW_DUPLICATE": [2]}
+    assert prepared.ledger.drops[0].reason == "it is the same as row 1"
+    assert prepare(path, chatml, 64, min_tokens=20, on_bad_row="skip").ledger.dropped_by_code.keys() <= {
+        "ROW_TOO_SHORT"
+    }
+
+
+def trace(reasoning, said="Paris", **more):
+    turn = {"role": "assistant", "content": f"{reasoning}{said}", **more}
+    return {"messages": [{"role": "user", "content": "Q"}, turn]}
+
+
+@pytest.mark.parametrize(
+    ("row", "code"),
+    [
+        (trace("<think>The capital of France is asked.</think>\n"), None),
+        (trace("", reasoning_content="The capital of France is asked."), None),
+        (trace("<think>The capital of France is asked. \n"), "ROW_TRACE_UNBALANCED"),
+        (trace("The capital of France is asked.</think>"), "ROW_TRACE_UNBALANCED"),
+        (trace("<think>a</think><think>The capital of France</think>"), "ROW_TRACE_UNBALANCED"),
+        (trace("words <think>The capital of France is asked.</think>"), "ROW_TRACE_UNBALANCED"),
+        (trace("<think> </think>"), "ROW_TRACE_MISSING"),
+        (trace(""), "ROW_TRACE_MISSING"),
+        (trace("<think>The capital of France is asked.</think>", ""), "ROW_TRACE_MISSING"),
+        (trace("<think>x</think>"), "ROW_TRACE_LENGTH"),
+        (trace("<think>" + "long " * 99 + "</think>"), "ROW_TRACE_LENGTH"),
+    ],
+)
+def test_reasoning_traces(chatml, write_lines, row, code):
+    good = trace("<think>\nWe are asked for a capital.\n</think>\n\n")
+    prepared = prepare(write_lines([good, row]), chatml, 2048, trace=TraceBand(4, 64))
+    if code:
+        assert prepared.ledger.dropped_by_code == {code: [2]}
+        return
+    learnt = prepared.tokenizer.decode(
+        [t for t, m in zip(prepared.rows[1].ids, prepared.rows[1].mask, strict=True) if m]
+    )
+    assert learnt.startswith("<think>")
+    assert "The capital of France is asked." in learnt
+    assert learnt.endswith("Paris<|im_end|>")
+
+
+def test_a_filter_that_leaves_nothing_is_an_error(chatml, write_lines):
+    with pytest.raises(DatasetGateError, match="no row is left") as caught:
+        prepare(write_lines([trace("")]), chatml, 64, trace=TraceBand())
+    assert "ROW_TRACE_MISSING" in caught.value.cause
+
+
+def test_a_template_that_drops_the_reasoning_drops_the_row(model, write_lines):
+    folder = model("chatml", families.REASONER)
+    with pytest.raises(DatasetInvalidError, match="leaves (the reasoning out|out what)"):
+        prepare(
+            write_lines([trace("<think>The capital of France is asked.</think>\n")]), folder, 2048, trace=TraceBand(4)
+        )
+
+
+CONTENTS = st.sampled_from(
+    [
+        "Hi",
+        " Hi ",
+        "\nHi\n",
+        "a<|im_end|>",
+        "<|im_start|>assistant\n",
+        "😀",
+        "x</think>y",
+        "\ue0f40\ue0f4",
+        "</s>",
+        "\u2003b",
+    ]
+)
+FAMILIES = [
+    ("chatml", families.CHATML),
+    ("chatml", families.CHATML_MARKED),
+    ("chatml", families.QWEN),
+    ("chatml", families.REASONER),
+    ("llama", families.LLAMA3),
+    ("mistral", families.MISTRAL),
+    ("phi", families.PHI),
+]
+
+
+@pytest.mark.parametrize(("family", "template"), FAMILIES)
+@settings(max_examples=60, deadline=None)
+@given(system=st.none() | CONTENTS, pairs=st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3))
+def test_the_quick_way_finds_what_the_long_way_finds(model, family, template, system, pairs):
+    folder = model(family, template)
+    tokenizer = load_tokenizer(folder)
+    loaded = load_template(folder, tokenizer)
+    turns = [Message(role, text) for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]
+    chat = Chat((*([Message("system", system)] if system else []), *turns))
+    try:
+        wanted = find_spans(chat, tokenizer, loaded)
+    except RowFaultError:
+        return
+    finder = SpanFinder(tokenizer, loaded)
+    found = finder.find(chat)
+    assert found.text == wanted.text
+    if found.spans != wanted.spans:
+        # Where an answer itself ends with an end token, marks that stop short of the end are widened by the quick way.
+        assert any("<|im_end|>" in text or "</s>" in text for _, text in pairs)
+        return
+    ids, mask = mask_chat(chat, tokenizer, loaded)
+    data = {"messages": [{"role": m.role, "content": m.content} for m in chat.messages]}
+    (row,) = Encoder(tokenizer, loaded).encode_rows([Row(1, data)])
+    assert (list(row.ids), row.mask) == (ids, bytes(mask))
+
+
+def test_the_quick_way_is_taken(model):
+    folder = model("chatml", families.QWEN)
+    tokenizer = load_tokenizer(folder)
+    finder = SpanFinder(tokenizer, load_template(folder, tokenizer))
+    chat = Chat(tuple(Message(role, f"text {i}") for i in range(20) for role in ("user", "assistant")))
+    finder.find(chat)
+    (skeleton,) = finder._known.values()
+    assert skeleton is not None
+    assert len(skeleton.borders) == 40
+
+
+def test_bad_rows_pass_in_order_through_batches(chatml):
+    tokenizer = load_tokenizer(chatml)
+    rows = [
+        Rejected(n, RowFault.NOT_OBJECT, "x")
+        if n % 7 == 0
+        else Row(n, qa(("Q", f"A{n}")) if n % 5 else {"text": f"T{n}"})
+        for n in range(1, 700)
+    ]
+    found = list(Encoder(tokenizer, load_template(chatml, tokenizer)).encode_rows(rows))
+    assert [row.number for row in found] == [row.number for row in rows]
+    assert sum(isinstance(row, Rejected) for row in found) == 99
+
+
+PAIR = {"prompt": "Q", "chosen": "good answer", "rejected": "bad"}
+
+
+def test_pairs_learn_their_answers_only(chatml, write_lines):
+    prepared = prepare_pairs(
+        write_lines([PAIR, {**PAIR, "rejected": "good answer"}, qa(("Q", "A"))]), chatml, 64, on_bad_row="skip"
+    )
+    (row,) = prepared.rows
+    decode = prepared.tokenizer.decode
+
+    def learnt(part):
+        return decode([token for token, mask in zip(part.ids, part.mask, strict=True) if mask])
+
+    assert (learnt(row.chosen), learnt(row.rejected)) == ("good answer<|im_end|>", "bad<|im_end|>")
+    assert row.chosen.ids[: row.prompt] == row.rejected.ids[: row.prompt]
+    assert prepared.ledger.dropped_by_code == {"ROW_SAME_ANSWERS": [2], "ROW_WRONG_KIND": [3]}
+
+
+def test_answers_in_a_prompt_are_not_learnt(model, write_lines):
+    turns = [
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "R"},
+    ]
+    path = write_lines([{"prompt": turns, "completion": [{"role": "assistant", "content": "second"}]}])
+    for family, template in (
+        ("chatml", families.CHATML),
+        ("chatml", families.CHATML_MARKED),
+        ("mistral", families.MISTRAL),
+    ):
+        prepared = prepare(path, model(family, template), 96)
+        (row,) = prepared.rows
+        learnt = prepared.tokenizer.decode([t for t, m in zip(row.ids, row.mask, strict=True) if m])
+        assert learnt.strip() in ("second<|im_end|>", "second</s>")
+
+
+def test_pairs_that_are_too_long_or_bad(chatml, write_lines):
+    long = {**PAIR, "chosen": "word " * 60}
+    prepared = prepare_pairs(write_lines([long, PAIR]), chatml, 40)
+    assert prepared.ledger.truncated_rows == [1]
+    assert prepare_pairs(write_lines([long, PAIR]), chatml, 40, on_overflow="drop").ledger.dropped_by_code == {
+        "ROW_OVERFLOW": [1]
+    }
+    with pytest.raises(DatasetInvalidError, match="line 1"):
+        prepare_pairs(write_lines([long, PAIR]), chatml, 40, on_overflow="fail")
+    with pytest.raises(DatasetInvalidError, match="the same"):
+        prepare_pairs(write_lines([{**PAIR, "chosen": "bad"}]), chatml, 40)
+    with pytest.raises(DatasetGateError, match="no row"):
+        prepare_pairs(write_lines([{**PAIR, "chosen": "bad"}]), chatml, 40, on_bad_row="skip")
+    for wrong in ({"max_seq_length": 1}, {"max_seq_length": 8, "on_overflow": "split"}):
+        with pytest.raises(ContractError):
+            prepare_pairs(write_lines([PAIR]), chatml, **wrong)
+
+
+def test_judged_answers(chatml, write_lines):
+    rows = [{"prompt": "Q", "completion": "A", "label": True}, {"prompt": "Q", "completion": "B", "label": False}]
+    prepared = prepare_judged(write_lines(rows), chatml, 64)
+    assert [(row.number, row.label) for row in prepared.rows] == [(1, True), (2, False)]
+    with pytest.raises(DatasetGateError, match="same label"):
+        prepare_judged(write_lines(rows[:1]), chatml, 64)
+    with pytest.raises(DatasetParseFailedError):
+        path = write_lines(rows)
+        path.write_text(path.read_text() + "{")
+        prepare_judged(path, chatml, 64)
