@@ -31,14 +31,14 @@ TEMPLATE = (
     "{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SYLLABLES = ["ka", "lo", "mi", "ter", "ran", "so", "vel", "dan", "per", "tu", "ing", "ex", "ble", "con", "ment", "ar", "sti", "on", "re", "ly"]
-WORDS = ["the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not", "he", "his", "but", "at", "are", "this", "have", "from", "or", "had", "an"]
+SYLLABLES = ("ka", "lo", "mi", "ter", "ran", "so", "vel", "dan", "per", "tu", "ing", "ex", "ble", "con", "ment", "ly")
+WORDS = ("the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "was", "with", "be", "by", "on", "not")
 
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:
     """Chats of one to three questions, about 300 tokens a row."""
     chance = random.Random(seed)
-    vocabulary = ["".join(chance.choices(SYLLABLES, k=chance.randint(1, 3))) for _ in range(8000)] + WORDS * 600
+    vocabulary = ["".join(chance.choices(SYLLABLES, k=chance.randint(1, 3))) for _ in range(8000)] + list(WORDS) * 600
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
             turns = []
@@ -118,7 +118,7 @@ def run_trl(data: Path, model: Path, processes: int | None) -> dict[str, object]
         trainer = SFTTrainer(LlamaForCausalLM(config), args=args, train_dataset=one, processing_class=tokenizer)
         began = time.perf_counter()
         rows = datasets.load_dataset("json", data_files=str(data), split="train", cache_dir=folder)
-        made = trainer._prepare_dataset(rows, tokenizer, args, False, None, "train")
+        made = trainer._prepare_dataset(rows, tokenizer, args, False, None, "train")  # noqa: SLF001 - the step alone
         seconds, peak = time.perf_counter() - began, peak_mib()
         digest, tokens = hashlib.sha256(), 0
         for row in made:

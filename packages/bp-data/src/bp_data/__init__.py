@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from bp_data.pack import PackedRow, build_pack, iter_packs, pack_rows, plan_packs
     from bp_data.pairs import Compared, JudgedRow, PairRow, prepare_judged, prepare_pairs
     from bp_data.preview import PreviewToken, preview_rows
+    from bp_data.quality import Limits, Report, build_report, check_limits
     from bp_data.read import read_rows
     from bp_data.reasoning import TraceBand
+    from bp_data.report import report_html, report_text
+    from bp_data.rewrite import Rewritten, clean_file, convert_example, convert_file, split_file
     from bp_data.split import split_rows
     from bp_data.store import TokenRows
     from bp_data.template import DEFAULT_TEMPLATE_NAME, ChatTemplate, load_template
@@ -35,8 +38,17 @@ if TYPE_CHECKING:
     from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 
 _HOMES = {
-    "dataset": ("Prepared", "prepare", "tokenize_rows"),
-    "dedupe": ("Contaminated", "Duplicate", "find_contamination", "find_duplicates"),
+    "dataset": (
+        "Prepared",
+        "prepare",
+        "tokenize_rows",
+    ),
+    "dedupe": (
+        "Contaminated",
+        "Duplicate",
+        "find_contamination",
+        "find_duplicates",
+    ),
     "errors": (
         "DataError",
         "DatasetEmptyError",
@@ -50,20 +62,75 @@ _HOMES = {
         "TemplateFailedError",
         "TokenizerInvalidError",
     ),
-    "example": ("Chat", "Example", "Judged", "Message", "Preference", "Rejected", "Row", "Text"),
+    "example": (
+        "Chat",
+        "Example",
+        "Judged",
+        "Message",
+        "Preference",
+        "Rejected",
+        "Row",
+        "Text",
+    ),
     "formats": ("recognise",),
-    "gate": ("Gate", "check_gate"),
+    "gate": (
+        "Gate",
+        "check_gate",
+    ),
     "ledger": ("Ledger",),
-    "pack": ("PackedRow", "build_pack", "iter_packs", "pack_rows", "plan_packs"),
-    "pairs": ("Compared", "JudgedRow", "PairRow", "prepare_judged", "prepare_pairs"),
-    "preview": ("PreviewToken", "preview_rows"),
+    "pack": (
+        "PackedRow",
+        "build_pack",
+        "iter_packs",
+        "pack_rows",
+        "plan_packs",
+    ),
+    "pairs": (
+        "Compared",
+        "JudgedRow",
+        "PairRow",
+        "prepare_judged",
+        "prepare_pairs",
+    ),
+    "preview": (
+        "PreviewToken",
+        "preview_rows",
+    ),
+    "quality": (
+        "Limits",
+        "Report",
+        "build_report",
+        "check_limits",
+    ),
     "read": ("read_rows",),
     "reasoning": ("TraceBand",),
+    "report": (
+        "report_html",
+        "report_text",
+    ),
+    "rewrite": (
+        "Rewritten",
+        "clean_file",
+        "convert_example",
+        "convert_file",
+        "split_file",
+    ),
     "split": ("split_rows",),
     "store": ("TokenRows",),
-    "template": ("DEFAULT_TEMPLATE_NAME", "ChatTemplate", "load_template"),
-    "tokenrow": ("IGNORED", "TokenRow"),
-    "tokens": ("Tokenizer", "TokenizerFacts", "load_tokenizer"),
+    "template": (
+        "DEFAULT_TEMPLATE_NAME",
+        "ChatTemplate",
+        "load_template",
+    ),
+    "tokenrow": (
+        "IGNORED",
+        "TokenRow",
+    ),
+    "tokens": (
+        "Tokenizer",
+        "TokenizerFacts",
+        "load_tokenizer",
+    ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -88,6 +155,7 @@ __all__ = [
     "Judged",
     "JudgedRow",
     "Ledger",
+    "Limits",
     "Message",
     "PackedRow",
     "PairRow",
@@ -95,6 +163,8 @@ __all__ = [
     "Prepared",
     "PreviewToken",
     "Rejected",
+    "Report",
+    "Rewritten",
     "Row",
     "RowFault",
     "TemplateFailedError",
@@ -106,7 +176,12 @@ __all__ = [
     "TokenizerInvalidError",
     "TraceBand",
     "build_pack",
+    "build_report",
     "check_gate",
+    "check_limits",
+    "clean_file",
+    "convert_example",
+    "convert_file",
     "find_contamination",
     "find_duplicates",
     "iter_packs",
@@ -120,6 +195,9 @@ __all__ = [
     "preview_rows",
     "read_rows",
     "recognise",
+    "report_html",
+    "report_text",
+    "split_file",
     "split_rows",
     "tokenize_rows",
 ]

@@ -153,6 +153,7 @@ class RowFault(StrEnum):
     )
     OVERFLOW = "ROW_OVERFLOW", "The row is longer than max_seq_length, and --on-overflow is drop or fail."
     DUPLICATE = "ROW_DUPLICATE", "The row is the same as, or nearly the same as, an earlier one."
+    PERSONAL = "ROW_PERSONAL", "The row has hints of personal data, and it was asked to leave such rows out."
     TOO_SHORT = "ROW_TOO_SHORT", "The row has fewer tokens than --min-tokens."
     CUT_AWAY = "ROW_CUT_AWAY", "Within max_seq_length tokens there is nothing of an answer left to learn."
 

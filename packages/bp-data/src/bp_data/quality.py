@@ -1,0 +1,412 @@
+"""What a data set is like before anyone trains on it: lengths, duplicates, odd turns, hints of personal data."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from bp_data.batch import Encoder
+from bp_data.dataset import load_source
+from bp_data.dedupe import Duplicate, find_contamination, find_duplicates, row_text
+from bp_data.errors import DatasetGateError
+from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Text
+from bp_data.files import sha256_data
+from bp_data.formats import recognise
+from bp_data.read import read_rows
+from bp_data.template import ChatTemplate
+from bp_data.tokenrow import TokenRow
+from bp_data.tokens import Tokenizer
+from bp_runs.redact import MASK, redact
+
+_SHOWN: Final = 20  # rows named of each kind
+_BINS: Final = 20
+
+# Oddities of turns that can be trained on and should be looked at, with what they mean.
+ODDITIES: Final[Mapping[str, str]] = {
+    "same_role_twice": "two turns of one role follow each other",
+    "answer_first": "the assistant speaks before the user",
+    "system_late": "a system turn is not the first",
+    "no_last_answer": "the last turn is not the assistant's, so it is only read",
+    "tool_unasked": "a tool answers without a call before it",
+    "answer_repeats_question": "an answer is word for word the question",
+    "replacement_character": "a text holds \ufffd: it was once decoded the wrong way",
+}
+
+_EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")
+_PHONE = re.compile(r"(?<![\w.])\+\d{1,3}[ .-]?(?:\(?\d{2,4}\)?[ .-]?){2,4}\d{2,4}(?!\w)")
+_IP = re.compile(r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\d.])")
+_CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-])")
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long rows are.
+
+    Attributes:
+        unit: ``tokens`` of the rendered row where a model was given, else ``characters`` of its texts.
+        total: Of all rows together.
+        low, p05, median, mean, p95, high: Of single rows.
+        bins: ``(from, to, rows)``, equally wide, ``to`` not included but for the last.
+    """
+
+    unit: Literal["tokens", "characters"]
+    total: int = 0
+    low: int = 0
+    p05: int = 0
+    median: int = 0
+    mean: float = 0.0
+    p95: int = 0
+    high: int = 0
+    bins: tuple[tuple[int, int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Rows with something in common.
+
+    Attributes:
+        count: How many there are.
+        rows: Numbers of the first of them.
+        example: What it looks like in the first one.
+    """
+
+    count: int
+    rows: tuple[int, ...]
+    example: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A data set looked at as a whole.
+
+    Attributes:
+        path: As given.
+        sha256: As `sha256_data`.
+        rows: All rows, readable or not.
+        usable: Rows that can be trained on, each in its own way.
+        formats: Usable rows by kind: ``chat``, ``text``, ``preference``, ``judged``.
+        rejected: Rows that cannot be used, by code.
+        lengths: Of the usable rows.
+        max_seq_length: The length beyond which rows count as over-long, in tokens; None without a model.
+        overlong: Rows longer than that.
+        trained_tokens: Tokens that would be learnt; None without a model.
+        turns: Chats by their number of turns.
+        exact: Rows that repeat an earlier one.
+        near: Rows that nearly repeat an earlier one.
+        oddities: By the names of `ODDITIES`.
+        outliers: Rows much longer or shorter than the others: beyond three interquartile ranges.
+        personal: Hints of personal data and secrets, by kind; guesses by shape, to be looked at.
+        contaminated: Rows of the file compared with that are in this one; None where none was given.
+    """
+
+    path: str
+    sha256: str
+    rows: int
+    usable: int
+    formats: Mapping[str, int]
+    rejected: Mapping[str, Found]
+    lengths: Lengths
+    max_seq_length: int | None
+    overlong: int
+    trained_tokens: int | None
+    turns: Mapping[int, int]
+    exact: Found
+    near: Found
+    oddities: Mapping[str, Found]
+    outliers: Found
+    personal: Mapping[str, Found]
+    contaminated: Found | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        return {**asdict(self), "turns": {str(count): rows for count, rows in self.turns.items()}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What a data set may have at most, as shares from 0 to 1 of its rows; None: whatever it has.
+
+    Attributes:
+        rejected: Rows that cannot be used.
+        duplicates: Exact and near duplicates together.
+        overlong: Rows longer than ``max_seq_length``.
+        oddities: Rows with odd turns.
+        personal: Rows with hints of personal data.
+        contaminated: Rows of the other file that are in this one, of this file's rows.
+        min_rows: Usable rows that it has at least; a number.
+    """
+
+    rejected: float | None = None
+    duplicates: float | None = None
+    overlong: float | None = None
+    oddities: float | None = None
+    personal: float | None = None
+    contaminated: float | None = None
+    min_rows: int | None = None
+
+
+def check_limits(report: Report, limits: Limits) -> None:
+    """The report as a gate.
+
+    Raises:
+        DatasetGateError: One limit or more does not hold; exit status 65.
+    """
+    shares = {
+        "rejected": sum(found.count for found in report.rejected.values()),
+        "duplicates": report.exact.count + report.near.count,
+        "overlong": report.overlong,
+        "oddities": sum(found.count for found in report.oddities.values()),
+        "personal": sum(found.count for found in report.personal.values()),
+        "contaminated": report.contaminated.count if report.contaminated else 0,
+    }
+    broken = []
+    for name, count in shares.items():
+        most = getattr(limits, name)
+        share = count / max(report.rows, 1)
+        if most is not None and share > most:
+            broken.append(f"{name}: {count} of {report.rows} rows are {share:.2%}, and {most:.2%} is the most")
+    if limits.min_rows is not None and report.usable < limits.min_rows:
+        broken.append(f"usable rows: {report.usable}, and {limits.min_rows} is the least")
+    if broken:
+        raise DatasetGateError(
+            f"{report.path}: {'; '.join(broken)}",
+            way_out="See which rows: backprop data report my_data.jsonl, and take them out: backprop data clean",
+            details={"broken": broken},
+        )
+
+
+@dataclass(slots=True)
+class _Tally:
+    """Counts that grow row by row."""
+
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
+    example: str = ""
+
+    def take(self, number: int, example: str = "") -> None:
+        self.count += 1
+        if len(self.rows) < _SHOWN:
+            self.rows.append(number)
+        self.example = self.example or example
+
+    def found(self) -> Found:
+        return Found(self.count, tuple(self.rows), self.example)
+
+
+@dataclass(slots=True)
+class _Counts:
+    rows: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    turns: Counter[int] = field(default_factory=Counter)
+    rejected: dict[str, _Tally] = field(default_factory=dict)
+    oddities: dict[str, _Tally] = field(default_factory=dict)
+    personal: dict[str, _Tally] = field(default_factory=dict)
+    lengths: array[int] = field(default_factory=lambda: array("i"))
+    numbers: array[int] = field(default_factory=lambda: array("q"))
+    trained: int = 0
+
+
+def build_report(
+    path: str | Path,
+    model: str | Path | tuple[Tokenizer, ChatTemplate] | None = None,
+    *,
+    max_seq_length: int = 2048,
+    near: bool = True,
+    against: str | Path | None = None,
+) -> Report:
+    """Look at every row of a data set.
+
+    Args:
+        path: The data file, or a folder of them.
+        model: Where given, rows are rendered, tokenized and verified as training does, and lengths are in tokens.
+        max_seq_length: Tokens beyond which a row counts as over-long.
+        near: Look for near duplicates too.
+        against: Another file, such as a test set, whose rows should not be in this one.
+
+    Raises:
+        DataError: The file, the tokenizer or the template cannot be read; single bad rows are counted.
+    """
+    path = Path(path)
+    counts = _Counts()
+    rows = _look(read_rows(path), counts)
+    if model is None:
+        _measure_characters(rows, counts)
+    else:
+        _measure_tokens(rows, counts, *load_source(model))
+    exact, similar = _duplicates(find_duplicates(read_rows(path), near=near))
+    contaminated = None
+    if against is not None:
+        tally = _Tally()
+        for one in find_contamination(path, against):
+            tally.take(one.number, f"row {one.number} of {Path(against).name} is row {one.of_number} here ({one.kind})")
+        contaminated = tally.found()
+    return Report(
+        path=str(path),
+        sha256=sha256_data(path),
+        rows=counts.rows,
+        usable=len(counts.lengths),
+        formats=dict(sorted(counts.formats.items())),
+        rejected={code: tally.found() for code, tally in sorted(counts.rejected.items())},
+        lengths=_summarise(counts.lengths, "characters" if model is None else "tokens"),
+        max_seq_length=None if model is None else max_seq_length,
+        overlong=0 if model is None else sum(length > max_seq_length for length in counts.lengths),
+        trained_tokens=None if model is None else counts.trained,
+        turns=dict(sorted(counts.turns.items())),
+        exact=exact,
+        near=similar,
+        oddities={name: tally.found() for name, tally in sorted(counts.oddities.items())},
+        outliers=_outliers(counts.lengths, counts.numbers),
+        personal={name: tally.found() for name, tally in sorted(counts.personal.items())},
+        contaminated=contaminated,
+    )
+
+
+def _look(rows: Iterable[Row | Rejected], counts: _Counts) -> Iterator[Row]:
+    """The usable rows, all of them counted."""
+    for row in rows:
+        counts.rows += 1
+        example = row if isinstance(row, Rejected) else recognise(row)
+        if isinstance(example, Rejected):
+            counts.rejected.setdefault(example.code.value, _Tally()).take(example.number, example.reason)
+        elif isinstance(row, Row):
+            counts.formats[type(example).__name__.lower()] += 1
+            if isinstance(example, Chat | Judged):
+                counts.turns[len((example if isinstance(example, Chat) else example.chat).messages)] += 1
+            for name in find_oddities(example):
+                counts.oddities.setdefault(name, _Tally()).take(row.number, ODDITIES[name])
+            for name, example_text in find_personal(row_text(row)).items():
+                counts.personal.setdefault(name, _Tally()).take(row.number, example_text)
+            yield row
+
+
+def _measure_characters(rows: Iterator[Row], counts: _Counts) -> None:
+    for row in rows:
+        counts.lengths.append(len(row_text(row)))
+        counts.numbers.append(row.number)
+
+
+def _measure_tokens(rows: Iterator[Row], counts: _Counts, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    for result in Encoder(tokenizer, template).encode_rows(_as_chats(rows)):
+        if isinstance(result, TokenRow):
+            counts.lengths.append(len(result.ids))
+            counts.numbers.append(result.number)
+            counts.trained += result.trained
+        else:
+            counts.rejected.setdefault(result.code.value, _Tally()).take(result.number, result.reason)
+
+
+def _as_chats(rows: Iterator[Row]) -> Iterator[Row]:
+    """Rows that compare answers as the chat that their better, or only, answer makes."""
+    for row in rows:
+        example = recognise(row)
+        chat = None
+        if isinstance(example, Preference):
+            chat = Chat((*example.prompt, *example.chosen), example.tools)
+        elif isinstance(example, Judged):
+            chat = example.chat
+        if chat is None:
+            yield row
+        else:
+            messages = [{"role": m.role, "content": m.content, **m.fields} for m in chat.messages]
+            yield Row(row.number, {"messages": messages, "tools": list(chat.tools or ()) or None}, row.source)
+
+
+def _summarise(lengths: array[int], unit: Literal["tokens", "characters"]) -> Lengths:
+    if not lengths:
+        return Lengths(unit)
+    ordered = sorted(lengths)
+    total = sum(ordered)
+    low, high = ordered[0], ordered[-1]
+    width = max(1, -(-(high - low + 1) // _BINS))
+    bins = [0] * (-(-(high - low + 1) // width))
+    for length in ordered:
+        bins[(length - low) // width] += 1
+    return Lengths(
+        unit,
+        total,
+        low,
+        ordered[len(ordered) // 20],
+        ordered[len(ordered) // 2],
+        total / len(ordered),
+        ordered[min(len(ordered) - 1, len(ordered) * 19 // 20)],
+        high,
+        tuple((low + place * width, low + (place + 1) * width, count) for place, count in enumerate(bins)),
+    )
+
+
+def _outliers(lengths: array[int], numbers: array[int]) -> Found:
+    """Tukey's fences at three interquartile ranges, on at least 20 rows."""
+    if len(lengths) < 20:
+        return Found(0, ())
+    ordered = sorted(lengths)
+    first, third = ordered[len(ordered) // 4], ordered[len(ordered) * 3 // 4]
+    reach = 3 * max(third - first, 1)
+    tally = _Tally()
+    for length, number in zip(lengths, numbers, strict=True):
+        if not first - reach <= length <= third + reach:
+            tally.take(number, f"length {length}, where half of all are {first} to {third}")
+    return tally.found()
+
+
+def _duplicates(duplicates: Iterable[Duplicate]) -> tuple[Found, Found]:
+    tallies = {"exact": _Tally(), "near": _Tally()}
+    for one in duplicates:
+        tallies[one.kind].take(one.number, f"row {one.number} repeats row {one.of_number}")
+    return tallies["exact"].found(), tallies["near"].found()
+
+
+def find_oddities(example: Chat | Text | Preference | Judged) -> list[str]:
+    """Names in `ODDITIES` of what is odd in an example."""
+    if isinstance(example, Text):
+        return ["replacement_character"] if "\ufffd" in example.text else []
+    if isinstance(example, Preference):
+        turns: tuple[Message, ...] = (*example.prompt, *example.chosen)
+    else:
+        turns = (example.chat if isinstance(example, Judged) else example).messages
+    roles = [turn.role for turn in turns]
+    spoken = [role for role in roles if role != "system"]
+    pairs = list(pairwise(turns))
+    said = {
+        "same_role_twice": any(a.role == b.role != "tool" for a, b in pairs),
+        "answer_first": spoken[:1] == ["assistant"],
+        "system_late": "system" in roles[1:],
+        "no_last_answer": roles[-1] != "assistant",
+        "tool_unasked": any(b.role == "tool" and a.role != "tool" and not a.tool_calls for a, b in pairs),
+        "answer_repeats_question": any(
+            (a.role, b.role) == ("user", "assistant") and a.words == b.words and a.words for a, b in pairs
+        ),
+        "replacement_character": any("\ufffd" in (turn.content or "") for turn in turns),
+    }
+    return [name for name, is_so in said.items() if is_so]
+
+
+def find_personal(text: str) -> dict[str, str]:
+    """Hints of personal data by kind, each with its first find, half of it hidden; by shape alone, so guesses."""
+    found: dict[str, str] = {}
+    if "@" in text and (match := _EMAIL.search(text)):
+        found["email"] = match[0]
+    if "+" in text and (match := _PHONE.search(text)):
+        found["phone"] = match[0]
+    if match := _IP.search(text):
+        found["ip_address"] = match[0]
+    for match in _CARD.finditer(text):
+        if _is_card(match[0]):
+            found["card_number"] = match[0]
+            break
+    hidden = {kind: first[: len(first) // 2] + "…" for kind, first in found.items()}
+    if redact(text) != text:
+        hidden.update(secret=MASK)
+    return hidden
+
+
+def _is_card(text: str) -> bool:
+    """Luhn's check digit (ISO/IEC 7812-1)."""
+    digits = [int(letter) for letter in text if letter.isdigit()]
+    doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
+    return (sum(digits[::-2]) + sum(doubled)) % 10 == 0 and len(set(digits)) > 1
