@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from export_pico import write_base, write_json, write_lora
+from export_pico import export_adapter, write_base, write_json, write_lora
 
-from bp_export import export_adapter
 from bp_export.errors import (
     ArchitectureUnsupportedError,
     BaseModelNotFoundError,

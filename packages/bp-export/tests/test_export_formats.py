@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from export_pico import write_base, write_lora
+from export_pico import export_adapter, write_base, write_lora
 
-from bp_export import LlamaChat, export_adapter, read_settings
+from bp_export import LlamaChat, read_settings
 from bp_export.cli import main
 from bp_export.errors import ChatFailedError
 from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
@@ -87,7 +87,9 @@ def test_what_is_no_gguf_does_not_chat(tmp_path):
 
 
 def test_the_command_prints_the_outcome_as_json(tmp_path, lora, capsys):
-    assert main([str(lora), "--quantization", "Q8_0", "--output", str(tmp_path / "x.gguf"), "--json"]) == 0
+    assert (
+        main([str(lora), "--no-verify", "--quantization", "Q8_0", "--output", str(tmp_path / "x.gguf"), "--json"]) == 0
+    )
     outcome = json.loads(capsys.readouterr().out)
     assert outcome["path"] == str(tmp_path / "x.gguf")
     assert outcome["quantization"] == "q8_0"
@@ -137,6 +139,7 @@ sys.meta_path.insert(0, Blocker())
 from bp_export import export_adapter, LlamaChat
 from bp_export.errors import LlamaCppMissingError
 outcome = export_adapter(Path({str(lora)!r}))
+assert outcome.parity is None
 try:
     LlamaChat(outcome.path)
 except LlamaCppMissingError as error:

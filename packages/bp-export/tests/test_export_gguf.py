@@ -3,9 +3,9 @@
 import gguf
 import numpy as np
 import pytest
-from export_pico import write_base, write_lora
+from export_pico import export_adapter, write_base, write_lora
 
-from bp_export import QUANTIZATIONS, export_adapter, read_settings
+from bp_export import QUANTIZATIONS, read_settings
 from bp_merge import FoldedModel, TensorReader, decode, load_adapter, read_model_index
 
 CASES = {

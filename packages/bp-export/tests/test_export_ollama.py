@@ -8,9 +8,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from export_pico import write_base
+from export_pico import export_adapter, write_base
 
-from bp_export import export_adapter, register_gguf
+from bp_export import register_gguf
 from bp_export.cli import main
 from bp_export.errors import OllamaRegistrationError
 
@@ -145,7 +145,17 @@ def test_bad_names_are_refused_before_anything_is_sent(ollama, model, name):
 
 def test_the_command_registers_and_keeps_the_file_when_that_fails(ollama, tmp_path, capsys):
     base = write_base(tmp_path / "base")
-    arguments = [str(base), "--quantization", "q8_0", "--ollama", "--ollama-name", "pico", "--ollama-host", ollama.url]
+    arguments = [
+        str(base),
+        "--no-verify",
+        "--quantization",
+        "q8_0",
+        "--ollama",
+        "--ollama-name",
+        "pico",
+        "--ollama-host",
+        ollama.url,
+    ]
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ollama"] == "pico"
     ollama.failure = "stream"

@@ -6,9 +6,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from export_pico import TEMPLATE, write_base, write_json, write_tokenizer
+from export_pico import TEMPLATE, export_adapter, write_base, write_json, write_tokenizer
 
-from bp_export import export_adapter, read_settings
+from bp_export import read_settings
 from bp_export.errors import PreTokenizerUnknownError, TokenizerUnsupportedError
 from bp_export.pretokenizers import recognise_pre
 from bp_export.template import find_turn_end

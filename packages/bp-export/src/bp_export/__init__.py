@@ -14,20 +14,32 @@ if TYPE_CHECKING:
     from bp_export.gguf import read_settings, read_stop_strings
     from bp_export.mixture import QUANTIZATIONS
     from bp_export.ollama import OllamaModel, register_gguf
+    from bp_export.parity import is_verifiable
+    from bp_export.report import BOUNDS, Bound, ParityCheck, ParityReport
 
 __all__ = [
+    "BOUNDS",
     "QUANTIZATIONS",
+    "Bound",
     "ExportOutcome",
     "Format",
     "LlamaChat",
     "OllamaModel",
+    "ParityCheck",
+    "ParityReport",
     "export_adapter",
+    "is_verifiable",
     "read_settings",
     "read_stop_strings",
     "register_gguf",
 ]
 
 _MODULES = {
+    "BOUNDS": "report",
+    "Bound": "report",
+    "ParityCheck": "report",
+    "ParityReport": "report",
+    "is_verifiable": "parity",
     "QUANTIZATIONS": "mixture",
     "ExportOutcome": "export",
     "Format": "export",

@@ -5,9 +5,6 @@ llama.cpp comes from the package xllamacpp (the extra ``verify``) and runs in a 
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,9 +13,6 @@ from typing import Any, Self
 from bp_export.errors import ChatFailedError
 from bp_export.gguf import read_settings
 from bp_export.serving import LlamaServer
-
-_ANSWER_SECONDS = 600.0
-_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class LlamaChat:
@@ -89,20 +83,7 @@ class LlamaChat:
 def _ask(server: LlamaServer | None, request: Mapping[str, Any]) -> Any:
     if server is None:
         raise ChatFailedError("the model has been unloaded")
-    body = json.dumps(request).encode()
-    headers = {"Content-Type": "application/json"}
-    address = f"{server.address}/v1/chat/completions"
-    post = urllib.request.Request(address, body, headers)  # noqa: S310  # our own server
-    try:
-        with _DIRECT.open(post, timeout=_ANSWER_SECONDS) as reply:
-            return json.loads(reply.read())
-    except urllib.error.HTTPError as error:
-        with error:
-            raise ChatFailedError(
-                "llama.cpp could not answer", cause=error.read()[:500].decode(errors="replace")
-            ) from error
-    except (OSError, ValueError) as error:
-        raise ChatFailedError("llama.cpp could not answer", cause=str(error)) from error
+    return server.post("/v1/chat/completions", request)
 
 
 def _read_choice(reply: Any) -> dict[str, Any]:

@@ -29,6 +29,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", type=Path, help="the base model's folder (default: the one the adapter names)")
     parser.add_argument("--pre", help="llama.cpp's name of the tokenizer's splitting rule, if it is not recognised")
     parser.add_argument("--name", help="the name to write into the GGUF")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="compare the GGUF with the model in llama.cpp (default: where the extra `verify` is installed)",
+    )
     parser.add_argument("--ollama", action="store_true", help="register the GGUF with a running Ollama")
     parser.add_argument("--ollama-name", help="its name there (default: the file's name)")
     parser.add_argument("--ollama-host", help="its address (default: http://127.0.0.1:11434)")
@@ -37,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 the user's input, 2 the rest, 130 interrupted."""
+    """Run the command; returns the exit status: 0, 1 the user's input, 2 the rest, 3 not verified, 130 interrupted."""
     parser = build_parser()
     options = parser.parse_args(arguments)
     if options.ollama and options.format != "gguf":
@@ -66,6 +71,7 @@ def _export(options: argparse.Namespace) -> tuple[ExportOutcome, str | None]:
         base=options.base,
         pre=options.pre,
         name=options.name,
+        verify=options.verify,
         progress=None if options.json or not sys.stderr.isatty() else _print_progress,
     )
     if not options.ollama:
@@ -87,6 +93,8 @@ def _print_outcome(outcome: ExportOutcome, registered: str | None, *, as_json: b
     kind = f"{outcome.format} {outcome.quantization or ''}".strip()
     size = f"{outcome.bytes / 2**20:,.1f} MiB, {outcome.tensors} tensors, {outcome.seconds:.1f} s"
     print(f"{outcome.path}\n  {kind}, {size}\n  sha256 {outcome.sha256}")  # noqa: T201
+    for check in outcome.parity.checks if outcome.parity else ():
+        print(f"  {check.name:<11} {check.result:<8} {check.note}")  # noqa: T201
     if registered:
         print(f"  in Ollama as {registered}: ollama run {registered}")  # noqa: T201
 

@@ -12,6 +12,8 @@
     ├── GgmlMissingError             DEP_GGML_MISSING                     ggml's library is not installed or not whole
     ├── LlamaCppMissingError         DEP_LLAMA_CPP_MISSING                the extra `verify` is not installed
     └── OllamaRegistrationError      DEP_OLLAMA_REGISTRATION_FAILED       Ollama is away or refuses
+    PartialError (bp_runs)
+    └── ParityFailedError            PARTIAL_EXPORT_PARITY_FAILED         the GGUF does not say what the model says
     RunFailedError (bp_runs)
     └── ChatFailedError              RUNTIME_CHAT_FAILED                  llama.cpp cannot load or run the file
 
@@ -20,7 +22,7 @@ The adapter's own faults are bp_merge's and bp_runs', the disk's are bp_runs'.
 
 from __future__ import annotations
 
-from bp_runs.errors import DependencyError, RunFailedError, UserError
+from bp_runs.errors import DependencyError, PartialError, RunFailedError, UserError
 
 
 class BaseModelNotFoundError(UserError):
@@ -103,6 +105,14 @@ class OllamaRegistrationError(DependencyError):
     default_way_out = (
         "Start it in another terminal with `ollama serve` (or open the Ollama app), then repeat the command."
     )
+
+
+class ParityFailedError(PartialError):
+    """The written GGUF differs from the trained model by more than its type explains."""
+
+    code = "PARTIAL_EXPORT_PARITY_FAILED"
+    when = "The GGUF is kept, but in llama.cpp its prompt tokens, next tokens or stops are not the trained model's."
+    default_way_out = "Look at the table; try --quantization q8_0 or bf16, or --no-verify to leave the check out."
 
 
 class ChatFailedError(RunFailedError):

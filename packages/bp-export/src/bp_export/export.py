@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
-from bp_export.errors import BaseModelNotFoundError, OutputTakenError, QuantizationUnknownError
+from bp_export.conversations import Messages
+from bp_export.errors import BaseModelNotFoundError, LlamaCppMissingError, OutputTakenError, QuantizationUnknownError
 from bp_export.gguf import MAGIC
 from bp_export.merged import copy_adapter, write_merged
 from bp_export.mixture import read_quantization
+from bp_export.parity import is_verifiable, verify_gguf
 from bp_export.plan import build_plan, read_config
+from bp_export.report import ParityReport
 from bp_export.stream import write_gguf
 from bp_export.vocab import TOKENIZER_FILE
 from bp_merge import FoldedModel, LoraAdapter, TensorReader, load_adapter, read_model_index
@@ -38,6 +41,8 @@ class ExportOutcome:
     seconds: float
     sha256: str
     """Of the GGUF, of model.safetensors (or of its index, where there are shards), or of adapter_model.safetensors."""
+    parity: ParityReport | None = None
+    """How the GGUF compares with the model in llama.cpp; None where that was not asked for or cannot be tried here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,8 @@ def export_adapter(
     pre: str | None = None,
     name: str | None = None,
     threads: int | None = None,
+    verify: bool | None = None,
+    prompts: Sequence[Messages] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportOutcome:
     """Export an adapter folder, or a model folder that has no adapter.
@@ -76,11 +83,14 @@ def export_adapter(
         name: Becomes the GGUF's ``general.name``, and part of the default output. By default ``<base>-tuned`` for an
             adapter, and the folder's name for a model.
         threads: Threads that quantize; None for the machine's cores, at most 8.
+        verify: Whether to load the GGUF in llama.cpp and compare it with the model; None for where that is installed.
+        prompts: Conversations to compare it on, such as held-out ones; None for the package's own.
         progress: Called with bytes done and bytes in all.
 
     Raises:
         CodedError: Anything in `bp_export.errors` and `bp_merge.errors`, AdapterInvalidError, DiskFullError,
-            OutputNotWritableError. Nothing half-written is left, nor after Ctrl-C.
+            OutputNotWritableError. Nothing half-written is left, nor after Ctrl-C. Only after ParityFailedError, and
+            where llama.cpp fails (ChatFailedError), the whole GGUF is there.
     """
     begun = time.monotonic()
     if format not in get_args(Format):
@@ -88,6 +98,7 @@ def export_adapter(
     if format == "lora":
         return _export_lora(adapter, output, name, begun)
     asked = read_quantization(quantization)
+    verify = _decide_to_verify(verify)
     source = _read_source(adapter, base, name)
     with FoldedModel(TensorReader(read_model_index(source.base)), source.adapter) as model:
         if format == "merged":
@@ -102,8 +113,25 @@ def export_adapter(
         require_folder(target.parent)
         require_free_space(target.parent, plan.disk_bytes, f"the {asked.name} GGUF")
         size, sha256 = write_gguf(plan, model, target, progress=progress, threads=threads)
+        parity = None
+        if verify:
+            parity = verify_gguf(
+                target,
+                plan,
+                model,
+                base=source.base,
+                tokenizer=source.tokenizer,
+                quantization=asked,
+                prompts=prompts,
+            )
     seconds = time.monotonic() - begun
-    return ExportOutcome(target, format, asked.name, size, len(plan.tensors), seconds, sha256)
+    return ExportOutcome(target, format, asked.name, size, len(plan.tensors), seconds, sha256, parity)
+
+
+def _decide_to_verify(asked: bool | None) -> bool:
+    if asked and not is_verifiable():
+        raise LlamaCppMissingError("the export cannot be verified: xllamacpp or tokenizers is not installed")
+    return is_verifiable() if asked is None else asked
 
 
 def _export_lora(adapter: Path, output: Path | None, name: str | None, begun: float) -> ExportOutcome:

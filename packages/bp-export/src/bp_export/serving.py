@@ -7,16 +7,24 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from bp_export.errors import ChatFailedError, LlamaCppMissingError
 
 _QUIET = -1
 _LAST_WORDS = 500  # characters of stderr that an error carries
 _WAIT_SECONDS = 10.0
+_ANSWER_SECONDS = 600.0
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class LlamaServer:
@@ -28,7 +36,7 @@ class LlamaServer:
     """
 
     def __init__(self, path: Path, context: int) -> None:
-        if not _is_installed():
+        if not is_installed():
             raise LlamaCppMissingError("xllamacpp is not installed")
         self._process = subprocess.Popen(  # noqa: S603  # our own module in our own interpreter
             [sys.executable, "-m", "bp_export.serving", str(path), str(context)],
@@ -38,6 +46,32 @@ class LlamaServer:
         )
         self.address: str = self._read_address(path)
         """``http://127.0.0.1:port``."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The server's answer to a JSON request, parsed.
+
+        Raises:
+            ChatFailedError: It answers with an error, or not at all.
+        """
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(self.address + path, json.dumps(body).encode(), headers)  # noqa: S310  # ours
+        try:
+            with _DIRECT.open(request, timeout=_ANSWER_SECONDS) as reply:
+                return json.loads(reply.read())
+        except urllib.error.HTTPError as error:
+            with error:
+                words = error.read()[:500].decode(errors="replace")
+            raise ChatFailedError("llama.cpp could not answer", cause=words) from error
+        except (OSError, ValueError) as error:
+            raise ChatFailedError("llama.cpp could not answer", cause=str(error)) from error
 
     def close(self) -> None:
         """Unload the model."""
@@ -66,7 +100,8 @@ class LlamaServer:
         return raw.decode(errors="replace").strip()[-_LAST_WORDS:] or "it died without a word"
 
 
-def _is_installed() -> bool:
+def is_installed() -> bool:
+    """Whether llama.cpp can be imported; it is not imported for that."""
     try:
         return find_spec("xllamacpp") is not None
     except ImportError:
@@ -89,6 +124,8 @@ def serve(path: str, context: int) -> None:
     params.warmup = False
     params.ui = False
     params.port = 0
+    # ggml's threads wait for each other in a loop: where one core is busy with something else, all of them stand still.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, (os.cpu_count() or 1) // 2)
     try:
         server = xllamacpp.Server(params)
     except (RuntimeError, ValueError, OSError) as error:

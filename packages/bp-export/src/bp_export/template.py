@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,34 @@ def find_turn_end(template: str, tokens: Collection[str], words: Mapping[str, st
     return max(starts, key=len, default=None)
 
 
+def render_template(template: str, messages: Sequence[Mapping[str, Any]], words: Mapping[str, Any]) -> str | None:
+    """The prompt for the next answer, as transformers renders it; None where the template refuses the messages.
+
+    Args:
+        template: The Jinja template.
+        messages: Each with ``role`` and ``content``.
+        words: What else the template may name: ``bos_token``, ``eos_token``, ``tools``.
+    """
+    try:
+        compiled = _build_environment().from_string(template)
+        return str(compiled.render(messages=messages, add_generation_prompt=True, **words))
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        return None
+
+
 def _build_environment() -> ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up for chat templates; sandboxed, since templates come from downloads."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+    environment.filters["tojson"] = lambda value, indent=None, **_: json.dumps(value, ensure_ascii=False, indent=indent)
     environment.globals["raise_exception"] = _raise_template_error
-    environment.globals["strftime_now"] = lambda pattern: f"{pattern}"
+    environment.globals["strftime_now"] = _format_now
     return environment
+
+
+def _format_now(pattern: str) -> str:
+    return datetime.now().astimezone().strftime(pattern)
 
 
 def _raise_template_error(message: Any) -> None:

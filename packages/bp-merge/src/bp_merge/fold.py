@@ -57,6 +57,11 @@ class FoldedModel:
         """Names of the tensors that the adapter changes."""
         return frozenset(self._pairs)
 
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the adapter, as one that was never trained, adds nothing to any weight."""
+        return not any(pair.a.any() and pair.b.any() for pair in self._pairs.values())
+
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
         """Rows of a tensor with the adapter in, float32 holding values of the base's dtype: (stop - start, columns).
 

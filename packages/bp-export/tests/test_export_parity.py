@@ -1,0 +1,111 @@
+"""The gate on files that are right, and on files that are wrong in each of the ways that it looks for."""
+
+import json
+
+import numpy as np
+import pytest
+from export_pico import export_adapter, write_base, write_lora
+
+from bp_export.cli import main
+from bp_export.conversations import CONVERSATIONS
+from bp_export.errors import ParityFailedError
+from bp_export.mixture import QUANTIZATIONS
+from bp_export.parity import verify_gguf
+from bp_export.plan import build_plan
+from bp_export.probing import Place, compute_divergence
+from bp_export.report import BOUNDS
+from bp_export.stream import write_gguf
+from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
+
+pytest.importorskip("xllamacpp")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parity")
+    write_base(folder / "base", hidden=256, inner=512, tied=False)
+    write_lora(folder / "lora", folder / "base", alpha=64)
+    return folder
+
+
+@pytest.mark.parametrize("quantization", ["f16", "q8_0", "q4_k_m"])
+def test_a_right_file_passes_and_nothing_is_left(folder, quantization):
+    before = set(folder.iterdir())
+    outcome = export_adapter(folder / "lora", quantization=quantization, output=folder / "x.gguf", verify=True)
+    assert set(folder.iterdir()) - before <= {outcome.path}
+    report = outcome.parity
+    found = {check.name: check for check in report.checks}
+    assert list(found) == ["template", "greedy", "divergence", "stop", "effect"]
+    assert {check.result for check in report.checks} == {"passed"}
+    assert found["template"].note == "10 conversations"
+    assert 0 <= found["divergence"].value <= BOUNDS[quantization].divergence
+    assert found["effect"].value > 0.5
+    assert report.reference == "f32"
+    assert json.loads(json.dumps(report.to_dict()))["passed"] is True
+
+
+def test_a_model_without_an_adapter_has_no_effect_to_show(folder):
+    report = export_adapter(folder / "base", quantization="q8_0", output=folder / "b.gguf", verify=True).parity
+    assert {check.name: check.result for check in report.checks}["effect"] == "skipped"
+
+
+def test_another_splitting_rule_is_noticed(tmp_path, capsys):
+    folder = tmp_path
+    write_base(folder / "base", family="llama-bpe")
+    arguments = [str(folder / "base"), "--pre", "smollm", "--quantization", "q8_0", "--verify"]
+    assert main([*arguments, "--output", str(folder / "pre.gguf"), "--json"]) == 3
+    error = json.loads(capsys.readouterr().out)
+    assert error["code"] == "PARTIAL_EXPORT_PARITY_FAILED"
+    table = {check["name"]: check for check in error["details"]["checks"]}
+    assert table["template"]["result"] == "failed"
+    assert "conversation 4" in table["template"]["note"]
+    assert (folder / "pre.gguf").is_file()
+
+
+def verify_written(folder, name, *, write_adapter=True, damage=None):
+    """Write a file that is wrong, then look at it as if it were right."""
+    base, path = folder / "base", folder / name
+    asked = QUANTIZATIONS["q8_0"]
+    with FoldedModel(TensorReader(read_model_index(base)), load_adapter(folder / "lora")) as model:
+        plan = build_plan(model, base, quantization=asked, tokenizer=base, name="x")
+        if write_adapter:
+            write_gguf(plan, model, path)
+        else:
+            with FoldedModel(TensorReader(read_model_index(base))) as plain:
+                write_gguf(plan, plain, path)
+        if damage:
+            damage(path)
+        plan = build_plan(model, base, quantization=asked, tokenizer=base, name="x")
+        return verify_gguf(path, plan, model, base=base, tokenizer=base, quantization=asked)
+
+
+def test_damaged_weights_are_noticed(folder):
+    def damage(path):
+        raw = bytearray(path.read_bytes())
+        half = len(raw) // 2
+        raw[half:] = np.roll(np.frombuffer(raw[half:], np.uint8), 34 * 5).tobytes()
+        path.write_bytes(raw)
+
+    with pytest.raises(ParityFailedError, match="divergence") as caught:
+        verify_written(folder, "damaged.gguf", damage=damage)
+    assert caught.value.exit_status == 3
+
+
+def test_a_lost_adapter_is_noticed(folder):
+    assert verify_written(folder, "right.gguf").has_passed
+    with pytest.raises(ParityFailedError, match="effect"):
+        verify_written(folder, "lost.gguf", write_adapter=False)
+
+
+def test_divergence_is_what_the_formula_says():
+    places = [Place({i: float(np.log(p)) for i, p in enumerate(ps)}) for ps in ((0.5, 0.3, 0.2), (0.25, 0.25, 0.5))]
+    expected = 0.5 * np.log(2) + 0.3 * np.log(0.3 / 0.25) + 0.2 * np.log(0.2 / 0.5)
+    assert compute_divergence(*places) == pytest.approx(expected, abs=1e-6)
+    assert compute_divergence(places[0], places[0]) == pytest.approx(0, abs=1e-9)
+    assert places[0].best == 0
+    assert places[0].lead == pytest.approx(np.log(0.5 / 0.3))
+
+
+def test_every_quantization_has_a_bound_and_ten_conversations_are_tried():
+    assert set(QUANTIZATIONS) <= set(BOUNDS)
+    assert len(CONVERSATIONS) == 10
