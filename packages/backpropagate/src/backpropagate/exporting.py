@@ -11,6 +11,7 @@ from typing import Any
 import bp_export
 from backpropagate import catalogue, system
 from backpropagate.errors import InvalidSettingError
+from bp_export.errors import ParityFailedError
 from bp_runs.adapter import read_adapter_folder
 from bp_runs.errors import RecordInvalidError
 from bp_runs.store import RunStore
@@ -33,7 +34,9 @@ class ExportResult:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self.outcome), "path": str(self.path), "ollama": self.ollama, "run_id": self.run_id}
+        parity = self.outcome.parity.to_dict() if self.outcome.parity else None
+        own = {"path": str(self.path), "parity": parity, "ollama": self.ollama, "run_id": self.run_id}
+        return {**asdict(self.outcome), **own}
 
 
 def export_adapter(
@@ -44,6 +47,7 @@ def export_adapter(
     output: Path | None = None,
     base: str | None = None,
     pre: str | None = None,
+    verify: bool | None = None,
     ollama_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportResult:
@@ -52,9 +56,11 @@ def export_adapter(
     Args:
         adapter: The adapter folder.
         base: Overrides the base model that the adapter names: a folder or Hub id.
+        verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
 
     Raises:
-        CodedError: As `bp_export.export_adapter` and `catalogue.find_model`.
+        CodedError: As `bp_export.export_adapter` and `catalogue.find_model`. After ParityFailedError the file is there,
+            and its run's record says that it failed.
     """
     if ollama_name is not None and format != "gguf":
         raise InvalidSettingError(f"Ollama takes GGUF files, not {format!r}", way_out="Add: --format gguf")
@@ -64,16 +70,21 @@ def export_adapter(
         revision = None if base else folder.config.get("revision")
         offline = system.is_offline(os.environ)
         base_folder = catalogue.find_model(base or folder.base, revision=revision, offline=offline).folder
-    outcome = bp_export.export_adapter(
-        adapter,
-        output=output,
-        format=format,
-        quantization=quantization,
-        base=base_folder,
-        pre=pre,
-        progress=progress,
-    )
-    run_id, context = _note_in_run(adapter, folder.run_id, outcome)
+    try:
+        outcome = bp_export.export_adapter(
+            adapter,
+            output=output,
+            format=format,
+            quantization=quantization,
+            base=base_folder,
+            pre=pre,
+            verify=verify,
+            progress=progress,
+        )
+    except ParityFailedError as error:
+        _note_in_run(adapter, folder.run_id, {"kind": format, "quantization": quantization, **error.details})
+        raise
+    run_id, context = _note_in_run(adapter, folder.run_id, _build_artifact(outcome))
     if ollama_name is not None:
         bp_export.register_gguf(outcome.path, ollama_name, host=ollama_host(os.environ), context=context)
     return ExportResult(outcome=outcome, ollama=ollama_name, run_id=run_id)
@@ -90,19 +101,23 @@ def ollama_host(environ: Mapping[str, str]) -> str | None:
     return f"{scheme or 'http'}://{name}:{port or '11434'}"
 
 
-def _note_in_run(adapter: Path, run_id: str | None, outcome: bp_export.ExportOutcome) -> tuple[str | None, int | None]:
+def _build_artifact(outcome: bp_export.ExportOutcome) -> dict[str, Any]:
+    return {
+        "kind": outcome.format,
+        "path": str(outcome.path),
+        "quantization": outcome.quantization,
+        "sha256": outcome.sha256,
+        "parity": outcome.parity.to_dict() if outcome.parity else None,
+    }
+
+
+def _note_in_run(adapter: Path, run_id: str | None, artifact: Mapping[str, Any]) -> tuple[str | None, int | None]:
     """Add the export to its run's record where that stands beside the adapter.
 
     Returns the run's id and the row length, in tokens, that it was trained with; None where there is no record.
     """
     if run_id is None:
         return None, None
-    artifact = {
-        "kind": outcome.format,
-        "path": str(outcome.path),
-        "quantization": outcome.quantization,
-        "sha256": outcome.sha256,
-    }
     for output in (adapter.resolve().parent, *adapter.resolve().parents[2:3]):
         store = RunStore(output)
         try:

@@ -23,6 +23,7 @@ def export(
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     base: str | None = None,
     pre: str | None = None,
+    verify: bool | None = None,
     ollama: Annotated[bool, Parameter(negative="")] = False,
     ollama_name: str | None = None,
     json: Json = False,
@@ -43,6 +44,8 @@ def export(
         Folder or Hub id of the base model, where it is not the one that the adapter names.
     pre: str
         Name of llama.cpp's pre-tokenizer, where it is not recognised.
+    verify: bool
+        Compare the GGUF with the model in llama.cpp; default: where llama.cpp is installed.
     ollama: bool
         Register the GGUF with the Ollama that runs here.
     ollama_name: str
@@ -57,6 +60,7 @@ def export(
         output=output,
         base=base,
         pre=pre,
+        verify=verify,
         ollama_name=name,
         progress=shown,
     )
@@ -73,6 +77,8 @@ def _tell_end(result: ExportResult) -> None:
     done = result.outcome
     kind = f"{done.format} {done.quantization}" if done.format == "gguf" else done.format
     print(f"  exported  {done.path}  ({kind}, {done.bytes / 2**20:,.1f} MiB, {done.seconds:.1f} s)")  # noqa: T201
+    for check in done.parity.checks if done.parity else ():
+        print(f"  {check.name:<11} {check.result:<8} {check.note}")  # noqa: T201
     if result.ollama:
         print(f"  ollama    registered as {result.ollama}")  # noqa: T201
         print(f"  next      ollama run {result.ollama}")  # noqa: T201
