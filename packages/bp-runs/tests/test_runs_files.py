@@ -74,3 +74,18 @@ def test_free_space_is_asked_of_the_nearest_existing_folder(tmp_path):
     files.require_free_space(tmp_path / "not" / "yet", 1, "a byte")
     with pytest.raises(DiskFullError, match="needs"):
         files.require_free_space(tmp_path / "not" / "yet", 2**62, "everything")
+
+
+@pytest.mark.parametrize("has_new", [False, True])
+def test_what_a_killed_process_left_aside_comes_back_or_goes(tmp_path, has_new):
+    target = tmp_path / "lora"
+    (tmp_path / ".lora.12ab34cd.old").mkdir()
+    (tmp_path / ".lora.12ab34cd.old" / "w").write_text("old")
+    (tmp_path / ".lora.12ab34cd.partial").mkdir()
+    if has_new:
+        target.mkdir()
+        (target / "w").write_text("new")
+    with pytest.raises(KeyboardInterrupt), files.publish_folder(target):
+        raise KeyboardInterrupt
+    assert (target / "w").read_text() == ("new" if has_new else "old")
+    assert os.listdir(tmp_path) == ["lora"]

@@ -12,6 +12,7 @@ from bp_runs.adapter import changed_files, read_adapter_folder
 from bp_runs.errors import (
     AdapterInvalidError,
     OutputNotWritableError,
+    OutputTakenError,
     RecordInvalidError,
     RunNotFoundError,
     TrainingDivergedError,
@@ -71,7 +72,7 @@ def test_failures_keep_their_kind(tmp_path):
     assert sorted(statuses) == ["completed", "diverged", "failed", "failed"]
     assert read_adapter_folder(output / "lora").run_id == good
     codes = {row["error"] for row in RunStore(output).list_runs()}
-    assert codes == {None, "RUNTIME_TRAINING_DIVERGED"}
+    assert codes == {None, "RUNTIME_TRAINING_DIVERGED", "RUNTIME_BUG"}
 
 
 def test_a_stop_keeps_the_adapter(tmp_path):
@@ -187,9 +188,65 @@ def test_processes_share_an_output_folder(tmp_path):
     assert len({row["run_id"] for row in index}) == 80
 
 
+def test_a_mended_record_is_seen_again(tmp_path):
+    output = tmp_path / "out"
+    bad, _ = fake_run(output), fake_run(output)
+    file = paths.run_folder(output, bad) / "run.json"
+    good = file.read_bytes()
+    file.write_bytes(good[:50])
+    paths.index_file(output).unlink()
+    assert {r["run_id"]: r["error"] for r in RunStore(output).list_runs()}[bad] == "STATE_RECORD_INVALID"
+    fake_run(output)
+    file.write_bytes(good)
+    assert {r["run_id"]: r["status"] for r in RunStore(output).list_runs()}[bad] == "completed"
+
+
+@pytest.mark.parametrize("change", [{"settings": []}, {"result": None}, {"run_id": "other"}, {"status": 3}])
+def test_a_record_of_another_shape_is_invalid(tmp_path, change):
+    run_id = fake_run(tmp_path / "out")
+    file = paths.run_folder(tmp_path / "out", run_id) / "run.json"
+    file.write_bytes(orjson.dumps(orjson.loads(file.read_bytes()) | change))
+    with pytest.raises(RecordInvalidError):
+        RunStore(tmp_path / "out").load(run_id)
+    paths.index_file(tmp_path / "out").unlink()
+    assert RunStore(tmp_path / "out").list_runs()[0]["error"] == "STATE_RECORD_INVALID"
+
+
+def test_a_lora_folder_of_the_user_s_is_never_replaced(tmp_path):
+    mine = tmp_path / "out" / "lora" / "src" / "model.py"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    with pytest.raises(OutputTakenError):
+        fake_run(tmp_path / "out")
+    assert mine.read_text() == "precious"
+    assert RunStore(tmp_path / "out").list_runs() == []
+
+
+def test_an_edit_of_the_published_adapter_does_not_reach_the_run(tmp_path):
+    run_id = fake_run(tmp_path / "out")
+    with (tmp_path / "out/lora/adapter_config.json").open("a") as file:
+        file.write(" ")
+    assert changed_files(tmp_path / "out/lora") == ["adapter_config.json"]
+    assert changed_files(paths.run_folder(tmp_path / "out", run_id) / "lora") == []
+
+
+def test_a_run_on_another_machine_is_left_alone(tmp_path):
+    with RunStore(tmp_path).start(settings={}, rail="fake") as run:
+        record = RunStore(tmp_path).load(run.run_id)
+    record.host, record.status = "elsewhere", "running"
+    RunStore(tmp_path).save(record)
+    assert RunStore(tmp_path).list_runs()[0]["status"] == "running"
+
+
+def test_an_output_that_is_a_file_has_no_runs(tmp_path):
+    (tmp_path / "f").write_text("x")
+    assert RunStore(tmp_path / "f").list_runs() == []
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
+        ("adapter_config.json", b'{"base_model_name_or_path": "x", "r": 4, "lora_alpha": null}'),
         ("adapter_config.json", None),
         ("adapter_config.json", b"{"),
         ("adapter_config.json", b"[]"),

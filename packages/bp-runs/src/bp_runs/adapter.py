@@ -63,14 +63,17 @@ def read_adapter_folder(path: Path) -> AdapterFolder:
     r = config.get("r")
     if not isinstance(base, str) or not isinstance(r, int) or r < 1:
         raise AdapterInvalidError(f"{path / CONFIG_FILE} does not name its base model and rank")
-    manifest = read_manifest(path)
+    alpha = config.get("lora_alpha", r)
+    if not isinstance(alpha, int | float):
+        raise AdapterInvalidError(f"{path / CONFIG_FILE}: lora_alpha is {alpha!r}, not a number")
+    run_id = read_manifest(path).get("run_id")
     return AdapterFolder(
         path=path,
         config=config,
         base=base,
         r=r,
-        alpha=float(config.get("lora_alpha", r)),
-        run_id=manifest.get("run_id"),
+        alpha=float(alpha),
+        run_id=run_id if isinstance(run_id, str) else None,
     )
 
 
@@ -97,6 +100,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         data = orjson.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise AdapterInvalidError(f"{file} is missing") from error
+    except OSError as error:
+        raise AdapterInvalidError(f"{file} cannot be read", cause=str(error)) from error
     except orjson.JSONDecodeError as error:
         raise AdapterInvalidError(f"{file} is not JSON", cause=str(error)) from error
     if not isinstance(data, dict):

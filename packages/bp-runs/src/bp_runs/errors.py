@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 RunStatus = Literal["running", "completed", "stopped", "failed", "diverged", "interrupted"]
-"""completed: all steps done. stopped: the user asked, the adapter is kept. interrupted: the process vanished."""
+"""completed: all steps done. stopped: the user asked, the adapter is kept. interrupted: cut off, no adapter."""
 
 _CODE_SHAPE = re.compile(r"(INPUT|CONFIG|DEP|RUNTIME|STATE|PARTIAL)(_[A-Z0-9]+)+")
 _registry: dict[str, type[CodedError]] = {}
@@ -154,6 +154,22 @@ class OutputNotWritableError(UserError):
     default_way_out = "Choose a folder of yours: --output ./output"
 
 
+class OutputTakenError(UserError):
+    """Something that is not ours stands where the output should go."""
+
+    code = "INPUT_OUTPUT_TAKEN"
+    when = "The output folder holds a lora folder that no run of ours has written; it would have been replaced."
+    default_way_out = "Move it away, or choose another folder: --output ./output2"
+
+
+class PathUnusableError(UserError):
+    """The system refuses a path."""
+
+    code = "INPUT_PATH_UNUSABLE"
+    when = "The system refuses a path that was given: no permission, too long a name, an unknown user's home."
+    default_way_out = "Check the path and its folders' permissions."
+
+
 class OutputLockedError(StateError):
     """Another process holds the lock of an output folder."""
 
@@ -201,9 +217,9 @@ class InterruptedRunError(RunFailedError):
 
     code = "RUNTIME_INTERRUPTED"
     exit_status = 130
-    run_status = "stopped"
-    when = "The run was stopped by Ctrl-C or a signal; what was trained so far is kept."
-    default_way_out = "See what was kept: backprop list-runs"
+    run_status = "interrupted"
+    when = "Ctrl-C came a second time, or while nothing could be kept; finished files are untouched."
+    default_way_out = "See how far it came: backprop list-runs"
 
 
 class TrainingDivergedError(RunFailedError):

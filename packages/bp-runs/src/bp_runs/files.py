@@ -6,7 +6,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ import orjson
 
 from bp_runs.errors import DiskFullError, OutputNotWritableError
 
+_WINDOWS_TRIES = 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
 
 @contextlib.contextmanager
@@ -86,14 +89,14 @@ def publish_bytes(path: Path, data: bytes) -> None:
     Raises:
         DiskFullError, OutputNotWritableError: As `coded_disk_errors`; the old file stays.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _beside(path, "partial")
     with coded_disk_errors(path):
         try:
             with partial.open("wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            _replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         fsync_folder(path.parent)
@@ -108,13 +111,13 @@ def publish_json(path: Path, data: Any) -> None:
 def publish_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside ``path``; on success it takes ``path``'s place, else it vanishes.
 
-    A folder that stood at ``path`` is moved aside first and removed last, so one of the two is always whole.
+    A folder that stood at ``path`` is moved aside first and removed last, so one of the two is always whole; what a
+    killed process left aside is brought back or swept away by the next call. Callers that may meet at one ``path``
+    must hold a lock.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    partial, old = _beside(path, "partial"), _beside(path, "old")
     with coded_disk_errors(path):
-        for leftover in (partial, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _recover(path)
         partial.mkdir(parents=True)
         try:
             yield partial
@@ -126,6 +129,33 @@ def publish_folder(path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name beside ``path`` that nobody else uses."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+
+
+def _recover(path: Path) -> None:
+    """Undo what a process left that was killed between its two renames."""
+    for old in sorted(path.parent.glob(f".{path.name}.*.old")):
+        if not path.exists():
+            os.replace(old, path)
+    for kind in ("old", "partial"):
+        for leftover in path.parent.glob(f".{path.name}.*.{kind}"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """`os.replace`; on Windows it is tried for a second, since any reader of ``target`` blocks it there."""
+    for _ in range(_WINDOWS_TRIES if os.name == "nt" else 0):
+        try:
+            os.replace(source, target)
+        except PermissionError:
+            time.sleep(0.05)
+        else:
+            return
+    os.replace(source, target)
 
 
 def _swap_in(partial: Path, path: Path, old: Path) -> None:

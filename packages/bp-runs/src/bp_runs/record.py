@@ -37,6 +37,8 @@ class RunRecord:
     rail: str = ""
     host: str = ""
     pid: int = 0
+    cwd: str = ""
+    """Folder that relative paths in ``settings`` and ``command`` start from."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By dotted key: ``{"value": …, "source": "flag"}``."""
     model: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +106,15 @@ def read_record(folder: Path) -> RunRecord:
         raise RecordInvalidError(f"{file} cannot be read", cause=str(error)) from error
     except orjson.JSONDecodeError as error:
         raise RecordInvalidError(f"{file} is not JSON", cause=str(error)) from error
-    if not isinstance(data, dict) or not isinstance(data.get("run_id"), str):
-        raise RecordInvalidError(f"{file} is not a run record")
-    known = {f.name for f in fields(RunRecord)}
-    return RunRecord(**{k: v for k, v in data.items() if k in known})
+    shape = {f.name: type(getattr(_SHAPE, f.name)) for f in fields(RunRecord)}
+    if not isinstance(data, dict) or data.get("run_id") != folder.name:
+        raise RecordInvalidError(f"{file} is not the record of the run {folder.name}")
+    found = {k: v for k, v in data.items() if k in shape}
+    for name, value in found.items():
+        if not isinstance(value, shape[name]) and name not in _OPTIONAL:
+            raise RecordInvalidError(f"{file}: {name} is {value!r}, not a {shape[name].__name__}")
+    return RunRecord(**found)
+
+
+_SHAPE = RunRecord(run_id="")
+_OPTIONAL = ("ended_at", "error")

@@ -7,20 +7,26 @@ from typing import Any
 
 MASK = "[redacted]"
 
+# Where a secret may begin: not inside a word, but after an escape that only looks like one (\n, %3D, an ANSI colour).
+_START = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2})|(?<=[0-9;]m))"
 _SECRETS = (
-    re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}"),  # Hugging Face
-    re.compile(r"\bsk-(?:[A-Za-z0-9]+-)*[A-Za-z0-9_-]{16,}"),  # OpenAI, Anthropic, OpenRouter …
-    re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),  # AWS key id
-    re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})"),
-    re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"),  # JWT
+    re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}"),  # Hugging Face
+    re.compile(_START + r"sk-(?:[A-Za-z0-9]+-)*[A-Za-z0-9_-]{16,}"),  # OpenAI, Anthropic, OpenRouter …
+    re.compile(_START + r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"),  # AWS key id
+    re.compile(r"(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})"),
+    re.compile(r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"),  # JWT
 )
-_BEARER = re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{8,}")
-_URL_CREDENTIALS = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/@:]+:[^\s/@]+@")
-_NAMED = re.compile(
-    r"(?i)(['\"]?[a-z0-9_.-]*(?:password|passwd|secret|api[_-]?key|access[_-]?key|auth[_-]?token|hub[_-]?token|"
-    r"_token)['\"]?\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s,;&}\]]+)"
+_BEARER = re.compile(
+    r"(?i)(authorization['\"\\]*\s*[:=]\s*['\"\\]*(?:basic|bearer|token)|\bbearer)\s+[A-Za-z0-9._~+/=-]{8,}"
 )
-_SECRET_KEY = re.compile(r"(?i)(password|passwd|secret|api_?key|access_?key|(^|[_.-])token$)")
+_URL_CREDENTIALS = re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^\s/?#]+@")
+# Names of secrets; a tokenizer's pad_token, eos_token … are none.
+_NAME = (
+    r"(?:[a-z0-9]+[_.-])*(?:password|passwd|secret(?:[_-]?access)?(?:[_-]?key)?|api[_-]?key|access[_-]?key|"
+    r"(?:(?:auth|access|hub|hf|api|id|refresh|session|bearer|github|wandb)[_-]?)token)|(?<![a-z0-9_.-])token"
+)
+_NAMED = re.compile(rf"(?i)({_NAME})(\\?['\"]?\s*[=:]\s*)(\\?\"[^\"\\]*\\?\"|\\?'[^'\\]*\\?'|[^\s,;&}}\"']+)")
+_SECRET_KEY = re.compile(rf"(?i)^(?:{_NAME})$")
 
 
 def redact(text: str) -> str:
@@ -29,7 +35,7 @@ def redact(text: str) -> str:
         text = pattern.sub(MASK, text)
     text = _BEARER.sub(rf"\1 {MASK}", text)
     text = _URL_CREDENTIALS.sub(rf"\1{MASK}@", text)
-    return _NAMED.sub(rf"\1{MASK}", text)
+    return _NAMED.sub(rf"\1\2{MASK}", text)
 
 
 def redact_data(data: Any) -> Any:
@@ -38,7 +44,7 @@ def redact_data(data: Any) -> Any:
         return redact(data)
     if isinstance(data, dict):
         return {
-            k: MASK if v and isinstance(v, str) and _SECRET_KEY.search(str(k)) else redact_data(v)
+            k: MASK if v and isinstance(v, str) and _SECRET_KEY.match(str(k)) else redact_data(v)
             for k, v in data.items()
         }
     if isinstance(data, list | tuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -14,9 +15,17 @@ import orjson
 from filelock import FileLock, Timeout
 
 from bp_runs import paths
-from bp_runs.errors import CodedError, OutputLockedError, RecordInvalidError, RunNotFoundError
+from bp_runs.adapter import MANIFEST_SCHEMA, read_manifest
+from bp_runs.errors import (
+    CodedError,
+    OutputLockedError,
+    OutputNotWritableError,
+    OutputTakenError,
+    RecordInvalidError,
+    RunNotFoundError,
+)
 from bp_runs.events import DataReady, Event, ModelLoaded
-from bp_runs.files import coded_disk_errors, fsync_folder, publish_folder, publish_json, require_folder, sha256_file
+from bp_runs.files import coded_disk_errors, publish_folder, publish_json, require_folder, sha256_file
 from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord, read_record, utc_now, write_record
 from bp_runs.redact import redact_data
@@ -24,6 +33,7 @@ from bp_runs.spec import RunFolders
 
 INDEX_SCHEMA = "backpropagate.run_history/1"
 _LOCK_SECONDS = 30.0
+_ROW_KEYS = RunRecord(run_id="").to_summary().keys()
 
 
 class RunStore:
@@ -34,6 +44,7 @@ class RunStore:
 
     def __init__(self, output: Path) -> None:
         self.output = output
+        self._lock = _CodedLock(output / ".run_history.lock")
 
     def start(
         self,
@@ -53,6 +64,7 @@ class RunStore:
             OutputNotWritableError, DiskFullError: The output folder cannot take a run.
         """
         require_folder(self.output)
+        self.require_own_adapter()
         run_id = paths.new_run_id()
         folder = require_folder(paths.run_folder(self.output, run_id))
         record = RunRecord(
@@ -61,18 +73,40 @@ class RunStore:
             command=list(command),
             host=platform.node(),
             pid=os.getpid(),
+            cwd=str(Path.cwd()),
             settings={k: dict(v) for k, v in settings.items()},
             versions=dict(versions or {}),
             hardware=dict(hardware or {}),
         )
         return RunWriter(self, folder, record)
 
+    def require_own_adapter(self) -> None:
+        """Refuse an output folder whose ``lora`` is not ours to replace.
+
+        Raises:
+            OutputTakenError: It holds files and none of ours.
+        """
+        place = paths.adapter_folder(self.output)
+        if place.is_dir() and (not any(place.iterdir()) or read_manifest(place).get("schema") == MANIFEST_SCHEMA):
+            return
+        if place.exists() or place.is_symlink():
+            raise OutputTakenError(f"{place} was not written by backprop and would be replaced")
+
     def list_runs(self) -> list[dict[str, Any]]:
-        """Summary rows, newest first; a running run whose process is gone is recorded as interrupted now."""
-        rows = self._indexed_rows()
+        """Summary rows, newest first; a running run whose process is gone is recorded as interrupted now.
+
+        An index that was lost or damaged is written anew, where the folder allows.
+        """
+        rows = self._read_index()
+        if rows is None:
+            rows = self._scan_rows()
+            if rows:
+                with contextlib.suppress(CodedError):
+                    self.rebuild_index()
         for position, row in enumerate(rows):
             if row["status"] == "running":
-                rows[position] = self._settle(row["run_id"]).to_summary()
+                with contextlib.suppress(RecordInvalidError):
+                    rows[position] = self._settle(row["run_id"]).to_summary()
         return sorted(rows, key=lambda row: (row["created_at"], row["run_id"]), reverse=True)
 
     def find(self, partial_id: str) -> str:
@@ -124,47 +158,53 @@ class RunStore:
 
     def add_artifact(self, run_id: str, artifact: Mapping[str, Any]) -> None:
         """Note a file that was made from the run, such as an export."""
-        record = read_record(self.folder(run_id))
-        record.artifacts.append({"at": utc_now(), **artifact})
-        self.save(record)
+        with self._lock:
+            record = read_record(self.folder(run_id))
+            record.artifacts.append({"at": utc_now(), **artifact})
+            self.save(record)
 
     def publish_adapter(self, run_id: str) -> Path:
         """Let ``<output>/lora`` be this run's adapter; returns that folder.
 
-        Files are hard-linked where the disk can, else copied; both are only ever replaced whole.
+        The weights are hard-linked where the disk can, since nobody edits them in place; other files are copied.
+
+        Raises:
+            OutputTakenError: As `require_own_adapter`.
         """
         source = self.folder(run_id) / "lora"
         target = paths.adapter_folder(self.output)
-        with publish_folder(target) as partial:
-            for file in source.iterdir():
-                _link_or_copy(file, partial / file.name)
+        with self._lock:
+            self.require_own_adapter()
+            with publish_folder(target) as partial:
+                for file in source.iterdir():
+                    _link_or_copy(file, partial / file.name)
         return target
 
     def save(self, record: RunRecord) -> None:
         """Publish a record and its index row."""
-        write_record(self.folder(record.run_id), record)
-        with self._index_lock():
-            rows = {row["run_id"]: row for row in self._indexed_rows()}
+        with self._lock:
+            write_record(self.folder(record.run_id), record)
+            rows = {row["run_id"]: row for row in self._read_index() or self._scan_rows()}
             rows[record.run_id] = record.to_summary()
             self._write_index(list(rows.values()))
 
     def rebuild_index(self) -> list[dict[str, Any]]:
         """Make the index anew from the run folders; folders without a readable record are left alone."""
-        with self._index_lock():
+        with self._lock:
             rows = self._scan_rows()
             self._write_index(rows)
         return rows
 
-    def _indexed_rows(self) -> list[dict[str, Any]]:
-        """The index's rows where it tells of the folders that stand there; else rows read from them."""
+    def _read_index(self) -> list[dict[str, Any]] | None:
+        """The index's rows; None where it is lost, damaged, or tells of other folders than those that stand there."""
         try:
-            index = orjson.loads(paths.index_file(self.output).read_bytes())
-            rows: list[dict[str, Any]] = index["runs"]
-            if {row["run_id"] for row in rows} == set(self._folder_ids()):
+            rows: list[dict[str, Any]] = orjson.loads(paths.index_file(self.output).read_bytes())["runs"]
+            whole = all(row.keys() >= _ROW_KEYS for row in rows)
+            if whole and {row["run_id"] for row in rows} == set(self._folder_ids()):
                 return rows
-        except (FileNotFoundError, orjson.JSONDecodeError, KeyError, TypeError):
+        except (OSError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
             pass
-        return self._scan_rows()
+        return None
 
     def _scan_rows(self) -> list[dict[str, Any]]:
         rows = []
@@ -187,8 +227,8 @@ class RunStore:
     def _settle(self, run_id: str) -> RunRecord:
         """Read a record; where it says running and nobody holds the run's lock, its process is gone."""
         record = read_record(self.folder(run_id))
-        if record.status != "running":
-            return record
+        if record.status != "running" or record.host != platform.node():
+            return record  # locks tell nothing of another machine's processes
         lock = FileLock(self.folder(run_id) / paths.LOCK_FILE)
         try:
             with lock.acquire(timeout=0):
@@ -197,15 +237,14 @@ class RunStore:
                     record.status = "interrupted"
                     record.ended_at = utc_now()
                     self.save(record)
-        except (Timeout, PermissionError):
+        except (Timeout, OSError, OutputNotWritableError):
             pass  # it lives, or the folder is not ours to correct
         return record
 
     def _write_index(self, rows: list[dict[str, Any]]) -> None:
+        """Rows of unreadable records are left out: the next look reads them again, in case they were mended."""
+        rows = [row for row in rows if row["error"] != RecordInvalidError.code]
         publish_json(paths.index_file(self.output), {"schema": INDEX_SCHEMA, "runs": rows})
-
-    def _index_lock(self) -> _CodedLock:
-        return _CodedLock(self.output / ".run_history.lock")
 
 
 class RunWriter:
@@ -262,8 +301,13 @@ class RunWriter:
             self._end(error.run_status)
         else:
             name = type(error).__name__
-            self._record.error = {"code": None, "message": f"{name}: {error}", "cause": None, "way_out": None}
-            self._end("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+            self._record.error = {
+                "code": "RUNTIME_BUG",
+                "message": f"{name}: {error}",
+                "cause": None,
+                "way_out": "Report it.",
+            }
+            self._end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         return self._record
 
     def _end(self, status: Any) -> None:
@@ -305,8 +349,8 @@ class _CodedLock:
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    fsync_folder(target.parent)
+    if source.suffix == ".safetensors":
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
