@@ -197,7 +197,7 @@ def test_a_bug_keeps_its_traceback_in_a_file(place, capsys, monkeypatch):
 def test_help_fits_80_columns_and_shows_an_example(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for command in COMMANDS:
-        assert run([command.name, "--help"]) == 0
+        assert run([*command.name.split(), "--help"]) == 0
         text = capsys.readouterr().out
         assert command.example.split()[1] in text
         assert max(map(len, text.splitlines())) <= 80

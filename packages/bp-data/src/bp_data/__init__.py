@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bp_data.ledger import Ledger
     from bp_data.pack import PackedRow, build_pack, iter_packs, pack_rows, plan_packs
     from bp_data.pairs import Compared, JudgedRow, PairRow, prepare_judged, prepare_pairs
-    from bp_data.preview import PreviewToken, preview_rows
+    from bp_data.preview import PreviewedRow, PreviewToken, preview_file, preview_rows
     from bp_data.quality import Limits, Report, build_report, check_limits
     from bp_data.read import read_rows
     from bp_data.reasoning import TraceBand
@@ -94,6 +94,8 @@ _HOMES = {
     ),
     "preview": (
         "PreviewToken",
+        "PreviewedRow",
+        "preview_file",
         "preview_rows",
     ),
     "quality": (
@@ -162,6 +164,7 @@ __all__ = [
     "Preference",
     "Prepared",
     "PreviewToken",
+    "PreviewedRow",
     "Rejected",
     "Report",
     "Rewritten",
@@ -192,6 +195,7 @@ __all__ = [
     "prepare",
     "prepare_judged",
     "prepare_pairs",
+    "preview_file",
     "preview_rows",
     "read_rows",
     "recognise",

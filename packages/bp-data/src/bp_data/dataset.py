@@ -323,12 +323,13 @@ def _fit(row: TokenRow, wanted: _Wanted, stops: frozenset[int], ledger: Ledger) 
     if len(row.ids) < wanted.min_tokens:
         reason = f"it has {len(row.ids)} tokens; wanted are at least {wanted.min_tokens}"
         return Rejected(row.number, RowFault.TOO_SHORT, reason, row.source)
-    policy = wanted.on_overflow or ("split" if _is_document(row.source) else "truncate")
+    policy = wanted.on_overflow or ("split" if is_document(row.source) else "truncate")
     fitted = fit_row(row, wanted.max_seq_length, policy, stops, ledger)
     return replace(fitted, source=row.source) if isinstance(fitted, Rejected) else fitted
 
 
-def _is_document(source: str) -> bool:
+def is_document(source: str) -> bool:
+    """Whether a file's name is that of a .txt or .md document."""
     name = source.lower()
     for ending in (".gz", ".zst"):
         name = name.removesuffix(ending)

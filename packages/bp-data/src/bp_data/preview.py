@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
-from bp_data.dataset import Prepared
+from bp_data.batch import Encoder
+from bp_data.dataset import Prepared, is_document, load_source, tokenizer_facts
+from bp_data.errors import RowFaultError
+from bp_data.example import Rejected
+from bp_data.overflow import OnOverflow, cut_row
+from bp_data.read import read_rows
+from bp_data.template import ChatTemplate
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer
 
@@ -16,11 +26,32 @@ class PreviewToken(NamedTuple):
         text: Its characters; several tokens that only together form a character make one piece.
         trained: Whether it is learnt.
         special: Whether it is a special token.
+        truncated: Whether it is cut off, and neither learnt nor read.
     """
 
     text: str
     trained: bool
     special: bool
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewedRow:
+    """A row as training would see it.
+
+    Attributes:
+        number: As in `Row`.
+        pieces: The whole row, what is cut off included; empty where it cannot be read.
+        tokens: Tokens that are read or learnt.
+        trained: Tokens that are learnt.
+        rejected: Why it is not trained on; None where it is.
+    """
+
+    number: int
+    pieces: tuple[PreviewToken, ...]
+    tokens: int
+    trained: int
+    rejected: Rejected | None = None
 
 
 def preview_rows(prepared: Prepared, n: int) -> list[list[PreviewToken]]:
@@ -30,7 +61,59 @@ def preview_rows(prepared: Prepared, n: int) -> list[list[PreviewToken]]:
 
 def preview_row(row: TokenRow, tokenizer: Tokenizer) -> list[PreviewToken]:
     """One row as pieces of text."""
-    pieces: list[PreviewToken] = []
+    return [piece for piece, _ in _pieces(row, tokenizer)]
+
+
+def preview_file(
+    path: str | Path,
+    model: str | Path | tuple[Tokenizer, ChatTemplate],
+    max_seq_length: int,
+    *,
+    rows: int = 3,
+    skip: int = 0,
+    on_overflow: OnOverflow | None = None,
+) -> list[PreviewedRow]:
+    """Some rows of a file with what is learnt, masked and cut off; the rest of the file is not read.
+
+    Args:
+        path: The data file, or a folder of them.
+        model: As in `prepare`.
+        max_seq_length: As in `prepare`.
+        rows: How many rows.
+        skip: Rows passed over before.
+        on_overflow: As in `prepare`; with ``split``, pieces beyond the first row's end are learnt in further rows.
+
+    Raises:
+        DataError: The file, the tokenizer or the template cannot be read; bad rows are shown as such.
+    """
+    tokenizer, template = load_source(model)
+    stops = frozenset(tokenizer_facts(tokenizer, template).stop_ids)
+    found = Encoder(tokenizer, template).encode_rows(islice(read_rows(path), skip, skip + rows))
+    return [_previewed(row, tokenizer, max_seq_length, on_overflow, stops) for row in found]
+
+
+def _previewed(
+    row: TokenRow | Rejected, tokenizer: Tokenizer, longest: int, policy: OnOverflow | None, stops: frozenset[int]
+) -> PreviewedRow:
+    if isinstance(row, Rejected):
+        return PreviewedRow(row.number, (), 0, 0, row)
+    length, trained, rejected = len(row.ids), row.trained, None
+    if (policy or ("split" if is_document(row.source) else "truncate")) != "split":
+        try:
+            cut = cut_row(row, longest, policy, stops)
+            length, trained = len(cut.ids), cut.trained
+        except RowFaultError as fault:
+            length, trained = 0, 0
+            rejected = Rejected(row.number, fault.code, fault.reason, row.source)
+    pieces = (
+        piece if end <= length else piece._replace(trained=False, truncated=True)
+        for piece, end in _pieces(row, tokenizer)
+    )
+    return PreviewedRow(row.number, tuple(pieces), length, trained, rejected)
+
+
+def _pieces(row: TokenRow, tokenizer: Tokenizer) -> Iterator[tuple[PreviewToken, int]]:
+    """Pieces, each with the place after its last token."""
     start, shown = 0, 0
     ids = list(row.ids)
     for end in range(1, len(ids) + 1):
@@ -40,6 +123,5 @@ def preview_row(row: TokenRow, tokenizer: Tokenizer) -> list[PreviewToken]:
         shown = len(tokenizer.decode(ids[context:start])) if start else 0
         if text.endswith("\ufffd") and end < len(ids) and end - start < 4:
             continue
-        pieces.append(PreviewToken(text[shown:], row.mask[end - 1] == 1, ids[end - 1] in tokenizer.special_ids))
+        yield PreviewToken(text[shown:], row.mask[end - 1] == 1, ids[end - 1] in tokenizer.special_ids), end
         start = end
-    return pieces

@@ -51,6 +51,36 @@ COMMANDS = (
         "Check a data file the way training reads it, and show what is trained.",
         "backprop validate my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct",
     ),
+    Command(
+        "data preview",
+        "data:preview",
+        "Show rows token by token: what is trained, what is only read, what is cut off.",
+        "backprop data preview my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct --rows 3",
+    ),
+    Command(
+        "data report",
+        "data:report",
+        "Tell what a data file is like; with limits, say no where one does not hold.",
+        "backprop data report my_data.jsonl --html report.html --max-duplicates 0.01",
+    ),
+    Command(
+        "data split",
+        "data:split",
+        "Part a data file in two; equal rows land on the same side.",
+        "backprop data split my_data.jsonl --output train.jsonl --heldout test.jsonl",
+    ),
+    Command(
+        "data clean",
+        "data:clean",
+        "Write the rows that can be used; broken ones and duplicates are left out and listed.",
+        "backprop data clean my_data.jsonl --output clean.jsonl",
+    ),
+    Command(
+        "data convert",
+        "data:convert",
+        "Write every row in one format; nothing of a row is lost.",
+        "backprop data convert my_data.csv --to messages --output my_data.jsonl",
+    ),
     Command("list-runs", "list_runs:list_runs", "List the runs of an output folder.", "backprop list-runs --limit 5"),
     Command(
         "show-run",
@@ -61,6 +91,9 @@ COMMANDS = (
     Command("info", "info:info", "Show versions, rails, paths and settings, for bug reports.", "backprop info --json"),
     Command("errors", "errors:errors", "Explain the error codes.", "backprop errors INPUT_DATASET_NOT_FOUND"),
 )
+
+# Commands of two words stand together under the first.
+GROUPS = {"data": "Look at data files, and split, clean or convert them."}
 
 _EPILOGUE = """Three things to do next:
   backprop quickstart                      see it work on a small model
@@ -79,9 +112,15 @@ def build_app() -> App:
         version=_read_version,
         version_flags=["--version", "-V"],
     )
+    groups = {name: App(name=name, help=line, help_format="plaintext") for name, line in GROUPS.items()}
+    for group in groups.values():
+        app.command(group)
     for command in COMMANDS:
         target = f"backpropagate.cli.{command.target}"
-        app.command(target, name=command.name, help=command.line, help_epilogue=f"Example:\n  {command.example}")
+        first, _, name = command.name.rpartition(" ")
+        groups.get(first, app).command(
+            target, name=name, help=command.line, help_epilogue=f"Example:\n  {command.example}"
+        )
     return app
 
 
@@ -116,7 +155,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _command_line_error(error: CycloptsError, argv: Sequence[str]) -> CommandLineError:
     """Cyclopts' message, which already names the nearest flag or command, under our code."""
-    known = {command.name for command in COMMANDS}
+    known = {command.name.split()[0] for command in COMMANDS}
     command = next((word for word in argv if word in known), None)
     help_line = f"backprop {command} --help" if command else "backprop --help"
     return CommandLineError(" ".join(str(error).split()).rstrip("."), way_out=f"See what it takes: {help_line}")

@@ -1,0 +1,263 @@
+"""`backprop data`: look at data, and make new data files from old ones."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.text import Text
+
+from backpropagate import catalogue, settings, system
+from backpropagate.cli.flags import Json
+from backpropagate.cli.screen import print_json
+from backpropagate.errors import InvalidSettingError
+from bp_data import Limits, build_report, check_limits, clean_file, convert_file, preview_file, report_html, report_text
+from bp_data.preview import PreviewedRow
+from bp_data.rewrite import Format, Rewritten, split_file
+from bp_runs.files import publish_bytes
+
+Model = Annotated[str | None, Parameter(name=("--model", "-m"))]
+Output = Annotated[Path, Parameter(name=("--output", "-o"))]
+OnBadRow = Literal["fail", "skip"]
+
+_STYLES = {"trained": "bold green", "masked": "dim", "truncated": "red strike"}
+
+
+def _model_folder(model: str | None) -> tuple[Path, int]:
+    """The folder with the tokenizer, and the longest row of the settings."""
+    wanted = settings.resolve({"model": model}, os.environ, Path(settings.TOML_FILE)).settings
+    offline = system.is_offline(os.environ)
+    base = catalogue.find_model(
+        wanted.model.name, revision=wanted.model.revision, offline=offline, need=catalogue.TOKENIZER
+    )
+    return base.folder, wanted.model.max_seq_length
+
+
+def preview(
+    file: Path,
+    *,
+    model: Model = None,
+    max_seq_length: int | None = None,
+    rows: int = 3,
+    skip: int = 0,
+    on_overflow: Literal["truncate", "drop", "split", "fail"] | None = None,
+    json: Json = False,
+) -> int:
+    """Show rows token by token: what is trained, what is only read, what is cut off.
+
+    Parameters
+    ----------
+    file: Path
+        The data file or folder.
+    model: str
+        The model whose tokenizer and chat template are used: a folder or Hub id.
+    max_seq_length: int
+        Longest row, in tokens.
+    rows: int
+        How many rows to show.
+    skip: int
+        How many rows to pass over before.
+    on_overflow: str
+        What becomes of longer rows.
+    """
+    folder, longest = _model_folder(model)
+    shown = preview_file(file, folder, max_seq_length or longest, rows=rows, skip=skip, on_overflow=on_overflow)
+    if json:
+        print_json("data-preview", {"data": str(file), "rows": [_row_body(row) for row in shown]})
+        return 0
+    console = Console(highlight=False)
+    legend = Text("  ")
+    for state, style in _STYLES.items():
+        legend.append(state, style=style).append("  ")
+    console.print(legend.append("special", style="reverse"))
+    for row in shown:
+        console.print(_row_text(row))
+    return 0
+
+
+def _row_body(row: PreviewedRow) -> dict[str, object]:
+    rejected = None if row.rejected is None else {"code": row.rejected.code.value, "reason": row.rejected.reason}
+    pieces = [piece._asdict() for piece in row.pieces]
+    return {
+        "row": row.number,
+        "tokens": row.tokens,
+        "trained_tokens": row.trained,
+        "rejected": rejected,
+        "pieces": pieces,
+    }
+
+
+def _row_text(row: PreviewedRow) -> Text:
+    text = Text(f"row {row.number}: {row.trained:,} of {row.tokens:,} tokens trained\n", style="bold")
+    if row.rejected is not None:
+        text.append(f"not trained on: {row.rejected.code.value}: {row.rejected.reason}\n", style="red")
+    for piece in row.pieces:
+        state = "truncated" if piece.truncated else "trained" if piece.trained else "masked"
+        text.append(piece.text, style=_STYLES[state] + (" reverse" if piece.special else ""))
+    return text
+
+
+def report(
+    file: Path,
+    *,
+    model: Model = None,
+    max_seq_length: int | None = None,
+    against: Path | None = None,
+    near: bool = True,
+    html: Path | None = None,
+    max_rejected: float | None = None,
+    max_duplicates: float | None = None,
+    max_overlong: float | None = None,
+    max_oddities: float | None = None,
+    max_personal: float | None = None,
+    max_contaminated: float | None = None,
+    min_rows: int | None = None,
+    json: Json = False,
+) -> int:
+    """Tell what a data file is like; with limits, say no (exit status 65) where one does not hold.
+
+    Parameters
+    ----------
+    file: Path
+        The data file or folder.
+    model: str
+        Count tokens as this model does and verify each row's mask; without it, characters are counted.
+    max_seq_length: int
+        Tokens beyond which a row counts as over-long.
+    against: Path
+        Another file, such as a test set, whose rows should not be in this one.
+    near: bool
+        Look for near duplicates too.
+    html: Path
+        Write the report as a page, too.
+    max_rejected: float
+        Largest share of rows that cannot be used.
+    max_duplicates: float
+        Largest share of exact and near duplicates.
+    max_overlong: float
+        Largest share of rows longer than max_seq_length.
+    max_oddities: float
+        Largest share of rows with odd turns.
+    max_personal: float
+        Largest share of rows with hints of personal data.
+    max_contaminated: float
+        Largest share of rows of the other file in this one.
+    min_rows: int
+        Fewest usable rows.
+    """
+    if model is None and max_overlong is not None:
+        raise InvalidSettingError("--max-overlong counts tokens", way_out="Name the model as well: --model NAME")
+    if against is None and max_contaminated is not None:
+        raise InvalidSettingError("--max-contaminated compares two files", way_out="Name the other: --against FILE")
+    folder, longest = (None, 2048) if model is None else _model_folder(model)
+    found = build_report(file, folder, max_seq_length=max_seq_length or longest, near=near, against=against)
+    if html is not None:
+        publish_bytes(html, report_html(found).encode())
+    if json:
+        print_json("data-report", found.to_dict())
+    else:
+        Console(highlight=False).print(Text(report_text(found)), soft_wrap=True)
+    limits = Limits(
+        rejected=max_rejected,
+        duplicates=max_duplicates,
+        overlong=max_overlong,
+        oddities=max_oddities,
+        personal=max_personal,
+        contaminated=max_contaminated,
+        min_rows=min_rows,
+    )
+    if any(value is not None for value in asdict(limits).values()):
+        check_limits(found, limits)
+    return 0
+
+
+def split(
+    file: Path,
+    *,
+    output: Output,
+    heldout: Path,
+    share: float = 0.05,
+    seed: int = 42,
+    on_bad_row: OnBadRow = "fail",
+    json: Json = False,
+) -> int:
+    """Part a data file in two; equal rows land on the same side.
+
+    Parameters
+    ----------
+    file: Path
+        The data file or folder.
+    output: Path
+        File for the greater part.
+    heldout: Path
+        File for the rest.
+    share: float
+        Share of rows that are held out, above 0 and below 1.
+    seed: int
+        The same seed gives the same parts.
+    on_bad_row: str
+        fail: stop at the first row that cannot be read; skip: leave it out and list it.
+    """
+    if not 0 < share < 1:
+        raise InvalidSettingError(f"--share is {share}; it must be above 0 and below 1")
+    if output == heldout:
+        raise InvalidSettingError("--output and --heldout name the same file")
+    return _tell(split_file(file, output, heldout, share=share, seed=seed, on_bad_row=on_bad_row), "split", json=json)
+
+
+def clean(
+    file: Path,
+    *,
+    output: Output,
+    dedup: Literal["none", "exact", "near"] = "near",
+    personal: bool = False,
+    json: Json = False,
+) -> int:
+    """Write the rows that can be used; broken ones and duplicates are left out and listed.
+
+    Parameters
+    ----------
+    file: Path
+        The data file or folder.
+    output: Path
+        The .jsonl file to write.
+    dedup: str
+        Which duplicates to leave out.
+    personal: bool
+        Leave out rows with hints of personal data as well.
+    """
+    return _tell(clean_file(file, output, dedup=dedup, personal=personal), "clean", json=json)
+
+
+def convert(file: Path, *, to: Format, output: Output, on_bad_row: OnBadRow = "fail", json: Json = False) -> int:
+    """Write every row in one format; a row that the format cannot hold whole is a bad row.
+
+    Parameters
+    ----------
+    file: Path
+        The data file or folder.
+    to: str
+        The format.
+    output: Path
+        The .jsonl file to write.
+    on_bad_row: str
+        fail: stop at the first bad row; skip: leave it out and list it.
+    """
+    return _tell(convert_file(file, output, to, on_bad_row=on_bad_row), "convert", json=json)
+
+
+def _tell(done: Rewritten, name: str, *, json: bool) -> int:
+    if json:
+        print_json(f"data-{name}", done.to_dict())
+        return 0
+    console = Console(highlight=False)
+    for path, rows in done.written.items():
+        console.print(f"  {rows:>9,} rows  {path}", markup=False, soft_wrap=True)
+    if done.rejected is not None:
+        console.print(f"  {done.ledger.dropped:>9,} left out, listed in {done.rejected}", markup=False, soft_wrap=True)
+    console.print(f"  {done.read:>9,} rows read", markup=False)
+    return 0
