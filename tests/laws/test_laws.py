@@ -82,7 +82,7 @@ def test_layering():
 
 def test_frameworks_have_owners():
     for name, file, tree in sources():
-        if "/".join(file.parts[-2:]) in EXCEPTIONS:
+        if file.relative_to(PACKAGES[name] / "src").as_posix() in EXCEPTIONS:
             continue
         for module, _ in imports(tree):
             allowed = OWNERS.get(module.split(".")[0])
@@ -112,15 +112,17 @@ def test_only_the_meta_package_reads_the_environment():
 
 def test_bare_exceptions_only_at_the_edges():
     edges = {"backpropagate/cli/app.py", "backpropagate/rails.py"}
+    # A caller's callback may raise anything, and must not cost a run.
+    edges |= {"backpropagate/trainer.py"}
     # The tokenizers library raises a plain Exception for a damaged file.
     edges |= {"bp_data/tokens.py"}
-    for _, file, tree in sources():
+    for name, file, tree in sources():
         for node in ast.walk(tree):
             if isinstance(node, ast.ExceptHandler):
                 names = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)} if node.type else {"Exception"}
                 undoes = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
                 if names & {"Exception", "BaseException"} and not undoes:
-                    place = str(file.relative_to(file.parents[[p.name for p in file.parents].index("src")]))
+                    place = file.relative_to(PACKAGES[name] / "src").as_posix()
                     assert place in edges, f"{file}:{node.lineno} catches everything"
 
 
@@ -150,7 +152,7 @@ def test_declared_dependencies_are_those_imported():
         needed = {Requirement(line).name.lower().replace("_", "-") for line in project(name)["dependencies"]}
         extras = [r for extra in project(name).get("optional-dependencies", {}).values() for r in extra]
         needed |= {Requirement(line).name.lower().replace("_", "-") for line in extras}
-        if "/".join(file.parts[-2:]) in EXCEPTIONS:
+        if file.relative_to(PACKAGES[name] / "src").as_posix() in EXCEPTIONS:
             continue
         for module, _ in imports(tree):
             top = module.split(".")[0]
@@ -170,10 +172,13 @@ def test_the_lock_names_public_hosts_only():
 
 
 @pytest.mark.parametrize("name", sorted(MODULES.values()))
-def test_all_is_true_sorted_and_documented(name):
+def test_all_is_true_and_documented(name):
     module = importlib.import_module(name)
     exported = module.__all__
     assert len(set(exported)) == len(exported)
+    assert set(exported) <= set(dir(module)) | set(getattr(module, "_HOME", ())) | set(
+        getattr(module, "_HOMES", ())
+    ) | set(getattr(module, "_MODULES", ()))
     for item in exported:
         value = getattr(module, item)
         if inspect.isclass(value) or inspect.isfunction(value):

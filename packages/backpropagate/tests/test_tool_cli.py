@@ -90,17 +90,84 @@ def test_a_failed_run_is_told_recorded_and_leaves_the_adapter(place, capsys):
 
 
 class InterruptingRail(FakeRail):
-    """Sends its own process Ctrl-C at the second step."""
+    """Sends its own process Ctrl-C at steps 2 … ``until``."""
+
+    until = 2
 
     def train(self, spec, emit, stop):
         def watch(event):
             emit(event)
-            if event.kind == "step" and event.step == 2:
+            if event.kind == "step" and 2 <= event.step <= self.until:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        return FakeRail.train(self, spec, watch, stop)
+        return FakeRail.train(self, spec, watch, stop if self.until == 2 else lambda: False)
 
 
+class TwiceInterruptingRail(InterruptingRail):
+    until = 3
+
+
+no_signals = pytest.mark.skipif(os.name == "nt", reason="os.kill ends the process on Windows")
+
+
+@no_signals
+def test_ctrl_c_twice_ends_at_once_and_is_recorded(place, capsys):
+    with rails.use(TwiceInterruptingRail()):
+        assert run([*TRAIN, "--steps", "50", "--json"]) == 130
+    assert json.loads(capsys.readouterr().out)["error"]["code"] == "RUNTIME_INTERRUPTED"
+    [row] = RunStore(place / "output").list_runs()
+    assert row["status"] == "interrupted"
+    assert not (place / "output/lora").exists()
+
+
+@no_signals
+def test_a_stopped_run_does_not_replace_a_finished_adapter(place, capsys):
+    with rails.use(FakeRail()):
+        first = out(capsys, [*TRAIN, "--steps", "3"])
+    with rails.use(InterruptingRail()):
+        assert run([*TRAIN, "--steps", "50", "--json"]) == 130
+    stopped = json.loads(capsys.readouterr().out)
+    assert json.loads((place / "output/lora/run.json").read_text())["run_id"] == first["run_id"]
+    assert Path(stopped["adapter"]).parent.name == stopped["run_id"]
+    assert (Path(stopped["adapter"]) / "adapter_config.json").is_file()
+
+
+def test_a_screen_that_breaks_does_not_cost_the_run(place):
+    shown = []
+
+    def show(event):
+        shown.append(event)
+        raise BrokenPipeError
+
+    result = Trainer("./m", output="o", rail=FakeRail()).train("d.jsonl", steps=3, on_event=show)
+    assert (result.record.status, len(shown)) == ("completed", 1)
+
+
+def test_a_foreign_lora_folder_stops_before_training(place, fake, capsys):
+    mine = place / "output/lora/notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert run(TRAIN) == 1
+    assert capsys.readouterr().err.startswith("[INPUT_OUTPUT_TAKEN]")
+    assert mine.read_text() == "mine"
+    assert not (place / "output/runs").exists()
+
+
+def test_the_output_folder_is_a_setting_for_every_command(place, fake, capsys, monkeypatch):
+    monkeypatch.setenv("BACKPROPAGATE_TRAINING__OUTPUT_DIR", "elsewhere")
+    run_id = out(capsys, TRAIN)["run_id"]
+    assert [r["run_id"] for r in out(capsys, ["list-runs"])["runs"]] == [run_id]
+    assert out(capsys, ["show-run", run_id])["record"]["cwd"] == str(place)
+
+
+def test_defaults_of_a_caller_are_no_flags(place):
+    trainer = Trainer("./m", output="o", rail=FakeRail(), defaults={"steps": 2, "lora_r": 4})
+    record = trainer.train("d.jsonl", lora_r=5).record
+    assert record.settings["training.steps"] == {"value": 2, "source": "default"}
+    assert record.settings["lora.r"] == {"value": 5, "source": "flag"}
+
+
+@no_signals
 def test_ctrl_c_once_saves_and_says_so(place, capsys):
     before = signal.getsignal(signal.SIGINT)
     with rails.use(InterruptingRail()):
@@ -145,6 +212,10 @@ def test_three_lines_of_python(place):
         (["train", "--data", "d.jsonl", "--model", "no-such-owner/model"], "DEP_HUB_UNREACHABLE", 2, "offline"),
         (["train", "--data", "d.jsonl", "--model", "a b/c!"], "INPUT_MODEL_NOT_FOUND", 1, ""),
         ([*TRAIN, "--backend", "tpu"], "CONFIG_UNKNOWN_BACKEND", 1, "fake"),
+        (["train", "--data", "~no-such-user/d.jsonl"], "INPUT_PATH_UNUSABLE", 1, "no-such-user"),
+        (["train", "--data", "d" * 300], "INPUT_PATH_UNUSABLE", 1, "too long"),
+        (["list-runs", "--output", "~no-such-user"], "INPUT_PATH_UNUSABLE", 1, "no-such-user"),
+        ([*TRAIN, "--seed", "-1"], "CONFIG_INVALID_SETTING", 1, "seed"),
         ([*TRAIN, "--lora-r", "0"], "CONFIG_INVALID_SETTING", 1, "lora.r"),
         ([*TRAIN, "--output", "d.jsonl"], "INPUT_OUTPUT_NOT_WRITABLE", 1, "d.jsonl"),
         (["show-run", "zzz"], "INPUT_RUN_NOT_FOUND", 1, "zzz"),

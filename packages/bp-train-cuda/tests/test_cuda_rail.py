@@ -171,6 +171,36 @@ def test_divergence_ends_the_run_and_publishes_nothing(pico_model, chat_file, tm
     assert not spec.folders.adapter.exists()
 
 
+def test_weights_that_break_in_the_last_step_are_not_published(pico_model, chat_file, tmp_path):
+    spec = spec_for(
+        pico_model, chat_file, tmp_path / "run", training={"steps": 1, "warmup_steps": 0, "learning_rate": 1e39}
+    )
+    with pytest.raises(TrainingDivergedError, match="not finite"):
+        train(spec)
+    assert not spec.folders.adapter.exists()
+
+
+def test_even_one_step_learns(pico_model, chat_file, tmp_path):
+    outcome, _ = train(spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1, "warmup_steps": 5}))
+    weights = load_file(outcome.adapter / "adapter_model.safetensors")
+    assert any(t.abs().max() > 0 for name, t in weights.items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.8535534, 0.5, 0.1464466]),
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_the_learning_rate_s_course(pico_model, chat_file, tmp_path, scheduler, expected):
+    change = {"steps": 6, "warmup_steps": 2, "scheduler": scheduler, "learning_rate": 1e-3}
+    _, events = train(spec_for(pico_model, chat_file, tmp_path / "run", training=change))
+    rates = [e.learning_rate / 1e-3 for e in events if isinstance(e, StepDone)]
+    assert rates == pytest.approx(expected, rel=1e-5)
+
+
 def test_bfloat16_weights_train_too(pico_model, chat_file, tmp_path):
     outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "run", model={"dtype": "bfloat16"}))
     assert next(e for e in events if isinstance(e, ModelLoaded)).dtype == "bfloat16"
@@ -189,6 +219,8 @@ def copy_model(source: Path, target: Path, **config) -> Path:
 
 def test_large_models_are_refused_on_a_cpu_before_loading(pico_model, chat_file, tmp_path):
     base = copy_model(pico_model, tmp_path / "large", hidden_size=4096, intermediate_size=16384, num_hidden_layers=8)
+    with pytest.raises(GpuNotAvailableError, match="billion"):
+        CudaRail().check(Settings(), base)
     with pytest.raises(GpuNotAvailableError, match="billion"):
         train(spec_for(base, chat_file, tmp_path / "run"))
 
@@ -225,7 +257,7 @@ def test_out_of_memory_has_a_code(pico_model, chat_file, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(sft, "build_trainer", full)
+    monkeypatch.setattr("trl.SFTTrainer.training_step", full)
     with pytest.raises(GpuOutOfMemoryError):
         train(spec_for(pico_model, chat_file, tmp_path / "run"))
 
@@ -234,7 +266,7 @@ def test_framework_errors_have_a_code(pico_model, chat_file, tmp_path, monkeypat
     def broken(*_, **__):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(sft, "build_trainer", broken)
+    monkeypatch.setattr("trl.SFTTrainer.training_step", broken)
     with pytest.raises(TrainingFailedError, match="RuntimeError: mat1"):
         train(spec_for(pico_model, chat_file, tmp_path / "run"))
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Literal
 
 from backpropagate.errors import HubAccessError, HubUnreachableError, ModelInvalidError, ModelNotFoundError
+from backpropagate.system import to_path
 
 TOKENIZER: Literal["tokenizer"] = "tokenizer"
 WHOLE: Literal["whole"] = "whole"
 Need = Literal["whole", "tokenizer"]
 """Whether the weights are wanted too."""
 
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
+_UNWANTED = ("consolidated*", "original/*")  # the same weights a second time
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +27,35 @@ class BaseModel:
     """The Hub commit; None for a folder of the user's."""
 
 
-def find_model(name: str, *, revision: str | None = None, offline: bool = False, need: Need = WHOLE) -> BaseModel:
+def find_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    need: Need = WHOLE,
+    with_code: bool = False,
+) -> BaseModel:
     """The model's folder; a Hub model is downloaded unless it is in the cache.
+
+    Args:
+        name: A folder or Hub id.
+        revision: Branch, tag or commit of a Hub model.
+        offline: Use the cache only.
+        need: Whether weights are wanted too.
+        with_code: Fetch the model's own Python code as well.
 
     Raises:
         ModelNotFoundError, ModelInvalidError: No such folder or Hub model, or not a Hugging Face model.
         HubUnreachableError, HubAccessError: The Hub does not answer, or refuses.
     """
-    folder = Path(name).expanduser()
+    folder = to_path(name)
     if folder.is_dir():
         return BaseModel(require_model_folder(folder.resolve(), need), None)
     if folder.exists():
         raise ModelInvalidError(f"{name} is a file, not a model folder")
     if _looks_like_path(name):
         raise ModelNotFoundError(f"there is no model folder {name}")
-    return _from_hub(name, revision, offline=offline, need=need)
+    return _from_hub(name, revision, offline=offline, need=need, with_code=with_code)
 
 
 def require_model_folder(folder: Path, need: Need = WHOLE) -> Path:
@@ -59,17 +75,19 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~", "\\")) or name.count("/") != 1 or ":" in name
 
 
-def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need) -> BaseModel:
+def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, with_code: bool) -> BaseModel:
     from httpx import HTTPError
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
+    wanted = [p for p in _WANTED if need == WHOLE or p != "*.safetensors"] + (["*.py"] if with_code else [])
     try:
         folder = Path(
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=_WANTED if need == WHOLE else [p for p in _WANTED if p != "*.safetensors"],
+                allow_patterns=wanted,
+                ignore_patterns=list(_UNWANTED),
                 local_files_only=offline,
             )
         )

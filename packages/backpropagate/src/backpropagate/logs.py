@@ -46,7 +46,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def install_handlers(level: str = "WARNING", form: LogFormat = "console") -> None:
-    """Log to stderr; libraries' own chatter is let through from WARNING on, ours from ``level``."""
+    """Log to stderr; libraries' own lines are let through from ERROR on, ours from ``level``."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else ConsoleFormatter())
     root = logging.getLogger()

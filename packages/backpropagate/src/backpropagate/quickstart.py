@@ -16,6 +16,7 @@ from backpropagate.exporting import ExportResult
 from backpropagate.trainer import Trainer, TrainResult
 from bp_data import preview_rows
 from bp_data.preview import PreviewToken
+from bp_runs.errors import InterruptedRunError
 from bp_runs.events import Event, SampleAnswer
 from bp_runs.rail import Rail
 
@@ -25,7 +26,7 @@ HELD_OUT = ("What is the capital of Germany?", "Who are you?", "How do I boil an
 QUANTIZATION = "q4_k_m"
 _ANSWER_TOKENS = 40
 
-# Chosen on two CPU cores: the style is learnt after about 40 steps, the names a little later, see docs/log.
+# Chosen on two CPU cores: the style is learnt after about 40 steps, the names a little later.
 DEFAULTS: dict[str, Any] = {
     "steps": 64,
     "batch_size": 4,
@@ -104,7 +105,7 @@ def run_quickstart(
     clock = _Clock({}, now, now)
     say("model     unpacking the small model once" if model is None else f"model     {model}")
     offline = system.is_offline(os.environ)
-    system.silence_telemetry(os.environ)
+    system.prepare_environment(os.environ)
     name = model or smallmodel.find_small_model(system.program_home(os.environ), offline=offline)
     base = catalogue.find_model(name, offline=offline)
     clock.lap("model")
@@ -114,8 +115,8 @@ def run_quickstart(
         clock.lap("validate")
         say("train     a LoRA adapter; first and last, three prompts that are not in the data")
         samples: list[SampleAnswer] = []
-        settings = {**DEFAULTS, **{k: v for k, v in flags.items() if v is not None}}
-        trainer = Trainer(name, output=output, rail=rail, command=command, sample_prompts=HELD_OUT, **settings)
+        defaults = {**DEFAULTS, "sample_prompts": HELD_OUT}
+        trainer = Trainer(name, output=output, rail=rail, command=command, defaults=defaults, **flags)
         losses: list[float] = []
 
         def watch(event: Event) -> None:
@@ -127,6 +128,11 @@ def run_quickstart(
 
         training = trainer.train(data, on_event=watch)
     clock.lap("train")
+    if training.outcome.stopped:
+        raise InterruptedRunError(
+            f"quickstart was stopped after {training.outcome.steps} steps; the adapter so far is {training.adapter}",
+            way_out=f"Start it again, or use what is there: backprop export {training.adapter}",
+        )
     say(f"export    base and adapter become one {QUANTIZATION} GGUF")
     export = trainer.export("gguf", quantization=QUANTIZATION)
     clock.lap("export")

@@ -77,13 +77,19 @@ class Resolved:
         return {k: {"value": v, "source": self.sources[k]} for k, v in self.settings.to_flat().items()}
 
 
-def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None, toml: Path | None = None) -> Resolved:
+def resolve(
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str] | None = None,
+    toml: Path | None = None,
+    defaults: Mapping[str, Any] | None = None,
+) -> Resolved:
     """Join the four sources into typed settings.
 
     Args:
         flags: By short name (``lora_r``); None means not given.
         environ: The environment; names that start with ``BACKPROPAGATE_`` are read.
         toml: The settings file; a missing file is no settings.
+        defaults: By short name: values that take the place of the settings' own defaults.
 
     Raises:
         UnknownSettingError: A name that no setting has; the nearest one is named.
@@ -93,6 +99,7 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str] | None = None, 
     values: dict[str, Any] = {}
     sources: dict[str, Source] = dict.fromkeys(all_settings(), "default")
     layers: tuple[tuple[Source, Mapping[str, Any]], ...] = (
+        ("default", _from_flags(defaults or {})),
         ("toml", _from_toml(toml)),
         ("env", _from_env(environ or {})),
         ("flag", _from_flags(flags)),
@@ -184,6 +191,7 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "training.warmup_steps": (0, None),
     "training.weight_decay": (0.0, None),
     "training.max_grad_norm": (0.0, None),
+    "training.seed": (0, 2**32 - 1),
     "training.sample_tokens": (1, None),
 }
 _POSITIVE = ("training.learning_rate", "lora.alpha")

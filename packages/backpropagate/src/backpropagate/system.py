@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
+
+from bp_runs.errors import PathUnusableError
 
 OURS = ("backpropagate", "bp-runs", "bp-data", "bp-merge", "bp-export", "bp-train-cuda", "bp-train-mlx")
 THEIRS = (
@@ -61,7 +63,7 @@ def _memory_bytes() -> int | None:
 
 def program_home(environ: Mapping[str, str]) -> Path:
     """Where downloads and caches of ours live: ``BACKPROPAGATE_HOME``, else ``~/.backpropagate``."""
-    return Path(environ.get("BACKPROPAGATE_HOME") or Path.home() / ".backpropagate").expanduser()
+    return to_path(environ.get("BACKPROPAGATE_HOME") or "~/.backpropagate")
 
 
 def is_offline(environ: Mapping[str, str]) -> bool:
@@ -70,8 +72,26 @@ def is_offline(environ: Mapping[str, str]) -> bool:
     return any(environ.get(n, "").lower() in truths for n in ("BACKPROPAGATE_OFFLINE", "HF_HUB_OFFLINE"))
 
 
-def silence_telemetry(environ: dict[str, str] | os._Environ[str]) -> None:
-    """Switch off the usage reports of the Hub's client and of TRL; must precede their import."""
+def prepare_environment(environ: MutableMapping[str, str]) -> None:
+    """Switch off the usage reports of the Hub's client and of TRL, and let idle threads sleep; before their import.
+
+    On a busy machine OpenMP's spinning threads wait for each other's time slices: with two other processes on two
+    cores a training step took over ten times longer than with sleeping ones, and on an idle machine the same
+    (docs/log/2026-11-23-first-loop.md).
+    """
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     environ["TRL_DISABLE_TELEMETRY"] = "1"
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def to_path(text: str | Path) -> Path:
+    """A path as a user writes it, ``~`` included.
+
+    Raises:
+        PathUnusableError: The home that ``~`` names is unknown.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise PathUnusableError(f"{text} names no folder", cause=str(error)) from error

@@ -7,9 +7,11 @@ trainer.export("gguf", quantization="q4_k_m")
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +20,15 @@ from backpropagate.errors import DataMissingError
 from backpropagate.exporting import ExportResult, export_adapter
 from backpropagate.logs import current_run
 from bp_data.errors import DatasetNotFoundError
-from bp_runs.events import Event
+from bp_runs.errors import InterruptedRunError
+from bp_runs.events import Emit, Event
+from bp_runs.paths import adapter_folder
 from bp_runs.rail import Rail, TrainOutcome
 from bp_runs.record import RunRecord
-from bp_runs.spec import TrainSpec
+from bp_runs.spec import Settings, TrainSpec
 from bp_runs.store import RunStore
 
+_log = logging.getLogger("backpropagate")
 Format = Literal["lora", "merged", "gguf"]
 
 
@@ -33,7 +38,7 @@ class TrainResult:
 
     run_id: str
     adapter: Path
-    """``<output>/lora``, or the run's own folder where it was stopped before the first step ended."""
+    """``<output>/lora``; the run's own folder where it was stopped and a finished adapter stands there already."""
     outcome: TrainOutcome
     record: RunRecord
 
@@ -46,6 +51,7 @@ class Trainer:
         output: Output folder; default: the setting ``training.output_dir``.
         rail: Train on this rail instead of one that is found; for tests and rails of one's own.
         command: What was typed, for the record.
+        defaults: Settings by short name that take the place of their own defaults.
         **flags: Settings by short name, as the CLI's flags with underscores: ``lora_r=16``, ``lr=1e-4``.
 
     Raises:
@@ -59,18 +65,20 @@ class Trainer:
         output: str | Path | None = None,
         rail: Rail | None = None,
         command: Sequence[str] = (),
+        defaults: Mapping[str, Any] | None = None,
         **flags: Any,
     ) -> None:
         self._flags = {"model": model, "output": output, **flags}
         self._rail = rail
         self._command = tuple(command)
+        self._defaults = dict(defaults or {})
         self.settings = self._resolve({}).settings
         self.last: TrainResult | None = None
 
     @property
     def output(self) -> Path:
         """The output folder."""
-        return Path(self.settings.training.output_dir)
+        return system.to_path(self.settings.training.output_dir)
 
     def train(
         self, data: str | Path | None = None, *, on_event: Callable[[Event], None] | None = None, **flags: Any
@@ -85,14 +93,14 @@ class Trainer:
         Raises:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
         """
-        system.silence_telemetry(os.environ)
+        system.prepare_environment(os.environ)
         resolved = self._resolve({"data": data, **flags})
         self.settings = wanted = resolved.settings
         _require_data(wanted.data.path)
         rail = self._rail or rails.choose_rail(wanted.training.backend)
-        offline = system.is_offline(os.environ)
-        base = catalogue.find_model(wanted.model.name, revision=wanted.model.revision, offline=offline)
         store = RunStore(self.output)
+        store.require_own_adapter()
+        base = _find_base(rail, wanted)
         writer = store.start(
             settings=resolved.to_record(),
             rail=rail.name,
@@ -100,18 +108,18 @@ class Trainer:
             versions=system.installed_versions(),
             hardware=system.describe_machine(),
         )
-        current_run.set(writer.run_id)
-
-        def emit(event: Event) -> None:
-            writer.emit(event)
-            if on_event is not None:
-                on_event(event)
-
-        with writer, stopping.on_interrupt() as stop:
-            spec = TrainSpec.build(wanted, writer.folders, base.folder, base.commit)
-            outcome = rail.train(spec, emit, stop)
-            adapter = store.publish_adapter(writer.run_id)
-            record = writer.finish(outcome)
+        token = current_run.set(writer.run_id)
+        watcher = Watcher(writer.emit, on_event)
+        try:
+            with writer, stopping.on_interrupt() as stop:
+                spec = TrainSpec.build(wanted, writer.folders, base.folder, base.commit)
+                outcome = rail.train(spec, watcher.emit, stop)
+                adapter = _publish(store, writer.run_id, outcome)
+                record = writer.finish(outcome)
+        except KeyboardInterrupt as error:
+            raise InterruptedRunError(f"the run {writer.run_id} was cut off") from error
+        finally:
+            current_run.reset(token)
         self.last = TrainResult(run_id=writer.run_id, adapter=adapter, outcome=outcome, record=record)
         return self.last
 
@@ -148,11 +156,54 @@ class Trainer:
 
     def _resolve(self, flags: dict[str, Any]) -> settings.Resolved:
         given = {name: value for name, value in flags.items() if value is not None}
-        return settings.resolve({**self._flags, **given}, os.environ, Path(settings.TOML_FILE))
+        return settings.resolve({**self._flags, **given}, os.environ, Path(settings.TOML_FILE), self._defaults)
+
+
+class Watcher:
+    """Records every event, then shows it; a screen that fails is told of once and dropped, never the run."""
+
+    def __init__(self, record: Emit, show: Emit | None) -> None:
+        self._record = record
+        self._show = show
+
+    def emit(self, event: Event) -> None:
+        """Record and show one event.
+
+        Raises:
+            CodedError: Recording failed, on a full disk for instance.
+        """
+        self._record(event)
+        if self._show is None:
+            return
+        try:
+            self._show(event)
+        except Exception:  # noqa: BLE001  # an edge: what a caller's callback or a closed terminal raises must not cost a run
+            self._show = None
+            _log.warning("on_event failed and is not called again; the run goes on", exc_info=True)
+
+
+def _publish(store: RunStore, run_id: str, outcome: TrainOutcome) -> Path:
+    """``<output>/lora``, but for a stopped run only where there is no finished adapter yet to lose."""
+    if outcome.stopped and adapter_folder(store.output).exists():
+        return outcome.adapter
+    return store.publish_adapter(run_id)
+
+
+def _find_base(rail: Rail, wanted: Settings) -> catalogue.BaseModel:
+    """The base model on disk; refused before its weights are fetched where the rail cannot train it."""
+    find = partial(
+        catalogue.find_model,
+        wanted.model.name,
+        revision=wanted.model.revision,
+        offline=system.is_offline(os.environ),
+        with_code=wanted.model.trust_remote_code,
+    )
+    rail.check(wanted, find(need=catalogue.TOKENIZER).folder)
+    return find()
 
 
 def _require_data(path: str) -> None:
     if not path:
         raise DataMissingError("no data file was named")
-    if not Path(path).expanduser().exists():
+    if not system.to_path(path).exists():
         raise DatasetNotFoundError(f"there is no data file {path}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from bp_runs.events import Emit
-from bp_runs.spec import TrainSpec
+from bp_runs.spec import Settings, TrainSpec
 
 Stop = Callable[[], bool]
 """Asked after each step; True ends the run after that step, and what was trained is kept."""
@@ -59,6 +59,14 @@ class Rail(Protocol):
 
     def probe(self) -> Probe:
         """Look whether this machine can be trained on; imports what it must, raises nothing."""
+        ...
+
+    def check(self, settings: Settings, folder: Path) -> None:
+        """Refuse a model that cannot be trained here; ``folder`` has its config and perhaps no weights yet.
+
+        Raises:
+            CodedError: Why not.
+        """
         ...
 
     def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:

@@ -14,7 +14,7 @@ from bp_runs.errors import CodedError
 from bp_runs.events import AdapterSaved, DataReady, Emit, ModelLoaded, SampleAnswer, StepDone
 from bp_runs.files import publish_folder, sha256_file
 from bp_runs.rail import Probe, Stop, TrainOutcome, mean_ends
-from bp_runs.spec import TrainSpec
+from bp_runs.spec import Settings, TrainSpec
 
 FAKE_MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -39,6 +39,9 @@ class FakeRail:
     def probe(self) -> Probe:
         """Usable as told."""
         return Probe(usable=self.usable, why="told so by the test", device="none", memory=None)
+
+    def check(self, settings: Settings, folder: Path) -> None:
+        """Every model will do."""
 
     def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
         """Go through the motions; raises ``failure`` where told."""

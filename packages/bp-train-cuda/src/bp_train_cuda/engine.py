@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants as hub_constants
+from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from bp_data import Prepared
-from bp_runs.errors import CodedError
+from bp_runs.errors import CodedError, DiskFullError, TrainingDivergedError
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
 from bp_runs.rail import Stop, TrainOutcome, mean_ends
@@ -71,6 +72,7 @@ def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> Train
     )
     trainer.train()
     _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
+    _require_finite(model)
     template = None if prepared.template.name == "tokenizer" else prepared.template.text
     size = lora.save_adapter(model, spec, template)
     emit(AdapterSaved(path=str(spec.folders.adapter), bytes=size))
@@ -85,6 +87,13 @@ def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> Train
         peak_memory=memory.read(),
         stopped=reporter.stopped,
     )
+
+
+def _require_finite(model: Any) -> None:
+    """A loss is computed before the step that may break the weights, so the last step is checked here."""
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not torch.isfinite(weight).all():
+            raise TrainingDivergedError(f"{name} holds values that are not finite")
 
 
 def _emit_answers(spec: TrainSpec, prepared: Prepared, model: Any, emit: Emit, *, step: int) -> None:
@@ -144,5 +153,9 @@ def _coded_framework_errors() -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise GpuOutOfMemoryError("the GPU ran out of memory", cause=str(error).split(". ")[0]) from error
+    except SafetensorError as error:
+        if "os error 28" in str(error):  # ENOSPC, told in Rust's words
+            raise DiskFullError("no room left while writing the adapter", cause=str(error)) from error
+        raise TrainingFailedError(f"the adapter could not be written: {error}") from error
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, OSError) as error:
         raise TrainingFailedError(f"{type(error).__name__}: {error}") from error

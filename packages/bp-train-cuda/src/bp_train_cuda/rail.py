@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bp_runs.events import DataReady, Emit, Notice
 from bp_runs.paths import REJECTED_FILE
 from bp_runs.rail import Probe, Stop, TrainOutcome
-from bp_runs.spec import TrainSpec
+from bp_runs.spec import Settings, TrainSpec
 
 if TYPE_CHECKING:
     from bp_data import Prepared
@@ -25,6 +26,18 @@ class CudaRail:
         device = choose_device()
         note = "" if device.kind == "cuda" else "; models of up to 1 billion parameters train on the CPU"
         return Probe(usable=True, why=device.why + note, device=device.kind, memory=device.memory)
+
+    def check(self, settings: Settings, folder: Path) -> None:
+        """Refuse a model that is too large for a CPU, unknown, or brings its own code unasked.
+
+        Raises:
+            GpuNotAvailableError, RemoteCodeError, ModelLoadError: As `train`.
+        """
+        from bp_train_cuda import load, probe
+
+        trust = settings.model.trust_remote_code
+        config = load.read_config(folder, trust_remote_code=trust)
+        load.require_capable(load.count_parameters(config, trust_remote_code=trust), probe.choose_device())
 
     def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
         """Train a LoRA adapter with loss on the assistant's tokens only.

@@ -11,7 +11,7 @@ from cyclopts import App, CycloptsError
 
 from backpropagate.cli.failing import report_bug, report_error
 from backpropagate.errors import CommandLineError
-from bp_runs.errors import CodedError
+from bp_runs.errors import CodedError, InterruptedRunError, PathUnusableError
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ COMMANDS = (
         "Show one run in full; a part of its id is enough.",
         "backprop show-run 20261123 --output ./output",
     ),
-    Command("info", "info:info", "Show versions, rails, paths and settings, for bug reports.", "backprop info --json"),
+    Command("info", "info:info", "Show versions, rails and the machine, for bug reports.", "backprop info --json"),
     Command("errors", "errors:errors", "Explain the error codes.", "backprop errors INPUT_DATASET_NOT_FOUND"),
 )
 
@@ -109,6 +109,7 @@ def build_app() -> App:
         help="Fine-tune a language model on one GPU and have it running in Ollama.",
         help_epilogue=_EPILOGUE,
         help_format="plaintext",
+        suppress_keyboard_interrupt=False,
         version=_read_version,
         version_flags=["--version", "-V"],
     )
@@ -143,11 +144,15 @@ def run(argv: Sequence[str]) -> int:
     except CodedError as error:
         return report_error(error, as_json=as_json)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)  # noqa: T201
-        return 130
+        return report_error(InterruptedRunError("interrupted"), as_json=as_json)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.filename is None:
+            return report_bug(error, as_json=as_json)
+        refusal = PathUnusableError(f"the system refuses {error.filename}", cause=error.strerror)
+        return report_error(refusal, as_json=as_json)
     except Exception as error:  # noqa: BLE001  # an edge: whatever is left is a bug, and the user gets a report to send
         return report_bug(error, as_json=as_json)
     return result if isinstance(result, int) else 0

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 from datetime import UTC, datetime
+from types import FrameType
+from typing import NoReturn, TextIO
 
 from backpropagate import system
-from bp_runs.errors import CodedError
+from bp_runs.errors import CodedError, RunFailedError
 from bp_runs.redact import redact, redact_data
 
 
 def prepare_process() -> None:
     """UTF-8 on every console, telemetry off, log handlers from the environment."""
+    signal.signal(signal.SIGTERM, _raise_interrupt)  # so that half-written files are cleared as on Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    system.silence_telemetry(os.environ)
+    system.prepare_environment(os.environ)
     from backpropagate.logs import install_handlers
 
     form = os.environ.get("BACKPROPAGATE_LOG_FORMAT", "console")
@@ -26,45 +31,59 @@ def prepare_process() -> None:
     )
 
 
+def _raise_interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def report_error(error: CodedError, *, as_json: bool) -> int:
     """Tell a coded error, on stdout as JSON where the user asked for JSON; returns its exit status."""
     if as_json:
         import orjson
 
         document = {"schema": "backpropagate.error/1", "error": redact_data(error.to_dict())}
-        sys.stdout.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
+        _tell(sys.stdout, orjson.dumps(document, option=orjson.OPT_INDENT_2, default=str).decode())
         return error.exit_status
     lines = [str(error)]
     if error.cause:
         lines.append(f"  cause: {error.cause}")
     lines.append(f"  do:    {error.way_out}")
     lines.append(f"  more:  backprop errors {error.code}")
-    sys.stderr.write(redact("\n".join(lines)) + "\n")
+    _tell(sys.stderr, redact("\n".join(lines)))
     return error.exit_status
+
+
+class _BugError(RunFailedError):
+    """Something that nobody foresaw."""
+
+    code = "RUNTIME_BUG"
+    when = "The program itself made a mistake; the traceback is kept in a file."
+    default_way_out = "Report it with that file and the output of `backprop info`."
 
 
 def report_bug(error: Exception, *, as_json: bool) -> int:
     """Keep the traceback in a file and name it; ``BACKPROPAGATE_DEBUG=1`` shows it at once."""
     import traceback
 
-    import orjson
-
     text = redact("".join(traceback.format_exception(error)))
-    folder = system.program_home(os.environ) / "crashes"
-    file = folder / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.txt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-        where = f"the traceback is in {file}"
-    except OSError:
-        where = "set BACKPROPAGATE_DEBUG=1 to see the traceback"
     if os.environ.get("BACKPROPAGATE_DEBUG"):
-        sys.stderr.write(text)
-    message = f"{type(error).__name__}: {redact(str(error)).strip().splitlines()[0] if str(error).strip() else ''}"
-    if as_json:
-        body = {"code": "RUNTIME_BUG", "message": message, "cause": where, "way_out": "Report it.", "exit_status": 2}
-        sys.stdout.write(orjson.dumps({"schema": "backpropagate.error/1", "error": body}).decode() + "\n")
-    else:
-        sys.stderr.write(f"[RUNTIME_BUG]: {message}\n  cause: a mistake in backpropagate; {where}\n")
-        sys.stderr.write("  do:    Report it with that file and the output of `backprop info`\n")
-    return 2
+        _tell(sys.stderr, text)
+    first = next(iter(str(error).strip().splitlines()), "")
+    bug = _BugError(f"{type(error).__name__}: {first}", cause=f"a mistake in backpropagate; {_keep(text)}")
+    return report_error(bug, as_json=as_json)
+
+
+def _keep(text: str) -> str:
+    """Where the traceback is now."""
+    try:
+        file = system.program_home(os.environ) / "crashes" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except (OSError, CodedError):
+        return "set BACKPROPAGATE_DEBUG=1 to see the traceback"
+    return f"the traceback is in {file}"
+
+
+def _tell(stream: TextIO | None, text: str) -> None:
+    """Print where anybody can still read it; a closed or full stream changes no exit status."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(text, file=stream, flush=True)

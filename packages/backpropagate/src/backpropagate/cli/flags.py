@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from backpropagate.settings import Setting, all_settings
+from backpropagate.settings import TOML_FILE, Setting, all_settings, resolve
+from backpropagate.system import to_path
 
 # Further spellings that people type.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
@@ -20,7 +23,16 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
 }
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document and nothing else.")]
-Output = Annotated[str, Parameter(name=("--output", "-o"), help="Output folder that holds the runs.")]
+Output = Annotated[
+    str | None,
+    Parameter(name=("--output", "-o"), help="Output folder that holds the runs; default: the setting, ./output."),
+]
+
+
+def output_folder(flag: str | None) -> Path:
+    """The output folder: the flag, else the setting ``training.output_dir``."""
+    wanted = resolve({"output": flag}, os.environ, Path(TOML_FILE)).settings
+    return to_path(wanted.training.output_dir)
 
 
 def with_settings(

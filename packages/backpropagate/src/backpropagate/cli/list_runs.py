@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from backpropagate.cli.flags import Json, Output
+from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.screen import print_json
 from bp_runs.errors import RunStatus
 from bp_runs.store import RunStore
@@ -13,9 +13,7 @@ from bp_runs.store import RunStore
 _HEADS = ("run", "status", "started (UTC)", "steps", "loss", "model", "data")
 
 
-def list_runs(
-    *, output: Output = "./output", status: RunStatus | None = None, limit: int = 20, json: Json = False
-) -> int:
+def list_runs(*, output: Output = None, status: RunStatus | None = None, limit: int = 20, json: Json = False) -> int:
     """List the runs of an output folder, newest first.
 
     Parameters
@@ -25,13 +23,13 @@ def list_runs(
     limit: int
         At most so many; 0: all.
     """
-    rows = [r for r in RunStore(Path(output)).list_runs() if status in (None, r["status"])]
+    rows = [r for r in RunStore(output_folder(output)).list_runs() if status in (None, r["status"])]
     shown = rows[:limit] if limit else rows
     if json:
         print_json("list-runs", {"runs": shown, "total": len(rows)})
         return 0
     if not rows:
-        print(f"no runs in {output}; start one: backprop train --data my_data.jsonl")  # noqa: T201
+        print(f"no runs in {output_folder(output)}; start one: backprop train --data my_data.jsonl")  # noqa: T201
         return 0
     print(_table([_HEADS, *(_cells(row) for row in shown)]))  # noqa: T201
     if len(shown) < len(rows):

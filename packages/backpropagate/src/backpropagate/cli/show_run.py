@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import Any
 
-from backpropagate.cli.flags import Json, Output
+from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.screen import loss_plot, print_json
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 
 
-def show_run(run: str, *, output: Output = "./output", json: Json = False) -> int:
+def show_run(run: str, *, output: Output = None, json: Json = False) -> int:
     """Show one run in full: what was asked, with what, how it went and how it ended.
 
     Parameters
@@ -20,7 +19,7 @@ def show_run(run: str, *, output: Output = "./output", json: Json = False) -> in
     run: str
         The run's id, or a part of it that only one run has.
     """
-    store = RunStore(Path(output))
+    store = RunStore(output_folder(output))
     record = store.load(run)
     metrics = store.read_metrics(record.run_id)
     if json:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -42,8 +44,6 @@ def build_trainer(
         per_device_train_batch_size=spec.batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation,
         learning_rate=spec.learning_rate,
-        lr_scheduler_type=spec.scheduler if spec.scheduler != "constant" else "constant_with_warmup",
-        warmup_steps=spec.warmup_steps,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
         seed=spec.seed,
@@ -62,15 +62,45 @@ def build_trainer(
         save_strategy="no",
         push_to_hub=False,
     )
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model=model,
         args=config,
         train_dataset=build_dataset(rows),
         processing_class=tokenizer,
         callbacks=[callback],
     )
+    trainer.rate = lambda step: rate_factor(step, spec)
     _drop_printers(trainer)
     return trainer
+
+
+def rate_factor(step: int, spec: TrainingSpec) -> float:
+    """Share of the peak learning rate at optimizer step ``step``, counted from 0.
+
+    Linear warm-up to 1, starting at 1/warmup_steps so that the first step is not lost; then as the scheduler says,
+    ending just above 0 (linear) or at 0 after the last step (cosine).
+    """
+    if step < spec.warmup_steps:
+        return (step + 1) / spec.warmup_steps
+    left = (spec.steps - step) / max(1, spec.steps - spec.warmup_steps)  # from 1 down to 0
+    match spec.scheduler:
+        case "linear":
+            return max(0.0, left)
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (1 - max(0.0, left))))
+        case "constant":
+            return 1.0
+
+
+class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed for a strict check
+    """TRL's trainer with our course of the learning rate."""
+
+    rate: Callable[[int], float]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002  # TRL's name
+        if getattr(self, "lr_scheduler", None) is None:
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self.rate)
+        return self.lr_scheduler
 
 
 def _drop_printers(trainer: Any) -> None:
