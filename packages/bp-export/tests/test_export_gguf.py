@@ -1,11 +1,14 @@
 """GGUFs made in one pass against llama.cpp's own quantizer, and against the merged model's weights."""
 
+import struct
+
 import gguf
 import numpy as np
 import pytest
 from export_pico import export_adapter, write_base, write_lora
 
 from bp_export import QUANTIZATIONS, read_settings
+from bp_export.errors import ImportanceInvalidError
 from bp_merge import FoldedModel, TensorReader, decode, load_adapter, read_model_index
 
 CASES = {
@@ -14,6 +17,7 @@ CASES = {
     "untied": {"hidden": 256, "inner": 320, "tied": False, "heads": 8, "key_heads": 8},
     "qwen2": {"kind": "qwen2", "hidden": 256, "inner": 768, "layers": 3, "pad_vocab": 5},
     "mistral": {"kind": "mistral", "hidden": 256, "inner": 512, "tied": False, "head_dim": 64},
+    "shared-values": {"hidden": 256, "inner": 256, "layers": 17, "heads": 8, "key_heads": 2},
     "f16-base": {"hidden": 256, "inner": 256, "dtype": "F16"},
 }
 
@@ -29,7 +33,7 @@ def case(request, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("quantization", ["f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"])
+@pytest.mark.parametrize("quantization", [q for q in QUANTIZATIONS if q not in ("f32", "bf16")])
 def test_the_file_is_llama_quantizes_byte_for_byte(case, quantization, llama_quantize):
     ours, theirs = case / f"ours-{quantization}.gguf", case / f"theirs-{quantization}.gguf"
     outcome = export_adapter(case / "lora", quantization=quantization, output=ours)
@@ -45,6 +49,59 @@ def test_the_file_is_llama_quantizes_byte_for_byte(case, quantization, llama_qua
         assert ours.read_bytes() == theirs.read_bytes()
     assert outcome.bytes == ours.stat().st_size
     assert outcome.tensors == len(mine.tensors)
+
+
+@pytest.mark.parametrize("quantization", ["q5_0", "q4_0", "q4_k_m", "q5_k_s", "iq4_xs", "q3_k_m", "q2_k"])
+@pytest.mark.parametrize("kind", ["gguf", "dat"])
+def test_an_importance_matrix_does_what_it_does_in_llama_quantize(tmp_path, quantization, kind, llama_quantize):
+    base = write_base(tmp_path / "base", hidden=256, inner=512, layers=9)
+    plain, ours, theirs = (tmp_path / f"{name}.gguf" for name in ("plain", "ours", "theirs"))
+    export_adapter(base, quantization="bf16", output=plain)
+    matrix = write_imatrix(tmp_path / "matrix", plain, kind)
+    export_adapter(base, quantization=quantization, output=ours, importance=tmp_path / "matrix")
+    llama_quantize(plain, theirs, quantization, matrix)
+    assert ours.read_bytes() == theirs.read_bytes()
+    export_adapter(base, quantization=quantization, output=plain)
+    assert ours.read_bytes() != plain.read_bytes()
+
+
+def write_imatrix(path, model, kind):
+    """A random importance matrix as a file, and as the means that it stands for."""
+    random = np.random.default_rng(3)
+    tensors = [t for t in gguf.GGUFReader(model).tensors if len(t.shape) == 2 and "embd" not in t.name]
+    sums = {t.name: random.exponential(size=int(t.shape[0])).astype(np.float32) * 8 for t in tensors}
+    if kind == "gguf":
+        writer = gguf.GGUFWriter(path, "imatrix")
+        for name, values in sums.items():
+            writer.add_tensor(f"{name}.in_sum2", values.reshape(1, -1))
+            writer.add_tensor(f"{name}.counts", np.full((1, 1), 8, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    else:
+        entries = (
+            struct.pack("<i", len(n)) + n.encode() + struct.pack("<ii", 8, v.size) + v.tobytes()
+            for n, v in sums.items()
+        )
+        path.write_bytes(struct.pack("<i", len(sums)) + b"".join(entries))
+    return {name: values / np.float32(8) for name, values in sums.items()}
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"\xff" * 40, b"\x01\x00\x00\x00\x01\x00\x00\x00a", b"\x00" * 4])
+def test_a_damaged_importance_matrix_is_refused(tmp_path, content):
+    (tmp_path / "matrix").write_bytes(content)
+    with pytest.raises(ImportanceInvalidError):
+        export_adapter(write_base(tmp_path / "base"), importance=tmp_path / "matrix")
+
+
+def test_an_importance_matrix_of_another_model_is_refused(tmp_path):
+    base = write_base(tmp_path / "base")
+    export_adapter(write_base(tmp_path / "wide", hidden=128), quantization="bf16", output=tmp_path / "wide.gguf")
+    write_imatrix(tmp_path / "matrix", tmp_path / "wide.gguf", "gguf")
+    with pytest.raises(ImportanceInvalidError, match="128 columns"):
+        export_adapter(base, importance=tmp_path / "matrix", output=tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 def test_k_quants_really_happen(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from export_pico import export_adapter, write_base, write_lora
+from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 
 from bp_export.cli import main
 from bp_export.conversations import CONVERSATIONS
@@ -17,7 +17,7 @@ from bp_export.report import BOUNDS
 from bp_export.stream import write_gguf
 from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
 
-pytest.importorskip("xllamacpp")
+skip_without_llama_cpp()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from export_pico import TEMPLATE, export_adapter, write_base, write_json, write_tokenizer
+from export_pico import TEMPLATE, export_adapter, skip_without_llama_cpp, write_base, write_json, write_tokenizer
 
 from bp_export import read_settings
 from bp_export.errors import PreTokenizerUnknownError, TokenizerUnsupportedError
@@ -23,7 +23,7 @@ TRIALS = (
 
 @pytest.mark.parametrize("family", ["smollm", "llama-bpe", "qwen2", "gpt-2"])
 def test_llama_cpp_splits_as_the_tokenizer_does(tmp_path, family):
-    pytest.importorskip("xllamacpp")
+    skip_without_llama_cpp()
     from tokenizers import Tokenizer
 
     from bp_export.serving import LlamaServer

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from bp_export.export import ExportOutcome
 
 _INTERRUPTED = 130
-_QUANTIZATIONS = "f32, bf16, f16, q8_0, q6_k, q5_k_m, q4_k_m"
+# Repeated here, since the table needs NumPy; a test compares the two.
+QUANTIZATION_NAMES = (
+    *("f32", "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_0"),
+    *("q4_k_m", "q4_k_s", "q4_0", "iq4_xs", "q3_k_m", "q2_k"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,10 +28,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bp-export", description="Export a LoRA adapter, or a model, without torch.")
     parser.add_argument("adapter", type=Path, help="a PEFT adapter folder, or a Hugging Face model folder")
     parser.add_argument("--format", choices=("lora", "merged", "gguf"), default="gguf", help="default: gguf")
-    parser.add_argument("--quantization", default="q4_k_m", help=f"for gguf: {_QUANTIZATIONS} (default: q4_k_m)")
+    parser.add_argument(
+        "--quantization", default="q4_k_m", help=f"for gguf: {', '.join(QUANTIZATION_NAMES)} (default: q4_k_m)"
+    )
     parser.add_argument("--output", type=Path, help="file or folder to write (default: beside the adapter)")
     parser.add_argument("--base", type=Path, help="the base model's folder (default: the one the adapter names)")
     parser.add_argument("--pre", help="llama.cpp's name of the tokenizer's splitting rule, if it is not recognised")
+    parser.add_argument("--imatrix", type=Path, help="an importance matrix of llama-imatrix (GGUF or .dat)")
     parser.add_argument("--name", help="the name to write into the GGUF")
     parser.add_argument(
         "--verify",
@@ -71,6 +78,7 @@ def _export(options: argparse.Namespace) -> tuple[ExportOutcome, str | None]:
         base=options.base,
         pre=options.pre,
         name=options.name,
+        importance=options.imatrix,
         verify=options.verify,
         progress=None if options.json or not sys.stderr.isatty() else _print_progress,
     )

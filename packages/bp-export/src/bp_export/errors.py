@@ -7,6 +7,7 @@
     ├── TokenizerUnsupportedError    INPUT_EXPORT_TOKENIZER               not a byte-level BPE, or damaged
     ├── PreTokenizerUnknownError     INPUT_EXPORT_PRE_TOKENIZER           its splitting rule is not in the table
     ├── QuantizationUnknownError     INPUT_EXPORT_QUANTIZATION            no such --quantization, or not for this format
+    ├── ImportanceInvalidError       INPUT_EXPORT_IMPORTANCE              the importance matrix is damaged or another's
     └── OutputTakenError             INPUT_EXPORT_OUTPUT_TAKEN            something else is where the output should go
     DependencyError (bp_runs)
     ├── GgmlMissingError             DEP_GGML_MISSING                     ggml's library is not installed or not whole
@@ -71,6 +72,14 @@ class QuantizationUnknownError(UserError):
     code = "INPUT_EXPORT_QUANTIZATION"
     when = "The name given as quantization or format is unknown."
     default_way_out = "Use one of the names in `bp-export --help`: --format gguf --quantization q4_k_m"
+
+
+class ImportanceInvalidError(UserError):
+    """The importance matrix cannot be used."""
+
+    code = "INPUT_EXPORT_IMPORTANCE"
+    when = "The importance matrix is missing or damaged, or was measured on another model."
+    default_way_out = "Measure one on this model with llama-imatrix, or leave it out."
 
 
 class OutputTakenError(UserError):

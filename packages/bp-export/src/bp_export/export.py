@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias, get_args
 from bp_export.conversations import Messages
 from bp_export.errors import BaseModelNotFoundError, LlamaCppMissingError, OutputTakenError, QuantizationUnknownError
 from bp_export.gguf import MAGIC
+from bp_export.importance import read_importance
 from bp_export.merged import copy_adapter, write_merged
 from bp_export.mixture import read_quantization
 from bp_export.parity import is_verifiable, verify_gguf
@@ -64,6 +65,7 @@ def export_adapter(
     base: Path | None = None,
     pre: str | None = None,
     name: str | None = None,
+    importance: Path | None = None,
     threads: int | None = None,
     verify: bool | None = None,
     prompts: Sequence[Messages] | None = None,
@@ -76,12 +78,13 @@ def export_adapter(
         output: The GGUF's path, or the folder for the other formats. By default beside ``adapter``:
             ``<name>-<quantization>.gguf``, ``<name>-merged`` or ``<name>-lora``.
         format: ``lora`` copies the adapter, ``merged`` writes a Hugging Face folder, ``gguf`` one file for llama.cpp.
-        quantization: For ``gguf``: f32, bf16, f16, q8_0, q6_k, q5_k_m, q4_k_m.
+        quantization: For ``gguf``: one of `QUANTIZATIONS`.
         base: The base's folder, instead of the one that the adapter names. The adapter's own counts if it is a
             folder on this machine; Hub ids are for the caller to resolve.
         pre: llama.cpp's name of the tokenizer's splitting rule, instead of recognising it.
         name: Becomes the GGUF's ``general.name``, and part of the default output. By default ``<base>-tuned`` for an
             adapter, and the folder's name for a model.
+        importance: An importance matrix for the GGUF's quantizers: a file of llama-imatrix, GGUF or .dat.
         threads: Threads that quantize; None for the machine's cores, at most 8.
         verify: Whether to load the GGUF in llama.cpp and compare it with the model; None for where that is installed.
         prompts: Conversations to compare it on, such as held-out ones; None for the package's own.
@@ -108,7 +111,15 @@ def export_adapter(
             seconds = time.monotonic() - begun
             return ExportOutcome(target, format, None, size, len(model.tensors), seconds, sha256)
         target = output or adapter.parent / f"{source.name}-{asked.name}.gguf"
-        plan = build_plan(model, source.base, quantization=asked, tokenizer=source.tokenizer, name=source.name, pre=pre)
+        plan = build_plan(
+            model,
+            source.base,
+            quantization=asked,
+            tokenizer=source.tokenizer,
+            name=source.name,
+            pre=pre,
+            importance=read_importance(importance) if importance else None,
+        )
         _require_free_file(target)
         require_folder(target.parent)
         require_free_space(target.parent, plan.disk_bytes, f"the {asked.name} GGUF")

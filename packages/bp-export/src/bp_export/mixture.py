@@ -17,6 +17,8 @@ from bp_export.errors import QuantizationUnknownError
 from bp_export.quantize import TensorType, read_block
 
 _BIG_LLAMA_LAYERS = 80
+_MANY_HEADS_A_VALUE = 4
+_VALUES = ("attn_v.weight", "attn_qkv.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,19 @@ class Quantization:
         return read_block(self.default) == 1
 
 
+@dataclass(frozen=True, slots=True)
+class MixtureFacts:
+    """What the mixtures ask about a model."""
+
+    layers: int
+    heads_a_value: int = 1
+    """Query heads that share one value head."""
+    is_big_llama: bool = False
+    """Whether it is the 80-layer Llama, whose few value heads get more bits."""
+    has_importance: bool = False
+    """Whether an importance matrix is given."""
+
+
 _TABLE = (
     Quantization("f32", LlamaFileType.ALL_F32, TensorType.F32),
     Quantization("bf16", LlamaFileType.MOSTLY_BF16, TensorType.BF16),
@@ -42,12 +57,26 @@ _TABLE = (
     Quantization("q8_0", LlamaFileType.MOSTLY_Q8_0, TensorType.Q8_0),
     Quantization("q6_k", LlamaFileType.MOSTLY_Q6_K, TensorType.Q6_K),
     Quantization("q5_k_m", LlamaFileType.MOSTLY_Q5_K_M, TensorType.Q5_K),
+    Quantization("q5_k_s", LlamaFileType.MOSTLY_Q5_K_S, TensorType.Q5_K),
+    Quantization("q5_0", LlamaFileType.MOSTLY_Q5_0, TensorType.Q5_0),
     Quantization("q4_k_m", LlamaFileType.MOSTLY_Q4_K_M, TensorType.Q4_K),
+    Quantization("q4_k_s", LlamaFileType.MOSTLY_Q4_K_S, TensorType.Q4_K),
+    Quantization("q4_0", LlamaFileType.MOSTLY_Q4_0, TensorType.Q4_0),
+    Quantization("iq4_xs", LlamaFileType.MOSTLY_IQ4_XS, TensorType.IQ4_XS),
+    Quantization("q3_k_m", LlamaFileType.MOSTLY_Q3_K_M, TensorType.Q3_K),
+    Quantization("q2_k", LlamaFileType.MOSTLY_Q2_K, TensorType.Q2_K),
 )
 QUANTIZATIONS: Mapping[str, Quantization] = MappingProxyType({q.name: q for q in _TABLE})
 
 _FALLBACKS = MappingProxyType(
-    {TensorType.Q4_K: TensorType.Q5_0, TensorType.Q5_K: TensorType.Q5_1, TensorType.Q6_K: TensorType.Q8_0}
+    {
+        TensorType.Q2_K: TensorType.Q4_0,
+        TensorType.Q3_K: TensorType.Q4_0,
+        TensorType.Q4_K: TensorType.Q5_0,
+        TensorType.Q5_K: TensorType.Q5_1,
+        TensorType.Q6_K: TensorType.Q8_0,
+        TensorType.IQ4_XS: TensorType.IQ4_NL,
+    }
 )
 
 
@@ -69,21 +98,20 @@ def sort_like_quantizer(names: Sequence[str]) -> list[str]:
 
 
 def choose_types(
-    shapes: Mapping[str, tuple[int, ...]], quantization: Quantization, *, layers: int, is_big_llama: bool = False
+    shapes: Mapping[str, tuple[int, ...]], quantization: Quantization, facts: MixtureFacts
 ) -> dict[str, TensorType]:
     """The type of each tensor.
 
     Args:
         shapes: By GGUF name; the last axis is the row.
         quantization: What was asked for.
-        layers: Layers of the model.
-        is_big_llama: Whether it is the 80-layer Llama, whose few value heads get more bits.
+        facts: About the model.
 
     Returns:
         By GGUF name, in the order that llama-quantize counts in.
     """
     names = sort_like_quantizer(list(shapes))
-    values = [name for name in names if "attn_v.weight" in name]
+    values = [name for name in names if name.endswith(_VALUES)]
     tied = "output.weight" not in shapes
     chosen = {}
     downs = 0
@@ -93,11 +121,13 @@ def choose_types(
             columns = shapes[name][-1]
             if name == "output.weight" or (tied and name == "token_embd.weight"):
                 kind = _choose_output(kind, columns)
-            elif "attn_v.weight" in name:
-                kind = _choose_value(kind, quantization, values.index(name), len(values), is_big_llama)
+            elif name.endswith(_VALUES):
+                kind = _choose_value(kind, quantization.name, values.index(name), len(values), facts)
             elif "ffn_down" in name:
-                kind = _choose_down(kind, quantization, downs, layers)
+                kind = _choose_down(kind, quantization.name, downs, facts)
                 downs += 1
+            elif "attn_output.weight" in name:
+                kind = _OUTPUTS.get(quantization.name, kind)
             kind = _fall_back(kind, columns)
         chosen[name] = kind
     return chosen
@@ -123,14 +153,40 @@ def _choose_output(kind: TensorType, columns: int) -> TensorType:
     return TensorType.Q6_K
 
 
-def _choose_value(kind: TensorType, asked: Quantization, index: int, count: int, is_big_llama: bool) -> TensorType:
-    if asked.name in ("q4_k_m", "q5_k_m") and _uses_more_bits(index, count):
-        return TensorType.Q6_K
-    return TensorType.Q5_K if is_big_llama and kind == TensorType.Q4_K else kind
+# What the attention's output projection gets instead of the default.
+_OUTPUTS: Mapping[str, TensorType] = MappingProxyType({"q2_k": TensorType.Q3_K, "q3_k_m": TensorType.Q4_K})
 
 
-def _choose_down(kind: TensorType, asked: Quantization, index: int, layers: int) -> TensorType:
-    return TensorType.Q6_K if asked.name in ("q4_k_m", "q5_k_m") and _uses_more_bits(index, layers) else kind
+def _choose_value(kind: TensorType, asked: str, index: int, count: int, facts: MixtureFacts) -> TensorType:
+    is_shared = facts.heads_a_value >= _MANY_HEADS_A_VALUE
+    if asked == "q2_k":
+        kind = TensorType.Q4_K if is_shared else TensorType.Q3_K
+    elif asked == "q3_k_m":
+        kind = TensorType.Q5_K if index < 2 else TensorType.Q4_K
+    elif (asked == "iq4_xs" and is_shared) or (asked == "q4_k_s" and index < 4):
+        kind = TensorType.Q5_K
+    elif asked in ("q4_k_m", "q5_k_m") and _uses_more_bits(index, count):
+        kind = TensorType.Q6_K
+    return TensorType.Q5_K if facts.is_big_llama and kind in (TensorType.Q3_K, TensorType.Q4_K) else kind
+
+
+def _choose_down(kind: TensorType, asked: str, index: int, facts: MixtureFacts) -> TensorType:
+    layers, is_first = facts.layers, index < facts.layers // 8
+    if asked == "q2_k":
+        return TensorType.Q3_K
+    if asked == "q3_k_m":
+        return TensorType.Q5_K if index < layers // 16 else TensorType.Q4_K
+    if asked in ("q4_k_m", "q5_k_m"):
+        return TensorType.Q6_K if _uses_more_bits(index, layers) else kind
+    if is_first and (asked == "q4_k_s" or (asked == "iq4_xs" and not facts.has_importance)):
+        return TensorType.Q5_K
+    if is_first and asked in _WITH_OFFSET and facts.has_importance:
+        return _WITH_OFFSET[asked]
+    return kind
+
+
+# An importance matrix can lead the plain 4 and 5 bits astray in the first layers.
+_WITH_OFFSET: Mapping[str, TensorType] = MappingProxyType({"q4_0": TensorType.Q4_1, "q5_0": TensorType.Q5_1})
 
 
 def _fall_back(kind: TensorType, columns: int) -> TensorType:

@@ -14,7 +14,8 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Metadata, size_label
 from bp_export.architectures import Architecture, find_architecture
 from bp_export.errors import BaseModelNotFoundError, ModelInvalidError
 from bp_export.gguf import add_tensor, align, order_like_quantizer
-from bp_export.mixture import Quantization, choose_types, is_big_llama, sort_like_quantizer
+from bp_export.importance import Importance, check_importance
+from bp_export.mixture import MixtureFacts, Quantization, choose_types, is_big_llama, sort_like_quantizer
 from bp_export.quantize import TensorType, compute_row_bytes
 from bp_export.vocab import Vocabulary, read_vocabulary
 from bp_merge import AdapterMismatchError, FoldedModel
@@ -56,6 +57,8 @@ class GgufPlan:
     """Settings and tensor table."""
     architecture: Architecture
     vocabulary: Vocabulary
+    importance: Importance
+    """By GGUF name; empty without an importance matrix."""
 
     @property
     def data_bytes(self) -> int:
@@ -96,6 +99,7 @@ def build_plan(
     tokenizer: Path,
     name: str,
     pre: str | None = None,
+    importance: Importance | None = None,
 ) -> GgufPlan:
     """Decide the whole file.
 
@@ -107,20 +111,24 @@ def build_plan(
         name: Becomes ``general.name``, and what it says about version and size, as llama.cpp's converter does with the
             folder's name.
         pre: llama.cpp's name of the splitting rule, instead of recognising it.
+        importance: How much each column of a tensor matters, for the quantizers that ask.
 
     Raises:
+        ImportanceInvalidError: It was made for another model.
         ArchitectureUnsupportedError, ModelInvalidError, TokenizerUnsupportedError, PreTokenizerUnknownError: As named.
         AdapterMismatchError: The adapter changes a tensor that the file leaves out, such as a tied lm_head.
     """
     config = read_config(base)
     architecture = find_architecture(config)
-    tensors = _plan_tensors(model, architecture, quantization)
+    tensors = _plan_tensors(model, architecture, quantization, importance)
     vocabulary = read_vocabulary(tokenizer, vocab_size=architecture.vocab_size, model_config=config, pre=pre, base=base)
     writer = _build_writer(architecture, vocabulary, tensors, quantization, _read_metadata(base, name, tensors))
-    return GgufPlan(tensors, writer, architecture, vocabulary)
+    return GgufPlan(tensors, writer, architecture, vocabulary, importance or {})
 
 
-def _plan_tensors(model: FoldedModel, architecture: Architecture, quantization: Quantization) -> tuple[TensorPlan, ...]:
+def _plan_tensors(
+    model: FoldedModel, architecture: Architecture, quantization: Quantization, importance: Importance | None
+) -> tuple[TensorPlan, ...]:
     named = {info.name: architecture.map_name(info.name) for info in model.tensors.values()}
     if lost := sorted(name for name in model.changed if named[name] is None):
         raise AdapterMismatchError(
@@ -131,12 +139,22 @@ def _plan_tensors(model: FoldedModel, architecture: Architecture, quantization: 
     shapes = {name: value.shape for name, value in architecture.build_extra_tensors().items()}
     shapes.update({gguf: model.tensors[hf].shape for gguf, hf in sources.items()})
     _check_shapes(shapes, architecture)
-    big = is_big_llama(architecture.layers, architecture.heads, architecture.key_heads)
-    big = big and architecture.name == "llama"
-    kinds = choose_types(shapes, quantization, layers=architecture.layers, is_big_llama=big)
+    if importance is not None:
+        check_importance(importance, shapes)
+    kinds = choose_types(shapes, quantization, _build_facts(architecture, importance))
     # The converter keeps the checkpoint's order, and llama-quantize sorts.
     order = list(shapes) if quantization.is_float else sort_like_quantizer(list(shapes))
     return tuple(_plan_tensor(n, sources.get(n), shapes[n], kinds[n], architecture) for n in order)
+
+
+def _build_facts(architecture: Architecture, importance: Importance | None) -> MixtureFacts:
+    heads, key_heads = architecture.heads, architecture.key_heads
+    return MixtureFacts(
+        layers=architecture.layers,
+        heads_a_value=heads // key_heads,
+        is_big_llama=architecture.name == "llama" and is_big_llama(architecture.layers, heads, key_heads),
+        has_importance=importance is not None,
+    )
 
 
 def _plan_tensor(

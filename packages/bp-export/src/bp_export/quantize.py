@@ -33,8 +33,13 @@ def read_block(kind: TensorType) -> int:
     return int(GGML_QUANT_SIZES[kind][0])
 
 
-def quantize_rows(rows: Floats, kind: TensorType) -> bytes:
+def quantize_rows(rows: Floats, kind: TensorType, weights: Floats | None = None) -> bytes:
     """Rows (n, columns) of float32 as the bytes of ``kind``; ctypes lets other threads run meanwhile.
+
+    Args:
+        rows: The weights.
+        kind: The type.
+        weights: How much each column matters, (columns,) float32; None for all alike.
 
     Raises:
         GgmlMissingError: ggml's library cannot be loaded.
@@ -46,7 +51,8 @@ def quantize_rows(rows: Floats, kind: TensorType) -> bytes:
     size = count * compute_row_bytes(kind, columns)
     out = ctypes.create_string_buffer(size)
     source = rows.ctypes.data_as(ctypes.c_void_p)
-    written = load_ggml().ggml_quantize_chunk(int(kind), source, out, 0, count, columns, None)
+    matrix = None if weights is None else np.ascontiguousarray(weights, dtype="<f4").ctypes.data_as(ctypes.c_void_p)
+    written = load_ggml().ggml_quantize_chunk(int(kind), source, out, 0, count, columns, matrix)
     if written != size:
         raise GgmlMissingError(f"ggml wrote {written} bytes of {kind.name} where {size} were due")
     return out.raw

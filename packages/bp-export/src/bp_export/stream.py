@@ -56,7 +56,7 @@ def write_gguf(
     with GgufStream(path, plan.writer) as stream, ThreadPoolExecutor(count, "bp-export") as pool:
         for tensor in plan.tensors:
             parts = (
-                _compute_parts(tensor, model, pool, count)
+                _compute_parts(tensor, plan.importance.get(tensor.name), model, pool, count)
                 if tensor.source is not None
                 else iter([quantize_rows(extra[tensor.name].reshape(1, -1), tensor.kind)])
             )
@@ -73,12 +73,14 @@ def _count_parts(parts: Iterator[bytes], done: int, total: int, progress: Progre
             progress(done, total)
 
 
-def _compute_parts(tensor: TensorPlan, model: FoldedModel, pool: ThreadPoolExecutor, ahead: int) -> Iterator[bytes]:
+def _compute_parts(
+    tensor: TensorPlan, weights: Floats | None, model: FoldedModel, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[bytes]:
     """The tensor's bytes chunk by chunk, in order, with ``ahead`` chunks under way."""
     waiting: deque[Future[bytes]] = deque()
     try:
         for start, stop in cut_rows(tensor):
-            waiting.append(pool.submit(_compute_chunk, tensor, model, start, stop))
+            waiting.append(pool.submit(_compute_chunk, tensor, weights, model, start, stop))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -96,11 +98,11 @@ def cut_rows(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, tensor.rows)
 
 
-def _compute_chunk(tensor: TensorPlan, model: FoldedModel, start: int, stop: int) -> bytes:
+def _compute_chunk(tensor: TensorPlan, weights: Floats | None, model: FoldedModel, start: int, stop: int) -> bytes:
     rows = model.read_rows(str(tensor.source), start, stop)
     if tensor.rotated_heads:
         rows = interleave_halves(rows, tensor.rows // tensor.rotated_heads)
-    return quantize_rows(rows, tensor.kind)
+    return quantize_rows(rows, tensor.kind, weights)
 
 
 def interleave_halves(rows: Floats, head: int) -> Floats:

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias, Self
 
 from cyclopts import Parameter
 
-from backpropagate.cli.flags import Json
+from backpropagate.cli.flags import Json, output_folder
 from backpropagate.cli.screen import print_json
 from backpropagate.exporting import ExportResult, export_adapter
 
+Quantization: TypeAlias = Literal[
+    "f32",
+    "bf16",
+    "f16",
+    "q8_0",
+    "q6_k",
+    "q5_k_m",
+    "q5_k_s",
+    "q5_0",
+    "q4_k_m",
+    "q4_k_s",
+    "q4_0",
+    "iq4_xs",
+    "q3_k_m",
+    "q2_k",
+]
+
 
 def export(
-    adapter: Path = Path("output/lora"),
+    adapter: Path | None = None,
     *,
     format: Annotated[Literal["gguf", "merged", "lora"], Parameter(name=("--format", "-f"))] = "gguf",
-    quantization: Annotated[
-        Literal["f32", "bf16", "f16", "q8_0", "q4_k_m"], Parameter(name=("--quantization", "-q"))
-    ] = "q4_k_m",
+    quantization: Annotated[Quantization, Parameter(name=("--quantization", "-q"))] = "q4_k_m",
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     base: str | None = None,
     pre: str | None = None,
@@ -33,7 +48,7 @@ def export(
     Parameters
     ----------
     adapter: Path
-        Adapter folder that training wrote.
+        Adapter folder that training wrote; default: lora in the output folder of the settings.
     format: str
         gguf: one quantized file; merged: a Hugging Face folder; lora: a copy of the adapter.
     quantization: str
@@ -51,29 +66,28 @@ def export(
     ollama_name: str
         Name in Ollama; given alone it registers too. Default: the file's name.
     """
-    name = ollama_name or (adapter.resolve().parent.name if ollama else None)
-    shown = _Bytes() if sys.stdout.isatty() and not json else None
-    result = export_adapter(
-        adapter,
-        format,
-        quantization=quantization,
-        output=output,
-        base=base,
-        pre=pre,
-        verify=verify,
-        ollama_name=name,
-        progress=shown,
-    )
-    if shown:
-        shown.close()
+    folder = output_folder(None) / "lora" if adapter is None else adapter
+    with _Bytes(is_shown=sys.stdout.isatty() and not json) as bar:
+        result = export_adapter(
+            folder,
+            format,
+            quantization=quantization,
+            output=output,
+            base=base,
+            pre=pre,
+            verify=verify,
+            ollama=ollama,
+            ollama_name=ollama_name,
+            progress=bar,
+        )
     if json:
         print_json("export", result.to_dict())
     else:
-        _tell_end(result)
+        _tell_end(result, folder)
     return 0
 
 
-def _tell_end(result: ExportResult) -> None:
+def _tell_end(result: ExportResult, folder: Path) -> None:
     done = result.outcome
     kind = f"{done.format} {done.quantization}" if done.format == "gguf" else done.format
     print(f"  exported  {done.path}  ({kind}, {done.bytes / 2**20:,.1f} MiB, {done.seconds:.1f} s)")  # noqa: T201
@@ -83,23 +97,25 @@ def _tell_end(result: ExportResult) -> None:
         print(f"  ollama    registered as {result.ollama}")  # noqa: T201
         print(f"  next      ollama run {result.ollama}")  # noqa: T201
     elif done.format == "gguf":
-        print(f"  next      backprop export … --ollama --ollama-name my-model, or llama-cli -m {done.path}")  # noqa: T201
+        print(f"  next      backprop export {folder} --ollama-name my-model    with Ollama running")  # noqa: T201
 
 
 class _Bytes:
     """A progress bar over bytes written."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_shown: bool) -> None:
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self._progress = Progress(
-            TextColumn("  export  "), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn(), transient=True
-        )
+        columns = (TextColumn("  export  "), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, transient=True, disable=not is_shown)
         self._task = self._progress.add_task("export", total=None)
-        self._progress.start()
 
     def __call__(self, done: int, total: int) -> None:
         self._progress.update(self._task, completed=done, total=total)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
