@@ -79,6 +79,7 @@ SPECIALS = {
     "mistral": ["<s>", "</s>", "[INST]", "[/INST]"],
     "phi": ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"],
 }
+SPECIALS["phi3"] = SPECIALS["phi"]  # the same tokens, which leave the blanks beside them alone
 NAMES = {
     "chatml": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
     "llama": {
@@ -88,6 +89,8 @@ NAMES = {
     "mistral": {"bos_token": "<s>", "eos_token": "</s>"},
     "phi": {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
 }
+
+NAMES["phi3"] = NAMES["phi"]
 
 
 def train_core(specials, *, greedy=False):

@@ -118,7 +118,10 @@ class _Search:
         if not self.template.has_marks(self.chat.tools):
             return None
         found = self.template.render_marked(self.messages, self.chat.tools)
-        spans = [self._widen(Span(*span)) for span in found[1]] if found else []
+        # Marks that touch are one answer: some templates mark a closing token apart from the turn before it.
+        spans = merge_spans(
+            [self._widen(span) for span in merge_spans([Span(*pair) for pair in found[1]])] if found else []
+        )
         texts = [self.full[start:end] for start, end in spans]
         turns = [self.chat.messages[turn] for turn in self.turns]
         return spans if spans and _in_order(texts, turns, self.ends) else None

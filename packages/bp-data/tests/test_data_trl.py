@@ -1,0 +1,142 @@
+"""Masks against TRL's: the public template without marks here, TRL's own patched one with marks there.
+
+The templates are read from the installed TRL (Apache-2.0), which ships the models' originals beside its patched ones.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from bp_data import load_template, load_tokenizer
+from bp_data.batch import Encoder
+from bp_data.example import Chat, Message, Row
+from bp_data.mask import mask_chat
+
+transformers = pytest.importorskip("transformers")
+_found = importlib.util.find_spec("trl")
+if _found is None:
+    pytest.skip("trl is not installed", allow_module_level=True)
+TEMPLATES = Path(_found.submodule_search_locations[0]) / "chat_templates"
+
+_spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))
+families = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(families)
+
+CHATS = {
+    "one": [("user", "Hi"), ("assistant", "Hello there")],
+    "two": [("user", "Hi <b>"), ("assistant", "Hello 😀\n"), ("user", "And now?"), ("assistant", "Paris.")],
+    "system": [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Why"), ("assistant", "So")],
+    # No answer begins with a line feed: it would share a token with the prompt's last one, and such rows are encoded in
+    # pieces here, as the model will meet them, while TRL encodes over the border.
+    "odd": [("user", " Hi "), ("assistant", "assistant\n"), ("user", "x"), ("assistant", "A\n\n")],
+}
+MODELS = [
+    ("qwen2_5", "chatml"),
+    ("qwen3", "chatml"),
+    ("qwen3_instruct_2507", "chatml"),
+    ("llama3", "llama"),
+    ("phi3", "phi3"),
+    ("phi3_5", "phi3"),
+]
+
+
+def turns_of(chat):
+    return [{"role": role, "content": content} for role, content in chat]
+
+
+def ours(folder, chat):
+    tokenizer = load_tokenizer(folder)
+    template = load_template(folder, tokenizer)
+    ids, mask = mask_chat(Chat(tuple(Message(role, content) for role, content in chat)), tokenizer, template)
+    (row,) = Encoder(tokenizer, template).encode_rows([Row(1, {"messages": turns_of(chat)})])
+    assert (list(row.ids), list(row.mask)) == (ids, list(mask)), "one by one and in a batch"
+    return tokenizer, ids, list(mask)
+
+
+def theirs(folder, chat, template):
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    found = tokenizer.apply_chat_template(
+        turns_of(chat), chat_template=template, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return found["input_ids"], found["assistant_masks"]
+
+
+def read(name):
+    return (TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize(("name", "family"), MODELS)
+def test_a_template_with_marks_gives_trls_mask(model, name, family, chat):
+    marked = read(f"{name}_training")
+    folder = model(family, marked)
+    _, ids, mask = ours(folder, CHATS[chat])
+    assert (ids, mask) == theirs(folder, CHATS[chat], marked)
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize(("name", "family"), [one for one in MODELS if one[0] not in ("qwen3", "qwen3_instruct_2507")])
+def test_without_marks_it_differs_from_trls_in_blanks_and_closing_tokens_only(model, name, family, chat):
+    """TRL's marks take in the line feeds around an answer, which a model that is asked never has to write."""
+    folder = model(family, read(name))
+    tokenizer, ids, mask = ours(folder, CHATS[chat])
+    their_ids, their_mask = theirs(folder, CHATS[chat], read(f"{name}_training"))
+    assert ids == their_ids
+    assert all(theirs >= ours for ours, theirs in zip(mask, their_mask, strict=True))
+    extra = [token for token, a, b in zip(ids, mask, their_mask, strict=True) if a != b]
+    assert all(token == tokenizer.eos_id or not tokenizer.decode([token]).strip() for token in extra)
+
+
+EXPECTED = {
+    "qwen2_5": ["Hello 😀\n<|im_end|>", "Paris.<|im_end|>"],
+    "qwen3": ["Hello 😀\n<|im_end|>", "<think>\n\n</think>\n\nParis.<|im_end|>"],
+    "qwen3_instruct_2507": ["Hello 😀\n<|im_end|>", "Paris.<|im_end|>"],
+    "llama3": ["Hello 😀<|eot_id|>", "Paris.<|eot_id|>"],
+    "llama3_2": ["Hello 😀<|eot_id|>", "Paris.<|eot_id|>"],
+    "phi3": ["Hello 😀\n<|end|>", "Paris.<|end|>"],
+    "phi3_5": ["Hello 😀\n<|end|>", "Paris.<|end|>"],
+    "lfm2": ["Hello 😀\n<|im_end|>", "Paris.<|im_end|>"],
+}
+
+
+@pytest.mark.parametrize(("name", "family"), [*MODELS, ("llama3_2", "llama"), ("lfm2", "chatml")])
+def test_what_the_models_own_templates_learn(model, name, family):
+    tokenizer, ids, mask = ours(model(family, read(name)), CHATS["two"])
+    runs, run = [], []
+    for token, learnt in [*zip(ids, mask, strict=True), (0, 0)]:
+        if learnt:
+            run.append(token)
+        elif run:
+            runs.append(tokenizer.decode(run))
+            run = []
+    assert runs == EXPECTED[name]
+
+
+def test_tool_calls_are_learnt_in_qwen_and_llama(model):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    tools = [
+        {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
+    ]
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "12"},
+        {"role": "assistant", "content": "Cool."},
+    ]
+    for name, family, end in (
+        ("qwen2_5", "chatml", "<|im_end|>"),
+        ("qwen3", "chatml", "<|im_end|>"),
+        ("llama3_2", "llama", "<|eot_id|>"),
+    ):
+        folder = model(family, read(name))
+        tokenizer = load_tokenizer(folder)
+        (row,) = Encoder(tokenizer, load_template(folder, tokenizer)).encode_rows(
+            [Row(1, {"messages": turns, "tools": tools})]
+        )
+        learnt = tokenizer.decode([token for token, mask in zip(row.ids, row.mask, strict=True) if mask])
+        assert '"name": "weather"' in learnt
+        assert '{"city": "Rome"}' in learnt
+        assert learnt.count(end) == 2
+        assert "Cool." in learnt
+        assert "12" not in learnt
