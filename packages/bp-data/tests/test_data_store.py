@@ -83,6 +83,15 @@ def test_a_split_of_stored_rows_copies_nothing(chatml, write_lines):
     assert sorted(row.number for row in [*train, *held]) == list(range(1, 11))
 
 
+def test_a_curriculum_goes_from_short_to_long(chatml, tmp_path, write_lines):
+    path = write_lines([qa(("Q", "A" * length)) for length in (9, 3, 7, 3)])
+    for cache in (None, tmp_path / "c"):
+        prepared = prepare(path, chatml, 64, curriculum="length", cache=cache)
+        assert [row.number for row in prepared.rows] == [2, 4, 3, 1]
+    assert not prepare(path, chatml, 63, cache=tmp_path / "c").from_cache
+    assert [row.number for row in prepare(path, chatml, 64, cache=tmp_path / "c").rows] == [1, 2, 3, 4]
+
+
 def test_the_second_start_comes_from_the_cache(chatml, tmp_path, write_lines):
     path = write_lines([qa(("Q", f"A{i}")) for i in range(5)] + [{"foo": 1}, qa(("Q", "word " * 99))])
     first, second = (prepare(path, chatml, 64, on_bad_row="skip", cache=tmp_path / "c") for _ in range(2))

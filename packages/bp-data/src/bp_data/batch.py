@@ -24,6 +24,7 @@ from bp_data.mask import (
     mask_runs,
     mask_text,
     merge_spans,
+    require_unicode,
 )
 from bp_data.read import excerpt
 from bp_data.reasoning import TraceBand, find_trace, keep_trace
@@ -112,6 +113,7 @@ class Encoder:
             last = next(turn for turn in reversed(chat.messages) if turn.role == "assistant")
             trace = find_trace(last.content or "") or ""
         marked = self._finder.find(chat)
+        require_unicode(marked.text)
         if trace and (not marked.spans or trace not in marked.text[marked.spans[-1].start :]):
             raise RowFaultError(RowFault.TURN_NOT_RENDERED, "the chat template leaves the reasoning out")
         return _Planned(row, marked=marked, trace=trace)

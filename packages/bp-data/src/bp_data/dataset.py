@@ -32,6 +32,7 @@ from bp_runs.files import publish_folder
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 Dedup: TypeAlias = Literal["none", "exact", "near"]
+Curriculum: TypeAlias = Literal["none", "length"]
 
 # Which coded error a fault becomes when the first bad row ends the run; the others are INPUT_DATASET_INVALID.
 _PARSE_FAULTS = (RowFault.NOT_UTF8, RowFault.JSON_BROKEN, RowFault.CSV_FIELDS)
@@ -50,7 +51,7 @@ class Prepared:
     """A data set ready for training.
 
     Attributes:
-        rows: In file order; never empty, each with at least one token to learn. They lie on disk, read when asked for.
+        rows: In file order, or by length; never empty, each with at least one token to learn. They lie on disk.
         ledger: What became of every row.
         facts: Ids and size of the tokenizer.
         tokenizer: As loaded; for previews and sample answers.
@@ -129,6 +130,7 @@ def prepare(
     min_tokens: int = 0,
     dedup: Dedup = "none",
     trace: TraceBand | None = None,
+    curriculum: Curriculum = "none",
     cache: Path | None = None,
 ) -> Prepared:
     """Read a data file and turn it into tokens and loss masks.
@@ -144,6 +146,7 @@ def prepare(
         min_tokens: Rows with fewer tokens are dropped.
         dedup: Drop rows that are the same as an earlier one, or nearly so.
         trace: Keep reasoning traces of this band as plain text and drop rows without a good one.
+        curriculum: ``length`` orders the rows from the shortest to the longest; a trainer must not shuffle them then.
         cache: A folder in which prepared rows are kept for the next call; None keeps nothing.
 
     Raises:
@@ -178,6 +181,9 @@ def prepare(
         tokens, trained = meta["tokens"], meta["trained_tokens"]
     if rows is None:
         raise ContractError("a temporary store gives back its rows")
+    if curriculum == "length":
+        lengths = rows.lengths()
+        rows = rows.pick(sorted(range(len(rows)), key=lengths.__getitem__))
     return Prepared(
         rows=rows,
         ledger=ledger,

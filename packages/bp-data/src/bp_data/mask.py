@@ -53,6 +53,7 @@ def mask_marked(marked: Marked, tokenizer: Tokenizer) -> tuple[list[int], bytear
     Raises:
         RowFaultError: ROW_MASK_UNVERIFIED.
     """
+    require_unicode(marked.text)
     encoded = _encode(marked, tokenizer)
     mask = mask_tokens(encoded.offsets, marked.spans)
     verify(encoded, mask, marked, tokenizer)
@@ -65,6 +66,7 @@ def mask_text(example: Text, tokenizer: Tokenizer) -> tuple[list[int], bytearray
     Raises:
         RowFaultError: The tokens do not decode to the text.
     """
+    require_unicode(example.text)
     encoded = tokenizer.encode(example.text, add_special_tokens=True)
     ids = list(encoded.ids)
     # Tokens that the tokenizer puts around a text stand for none of its characters.
@@ -80,6 +82,20 @@ def mask_text(example: Text, tokenizer: Tokenizer) -> tuple[list[int], bytearray
     if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
         ids.append(tokenizer.eos_id)
     return ids, bytearray(b"\x01" * len(ids))
+
+
+def require_unicode(text: str) -> None:
+    """Prove that a text has no half of a surrogate pair, which no file in UTF-8 can hold.
+
+    Raises:
+        RowFaultError: ROW_NOT_UTF8.
+    """
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowFaultError(RowFault.NOT_UTF8, f"character {error.start} is half of a surrogate pair") from error
 
 
 def find_spans(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> Marked:

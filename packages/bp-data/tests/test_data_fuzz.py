@@ -1,0 +1,238 @@
+# ruff: noqa: RUF005 - long lists read better in parts
+"""Rows that no one would write: any JSON, nearly right rows, hostile words, torn files. Run long with ``-m slow``.
+
+``FOUND`` are inputs that once broke something; they stay.
+"""
+
+import gzip
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import pytest
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bp_data import (
+    build_report,
+    clean_file,
+    load_template,
+    load_tokenizer,
+    prepare,
+    read_rows,
+    report_html,
+    report_text,
+)
+from bp_data.batch import Encoder
+from bp_data.errors import RowFault
+from bp_data.example import Rejected, Row
+from bp_data.tokenrow import TokenRow
+from bp_runs.errors import CodedError
+
+_spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))
+families = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(families)
+
+LONG = int(os.environ.get("BP_DATA_FUZZ", "20000"))  # examples of each long run
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=6)
+    | st.sampled_from(
+        ["user", "assistant", "system", "tool", "gpt", "human", "function_call", "Q", "A", " ", "", "\n", "<|im_end|>"]
+        + [
+            "<|im_start|>assistant\n",
+            "<think>",
+            "</think>",
+            "\ue0f3turn\ue0f3",
+            "\ue0f0\ue0f1",
+            "\ue0f40\ue0f4",
+            "\u2003",
+        ]
+        + ['{"name": "f", "arguments": "{}"}', "\ufffd", "\x00", "\ud800", "a" * 300, "True", "1"]
+    )
+)
+NAMES = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "instruction",
+        "input",
+        "output",
+        "system",
+        "history",
+        "prompt",
+        "completion",
+        "label",
+    ]
+    + ["question", "answer", "response", "context", "text", "tools", "functions", "chosen", "rejected", "role", "from"]
+    + [
+        "content",
+        "value",
+        "weight",
+        "tool_calls",
+        "function_call",
+        "name",
+        "function",
+        "arguments",
+        "reasoning_content",
+    ]
+)
+ANY = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES | st.text(max_size=3), inner, max_size=5),
+    max_leaves=20,
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": SCALARS},
+    optional={"tool_calls": ANY, "name": ANY, "reasoning_content": ANY, "weight": ANY},
+)
+NEARLY = st.fixed_dictionaries({"messages": st.lists(TURN, max_size=5)}, optional={"tools": ANY, "id": ANY})
+ROWS = st.dictionaries(NAMES, ANY, max_size=5) | NEARLY
+
+FOUND = [
+    {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "\ue0f40\ue0f4"}]},
+    {
+        "messages": [
+            {"role": "user", "content": "\ue0f3turn\ue0f3"},
+            {"role": "assistant", "content": "\ue0f3turn\ue0f3"},
+        ]
+    },
+    {"prompt": "Q", "completion": "A", "label": []},
+    {"chosen": [], "rejected": []},
+    {"prompt": {}, "completion": {}},
+    {"text": "\ud800"},
+    {"messages": [{"role": "user", "content": "a\ud800"}, {"role": "assistant", "content": "b\udfff"}]},
+]
+
+
+@pytest.fixture(scope="module")
+def encoders(model):
+    made = []
+    for family, template in (
+        ("chatml", families.QWEN),
+        ("chatml", families.CHATML_MARKED),
+        ("mistral", families.MISTRAL),
+        ("phi", families.PHI),
+    ):
+        tokenizer = load_tokenizer(model(family, template))
+        made.append(Encoder(tokenizer, load_template(model(family, template), tokenizer)))
+    return made
+
+
+def check_rows(encoders, rows):
+    for encoder in encoders:
+        found = list(encoder.encode_rows([Row(number, row) for number, row in enumerate(rows, 1)]))
+        assert [one.number for one in found] == list(range(1, len(rows) + 1))
+        for one in found:
+            if isinstance(one, TokenRow):
+                assert len(one.ids) == len(one.mask)
+                assert one.mask.count(1)
+            else:
+                assert isinstance(one.code, RowFault)
+                assert one.reason
+
+
+def test_inputs_that_were_found(encoders):
+    check_rows(encoders, FOUND)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(ROWS, min_size=1, max_size=4))
+def test_any_row_is_tokens_or_a_reason(encoders, rows):
+    check_rows(encoders, rows)
+
+
+@pytest.mark.slow
+@settings(max_examples=LONG, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(ROWS, min_size=1, max_size=4))
+def test_any_row_is_tokens_or_a_reason_for_long(encoders, rows):
+    check_rows(encoders, rows)
+
+
+PIECES = st.lists(
+    st.sampled_from(
+        [
+            b'{"prompt": "Q", "completion": "A"}',
+            b'{"text": "T"}',
+            b"\n",
+            b"\r\n",
+            b",",
+            b"[",
+            b"]",
+            b"{",
+            b"}",
+            b'"',
+            b"\xff",
+            b"\x00",
+        ]
+        + [
+            b"\xef\xbb\xbf",
+            b"NaN",
+            b'{"a": 1, "a": 2}',
+            b"\\u",
+            b"question,answer\n",
+            b"a,b\n",
+            b"PAR1",
+            b" ",
+            b"\\",
+            b"1e5",
+            b".",
+        ]
+    )
+    | st.binary(max_size=4),
+    max_size=12,
+).map(b"".join)
+FILES = st.tuples(
+    st.sampled_from([".jsonl", ".json", ".csv", ".txt", ".md", ".parquet"]),
+    st.sampled_from(["", ".gz", ".zst"]),
+    PIECES,
+    st.none() | st.integers(0, 60),
+)
+
+
+def check_file(folder, made):
+    kind, packing, data, cut = made
+    if packing:
+        data = gzip.compress(data, mtime=0) if packing == ".gz" else zstandard.compress(data)
+    path = folder / f"f{kind}{packing}"
+    path.write_bytes(data[:cut])
+    try:
+        rows = list(read_rows(path))
+    except CodedError as error:
+        json.dumps(error.to_dict())
+        return
+    assert all(isinstance(row, Row | Rejected) for row in rows)
+    report = build_report(path)
+    assert report.rows == len(rows) == report.usable + sum(found.count for found in report.rejected.values())
+    report_text(report).encode(errors="surrogatepass")
+    report_html(report).encode(errors="surrogatepass")
+    done = clean_file(path, folder / "clean.jsonl")
+    assert done.read == len(rows) == sum(done.written.values()) + done.ledger.dropped
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(FILES)
+def test_any_file_is_rows_or_a_coded_error(tmp_path_factory, made):
+    check_file(tmp_path_factory.getbasetemp(), made)
+
+
+@pytest.mark.slow
+@settings(max_examples=LONG, deadline=None, suppress_health_check=list(HealthCheck))
+@given(FILES)
+def test_any_file_is_rows_or_a_coded_error_for_long(tmp_path_factory, made):
+    check_file(tmp_path_factory.getbasetemp(), made)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(ROWS, min_size=1, max_size=5))
+def test_prepare_loses_no_row(model, tmp_path_factory, rows):
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    lines = [json.dumps(row) for row in [{"prompt": "Q", "completion": "A"}, *rows]]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    ledger = prepare(path, model("chatml", families.QWEN), 256, on_bad_row="skip").ledger
+    assert ledger.read == len(lines) == ledger.trained + ledger.truncated + ledger.dropped
