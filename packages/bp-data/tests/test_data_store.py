@@ -17,6 +17,7 @@ from bp_data import (
     prepare,
     prepare_judged,
     prepare_pairs,
+    preview_file,
     split_rows,
 )
 from bp_data.batch import Encoder
@@ -428,3 +429,44 @@ def test_judged_answers(chatml, write_lines):
         path = write_lines(rows)
         path.write_text(path.read_text() + "{")
         prepare_judged(path, chatml, 64)
+
+
+def test_formats_may_be_mixed_in_one_file(chatml, write_lines):
+    rows = [
+        qa(("Q", "A")),
+        {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+        {"instruction": "Q", "output": "A"},
+        {"question": "Q", "answer": "A"},
+        {"instruction": "Q", "response": "A"},
+        {"prompt": "Q", "completion": "A", "messages": None},
+    ]
+    prepared = prepare(write_lines(rows), chatml, 64)
+    assert len({bytes(row.ids) for row in prepared.rows}) == 1
+    assert prepared.ledger.trained == 6
+
+
+def test_two_answers_in_a_row_are_both_learnt(model, write_lines):
+    turns = [("user", "Q"), ("assistant", "one"), ("assistant", "two")]
+    path = write_lines([{"messages": [{"role": role, "content": content} for role, content in turns]}])
+    for family, template, end in (("chatml", families.CHATML, "<|im_end|>"), ("llama", families.LLAMA3, "<|eot_id|>")):
+        prepared = prepare(path, model(family, template), 96)
+        (row,) = prepared.rows
+        learnt = prepared.tokenizer.decode([t for t, m in zip(row.ids, row.mask, strict=True) if m])
+        assert learnt == f"one{end}two{end}"
+    with pytest.raises(DatasetInvalidError, match="roles must alternate"):
+        prepare(path, model("mistral", families.MISTRAL), 96)
+
+
+def test_a_preview_of_a_file_shows_what_is_cut_and_what_is_refused(chatml, write_lines):
+    path = write_lines([qa(("Hi", "Hello")), {"foo": 1}, LONG, qa(("x" * 90, "A"))])
+    first, bad, long, lost = preview_file(path, chatml, 40, rows=9)
+    assert "".join(piece.text for piece in first.pieces if piece.trained) == "Hello<|im_end|>"
+    assert (bad.pieces, bad.rejected.code) == ((), RowFault.COLUMNS_UNKNOWN)
+    assert (long.tokens, long.rejected) == (40, None)
+    assert [piece.truncated for piece in long.pieces].count(False) == 40
+    assert not any(piece.trained and piece.truncated for piece in long.pieces)
+    assert lost.rejected.code is RowFault.CUT_AWAY
+    assert all(piece.truncated for piece in lost.pieces)
+    assert [row.number for row in preview_file(path, chatml, 40, rows=1, skip=2)] == [3]
+    assert preview_file(path, chatml, 40, skip=2, rows=1, on_overflow="split")[0].tokens > 40
+    assert preview_file(path, chatml, 40, skip=2, rows=1, on_overflow="drop")[0].rejected.code is RowFault.OVERFLOW
