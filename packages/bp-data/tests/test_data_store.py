@@ -231,7 +231,7 @@ def test_no_policy_leaves_a_row_with_nothing_to_learn(chatml, tmp_path_factory, 
 
 def test_filters_drop_with_a_code_and_end_no_run(chatml, write_lines):
     path = write_lines(
-        [qa(("Q", "The same words here")), qa(("q", "the  SAME words here")), qa(("Q", "another answer"))]
+        [qa(("Q", "The same words here")), qa(("Q ", "The same words here")), qa(("Q", "another answer"))]
     )
     prepared = prepare(path, chatml, 64, dedup="exact", min_tokens=4)
     assert prepared.ledger.dropped_by_code == {"ROW_DUPLICATE": [2]}

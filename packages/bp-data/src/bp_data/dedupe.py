@@ -39,7 +39,7 @@ class Duplicate:
         number: As in `Row`.
         of: Place of the earlier row.
         of_number: Number of the earlier row.
-        kind: ``exact``: the same texts but for blanks and letter case; ``near``: the same runs of words, mostly.
+        kind: ``exact``: the same texts but for blanks around them; ``near``: the same runs of words, mostly.
     """
 
     place: int
@@ -50,7 +50,12 @@ class Duplicate:
 
 
 def row_text(row: Row) -> str:
-    """All texts of a row in the order of its fields, one a line; ids and the like are left aside."""
+    """All texts of a row, one after the other, a line each."""
+    return "\n".join(row_texts(row))
+
+
+def row_texts(row: Row) -> list[str]:
+    """The texts of a row in the order of its fields; ids and the like are left aside."""
     pieces: list[str] = []
     left: list[Any] = [(name, value) for name, value in reversed([*row.data.items()]) if name not in _LEFT_ASIDE]
     while left:
@@ -65,12 +70,13 @@ def row_text(row: Row) -> str:
             left += reversed(item)
         elif item is not None:
             pieces.append(str(item))
-    return "\n".join(pieces)
+    return pieces
 
 
-def exact_key(text: str) -> bytes:
-    """The same 16 bytes for texts that differ in blanks and letter case only."""
-    return hashlib.blake2b(" ".join(text.lower().split()).encode(errors="surrogatepass"), digest_size=16).digest()
+def exact_key(row: Row) -> bytes:
+    """The same 16 bytes for rows whose texts differ at most in the blanks around each."""
+    whole = "\0".join(text.strip() for text in row_texts(row))
+    return hashlib.blake2b(whole.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def shingles(text: str) -> list[str]:
@@ -102,12 +108,11 @@ class _Finder:
             self._numbers.append(row.number)
             if isinstance(row, Rejected):
                 continue
-            text = row_text(row)
-            earlier = self._exact.setdefault(exact_key(text), place)
+            earlier = self._exact.setdefault(exact_key(row), place)
             if earlier != place:
                 found.append(self._duplicate(place, earlier, "exact"))
             elif self._near is not None:
-                batch.append((place, text))
+                batch.append((place, row_text(row)))
             if len(batch) >= _BATCH:
                 yield from self._flush(batch, found)
         yield from self._flush(batch, found)
@@ -181,25 +186,25 @@ def find_contamination(path: str | Path, other: str | Path, *, threshold: float 
     numbers: list[int] = []
     index = _near_index(threshold)
     for batch in _batches(read_rows(path)):
-        for row, text, signature in batch:
-            exact.setdefault(exact_key(text), row.number)
+        for row, signature in batch:
+            exact.setdefault(exact_key(row), row.number)
             index.add(str(len(numbers)), signature)
             numbers.append(row.number)
     for batch in _batches(read_rows(other)):
-        for row, text, signature in batch:
-            if (number := exact.get(exact_key(text))) is not None:
+        for row, signature in batch:
+            if (number := exact.get(exact_key(row))) is not None:
                 yield Contaminated(row.number, number, "exact")
             elif alike := index.get_duplicates(signature):
                 yield Contaminated(row.number, numbers[min(map(int, alike))], "near")
 
 
-def _batches(rows: Iterable[Row | Rejected]) -> Iterator[list[tuple[Row, str, Any]]]:
-    batch: list[tuple[Row, str]] = []
+def _batches(rows: Iterable[Row | Rejected]) -> Iterator[list[tuple[Row, Any]]]:
+    batch: list[Row] = []
     for row in rows:
         if isinstance(row, Row):
-            batch.append((row, row_text(row)))
+            batch.append(row)
         if len(batch) >= _BATCH:
-            yield [(r, t, s) for (r, t), s in zip(batch, _signatures([t for _, t in batch]), strict=True)]
+            yield list(zip(batch, _signatures([row_text(one) for one in batch]), strict=True))
             batch = []
     if batch:
-        yield [(r, t, s) for (r, t), s in zip(batch, _signatures([t for _, t in batch]), strict=True)]
+        yield list(zip(batch, _signatures([row_text(one) for one in batch]), strict=True))

@@ -84,7 +84,7 @@ def split_file(
     groups: dict[bytes, int] = {}
     for row in read_rows(path):
         if isinstance(row, Row):
-            key = exact_key(row_text(row))
+            key = exact_key(row)
             groups[key] = groups.get(key, 0) + 1
     wanted = max(1, round(share * sum(groups.values())))
     order = list(groups)
@@ -99,7 +99,7 @@ def split_file(
             count += groups[key]
 
     def place(row: Row) -> tuple[Path, Any]:
-        return (heldout if exact_key(row_text(row)) in chosen else train), row.data
+        return (heldout if exact_key(row) in chosen else train), row.data
 
     return _rewrite(Path(path), read_rows(path), (train, heldout), place, on_bad_row)
 
