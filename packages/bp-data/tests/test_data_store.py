@@ -123,13 +123,17 @@ def test_whatever_changes_tokens_misses_the_cache(model, tmp_path, write_lines):
     assert not hit()
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "meta"])
+@pytest.mark.parametrize("damage", ["cut", "bit", "gone", "meta"])
 def test_a_damaged_cache_is_made_again(chatml, tmp_path, write_lines, damage):
     path, cache = write_lines([qa(("Q", "A"))]), tmp_path / "c"
     wanted = list(prepare(path, chatml, 64, cache=cache).rows)
     (entry,) = cache.iterdir()
     if damage == "cut":
         (entry / TOKENS_FILE).write_bytes((entry / TOKENS_FILE).read_bytes()[:-1])
+    elif damage == "bit":
+        raw = bytearray((entry / TOKENS_FILE).read_bytes())
+        raw[0] ^= 1
+        (entry / TOKENS_FILE).write_bytes(raw)
     elif damage == "gone":
         (entry / TOKENS_FILE).unlink()
     else:

@@ -19,6 +19,7 @@ from bp_data.ledger import Ledger
 from bp_data.store import INDEX_FILE, TOKENS_FILE, TokenRows
 from bp_data.template import ChatTemplate
 from bp_data.tokens import Tokenizer
+from bp_runs.files import sha256_file
 
 _FORMAT: Final = 1
 _META_FILE: Final = "meta.json"
@@ -44,11 +45,10 @@ def cache_key(data_sha256: str, tokenizer: Tokenizer, template: ChatTemplate, se
 
 
 def read_entry(folder: Path) -> tuple[TokenRows, Ledger, dict[str, Any]] | None:
-    """An entry's rows, ledger and facts; None where it is not there or not whole."""
+    """An entry's rows, ledger and facts; None where it is not there, or not as it was written."""
     try:
         meta = orjson.loads((folder / _META_FILE).read_bytes())
-        sizes = {name: (folder / name).stat().st_size for name in (INDEX_FILE, TOKENS_FILE)}
-        if meta["format"] != _FORMAT or meta["sizes"] != sizes:
+        if meta["format"] != _FORMAT or meta["sha256"] != _hashes(folder):
             return None
         ledger = _to_ledger(meta["ledger"])
         rows = TokenRows.open(folder, meta["rows"])
@@ -66,10 +66,14 @@ def write_meta(folder: Path, ledger: Ledger, *, rows: int, tokens: int, trained_
         "rows": rows,
         "tokens": tokens,
         "trained_tokens": trained_tokens,
-        "sizes": {name: (folder / name).stat().st_size for name in (INDEX_FILE, TOKENS_FILE)},
+        "sha256": _hashes(folder),
         "ledger": _from_ledger(ledger),
     }
     (folder / _META_FILE).write_bytes(orjson.dumps(meta))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    return {name: sha256_file(folder / name) for name in (INDEX_FILE, TOKENS_FILE)}
 
 
 def prune(cache: Path) -> None:
