@@ -16,9 +16,13 @@ lint:
 types:
     uv run mypy
 
-# The whole suite on two workers.
+# The suite, on two workers.
 test:
-    uv run pytest -n 2
+    uv run pytest
+
+# The heavy campaigns that the default run leaves out.
+slow:
+    uv run pytest -m slow -n 0
 
 # Generated reference pages.
 docs:

@@ -64,7 +64,7 @@ def build_settings() -> str:
 def build_cli() -> str:
     """Every command's help, as it is printed."""
     parts = ["# Commands\n\n" + _NOTE + _block(_help_of([]))]
-    parts += [f"## backprop {command.name}\n\n" + _block(_help_of([command.name])) for command in COMMANDS]
+    parts += [f"## backprop {command.name}\n\n" + _block(_help_of(command.name.split())) for command in COMMANDS]
     return "\n".join(parts)
 
 

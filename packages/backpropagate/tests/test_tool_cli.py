@@ -303,6 +303,32 @@ def test_loss_plot():
     assert len(loss_plot([float(i) for i in range(500)]).splitlines()[0]) < 80
 
 
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ("", None),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("127.0.0.1:11500", "http://127.0.0.1:11500"),
+        (":11500", "http://127.0.0.1:11500"),
+        ("https://ollama.lan", "https://ollama.lan:443"),
+        ("http://box:8080", "http://box:8080"),
+        ("[::]:11500", "http://[::1]:11500"),
+    ],
+)
+def test_ollama_s_own_variable_names_the_server(given, address):
+    from backpropagate.exporting import ollama_host
+
+    assert ollama_host({"OLLAMA_HOST": given}) == address
+
+
+def test_an_export_survives_a_record_that_cannot_be_written(place, fake, capsys):
+    out(capsys, [*TRAIN, "--steps", "2"])
+    (place / "output/.run_history.lock").unlink()
+    (place / "output/.run_history.lock").mkdir()
+    assert run(["export", "--format", "lora", "--output", "copy"]) == 0
+    assert (place / "copy/adapter_config.json").is_file()
+
+
 def test_logs_carry_the_run_and_no_secrets(capsys):
     from backpropagate.logs import current_run, install_handlers
 

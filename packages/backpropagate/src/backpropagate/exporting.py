@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from urllib.parse import urlsplit
 
 import bp_export
 from backpropagate import catalogue, system
 from backpropagate.errors import InvalidSettingError
 from bp_export.errors import ParityFailedError
-from bp_runs.adapter import read_adapter_folder
-from bp_runs.errors import RecordInvalidError
+from bp_runs.adapter import AdapterFolder, read_adapter_folder
+from bp_runs.errors import CodedError, RecordInvalidError
 from bp_runs.store import RunStore
+
+_log = logging.getLogger("backpropagate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,7 @@ def export_adapter(
     base: str | None = None,
     pre: str | None = None,
     verify: bool | None = None,
+    ollama: bool = False,
     ollama_name: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportResult:
@@ -56,13 +61,16 @@ def export_adapter(
     Args:
         adapter: The adapter folder.
         base: Overrides the base model that the adapter names: a folder or Hub id.
+        ollama: Register the GGUF with the Ollama that runs here.
+        ollama_name: Its name there, which registers it too; default: the file's name.
         verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
 
     Raises:
         CodedError: As `bp_export.export_adapter` and `catalogue.find_model`. After ParityFailedError the file is there,
             and its run's record says that it failed.
     """
-    if ollama_name is not None and format != "gguf":
+    wants_ollama = ollama or ollama_name is not None
+    if wants_ollama and format != "gguf":
         raise InvalidSettingError(f"Ollama takes GGUF files, not {format!r}", way_out="Add: --format gguf")
     folder = read_adapter_folder(adapter)
     base_folder = None
@@ -78,6 +86,7 @@ def export_adapter(
             quantization=quantization,
             base=base_folder,
             pre=pre,
+            name=_name_after(folder),
             verify=verify,
             progress=progress,
         )
@@ -85,9 +94,15 @@ def export_adapter(
         _note_in_run(adapter, folder.run_id, {"kind": format, "quantization": quantization, **error.details})
         raise
     run_id, context = _note_in_run(adapter, folder.run_id, _build_artifact(outcome))
-    if ollama_name is not None:
-        bp_export.register_gguf(outcome.path, ollama_name, host=ollama_host(os.environ), context=context)
-    return ExportResult(outcome=outcome, ollama=ollama_name, run_id=run_id)
+    registered = (ollama_name or outcome.path.stem) if wants_ollama else None
+    if registered is not None:
+        bp_export.register_gguf(outcome.path, registered, host=ollama_host(os.environ), context=context)
+    return ExportResult(outcome=outcome, ollama=registered, run_id=run_id)
+
+
+def _name_after(folder: AdapterFolder) -> str | None:
+    """The base's name and the end of the run's id, so that one run's export never replaces another's."""
+    return f"{PurePath(folder.base).name}-{folder.run_id[-6:]}" if folder.run_id else None
 
 
 def ollama_host(environ: Mapping[str, str]) -> str | None:
@@ -95,10 +110,11 @@ def ollama_host(environ: Mapping[str, str]) -> str | None:
     host = environ.get("OLLAMA_HOST", "").strip()
     if not host:
         return None
-    scheme, _, rest = host.rpartition("://")
-    name, _, port = rest.partition(":")
-    name = "127.0.0.1" if name in ("", "0.0.0.0") else name  # noqa: S104  # listening everywhere includes here
-    return f"{scheme or 'http'}://{name}:{port or '11434'}"
+    parts = urlsplit(host if "://" in host else f"http://{host}")
+    port = parts.port or ({"http": 80, "https": 443}[parts.scheme] if "://" in host else 11434)
+    name = parts.hostname or "127.0.0.1"
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # noqa: S104  # listening everywhere includes here
+    return f"{parts.scheme}://{f'[{name}]' if ':' in name else name}:{port}"
 
 
 def _build_artifact(outcome: bp_export.ExportOutcome) -> dict[str, Any]:
@@ -124,5 +140,7 @@ def _note_in_run(adapter: Path, run_id: str | None, artifact: Mapping[str, Any])
             store.add_artifact(run_id, artifact)
         except RecordInvalidError:
             continue
+        except CodedError as error:
+            _log.warning("the export is whole, but the run's record could not be told of it: %s", error)
         return run_id, store.load(run_id).setting("model.max_seq_length")
     return None, None
