@@ -18,6 +18,7 @@ from bp_export.quantize import TensorType, read_block
 
 _BIG_LLAMA_LAYERS = 80
 _MANY_HEADS_A_VALUE = 4
+_NEVER_QUANTIZED = ("_norm.weight", "ssm_conv1d.weight")
 _VALUES = ("attn_v.weight", "attn_qkv.weight")
 
 
@@ -139,7 +140,7 @@ def _read_layer(name: str) -> int:
 
 
 def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) > 1 and name.endswith("weight") and not name.endswith("_norm.weight")
+    return len(shape) > 1 and name.endswith("weight") and not name.endswith(_NEVER_QUANTIZED)
 
 
 def _uses_more_bits(index: int, count: int) -> bool:

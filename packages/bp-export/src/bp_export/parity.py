@@ -137,8 +137,8 @@ class _Compared:
 
     prompts: Sequence[Sequence[int]]
     answers: Sequence[Answer]
-    expected: Sequence[Sequence[Place | None]]
-    found: Sequence[Sequence[Place | None]]
+    expected: Sequence[Sequence[Place]]
+    found: Sequence[Sequence[Place]]
     ends: Sequence[Place | None]
     """What the reference says at the end of each answer that it ends."""
 
@@ -249,8 +249,8 @@ def _compare(served: LlamaServer, trained: LlamaServer, prompts: Sequence[Sequen
     begun = time.monotonic()
     answers: list[Answer] = []
     ends: list[Place | None] = []
-    expected: list[list[Place | None]] = []
-    found: list[list[Place | None]] = []
+    expected: list[list[Place]] = []
+    found: list[list[Place]] = []
     for prompt in prompts:
         if answers and time.monotonic() - begun > _MOST_SECONDS:
             break
@@ -266,11 +266,8 @@ def _read_end(trained: LlamaServer, prompt: Sequence[int], answer: Answer) -> Pl
     return read_places(trained, [*prompt, *answer.tokens[:-1]], answer.tokens[-1:])[0] if answer.has_ended else None
 
 
-def _read_pairs(
-    expected: Sequence[Sequence[Place | None]], found: Sequence[Sequence[Place | None]]
-) -> list[tuple[Place, Place]]:
-    pairs = [pair for rows in zip(expected, found, strict=True) for pair in zip(*rows, strict=True)]
-    return [(a, b) for a, b in pairs if a is not None and b is not None]
+def _read_pairs(expected: Sequence[Sequence[Place]], found: Sequence[Sequence[Place]]) -> list[tuple[Place, Place]]:
+    return [pair for rows in zip(expected, found, strict=True) for pair in zip(*rows, strict=True)]
 
 
 def _check_next_tokens(

@@ -12,6 +12,7 @@ from typing import Any
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Metadata, size_label
 
 from bp_export.architectures import Architecture, find_architecture
+from bp_export.architectures.change import KEEP, Change
 from bp_export.errors import BaseModelNotFoundError, ModelInvalidError
 from bp_export.gguf import add_tensor, align, order_like_quantizer
 from bp_export.importance import Importance, check_importance
@@ -33,8 +34,8 @@ class TensorPlan:
     """In the checkpoint; None for one that is computed."""
     shape: tuple[int, ...]
     kind: TensorType
-    rotated_heads: int
-    """Heads whose rows change places; 0 where they stay."""
+    change: Change
+    """How the checkpoint's tensor becomes it."""
 
     @property
     def rows(self) -> int:
@@ -137,14 +138,18 @@ def _plan_tensors(
         )
     sources = {gguf: hf for hf, gguf in named.items() if gguf is not None}
     shapes = {name: value.shape for name, value in architecture.build_extra_tensors().items()}
-    shapes.update({gguf: model.tensors[hf].shape for gguf, hf in sources.items()})
+    changes = {
+        name: architecture.plan_change(architecture.clean_name(hf), model.tensors[hf].shape)
+        for name, hf in sources.items()
+    }
+    shapes.update({name: changes[name].shape or model.tensors[hf].shape for name, hf in sources.items()})
     _check_shapes(shapes, architecture)
     if importance is not None:
         check_importance(importance, shapes)
     kinds = choose_types(shapes, quantization, _build_facts(architecture, importance))
     # The converter keeps the checkpoint's order, and llama-quantize sorts.
     order = list(shapes) if quantization.is_float else sort_like_quantizer(list(shapes))
-    return tuple(_plan_tensor(n, sources.get(n), shapes[n], kinds[n], architecture) for n in order)
+    return tuple(TensorPlan(n, sources.get(n), shapes[n], kinds[n], changes.get(n, KEEP)) for n in order)
 
 
 def _build_facts(architecture: Architecture, importance: Importance | None) -> MixtureFacts:
@@ -157,22 +162,14 @@ def _build_facts(architecture: Architecture, importance: Importance | None) -> M
     )
 
 
-def _plan_tensor(
-    name: str, source: str | None, shape: tuple[int, ...], kind: TensorType, architecture: Architecture
-) -> TensorPlan:
-    heads = architecture.read_rotated_heads(source) if source else 0
-    if heads and shape[0] % (2 * heads):
-        raise ModelInvalidError(f"{source} has {shape[0]} rows, which {heads} heads cannot share")
-    return TensorPlan(name, source, shape, kind, heads)
-
-
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture) -> None:
     embedding = shapes.get("token_embd.weight")
     if embedding != (architecture.vocab_size, architecture.width):
         raise ModelInvalidError(
             f"the embedding is {embedding}; config.json says {(architecture.vocab_size, architecture.width)}"
         )
-    if missing := [i for i in range(architecture.layers) if f"blk.{i}.attn_q.weight" not in shapes]:
+    kinds = ("attn_q.weight", "attn_qkv.weight")
+    if missing := [i for i in range(architecture.layers) if not any(f"blk.{i}.{kind}" in shapes for kind in kinds)]:
         raise ModelInvalidError(f"config.json says {architecture.layers} layers, and layer {missing[0]} has no weights")
     if wrong := [name for name, shape in shapes.items() if len(shape) not in (1, 2)]:
         raise ModelInvalidError(f"{wrong[0]} has the shape {shapes[wrong[0]]}; vectors and matrices can be written")
@@ -200,6 +197,7 @@ def _build_writer(
     metadata: Metadata,
 ) -> GGUFWriter:
     writer = GGUFWriter(path=None, arch=architecture.name)
+    architecture.add_first_settings(writer)
     writer.add_type(GGUFType.MODEL)
     metadata.set_gguf_meta_model(writer)
     architecture.add_settings(writer, quantization.file_type)

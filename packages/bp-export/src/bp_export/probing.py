@@ -14,6 +14,7 @@ from bp_export.serving import LlamaServer
 _SUMMED, _LISTED = 64, 512
 _LEAST = 1e-9
 _LOWEST = -100.0
+_FORCE = 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,15 @@ def read_answer(server: LlamaServer, prompt: Sequence[int], limit: int) -> Answe
     return Answer(list(reply["tokens"]), reply.get("stop_type") == "eos")
 
 
-def read_places(server: LlamaServer, prompt: Sequence[int], tokens: Sequence[int]) -> list[Place | None]:
+def read_places(server: LlamaServer, prompt: Sequence[int], tokens: Sequence[int]) -> list[Place]:
     """What the model would say before each of ``tokens``, had it said those before.
 
-    None where its choice is a part of a character: llama.cpp lists probabilities of whole characters only.
+    llama.cpp lists no probabilities where its choice is a part of a character, so the choice is forced to be a letter;
+    the probabilities are those before that.
     """
-    replies = (_complete(server, [*prompt, *tokens[:i]], 1, _LISTED) for i in range(len(tokens)))
-    return [_to_place(reply.get("completion_probabilities")) for reply in replies]
+    letter = server.post("/tokenize", {"content": "a", "add_special": False})["tokens"][-1]
+    replies = (_complete(server, [*prompt, *tokens[:i]], 1, _LISTED, forced=letter) for i in range(len(tokens)))
+    return [_to_place(reply["completion_probabilities"][0]) for reply in replies]
 
 
 def compute_divergence(reference: Place, found: Place) -> float:
@@ -74,14 +77,13 @@ def compute_divergence(reference: Place, found: Place) -> float:
     return max(0.0, listed + rest * math.log(rest / other))
 
 
-def _complete(server: LlamaServer, prompt: Sequence[int], limit: int, places: int) -> Any:
-    request = {"prompt": list(prompt), "n_predict": limit, "n_probs": places}
-    return server.post("/completion", {**request, "temperature": 0, "cache_prompt": True, "return_tokens": True})
+def _complete(server: LlamaServer, prompt: Sequence[int], limit: int, places: int, *, forced: int | None = None) -> Any:
+    request = {"prompt": list(prompt), "n_predict": limit, "n_probs": places, "temperature": 0, "cache_prompt": True}
+    bias = [] if forced is None else [[forced, _FORCE]]
+    return server.post("/completion", {**request, "return_tokens": True, "logit_bias": bias})
 
 
-def _to_place(entries: Sequence[Mapping[str, Any]] | None) -> Place | None:
-    if not entries:
-        return None
+def _to_place(entry: Mapping[str, Any]) -> Place:
     # A probability of zero comes as the lowest float, or as null where JSON has no infinity.
-    values = {int(top["id"]): top["logprob"] for top in entries[0]["top_logprobs"]}
+    values = {int(top["id"]): top["logprob"] for top in entry["top_logprobs"]}
     return Place({token: _LOWEST if value is None else max(float(value), _LOWEST) for token, value in values.items()})

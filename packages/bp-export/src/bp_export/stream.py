@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from bp_export.gguf import GgufStream
 from bp_export.plan import GgufPlan, TensorPlan
 from bp_export.quantize import load_ggml, quantize_rows
@@ -91,26 +89,13 @@ def _compute_parts(
 
 
 def cut_rows(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
-    """Ranges of rows of about half a million weights, never cutting through a head whose rows change places."""
-    unit = tensor.rows // tensor.rotated_heads if tensor.rotated_heads else 1
+    """Ranges of rows of about half a million weights, never cutting through a unit whose rows change places."""
+    unit = tensor.change.unit
     step = max(1, CHUNK_WEIGHTS // (tensor.shape[-1] * unit)) * unit
     for start in range(0, tensor.rows, step):
         yield start, min(start + step, tensor.rows)
 
 
 def _compute_chunk(tensor: TensorPlan, weights: Floats | None, model: FoldedModel, start: int, stop: int) -> bytes:
-    rows = model.read_rows(str(tensor.source), start, stop)
-    if tensor.rotated_heads:
-        rows = interleave_halves(rows, tensor.rows // tensor.rotated_heads)
+    rows = tensor.change.read_rows(model, str(tensor.source), start, stop)
     return quantize_rows(rows, tensor.kind, weights)
-
-
-def interleave_halves(rows: Floats, head: int) -> Floats:
-    """Each head's rows from (half, pair) order to (pair, half) order: rows (n * head, columns), the same shape back.
-
-    transformers rotates row i with row i + head / 2, llama.cpp's arch ``llama`` row 2i with row 2i + 1
-    (``LlamaModel.permute`` in llama.cpp's converter).
-    """
-    columns = rows.shape[1]
-    halves = rows.reshape(-1, 2, head // 2, columns)  # (heads, half, pair, columns)
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1, columns)

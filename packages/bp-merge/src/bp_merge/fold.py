@@ -76,7 +76,7 @@ class FoldedModel:
 def _match_pairs(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter) -> dict[str, LoraPair]:
     pairs = {}
     for module, pair in adapter.modules.items():
-        info = tensors.get(f"{module}.weight")
+        info = _find_weight(tensors, module)
         if info is None:
             raise AdapterMismatchError(
                 f"the adapter changes {module}, and the base has no such module",
@@ -89,3 +89,10 @@ def _match_pairs(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter) -> dic
             )
         pairs[info.name] = pair
     return pairs
+
+
+def _find_weight(tensors: Mapping[str, TensorInfo], module: str) -> TensorInfo | None:
+    """The weight of a module; a language model that was loaded out of a larger one has its names without its place."""
+    inside = module.removeprefix("model.")
+    names = (module, f"model.language_model.{inside}", f"language_model.model.{inside}")
+    return next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)

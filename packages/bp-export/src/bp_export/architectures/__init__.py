@@ -7,15 +7,29 @@ from types import MappingProxyType
 from typing import Any
 
 from bp_export.architectures.decoder import Architecture
+from bp_export.architectures.gemma2 import Gemma2Architecture
+from bp_export.architectures.gemma3 import Gemma3Architecture
 from bp_export.architectures.llama import LlamaArchitecture
+from bp_export.architectures.phi3 import Phi3Architecture
 from bp_export.architectures.qwen2 import Qwen2Architecture
+from bp_export.architectures.qwen3 import Qwen3Architecture
+from bp_export.architectures.qwen35 import Qwen35Architecture
+from bp_export.architectures.smollm3 import SmolLm3Architecture
 from bp_export.errors import ArchitectureUnsupportedError
 
 ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
     {
         "LlamaForCausalLM": LlamaArchitecture,
         "MistralForCausalLM": LlamaArchitecture,
+        "SmolLM3ForCausalLM": SmolLm3Architecture,
         "Qwen2ForCausalLM": Qwen2Architecture,
+        "Qwen3ForCausalLM": Qwen3Architecture,
+        "Qwen3_5ForCausalLM": Qwen35Architecture,
+        "Qwen3_5ForConditionalGeneration": Qwen35Architecture,
+        "Phi3ForCausalLM": Phi3Architecture,
+        "Gemma2ForCausalLM": Gemma2Architecture,
+        "Gemma3ForCausalLM": Gemma3Architecture,
+        "Gemma3ForConditionalGeneration": Gemma3Architecture,
     }
 )
 
@@ -36,4 +50,4 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
             f"{names[0]} cannot be written as GGUF yet; {', '.join(ARCHITECTURES)} can",
             details={"architecture": str(names[0]), "known": list(ARCHITECTURES)},
         )
-    return found(config)
+    return found({**config, **(config.get("text_config") or {})})

@@ -6,12 +6,12 @@ converter (b11434), so that a file made here can be compared byte by byte with o
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, LlamaFileType, RopeScalingType, get_tensor_name_map
 
+from bp_export.architectures.change import KEEP, Change
 from bp_export.errors import ArchitectureUnsupportedError, ModelInvalidError
 from bp_merge import Floats
 
@@ -22,7 +22,7 @@ _DEFAULT_EPSILON, _DEFAULT_THETA = 1e-6, 10000.0
 _PLAIN_ROPES = ("default", "linear", "yarn")
 
 
-class Architecture(ABC):
+class Architecture:
     """How one kind of model is laid out in a GGUF.
 
     Args:
@@ -39,6 +39,11 @@ class Architecture(ABC):
     """Whether transformers' own config class fills ``head_dim`` in, so that the converter always sees it."""
     tells_space_prefix: ClassVar[bool] = False
     """Whether the converter repeats the tokenizer's ``add_prefix_space``."""
+    adds_no_space: ClassVar[bool] = False
+    """Whether its SentencePiece vocabulary puts no space before a text."""
+    activation: ClassVar[str] = "silu"
+    default_head_width: ClassVar[int | None] = None
+    """What transformers assumes where config.json names no ``head_dim``; None for a share of the width."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
@@ -47,12 +52,11 @@ class Architecture(ABC):
         self.key_heads = int(config.get("num_key_value_heads") or self.heads)
         self.width = self._read_count("hidden_size")
         self.vocab_size = self._read_count("vocab_size")
-        self.rope = _read_rope(config)
+        self.rope, self.local_rope = _read_ropes(config)
         self._names = get_tensor_name_map(self.gguf_arch, self.layers)
-        if (activation := config.get("hidden_act", "silu")) != "silu":
-            raise ArchitectureUnsupportedError(
-                f"{self.name} with hidden_act={activation} cannot be written as GGUF yet"
-            )
+        activation = config.get("hidden_activation") or config.get("hidden_act") or self.activation
+        if activation != self.activation:
+            raise self._refuse(f"hidden_act={activation}")
         if (kind := self.rope.get("rope_type", "default")) not in self.ropes:
             raise ArchitectureUnsupportedError(f"the rotary embedding's type {kind!r} cannot be written as GGUF yet")
 
@@ -64,7 +68,17 @@ class Architecture(ABC):
     @property
     def head_width(self) -> int:
         """Weights of one attention head."""
-        return int(self.config.get("head_dim") or self.width // self.heads)
+        return int(self.config.get("head_dim") or self.default_head_width or self.width // self.heads)
+
+    @property
+    def epsilon(self) -> float:
+        """What the norms add to the variance."""
+        return float(self.config.get("rms_norm_eps", _DEFAULT_EPSILON))
+
+    @property
+    def theta(self) -> float:
+        """Base of the rotary wavelengths."""
+        return float(self.rope.get("rope_theta", _DEFAULT_THETA))
 
     def map_name(self, name: str) -> str | None:
         """The GGUF's name of a checkpoint's tensor; None for one that is left out.
@@ -72,20 +86,38 @@ class Architecture(ABC):
         Raises:
             ArchitectureUnsupportedError: The layout knows no such tensor.
         """
-        if name.endswith(_SKIPPED) or (name == "lm_head.weight" and self.config.get("tie_word_embeddings")):
+        name = self.clean_name(name)
+        if self.is_left_out(name):
             return None
         mapped = self._names.get_name(key=name, try_suffixes=(".weight", ".bias"))
         if mapped is None:
             raise ArchitectureUnsupportedError(f"{self.name} has no place for the tensor {name}")
         return str(mapped)
 
-    @abstractmethod
-    def read_rotated_heads(self, name: str) -> int:
-        """Heads whose rows change places in a checkpoint's tensor; 0 where they stay."""
+    def clean_name(self, name: str) -> str:
+        """The name as gguf-py's map knows it."""
+        return name
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether a tensor, by its clean name, has no place in the GGUF and needs none."""
+        return name.endswith(_SKIPPED) or (name == "lm_head.weight" and bool(self.config.get("tie_word_embeddings")))
+
+    def plan_change(self, name: str, shape: tuple[int, ...]) -> Change:
+        """What happens to a tensor of the checkpoint, by its clean name, on its way into the GGUF.
+
+        Raises:
+            ModelInvalidError: Its shape does not allow it.
+        """
+        del name, shape
+        return KEEP
 
     def build_extra_tensors(self) -> dict[str, Floats]:
         """Tensors that a checkpoint lacks and a GGUF needs, by GGUF name; written as F32."""
         return {}
+
+    def add_first_settings(self, writer: GGUFWriter) -> None:
+        """Write what the converter writes before the metadata."""
+        del writer
 
     def add_settings(self, writer: GGUFWriter, file_type: LlamaFileType) -> None:
         """Write the model's numbers into a GGUF's key-value section."""
@@ -98,7 +130,7 @@ class Architecture(ABC):
         writer.add_head_count(self.heads)
         writer.add_head_count_kv(self.key_heads)
         self._add_rope(writer)
-        writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", _DEFAULT_EPSILON)))
+        writer.add_layer_norm_rms_eps(self.epsilon)
         if self.tells_head_width or config.get("head_dim") is not None:
             writer.add_key_length(self.head_width)
             writer.add_value_length(self.head_width)
@@ -118,7 +150,11 @@ class Architecture(ABC):
             writer.add_rope_scaling_factor(float(factor))
             writer.add_rope_scaling_orig_ctx_len(int(self._read_rope_number("original_max_position_embeddings")))
             self._add_yarn_options(writer)
-        writer.add_rope_freq_base(float(self.rope.get("rope_theta", _DEFAULT_THETA)))
+        if sections := self.rope.get("mrope_section"):
+            writer.add_rope_dimension_sections([*sections, 0, 0, 0, 0][:4])
+        writer.add_rope_freq_base(self.theta)
+        if (local := self.local_rope.get("rope_theta")) is not None:
+            writer.add_rope_freq_base_swa(float(local))
 
     def _add_yarn_options(self, writer: GGUFWriter) -> None:
         options = (
@@ -130,6 +166,9 @@ class Architecture(ABC):
         for key, add in options:
             if (value := self.rope.get(key)) is not None:
                 add(float(value))
+
+    def _refuse(self, what: str) -> ArchitectureUnsupportedError:
+        return ArchitectureUnsupportedError(f"{self.name} with {what} cannot be written as GGUF yet")
 
     def _read_rope_number(self, key: str) -> float:
         value = self.rope.get(key, self.config.get(key))
@@ -144,11 +183,19 @@ class Architecture(ABC):
         return value
 
 
-def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's settings; newer files keep them in one object, older ones beside each other."""
+def _read_ropes(config: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """Settings of the rotary embedding, and of that in layers with a sliding window where those have their own.
+
+    Newer files keep them in one object, older ones beside each other.
+    """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    local = rope.pop("sliding_attention", None) or {}
+    if config.get("rope_local_base_freq") is not None:
+        local = {"rope_theta": config["rope_local_base_freq"], **local}
+    rope = dict(rope.pop("full_attention", None) or rope)
     if "rope_type" not in rope and "type" in rope:
         rope["rope_type"] = rope["type"]
-    if "rope_theta" not in rope and config.get("rope_theta") is not None:
-        rope["rope_theta"] = config["rope_theta"]
-    return rope
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if key not in rope and config.get(key) is not None:
+            rope[key] = config[key]
+    return rope, local

@@ -1,4 +1,4 @@
-"""Arch ``llama``: Llama 3.x, SmolLM2, and Mistral models with a byte-level vocabulary."""
+"""Arch ``llama``: Llama 2 and 3.x, SmolLM2, Mistral."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType
 
+from bp_export.architectures.change import KEEP, Change, interleave_halves
 from bp_export.architectures.decoder import Architecture
-from bp_export.errors import ArchitectureUnsupportedError
+from bp_export.errors import ModelInvalidError
 from bp_merge import Floats
 
 _ADDS_NO_BOS = 49152
@@ -29,13 +30,16 @@ class LlamaArchitecture(Architecture):
         super().__init__(config)
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
-                raise ArchitectureUnsupportedError(f"a llama with {key} cannot be written as GGUF yet")
+                raise self._refuse(key)
 
-    def read_rotated_heads(self, name: str) -> int:
-        """All heads for q, the key heads for k."""
-        if name.endswith("q_proj.weight"):
-            return self.heads
-        return self.key_heads if name.endswith("k_proj.weight") else 0
+    def plan_change(self, name: str, shape: tuple[int, ...]) -> Change:
+        """Rows of q and k change places within each head."""
+        heads = {"q_proj.weight": self.heads, "k_proj.weight": self.key_heads}.get(name.rpartition("self_attn.")[2])
+        if heads is None:
+            return KEEP
+        if shape[0] % (2 * heads):
+            raise ModelInvalidError(f"{name} has {shape[0]} rows, which {heads} heads cannot share")
+        return interleave_halves(heads, shape[0])
 
     def add_settings(self, writer: GGUFWriter, file_type: LlamaFileType) -> None:
         """The common settings, vocabulary size and rotated dimensions."""

@@ -11,8 +11,3 @@ class Qwen2Architecture(Architecture):
     """As the checkpoint has it."""
 
     gguf_arch = MODEL_ARCH.QWEN2
-
-    def read_rotated_heads(self, name: str) -> int:
-        """None: llama.cpp rotates halves here, as transformers does."""
-        del name
-        return 0

@@ -1,0 +1,28 @@
+"""Arch ``smollm3``: a llama whose every fourth layer has no rotary embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gguf import MODEL_ARCH
+
+from bp_export.architectures.llama import LlamaArchitecture
+
+_INTERVAL = 4
+
+
+class SmolLm3Architecture(LlamaArchitecture):
+    """Which layers have no rotary embedding is fixed in llama.cpp, so other choices are refused."""
+
+    gguf_arch = MODEL_ARCH.SMOLLM3
+    tells_head_width = False
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        chosen = config.get("no_rope_layers")
+        usual = [int((i + 1) % _INTERVAL != 0) for i in range(self.layers)]
+        if (chosen and list(chosen) != usual) or config.get("no_rope_layer_interval", _INTERVAL) != _INTERVAL:
+            raise self._refuse("these no_rope_layers")
+        if config.get("use_sliding_window"):
+            raise self._refuse("use_sliding_window")
