@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,17 @@ from bp_runs.events import DataReady, ModelLoaded, SampleAnswer, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail
 from bp_train_cuda.errors import (
+    BitsandbytesError,
     GpuNotAvailableError,
     GpuOutOfMemoryError,
+    ModeError,
     ModelLoadError,
     RemoteCodeError,
     TargetModulesError,
     TrainingFailedError,
 )
 from bp_train_cuda.methods import sft
+from bp_train_cuda.probe import Device, choose_mode
 
 
 def spec_for(base: Path, file: Path, run: Path, **changes) -> TrainSpec:
@@ -123,6 +127,8 @@ def test_first_loss_equals_cross_entropy_over_trained_tokens(pico_model, chat_fi
         ),
         ("lora", {"alpha": 3.0}, lambda _, config: config["lora_alpha"] == 3.0),
         ("lora", {"dropout": 0.5}, lambda _, config: config["lora_dropout"] == 0.5),
+        ("lora", {"use_rslora": True}, lambda _, config: config["use_rslora"]),
+        ("lora", {"use_dora": True}, lambda keys, config: config["use_dora"] and any("magnitude" in k for k in keys)),
         ("lora", {"r": 2}, lambda _, config: (config["r"], config["lora_alpha"]) == (2, 4.0)),
     ],
 )
@@ -245,6 +251,23 @@ def test_damaged_models(pico_model, chat_file, tmp_path, damage):
         (base / "config.json").write_text("{")
     with pytest.raises(ModelLoadError):
         train(spec_for(base, chat_file, tmp_path / "run"))
+
+
+def test_4_bit_training_is_refused_on_a_cpu(pico_model, chat_file, tmp_path):
+    with pytest.raises(ModeError):
+        train(spec_for(pico_model, chat_file, tmp_path / "run", training={"mode": "qlora"}))
+
+
+def test_the_mode_follows_the_free_memory():
+    gpu = Device("cuda", "a card", 16 * 2**30)
+    assert choose_mode("auto", 7_600_000_000, Device("cpu", "none", 1)).name == "lora"
+    assert choose_mode("auto", 1_500_000_000, gpu).name == "lora"
+    if find_spec("bitsandbytes") is None:
+        with pytest.raises(BitsandbytesError):
+            choose_mode("auto", 7_600_000_000, gpu)
+    else:
+        assert choose_mode("auto", 7_600_000_000, gpu).name == "qlora"
+    assert choose_mode("lora", 7_600_000_000, gpu).why == "as asked"
 
 
 def test_unknown_target_modules_name_the_known_ones(pico_model, chat_file, tmp_path):

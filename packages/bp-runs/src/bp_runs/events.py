@@ -30,6 +30,8 @@ class ModelLoaded(Event):
     parameters: int
     trainable: int
     """Parameters that the adapter trains."""
+    mode: str
+    """What was trained: ``lora`` or ``qlora``, with the reason where it was chosen for the user."""
     dtype: str
     device: str
     """With the reason, as in ``cpu (no CUDA device)``."""

@@ -50,6 +50,8 @@ class LoraSpec:
     r: int = setting(16, "Rank of the adapter.")
     alpha: float | None = setting(None, "Scale: the update counts alpha / r times. Default: twice the rank.")
     dropout: float = setting(0.0, "Dropout on the adapter's input, 0 to 1.")
+    use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).")
+    use_dora: bool = setting(False, "Learn each weight's magnitude apart from its direction (DoRA, arXiv:2402.09353).")
     target_modules: str = setting("all-linear", "Adapted layers: all-linear, or names joined by commas: q_proj,v_proj.")
 
     @property
@@ -63,6 +65,10 @@ class TrainingSpec:
     """The loop."""
 
     backend: str = setting("auto", "Rail to train on: auto, or a name that `backprop info` lists.")
+    mode: Literal["auto", "lora", "qlora"] = setting(
+        "auto",
+        "lora: 16- or 32-bit base; qlora: 4-bit base (nf4, arXiv:2305.14314), GPU only; auto: what fits the memory.",
+    )
     steps: int = setting(100, "Optimizer steps.")
     learning_rate: float = setting(2e-4, "Peak learning rate.")
     batch_size: int = setting(2, "Rows in a micro-batch.")

@@ -117,6 +117,7 @@ def _model_loaded(spec: TrainSpec) -> ModelLoaded:
         config_sha256=digest,
         parameters=1,
         trainable=1,
+        mode="lora",
         dtype="float32",
         device="none",
     )

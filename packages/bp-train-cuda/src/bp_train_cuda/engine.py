@@ -44,18 +44,17 @@ def train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> TrainO
 
 
 def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> TrainOutcome:
-
     device = probe.choose_device()
     memory = probe.PeakMemory(device)
     trust = spec.model.trust_remote_code
     parameters = load.count_parameters(load.read_config(spec.base, trust_remote_code=trust), trust_remote_code=trust)
     load.require_capable(parameters, device)
-    base = load.load_model(spec.base, device, dtype=spec.model.dtype, trust_remote_code=trust)
+    mode = probe.choose_mode(spec.training.mode, parameters, device)
+    base = load.load_model(spec.base, device, mode, dtype=spec.model.dtype, trust_remote_code=trust)
     set_seed(spec.training.seed)
     model = lora.add_lora(base, spec.lora)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    require_free_space(spec.folders.run, 4 * trainable + _SAVE_MARGIN, "the adapter")
-    emit(_model_loaded(spec, parameters, trainable, base.dtype, device))
+    require_free_space(spec.folders.run, 4 * _count_trainable(model) + _SAVE_MARGIN, "the adapter")
+    emit(_model_loaded(spec, model, parameters, mode, device))
     if device.kind == "cpu":
         emit(Notice(message=f"training on the CPU ({device.why}): fine for small models, slow for others"))
     _emit_answers(spec, prepared, model, emit, step=0)
@@ -67,6 +66,7 @@ def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> Train
         spec.training,
         spec.folders.run,
         on_gpu=device.kind == "cuda",
+        in_4bit=mode.name == "qlora",
         bf16=device.kind == "cuda" and base.dtype == torch.bfloat16,
         callback=reporter,
     )
@@ -118,17 +118,21 @@ def _trl_tokenizer(spec: TrainSpec, prepared: Prepared) -> Any:
     return load.build_tokenizer(spec.base, pad=texts(pad), eos=texts(end))
 
 
-def _model_loaded(spec: TrainSpec, parameters: int, trainable: int, dtype: Any, device: probe.Device) -> ModelLoaded:
-
+def _model_loaded(spec: TrainSpec, model: Any, parameters: int, mode: probe.Mode, device: probe.Device) -> ModelLoaded:
     return ModelLoaded(
         name=spec.model.name,
         revision=spec.base_commit,
         config_sha256=load.config_digest(spec.base),
         parameters=parameters,
-        trainable=trainable,
-        dtype=str(dtype).removeprefix("torch."),
+        trainable=_count_trainable(model),
+        mode=mode.label,
+        dtype=str(model.dtype).removeprefix("torch."),
         device=device.label,
     )
+
+
+def _count_trainable(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,25 @@ class GpuNotAvailableError(DependencyError):
     default_way_out = "Use a machine with an NVIDIA card and its driver, or a model under 1 billion parameters."
 
 
+class BitsandbytesError(DependencyError):
+    """bitsandbytes, which 4-bit bases need, cannot be used."""
+
+    code = "DEP_BITSANDBYTES_MISSING"
+    when = "A 4-bit base was asked for, or is needed to fit the memory, and bitsandbytes cannot be imported."
+    default_way_out = "Install it: pip install bitsandbytes; or train on a 16-bit base: --mode lora"
+
+
+class ModeError(UserError):
+    """The mode cannot be trained on this device."""
+
+    code = "CONFIG_MODE_UNSUPPORTED"
+    when = (
+        "4-bit training was asked for on a CPU. There bitsandbytes may repack the weights after a forward pass without "
+        "gradients and then silently gives wrong ones, so it is refused."
+    )
+    default_way_out = "Train on the whole weights: --mode lora"
+
+
 class ModelLoadError(DependencyError):
     """The base model cannot be loaded."""
 

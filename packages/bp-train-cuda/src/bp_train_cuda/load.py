@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from bp_train_cuda.errors import GpuNotAvailableError, ModelLoadError, RemoteCodeError
-from bp_train_cuda.probe import CPU_PARAMETER_LIMIT, Device, choose_dtype
+from bp_train_cuda.probe import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError, SafetensorError)
 
@@ -66,17 +66,30 @@ def require_capable(parameters: int, device: Device) -> None:
 
 
 def load_model(
-    base: Path, device: Device, *, dtype: Literal["auto", "float32", "bfloat16"], trust_remote_code: bool
+    base: Path,
+    device: Device,
+    mode: Mode,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16"],
+    trust_remote_code: bool,
 ) -> Any:
-    """The base model's weights on ``device``.
+    """The base model's weights on ``device``; in mode qlora its linear layers as nf4 with double quantization.
 
     Raises:
         ModelLoadError: Files are missing, damaged or do not fit the config.
     """
+    compute = choose_dtype(dtype, device)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
     try:
         return AutoModelForCausalLM.from_pretrained(
             base,
-            dtype=choose_dtype(dtype, device),
+            dtype=compute,
+            quantization_config=quantization if mode.name == "qlora" else None,
             device_map={"": device.kind},
             trust_remote_code=trust_remote_code,
             local_files_only=True,

@@ -42,6 +42,8 @@ def add_lora(model: Any, spec: LoraSpec) -> Any:
         r=spec.r,
         lora_alpha=spec.resolved_alpha,
         lora_dropout=spec.dropout,
+        use_rslora=spec.use_rslora,
+        use_dora=spec.use_dora,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         task_type="CAUSAL_LM",
     )

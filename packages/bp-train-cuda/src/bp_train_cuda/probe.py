@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import psutil
 import torch
 
+from bp_train_cuda.errors import BitsandbytesError, ModeError
+
 CPU_PARAMETER_LIMIT = 1_000_000_000
+_WEIGHTS_SHARE = 0.6  # the rest is for activations, adapter, gradients and optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,39 @@ def choose_dtype(wanted: Literal["auto", "float32", "bfloat16"], device: Device)
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
     return torch.bfloat16 if device.kind == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How the base is held while its adapter is trained."""
+
+    name: Literal["lora", "qlora"]
+    why: str
+
+    @property
+    def label(self) -> str:
+        """For people: ``qlora (14.2 GiB of 16-bit weights, 15.1 GiB free)``."""
+        return f"{self.name} ({self.why})"
+
+
+def choose_mode(wanted: Literal["auto", "lora", "qlora"], parameters: int, device: Device) -> Mode:
+    """The mode as asked, else qlora where 16-bit weights would take over `_WEIGHTS_SHARE` of the free GPU memory.
+
+    Raises:
+        ModeError: 4-bit weights on a CPU.
+        BitsandbytesError: 4-bit weights without bitsandbytes.
+    """
+    need, free = 2 * parameters / 2**30, device.memory / 2**30
+    too_large = device.kind == "cuda" and need > _WEIGHTS_SHARE * free
+    mode = Mode(
+        ("qlora" if too_large else "lora") if wanted == "auto" else wanted,
+        f"{need:.1f} GiB of 16-bit weights, {free:.1f} GiB free" if wanted == "auto" else "as asked",
+    )
+    if mode.name == "qlora" and device.kind == "cpu":
+        raise ModeError("4-bit weights cannot be trained on a CPU")
+    if mode.name == "qlora" and find_spec("bitsandbytes") is None:
+        raise BitsandbytesError("bitsandbytes is not installed", cause=mode.label)
+    return mode
 
 
 class PeakMemory:

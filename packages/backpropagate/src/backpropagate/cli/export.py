@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from cyclopts import Parameter
 

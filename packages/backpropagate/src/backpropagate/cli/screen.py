@@ -148,7 +148,7 @@ def describe(event: Event, *, since: float) -> str:
         case ModelLoaded():
             return (
                 f"  model     {event.name}: {event.parameters / 1e6:,.0f} M parameters, "
-                f"{event.trainable / 1e6:,.2f} M trained, {event.dtype} on {event.device}"
+                f"{event.trainable / 1e6:,.2f} M trained; {event.mode}, {event.dtype} on {event.device}"
             )
         case StepDone():
             return f"  step      {event.step}/{event.steps}  {_facts(event)}  {time.monotonic() - since:,.0f} s"

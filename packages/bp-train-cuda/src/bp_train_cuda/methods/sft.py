@@ -34,6 +34,7 @@ def build_trainer(
     folder: Path,
     *,
     on_gpu: bool,
+    in_4bit: bool,
     bf16: bool,
     callback: TrainerCallback,
 ) -> Any:
@@ -46,6 +47,7 @@ def build_trainer(
         learning_rate=spec.learning_rate,
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
+        optim="adamw_8bit" if in_4bit else "adamw_torch_fused",
         seed=spec.seed,
         data_seed=spec.seed,
         use_cpu=not on_gpu,
@@ -69,6 +71,9 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[callback],
     )
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # TRL makes adapters on 4-bit bases bfloat16: small steps would be lost
     trainer.rate = lambda step: rate_factor(step, spec)
     _drop_printers(trainer)
     return trainer
