@@ -1,11 +1,12 @@
 """Tokens and masks of many rows at a time, the same as `bp_data.mask` gives for each alone.
 
-While one batch is encoded by the tokenizer's own threads, the next is read and rendered.
+While one batch is encoded by the tokenizer's own threads, another is checked and the next is read and rendered.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer
 
 _ROWS: Final = 256  # rows in a batch
+_AHEAD: Final = 3  # batches on their way: one is encoded while others are masked and checked
 _CHARACTERS: Final = 1 << 19  # characters after which a batch is full
 
 
@@ -69,15 +71,14 @@ class Encoder:
 
     def encode_rows(self, rows: Iterable[Row | Rejected]) -> Iterator[TokenRow | Rejected]:
         """Each row's tokens and verified mask, uncut, or why it has none; in the rows' order."""
-        with ThreadPoolExecutor(1, "bp-data-encode") as pool:
-            waiting: Future[list[TokenRow | Rejected]] | None = None
+        waiting: deque[Future[list[TokenRow | Rejected]]] = deque()
+        with ThreadPoolExecutor(_AHEAD, "bp-data-encode") as pool:
             for batch in self._batches(rows):
-                ahead = pool.submit(self._encode, batch)
-                if waiting is not None:
-                    yield from waiting.result()
-                waiting = ahead
-            if waiting is not None:
-                yield from waiting.result()
+                waiting.append(pool.submit(self._encode, batch))
+                if len(waiting) > _AHEAD:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
 
     def _batches(self, rows: Iterable[Row | Rejected]) -> Iterator[list[_Planned]]:
         batch: list[_Planned] = []
