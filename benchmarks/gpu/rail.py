@@ -56,14 +56,18 @@ def write_model(folder: Path, shape: str) -> None:
     model.save_pretrained(folder)
 
 
-def write_rows(file: Path, rows: int, tokens: int) -> None:
-    """Chats that fill about ``tokens`` tokens each; most of them are the assistant's."""
+def write_rows(file: Path, base: Path, rows: int, tokens: int) -> None:
+    """Chats of just under ``tokens`` tokens each; nearly all of them are the assistant's."""
     chance = random.Random(0)
-    words = WORDS.split()
+    core = Tokenizer.from_file(str(base / "tokenizer.json"))
+    cost = {word: len(core.encode(" " + word).ids) for word in WORDS.split()}
     with file.open("w") as out:
         for _ in range(rows):
-            answer = " ".join(chance.choice(words) for _ in range(tokens))
-            turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": answer}]
+            answer, left = [], tokens - 64
+            while left > max(cost.values()):
+                answer.append(chance.choice(list(cost)))
+                left -= cost[answer[-1]]
+            turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": " ".join(answer)}]
             out.write(json.dumps({"messages": turns}) + "\n")
 
 
@@ -94,7 +98,7 @@ def main() -> None:
 
 def measure(scratch: Path, base: Path, options: argparse.Namespace) -> dict[str, object]:
     """Train and tell."""
-    write_rows(scratch / "rows.jsonl", 4 * options.batch * options.accumulation, options.seq)
+    write_rows(scratch / "rows.jsonl", base, 4 * options.batch * options.accumulation, options.seq)
     training = TrainingSpec(
         mode=options.mode,
         steps=options.steps,
