@@ -26,6 +26,10 @@ TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+TURN_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<end_of_turn>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 LLAMA_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN_SPLIT = LLAMA_SPLIT.replace("{1,3}", "")
 TEXT = [
@@ -37,6 +41,8 @@ TEXT = [
 
 def write_tokenizer(folder: Path, *, family: str = "smollm", size: int = 300) -> int:
     """A trained tiny BPE with ChatML specials; returns its number of tokens."""
+    if family in ("spm", "spm-no-space"):
+        return write_sentencepiece(folder, has_space=family == "spm")
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(ignore_merges=family == "llama-bpe"))
@@ -63,6 +69,30 @@ def write_tokenizer(folder: Path, *, family: str = "smollm", size: int = 300) ->
     config = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
     write_json(folder / "tokenizer_config.json", {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
     (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return tokenizer.get_vocab_size()
+
+
+def write_sentencepiece(folder: Path, *, has_space: bool, size: int = 330) -> int:
+    """A BPE with bytes for unknown characters, as Mistral (with a space before the text) or Gemma have it."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *model["vocab"]]
+    merges = [tuple(merge) for merge in model["merges"]]
+    vocab = {word: i for i, word in enumerate(words)}
+    core = models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(core)
+    spaces = normalizers.Replace(" ", "\u2581")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if has_space else spaces
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", "<end_of_turn>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    (folder / "chat_template.jinja").write_text(TURN_TEMPLATE)
     return tokenizer.get_vocab_size()
 
 

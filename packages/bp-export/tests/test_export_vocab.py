@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import struct
 import urllib.request
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from export_pico import TEMPLATE, export_adapter, skip_without_llama_cpp, write_
 
 from bp_export import read_settings
 from bp_export.errors import PreTokenizerUnknownError, TokenizerUnsupportedError
+from bp_export.pieces import read_pieces
 from bp_export.pretokenizers import recognise_pre
 from bp_export.template import find_turn_end
 from bp_export.vocab import read_vocabulary
@@ -129,7 +131,8 @@ def test_a_trainers_marks_do_not_reach_the_file(tmp_path):
         ("missing", TokenizerUnsupportedError, "cannot be read"),
         ("not json", TokenizerUnsupportedError, "not JSON"),
         ("unigram", TokenizerUnsupportedError, "BPE kind"),
-        ("byte fallback", TokenizerUnsupportedError, "byte-level"),
+        ("byte fallback", PreTokenizerUnknownError, "a step"),
+        ("no bytes", TokenizerUnsupportedError, "byte-level"),
         ("too many", TokenizerUnsupportedError, "only 100 tokens"),
         ("splits", PreTokenizerUnknownError, "pre-tokenizer"),
         ("normalizer", PreTokenizerUnknownError, "normalizer"),
@@ -144,6 +147,8 @@ def test_what_cannot_be_written_is_refused(tmp_path, damage, error, word):
         data["model"] = {"type": "Unigram", "vocab": [["a", 0.0]]}
     elif damage == "byte fallback":
         data["model"]["byte_fallback"] = True
+    elif damage == "no bytes":
+        data["pre_tokenizer"] = None
     elif damage == "splits":
         data["pre_tokenizer"]["pretokenizers"][0]["individual_digits"] = False
     elif damage == "normalizer":
@@ -167,3 +172,80 @@ def test_pre_can_be_given(tmp_path):
     with pytest.raises(PreTokenizerUnknownError):
         recognise_pre(data)
     assert read_vocabulary(tmp_path, vocab_size=None, model_config={}, pre="gpt-2").pre == "gpt-2"
+
+
+@pytest.mark.parametrize("family", ["spm", "spm-no-space"])
+def test_sentencepiece_vocabularies_give_the_same_ids(tmp_path, family):
+    skip_without_llama_cpp()
+    base = write_base(tmp_path / "base", kind="mistral", family=family, tied=False)
+    outcome = export_adapter(base, quantization="q8_0", verify=True)
+    assert {check.name: check.result for check in outcome.parity.checks}["template"] == "passed"
+    settings = read_settings(outcome.path)
+    assert settings["tokenizer.ggml.model"] == "llama"
+    assert settings["tokenizer.ggml.pre"] == "default"
+    assert settings.get("tokenizer.ggml.add_space_prefix", True) is (family == "spm")
+    assert settings["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]
+    assert settings["tokenizer.ggml.tokens"][settings["tokenizer.ggml.eos_token_id"]] == "<end_of_turn>"
+    assert "tokenizer.ggml.merges" not in settings
+
+
+def encode_field(number, kind, payload):
+    head = bytes([number << 3 | kind])
+    if kind != 2:
+        return head + payload
+    size = len(payload)
+    return head + (bytes([size]) if size < 128 else bytes([size & 127 | 128, size >> 7])) + payload
+
+
+def encode_piece(text, score, kind):
+    return encode_field(1, 2, text.encode()) + encode_field(2, 5, struct.pack("<f", score)) + bytes([3 << 3, kind])
+
+
+def test_a_sentencepiece_model_beside_it_gives_the_scores(tmp_path):
+    write_tokenizer(tmp_path, family="spm")
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    derived = read_pieces(tmp_path, tokenizer)
+    ordered = [derived[i] for i in range(len(tokenizer["model"]["vocab"]))]
+    kinds = {1: 3, 2: 3}
+    pieces = [encode_piece(p.text, p.score / 2, kinds.get(i, p.kind)) for i, p in enumerate(ordered)]
+    trainer = encode_field(2, 2, b"\x18\x01" * 100)
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(encode_field(1, 2, piece) for piece in pieces) + trainer)
+    found = read_pieces(tmp_path, tokenizer)
+    assert [found[i].text for i in range(len(found))] == [piece.text for piece in ordered]
+    assert all(found[i].score == piece.score / 2 for i, piece in enumerate(ordered))
+    vocabulary = read_vocabulary(tmp_path, vocab_size=len(found) + 3, model_config={})
+    assert vocabulary.tokens[-1].startswith("[PAD")
+    assert vocabulary.tokens[len(found)] == "<end_of_turn>"
+    assert vocabulary.types[len(found)] == 3
+
+
+@pytest.mark.parametrize("raw", [b"\x0a\xff", b"\x0a\x05ab", b"\x0f", b"\x0a\x04\x15\x00\x00\x00"])
+def test_a_damaged_sentencepiece_model_is_refused(tmp_path, raw):
+    write_tokenizer(tmp_path, family="spm")
+    (tmp_path / "tokenizer.model").write_bytes(raw)
+    with pytest.raises(TokenizerUnsupportedError, match="SentencePiece model"):
+        read_vocabulary(tmp_path, vocab_size=None, model_config={})
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_the_sentencepiece_package_reads_the_same_pieces(tmp_path, size):
+    package = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text"
+    text.write_text("\n".join(["the cat sat on the mat and the dog ran"] * 30))
+    package.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=270 + size,
+        model_type="bpe",
+        byte_fallback=True,
+    )
+    reference = package.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    found = read_pieces(tmp_path, {"model": {}})
+    assert len(found) == reference.vocab_size()
+    for i, piece in found.items():
+        assert (piece.text, piece.score) == (reference.id_to_piece(i), reference.get_score(i))
+        assert (piece.kind == 6, piece.kind == 3, piece.kind == 2) == (
+            reference.is_byte(i),
+            reference.is_control(i),
+            reference.is_unknown(i),
+        )

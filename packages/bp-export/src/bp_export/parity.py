@@ -174,9 +174,9 @@ def _read_words(plan: GgufPlan) -> dict[str, str]:
     return {f"{kind}_token": str(plan.vocabulary.tokens[i]) for kind, i in ids.items()}
 
 
-def _tokenize(server: LlamaServer, text: str) -> list[int]:
-    """Ids as llama.cpp's chat makes them of a rendered prompt: the BOS that a template writes is not doubled."""
-    reply = server.post("/tokenize", {"content": text, "add_special": False, "parse_special": True})
+def _tokenize(server: LlamaServer, text: str, *, add_special: bool = False) -> list[int]:
+    """llama.cpp's ids of a text in which control tokens are told by name."""
+    reply = server.post("/tokenize", {"content": text, "add_special": add_special, "parse_special": True})
     return [int(token) for token in reply["tokens"]]
 
 
@@ -218,12 +218,14 @@ def _read_prompt_pairs(
 
 
 def _apply_template(server: LlamaServer, messages: Messages, tools: Sequence[Mapping[str, Any]] | None) -> list[int]:
-    """The prompt's ids in llama.cpp; none where its template engine refuses."""
+    """The prompt's ids as llama.cpp's chat makes them; none where its template engine refuses.
+
+    The chat takes the BOS that a template writes away, and adds the vocabulary's own.
+    """
     body: dict[str, Any] = {"messages": [_to_openai(message) for message in messages]}
     try:
-        return _tokenize(
-            server, server.post("/apply-template", {**body, **({"tools": tools} if tools else {})})["prompt"]
-        )
+        reply = server.post("/apply-template", {**body, **({"tools": tools} if tools else {})})
+        return _tokenize(server, reply["prompt"], add_special=True)
     except ChatFailedError:
         return []
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Metadata, size_label
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, Metadata, size_label
 
 from bp_export.architectures import Architecture, find_architecture
 from bp_export.architectures.change import KEEP, Change
@@ -205,6 +205,8 @@ def _build_writer(
     if architecture.tells_space_prefix and vocabulary.space_prefix is not None:
         writer.add_add_space_prefix(vocabulary.space_prefix)
     vocabulary.add_to(writer)
+    if not vocabulary.has_space_prefix and Keys.Tokenizer.ADD_PREFIX not in writer.kv_data[0]:
+        writer.add_add_space_prefix(value=False)
     architecture.add_after_vocabulary(writer)
     if not quantization.is_float:
         order_like_quantizer(writer)

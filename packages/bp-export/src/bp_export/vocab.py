@@ -7,7 +7,8 @@ converter (``get_vocab_base``, ``_set_vocab_gpt2``); the special tokens come fro
 One thing is decided differently on purpose: the end-of-sequence token is the one that ends an assistant's turn in the
 chat template, since a GGUF whose EOS is another token never stops talking.
 
-Only byte-level BPE vocabularies (GPT-2's kind); SentencePiece ones are refused.
+Two kinds of vocabulary are written: byte-level BPE (GPT-2's), and SentencePiece's BPE with bytes for what it lacks
+(`bp_export.pieces`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
 from bp_export.errors import TokenizerUnsupportedError
+from bp_export.pieces import ADDED_SCORE, UNUSED_SCORE, Piece, read_pieces, read_space_prefix
 from bp_export.pretokenizers import recognise_pre
 from bp_export.template import find_turn_end, read_chat_template
 
@@ -49,12 +51,18 @@ class Vocabulary:
     """Id of the token that ends an assistant's turn, where the template shows it."""
     space_prefix: bool | None
     """The tokenizer's ``add_prefix_space``, where it says so."""
+    scores: Sequence[float] | None = None
+    """By id, for SentencePiece vocabularies; None for byte-level ones."""
+    has_space_prefix: bool = True
+    """Whether a SentencePiece vocabulary puts a space before a text."""
 
     def add_to(self, writer: GGUFWriter) -> None:
         """Write it as the converter does, in its order."""
-        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_model("gpt2" if self.scores is None else "llama")
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(list(self.tokens))
+        if self.scores is not None:
+            writer.add_token_scores(list(self.scores))
         writer.add_token_types(list(self.types))
         self.special.add_to_gguf(writer, quiet=True)
 
@@ -82,16 +90,14 @@ def read_vocabulary(
         PreTokenizerUnknownError: The splitting rule is not in the table and ``pre`` is None.
     """
     tokenizer = _read_tokenizer(folder)
+    if tokenizer["model"].get("byte_fallback"):
+        return _read_sentencepiece(folder, tokenizer, vocab_size, model_config, pre)
     config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     added = _read_added(config, tokenizer)
     by_id = {int(i): token for token, i in tokenizer["model"]["vocab"].items()}
     by_id.update({i: str(entry["content"]) for i, entry in added.items()})
     size = vocab_size or max(by_id) + 1
-    if max(by_id) >= size:
-        raise TokenizerUnsupportedError(
-            f"{folder} has token {max(by_id)}, and the model has only {size} tokens",
-            cause="the tokenizer was extended, or belongs to another model",
-        )
+    _require_room(folder, max(by_id), size)
     entries = [_to_entry(i, by_id.get(i), added.get(i)) for i in range(size)]
     special = _read_special(folder, model_config, size)
     turn_end = _set_turn_end(special, {token: i for i, token in by_id.items()}, added)
@@ -101,15 +107,62 @@ def read_vocabulary(
     return Vocabulary(tokens, types, pre, special, turn_end, config.get("add_prefix_space"))
 
 
+def _read_sentencepiece(
+    folder: Path,
+    tokenizer: Mapping[str, Any],
+    vocab_size: int | None,
+    model_config: Mapping[str, Any],
+    pre: str | None,
+) -> Vocabulary:
+    """As ``_create_vocab_sentencepiece`` of llama.cpp's converter; tokens that only tokenizer.json adds count too."""
+    config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    pieces = read_pieces(folder, tokenizer)
+    added = _read_added(config, tokenizer)
+    told = {int(i) for i in config.get("added_tokens_decoder") or {}}
+    for i, entry in added.items():
+        text, kind = _to_entry(i, str(entry["content"]), entry)
+        if i in told or i not in pieces or pieces[i].text != text or _has_become_control(kind, pieces[i].kind):
+            pieces[i] = Piece(text, ADDED_SCORE, kind)
+    size = vocab_size or max(pieces) + 1
+    _require_room(folder, max(added, default=0), size)
+    unused = int(TokenType.UNUSED)
+    listed = [pieces.get(i) or Piece(f"[PAD{i}]", UNUSED_SCORE, unused) for i in range(size)]
+    special = _read_special(folder, model_config, size, load_merges=False)
+    turn_end = _set_turn_end(special, {piece.text: i for i, piece in enumerate(listed)}, added)
+    return Vocabulary(
+        tokens=[piece.text for piece in listed],
+        types=[piece.kind for piece in listed],
+        pre=pre or "default",
+        special=special,
+        turn_end=turn_end,
+        space_prefix=config.get("add_prefix_space"),
+        scores=[piece.score for piece in listed],
+        has_space_prefix=True if pre else read_space_prefix(tokenizer),
+    )
+
+
+def _has_become_control(kind: int, before: int) -> bool:
+    """Whether a piece of the text is a control token now; the unknown token is one of its own kind."""
+    return kind == int(TokenType.CONTROL) and before == int(TokenType.NORMAL)
+
+
+def _require_room(folder: Path, largest: int, size: int) -> None:
+    if largest >= size:
+        raise TokenizerUnsupportedError(
+            f"{folder} has token {largest}, and the model has only {size} tokens",
+            cause="the tokenizer was extended, or belongs to another model",
+        )
+
+
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
     tokenizer = _read_json(folder / TOKENIZER_FILE)
     model = tokenizer.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or not model["vocab"]:
         raise TokenizerUnsupportedError(f"{folder / TOKENIZER_FILE} holds no vocabulary of the BPE kind")
-    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or not _is_byte_level(tokenizer):
+    if model.get("type", "BPE") != "BPE" or not (model.get("byte_fallback") or _is_byte_level(tokenizer)):
         raise TokenizerUnsupportedError(
-            f"{folder / TOKENIZER_FILE} is not a byte-level BPE",
-            cause="SentencePiece and WordPiece vocabularies are not written yet",
+            f"{folder / TOKENIZER_FILE} is no byte-level BPE, and no SentencePiece BPE with bytes",
+            cause="Unigram and WordPiece vocabularies are not written",
         )
     return tokenizer
 
@@ -154,9 +207,11 @@ def _looks_like_control(token: str) -> bool:
     return token in _CONTROL_NAMES or any(token.startswith(a) and token.endswith(b) for a, b in _CONTROL_LOOKS)
 
 
-def _read_special(folder: Path, model_config: Mapping[str, Any], size: int) -> SpecialVocab:
+def _read_special(
+    folder: Path, model_config: Mapping[str, Any], size: int, *, load_merges: bool = True
+) -> SpecialVocab:
     """gguf-py's reading of the folder, with the model's own ids where the tokenizer names none."""
-    special = SpecialVocab(folder, load_merges=True)
+    special = SpecialVocab(folder, load_merges=load_merges)
     if template := read_chat_template(folder):
         special.chat_template = template
     for kind in _SPECIAL_KINDS:

@@ -79,5 +79,9 @@ def _change_values(rows: Floats, values: str, dtype: Dtype) -> Floats:
     """The converter computes in float32, but in float16 where the checkpoint is float16."""
     if values == "same":
         return rows
-    changed: Floats = rows + np.float32(1) if values == "plus one" else -np.exp(rows)
+    if values == "plus one":
+        changed: Floats = rows + np.float32(1)
+    else:
+        # By way of float64, which torch's float32 agrees with far more often than NumPy's float32 does.
+        changed = -np.exp(rows.astype(np.float64)).astype(np.float32)
     return round_to(changed, "F16") if dtype == "F16" else changed

@@ -39,8 +39,6 @@ class Architecture:
     """Whether transformers' own config class fills ``head_dim`` in, so that the converter always sees it."""
     tells_space_prefix: ClassVar[bool] = False
     """Whether the converter repeats the tokenizer's ``add_prefix_space``."""
-    adds_no_space: ClassVar[bool] = False
-    """Whether its SentencePiece vocabulary puts no space before a text."""
     activation: ClassVar[str] = "silu"
     default_head_width: ClassVar[int | None] = None
     """What transformers assumes where config.json names no ``head_dim``; None for a share of the width."""

@@ -23,7 +23,6 @@ class Gemma2Architecture(Architecture):
     activation = "gelu_pytorch_tanh"
     default_head_width = 256
     tells_head_width = True
-    adds_no_space = True
     window_every: ClassVar[int] = 2
     """One layer in so many sees the whole text."""
     scaled_by_width: ClassVar[int] = 46
