@@ -62,6 +62,11 @@ def test_unknown_architecture(base, lora):
     [
         ({"num_hidden_layers": None}, ModelInvalidError, "num_hidden_layers"),
         ({"num_hidden_layers": 3}, ModelInvalidError, "layer 2"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            ModelInvalidError,
+            "bitsandby",
+        ),
         ({"vocab_size": 400}, ModelInvalidError, "embedding"),
         ({"num_attention_heads": 7}, ModelInvalidError, "heads"),
         ({"rope_parameters": {"rope_type": "longrope"}}, ArchitectureUnsupportedError, "longrope"),

@@ -115,17 +115,12 @@ def test_the_small_case_folds(tmp_path):
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "bias on lora_B"),
-        ({"bias": "lora_only"}, "lora_only"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"trainable_token_indices": [1, 2]}, "trainable tokens"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"layer_replication": [[0, 2]]}, "replicated"),
-        ({"key": "base_model.model.embed.lora_embedding_A"}, "lora_embedding_A"),
-        ({"key": "base_model.model.layers.0.q_proj.lora_magnitude_vector.weight"}, "lora_magnitude_vector"),
+        ({"use_dora": True, "fan_in_fan_out": True}, "DoRA on transposed"),
+        ({"key": "base_model.model.layers.0.q_proj.lora_other.weight"}, "lora_other"),
+        ({"key": "something.weight"}, "something"),
     ],
 )
 def test_what_a_fold_would_lose_is_refused(tmp_path, config, word):
@@ -143,6 +138,11 @@ def test_what_a_fold_would_lose_is_refused(tmp_path, config, word):
         ({"b": (4, 3)}, AdapterInvalidError, "rank 2"),
         ({"fill": float("nan")}, AdapterInvalidError, "diverged"),
         ({"key": "base_model.model.other.lora_A.weight"}, AdapterInvalidError, "only one"),
+        ({"key": "base_model.model.embed.lora_embedding_A"}, AdapterInvalidError, "only one"),
+        ({"key": "base_model.model.layers.0.q_proj.lora_magnitude_vector"}, AdapterInvalidError, "DoRA"),
+        ({"use_dora": True}, AdapterInvalidError, "DoRA"),
+        ({"key": "base_model.model.lm_head.weight"}, AdapterMismatchError, "no such module"),
+        ({"key": "base_model.model.embed.token_adapter.trainable_tokens_delta"}, AdapterInvalidError, "rows"),
         ({"rank_pattern": {"(": 1}}, AdapterInvalidError, "no pattern"),
     ],
 )
@@ -158,3 +158,98 @@ def test_scales_follow_peft():
     assert compute_scale(config, "model.layers.0.q_proj") == (4, 8.0)
     assert compute_scale(config, "model.layers.1.k_proj") == (16, 0.5)
     assert compute_scale({"r": 16, "lora_alpha": 32, "use_rslora": True}, "x") == (16, 8.0)
+
+
+def build_rich_case(folder, *, dtype="bfloat16", tied=False, **settings):
+    """A model with an embedding, biases and a head, any PEFT adapter on it, and PEFT's merge of the two."""
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    conv = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    torch.manual_seed(0)
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens = torch.nn.Embedding(300, 96)
+            self.q_proj = torch.nn.Linear(96, 192)
+            self.c_attn = conv(288, 96)
+            self.lm_head = torch.nn.Linear(96, 300, bias=False)
+            if tied:
+                self.lm_head.weight = self.embed_tokens.weight
+
+        def get_input_embeddings(self):
+            return self.embed_tokens
+
+        def get_output_embeddings(self):
+            return self.lm_head
+
+    base = Model().to(getattr(torch, dtype))
+    (folder / "base").mkdir()
+    names = [name for name in base.state_dict() if not (tied and name == "lm_head.weight")]
+    save_file({n: base.state_dict()[n].clone() for n in names}, folder / "base" / "model.safetensors")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=8, lora_alpha=20, **settings))
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.05)
+    model.save_pretrained(folder / "lora", save_embedding_layers=settings.get("save_embeddings", "auto"))
+    config = json.loads((folder / "lora" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folder / "base")
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    merged = model.merge_and_unload().state_dict()
+    return {name: merged[name].to(getattr(torch, dtype)).float().numpy() for name in names}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj"], "bias": "lora_only"},
+        {"target_modules": ["q_proj"], "bias": "all"},
+        {"target_modules": ["q_proj"], "lora_bias": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["c_attn"], "fan_in_fan_out": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 250, 7]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [0, 299]}},
+    ],
+    ids=["bias-lora", "bias-all", "lora-bias", "to-save", "embeddings", "fan-in", "tokens", "tokens-by-name"],
+)
+def test_what_else_an_adapter_holds_folds_as_peft_merges_it(tmp_path, dtype, settings):
+    merged = build_rich_case(tmp_path, dtype=dtype, **settings)
+    with fold(tmp_path) as model:
+        assert model.changed
+        assert not model.is_unchanged
+        for name, expected in merged.items():
+            info = model.tensors[name]
+            step = max(1, info.rows // 3)
+            pieces = [model.read_rows(name, i, min(i + step, info.rows)) for i in range(0, info.rows, step)]
+            found = np.concatenate(pieces).reshape(info.shape)
+            assert np.array_equal(found.view(np.uint32), expected.view(np.uint32)), name
+    plain = set(settings) == {"target_modules"} and "q_proj" in settings["target_modules"]
+    assert load_adapter(tmp_path / "lora").is_plain is plain
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dora_is_pefts_but_for_a_last_bit(tmp_path, dtype):
+    merged = build_rich_case(tmp_path, dtype=dtype, target_modules=["q_proj", "lm_head"], use_dora=True)
+    with fold(tmp_path) as model:
+        assert not load_adapter(tmp_path / "lora").is_plain
+        for name, expected in merged.items():
+            info = model.tensors[name]
+            found = model.read_rows(name, 0, info.rows).reshape(info.shape)
+            relative = {"bfloat16": 2**-7, "float16": 2**-10, "float32": 2**-21}[dtype]
+            assert np.allclose(found, expected, rtol=relative, atol=0), name
+            if dtype != "float32":
+                assert (found != expected).mean() < 2e-3, name
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_head_saved_with_the_embedding_it_shares_is_no_change_of_its_own(tmp_path):
+    merged = build_rich_case(tmp_path, tied=True, target_modules=["embed_tokens"])
+    with fold(tmp_path) as model:
+        assert model.changed == {"embed_tokens.weight"}
+        assert np.array_equal(model.read_rows("embed_tokens.weight", 0, 300), merged["embed_tokens.weight"])

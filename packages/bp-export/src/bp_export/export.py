@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from bp_export.conversations import Messages
-from bp_export.errors import BaseModelNotFoundError, LlamaCppMissingError, OutputTakenError, QuantizationUnknownError
+from bp_export.errors import (
+    BaseModelNotFoundError,
+    LlamaCppMissingError,
+    ModelInvalidError,
+    OutputTakenError,
+    QuantizationUnknownError,
+)
 from bp_export.gguf import MAGIC
 from bp_export.importance import read_importance
 from bp_export.merged import copy_adapter, write_merged
@@ -156,7 +163,7 @@ def _export_lora(adapter: Path, output: Path | None, name: str | None, begun: fl
 def _read_source(folder: Path, base: Path | None, name: str | None) -> _Source:
     """Find the base of an adapter folder; a folder without an adapter is its own base."""
     if not (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
-        read_config(folder)
+        _require_unpacked(read_config(folder), folder)
         return _Source(folder, None, folder, name or folder.resolve().name)
     adapter = load_adapter(folder)
     named = Path(adapter.folder.base)
@@ -165,9 +172,21 @@ def _read_source(folder: Path, base: Path | None, name: str | None) -> _Source:
         raise BaseModelNotFoundError(
             f"the base model {where} is not a folder on this machine", details={"base": adapter.folder.base}
         )
-    read_config(where)
+    _require_unpacked(read_config(where), where)
     tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else where
     return _Source(where, adapter, tokenizer, name or _name_after(adapter.folder.base))
+
+
+def _require_unpacked(config: Mapping[str, Any], folder: Path) -> None:
+    """A base in 4 bits was made from one in 16, and the adapter's changes belong on that."""
+    packed = config.get("quantization_config")
+    if packed:
+        kind = packed.get("quant_method", "some") if isinstance(packed, dict) else "some"
+        original = re.sub(r"(-unsloth)?-bnb-4bit$", "", str(config.get("_name_or_path") or folder.name))
+        raise ModelInvalidError(
+            f"{folder} holds weights packed by {kind} quantization; the export needs them in 16 or 32 bits",
+            way_out=f"Name the model that it was made from: --base {original}",
+        )
 
 
 def _name_after(base: str) -> str:

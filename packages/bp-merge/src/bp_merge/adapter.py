@@ -3,15 +3,17 @@
 The factor follows PEFT: alpha / r (LoRA, arXiv:2106.09685), or alpha / sqrt(r) with ``use_rslora``
 (rsLoRA, arXiv:2312.03732), where ``rank_pattern`` and ``alpha_pattern`` may give a module its own r and alpha.
 
-What adds more than ``scale * B @ A`` to linear weights is refused, never ignored; `read_refusals` lists it.
+Beside the pairs an adapter may hold DoRA's magnitudes (arXiv:2402.09353), whole tensors that take the base's place
+(``modules_to_save``, trained biases), rows of them (trainable tokens), and biases that are added to the base's. What
+else there is gets refused, never ignored; `read_refusals` lists it.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,16 +27,16 @@ from bp_runs.adapter import AdapterFolder, read_adapter_folder
 from bp_runs.errors import AdapterInvalidError
 
 _PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B, _B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+_MAGNITUDE = ".lora_magnitude_vector"
+_TOKENS = ".token_adapter.trainable_tokens_delta"
+# What PEFT's wrappers leave in the names of tensors that they save whole.
+_WRAPPERS = (".base_layer.", ".modules_to_save.", ".original_module.")
 
 # Settings that change the merged weights in ways that B @ A does not carry.
 _UNFOLDABLE_SETTINGS: Mapping[str, str] = MappingProxyType(
     {
-        "use_dora": "DoRA",
-        "lora_bias": "a bias on lora_B",
-        "modules_to_save": "whole modules trained beside LoRA (modules_to_save)",
-        "trainable_token_indices": "trainable tokens",
-        "fan_in_fan_out": "transposed base weights (fan_in_fan_out)",
         "target_parameters": "LoRA on bare parameters (target_parameters)",
         "layer_replication": "replicated layers",
         "use_qalora": "QA-LoRA",
@@ -60,15 +62,25 @@ class LoraPair:
     """(d_out, r)"""
     scale: float
     """Factor on ``b @ a``."""
+    magnitude: Floats | None = None
+    """DoRA's length of each row of the weight, (d_out,); None without DoRA."""
+    is_transposed: bool = False
+    """Whether the weight is stored as (d_in, d_out): embeddings, and linear layers with ``fan_in_fan_out``."""
+    is_embedding: bool = False
+    """Whether PEFT rounds the change before it adds it, as it does for embeddings."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(d_out, d_in): the shape of the weight that it changes."""
-        return int(self.b.shape[0]), int(self.a.shape[1])
+        """The shape of the weight that it changes."""
+        shape = int(self.b.shape[0]), int(self.a.shape[1])
+        return shape[::-1] if self.is_transposed else shape
 
     def delta(self, start: int = 0, stop: int | None = None) -> Floats:
-        """Rows ``start`` to ``stop`` of ``(b @ a) * scale``, all in float32: (stop - start, d_in)."""
-        product = multiply_in_order(self.b[start:stop], self.a)
+        """Rows ``start`` to ``stop`` of ``(b @ a) * scale``, all in float32: (stop - start, columns)."""
+        if self.is_transposed:
+            product = np.ascontiguousarray(multiply_in_order(self.b, self.a[:, start:stop]).T)
+        else:
+            product = multiply_in_order(self.b[start:stop], self.a)
         product *= np.float32(self.scale)
         return product
 
@@ -80,6 +92,18 @@ class LoraAdapter:
     folder: AdapterFolder
     modules: Mapping[str, LoraPair]
     """By the module's name in the base, for example ``model.layers.0.self_attn.q_proj``."""
+    replaced: Mapping[str, Floats] = field(default_factory=dict)
+    """Tensors that take the place of the base's, by tensor name."""
+    rows: Mapping[str, tuple[tuple[int, ...], Floats]] = field(default_factory=dict)
+    """Rows that take the place of the base's: their numbers and values, by tensor name."""
+    added: Mapping[str, Floats] = field(default_factory=dict)
+    """What is added to the base's tensors, by tensor name: biases of lora_B with their factor."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but ``scale * B @ A`` on linear weights, which is what merge methods work on."""
+        others = self.replaced or self.rows or self.added
+        return not others and all(pair.magnitude is None and not pair.is_transposed for pair in self.modules.values())
 
 
 def load_adapter(path: Path) -> LoraAdapter:
@@ -87,7 +111,7 @@ def load_adapter(path: Path) -> LoraAdapter:
 
     Raises:
         AdapterInvalidError: Files are missing, a module lacks its A or B, ranks disagree, or a weight is not finite.
-        AdapterUnfoldableError: The adapter is more than ``scale * B @ A`` on linear weights.
+        AdapterUnfoldableError: The adapter does what a fold would lose.
         TensorsInvalidError: Its safetensors file is damaged.
     """
     folder = read_adapter_folder(path)
@@ -96,17 +120,26 @@ def load_adapter(path: Path) -> LoraAdapter:
             f"{path} uses what cannot be folded yet: {', '.join(refusals)}", details={"features": refusals}
         )
     with TensorReader(read_index(folder.weights)) as reader:
-        modules = {name: _load_pair(folder, reader, name) for name in _read_modules(path, reader)}
-    if not modules:
+        rest = dict.fromkeys(reader.tensors)
+        modules = {name: _load_pair(folder, reader, name, rest) for name in _read_modules(reader, _A, _B)}
+        modules |= {
+            name: _load_embedding(folder, reader, name, rest)
+            for name in _read_modules(reader, _EMBEDDING_A, _EMBEDDING_B)
+        }
+        added = dict(_load_added(folder, reader, rest))
+        rows = dict(_load_rows(folder, reader, rest))
+        replaced = dict(_load_replaced(path, reader, rest))
+    if not (modules or rows or replaced):
         raise AdapterInvalidError(f"{folder.weights} holds no LoRA weights")
-    return LoraAdapter(folder, MappingProxyType(modules))
+    frozen = MappingProxyType
+    return LoraAdapter(folder, frozen(modules), frozen(replaced), frozen(rows), frozen(added))
 
 
 def read_refusals(config: Mapping[str, Any]) -> list[str]:
     """The features of an ``adapter_config.json`` that a fold would lose, in words; empty when it can be folded."""
     found = [words for key, words in _UNFOLDABLE_SETTINGS.items() if config.get(key)]
-    if config.get("bias", "none") not in ("none", None):
-        found.append(f"trained biases (bias={config['bias']})")
+    if config.get("use_dora") and config.get("fan_in_fan_out"):
+        found.append("DoRA on transposed weights (fan_in_fan_out)")
     init = config.get("init_lora_weights", True)
     if (init.lower() if isinstance(init, str) else init) not in _HARMLESS_INITS:
         found.append(f"a start that changes the base (init_lora_weights={init})")
@@ -134,27 +167,91 @@ def _find_in_pattern(pattern: Mapping[str, Any] | None, module: str, default: An
     return default
 
 
-def _read_modules(path: Path, reader: TensorReader) -> list[str]:
-    """Names of the adapted modules, after a look that every tensor is an A or a B of one."""
-    names = set()
-    for tensor in reader.tensors:
-        module = tensor.removeprefix(_PREFIX).removesuffix(_A).removesuffix(_B)
-        if not tensor.startswith(_PREFIX) or not tensor.endswith((_A, _B)):
-            raise AdapterUnfoldableError(f"{path} holds {tensor}, which is no lora_A or lora_B of a linear module")
-        names.add(module)
+def _read_modules(reader: TensorReader, *ends: str) -> list[str]:
+    """Names of the modules that have an A or a B of a kind."""
+    names = {n.removeprefix(_PREFIX).removesuffix(end) for n in reader.tensors for end in ends if n.endswith(end)}
     return sorted(names)
 
 
-def _load_pair(folder: AdapterFolder, reader: TensorReader, module: str) -> LoraPair:
-    keys = (_PREFIX + module + _A, _PREFIX + module + _B)
+def _load_pair(folder: AdapterFolder, reader: TensorReader, module: str, rest: dict[str, None]) -> LoraPair:
+    a, b = _load_both(folder, reader, module, (_A, _B), rest)
+    found = [key for end in ("", ".weight") if (key := _PREFIX + module + _MAGNITUDE + end) in reader.tensors]
+    magnitude = reader.read(found[0]).reshape(-1) if found else None
+    for key in found:
+        del rest[key]
+    has_dora = bool(folder.config.get("use_dora"))
+    if (magnitude is not None) != has_dora or (magnitude is not None and magnitude.shape != b.shape[:1]):
+        raise AdapterInvalidError(f"{module} and adapter_config.json disagree about DoRA")
+    scale = _check_pair(folder, module, a, b)
+    return LoraPair(a, b, scale, magnitude, is_transposed=bool(folder.config.get("fan_in_fan_out")))
+
+
+def _load_embedding(folder: AdapterFolder, reader: TensorReader, module: str, rest: dict[str, None]) -> LoraPair:
+    a, b = _load_both(folder, reader, module, (_EMBEDDING_A, _EMBEDDING_B), rest)
+    if _PREFIX + module + _MAGNITUDE in reader.tensors or folder.config.get("use_dora"):
+        raise AdapterUnfoldableError(f"{folder.weights} has DoRA on the embedding {module}")
+    return LoraPair(a, b, _check_pair(folder, module, a, b), is_transposed=True, is_embedding=True)
+
+
+def _load_both(
+    folder: AdapterFolder, reader: TensorReader, module: str, ends: tuple[str, str], rest: dict[str, None]
+) -> tuple[Floats, Floats]:
+    keys = [_PREFIX + module + end for end in ends]
     if any(key not in reader.tensors for key in keys):
         raise AdapterInvalidError(f"{folder.weights} has only one of lora_A and lora_B of {module}")
-    a, b = (reader.read(key) for key in keys)
+    for key in keys:
+        del rest[key]
+    return reader.read(keys[0]), reader.read(keys[1])
+
+
+def _check_pair(folder: AdapterFolder, module: str, a: Floats, b: Floats) -> float:
+    """The factor, once ranks and values are as they should be."""
     r, scale = compute_scale(folder.config, module)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != r or b.shape[1] != r:
         raise AdapterInvalidError(
             f"{module} has lora_A {a.shape} and lora_B {b.shape}; adapter_config.json says rank {r}"
         )
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise AdapterInvalidError(f"{module} has weights that are not finite: the training diverged")
-    return LoraPair(a, b, scale)
+    _require_finite(module, a, b)
+    return scale
+
+
+def _require_finite(name: str, *values: Floats) -> None:
+    if not all(np.isfinite(value).all() for value in values):
+        raise AdapterInvalidError(f"{name} has weights that are not finite: the training diverged")
+
+
+def _load_added(folder: AdapterFolder, reader: TensorReader, rest: dict[str, None]) -> Iterator[tuple[str, Floats]]:
+    for key in [key for key in rest if key.endswith(_B_BIAS)]:
+        del rest[key]
+        module = key.removeprefix(_PREFIX).removesuffix(_B_BIAS)
+        values = reader.read(key) * np.float32(compute_scale(folder.config, module)[1])
+        _require_finite(key, values)
+        yield f"{module}.bias", values
+
+
+def _load_rows(
+    folder: AdapterFolder, reader: TensorReader, rest: dict[str, None]
+) -> Iterator[tuple[str, tuple[tuple[int, ...], Floats]]]:
+    told = folder.config.get("trainable_token_indices") or {}
+    for key in [key for key in rest if key.endswith(_TOKENS)]:
+        del rest[key]
+        module = key.removeprefix(_PREFIX).removesuffix(_TOKENS)
+        named = told.get(module.rpartition(".")[2], told.get(module)) if isinstance(told, dict) else told
+        values = reader.read(key)
+        if not named or len(named) != len(values):
+            raise AdapterInvalidError(f"{folder.weights} has {len(values)} rows for {module}, the config other ones")
+        _require_finite(key, values)
+        yield f"{module}.weight", (tuple(int(i) for i in named), values)
+
+
+def _load_replaced(path: Path, reader: TensorReader, rest: dict[str, None]) -> Iterator[tuple[str, Floats]]:
+    """Whole tensors: what is left and has the name of one."""
+    for key in rest:
+        name = key.removeprefix(_PREFIX)
+        for wrapper in _WRAPPERS:
+            name = name.replace(wrapper, ".")
+        if not key.startswith(_PREFIX) or ".lora_" in key or not name.endswith((".weight", ".bias")):
+            raise AdapterUnfoldableError(f"{path} holds {key}, which a fold would not know where to put")
+        values = reader.read(key)
+        _require_finite(key, values)
+        yield name, values

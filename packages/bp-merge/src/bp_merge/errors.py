@@ -2,7 +2,7 @@
 
 UserError (bp_runs)
 ├── TensorsInvalidError      INPUT_TENSORS_INVALID       safetensors missing, damaged or of another dtype
-├── AdapterUnfoldableError   INPUT_ADAPTER_UNFOLDABLE    the adapter does more than add B @ A to linear weights
+├── AdapterUnfoldableError   INPUT_ADAPTER_UNFOLDABLE    the adapter does what a fold would lose
 └── AdapterMismatchError     INPUT_ADAPTER_MISMATCH      the adapter was made for another base
 
 All are the user's input; the disk's errors are bp_runs'.
@@ -25,7 +25,7 @@ class AdapterUnfoldableError(UserError):
     """The adapter has a feature that a fold would lose."""
 
     code = "INPUT_ADAPTER_UNFOLDABLE"
-    when = "The adapter uses a PEFT feature whose merge is not implemented (DoRA, biases, modules_to_save, PiSSA, …)."
+    when = "The adapter uses a PEFT feature whose merge is not implemented (PiSSA, target_parameters, …)."
     default_way_out = "Merge it with PEFT's merge_and_unload(), save that model, and give that folder instead."
 
 

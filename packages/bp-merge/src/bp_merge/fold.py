@@ -3,6 +3,9 @@
 The arithmetic is that of PEFT's ``merge_and_unload()`` on the CPU with its defaults: A and B in float32,
 ``delta = (B @ A) * scale`` in float32, ``W + delta`` in float32, and **one** rounding to the base's dtype. (With
 ``safe_merge=True`` PEFT rounds twice, and some 3 % of a bf16 model's weights differ; a merge on a GPU differs too.)
+Embeddings are the exception: there PEFT rounds the change and then the sum. DoRA: ``m / |W + delta| * (W + delta)`` by
+the length of each row, whose sum has the library's own order, so that one value in some thousands differs by one bit.
+Tensors that take the base's place are rounded to the base's dtype, where PEFT may leave them in float32.
 Rows are independent of each other, so cutting them into chunks changes no bit.
 """
 
@@ -12,6 +15,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from bp_merge.adapter import LoraAdapter, LoraPair
 from bp_merge.errors import AdapterMismatchError
 from bp_merge.tensors import Dtype, Floats, TensorInfo, TensorReader, round_to
@@ -20,7 +25,12 @@ from bp_merge.tensors import Dtype, Floats, TensorInfo, TensorReader, round_to
 def fold_rows(rows: Floats, pair: LoraPair, start: int, dtype: Dtype) -> Floats:
     """Rows of W from ``start`` on with the pair's change added, rounded once to ``dtype``: (n, d_in), float32."""
     delta = pair.delta(start, start + rows.shape[0])
+    if pair.is_embedding:
+        delta = round_to(delta, dtype)
     delta += rows
+    if pair.magnitude is not None:
+        lengths = np.sqrt(np.square(delta, dtype=np.float64).sum(axis=1)).astype(np.float32)
+        delta *= (pair.magnitude[start : start + rows.shape[0]] / lengths)[:, None]
     return round_to(delta, dtype)
 
 
@@ -38,6 +48,9 @@ class FoldedModel:
     def __init__(self, base: TensorReader, adapter: LoraAdapter | None = None) -> None:
         self._base = base
         self._pairs = _match_pairs(base.tensors, adapter) if adapter else {}
+        self._replaced = _match(base.tensors, adapter, adapter.replaced) if adapter else {}
+        self._rows = _match_rows(base.tensors, adapter) if adapter else {}
+        self._added = _match(base.tensors, adapter, adapter.added) if adapter else {}
 
     def __enter__(self) -> Self:
         return self
@@ -55,12 +68,15 @@ class FoldedModel:
     @property
     def changed(self) -> frozenset[str]:
         """Names of the tensors that the adapter changes."""
-        return frozenset(self._pairs)
+        return frozenset([*self._pairs, *self._replaced, *self._rows, *self._added])
 
     @property
     def is_unchanged(self) -> bool:
         """Whether the adapter, as one that was never trained, adds nothing to any weight."""
-        return not any(pair.a.any() and pair.b.any() for pair in self._pairs.values())
+        others = self._replaced or self._rows or any(value.any() for value in self._added.values())
+        return not others and not any(
+            pair.magnitude is not None or (pair.a.any() and pair.b.any()) for pair in self._pairs.values()
+        )
 
     def read_rows(self, name: str, start: int, stop: int) -> Floats:
         """Rows of a tensor with the adapter in, float32 holding values of the base's dtype: (stop - start, columns).
@@ -68,31 +84,70 @@ class FoldedModel:
         Raises:
             TensorsInvalidError: The base's file cannot be read to the end.
         """
-        rows = self._base.read_rows(name, start, stop)
+        if name not in self.changed:
+            return self._base.read_rows(name, start, stop)
+        dtype = self.tensors[name].dtype
+        rows = self._read_unfolded(name, start, stop)
+        if (added := self._added.get(name)) is not None:
+            rows = round_to(rows + added.reshape(1, -1), dtype)
         pair = self._pairs.get(name)
-        return fold_rows(rows, pair, start, self.tensors[name].dtype) if pair else rows
+        return fold_rows(rows, pair, start, dtype) if pair else rows
+
+    def _read_unfolded(self, name: str, start: int, stop: int) -> Floats:
+        """Rows as they are before anything is added to them."""
+        info = self.tensors[name]
+        whole = self._replaced.get(name)
+        if whole is None:
+            rows = self._base.read_rows(name, start, stop)
+        else:
+            rows = round_to(whole.reshape(info.rows, info.columns)[start:stop], info.dtype)
+        for index, row in self._rows.get(name, ()):
+            if start <= index < stop:
+                rows[index - start] = round_to(row, info.dtype)
+        return rows
 
 
 def _match_pairs(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter) -> dict[str, LoraPair]:
-    pairs = {}
-    for module, pair in adapter.modules.items():
-        info = _find_weight(tensors, module)
-        if info is None:
-            raise AdapterMismatchError(
-                f"the adapter changes {module}, and the base has no such module",
-                cause=f"the adapter names {adapter.folder.base} as its base",
-            )
-        if info.shape != pair.shape:
-            raise AdapterMismatchError(
-                f"the adapter changes {module} as {pair.shape}, and the base has it as {info.shape}",
-                cause=f"the adapter names {adapter.folder.base} as its base",
-            )
-        pairs[info.name] = pair
-    return pairs
+    return {
+        _find(tensors, adapter, f"{module}.weight", pair.shape).name: pair for module, pair in adapter.modules.items()
+    }
 
 
-def _find_weight(tensors: Mapping[str, TensorInfo], module: str) -> TensorInfo | None:
-    """The weight of a module; a language model that was loaded out of a larger one has its names without its place."""
-    inside = module.removeprefix("model.")
-    names = (module, f"model.language_model.{inside}", f"language_model.model.{inside}")
-    return next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), None)
+def _match(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter, values: Mapping[str, Floats]) -> dict[str, Floats]:
+    """Whole tensors by the base's names; a head that is saved with the embedding it shares is no change of its own."""
+    shared = {name for name in values if _is_shared_head(tensors, values, name)}
+    return {_find(tensors, adapter, n, v.shape).name: v for n, v in values.items() if n not in shared}
+
+
+def _match_rows(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter) -> dict[str, list[tuple[int, Floats]]]:
+    found = {}
+    for name, (indices, values) in adapter.rows.items():
+        info = _find(tensors, adapter, name)
+        if max(indices) >= info.rows or values.shape[1] != info.columns:
+            raise AdapterMismatchError(f"the adapter changes row {max(indices)} of {name}, which is {info.shape}")
+        found[info.name] = list(zip(indices, values, strict=True))
+    return found
+
+
+def _is_shared_head(tensors: Mapping[str, TensorInfo], values: Mapping[str, Floats], name: str) -> bool:
+    if name != "lm_head.weight" or name in tensors:
+        return False
+    return any(n.endswith("embed_tokens.weight") and np.array_equal(v, values[name]) for n, v in values.items())
+
+
+def _find(
+    tensors: Mapping[str, TensorInfo], adapter: LoraAdapter, name: str, shape: tuple[int, ...] | None = None
+) -> TensorInfo:
+    """A tensor of the base; a language model loaded out of a larger one has its names without its place in that."""
+    inside = name.removeprefix("model.")
+    names = (name, f"model.language_model.{inside}", f"language_model.model.{inside}")
+    info = next((tensors[n] for n in names if n in tensors), None)
+    cause = f"the adapter names {adapter.folder.base} as its base"
+    module = name.removesuffix(".weight")
+    if info is None:
+        raise AdapterMismatchError(f"the adapter changes {module}, and the base has no such module", cause=cause)
+    if shape is not None and info.shape != shape:
+        raise AdapterMismatchError(
+            f"the adapter changes {module} as {shape}, and the base has it as {info.shape}", cause=cause
+        )
+    return info
