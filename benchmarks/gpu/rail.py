@@ -21,7 +21,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bp_runs import Settings, TrainSpec
-from bp_runs.events import Event, ModelLoaded, StepDone
+from bp_runs.events import Event, ModelLoaded, Notice, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail
 
@@ -125,6 +125,7 @@ def measure(scratch: Path, base: Path, options: argparse.Namespace) -> dict[str,
         "card": torch.cuda.get_device_name(0) if gpu else "none",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "options": {k: str(v) for k, v in vars(options).items()},
+        "notices": [e.message for e in events if isinstance(e, Notice)],
         "mode": loaded.mode,
         "dtype": loaded.dtype,
         "parameters": loaded.parameters,

@@ -30,6 +30,7 @@ OTHERS = {
     "training.weight_decay": 0.25,
     "training.max_grad_norm": 0.5,
     "training.gradient_checkpointing": False,
+    "training.oom_recovery": False,
     "training.output_dir": "elsewhere",
     "training.seed": 1,
     "training.sample_prompts": ("a", "b"),

@@ -7,21 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_training import spec_for, train
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bp_data import prepare
-from bp_runs import Settings, TrainSpec, read_adapter_folder
+from bp_runs import Settings, read_adapter_folder
 from bp_runs.adapter import changed_files
 from bp_runs.errors import DiskFullError, TrainingDivergedError
 from bp_runs.events import DataReady, ModelLoaded, SampleAnswer, StepDone
-from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail
 from bp_train_cuda.errors import (
     BitsandbytesError,
     GpuNotAvailableError,
-    GpuOutOfMemoryError,
     ModeError,
     ModelLoadError,
     RemoteCodeError,
@@ -30,25 +29,6 @@ from bp_train_cuda.errors import (
 )
 from bp_train_cuda.methods import sft
 from bp_train_cuda.probe import Device, choose_mode
-
-
-def spec_for(base: Path, file: Path, run: Path, **changes) -> TrainSpec:
-    run.mkdir(parents=True, exist_ok=True)
-    training = {"steps": 6, "batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-2, "warmup_steps": 1}
-    training |= changes.pop("training", {})
-    settings = Settings(
-        model=ModelSpec(name=str(base), max_seq_length=128, **changes.pop("model", {})),
-        data=DataSpec(path=str(file), **changes.pop("data", {})),
-        lora=LoraSpec(**({"r": 4} | changes.pop("lora", {}))),
-        training=TrainingSpec(**training),
-    )
-    folders = RunFolders(run_id="20260101-000000-abcdef", output=run.parent, run=run)
-    return TrainSpec.build(settings, folders, base)
-
-
-def train(spec, stop=lambda: False):
-    events = []
-    return CudaRail().train(spec, events.append, stop), events
 
 
 def test_it_learns_and_leaves_an_adapter_that_peft_loads(pico_model, chat_file, tmp_path):
@@ -274,15 +254,6 @@ def test_unknown_target_modules_name_the_known_ones(pico_model, chat_file, tmp_p
     with pytest.raises(TargetModulesError) as caught:
         train(spec_for(pico_model, chat_file, tmp_path / "run", lora={"target_modules": "nothing"}))
     assert "q_proj" in caught.value.cause
-
-
-def test_out_of_memory_has_a_code(pico_model, chat_file, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    monkeypatch.setattr("trl.SFTTrainer.training_step", full)
-    with pytest.raises(GpuOutOfMemoryError):
-        train(spec_for(pico_model, chat_file, tmp_path / "run"))
 
 
 def test_framework_errors_have_a_code(pico_model, chat_file, tmp_path, monkeypatch):

@@ -78,6 +78,9 @@ class TrainingSpec:
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.")
     gradient_checkpointing: bool = setting(True, "Recompute activations in backward on a GPU: slower, far less memory.")
+    oom_recovery: bool = setting(
+        True, "Halve a micro-batch that does not fit the GPU and go on with the same step; without it, stop."
+    )
     output_dir: str = setting("./output", "Output folder: adapter, runs and exports.")
     seed: int = setting(42, "Seed of rows' order, initial weights and dropout.")
     sample_prompts: tuple[str, ...] = setting((), "Prompts that are answered before and after training.")

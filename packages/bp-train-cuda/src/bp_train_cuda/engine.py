@@ -23,6 +23,7 @@ from bp_runs.spec import TrainSpec
 from bp_train_cuda import load, lora, probe
 from bp_train_cuda.answers import answer
 from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
+from bp_train_cuda.guards.oom import StepSplitter
 from bp_train_cuda.loop import StepReporter
 from bp_train_cuda.methods import sft
 
@@ -68,8 +69,12 @@ def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> Train
         on_gpu=device.kind == "cuda",
         in_4bit=mode.name == "qlora",
         bf16=device.kind == "cuda" and base.dtype == torch.bfloat16,
+        splitter=StepSplitter(
+            [p for p in model.parameters() if p.requires_grad], emit, enabled=spec.training.oom_recovery
+        ),
         callback=reporter,
     )
+    reporter.count_tokens = lambda: trainer.tokens
     trainer.train()
     _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
     _require_finite(model)

@@ -75,6 +75,14 @@ class GpuOutOfMemoryError(RunFailedError):
     default_way_out = "Halve the micro-batch or the row length: --batch-size 1 --max-seq-length 1024"
 
 
+class OomExhaustedError(RunFailedError):
+    """Halving the micro-batch did not help."""
+
+    code = "RUNTIME_OOM_RECOVERY_EXHAUSTED"
+    when = "The GPU ran out of memory, and so it did with the micro-batch cut into single rows or three times in half."
+    default_way_out = "Shorten the rows or shrink the adapter: --max-seq-length 1024 --lora-r 8"
+
+
 class TrainingFailedError(RunFailedError):
     """The training framework raised an error in the loop."""
 

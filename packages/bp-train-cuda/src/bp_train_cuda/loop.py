@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,6 +28,8 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self._memory = memory
         self._steps = steps
         self._began = self._last = 0.0
+        self.count_tokens: Callable[[], int] = lambda: 0
+        """Set by whoever counts them."""
         self.losses: list[float] = []
         self.tokens = 0
         self.stopped = False
@@ -53,7 +56,7 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         if "loss" not in logs or "learning_rate" not in logs:
             return
         now, loss = time.perf_counter(), float(logs["loss"])
-        tokens = int(logs.get("num_tokens", self.tokens))
+        tokens = self.count_tokens()
         self._emit(
             StepDone(
                 step=state.global_step,

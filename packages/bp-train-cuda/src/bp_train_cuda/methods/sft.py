@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 from bp_data import TokenRow
 from bp_runs.spec import TrainingSpec
+from bp_train_cuda.guards.oom import StepSplitter
 
 IGNORED = -100
 """The label of tokens that carry no loss."""
@@ -36,6 +37,7 @@ def build_trainer(
     on_gpu: bool,
     in_4bit: bool,
     bf16: bool,
+    splitter: StepSplitter,
     callback: TrainerCallback,
 ) -> Any:
     """A trainer that reports nowhere, saves nothing by itself and logs each step to ``callback``."""
@@ -74,6 +76,7 @@ def build_trainer(
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # TRL makes adapters on 4-bit bases bfloat16: small steps would be lost
+    trainer.splitter = splitter
     trainer.rate = lambda step: rate_factor(step, spec)
     _drop_printers(trainer)
     return trainer
@@ -98,9 +101,18 @@ def rate_factor(step: int, spec: TrainingSpec) -> float:
 
 
 class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed for a strict check
-    """TRL's trainer with our course of the learning rate."""
+    """TRL's trainer with our course of the learning rate and our guard around each micro-batch."""
 
     rate: Callable[[int], float]
+    splitter: StepSplitter
+    tokens = 0
+    """Tokens of finished micro-batches; TRL counts those of failed attempts too."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        step = super().training_step
+        loss = self.splitter.run(lambda piece: step(model, dict(piece), num_items_in_batch), inputs)
+        self.tokens += int(inputs["attention_mask"].sum())
+        return loss
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002  # TRL's name
         if getattr(self, "lr_scheduler", None) is None:

@@ -1,0 +1,26 @@
+"""A pico training from keywords, for the tests of this package."""
+
+from pathlib import Path
+
+from bp_runs import Settings, TrainSpec
+from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
+from bp_train_cuda import CudaRail
+
+
+def spec_for(base: Path, file: Path, run: Path, **changes) -> TrainSpec:
+    run.mkdir(parents=True, exist_ok=True)
+    training = {"steps": 6, "batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-2, "warmup_steps": 1}
+    training |= changes.pop("training", {})
+    settings = Settings(
+        model=ModelSpec(name=str(base), max_seq_length=128, **changes.pop("model", {})),
+        data=DataSpec(path=str(file), **changes.pop("data", {})),
+        lora=LoraSpec(**({"r": 4} | changes.pop("lora", {}))),
+        training=TrainingSpec(**training),
+    )
+    folders = RunFolders(run_id="20260101-000000-abcdef", output=run.parent, run=run)
+    return TrainSpec.build(settings, folders, base)
+
+
+def train(spec, stop=lambda: False):
+    events = []
+    return CudaRail().train(spec, events.append, stop), events

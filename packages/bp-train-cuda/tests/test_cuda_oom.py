@@ -1,0 +1,104 @@
+"""A lack of memory, injected where it strikes: the weights come out as if it had never happened."""
+
+import pytest
+import torch
+from cuda_training import spec_for, train
+from safetensors.torch import load_file
+from transformers import LlamaModel
+
+from bp_runs.events import Notice, StepDone
+from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError
+from bp_train_cuda.guards.oom import split_batch
+
+
+class Scarce:
+    """Memory for ``rows`` rows at a time, from the ``first`` too large call on; told in forward or in backward."""
+
+    def __init__(self, monkeypatch, rows, where, first=1):
+        self.rows, self.where, self.calls, self.hits, self.first = rows, where, 0, 0, first
+        forward = LlamaModel.forward
+
+        def scarce(model, *args, **kwargs):
+            out = forward(model, *args, **kwargs)
+            if not torch.is_grad_enabled() or kwargs["input_ids"].shape[0] <= self.rows:
+                return out
+            self.calls += 1
+            if self.calls < self.first:
+                return out
+            self.hits += 1
+            if self.where == "forward":
+                self.fail()
+            # The middle of backward: gradients of the upper layer are already there.
+            model.layers[0].self_attn.q_proj.lora_A["default"].weight.register_hook(self.fail_once())
+            return out
+
+        monkeypatch.setattr(LlamaModel, "forward", scarce)
+
+    def fail(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def fail_once(self):
+        armed = [True]
+
+        def hook(gradient):
+            if armed.pop() if armed else False:
+                self.fail()
+            return gradient
+
+        return hook
+
+
+def weights(outcome):
+    return load_file(outcome.adapter / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(("rows", "accumulation", "first"), [(2, 1, 1), (1, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_the_same_weights_as_without_it(pico_model, chat_file, tmp_path, monkeypatch, where, rows, accumulation, first):
+    loop = {"steps": 4, "batch_size": 4, "gradient_accumulation": accumulation}
+    calm, calm_events = train(spec_for(pico_model, chat_file, tmp_path / "calm", training=loop))
+    scarce = Scarce(monkeypatch, rows, where, first)
+    outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "scarce", training=loop))
+    assert scarce.hits >= 1
+    notices = [e for e in events if isinstance(e, Notice) and "pieces" in e.details]
+    assert [n.details["pieces"] for n in notices] == ([2] if rows == 2 else [2, 4])
+    expected, found = weights(calm), weights(outcome)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+    steps = [
+        [(e.step, e.tokens) for e in all_events if isinstance(e, StepDone)] for all_events in (calm_events, events)
+    ]
+    assert steps[0] == steps[1]
+    losses = [[e.loss for e in all_events if isinstance(e, StepDone)] for all_events in (calm_events, events)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_single_row_that_does_not_fit_ends_the_run(pico_model, chat_file, tmp_path, monkeypatch):
+    Scarce(monkeypatch, 0, "forward")
+    with pytest.raises(OomExhaustedError) as caught:
+        train(spec_for(pico_model, chat_file, tmp_path / "run"))
+    assert caught.value.cause == "CUDA out of memory"
+
+
+def test_three_halvings_are_the_limit(pico_model, chat_file, tmp_path, monkeypatch):
+    scarce = Scarce(monkeypatch, 0, "forward")
+    with pytest.raises(OomExhaustedError):
+        train(spec_for(pico_model, chat_file, tmp_path / "run", training={"batch_size": 16}))
+    assert scarce.hits == 4
+
+
+def test_without_the_guard_it_stops_at_once(pico_model, chat_file, tmp_path, monkeypatch):
+    scarce = Scarce(monkeypatch, 2, "forward")
+    with pytest.raises(GpuOutOfMemoryError):
+        train(spec_for(pico_model, chat_file, tmp_path / "run", training={"oom_recovery": False}))
+    assert scarce.hits == 1
+
+
+def test_pieces_keep_every_row_once_and_lose_only_padding():
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    batch = {"input_ids": torch.arange(12).view(3, 4), "attention_mask": mask}
+    pieces = split_batch(batch, 2)
+    assert [p["input_ids"].tolist() for p in pieces] == [[[0, 1, 2, 3], [4, 5, 6, 7]], [[8]]]
+    assert len(split_batch(batch, 8)) == 3
+    assert split_batch(batch, 1) == [batch]
