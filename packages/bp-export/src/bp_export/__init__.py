@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bp_export.chat import LlamaChat
-    from bp_export.export import ExportOutcome, Format, export_adapter
+    from bp_export.dryrun import ExportPlan
+    from bp_export.export import ExportOutcome, Format, export_adapter, plan_export
     from bp_export.gguf import read_settings, read_stop_strings
     from bp_export.mixture import QUANTIZATIONS
     from bp_export.ollama import OllamaModel, register_gguf
@@ -22,6 +23,7 @@ __all__ = [
     "QUANTIZATIONS",
     "Bound",
     "ExportOutcome",
+    "ExportPlan",
     "Format",
     "LlamaChat",
     "OllamaModel",
@@ -29,12 +31,15 @@ __all__ = [
     "ParityReport",
     "export_adapter",
     "is_verifiable",
+    "plan_export",
     "read_settings",
     "read_stop_strings",
     "register_gguf",
 ]
 
 _MODULES = {
+    "ExportPlan": "dryrun",
+    "plan_export": "export",
     "BOUNDS": "report",
     "Bound": "report",
     "ParityCheck": "report",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bp_runs.errors import CodedError
 
 if TYPE_CHECKING:
+    from bp_export.dryrun import ExportPlan
     from bp_export.export import ExportOutcome
 
 _INTERRUPTED = 130
@@ -27,7 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(prog="bp-export", description="Export a LoRA adapter, or a model, without torch.")
     parser.add_argument("adapter", type=Path, help="a PEFT adapter folder, or a Hugging Face model folder")
-    parser.add_argument("--format", choices=("lora", "merged", "gguf"), default="gguf", help="default: gguf")
+    formats = ("gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx")
+    parser.add_argument("--format", choices=formats, default="gguf", help="default: gguf")
     parser.add_argument(
         "--quantization", default="q4_k_m", help=f"for gguf: {', '.join(QUANTIZATION_NAMES)} (default: q4_k_m)"
     )
@@ -36,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pre", help="llama.cpp's name of the tokenizer's splitting rule, if it is not recognised")
     parser.add_argument("--imatrix", type=Path, help="an importance matrix of llama-imatrix (GGUF or .dat)")
     parser.add_argument("--name", help="the name to write into the GGUF")
+    parser.add_argument("--split-mib", type=int, help="most MiB of tensors a file; a larger GGUF becomes several")
+    parser.add_argument("--ollama-base", help="for ollama-adapter: the base in Ollama, or a GGUF of it")
+    parser.add_argument("--dry-run", action="store_true", help="say what a GGUF would hold, and write nothing")
     parser.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -54,7 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.ollama and options.format != "gguf":
         parser.error("--ollama needs --format gguf")
+    if options.dry_run and options.format != "gguf":
+        parser.error("--dry-run needs --format gguf")
     try:
+        if options.dry_run:
+            _print_plan(_plan(options), as_json=options.json)
+            return 0
         outcome, registered = _export(options)
     except CodedError as error:
         _print_error(error, as_json=options.json)
@@ -79,6 +89,8 @@ def _export(options: argparse.Namespace) -> tuple[ExportOutcome, str | None]:
         pre=options.pre,
         name=options.name,
         importance=options.imatrix,
+        split_bytes=options.split_mib * 2**20 if options.split_mib else None,
+        ollama_base=options.ollama_base,
         verify=options.verify,
         progress=None if options.json or not sys.stderr.isatty() else _print_progress,
     )
@@ -86,6 +98,32 @@ def _export(options: argparse.Namespace) -> tuple[ExportOutcome, str | None]:
         return outcome, None
     name = options.ollama_name or outcome.path.stem.lower()
     return outcome, register_gguf(outcome.path, name, host=options.ollama_host).name
+
+
+def _plan(options: argparse.Namespace) -> ExportPlan:
+    from bp_export.export import plan_export  # NumPy only after --help
+
+    plan: ExportPlan = plan_export(
+        options.adapter,
+        output=options.output,
+        quantization=options.quantization,
+        base=options.base,
+        pre=options.pre,
+        name=options.name,
+        importance=options.imatrix,
+    )
+    return plan
+
+
+def _print_plan(plan: ExportPlan, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({**dataclasses.asdict(plan), "path": str(plan.path)}))  # noqa: T201
+        return
+    for tensor in plan.tensors:
+        mark = "+" if tensor.is_changed else " "
+        print(f"{mark} {tensor.name:<32} {tensor.type:<6} {'x'.join(map(str, tensor.shape)):>16}")  # noqa: T201
+    size, free = plan.bytes / 2**20, plan.free_bytes / 2**20
+    print(f"{plan.path}\n  {len(plan.tensors)} tensors, {size:,.1f} MiB ({free:,.0f} free), {plan.seconds:.0f} s")  # noqa: T201
 
 
 def _print_progress(done: int, total: int) -> None:

@@ -7,6 +7,7 @@
     ├── TokenizerUnsupportedError    INPUT_EXPORT_TOKENIZER               not a byte-level BPE, or damaged
     ├── PreTokenizerUnknownError     INPUT_EXPORT_PRE_TOKENIZER           its splitting rule is not in the table
     ├── QuantizationUnknownError     INPUT_EXPORT_QUANTIZATION            no such --quantization, or not for this format
+    ├── AdapterFormatError           INPUT_EXPORT_ADAPTER_FORMAT          the format cannot say what the adapter does
     ├── ImportanceInvalidError       INPUT_EXPORT_IMPORTANCE              the importance matrix is damaged or another's
     └── OutputTakenError             INPUT_EXPORT_OUTPUT_TAKEN            something else is where the output should go
     DependencyError (bp_runs)
@@ -72,6 +73,14 @@ class QuantizationUnknownError(UserError):
     code = "INPUT_EXPORT_QUANTIZATION"
     when = "The name given as quantization or format is unknown."
     default_way_out = "Use one of the names in `bp-export --help`: --format gguf --quantization q4_k_m"
+
+
+class AdapterFormatError(UserError):
+    """The adapter cannot be written in the form that was asked for."""
+
+    code = "INPUT_EXPORT_ADAPTER_FORMAT"
+    when = "The adapter does more than the asked-for format can say, or the format needs something that is not given."
+    default_way_out = "Export base and adapter as one file instead: --format gguf"
 
 
 class ImportanceInvalidError(UserError):

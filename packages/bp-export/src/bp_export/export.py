@@ -8,30 +8,38 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
+from bp_export.adapter import require_plain, write_gguf_adapter, write_mlx_adapter
+from bp_export.architectures import find_architecture
 from bp_export.conversations import Messages
+from bp_export.dryrun import ExportPlan, build_export_plan
 from bp_export.errors import (
+    AdapterFormatError,
     BaseModelNotFoundError,
     LlamaCppMissingError,
     ModelInvalidError,
     OutputTakenError,
     QuantizationUnknownError,
 )
-from bp_export.gguf import MAGIC
+from bp_export.gguf import MAGIC, name_split
 from bp_export.importance import read_importance
 from bp_export.merged import copy_adapter, write_merged
-from bp_export.mixture import read_quantization
+from bp_export.mixture import Quantization, read_quantization
+from bp_export.modelfile import write_ollama_adapter
 from bp_export.parity import is_verifiable, verify_gguf
-from bp_export.plan import build_plan, read_config
+from bp_export.plan import GgufPlan, build_plan, read_config
 from bp_export.report import ParityReport
-from bp_export.stream import write_gguf
-from bp_export.vocab import TOKENIZER_FILE
+from bp_export.stream import cut_plan, write_gguf, write_split
+from bp_export.vocab import TOKENIZER_FILE, read_vocabulary
 from bp_merge import FoldedModel, LoraAdapter, TensorReader, load_adapter, read_model_index
 from bp_runs.adapter import CONFIG_FILE, read_adapter_folder
 from bp_runs.files import require_folder, require_free_space
 
-Format: TypeAlias = Literal["lora", "merged", "gguf"]
+Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
+
+_ADAPTER_ENDS: Mapping[str, str] = MappingProxyType({"gguf-adapter": "-lora.gguf", "ollama-adapter": "-ollama"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +81,8 @@ def export_adapter(
     pre: str | None = None,
     name: str | None = None,
     importance: Path | None = None,
+    split_bytes: int | None = None,
+    ollama_base: str | None = None,
     threads: int | None = None,
     verify: bool | None = None,
     prompts: Sequence[Messages] | None = None,
@@ -84,7 +94,9 @@ def export_adapter(
         adapter: A PEFT adapter folder, or a Hugging Face model folder (config.json and safetensors).
         output: The GGUF's path, or the folder for the other formats. By default beside ``adapter``:
             ``<name>-<quantization>.gguf``, ``<name>-merged`` or ``<name>-lora``.
-        format: ``lora`` copies the adapter, ``merged`` writes a Hugging Face folder, ``gguf`` one file for llama.cpp.
+        format: ``gguf`` writes one file for llama.cpp, ``merged`` a Hugging Face folder. The others are the adapter by
+            itself: ``lora`` a copy, ``gguf-adapter`` a file for llama.cpp's ``--lora``, ``ollama-adapter`` a folder
+            with a Modelfile, ``mlx`` a folder for mlx-lm.
         quantization: For ``gguf``: one of `QUANTIZATIONS`.
         base: The base's folder, instead of the one that the adapter names. The adapter's own counts if it is a
             folder on this machine; Hub ids are for the caller to resolve.
@@ -92,6 +104,8 @@ def export_adapter(
         name: Becomes the GGUF's ``general.name``, and part of the default output. By default ``<base>-tuned`` for an
             adapter, and the folder's name for a model.
         importance: An importance matrix for the GGUF's quantizers: a file of llama-imatrix, GGUF or .dat.
+        split_bytes: Most bytes of tensors a file; a larger GGUF becomes several, and the outcome names the first.
+        ollama_base: What ``ollama-adapter`` goes on: a model's name there, or the path of a GGUF of the base.
         threads: Threads that quantize; None for the machine's cores, at most 8.
         verify: Whether to load the GGUF in llama.cpp and compare it with the model; None for where that is installed.
         prompts: Conversations to compare it on, such as held-out ones; None for the package's own.
@@ -105,8 +119,8 @@ def export_adapter(
     begun = time.monotonic()
     if format not in get_args(Format):
         raise QuantizationUnknownError(f"there is no format {format!r}; there are {', '.join(get_args(Format))}")
-    if format == "lora":
-        return _export_lora(adapter, output, name, begun)
+    if format in ("lora", "mlx"):
+        return _export_folder(adapter, format, output, name, begun)
     asked = read_quantization(quantization)
     verify = _decide_to_verify(verify)
     source = _read_source(adapter, base, name)
@@ -117,24 +131,25 @@ def export_adapter(
             size, sha256 = write_merged(model, source.base, source.tokenizer, target, progress=progress)
             seconds = time.monotonic() - begun
             return ExportOutcome(target, format, None, size, len(model.tensors), seconds, sha256)
+        if format in ("gguf-adapter", "ollama-adapter"):
+            target = output or adapter.parent / f"{source.name}{_ADAPTER_ENDS[format]}"
+            return _export_adapter_alone(source, model, target, format, runs_on=ollama_base, begun=begun)
         target = output or adapter.parent / f"{source.name}-{asked.name}.gguf"
-        plan = build_plan(
-            model,
-            source.base,
-            quantization=asked,
-            tokenizer=source.tokenizer,
-            name=source.name,
-            pre=pre,
-            importance=read_importance(importance) if importance else None,
-        )
-        _require_free_file(target)
+        plan = _plan(source, model, asked, pre, importance)
+        groups = cut_plan(plan, split_bytes) if split_bytes else [list(plan.tensors)]
+        paths = [name_split(target, i, len(groups)) for i in range(1, len(groups) + 1)] if len(groups) > 1 else [target]
+        for path in paths:
+            _require_free_file(path)
         require_folder(target.parent)
         require_free_space(target.parent, plan.disk_bytes, f"the {asked.name} GGUF")
-        size, sha256 = write_gguf(plan, model, target, progress=progress, threads=threads)
+        if len(groups) > 1:
+            written = write_split(plan, model, target, groups, progress=progress, threads=threads)
+        else:
+            written = [write_gguf(plan, model, target, progress=progress, threads=threads)]
         parity = None
         if verify:
             parity = verify_gguf(
-                target,
+                paths[0],
                 plan,
                 model,
                 base=source.base,
@@ -143,7 +158,80 @@ def export_adapter(
                 prompts=prompts,
             )
     seconds = time.monotonic() - begun
-    return ExportOutcome(target, format, asked.name, size, len(plan.tensors), seconds, sha256, parity)
+    size = sum(size for size, _ in written)
+    return ExportOutcome(paths[0], format, asked.name, size, len(plan.tensors), seconds, written[0][1], parity)
+
+
+def plan_export(
+    adapter: Path,
+    *,
+    output: Path | None = None,
+    quantization: str = "q4_k_m",
+    base: Path | None = None,
+    pre: str | None = None,
+    name: str | None = None,
+    importance: Path | None = None,
+    threads: int | None = None,
+) -> ExportPlan:
+    """What `export_adapter` with the same arguments would write as ``gguf``; nothing is written.
+
+    Raises:
+        CodedError: As `export_adapter`, but for those of the disk.
+    """
+    asked = read_quantization(quantization)
+    source = _read_source(adapter, base, name)
+    target = output or adapter.parent / f"{source.name}-{asked.name}.gguf"
+    with FoldedModel(TensorReader(read_model_index(source.base)), source.adapter) as model:
+        plan = _plan(source, model, asked, pre, importance)
+        return build_export_plan(plan, target, changed=model.changed, threads=threads)
+
+
+def _plan(
+    source: _Source, model: FoldedModel, asked: Quantization, pre: str | None, importance: Path | None
+) -> GgufPlan:
+    return build_plan(
+        model,
+        source.base,
+        quantization=asked,
+        tokenizer=source.tokenizer,
+        name=source.name,
+        pre=pre,
+        importance=read_importance(importance) if importance else None,
+    )
+
+
+def _export_adapter_alone(
+    source: _Source, model: FoldedModel, target: Path, format: Format, *, runs_on: str | None, begun: float
+) -> ExportOutcome:
+    if source.adapter is None:
+        raise AdapterFormatError(f"{source.base} is a model and not an adapter")
+    require_plain(source.adapter, format)
+    config = read_config(source.base)
+    architecture = find_architecture(config)
+    if format == "gguf-adapter":
+        _require_free_file(target)
+        require_folder(target.parent)
+        written = write_gguf_adapter(model, source.adapter, architecture, target, name=source.name)
+    else:
+        if runs_on is None:
+            raise AdapterFormatError(
+                "an adapter for Ollama goes on a model there, and none is named",
+                way_out="Name the same base as Ollama has it, or a GGUF of it: --ollama-base smollm2:135m",
+            )
+        _require_free_folder(target)
+        words = read_vocabulary(source.tokenizer, vocab_size=None, model_config=config, pre="default")
+        written = write_ollama_adapter(
+            model,
+            source.adapter,
+            architecture,
+            target,
+            base=source.base,
+            runs_on=runs_on,
+            name=source.name,
+            stop=[] if words.turn_end is None else [str(words.tokens[words.turn_end])],
+        )
+    tensors, size, sha256 = written
+    return ExportOutcome(target, format, None, size, tensors, time.monotonic() - begun, sha256)
 
 
 def _decide_to_verify(asked: bool | None) -> bool:
@@ -152,12 +240,18 @@ def _decide_to_verify(asked: bool | None) -> bool:
     return is_verifiable() if asked is None else asked
 
 
-def _export_lora(adapter: Path, output: Path | None, name: str | None, begun: float) -> ExportOutcome:
+def _export_folder(adapter: Path, format: Format, output: Path | None, name: str | None, begun: float) -> ExportOutcome:
+    """The forms of an adapter that need no base."""
     folder = read_adapter_folder(adapter)
-    target = output or adapter.parent / f"{name or _name_after(folder.base)}-lora"
+    target = output or adapter.parent / f"{name or _name_after(folder.base)}-{format}"
     _require_free_folder(target)
-    tensors, size, sha256 = copy_adapter(folder, target)
-    return ExportOutcome(target, "lora", None, size, tensors, time.monotonic() - begun, sha256)
+    if format == "mlx":
+        loaded = load_adapter(adapter)
+        require_plain(loaded, format)
+        tensors, size, sha256 = write_mlx_adapter(loaded, target)
+    else:
+        tensors, size, sha256 = copy_adapter(folder, target)
+    return ExportOutcome(target, format, None, size, tensors, time.monotonic() - begun, sha256)
 
 
 def _read_source(folder: Path, base: Path | None, name: str | None) -> _Source:

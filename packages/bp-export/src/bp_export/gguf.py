@@ -120,6 +120,11 @@ class GgufStream:
         self._bytes += len(part)
 
 
+def name_split(path: Path, number: int, count: int) -> Path:
+    """One file of several, as llama.cpp finds them: ``<name>-00001-of-00003.gguf``."""
+    return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
+
+
 def add_tensor(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: TensorType, size: int) -> None:
     """Add a row to the tensor table: ``shape`` as NumPy has it, ``size`` in bytes."""
     writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)

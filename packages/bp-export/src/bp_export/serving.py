@@ -1,6 +1,6 @@
 """llama.cpp's server in a process of its own: what it does to a bad file, or to another ggml, stays there.
 
-`python -m bp_export.serving FILE CONTEXT` loads a GGUF through xllamacpp, prints one JSON line (``address`` or
+`python -m bp_export.serving FILE CONTEXT [ADAPTER]` loads a GGUF through xllamacpp, prints one line of JSON (``address`` or
 ``error``) and serves on a loopback port until its standard input closes, which it does when the parent ends in any way.
 """
 
@@ -35,11 +35,11 @@ class LlamaServer:
         ChatFailedError: llama.cpp cannot load the file, or died of it.
     """
 
-    def __init__(self, path: Path, context: int) -> None:
+    def __init__(self, path: Path, context: int, *, adapter: Path | None = None) -> None:
         if not is_installed():
             raise LlamaCppMissingError("xllamacpp is not installed")
         self._process = subprocess.Popen(  # noqa: S603  # our own module in our own interpreter
-            [sys.executable, "-m", "bp_export.serving", str(path), str(context)],
+            [sys.executable, "-m", "bp_export.serving", str(path), str(context), *([str(adapter)] if adapter else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -108,7 +108,7 @@ def is_installed() -> bool:
         return False
 
 
-def serve(path: str, context: int) -> None:
+def serve(path: str, context: int, adapter: str | None = None) -> None:
     """Load, tell the address, and wait for the end of standard input."""
     try:
         import xllamacpp  # an extra, and a large library
@@ -126,6 +126,8 @@ def serve(path: str, context: int) -> None:
     params.port = 0
     # ggml's threads wait for each other in a loop: where one core is busy with something else, all of them stand still.
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, (os.cpu_count() or 1) // 2)
+    if adapter:
+        params.lora_adapters = [_build_adapter(xllamacpp, adapter)]
     try:
         server = xllamacpp.Server(params)
     except (RuntimeError, ValueError, OSError) as error:
@@ -135,10 +137,17 @@ def serve(path: str, context: int) -> None:
     sys.stdin.buffer.read()
 
 
+def _build_adapter(xllamacpp: Any, path: str) -> Any:
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path = path
+    adapter.scale = 1.0
+    return adapter
+
+
 def _tell(what: dict[str, object]) -> None:
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]))
+    serve(sys.argv[1], int(sys.argv[2]), *sys.argv[3:4])

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
-from bp_export.gguf import GgufStream
+from gguf import GGUFWriter, Keys
+
+from bp_export.gguf import GgufStream, name_split
 from bp_export.plan import GgufPlan, TensorPlan
 from bp_export.quantize import load_ggml, quantize_rows
 from bp_merge import Floats, FoldedModel
@@ -47,20 +50,81 @@ def write_gguf(
     Raises:
         DiskFullError, OutputNotWritableError, TensorsInvalidError, GgmlMissingError: As named; no file is left.
     """
+    [written] = write_parts([(path, plan.writer, plan.tensors)], plan, model, progress=progress, threads=threads)
+    return written
+
+
+def write_split(
+    plan: GgufPlan,
+    model: FoldedModel,
+    path: Path,
+    groups: Sequence[Sequence[TensorPlan]],
+    *,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> list[tuple[int, str]]:
+    """Write a planned GGUF to several files (`name_split`), none of which appears before all are written.
+
+    The first holds all settings, the others only which of how many they are (gguf-split in llama.cpp).
+
+    Returns:
+        Each file's bytes and hex SHA-256.
+
+    Raises:
+        As `write_gguf`.
+    """
+    infos = plan.writer.tensors[0]
+    parts = []
+    for number, tensors in enumerate(groups):
+        writer = plan.writer if number == 0 else GGUFWriter(path=None, arch=plan.architecture.name)
+        writer.tensors = [{tensor.name: infos[tensor.name] for tensor in tensors}]
+        writer.add_uint16(Keys.Split.LLM_KV_SPLIT_NO, number)
+        writer.add_uint16(Keys.Split.LLM_KV_SPLIT_COUNT, len(groups))
+        writer.add_int32(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT, len(plan.tensors))
+        parts.append((name_split(path, number + 1, len(groups)), writer, tensors))
+    return write_parts(parts, plan, model, progress=progress, threads=threads)
+
+
+def cut_plan(plan: GgufPlan, split_bytes: int) -> list[list[TensorPlan]]:
+    """The tensors by file: in their order, each file's up to ``split_bytes`` but never none."""
+    groups: list[list[TensorPlan]] = [[]]
+    filled = 0
+    for tensor in plan.tensors:
+        if groups[-1] and filled + tensor.bytes > split_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.bytes
+    return groups
+
+
+def write_parts(
+    parts: Sequence[tuple[Path, GGUFWriter, Sequence[TensorPlan]]],
+    plan: GgufPlan,
+    model: FoldedModel,
+    *,
+    progress: Progress | None,
+    threads: int | None,
+) -> list[tuple[int, str]]:
+    """Write files with their tensors, and publish them when all are written."""
     load_ggml()
     count = threads or min(os.cpu_count() or 1, MOST_THREADS)
     total, done = plan.data_bytes, 0
     extra = plan.architecture.build_extra_tensors()
-    with GgufStream(path, plan.writer) as stream, ThreadPoolExecutor(count, "bp-export") as pool:
-        for tensor in plan.tensors:
-            parts = (
-                _compute_parts(tensor, plan.importance.get(tensor.name), model, pool, count)
-                if tensor.source is not None
-                else iter([quantize_rows(extra[tensor.name].reshape(1, -1), tensor.kind)])
-            )
-            stream.write_tensor(_count_parts(parts, done, total, progress))
-            done += tensor.bytes
-        return stream.publish()
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(count, "bp-export"))
+        streams = []
+        for path, writer, tensors in parts:
+            streams.append(stack.enter_context(GgufStream(path, writer)))
+            for tensor in tensors:
+                data = (
+                    _compute_parts(tensor, plan.importance.get(tensor.name), model, pool, count)
+                    if tensor.source is not None
+                    else iter([quantize_rows(extra[tensor.name].reshape(1, -1), tensor.kind)])
+                )
+                streams[-1].write_tensor(_count_parts(data, done, total, progress))
+                done += tensor.bytes
+        return [stream.publish() for stream in streams]
 
 
 def _count_parts(parts: Iterator[bytes], done: int, total: int, progress: Progress | None) -> Iterator[bytes]:

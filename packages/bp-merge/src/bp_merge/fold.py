@@ -12,7 +12,7 @@ Rows are independent of each other, so cutting them into chunks changes no bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import numpy as np
@@ -69,6 +69,11 @@ class FoldedModel:
     def changed(self) -> frozenset[str]:
         """Names of the tensors that the adapter changes."""
         return frozenset([*self._pairs, *self._replaced, *self._rows, *self._added])
+
+    @property
+    def pairs(self) -> Mapping[str, LoraPair]:
+        """The adapter's pairs by the name of the base's tensor."""
+        return MappingProxyType(self._pairs)
 
     @property
     def is_unchanged(self) -> bool:
