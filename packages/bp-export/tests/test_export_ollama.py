@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from export_pico import export_adapter, write_base
 
-from bp_export import register_gguf
+from bp_export import ask_model, list_models, register_gguf, remove_model, require_ollama, takes_adapters
 from bp_export.cli import main
 from bp_export.errors import OllamaRegistrationError
 
@@ -72,13 +72,33 @@ class FakeOllama(BaseHTTPRequestHandler):
 
     def show(self, body):
         request = self.server.models[json.loads(body)["model"]]
-        self.reply(200, {"template": request.get("template", "{{ .Prompt }}"), "parameters": ""})
+        own = "{{ .Prompt }}" if self.server.is_old else ""
+        self.reply(200, {"template": request.get("template", own), "parameters": ""})
+
+    def chat(self, body):
+        request = json.loads(body)
+        if request["model"] not in self.server.models:
+            self.reply(404, {"error": f"model '{request['model']}' not found"})
+            return
+        self.reply(200, {"message": {"role": "assistant", "content": "hi"}, "done": True, "done_reason": "stop"})
+
+    def do_GET(self):
+        if self.path == "/api/version":
+            self.reply(200, {"version": "0.32.15"})
+        else:
+            names = [{"name": name, "size": 1, "digest": "x"} for name in self.server.models]
+            self.reply(200, {"models": names})
+
+    def do_DELETE(self):
+        name = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"]
+        known = self.server.models.pop(name, None)
+        self.reply(200 if known else 404, None if known else {"error": f"model '{name}' not found"})
 
 
 @pytest.fixture
 def ollama():
     server = ThreadingHTTPServer(("127.0.0.1", 0), FakeOllama)
-    server.blobs, server.models, server.calls, server.failure = set(), {}, [], None
+    server.blobs, server.models, server.calls, server.failure, server.is_old = set(), {}, [], None, False
     threading.Thread(target=server.serve_forever, daemon=True).start()
     server.url = f"http://127.0.0.1:{server.server_port}"
     yield server
@@ -94,14 +114,24 @@ def model(tmp_path_factory):
 
 def test_a_model_is_uploaded_created_and_looked_at(ollama, model):
     seen = []
-    made = register_gguf(model, "me/pico:latest", host=ollama.url, system="Be short.", context=512, status=seen.append)
+    made = register_gguf(
+        model,
+        "me/pico:latest",
+        host=ollama.url,
+        system="Be short.",
+        context=512,
+        license="MIT",
+        status=seen.append,
+    )
     assert ollama.calls == ["HEAD", "blobs", "create", "show"]
     request = ollama.models["me/pico:latest"]
     assert request["parameters"] == {"stop": ["<|im_end|>"], "num_ctx": 512}
     assert request["system"] == "Be short."
+    assert request["license"] == "MIT"
     assert request["files"] == {model.name: "sha256:" + hashlib.sha256(model.read_bytes()).hexdigest()}
     assert seen == ["parsing GGUF", "writing manifest", "success"]
-    assert made.is_raw
+    assert not made.is_raw
+    assert "template" not in request
     assert made.stop == ("<|im_end|>",)
 
 
@@ -110,6 +140,42 @@ def test_a_known_blob_is_not_sent_again(ollama, model):
     made = register_gguf(model, "b", host=ollama.url, template="{{ .System }}")
     assert ollama.calls == ["HEAD", "blobs", "create", "show", "HEAD", "create", "show"]
     assert not made.is_raw
+
+
+def test_an_older_server_that_would_pass_prompts_raw_gets_a_go_template(ollama, model):
+    ollama.is_old = True
+    made = register_gguf(model, "pico", host=ollama.url)
+    assert ollama.calls == ["HEAD", "blobs", "create", "show", "create", "show"]
+    assert "<|im_start|>{{ .Role }}" in made.template
+    assert not made.is_raw
+    assert register_gguf(model, "raw", host=ollama.url, template="{{ .Prompt }}").is_raw
+
+
+def test_models_are_listed_asked_and_removed(ollama, model, capsys):
+    assert require_ollama(ollama.url) == "0.32.15"
+    assert main(["ollama", "--host", ollama.url, "register", str(model), "pico", "--context", "256"]) == 0
+    assert [m.name for m in list_models(ollama.url)] == ["pico"]
+    assert ask_model("pico", [{"role": "user", "content": "hello"}], ollama.url) == "hi"
+    assert main(["ollama", "--host", ollama.url, "--json", "list"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["name"] == "pico"
+    remove_model("pico", ollama.url)
+    assert list_models(ollama.url) == []
+    assert main(["ollama", "--host", ollama.url, "rm", "pico"]) == 2
+    assert "not found" in capsys.readouterr().err
+    with pytest.raises(OllamaRegistrationError, match="not found"):
+        ask_model("pico", [], ollama.url)
+
+
+@pytest.mark.parametrize(("version", "yes"), [("0.24.0", True), ("0.34.0", True), ("0.34.1", False), ("1.0", False)])
+def test_which_versions_take_adapters(version, yes):
+    assert takes_adapters(version) is yes
+    assert not takes_adapters("")
+
+
+def test_an_absent_server_is_noticed_before_the_export(tmp_path):
+    base = write_base(tmp_path / "base")
+    assert main([str(base), "--ollama", "--ollama-host", "http://127.0.0.1:9"]) == 2
+    assert list(tmp_path.glob("*.gguf")) == []
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from bp_export.export import ExportOutcome, Format, export_adapter, plan_export
     from bp_export.gguf import read_settings, read_stop_strings
     from bp_export.mixture import QUANTIZATIONS
-    from bp_export.ollama import OllamaModel, register_gguf
+    from bp_export.ollama import (
+        ListedModel,
+        OllamaModel,
+        ask_model,
+        list_models,
+        register_gguf,
+        remove_model,
+        require_ollama,
+        takes_adapters,
+    )
     from bp_export.parity import is_verifiable
     from bp_export.report import BOUNDS, Bound, ParityCheck, ParityReport
 
@@ -25,19 +34,31 @@ __all__ = [
     "ExportOutcome",
     "ExportPlan",
     "Format",
+    "ListedModel",
     "LlamaChat",
     "OllamaModel",
     "ParityCheck",
     "ParityReport",
+    "ask_model",
     "export_adapter",
     "is_verifiable",
+    "list_models",
     "plan_export",
     "read_settings",
     "read_stop_strings",
     "register_gguf",
+    "remove_model",
+    "require_ollama",
+    "takes_adapters",
 ]
 
 _MODULES = {
+    "ListedModel": "ollama",
+    "ask_model": "ollama",
+    "list_models": "ollama",
+    "remove_model": "ollama",
+    "require_ollama": "ollama",
+    "takes_adapters": "ollama",
     "ExportPlan": "dryrun",
     "plan_export": "export",
     "BOUNDS": "report",

@@ -26,7 +26,11 @@ QUANTIZATION_NAMES = (
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(prog="bp-export", description="Export a LoRA adapter, or a model, without torch.")
+    parser = argparse.ArgumentParser(
+        prog="bp-export",
+        description="Export a LoRA adapter, or a model, without torch.",
+        epilog="See also: bp-export ollama --help",
+    )
     parser.add_argument("adapter", type=Path, help="a PEFT adapter folder, or a Hugging Face model folder")
     formats = ("gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx")
     parser.add_argument("--format", choices=formats, default="gguf", help="default: gguf")
@@ -53,10 +57,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def build_ollama_parser() -> argparse.ArgumentParser:
+    """The arguments of ``bp-export ollama``."""
+    parser = argparse.ArgumentParser(prog="bp-export ollama", description="Models of a running Ollama.")
+    parser.add_argument("--host", help="its address (default: http://127.0.0.1:11434)")
+    parser.add_argument("--json", action="store_true", help="print what happened, or the error, as JSON")
+    actions = parser.add_subparsers(dest="action", required=True)
+    register = actions.add_parser("register", help="register a GGUF")
+    register.add_argument("path", type=Path, help="the GGUF")
+    register.add_argument("name", help="its name in Ollama")
+    register.add_argument("--context", type=int, help="tokens of context (num_ctx)")
+    register.add_argument("--system", help="a system prompt to keep with it")
+    actions.add_parser("list", help="list the models that it has")
+    actions.add_parser("rm", help="take a model away").add_argument("name", help="its name in Ollama")
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 the user's input, 2 the rest, 3 not verified, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["ollama"]:
+        return _run_ollama(build_ollama_parser().parse_args(words[1:]))
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(words)
     if options.ollama and options.format != "gguf":
         parser.error("--ollama needs --format gguf")
     if options.dry_run and options.format != "gguf":
@@ -76,10 +99,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _run_ollama(options: argparse.Namespace) -> int:
+    from bp_export import ollama  # NumPy only after --help
+
+    try:
+        if options.action == "register":
+            made = ollama.register_gguf(
+                options.path, options.name, host=options.host, context=options.context, system=options.system
+            )
+            found: list[dict[str, Any]] = [dataclasses.asdict(made)]
+        elif options.action == "rm":
+            ollama.remove_model(options.name, options.host)
+            found = [{"name": options.name, "removed": True}]
+        else:
+            found = [dataclasses.asdict(model) for model in ollama.list_models(options.host)]
+    except CodedError as error:
+        _print_error(error, as_json=options.json)
+        return error.exit_status
+    print(json.dumps(found) if options.json else "\n".join(str(row["name"]) for row in found))  # noqa: T201
+    return 0
+
+
 def _export(options: argparse.Namespace) -> tuple[ExportOutcome, str | None]:
     from bp_export.export import export_adapter  # NumPy only after --help
-    from bp_export.ollama import register_gguf
+    from bp_export.ollama import register_gguf, require_ollama
 
+    if options.ollama:
+        require_ollama(options.ollama_host)
     outcome = export_adapter(
         options.adapter,
         output=options.output,

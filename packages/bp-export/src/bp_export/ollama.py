@@ -16,15 +16,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bp_export.errors import OllamaRegistrationError
 from bp_export.gguf import read_settings, read_stop_strings
+from bp_export.gotemplates import find_go_template
 from bp_runs.files import sha256_file
 
 DEFAULT_HOST = "http://127.0.0.1:11434"
 _BLOCK_BYTES = 2**20
-_SECONDS = 600.0
+_SECONDS, _LOOK_SECONDS = 600.0, 10.0
+_JSON: Mapping[str, str] = MappingProxyType({"Content-Type": "application/json"})
+_RAW = "{{ .Prompt }}"
+_ENDED_ADAPTERS = (0, 34, 1)
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _NAME = re.compile(rf"({_PART}(:\d+)?/)?({_PART}/)?{_PART}(:{_PART})?")
 
@@ -43,6 +48,67 @@ class OllamaModel:
     """Whether Ollama would pass prompts on without any template (old versions, unknown templates)."""
 
 
+@dataclass(frozen=True, slots=True)
+class ListedModel:
+    """A model that a server has."""
+
+    name: str
+    bytes: int
+    digest: str
+
+
+def require_ollama(host: str | None = None) -> str:
+    """The version of the server, for a look before hours of work.
+
+    Raises:
+        OllamaRegistrationError: It does not answer, or is no Ollama.
+    """
+    return str(_read_json(_get(host, "/api/version")).get("version", ""))
+
+
+def takes_adapters(version: str) -> bool:
+    """Whether a version takes LoRA adapters, and quantizes while it creates: both ended with 0.34.1."""
+    numbers = [int(part) for part in re.findall(r"\d+", version)[:3]]
+    return bool(numbers) and tuple(numbers) < _ENDED_ADAPTERS
+
+
+def list_models(host: str | None = None) -> list[ListedModel]:
+    """The models that a server has.
+
+    Raises:
+        OllamaRegistrationError: As `require_ollama`.
+    """
+    entries = _read_json(_get(host, "/api/tags")).get("models") or []
+    return [ListedModel(str(e["name"]), int(e.get("size", 0)), str(e.get("digest", ""))) for e in entries]
+
+
+def remove_model(name: str, host: str | None = None) -> None:
+    """Take a model away.
+
+    Raises:
+        OllamaRegistrationError: There is no such model, or the server does not answer.
+    """
+    body = json.dumps({"model": name}).encode()
+    _read_bytes(_send(_find_server(host), "/api/delete", body, _JSON, "DELETE"))
+
+
+def ask_model(
+    name: str, messages: Sequence[Mapping[str, str]], host: str | None = None, *, max_tokens: int = 128
+) -> str:
+    """A registered model's next message, always its likeliest tokens.
+
+    Raises:
+        OllamaRegistrationError: There is no such model, its runner fails, or the server does not answer.
+    """
+    options = {"temperature": 0, "seed": 0, "num_predict": max_tokens}
+    body = {"model": name, "messages": [dict(m) for m in messages], "stream": False, "options": options}
+    reply = _read_json(_open(_find_server(host), "/api/chat", json.dumps(body).encode()))
+    try:
+        return str(reply["message"]["content"])
+    except (KeyError, TypeError) as error:
+        raise OllamaRegistrationError("the answer is not Ollama's", cause=str(reply)[:200]) from error
+
+
 def register_gguf(
     path: Path,
     name: str,
@@ -52,6 +118,7 @@ def register_gguf(
     template: str | None = None,
     context: int | None = None,
     stop: Sequence[str] | None = None,
+    license: str | None = None,
     status: Callable[[str], None] | None = None,
 ) -> OllamaModel:
     """Upload a GGUF and create a model of it; one of the same name is replaced, as Ollama does.
@@ -61,9 +128,11 @@ def register_gguf(
         name: The model's name: ``[host/][namespace/]model[:tag]``.
         host: The server; by default ``http://127.0.0.1:11434``.
         system: A system prompt to keep with it.
-        template: A Go template, for servers older than 0.30 that do not know the GGUF's own.
+        template: A Go template, for servers older than 0.30. By default none, and where the server then passes prompts
+            on raw, the one in `bp_export.gotemplates` that fits the GGUF's own.
         context: Tokens of context (``num_ctx``).
         stop: Stop words; by default the end tokens that the GGUF names.
+        license: Text of the model's licence, to keep with it.
         status: Called with each of Ollama's status lines.
 
     Raises:
@@ -75,7 +144,7 @@ def register_gguf(
             f"{name!r} is no name for an Ollama model",
             way_out="Use letters, digits, -, _ and .: --ollama-name my-model",
         )
-    server = (host or DEFAULT_HOST).rstrip("/")
+    server = _find_server(host)
     settings = read_settings(path)
     words = tuple(stop if stop is not None else read_stop_strings(settings))
     digest = f"sha256:{sha256_file(path)}"
@@ -83,11 +152,23 @@ def register_gguf(
     parameters: dict[str, Any] = {"stop": list(words)} if words else {}
     if context is not None:
         parameters["num_ctx"] = context
-    body = {"model": name, "files": {path.name: digest}, "system": system, "template": template}
-    _create(server, {k: v for k, v in {**body, "parameters": parameters}.items() if v}, status)
+    body = {"model": name, "files": {path.name: digest}, "system": system, "license": license, "parameters": parameters}
+    _create(server, {**body, "template": template}, status)
+    found = _read_template(server, name)
+    known = find_go_template(str(settings.get("tokenizer.chat_template", "")))
+    if template is None and known and found.strip() == _RAW:
+        _create(server, {**body, "template": known}, status)
+        found = _read_template(server, name)
+    return OllamaModel(name, server, found, words, found.strip() == _RAW)
+
+
+def _find_server(host: str | None) -> str:
+    return (host or DEFAULT_HOST).rstrip("/")
+
+
+def _read_template(server: str, name: str) -> str:
     shown = _read_json(_open(server, "/api/show", json.dumps({"model": name}).encode()))
-    found = str(shown.get("template", ""))
-    return OllamaModel(name, server, found, words, found.strip() == "{{ .Prompt }}")
+    return str(shown.get("template", ""))
 
 
 def _upload(server: str, path: Path, digest: str) -> None:
@@ -114,7 +195,8 @@ def _has_blob(server: str, address: str) -> bool:
 
 def _create(server: str, body: Mapping[str, Any], status: Callable[[str], None] | None) -> None:
     last = ""
-    for line in _read_lines(_open(server, "/api/create", json.dumps(body).encode())):
+    told = {key: value for key, value in body.items() if value}
+    for line in _read_lines(_open(server, "/api/create", json.dumps(told).encode())):
         if "error" in line:
             raise _build_refusal(str(line["error"]))
         last = str(line.get("status", last))
@@ -125,12 +207,29 @@ def _create(server: str, body: Mapping[str, Any], status: Callable[[str], None] 
 
 
 def _open(server: str, address: str, data: bytes | Iterator[bytes], headers: Mapping[str, str] | None = None) -> Any:
-    """An open answer of a POST; errors of the connection and of the server become coded ones."""
+    """An open answer of a POST."""
+    return _send(server, address, data, headers or _JSON, "POST")
+
+
+def _get(host: str | None, address: str) -> Any:
+    return _send(_find_server(host), address, None, {}, "GET", seconds=_LOOK_SECONDS)
+
+
+def _send(
+    server: str,
+    address: str,
+    data: bytes | Iterator[bytes] | None,
+    headers: Mapping[str, str],
+    method: str,
+    *,
+    seconds: float = _SECONDS,
+) -> Any:
+    """An open answer; errors of the connection and of the server become coded ones."""
     request = urllib.request.Request(  # noqa: S310  # the user's own server
-        server + address, data=data, headers=dict(headers or {"Content-Type": "application/json"}), method="POST"
+        server + address, data=data, headers=dict(headers), method=method
     )
     try:
-        return urllib.request.urlopen(request, timeout=_SECONDS)  # noqa: S310
+        return urllib.request.urlopen(request, timeout=seconds)  # noqa: S310
     except urllib.error.HTTPError as error:
         raise _build_refusal(_read_error(error)) from error
     except (OSError, HTTPException, ValueError) as error:
@@ -180,6 +279,10 @@ def _read_error(error: urllib.error.HTTPError) -> str:
 
 
 def _build_refusal(words: str) -> OllamaRegistrationError:
+    if "adapter" in words and "no longer" in words:
+        return OllamaRegistrationError(
+            f"Ollama refuses: {words}", way_out="Register base and adapter as one file: --format gguf --ollama"
+        )
     return OllamaRegistrationError(
         f"Ollama refuses: {words}", way_out="Read what it says; an older Ollama may need an update: ollama --version"
     )

@@ -1,7 +1,8 @@
 """llama.cpp's server in a process of its own: what it does to a bad file, or to another ggml, stays there.
 
-`python -m bp_export.serving FILE CONTEXT [ADAPTER]` loads a GGUF through xllamacpp, prints one line of JSON (``address`` or
-``error``) and serves on a loopback port until its standard input closes, which it does when the parent ends in any way.
+`python -m bp_export.serving FILE CONTEXT [ADAPTER]` loads a GGUF through xllamacpp, prints one line of JSON with its
+``address`` or an ``error``, and serves on a loopback port until its standard input closes, which it does when the
+parent ends in any way.
 """
 
 from __future__ import annotations
