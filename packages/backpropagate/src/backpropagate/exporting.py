@@ -51,6 +51,9 @@ def export_adapter(
     output: Path | None = None,
     base: str | None = None,
     pre: str | None = None,
+    importance: Path | None = None,
+    split_bytes: int | None = None,
+    ollama_base: str | None = None,
     verify: bool | None = None,
     ollama: bool = False,
     ollama_name: str | None = None,
@@ -61,6 +64,9 @@ def export_adapter(
     Args:
         adapter: The adapter folder.
         base: Overrides the base model that the adapter names: a folder or Hub id.
+        importance: An importance matrix for the quantizers: a file of llama-imatrix.
+        split_bytes: Most bytes of tensors a file; a larger GGUF becomes several.
+        ollama_base: For ``ollama-adapter``: the base's name in Ollama, or a GGUF of it.
         ollama: Register the GGUF with the Ollama that runs here.
         ollama_name: Its name there, which registers it too; default: the file's name.
         verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
@@ -72,9 +78,13 @@ def export_adapter(
     wants_ollama = ollama or ollama_name is not None
     if wants_ollama and format != "gguf":
         raise InvalidSettingError(f"Ollama takes GGUF files, not {format!r}", way_out="Add: --format gguf")
+    if wants_ollama and split_bytes is not None:
+        raise InvalidSettingError("Ollama takes one file, and this would be several", way_out="Leave out: --split-mib")
     folder = read_adapter_folder(adapter)
+    if wants_ollama:
+        bp_export.require_ollama(ollama_host(os.environ))
     base_folder = None
-    if format != "lora":
+    if format not in ("lora", "mlx"):
         revision = None if base else folder.config.get("revision")
         offline = system.is_offline(os.environ)
         base_folder = catalogue.find_model(base or folder.base, revision=revision, offline=offline).folder
@@ -87,6 +97,9 @@ def export_adapter(
             base=base_folder,
             pre=pre,
             name=_name_after(folder),
+            importance=importance,
+            split_bytes=split_bytes,
+            ollama_base=ollama_base,
             verify=verify,
             progress=progress,
         )

@@ -12,6 +12,7 @@ from backpropagate.cli.flags import Json, output_folder
 from backpropagate.cli.screen import print_json
 from backpropagate.exporting import ExportResult, export_adapter
 
+Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
 Quantization: TypeAlias = Literal[
     "f32",
     "bf16",
@@ -33,11 +34,14 @@ Quantization: TypeAlias = Literal[
 def export(
     adapter: Path | None = None,
     *,
-    format: Annotated[Literal["gguf", "merged", "lora"], Parameter(name=("--format", "-f"))] = "gguf",
+    format: Annotated[Format, Parameter(name=("--format", "-f"))] = "gguf",
     quantization: Annotated[Quantization, Parameter(name=("--quantization", "-q"))] = "q4_k_m",
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     base: str | None = None,
     pre: str | None = None,
+    imatrix: Path | None = None,
+    split_mib: int | None = None,
+    ollama_base: str | None = None,
     verify: bool | None = None,
     ollama: Annotated[bool, Parameter(negative="")] = False,
     ollama_name: str | None = None,
@@ -50,7 +54,8 @@ def export(
     adapter: Path
         Adapter folder that training wrote; default: lora in the output folder of the settings.
     format: str
-        gguf: one quantized file; merged: a Hugging Face folder; lora: a copy of the adapter.
+        gguf: one quantized file; merged: a Hugging Face folder; lora: a copy of the adapter; gguf-adapter,
+        ollama-adapter, mlx: the adapter alone, for llama.cpp, Ollama before 0.34.1, and mlx-lm.
     quantization: str
         The GGUF's type.
     output: Path
@@ -59,6 +64,12 @@ def export(
         Folder or Hub id of the base model, where it is not the one that the adapter names.
     pre: str
         Name of llama.cpp's pre-tokenizer, where it is not recognised.
+    imatrix: Path
+        An importance matrix of llama-imatrix, for the quantizers.
+    split_mib: int
+        Most MiB of tensors a file; a larger GGUF becomes several.
+    ollama_base: str
+        For ollama-adapter: the base's name in Ollama, or a GGUF of it.
     verify: bool
         Compare the GGUF with the model in llama.cpp; default: where llama.cpp is installed.
     ollama: bool
@@ -75,6 +86,9 @@ def export(
             output=output,
             base=base,
             pre=pre,
+            importance=imatrix,
+            split_bytes=split_mib * 2**20 if split_mib else None,
+            ollama_base=ollama_base,
             verify=verify,
             ollama=ollama,
             ollama_name=ollama_name,

@@ -1,0 +1,62 @@
+"""What the export command adds to bp-export: the base found, Ollama looked for first, all formats reached."""
+
+import json
+
+import numpy as np
+import pytest
+
+from backpropagate.cli.app import run
+from backpropagate.exporting import export_adapter
+from bp_export.errors import OllamaRegistrationError
+from bp_merge import read_model_index, write_tensors
+
+
+@pytest.fixture
+def adapter(tmp_path, pico_model):
+    """A random LoRA on the pico model's q and v."""
+    random = np.random.default_rng(0)
+    tensors = {}
+    for name, info in read_model_index(pico_model).items():
+        if name.endswith(("q_proj.weight", "v_proj.weight")):
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = random.standard_normal((4, info.columns), np.float32) * np.float32(0.1)
+            tensors[f"{stem}.lora_B.weight"] = random.standard_normal((info.rows, 4), np.float32) * np.float32(0.1)
+    folder = tmp_path / "lora"
+    folder.mkdir()
+    write_tensors(folder / "adapter_model.safetensors", tensors)
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(pico_model), "r": 4, "lora_alpha": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("format", ["gguf-adapter", "mlx", "ollama-adapter", "lora"])
+def test_the_adapters_own_forms_are_reached(tmp_path, adapter, format, capsys):
+    argv = [
+        "export",
+        str(adapter),
+        "--format",
+        format,
+        "--output",
+        str(tmp_path / "out.x"),
+        "--ollama-base",
+        "x",
+        "--json",
+    ]
+    assert run(argv) == 0
+    assert json.loads(capsys.readouterr().out)["format"] == format
+    assert (tmp_path / "out.x").exists()
+
+
+def test_the_parity_table_is_in_the_answer(tmp_path, adapter, capsys):
+    argv = ["export", str(adapter), "--output", str(tmp_path / "x.gguf"), "--quantization", "q4_k_s", "--verify"]
+    assert run([*argv, "--json"]) == 0
+    parity = json.loads(capsys.readouterr().out)["parity"]
+    assert parity["passed"] is True
+    assert {check["name"] for check in parity["checks"]} == {"template", "greedy", "divergence", "stop", "effect"}
+
+
+def test_an_absent_ollama_is_noticed_before_the_export(tmp_path, adapter, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    with pytest.raises(OllamaRegistrationError):
+        export_adapter(adapter, "gguf", quantization="q8_0", output=tmp_path / "x.gguf", ollama_name="mine")
+    assert not (tmp_path / "x.gguf").exists()
