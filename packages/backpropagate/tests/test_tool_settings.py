@@ -13,6 +13,12 @@ OTHERS = {
     "data.path": "d.jsonl",
     "data.samples": 3,
     "data.on_bad_row": "skip",
+    "data.on_overflow": "split",
+    "data.min_tokens": 5,
+    "data.dedup": "near",
+    "data.reasoning_trace": True,
+    "data.trace_min_tokens": 4,
+    "data.trace_max_tokens": 100,
     "lora.r": 7,
     "lora.alpha": 9.0,
     "lora.dropout": 0.5,
@@ -30,6 +36,8 @@ OTHERS = {
     "training.weight_decay": 0.25,
     "training.max_grad_norm": 0.5,
     "training.gradient_checkpointing": False,
+    "training.packing": True,
+    "training.curriculum": "length",
     "training.oom_recovery": False,
     "training.output_dir": "elsewhere",
     "training.seed": 1,
@@ -129,3 +137,8 @@ def test_a_broken_settings_file_is_named(tmp_path):
 def test_the_programs_own_variables_are_no_settings():
     names = ("HOME", "LOG_LEVEL", "LOG_FORMAT", "OFFLINE", "DEBUG")
     assert resolve({}, {f"BACKPROPAGATE_{n}": "1" for n in names}).settings == Settings()
+
+
+def test_reasoning_traces_get_room_unless_the_user_says_otherwise():
+    assert resolve({"reasoning_trace": True}).settings.model.max_seq_length == 8192
+    assert resolve({"reasoning_trace": True, "max_seq_length": 512}).settings.model.max_seq_length == 512

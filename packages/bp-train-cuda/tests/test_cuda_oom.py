@@ -102,3 +102,11 @@ def test_pieces_keep_every_row_once_and_lose_only_padding():
     assert [p["input_ids"].tolist() for p in pieces] == [[[0, 1, 2, 3], [4, 5, 6, 7]], [[8]]]
     assert len(split_batch(batch, 8)) == 3
     assert split_batch(batch, 1) == [batch]
+
+
+def test_packed_rows_are_cut_at_their_borders():
+    batch = {"input_ids": torch.arange(7)[None], "position_ids": torch.tensor([[0, 1, 0, 1, 2, 0, 0]])}
+    pieces = split_batch(batch, 2)
+    assert [p["input_ids"].tolist() for p in pieces] == [[[0, 1, 2, 3, 4]], [[5, 6]]]
+    assert [p["position_ids"].tolist() for p in pieces] == [[[0, 1, 0, 1, 2]], [[0, 0]]]
+    assert len(split_batch(batch, 8)) == 4

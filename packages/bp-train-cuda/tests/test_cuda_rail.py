@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bp_data import prepare
+from bp_data import IGNORED, DatasetGateError, prepare
 from bp_runs import Settings, read_adapter_folder
 from bp_runs.adapter import changed_files
 from bp_runs.errors import DiskFullError, TrainingDivergedError
 from bp_runs.events import DataReady, ModelLoaded, SampleAnswer, StepDone
 from bp_train_cuda import CudaRail
+from bp_train_cuda.batches import RowSet, pad_rows
 from bp_train_cuda.errors import (
     BitsandbytesError,
     GpuNotAvailableError,
@@ -27,7 +29,6 @@ from bp_train_cuda.errors import (
     TargetModulesError,
     TrainingFailedError,
 )
-from bp_train_cuda.methods import sft
 from bp_train_cuda.probe import Device, choose_mode
 
 
@@ -73,12 +74,106 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(pico_model, cha
 def test_labels_come_from_the_mask_though_pad_is_eos(pico_model, chat_file):
     prepared = prepare(chat_file, pico_model, 128)
     assert prepared.facts.pad_id == prepared.facts.terminator_id == 2
-    for row in sft.build_dataset(prepared.rows):
-        trained = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != sft.IGNORED]
+    rows = RowSet(prepared.rows)
+    for row in rows:
+        trained = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
         assert trained[-1] == 2
         assert prepared.tokenizer.decode(trained).startswith("captain marlow")
-        assert row["input_ids"].count(2) == 2
+        assert list(row["input_ids"]).count(2) == 2
         assert trained.count(2) == 1
+    batch = pad_rows(2)([{"input_ids": [5, 2], "labels": [IGNORED, 2]}, {"input_ids": [7], "labels": [7]}])
+    assert batch["input_ids"].tolist() == [[5, 2], [7, 2]]
+    assert batch["labels"].tolist() == [[IGNORED, 2], [7, IGNORED]]
+    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind", ["chat", "text", "mixed"])
+def test_the_loss_is_the_mean_over_trained_tokens_packed_or_not(pico_model, chat_file, tmp_path, kind, packing):
+    texts = [json.dumps({"text": "the quick brown fox " * n}) for n in range(1, 9)]
+    chats = chat_file.read_text().splitlines()
+    rows = {"chat": chats, "text": texts, "mixed": [*chats[:4], *texts[:4]]}[kind]
+    chat_file.write_text("\n".join(rows) + "\n")
+    change = {"steps": 1, "batch_size": 8, "gradient_accumulation": 1, "packing": packing}
+    _, events = train(spec_for(pico_model, chat_file, tmp_path / "run", training=change))
+    reported = next(e.loss for e in events if isinstance(e, StepDone))
+    model = AutoModelForCausalLM.from_pretrained(pico_model)
+    total, count = 0.0, 0
+    for row in prepare(chat_file, pico_model, 128).rows:
+        logits = model(torch.tensor([row.ids.tolist()])).logits[0, :-1].double()
+        labels = torch.tensor(row.labels()[1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += int((labels != -100).sum())
+    assert reported == pytest.approx(total / count, rel=1e-4)
+
+
+def test_packed_steps_learn_as_unpacked_ones(pico_model, chat_file, tmp_path):
+    def after(name, packing):
+        # All eight rows in each step, so that their order does not matter.
+        change = {"steps": 4, "batch_size": 8, "packing": packing}
+        outcome, _ = train(spec_for(pico_model, chat_file, tmp_path / name, training=change))
+        return load_file(outcome.adapter / "adapter_model.safetensors")
+
+    plain, packed = after("plain", False), after("packed", True)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(packed[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_curriculum_goes_from_short_to_long(pico_model, chat_file, tmp_path):
+    rows = [json.dumps({"text": "the quick brown fox " * n}) for n in (5, 1, 4, 2, 3)]
+    chat_file.write_text("\n".join(rows) + "\n")
+    change = {"steps": 5, "batch_size": 1, "curriculum": "length"}
+    _, events = train(spec_for(pico_model, chat_file, tmp_path / "run", training=change))
+    seen = [e.tokens for e in events if isinstance(e, StepDone)]
+    lengths = [b - a for a, b in zip([0, *seen], seen, strict=False)]
+    assert lengths == sorted(lengths)
+    assert len(set(lengths)) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "counts"),
+    [
+        ({"dedup": "exact"}, (3, 2, 0, 1)),
+        ({"min_tokens": 30}, (3, 1, 0, 2)),
+        ({"on_overflow": "drop"}, (3, 2, 0, 1)),
+        ({"on_overflow": "split"}, None),
+        ({"reasoning_trace": True, "trace_min_tokens": 2}, (8, 0, 0, 8)),
+    ],
+)
+def test_quality_settings_act(pico_model, chat_file, tmp_path, data, counts):
+    short, long = "the quick brown fox ", "the quick brown fox " * 60
+    if "dedup" in data or "min_tokens" in data:
+        long = "the quick brown fox " * 8 + "and who"
+        texts = [short, short, long] if "dedup" in data else [short, short + "a", long]
+    else:
+        texts = [short, "a lazy dog", long]
+    if "reasoning_trace" not in data:
+        chat_file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", data={"on_bad_row": "skip", **data}, training={"steps": 1})
+    events = []
+    if counts and not counts[1]:
+        with pytest.raises(DatasetGateError):
+            CudaRail().train(spec, events.append, lambda: False)
+        return
+    CudaRail().train(spec, events.append, lambda: False)
+    found = next(e for e in events if isinstance(e, DataReady))
+    if counts:
+        assert (found.read, found.trained, found.truncated, found.dropped) == counts
+    else:
+        assert found.truncated == found.dropped == 0
+
+
+def test_the_second_run_finds_its_rows_prepared(pico_model, chat_file, tmp_path):
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1})
+    spec = replace(spec, folders=replace(spec.folders, cache=tmp_path / "cache"))
+    first, _ = train(spec)
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.name != "meta.json"}
+    assert kept
+    second, _ = train(spec)
+    assert {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.name != "meta.json"
+    } == kept
+    assert first.first_loss == second.first_loss
 
 
 def test_first_loss_equals_cross_entropy_over_trained_tokens(pico_model, chat_file, tmp_path):

@@ -26,6 +26,7 @@ Source = Literal["flag", "env", "toml", "default"]
 # Environment names of the program itself, which are no settings of a run.
 PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "OFFLINE", "DEBUG"})
 
+_TRACE_SEQ_LENGTH = 8192  # tokens; reasoning is long
 _SHORT = {"model.name": "model", "data.path": "data", "training.learning_rate": "lr", "training.output_dir": "output"}
 
 
@@ -108,6 +109,8 @@ def resolve(
         for key, raw in layer.items():
             values[key] = _convert(all_settings()[key], raw, source)
             sources[key] = source
+    if values.get("data.reasoning_trace") and sources["model.max_seq_length"] == "default":
+        values["model.max_seq_length"] = _TRACE_SEQ_LENGTH
     return Resolved(_check(_build(values)), MappingProxyType(sources))
 
 
@@ -183,6 +186,9 @@ def _build(values: Mapping[str, Any]) -> Settings:
 _RANGES: Mapping[str, tuple[float, float | None]] = {
     "model.max_seq_length": (8, None),
     "data.samples": (1, None),
+    "data.min_tokens": (0, None),
+    "data.trace_min_tokens": (0, None),
+    "data.trace_max_tokens": (1, None),
     "lora.r": (1, 4096),
     "lora.dropout": (0.0, 0.999),
     "training.steps": (1, None),

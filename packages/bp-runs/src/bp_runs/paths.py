@@ -40,3 +40,8 @@ def index_file(output: Path) -> Path:
 def adapter_folder(output: Path) -> Path:
     """``<output>/lora``: the newest finished adapter."""
     return output / "lora"
+
+
+def cache_folder(output: Path) -> Path:
+    """``<output>/.cache``: what may be deleted at any time."""
+    return output / ".cache"

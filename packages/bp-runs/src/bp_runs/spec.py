@@ -41,6 +41,19 @@ class DataSpec:
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail", "What a row that cannot be used does: fail, or skip and count."
     )
+    on_overflow: Literal["auto", "truncate", "drop", "split", "fail"] = setting(
+        "auto",
+        "What a row over max_seq_length does: truncate, drop, split or fail; auto: truncate, and split .txt and .md.",
+    )
+    min_tokens: int = setting(0, "Drop rows with fewer tokens.")
+    dedup: Literal["none", "exact", "near"] = setting(
+        "none", "Drop rows that repeat an earlier one, exactly or nearly."
+    )
+    reasoning_trace: bool = setting(
+        False, "Keep <think>…</think> as plain text and drop rows without a whole trace; rows may be 8192 tokens long."
+    )
+    trace_min_tokens: int = setting(8, "Shortest reasoning trace that is kept, in tokens.")
+    trace_max_tokens: int = setting(8192, "Longest reasoning trace that is kept, in tokens.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +91,12 @@ class TrainingSpec:
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.")
     gradient_checkpointing: bool = setting(True, "Recompute activations in backward on a GPU: slower, far less memory.")
+    packing: bool = setting(
+        False, "Pack short rows into rows of max_seq_length; none attends to another, each begins at position 0."
+    )
+    curriculum: Literal["none", "length"] = setting(
+        "none", "Order of rows: none shuffles by the seed, length goes from short to long."
+    )
     oom_recovery: bool = setting(
         True, "Halve a micro-batch that does not fit the GPU and go on with the same step; without it, stop."
     )
@@ -95,7 +114,9 @@ class RunFolders:
     output: Path
     """The user's output folder."""
     run: Path
-    """``<output>/runs/<run_id>``; the rail writes here and nowhere else."""
+    """``<output>/runs/<run_id>``; the rail writes here, and in ``cache``, and nowhere else."""
+    cache: Path | None = None
+    """Where prepared rows may be kept for the next run; None: nowhere."""
 
     @property
     def adapter(self) -> Path:

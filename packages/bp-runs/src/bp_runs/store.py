@@ -258,7 +258,8 @@ class RunWriter:
         self._record = record
         self._lock = FileLock(folder / paths.LOCK_FILE)
         self._lock.acquire(timeout=0)
-        self.folders = RunFolders(run_id=record.run_id, output=store.output, run=folder)
+        cache = paths.cache_folder(store.output)
+        self.folders = RunFolders(run_id=record.run_id, output=store.output, run=folder, cache=cache)
         store.save(record)
         with coded_disk_errors(folder):
             self._metrics = (folder / paths.METRICS_FILE).open("ab", buffering=0)

@@ -63,7 +63,7 @@ def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> Train
     trainer = sft.build_trainer(
         model,
         _trl_tokenizer(spec, prepared),
-        prepared.rows,
+        prepared,
         spec.training,
         spec.folders.run,
         on_gpu=device.kind == "cuda",

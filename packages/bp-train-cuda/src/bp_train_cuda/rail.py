@@ -55,15 +55,22 @@ class CudaRail:
         return engine.train(spec, prepared, emit, stop)
 
     def _prepare(self, spec: TrainSpec, emit: Emit) -> Prepared:
-        from bp_data import prepare
+        from bp_data import TraceBand, prepare
 
+        data = spec.data
         prepared = prepare(
-            spec.data.path,
+            data.path,
             spec.base,
             spec.model.max_seq_length,
-            on_bad_row=spec.data.on_bad_row,
-            samples=spec.data.samples,
+            on_bad_row=data.on_bad_row,
+            on_overflow=None if data.on_overflow == "auto" else data.on_overflow,
+            samples=data.samples,
+            min_tokens=data.min_tokens,
+            dedup=data.dedup,
+            trace=TraceBand(data.trace_min_tokens, data.trace_max_tokens) if data.reasoning_trace else None,
+            curriculum=spec.training.curriculum,
             seed=spec.training.seed,
+            cache=spec.folders.cache and spec.folders.cache / "tokens",
         )
         prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
         emit(_data_ready(spec, prepared))

@@ -45,7 +45,8 @@ class StepSplitter:
 
         Args:
             step: Carries out one piece.
-            batch: Tensors (B, T), padded on the right where ``attention_mask`` is 0.
+            batch: Tensors (B, T), padded on the right where ``attention_mask`` is 0; or packed rows (1, T) with
+                ``position_ids`` that begin again at 0 with each row.
 
         Raises:
             OomExhaustedError: A single row, or an eighth of the rows, does not fit.
@@ -90,6 +91,10 @@ def split_batch(batch: Batch, pieces: int) -> list[Batch]:
     """``batch`` cut along its rows into at most ``pieces`` parts, each without the columns that only pad it."""
     if pieces == 1:
         return [batch]
+    if "position_ids" in batch:
+        starts = _read_starts(batch)
+        chosen = [part[0] for part in torch.tensor(starts).tensor_split(min(pieces, len(starts)))]
+        return [dict(part) for part in _cut(batch, [int(start) for start in chosen[1:]])]
     columns = {name: value.tensor_split(min(pieces, _count_rows(batch))) for name, value in batch.items()}
     parts = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     return [_trim(part) for part in parts]
@@ -102,8 +107,18 @@ def _trim(batch: dict[str, torch.Tensor]) -> Batch:
     return {name: value[:, :width] for name, value in batch.items()}
 
 
+def _cut(batch: Batch, places: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+    columns = {name: value.tensor_split(list(places), dim=1) for name, value in batch.items()}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _read_starts(batch: Batch) -> list[int]:
+    """Where packed rows begin."""
+    return [int(place) for place in (batch["position_ids"][0] == 0).nonzero().flatten()]
+
+
 def _count_rows(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
+    return len(_read_starts(batch)) if "position_ids" in batch else len(next(iter(batch.values())))
 
 
 def _read_random_state() -> tuple[torch.Tensor, Any]:

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from bp_data import TokenRow
+from bp_data import Prepared
 from bp_runs.spec import TrainingSpec
+from bp_train_cuda.batches import PackSet, RowSet, join_packs, pad_rows
 from bp_train_cuda.guards.oom import StepSplitter
-
-IGNORED = -100
-"""The label of tokens that carry no loss."""
-
-
-def build_dataset(rows: Sequence[TokenRow]) -> Dataset:
-    """Columns ``input_ids`` and ``labels``, lists of int; labels come from the mask, never from ``== pad_id``."""
-    ids = [list(row.ids) for row in rows]
-    labels = [[t if m else IGNORED for t, m in zip(row.ids, row.mask, strict=True)] for row in rows]
-    return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
 def build_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[TokenRow],
+    prepared: Prepared,
     spec: TrainingSpec,
     folder: Path,
     *,
@@ -57,6 +49,7 @@ def build_trainer(
         gradient_checkpointing=spec.gradient_checkpointing and on_gpu,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
         dataloader_num_workers=0,
         dataloader_pin_memory=on_gpu,
         logging_steps=1,
@@ -66,13 +59,18 @@ def build_trainer(
         save_strategy="no",
         push_to_hub=False,
     )
+    rows = prepared.rows
+    packs = PackSet(rows, rows.lengths(), prepared.max_seq_length) if spec.packing else None
     trainer = _Trainer(
         model=model,
         args=config,
-        train_dataset=build_dataset(rows),
+        train_dataset=Dataset.from_list([{k: list(v) for k, v in RowSet(rows)[0].items()}]),  # TRL wants its kind
+        data_collator=join_packs if packs else pad_rows(tokenizer.pad_token_id),
         processing_class=tokenizer,
         callbacks=[callback],
     )
+    trainer.train_dataset = packs or RowSet(rows)
+    trainer.in_order = spec.curriculum != "none"
     for weight in model.parameters():
         if weight.requires_grad:
             weight.data = weight.data.float()  # TRL makes adapters on 4-bit bases bfloat16: small steps would be lost
@@ -105,14 +103,23 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed for a stri
 
     rate: Callable[[int], float]
     splitter: StepSplitter
+    in_order = False
+    """Take rows as they lie, not shuffled."""
     tokens = 0
     """Tokens of finished micro-batches; TRL counts those of failed attempts too."""
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         step = super().training_step
         loss = self.splitter.run(lambda piece: step(model, dict(piece), num_items_in_batch), inputs)
-        self.tokens += int(inputs["attention_mask"].sum())
+        self.tokens += (
+            int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
+        )
         return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.in_order:
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002  # TRL's name
         if getattr(self, "lr_scheduler", None) is None:
