@@ -71,11 +71,13 @@ def measure(script: str, folder: Path, *arguments: str) -> dict[str, float]:
     """Wall and CPU seconds and peak MiB of a script in a process of its own."""
     begun = time.perf_counter()
     command = [sys.executable, "-c", script, str(folder), *arguments]
-    with subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"a step failed: {command[:3]}")
+    with tempfile.TemporaryFile() as said:
+        with subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=said, stderr=said) as process:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"a step failed: {said.read().decode(errors='replace')[-2000:]}")
     scale = 1 if sys.platform == "darwin" else 1024
     return {
         "wall": time.perf_counter() - begun,

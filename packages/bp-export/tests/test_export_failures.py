@@ -134,6 +134,17 @@ def test_damaged_weights(base, lora):
     expect(AdapterInvalidError, "missing", lora)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite(base, lora, value):
+    from bp_merge import TensorReader, read_model_index, write_tensors
+
+    with TensorReader(read_model_index(base)) as reader:
+        tensors = {name: reader.read(name) for name in reader.tensors}
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = value
+    write_tensors(base / "model.safetensors", tensors, dtype="BF16")
+    expect(TensorsInvalidError, "down_proj.*not finite", lora)
+
+
 def test_a_tensor_without_a_place(tmp_path, base):
     from bp_merge import TensorReader, read_model_index, write_tensors
 

@@ -175,6 +175,7 @@ def test_which_versions_take_adapters(version, yes):
 def test_an_absent_server_is_noticed_before_the_export(tmp_path):
     base = write_base(tmp_path / "base")
     assert main([str(base), "--ollama", "--ollama-host", "http://127.0.0.1:9"]) == 2
+    assert main([str(base), "--ollama", "--ollama-name", "no good"]) == 2
     assert list(tmp_path.glob("*.gguf")) == []
 
 

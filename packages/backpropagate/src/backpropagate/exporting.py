@@ -82,7 +82,7 @@ def export_adapter(
         raise InvalidSettingError("Ollama takes one file, and this would be several", way_out="Leave out: --split-mib")
     folder = read_adapter_folder(adapter)
     if wants_ollama:
-        bp_export.require_ollama(ollama_host(os.environ))
+        bp_export.require_ollama(ollama_host(os.environ), name=ollama_name)
     base_folder = None
     if format not in ("lora", "mlx"):
         revision = None if base else folder.config.get("revision")

@@ -125,7 +125,7 @@ def _export(options: argparse.Namespace) -> tuple[ExportOutcome, str | None]:
     from bp_export.ollama import register_gguf, require_ollama
 
     if options.ollama:
-        require_ollama(options.ollama_host)
+        require_ollama(options.ollama_host, name=options.ollama_name)
     outcome = export_adapter(
         options.adapter,
         output=options.output,

@@ -57,12 +57,18 @@ class ListedModel:
     digest: str
 
 
-def require_ollama(host: str | None = None) -> str:
+def require_ollama(host: str | None = None, *, name: str | None = None) -> str:
     """The version of the server, for a look before hours of work.
 
+    Args:
+        host: The server; by default ``http://127.0.0.1:11434``.
+        name: A name that a model is going to have there.
+
     Raises:
-        OllamaRegistrationError: It does not answer, or is no Ollama.
+        OllamaRegistrationError: It does not answer, or is no Ollama, or refuses such names.
     """
+    if name is not None:
+        _require_name(name)
     return str(_read_json(_get(host, "/api/version")).get("version", ""))
 
 
@@ -139,11 +145,7 @@ def register_gguf(
         OllamaRegistrationError: The server is away, refuses the name or the file, or ends without success.
         ChatFailedError: The file is no GGUF.
     """
-    if not _NAME.fullmatch(name):
-        raise OllamaRegistrationError(
-            f"{name!r} is no name for an Ollama model",
-            way_out="Use letters, digits, -, _ and .: --ollama-name my-model",
-        )
+    _require_name(name)
     server = _find_server(host)
     settings = read_settings(path)
     words = tuple(stop if stop is not None else read_stop_strings(settings))
@@ -160,6 +162,14 @@ def register_gguf(
         _create(server, {**body, "template": known}, status)
         found = _read_template(server, name)
     return OllamaModel(name, server, found, words, found.strip() == _RAW)
+
+
+def _require_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise OllamaRegistrationError(
+            f"{name!r} is no name for an Ollama model",
+            way_out="Use letters, digits, -, _ and .: --ollama-name my-model",
+        )
 
 
 def _find_server(host: str | None) -> str:

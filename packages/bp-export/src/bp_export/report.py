@@ -36,8 +36,8 @@ BOUNDS: Mapping[str, Bound] = MappingProxyType(
         "q4_k_s": Bound(0.4, 0.9),
         "q4_0": Bound(0.6, 0.8),
         "iq4_xs": Bound(0.4, 0.9),
-        "q3_k_m": Bound(1.0, 0.7),
-        "q2_k": Bound(3.0, 0.5),
+        "q3_k_m": Bound(0.8, 0.7),
+        "q2_k": Bound(1.5, 0.5),
     }
 )
 
