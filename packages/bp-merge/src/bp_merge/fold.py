@@ -51,6 +51,7 @@ class FoldedModel:
         self._replaced = _match(base.tensors, adapter, adapter.replaced) if adapter else {}
         self._rows = _match_rows(base.tensors, adapter) if adapter else {}
         self._added = _match(base.tensors, adapter, adapter.added) if adapter else {}
+        self._changed = frozenset([*self._pairs, *self._replaced, *self._rows, *self._added])
 
     def __enter__(self) -> Self:
         return self
@@ -68,7 +69,7 @@ class FoldedModel:
     @property
     def changed(self) -> frozenset[str]:
         """Names of the tensors that the adapter changes."""
-        return frozenset([*self._pairs, *self._replaced, *self._rows, *self._added])
+        return self._changed
 
     @property
     def pairs(self) -> Mapping[str, LoraPair]:
@@ -89,7 +90,7 @@ class FoldedModel:
         Raises:
             TensorsInvalidError: The base's file cannot be read to the end.
         """
-        if name not in self.changed:
+        if name not in self._changed:
             return self._base.read_rows(name, start, stop)
         dtype = self.tensors[name].dtype
         rows = self._read_unfolded(name, start, stop)
