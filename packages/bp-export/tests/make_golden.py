@@ -24,8 +24,8 @@ from bp_merge import TensorReader, read_model_index, write_tensors
 
 GOLDEN = Path(__file__).with_name("golden.json")
 CASES = {
-    "llama": {"hidden": 256, "inner": 512, "layers": 9},
-    "qwen2": {"kind": "qwen2", "hidden": 256, "inner": 256, "layers": 3},
+    "llama": {"hidden": 256, "inner": 256, "layers": 4},
+    "qwen2": {"kind": "qwen2", "hidden": 256, "inner": 256, "layers": 2},
     "mistral": {"kind": "mistral", "hidden": 64, "inner": 96, "tied": False},
 }
 ROWS = 320  # of the embedding
