@@ -30,6 +30,7 @@ from bp_data.mask import (
 from bp_data.read import excerpt
 from bp_data.reasoning import TraceBand, find_trace, keep_trace
 from bp_data.skeleton import SpanFinder
+from bp_data.spelling import Spelling
 from bp_data.template import ChatTemplate
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer
@@ -67,6 +68,7 @@ class Encoder:
         self._tokenizer = tokenizer
         self._trace = trace
         self._finder = SpanFinder(tokenizer, template)
+        self._spelling = Spelling(tokenizer) if tokenizer.spells_bytes else None
         self._context = lru_cache(maxsize=65_536)(lambda token: tokenizer.decode([token]))
 
     def encode_rows(self, rows: Iterable[Row | Rejected]) -> Iterator[TokenRow | Rejected]:
@@ -120,9 +122,9 @@ class Encoder:
         return _Planned(row, marked=marked, trace=trace)
 
     def _encode(self, batch: list[_Planned]) -> list[TokenRow | Rejected]:
-        chats = [planned for planned in batch if planned.marked is not None]
-        encodings = self._tokenizer.encode_many([planned.marked.text for planned in chats if planned.marked])
         found: dict[int, TokenRow | Rejected] = {}
+        chats = self._spell([planned for planned in batch if planned.marked is not None], found)
+        encodings = self._tokenizer.encode_many([planned.marked.text for planned in chats if planned.marked])
         runs: list[list[int]] = []
         checks: list[tuple[_Planned, str, str]] = []  # a chat, the text before a run, the text that the run should be
         for planned, encoding in zip(chats, encodings, strict=True):
@@ -151,6 +153,23 @@ class Encoder:
             if got.removeprefix(before) != wanted and planned.row is not None:
                 self._check(got.removeprefix(before), wanted, planned, planned.row, found)
         return [self._result(planned, found) for planned in batch]
+
+    def _spell(self, chats: list[_Planned], found: dict[int, TokenRow | Rejected]) -> list[_Planned]:
+        """The chats that are left when those are found whose tokens spell their texts."""
+        spelling = self._spelling
+        if spelling is None:
+            return chats
+        left = []
+        rows = self._tokenizer.encode_ids([planned.marked.text for planned in chats if planned.marked])
+        for planned, ids in zip(chats, rows, strict=True):
+            mask = spelling.mask(ids, planned.marked) if planned.marked else None
+            if mask is None or planned.row is None:
+                left.append(planned)
+            else:
+                found[id(planned)] = TokenRow(planned.row.number, array("i", ids), bytes(mask), "chat")
+        if len(left) > len(chats) // 2:
+            self._spelling = None  # its normalizer changes these texts: they would all be encoded twice
+        return left
 
     def _check(self, got: str, wanted: str, planned: _Planned, row: Row, found: dict[int, TokenRow | Rejected]) -> None:
         try:
