@@ -66,10 +66,20 @@ def find_small_model(home: Path, *, offline: bool) -> str:
 
 
 def unpack(file: Path, folder: Path) -> None:
-    """De-quantize the GGUF into a Hugging Face folder: bfloat16 safetensors, config, tokenizer, chat template."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
+    """De-quantize the GGUF into a Hugging Face folder: bfloat16 safetensors, config, tokenizer, chat template.
+
+    Raises:
+        SmallModelError: transformers, which comes with the CUDA rail, is not installed.
+    """
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers.utils import logging
+    except ImportError as error:
+        way_out = "Install the rail that brings it: pip install bp-train-cuda"
+        raise SmallModelError(
+            "unpacking the small model needs transformers", cause=str(error), way_out=way_out
+        ) from error
 
     logging.disable_progress_bar()
     require_folder(folder.parent)
