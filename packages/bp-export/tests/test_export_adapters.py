@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 
-from bp_export import plan_export
+from bp_export import is_verifiable, plan_export, read_settings
 from bp_export.cli import main
 from bp_export.errors import AdapterFormatError, OutputTakenError
 from bp_export.probing import read_places
 from bp_export.serving import LlamaServer
-from bp_merge import AdapterMismatchError, TensorReader, load_adapter, read_index
+from bp_merge import AdapterMismatchError, TensorReader, load_adapter, read_index, write_tensors
 
 
 @pytest.fixture
@@ -152,3 +152,33 @@ def test_a_dry_run_says_what_comes_and_writes_nothing(tmp_path, lora, capsys):
     assert "blk.0.attn_q.weight" in capsys.readouterr().out
     assert main([str(lora), "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["bytes"] == plan.bytes
+
+
+def test_tokens_that_training_added_are_in_the_file(tmp_path, lora):
+    transformers = pytest.importorskip("transformers")
+    base = tmp_path / "base"
+    vocab = json.loads((base / "config.json").read_text())["vocab_size"]
+    with TensorReader(read_index(lora / "adapter_model.safetensors")) as reader:
+        tensors = {name: reader.read(name) for name in reader.tensors}
+    table = np.random.default_rng(3).standard_normal((vocab + 2, 64), np.float32)
+    tensors["base_model.model.model.embed_tokens.weight"] = table
+    write_tensors(lora / "adapter_model.safetensors", tensors)
+    set_config(lora, modules_to_save=["embed_tokens"])
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (lora / file).write_text((base / file).read_text())
+    data = json.loads((lora / "tokenizer.json").read_text())
+    data["added_tokens"] += [{**data["added_tokens"][0], "id": vocab + i, "content": f"<new{i}>"} for i in range(2)]
+    (lora / "tokenizer.json").write_text(json.dumps(data))
+    outcome = export_adapter(lora, quantization="f16", output=tmp_path / "x.gguf", verify=is_verifiable())
+    if outcome.parity:
+        checks = {check.name: check for check in outcome.parity.checks}
+        assert (checks["template"].result, checks["effect"].result) == ("passed", "skipped")
+    path = export_adapter(lora, quantization="f32").path
+    found = {t.name: t.data for t in gguf.GGUFReader(path).tensors}["token_embd.weight"]
+    assert np.allclose(found, table, rtol=2**-7)
+    settings = read_settings(path)
+    assert settings["tokenizer.ggml.tokens"][-2:] == ["<new0>", "<new1>"]
+    assert settings["llama.vocab_size"] == vocab + 2
+    merged = export_adapter(lora, format="merged").path
+    model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    assert model.get_input_embeddings().weight.shape == (vocab + 2, 64)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from bp_export.plan import grow_vocabulary, read_config
 from bp_merge import FoldedModel, TensorInfo, build_header, encode, read_index
 from bp_runs.adapter import AdapterFolder
 from bp_runs.files import publish_folder, publish_json, require_folder, require_free_space, sha256_file
@@ -73,6 +74,9 @@ def write_merged(
             weight_map = {name: file_name for file_name, infos in shards.items() for name in infos}
             publish_json(folder / _INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _copy_files(base, folder, _MODEL_FILES)
+        config = read_config(base)
+        if (grown := grow_vocabulary(config, model)) != config:
+            publish_json(folder / "config.json", grown)
         _copy_files(tokenizer, folder, _TOKENIZER_FILES)
     main = output / (_INDEX_FILE if len(shards) > 1 else next(iter(shards)))
     return sum(file.stat().st_size for file in output.iterdir()), sha256_file(main)

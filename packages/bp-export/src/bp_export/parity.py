@@ -338,6 +338,8 @@ def _check_effect(
     if compared is None or reference is None or not model.changed or model.is_unchanged:
         note = "there is no adapter, or it changes nothing" if reference else "there is no reference"
         return ParityCheck("effect", "skipped", None, None, note)
+    if any(info.shape != model.base_tensors[name].shape for name, info in model.tensors.items()):
+        return ParityCheck("effect", "skipped", None, None, "the adapter added tokens, which the base does not know")
     chosen = range(min(_EFFECT_ANSWERS, len(compared.answers)))
     with FoldedModel(TensorReader(read_model_index(build.base))) as plain:
         file = build.write(plain, reference)

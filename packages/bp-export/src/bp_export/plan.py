@@ -92,6 +92,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def grow_vocabulary(config: Mapping[str, Any], model: FoldedModel) -> dict[str, Any]:
+    """The config as it is with the adapter: one that added tokens says how many there are now."""
+    rows = [model.tensors[name].rows for name in model.changed if name.endswith("embed_tokens.weight")]
+    if not rows:
+        return dict(config)
+    text = config.get("text_config")
+    inner = {"text_config": {**text, "vocab_size": rows[0]}} if isinstance(text, dict) else {}
+    return {**config, "vocab_size": rows[0], **inner}
+
+
 def build_plan(
     model: FoldedModel,
     base: Path,
@@ -119,7 +129,7 @@ def build_plan(
         ArchitectureUnsupportedError, ModelInvalidError, TokenizerUnsupportedError, PreTokenizerUnknownError: As named.
         AdapterMismatchError: The adapter changes a tensor that the file leaves out, such as a tied lm_head.
     """
-    config = read_config(base)
+    config = grow_vocabulary(read_config(base), model)
     architecture = find_architecture(config)
     tensors = _plan_tensors(model, architecture, quantization, importance)
     vocabulary = read_vocabulary(tokenizer, vocab_size=architecture.vocab_size, model_config=config, pre=pre, base=base)

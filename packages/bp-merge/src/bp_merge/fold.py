@@ -12,6 +12,7 @@ Rows are independent of each other, so cutting them into chunks changes no bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -47,10 +48,12 @@ class FoldedModel:
 
     def __init__(self, base: TensorReader, adapter: LoraAdapter | None = None) -> None:
         self._base = base
-        self._pairs = _match_pairs(base.tensors, adapter) if adapter else {}
         self._replaced = _match(base.tensors, adapter, adapter.replaced) if adapter else {}
-        self._rows = _match_rows(base.tensors, adapter) if adapter else {}
-        self._added = _match(base.tensors, adapter, adapter.added) if adapter else {}
+        grown = {name: replace(base.tensors[name], shape=values.shape) for name, values in self._replaced.items()}
+        self._tensors: Mapping[str, TensorInfo] = MappingProxyType({**base.tensors, **grown})
+        self._pairs = _match_pairs(self._tensors, adapter) if adapter else {}
+        self._rows = _match_rows(self._tensors, adapter) if adapter else {}
+        self._added = _match(self._tensors, adapter, adapter.added) if adapter else {}
         self._changed = frozenset([*self._pairs, *self._replaced, *self._rows, *self._added])
 
     def __enter__(self) -> Self:
@@ -63,7 +66,12 @@ class FoldedModel:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """The base's tensors by name."""
+        """The tensors by name: the base's, but for the shape of an embedding or head to which rows were added."""
+        return self._tensors
+
+    @property
+    def base_tensors(self) -> Mapping[str, TensorInfo]:
+        """The base's tensors as they stand in its files."""
         return self._base.tensors
 
     @property
@@ -152,8 +160,14 @@ def _find(
     module = name.removesuffix(".weight")
     if info is None:
         raise AdapterMismatchError(f"the adapter changes {module}, and the base has no such module", cause=cause)
-    if shape is not None and info.shape != shape:
+    if shape is not None and info.shape != shape and not _has_grown(info, shape):
         raise AdapterMismatchError(
             f"the adapter changes {module} as {shape}, and the base has it as {info.shape}", cause=cause
         )
     return info
+
+
+def _has_grown(info: TensorInfo, shape: tuple[int, ...]) -> bool:
+    """Whether a table of tokens got rows for new ones."""
+    is_table = info.name.endswith(("embed_tokens.weight", "lm_head.weight"))
+    return is_table and info.shape[1:] == shape[1:] and info.shape[0] < shape[0]
