@@ -7,7 +7,7 @@ import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 
 from bp_export.cli import main
-from bp_export.conversations import CONVERSATIONS
+from bp_export.conversations import CONVERSATIONS, TOOLS
 from bp_export.errors import ParityFailedError
 from bp_export.mixture import QUANTIZATIONS
 from bp_export.parity import verify_gguf
@@ -15,9 +15,25 @@ from bp_export.plan import build_plan
 from bp_export.probing import Place, compute_divergence
 from bp_export.report import BOUNDS
 from bp_export.stream import write_gguf
+from bp_export.template import render_template
 from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
 
 skip_without_llama_cpp()
+
+# ChatML with tools in the system's turn, calls as JSON and answers in the user's.
+TOOL_TEMPLATE = (
+    "{%- if tools %}{{- '<|im_start|>system\n' }}{%- if messages[0].role == 'system' %}{{- messages[0].content }}{%- else %}{{- 'You help.' }}{%- endif %}"
+    '{{- "\n\n# Tools\n<tools>" }}{%- for tool in tools %}{{- "\n" }}{{- tool | tojson }}{%- endfor %}{{- "\n</tools><|im_end|>\n" }}'
+    "{%- else %}{%- if messages[0].role == 'system' %}{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}{%- endif %}"
+    "{%- for message in messages %}{%- if message.role == 'user' or (message.role == 'system' and not loop.first) or (message.role == 'assistant' and not message.tool_calls) %}"
+    "{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{%- elif message.role == 'assistant' %}{{- '<|im_start|>' + message.role }}{%- if message.content %}{{- '\n' + message.content }}{%- endif %}"
+    "{%- for tool_call in message.tool_calls %}{%- if tool_call.function is defined %}{%- set tool_call = tool_call.function %}{%- endif %}"
+    "{{- '\n<tool_call>\n{\"name\": \"' }}{{- tool_call.name }}{{- '\", \"arguments\": ' }}{{- tool_call.arguments | tojson }}{{- '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}"
+    "{%- elif message.role == 'tool' %}{%- if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}"
+    "{{- '\n<tool_response>\n' }}{{- message.content }}{{- '\n</tool_response>' }}{%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\n' }}{%- endif %}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +63,26 @@ def test_a_right_file_passes_and_nothing_is_left(folder, quantization):
 def test_a_model_without_an_adapter_has_no_effect_to_show(folder):
     report = export_adapter(folder / "base", quantization="q8_0", output=folder / "b.gguf", verify=True).parity
     assert {check.name: check.result for check in report.checks}["effect"] == "skipped"
+
+
+def test_tools_and_calls_give_the_same_ids(tmp_path):
+    base = write_base(tmp_path / "base", kind="qwen2")
+    (base / "chat_template.jinja").write_text(TOOL_TEMPLATE)
+    text = render_template(TOOL_TEMPLATE, CONVERSATIONS[-1], {"tools": TOOLS})
+    assert '"arguments": {"city": "Paris"}}' in text
+    report = export_adapter(base, quantization="q8_0", verify=True).parity
+    assert report.checks[0].note == "10 conversations"
+
+
+def test_a_conversation_that_the_template_refuses_is_left_out(tmp_path):
+    base = write_base(tmp_path / "base")
+    refusal = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+    )
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text(refusal + template)
+    report = export_adapter(base, quantization="q8_0", verify=True).parity
+    assert report.checks[0].note == "8 conversations, 2 that the template refuses"
 
 
 def test_another_splitting_rule_is_noticed(tmp_path, capsys):
