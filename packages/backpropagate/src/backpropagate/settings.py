@@ -198,6 +198,10 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "training.weight_decay": (0.0, None),
     "training.max_grad_norm": (0.0, None),
     "training.seed": (0, 2**32 - 1),
+    "training.eval_share": (0.0, 0.9),
+    "training.eval_min_rows": (1, None),
+    "training.eval_steps": (1, None),
+    "training.early_stop": (0, None),
     "training.sample_tokens": (1, None),
 }
 _POSITIVE = ("training.learning_rate", "lora.alpha")

@@ -51,6 +51,8 @@ class DataReady(Event):
     trained: int
     truncated: int
     dropped: int
+    heldout: int = 0
+    """Rows, of those trained and truncated, that only measure the validation loss."""
     tokens: int
     trained_tokens: int
     """Tokens that carry loss."""
@@ -72,6 +74,19 @@ class StepDone(Event):
     tokens_per_second: float
     memory_bytes: int
     """Peak memory: the GPU's allocation, or the process's resident set on a CPU."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalDone(Event):
+    """The held-out rows were measured after a step."""
+
+    kind = "eval"
+    step: int
+    loss: float
+    """Mean cross-entropy over the held-out rows' trained tokens, in nats."""
+    tokens: int
+    best: bool
+    """Whether no earlier measurement was as low."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

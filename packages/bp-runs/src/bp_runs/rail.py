@@ -42,6 +42,10 @@ class TrainOutcome:
     peak_memory: int
     """Bytes; as `StepDone.memory_bytes`."""
     stopped: bool = False
+    eval_loss: float | None = None
+    """The lowest validation loss; None without held-out rows."""
+    best_step: int | None = None
+    """The step that it was measured after."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -97,6 +97,11 @@ class TrainingSpec:
     curriculum: Literal["none", "length"] = setting(
         "none", "Order of rows: none shuffles by the seed, length goes from short to long."
     )
+    eval_share: float = setting(0.05, "Share of the rows held out to measure the validation loss; 0: none.")
+    eval_min_rows: int = setting(10, "Hold out nothing where the share would be fewer rows than these.")
+    eval_steps: int = setting(50, "Steps from one validation to the next; the last step is validated too.")
+    early_stop: int = setting(3, "Stop after so many validations in a row without a lower loss; 0: never.")
+    keep: Literal["best", "last"] = setting("best", "Adapter to keep: of the lowest validation loss, or the last.")
     oom_recovery: bool = setting(
         True, "Halve a micro-batch that does not fit the GPU and go on with the same step; without it, stop."
     )

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from bp_data import Prepared
+from bp_data import Prepared, TokenRows
 from bp_runs.errors import CodedError, DiskFullError, TrainingDivergedError
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
@@ -22,7 +22,9 @@ from bp_runs.rail import Stop, TrainOutcome, mean_ends
 from bp_runs.spec import TrainSpec
 from bp_train_cuda import load, lora, probe
 from bp_train_cuda.answers import answer
+from bp_train_cuda.batches import pad_rows
 from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
+from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.guards.oom import StepSplitter
 from bp_train_cuda.loop import StepReporter
 from bp_train_cuda.methods import sft
@@ -31,8 +33,12 @@ _log = logging.getLogger("bp_train_cuda")
 _SAVE_MARGIN = 64 * 2**20  # tokenizer, settings, metrics
 
 
-def train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> TrainOutcome:
+def train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, stop: Stop) -> TrainOutcome:
     """Load, train, answer the sample prompts, save.
+
+    Args:
+        prepared: The rows to train on.
+        heldout: Rows to validate on; may be empty.
 
     Raises:
         CodedError: As `bp_train_cuda.rail.CudaRail.train`.
@@ -41,10 +47,10 @@ def train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> TrainO
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     with _logged_warnings(), _coded_framework_errors():
-        return _train(spec, prepared, emit, stop)
+        return _train(spec, prepared, heldout, emit, stop)
 
 
-def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> TrainOutcome:
+def _train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, stop: Stop) -> TrainOutcome:
     device = probe.choose_device()
     memory = probe.PeakMemory(device)
     trust = spec.model.trust_remote_code
@@ -59,6 +65,9 @@ def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> Train
     if device.kind == "cpu":
         emit(Notice(message=f"training on the CPU ({device.why}): fine for small models, slow for others"))
     _emit_answers(spec, prepared, model, emit, step=0)
+    splitter = StepSplitter(
+        [p for p in model.parameters() if p.requires_grad], emit, enabled=spec.training.oom_recovery
+    )
     reporter = StepReporter(emit, stop, memory, spec.training.steps)
     trainer = sft.build_trainer(
         model,
@@ -69,13 +78,23 @@ def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> Train
         on_gpu=device.kind == "cuda",
         in_4bit=mode.name == "qlora",
         bf16=device.kind == "cuda" and base.dtype == torch.bfloat16,
-        splitter=StepSplitter(
-            [p for p in model.parameters() if p.requires_grad], emit, enabled=spec.training.oom_recovery
-        ),
+        splitter=splitter,
         callback=reporter,
     )
     reporter.count_tokens = lambda: trainer.tokens
+    if len(heldout):
+        reporter.validator = Validator(
+            model,
+            heldout,
+            spec.training,
+            emit,
+            splitter=splitter,
+            loss_sum=trainer.loss_sum,
+            collate=pad_rows(trainer.processing_class.pad_token_id),
+        )
     trainer.train()
+    if reporter.validator is not None:
+        reporter.validator.restore_best(len(reporter.losses))
     _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
     _require_finite(model)
     template = None if prepared.template.name == "tokenizer" else prepared.template.text
@@ -91,6 +110,8 @@ def _train(spec: TrainSpec, prepared: Prepared, emit: Emit, stop: Stop) -> Train
         seconds=reporter.seconds,
         peak_memory=memory.read(),
         stopped=reporter.stopped,
+        eval_loss=reporter.validator.best_loss if reporter.validator else None,
+        best_step=reporter.validator.best_step if reporter.validator else None,
     )
 
 

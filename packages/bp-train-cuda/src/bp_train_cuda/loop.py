@@ -10,8 +10,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from bp_runs.errors import TrainingDivergedError
-from bp_runs.events import Emit, StepDone
+from bp_runs.events import Emit, Notice, StepDone
 from bp_runs.rail import Stop
+from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.probe import PeakMemory
 
 
@@ -30,6 +31,8 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self._began = self._last = 0.0
         self.count_tokens: Callable[[], int] = lambda: 0
         """Set by whoever counts them."""
+        self.validator: Validator | None = None
+        """Visited after steps where there are held-out rows."""
         self.losses: list[float] = []
         self.tokens = 0
         self.stopped = False
@@ -73,3 +76,9 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         if not math.isfinite(loss):
             raise TrainingDivergedError(f"the loss is {loss} at step {state.global_step}")
         self.losses.append(loss)
+        is_last = state.global_step == self._steps or self.stopped
+        if self.validator is not None and self.validator.is_due(state.global_step, is_last=is_last):
+            if self.validator.visit(state.global_step) and not is_last:
+                control.should_training_stop = True
+                self._emit(Notice(message=f"stopped early at step {state.global_step}: validation no longer improves"))
+            self._last = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,12 +50,16 @@ class CudaRail:
             TrainingDivergedError: The loss is no longer finite.
             TrainingFailedError: The framework raised.
         """
-        prepared = self._prepare(spec, emit)
-        from bp_train_cuda import engine
+        from bp_train_cuda import engine, evaluation
 
-        return engine.train(spec, prepared, emit, stop)
+        prepared = self._prepare(spec)
+        rows, heldout = evaluation.hold_out(prepared.rows, spec.training)
+        emit(_data_ready(spec, prepared, len(heldout)))
+        if prepared.ledger.dropped:
+            emit(Notice(message=f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}", level="warning"))
+        return engine.train(spec, replace(prepared, rows=rows), heldout, emit, stop)
 
-    def _prepare(self, spec: TrainSpec, emit: Emit) -> Prepared:
+    def _prepare(self, spec: TrainSpec) -> Prepared:
         from bp_data import TraceBand, prepare
 
         data = spec.data
@@ -73,13 +78,10 @@ class CudaRail:
             cache=spec.folders.cache and spec.folders.cache / "tokens",
         )
         prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
-        emit(_data_ready(spec, prepared))
-        if prepared.ledger.dropped:
-            emit(Notice(message=f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}", level="warning"))
         return prepared
 
 
-def _data_ready(spec: TrainSpec, prepared: Prepared) -> DataReady:
+def _data_ready(spec: TrainSpec, prepared: Prepared, heldout: int) -> DataReady:
     ledger = prepared.ledger
     return DataReady(
         path=spec.data.path,
@@ -90,6 +92,7 @@ def _data_ready(spec: TrainSpec, prepared: Prepared) -> DataReady:
         trained=ledger.trained,
         truncated=ledger.truncated,
         dropped=ledger.dropped,
+        heldout=heldout,
         tokens=prepared.tokens,
         trained_tokens=prepared.trained_tokens,
     )

@@ -11,7 +11,7 @@ import orjson
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bp_runs.events import AdapterSaved, DataReady, Event, ModelLoaded, Notice, SampleAnswer, StepDone
+from bp_runs.events import AdapterSaved, DataReady, EvalDone, Event, ModelLoaded, Notice, SampleAnswer, StepDone
 from bp_runs.redact import redact_data
 
 _PLAIN_LINES = 10
@@ -140,9 +140,10 @@ def describe(event: Event, *, since: float) -> str:
     match event:
         case DataReady():
             lost = f", {event.truncated} truncated, {event.dropped} dropped" if event.truncated or event.dropped else ""
+            held = f", {event.heldout} of them held out" if event.heldout else ""
             template = "the model's own" if event.template == "tokenizer" else event.template
             return (
-                f"  data      {event.read} rows read: {event.trained} trained{lost}; "
+                f"  data      {event.read} rows read: {event.trained} trained{lost}{held}; "
                 f"{event.trained_tokens:,} of {event.tokens:,} tokens carry loss; chat template: {template}"
             )
         case ModelLoaded():
@@ -152,6 +153,10 @@ def describe(event: Event, *, since: float) -> str:
             )
         case StepDone():
             return f"  step      {event.step}/{event.steps}  {_facts(event)}  {time.monotonic() - since:,.0f} s"
+        case EvalDone():
+            return (
+                f"  eval      step {event.step}: validation loss {event.loss:.3f}{', the best' if event.best else ''}"
+            )
         case AdapterSaved():
             return f"  adapter   {event.bytes / 2**20:,.1f} MiB saved"
         case Notice():

@@ -49,6 +49,8 @@ def _lines(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"  result    {r['steps']} steps in {seconds:.0f} s, loss {r['first_loss']:.3f} → {r['final_loss']:.3f}"
         )
+        if r.get("eval_loss") is not None:
+            lines.append(f"  validation loss {r['eval_loss']:.3f}, the lowest, after step {r['best_step']}")
     if record.error:
         lines.append(f"  error     [{record.error['code']}]: {record.error['message']}")
         lines.append(f"  do        {record.error['way_out']}")

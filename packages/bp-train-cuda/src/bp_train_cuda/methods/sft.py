@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import SequentialSampler
@@ -115,6 +116,12 @@ class _Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is not typed for a stri
             int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else inputs["input_ids"].numel()
         )
         return loss
+
+    def loss_sum(self, batch: Any) -> torch.Tensor:
+        """Cross-entropy summed over the trained tokens of a batch, in nats."""
+        with self.compute_loss_context_manager():
+            loss: torch.Tensor = self.compute_loss(self.model, dict(batch), num_items_in_batch=1)
+        return loss.detach().float()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.in_order:
