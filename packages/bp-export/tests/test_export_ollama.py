@@ -151,6 +151,17 @@ def test_an_older_server_that_would_pass_prompts_raw_gets_a_go_template(ollama, 
     assert register_gguf(model, "raw", host=ollama.url, template="{{ .Prompt }}").is_raw
 
 
+def test_the_system_message_that_the_template_adds_goes_along(ollama, tmp_path):
+    base = write_base(tmp_path / "base")
+    template = (base / "chat_template.jinja").read_text()
+    first = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Smol.<|im_end|>\n{% endif %}"
+    (base / "chat_template.jinja").write_text(first + template)
+    path = export_adapter(base, quantization="q8_0").path
+    register_gguf(path, "a", host=ollama.url)
+    register_gguf(path, "b", host=ollama.url, system="Mine.")
+    assert [ollama.models[name]["system"] for name in "ab"] == ["You are Smol.", "Mine."]
+
+
 def test_models_are_listed_asked_and_removed(ollama, model, capsys):
     assert require_ollama(ollama.url) == "0.32.15"
     assert main(["ollama", "--host", ollama.url, "register", str(model), "pico", "--context", "256"]) == 0

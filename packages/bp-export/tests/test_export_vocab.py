@@ -13,7 +13,7 @@ from bp_export import read_settings
 from bp_export.errors import PreTokenizerUnknownError, TokenizerUnsupportedError
 from bp_export.pieces import read_pieces
 from bp_export.pretokenizers import recognise_pre
-from bp_export.template import find_turn_end
+from bp_export.template import find_default_system, find_turn_end
 from bp_export.vocab import read_vocabulary
 
 TRIALS = (
@@ -114,6 +114,22 @@ def test_the_adapters_own_tokens_and_template_count(tmp_path):
 )
 def test_the_end_of_a_turn_is_read_from_the_template(template, end):
     assert find_turn_end(template, {"<|im_end|>", "<|im", "</s>"}, {"eos_token": "</s>"}) == end
+
+
+@pytest.mark.parametrize(
+    ("start", "system"),
+    [
+        ("", None),
+        (
+            "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Smol.<|im_end|>\n{% endif %}",
+            "You are Smol.",
+        ),
+        ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}", None),
+        ("{% if messages[0].role != 'system' %}<|im_start|>other\nx<|im_end|>\n{% endif %}", None),
+    ],
+)
+def test_the_system_message_that_a_template_adds_is_found(start, system):
+    assert find_default_system(start + TEMPLATE, {}) == system
 
 
 def test_a_trainers_marks_do_not_reach_the_file(tmp_path):

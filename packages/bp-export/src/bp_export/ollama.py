@@ -22,6 +22,7 @@ from typing import Any
 from bp_export.errors import OllamaRegistrationError
 from bp_export.gguf import read_settings, read_stop_strings
 from bp_export.gotemplates import find_go_template
+from bp_export.template import find_default_system
 from bp_runs.files import sha256_file
 
 DEFAULT_HOST = "http://127.0.0.1:11434"
@@ -133,7 +134,8 @@ def register_gguf(
         path: The GGUF.
         name: The model's name: ``[host/][namespace/]model[:tag]``.
         host: The server; by default ``http://127.0.0.1:11434``.
-        system: A system prompt to keep with it.
+        system: A system prompt to keep with it. By default the one that the GGUF's own template adds where a
+            conversation has none: Ollama's templates know no such thing.
         template: A Go template, for servers older than 0.30. By default none, and where the server then passes prompts
             on raw, the one in `bp_export.gotemplates` that fits the GGUF's own.
         context: Tokens of context (``num_ctx``).
@@ -148,6 +150,8 @@ def register_gguf(
     _require_name(name)
     server = _find_server(host)
     settings = read_settings(path)
+    if system is None:
+        system = _find_system(settings)
     words = tuple(stop if stop is not None else read_stop_strings(settings))
     digest = f"sha256:{sha256_file(path)}"
     _upload(server, path, digest)
@@ -170,6 +174,13 @@ def _require_name(name: str) -> None:
             f"{name!r} is no name for an Ollama model",
             way_out="Use letters, digits, -, _ and .: --ollama-name my-model",
         )
+
+
+def _find_system(settings: Mapping[str, Any]) -> str | None:
+    template, tokens = settings.get("tokenizer.chat_template"), settings.get("tokenizer.ggml.tokens", [])
+    ids = {f"{kind}_token": settings.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
+    words = {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
+    return find_default_system(template, words) if isinstance(template, str) else None
 
 
 def _find_server(host: str | None) -> str:

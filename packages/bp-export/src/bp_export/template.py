@@ -75,6 +75,22 @@ def render_template(template: str, messages: Sequence[Mapping[str, Any]], words:
         return None
 
 
+def find_default_system(template: str, words: Mapping[str, Any]) -> str | None:
+    """The system message that a template adds to conversations without one; None where it adds none.
+
+    Found by rendering one question with a system message and without: what stands in its place is the default.
+    """
+    question = [{"role": "user", "content": "Qquestionx"}]
+    told = render_template(template, [{"role": "system", "content": _MARK}, *question], words)
+    silent = render_template(template, question, words)
+    if told is None or silent is None or told.count(_MARK) != 1:
+        return None
+    before, _, after = told.partition(_MARK)
+    if len(silent) <= len(before) + len(after) or not (silent.startswith(before) and silent.endswith(after)):
+        return None
+    return silent[len(before) : len(silent) - len(after)]
+
+
 def _build_environment() -> ImmutableSandboxedEnvironment:
     """Jinja as transformers sets it up for chat templates; sandboxed, since templates come from downloads."""
     environment = ImmutableSandboxedEnvironment(
