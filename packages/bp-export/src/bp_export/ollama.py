@@ -107,7 +107,8 @@ def ask_model(
     Raises:
         OllamaRegistrationError: There is no such model, its runner fails, or the server does not answer.
     """
-    options = {"temperature": 0, "seed": 0, "num_predict": max_tokens}
+    # Ollama's own default for repetitions is 1.1, with which the likeliest token is often not taken.
+    options = {"temperature": 0, "seed": 0, "num_predict": max_tokens, "repeat_penalty": 1.0}
     body = {"model": name, "messages": [dict(m) for m in messages], "stream": False, "options": options}
     reply = _read_json(_open(_find_server(host), "/api/chat", json.dumps(body).encode()))
     try:
