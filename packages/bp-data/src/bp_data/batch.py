@@ -34,7 +34,6 @@ from bp_data.spelling import Spelling
 from bp_data.template import ChatTemplate
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer
-from bp_data.words import WordEncoder, can_part
 
 _ROWS: Final = 256  # rows in a batch
 _AHEAD: Final = 3  # batches on their way: one is encoded while others are masked and checked
@@ -70,7 +69,6 @@ class Encoder:
         self._trace = trace
         self._finder = SpanFinder(tokenizer, template)
         self._spelling = Spelling(tokenizer) if tokenizer.spells_bytes else None
-        self._ids = (WordEncoder(tokenizer) if can_part(tokenizer) else tokenizer).encode_ids
         self._context = lru_cache(maxsize=65_536)(lambda token: tokenizer.decode([token]))
 
     def encode_rows(self, rows: Iterable[Row | Rejected]) -> Iterator[TokenRow | Rejected]:
@@ -162,7 +160,7 @@ class Encoder:
         if spelling is None:
             return chats
         left = []
-        rows = self._ids([planned.marked.text for planned in chats if planned.marked])
+        rows = self._tokenizer.encode_ids([planned.marked.text for planned in chats if planned.marked])
         for planned, ids in zip(chats, rows, strict=True):
             mask = spelling.mask(ids, planned.marked) if planned.marked else None
             if mask is None or planned.row is None:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import orjson
 from tokenizers import Tokenizer as _Core
 from tokenizers.decoders import ByteLevel
-from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Metaspace
 
 from bp_data.errors import TokenizerInvalidError
@@ -85,7 +84,6 @@ class Tokenizer:
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
         # Added tokens that take the blanks beside them (Phi's <|end|>): their offsets cover more than themselves.
         self._greedy = {number: token.content for number, token in added.items() if token.lstrip or token.rstrip}
-        self._alone = any(token.single_word for token in added.values())
         words = sorted(self.added, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
         self.bos_id, self.eos_id, self.pad_id = (self._id_of(name) for name in ("bos_token", "eos_token", "pad_token"))
@@ -135,18 +133,6 @@ class Tokenizer:
     def spells_bytes(self) -> bool:
         """Whether tokens are runs of bytes that are put after one another, and nothing more."""
         return isinstance(self._core.decoder, ByteLevel) and not self.is_greedy
-
-    @property
-    def merges_within_pieces(self) -> bool:
-        """Whether ids depend on nothing but the piece that the pre-tokenizer cuts, always in the same way."""
-        model = self._core.model
-        return isinstance(model, BPE) and not model.dropout and not self.is_greedy and not self._alone
-
-    def steps(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Normalizer and pre-tokenizer as tokenizer.json writes them; None where there is none."""
-        made = (self._core.normalizer, self._core.pre_tokenizer)
-        normalizer, splitting = (None if one is None else orjson.loads(one.__getstate__()) for one in made)
-        return normalizer, splitting
 
     def encode_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of many texts, without the places of the tokens, which take time to find."""
