@@ -125,7 +125,7 @@ def test_a_model_is_uploaded_created_and_looked_at(ollama, model):
     )
     assert ollama.calls == ["HEAD", "blobs", "create", "show"]
     request = ollama.models["me/pico:latest"]
-    assert request["parameters"] == {"stop": ["<|im_end|>"], "num_ctx": 512}
+    assert request["parameters"] == {"repeat_penalty": 1.0, "stop": ["<|im_end|>"], "num_ctx": 512}
     assert request["system"] == "Be short."
     assert request["license"] == "MIT"
     assert request["files"] == {model.name: "sha256:" + hashlib.sha256(model.read_bytes()).hexdigest()}

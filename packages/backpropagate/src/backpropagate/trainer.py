@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from backpropagate import catalogue, rails, settings, stopping, system
 from backpropagate.errors import DataMissingError
@@ -28,8 +28,10 @@ from bp_runs.record import RunRecord
 from bp_runs.spec import Settings, TrainSpec
 from bp_runs.store import RunStore
 
+if TYPE_CHECKING:
+    from bp_export import Format
+
 _log = logging.getLogger("backpropagate")
-Format = Literal["lora", "merged", "gguf"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,15 +131,17 @@ class Trainer:
         *,
         quantization: str = "q4_k_m",
         output: str | Path | None = None,
+        verify: bool | None = None,
         ollama_name: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ExportResult:
         """Export the newest adapter of the output folder.
 
         Args:
-            format: ``gguf``, ``merged`` or ``lora``.
-            quantization: The GGUF's type: f32, bf16, f16, q8_0 or q4_k_m.
+            format: One of `bp_export.Format`: ``gguf``, ``merged``, ``lora`` …
+            quantization: The GGUF's type, one of `bp_export.QUANTIZATIONS`.
             output: The file (GGUF) or folder to write; default: beside the adapter.
+            verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
             ollama_name: Register the GGUF with a running Ollama under this name.
             progress: Called with bytes written and bytes in all.
 
@@ -150,6 +154,7 @@ class Trainer:
             format,
             quantization=quantization,
             output=None if output is None else Path(output),
+            verify=verify,
             ollama_name=ollama_name,
             progress=progress,
         )

@@ -156,7 +156,8 @@ def register_gguf(
     words = tuple(stop if stop is not None else read_stop_strings(settings))
     digest = f"sha256:{sha256_file(path)}"
     _upload(server, path, digest)
-    parameters: dict[str, Any] = {"stop": list(words)} if words else {}
+    # Ollama's own default punishes repetition by 1.1, which is not what was trained nor what was verified.
+    parameters: dict[str, Any] = {"repeat_penalty": 1.0} | ({"stop": list(words)} if words else {})
     if context is not None:
         parameters["num_ctx"] = context
     body = {"model": name, "files": {path.name: digest}, "system": system, "license": license, "parameters": parameters}
