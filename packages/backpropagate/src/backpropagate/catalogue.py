@@ -8,6 +8,7 @@ from typing import Literal
 
 from backpropagate.errors import HubAccessError, HubUnreachableError, ModelInvalidError, ModelNotFoundError
 from backpropagate.system import to_path
+from bp_runs.errors import first_line
 
 TOKENIZER: Literal["tokenizer"] = "tokenizer"
 WHOLE: Literal["whole"] = "whole"
@@ -92,17 +93,13 @@ def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, wit
             )
         )
     except hub.GatedRepoError as error:
-        raise HubAccessError(f"{name} is gated", cause=_first_line(error)) from error
+        raise HubAccessError(f"{name} is gated", cause=first_line(error)) from error
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
         what = f"{name} at revision {revision}" if revision else name
-        raise ModelNotFoundError(f"the Hub has no model {what}", cause=_first_line(error)) from error
+        raise ModelNotFoundError(f"the Hub has no model {what}", cause=first_line(error)) from error
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         why = "offline mode is on" if offline else "the Hub does not answer"
         raise HubUnreachableError(f"{name} is not in the local cache, and {why}") from error
     except (hub.HfHubHTTPError, HTTPError, OSError) as error:
-        raise HubUnreachableError(f"{name} could not be fetched", cause=_first_line(error)) from error
+        raise HubUnreachableError(f"{name} could not be fetched", cause=first_line(error)) from error
     return BaseModel(require_model_folder(folder, need), folder.name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bp_export.plan import grow_vocabulary, read_config
 from bp_merge import FoldedModel, TensorInfo, build_header, encode, read_index
-from bp_runs.adapter import AdapterFolder
+from bp_runs.adapter import TOKENIZER_FILES, AdapterFolder
 from bp_runs.files import publish_folder, publish_json, require_folder, require_free_space, sha256_file
 
 SHARD_BYTES = 5 * 10**9
@@ -16,16 +16,6 @@ CHUNK_WEIGHTS = 2**19
 _SPARE_BYTES = 64 * 2**20
 
 _MODEL_FILES = ("config.json", "generation_config.json")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-)
 _INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -77,7 +67,7 @@ def write_merged(
         config = read_config(base)
         if (grown := grow_vocabulary(config, model)) != config:
             publish_json(folder / "config.json", grown)
-        _copy_files(tokenizer, folder, _TOKENIZER_FILES)
+        _copy_files(tokenizer, folder, TOKENIZER_FILES)
     main = output / (_INDEX_FILE if len(shards) > 1 else next(iter(shards)))
     return sum(file.stat().st_size for file in output.iterdir()), sha256_file(main)
 

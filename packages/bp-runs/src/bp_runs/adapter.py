@@ -23,6 +23,17 @@ from bp_runs.files import publish_json, sha256_file
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "run.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+"""Files that make up a tokenizer and its chat template, of which a folder has some."""
 MANIFEST_SCHEMA = "backpropagate.adapter/1"
 
 

@@ -102,6 +102,11 @@ def _register(cls: type[CodedError]) -> None:
         )
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says first, or its name where it says nothing: short enough for a ``cause``."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def registered_codes() -> Mapping[str, type[CodedError]]:
     """All codes of the packages imported so far, in alphabetical order, with their classes."""
     return MappingProxyType(dict(sorted(_registry.items())))

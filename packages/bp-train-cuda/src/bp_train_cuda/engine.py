@@ -54,8 +54,7 @@ def _train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, 
     device = probe.choose_device()
     memory = probe.PeakMemory(device)
     trust = spec.model.trust_remote_code
-    parameters = load.count_parameters(load.read_config(spec.base, trust_remote_code=trust), trust_remote_code=trust)
-    load.require_capable(parameters, device)
+    parameters = load.measure_model(spec.base, device, trust_remote_code=trust)
     mode = probe.choose_mode(spec.training.mode, parameters, device)
     base = load.load_model(spec.base, device, mode, dtype=spec.model.dtype, trust_remote_code=trust)
     set_seed(spec.training.seed)
@@ -65,9 +64,7 @@ def _train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, 
     if device.kind == "cpu":
         emit(Notice(message=f"training on the CPU ({device.why}): fine for small models, slow for others"))
     _emit_answers(spec, prepared, model, emit, step=0)
-    splitter = StepSplitter(
-        [p for p in model.parameters() if p.requires_grad], emit, enabled=spec.training.oom_recovery
-    )
+    splitter = StepSplitter(list(lora.trainable_weights(model).values()), emit, enabled=spec.training.oom_recovery)
     reporter = StepReporter(emit, stop, memory, spec.training.steps)
     trainer = sft.build_trainer(
         model,
@@ -117,13 +114,12 @@ def _train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, 
 
 def _require_finite(model: Any) -> None:
     """A loss is computed before the step that may break the weights, so the last step is checked here."""
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and not torch.isfinite(weight).all():
+    for name, weight in lora.trainable_weights(model).items():
+        if not torch.isfinite(weight).all():
             raise TrainingDivergedError(f"{name} holds values that are not finite")
 
 
 def _emit_answers(spec: TrainSpec, prepared: Prepared, model: Any, emit: Emit, *, step: int) -> None:
-
     for prompt in spec.training.sample_prompts:
         text = answer(
             model,
@@ -158,7 +154,7 @@ def _model_loaded(spec: TrainSpec, model: Any, parameters: int, mode: probe.Mode
 
 
 def _count_trainable(model: Any) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(weight.numel() for weight in lora.trainable_weights(model).values())
 
 
 @contextlib.contextmanager

@@ -1,14 +1,17 @@
 """What can go wrong on this rail.
 
 DependencyError
-├── GpuNotAvailableError   DEP_GPU_NOT_AVAILABLE   too large a model for a CPU
-└── ModelLoadError         DEP_MODEL_LOAD_FAILED   the base model's files cannot be loaded
+├── GpuNotAvailableError   DEP_GPU_NOT_AVAILABLE            too large a model for a CPU
+├── BitsandbytesError      DEP_BITSANDBYTES_MISSING         4-bit bases need it
+└── ModelLoadError         DEP_MODEL_LOAD_FAILED            the base model's files cannot be loaded
 UserError
+├── ModeError              CONFIG_MODE_UNSUPPORTED          4-bit training on a CPU
 ├── RemoteCodeError        CONFIG_TRUST_REMOTE_CODE_REQUIRED
-└── TargetModulesError     CONFIG_TARGET_MODULES   no layer has the given names
+└── TargetModulesError     CONFIG_TARGET_MODULES            no layer has the given names
 RunFailedError
 ├── GpuOutOfMemoryError    RUNTIME_GPU_OOM
-└── TrainingFailedError    RUNTIME_TRAINING_FAILED the framework raised inside the loop
+├── OomExhaustedError      RUNTIME_OOM_RECOVERY_EXHAUSTED   not even one row fits
+└── TrainingFailedError    RUNTIME_TRAINING_FAILED          the framework raised inside the loop
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from bp_runs.events import Emit, EvalDone, Notice
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.batches import RowSet
 from bp_train_cuda.guards.oom import StepSplitter
+from bp_train_cuda.lora import trainable_weights
 
 MOST_ROWS = 500
 """A validation costs time at every visit; more rows than these would tell little more."""
@@ -78,7 +79,7 @@ class Validator:
         is_best = self.best_loss is None or loss < self.best_loss
         if is_best:
             self.best_loss, self.best_step, self._since_best = loss, step, 0
-            self._best = {n: p.detach().cpu().clone() for n, p in self._trainable()}
+            self._best = {n: p.detach().cpu().clone() for n, p in trainable_weights(self._model).items()}
         else:
             self._since_best += 1
         self._emit(EvalDone(step=step, loss=loss, tokens=tokens, best=is_best))
@@ -89,13 +90,10 @@ class Validator:
         if not self._best or self.best_step == last_step or self._spec.keep == "last":
             return
         with torch.no_grad():
-            for name, weight in self._trainable():
+            for name, weight in trainable_weights(self._model).items():
                 weight.copy_(self._best[name])
         message = f"the adapter of step {self.best_step} is kept: its validation loss {self.best_loss:.4f} is the best"
         self._emit(Notice(message=message, details={"best_step": self.best_step}))
-
-    def _trainable(self) -> list[tuple[str, torch.nn.Parameter]]:
-        return [(n, p) for n, p in self._model.named_parameters() if p.requires_grad]
 
     def _measure(self) -> tuple[float, int]:
         """Mean loss over all trained tokens of the held-out rows, and their number."""

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from bp_runs.errors import first_line
 from bp_train_cuda.errors import GpuNotAvailableError, ModelLoadError, RemoteCodeError
 from bp_train_cuda.probe import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
 
@@ -27,8 +28,8 @@ def read_config(base: Path, *, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, local_files_only=True)
     except _LOAD_ERRORS as error:
         if "trust_remote_code" in str(error):
-            raise RemoteCodeError(f"{base} needs its own Python code", cause=_first_line(error)) from error
-        raise ModelLoadError(f"the config of {base} cannot be used", cause=_first_line(error)) from error
+            raise RemoteCodeError(f"{base} needs its own Python code", cause=first_line(error)) from error
+        raise ModelLoadError(f"the config of {base} cannot be used", cause=first_line(error)) from error
     if (
         getattr(config, "auto_map", None)
         and not trust_remote_code
@@ -48,8 +49,20 @@ def count_parameters(config: Any, *, trust_remote_code: bool) -> int:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except _LOAD_ERRORS as error:
-        raise ModelLoadError("the config describes no causal language model", cause=_first_line(error)) from error
+        raise ModelLoadError("the config describes no causal language model", cause=first_line(error)) from error
     return sum(p.numel() for p in model.parameters())
+
+
+def measure_model(base: Path, device: Device, *, trust_remote_code: bool) -> int:
+    """Parameters of the model in ``base``, of which only the config is read, if ``device`` can train it.
+
+    Raises:
+        RemoteCodeError, ModelLoadError, GpuNotAvailableError: As `read_config`, `count_parameters`, `require_capable`.
+    """
+    config = read_config(base, trust_remote_code=trust_remote_code)
+    parameters = count_parameters(config, trust_remote_code=trust_remote_code)
+    require_capable(parameters, device)
+    return parameters
 
 
 def require_capable(parameters: int, device: Device) -> None:
@@ -97,7 +110,7 @@ def load_model(
     except torch.OutOfMemoryError:
         raise
     except _LOAD_ERRORS as error:
-        raise ModelLoadError(f"the weights in {base} cannot be loaded", cause=_first_line(error)) from error
+        raise ModelLoadError(f"the weights in {base} cannot be loaded", cause=first_line(error)) from error
 
 
 def build_tokenizer(base: Path, *, pad: str, eos: str) -> PreTrainedTokenizerFast:
@@ -108,7 +121,3 @@ def build_tokenizer(base: Path, *, pad: str, eos: str) -> PreTrainedTokenizerFas
 def config_digest(base: Path) -> str:
     """Hex SHA-256 of config.json."""
     return hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

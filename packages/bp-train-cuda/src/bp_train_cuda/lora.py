@@ -9,24 +9,14 @@ from typing import Any, Literal
 import orjson
 from peft import LoraConfig, get_peft_model
 
-from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, write_manifest
+from bp_runs.adapter import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, write_manifest
 from bp_runs.files import publish_folder
 from bp_runs.spec import LoraSpec, TrainSpec
 from bp_train_cuda.errors import TargetModulesError
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def add_lora(model: Any, spec: LoraSpec) -> Any:
@@ -56,6 +46,11 @@ def add_lora(model: Any, spec: LoraSpec) -> Any:
         ) from error
 
 
+def trainable_weights(model: Any) -> dict[str, Any]:
+    """The parameters that training changes, by name; of a PEFT model: the adapter's."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
 def save_adapter(model: Any, spec: TrainSpec, template: str | None) -> int:
     """Publish the adapter folder of the contract; returns the weights' size in bytes.
 
@@ -69,7 +64,7 @@ def save_adapter(model: Any, spec: TrainSpec, template: str | None) -> int:
         model.save_pretrained(partial, save_embedding_layers=False)
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         _name_base(partial / CONFIG_FILE, spec)
-        for name in _TOKENIZER_FILES:
+        for name in _COPIED_FILES:
             if (spec.base / name).is_file():
                 shutil.copyfile(spec.base / name, partial / name)
         if template is not None:

@@ -36,9 +36,7 @@ class CudaRail:
         """
         from bp_train_cuda import load, probe
 
-        trust = settings.model.trust_remote_code
-        config = load.read_config(folder, trust_remote_code=trust)
-        load.require_capable(load.count_parameters(config, trust_remote_code=trust), probe.choose_device())
+        load.measure_model(folder, probe.choose_device(), trust_remote_code=settings.model.trust_remote_code)
 
     def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
         """Train a LoRA adapter with loss on the assistant's tokens only.

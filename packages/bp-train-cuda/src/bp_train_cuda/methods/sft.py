@@ -18,6 +18,7 @@ from bp_data import Prepared
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.batches import PackSet, RowSet, join_packs, pad_rows
 from bp_train_cuda.guards.oom import StepSplitter
+from bp_train_cuda.lora import trainable_weights
 
 
 def build_trainer(
@@ -72,9 +73,8 @@ def build_trainer(
     )
     trainer.train_dataset = packs or RowSet(rows)
     trainer.in_order = spec.curriculum != "none"
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()  # TRL makes adapters on 4-bit bases bfloat16: small steps would be lost
+    for weight in trainable_weights(model).values():
+        weight.data = weight.data.float()  # TRL makes adapters on 4-bit bases bfloat16: small steps would be lost
     trainer.splitter = splitter
     trainer.rate = lambda step: rate_factor(step, spec)
     _drop_printers(trainer)
