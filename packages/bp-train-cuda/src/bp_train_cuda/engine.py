@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from bp_data import Prepared, TokenRows
@@ -25,9 +25,10 @@ from bp_train_cuda.answers import answer
 from bp_train_cuda.batches import pad_rows
 from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
 from bp_train_cuda.evaluation import Validator
+from bp_train_cuda.guarded import Parts
 from bp_train_cuda.guards.oom import StepSplitter
 from bp_train_cuda.loop import StepReporter
-from bp_train_cuda.methods import sft
+from bp_train_cuda.methods import METHODS
 
 _log = logging.getLogger("bp_train_cuda")
 _SAVE_MARGIN = 64 * 2**20  # tokenizer, settings, metrics
@@ -53,6 +54,34 @@ def train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, s
 def _train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, stop: Stop) -> TrainOutcome:
     device = probe.choose_device()
     memory = probe.PeakMemory(device)
+    mode, model = _load(spec, device, emit)
+    _emit_answers(spec, prepared, model, emit, step=0)
+    reporter = StepReporter(emit, stop, memory, spec.training.steps)
+    # Guards and checkpoints join here; a callback is told of the loop's start, of every step and of the end.
+    callbacks: list[TrainerCallback] = [reporter]
+    parts = Parts(
+        spec=spec,
+        device=device,
+        mode=mode,
+        model=model,
+        tokenizer=_trl_tokenizer(spec, prepared),
+        splitter=StepSplitter(list(lora.trainable_weights(model).values()), emit, enabled=spec.training.oom_recovery),
+        callbacks=callbacks,
+    )
+    trainer = METHODS["sft"].build(parts, prepared)
+    reporter.count_tokens = lambda: trainer.tokens
+    if len(heldout):
+        reporter.validator = _build_validator(parts, trainer, heldout, emit)
+    _run(trainer)
+    if reporter.validator is not None:
+        reporter.validator.restore_best(len(reporter.losses))
+    _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
+    _save(spec, prepared, model, emit)
+    return _outcome(spec, reporter, memory)
+
+
+def _load(spec: TrainSpec, device: probe.Device, emit: Emit) -> tuple[probe.Mode, Any]:
+    """The mode, and the model with its adapter, after all that can be refused before weights are loaded."""
     trust = spec.model.trust_remote_code
     parameters = load.measure_model(spec.base, device, trust_remote_code=trust)
     mode = probe.choose_mode(spec.training.mode, parameters, device)
@@ -63,40 +92,34 @@ def _train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, 
     emit(_model_loaded(spec, model, parameters, mode, device))
     if device.kind == "cpu":
         emit(Notice(message=f"training on the CPU ({device.why}): fine for small models, slow for others"))
-    _emit_answers(spec, prepared, model, emit, step=0)
-    splitter = StepSplitter(list(lora.trainable_weights(model).values()), emit, enabled=spec.training.oom_recovery)
-    reporter = StepReporter(emit, stop, memory, spec.training.steps)
-    trainer = sft.build_trainer(
-        model,
-        _trl_tokenizer(spec, prepared),
-        prepared,
-        spec.training,
-        spec.folders.run,
-        on_gpu=device.kind == "cuda",
-        in_4bit=mode.name == "qlora",
-        bf16=device.kind == "cuda" and base.dtype == torch.bfloat16,
-        splitter=splitter,
-        callback=reporter,
+    return mode, model
+
+
+def _build_validator(parts: Parts, trainer: Any, heldout: TokenRows, emit: Emit) -> Validator:
+    return Validator(
+        parts.model,
+        heldout,
+        parts.spec.training,
+        emit,
+        splitter=parts.splitter,
+        loss_sum=trainer.loss_sum,
+        collate=pad_rows(parts.pad_id),
     )
-    reporter.count_tokens = lambda: trainer.tokens
-    if len(heldout):
-        reporter.validator = Validator(
-            model,
-            heldout,
-            spec.training,
-            emit,
-            splitter=splitter,
-            loss_sum=trainer.loss_sum,
-            collate=pad_rows(trainer.processing_class.pad_token_id),
-        )
+
+
+def _run(trainer: Any) -> None:
+    """The loop, from its first step to its last. A rehearsal goes before it; saved state is put back before it."""
     trainer.train()
-    if reporter.validator is not None:
-        reporter.validator.restore_best(len(reporter.losses))
-    _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
+
+
+def _save(spec: TrainSpec, prepared: Prepared, model: Any, emit: Emit) -> None:
     _require_finite(model)
     template = None if prepared.template.name == "tokenizer" else prepared.template.text
     size = lora.save_adapter(model, spec, template)
     emit(AdapterSaved(path=str(spec.folders.adapter), bytes=size))
+
+
+def _outcome(spec: TrainSpec, reporter: StepReporter, memory: probe.PeakMemory) -> TrainOutcome:
     first, final = mean_ends(reporter.losses)
     return TrainOutcome(
         adapter=spec.folders.adapter,

@@ -1,1 +1,34 @@
-"""One training method a file; TRL renames often, and only these files know its names."""
+"""Training methods, one a file, and the table of them. A method's file imports TRL only when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from bp_data import Prepared
+    from bp_train_cuda.guarded import Guarded, Parts
+
+DataKind: TypeAlias = Literal["rows", "pairs", "judged"]
+"""What a method learns from: whole rows, a better and a worse answer, or answers judged good or bad."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to train."""
+
+    name: str
+    data: DataKind
+
+    @property
+    def build(self) -> Callable[[Parts, Prepared], Guarded]:
+        """``build_trainer`` of the method's own file."""
+        module: Any = import_module(f"bp_train_cuda.methods.{self.name}")
+        found: Callable[[Parts, Prepared], Guarded] = module.build_trainer
+        return found
+
+
+METHODS = MappingProxyType({method.name: method for method in (Method("sft", "rows"),)})

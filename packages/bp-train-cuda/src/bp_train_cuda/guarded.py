@@ -1,0 +1,153 @@
+"""One mixin over TRL's trainers, so that every method is trained under the same guards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import SequentialSampler
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from bp_runs.spec import TrainingSpec, TrainSpec
+from bp_train_cuda.guards.oom import StepSplitter
+from bp_train_cuda.lora import trainable_weights
+from bp_train_cuda.optimizer import choose_optimizer
+from bp_train_cuda.probe import Device, Mode
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a trainer is built of, whatever the method."""
+
+    spec: TrainSpec
+    device: Device
+    mode: Mode
+    model: Any
+    """The model with its adapter."""
+    tokenizer: PreTrainedTokenizerBase
+    """Knows the padding token; the rows are tokens already."""
+    splitter: StepSplitter
+    callbacks: Sequence[TrainerCallback]
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the GPU computes in bfloat16."""
+        return self.device.kind == "cuda" and self.model.dtype == torch.bfloat16
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows up."""
+        return int(self.tokenizer.pad_token_id)
+
+
+def common_arguments(parts: Parts) -> dict[str, Any]:
+    """What all methods tell transformers: report nowhere, save nothing, log each step; the rail does the rest."""
+    training, on_gpu = parts.spec.training, parts.device.kind == "cuda"
+    return {
+        "output_dir": str(parts.spec.folders.run),
+        "max_steps": training.steps,
+        "per_device_train_batch_size": training.batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation,
+        "learning_rate": training.learning_rate,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "optim": choose_optimizer(parts.mode),
+        "seed": training.seed,
+        "data_seed": training.seed,
+        "use_cpu": not on_gpu,
+        "bf16": parts.bf16,
+        "gradient_checkpointing": training.gradient_checkpointing and on_gpu,
+        "remove_unused_columns": False,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": on_gpu,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "push_to_hub": False,
+    }
+
+
+class Guarded:
+    """Goes before a TRL trainer in a class's bases; `finish` makes it ready.
+
+    Carries the learning rate's course, the rows' order, the guard around each micro-batch, and the count of tokens.
+    """
+
+    rate: Callable[[int], float]
+    """Share of the peak learning rate at an optimizer step, counted from 0."""
+    splitter: StepSplitter
+    in_order: bool
+    """Take rows as they lie, not shuffled."""
+    tokens = 0
+    """Tokens of finished micro-batches; TRL counts those of failed attempts too."""
+
+    def finish(self, parts: Parts, rows: Any) -> None:
+        """Take what TRL's constructor cannot be told: our rows as a torch data set, the guard, the rate's course."""
+        trainer: Any = self
+        training = parts.spec.training
+        trainer.train_dataset = rows
+        self.in_order = training.curriculum != "none"
+        for weight in trainable_weights(parts.model).values():
+            weight.data = weight.data.float()  # TRL makes adapters on 4-bit bases bfloat16: small steps would be lost
+        self.splitter = parts.splitter
+        self.rate = lambda step: rate_factor(step, training)
+        for callback in list(trainer.callback_handler.callbacks):
+            # The events tell all; transformers' own printing callback would tell it twice.
+            if type(callback).__name__ in {"PrinterCallback", "ProgressCallback", "RichProgressCallback"}:
+                trainer.remove_callback(callback)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Forward and backward of a micro-batch, in as many pieces as fit."""
+        step = super().training_step  # type: ignore[misc]  # TRL's
+        loss = self.splitter.run(lambda piece: step(model, dict(piece), num_items_in_batch), inputs)
+        self.tokens += count_tokens(inputs)
+        return loss
+
+    def loss_sum(self, batch: Any) -> torch.Tensor:
+        """Cross-entropy summed over the trained tokens of a batch, in nats."""
+        trainer: Any = self
+        with trainer.compute_loss_context_manager():
+            loss: torch.Tensor = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=1)
+        return loss.detach().float()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.in_order:
+            trainer: Any = self
+            return SequentialSampler(trainer.train_dataset)
+        return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002  # TRL's name
+        """The learning rate's course as `rate` says."""
+        trainer: Any = self
+        if getattr(trainer, "lr_scheduler", None) is None:
+            trainer.lr_scheduler = LambdaLR(optimizer or trainer.optimizer, self.rate)
+        return trainer.lr_scheduler
+
+
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Tokens of a batch without those that only pad it."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+
+def rate_factor(step: int, spec: TrainingSpec) -> float:
+    """Share of the peak learning rate at optimizer step ``step``, counted from 0.
+
+    Linear warm-up to 1, starting at 1/warmup_steps so that the first step is not lost; then as the scheduler says,
+    ending just above 0 (linear) or at 0 after the last step (cosine).
+    """
+    if step < spec.warmup_steps:
+        return (step + 1) / spec.warmup_steps
+    left = (spec.steps - step) / max(1, spec.steps - spec.warmup_steps)  # from 1 down to 0
+    match spec.scheduler:
+        case "linear":
+            return max(0.0, left)
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * (1 - max(0.0, left))))
+        case "constant":
+            return 1.0
