@@ -24,6 +24,12 @@ test:
 slow:
     uv run pytest -m slow -n 0
 
+# Data fuzzed by coverage for so many seconds a target: rows, files, masks, overflow.
+fuzz seconds="900":
+    for target in rows files masks overflow; do \
+        uv run --with atheris python packages/bp-data/tests/fuzz_data.py $target -max_total_time={{seconds}} || exit 1; \
+    done
+
 # Generated reference pages.
 docs:
     uv run python docs/reference/generate.py

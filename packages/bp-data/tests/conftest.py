@@ -1,6 +1,7 @@
 """A tiny byte-level tokenizer, trained here, and chat templates written after the manner of known families."""
 
 import json
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -91,6 +92,19 @@ NAMES = {
 }
 
 NAMES["phi3"] = NAMES["phi"]
+
+# The originals of public models, each with the family whose special tokens it uses; see templates/README.md.
+PUBLIC = {
+    "mistral-7b-instruct-v0.3": "mistral",
+    "phi-4-mini-instruct": "phi3",
+    "smollm2-instruct": "chatml",
+    "smollm3-3b": "chatml",
+}
+
+
+def read_template(name):
+    """The text of a public model's chat template."""
+    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 def train_core(specials, *, greedy=False):

@@ -8,6 +8,7 @@ import gzip
 import importlib.util
 import json
 import os
+from array import array
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,8 @@ from bp_data import (
 from bp_data.batch import Encoder
 from bp_data.errors import RowFault
 from bp_data.example import Rejected, Row
+from bp_data.ledger import Ledger
+from bp_data.overflow import fit_row
 from bp_data.tokenrow import TokenRow
 from bp_runs.errors import CodedError
 
@@ -93,6 +96,7 @@ TURN = st.fixed_dictionaries(
 )
 NEARLY = st.fixed_dictionaries({"messages": st.lists(TURN, max_size=5)}, optional={"tools": ANY, "id": ANY})
 ROWS = st.dictionaries(NAMES, ANY, max_size=5) | NEARLY
+MANY_ROWS = st.lists(ROWS, min_size=1, max_size=4)
 
 FOUND = [
     {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "\ue0f40\ue0f4"}]},
@@ -110,18 +114,27 @@ FOUND = [
 ]
 
 
-@pytest.fixture(scope="module")
-def encoders(model):
-    made = []
-    for family, template in (
+def make_encoders(model):
+    """An encoder for each template: those of this package's tests, and public ones kept beside them."""
+    kinds = [
         ("chatml", families.QWEN),
         ("chatml", families.CHATML_MARKED),
+        ("chatml", families.REASONER),
         ("mistral", families.MISTRAL),
         ("phi", families.PHI),
-    ):
-        tokenizer = load_tokenizer(model(family, template))
-        made.append(Encoder(tokenizer, load_template(model(family, template), tokenizer)))
+        *((family, families.read_template(name)) for name, family in families.PUBLIC.items()),
+    ]
+    made = []
+    for family, template in kinds:
+        folder = model(family, template)
+        tokenizer = load_tokenizer(folder)
+        made.append(Encoder(tokenizer, load_template(folder, tokenizer)))
     return made
+
+
+@pytest.fixture(scope="module")
+def encoders(model):
+    return make_encoders(model)
 
 
 def check_rows(encoders, rows):
@@ -142,16 +155,96 @@ def test_inputs_that_were_found(encoders):
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(ROWS, min_size=1, max_size=4))
+@given(MANY_ROWS)
 def test_any_row_is_tokens_or_a_reason(encoders, rows):
     check_rows(encoders, rows)
 
 
 @pytest.mark.slow
 @settings(max_examples=LONG, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(ROWS, min_size=1, max_size=4))
+@given(MANY_ROWS)
 def test_any_row_is_tokens_or_a_reason_for_long(encoders, rows):
     check_rows(encoders, rows)
+
+
+# What is asked holds a sign that no answer holds, so that a learnt sign is a question that was learnt.
+ASKED, SAID = "\u00a7Q", "\u00a7A"
+WORDS = st.lists(
+    st.sampled_from(
+        ["Hello", " ", "\n", "\n\n", "\t", "\r\n", "naïve", "e\u0301", "\U0001f600", "\u200d", "\u00a0", "你好", "\ufb01"]
+        + ["<|im_end|>", "<|im_start|>assistant\n", "</s>", "[INST] ", "[/INST]", "<|end|>", "<|endoftext|>", "<s>"]
+        + ["<think>", "</think>", "<tool_call>", "{", "}", "{{ x }}", "{% if %}", "/no_think", "/system_override"]
+    )
+    | st.text(max_size=4),
+    max_size=5,
+).map("".join)
+CHATS = st.tuples(
+    st.none() | WORDS,
+    st.lists(st.tuples(WORDS, WORDS, WORDS), min_size=1, max_size=4),
+    st.booleans(),
+)
+
+
+def check_masks(encoders, chat):
+    """No question is learnt, each answer is, and as many ends as answers."""
+    system, turns, unfinished = chat
+    messages = [] if system is None else [{"role": "system", "content": system + ASKED}]
+    for place, (asked, said, after) in enumerate(turns):
+        messages.append({"role": "user", "content": asked + ASKED})
+        if not (unfinished and place == len(turns) - 1):
+            messages.append({"role": "assistant", "content": said + SAID + str(place) + after})
+    for encoder in encoders:
+        (found,) = encoder.encode_rows([Row(1, {"messages": messages})])
+        if isinstance(found, Rejected):
+            assert isinstance(found.code, RowFault)
+            continue
+        assert len(found.ids) == len(found.mask)
+        learnt = encoder.tokenizer.decode([token for token, flag in zip(found.ids, found.mask, strict=True) if flag])
+        assert ASKED not in learnt
+        assert not (unfinished and found.mask[-1])
+        for place, (_, said, after) in enumerate(turns[: len(turns) - unfinished]):
+            # Templates of reasoning models take what stands before the last </think> for reasoning, and drop it.
+            assert f"{SAID}{place}" in learnt or "</think>" in said + SAID + after
+
+
+LONG_ROWS = st.tuples(
+    st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=24),
+    st.integers(2, 12),
+    st.sampled_from(["truncate", "drop", "split", "fail"]),
+    st.sampled_from(["chat", "text"]),
+    st.frozensets(st.integers(0, 5), max_size=2),
+)
+
+
+def check_overflow(made):
+    """Nothing is lost but what is counted, nothing is too long, nothing has nothing to learn."""
+    tokens, longest, policy, kind, stops = made
+    ids = array("i", [token for token, _ in tokens])
+    mask = bytes(learnt or kind == "text" for _, learnt in tokens)
+    row, ledger = TokenRow(1, ids, mask, kind), Ledger()
+    found = fit_row(row, longest, policy, stops, ledger)
+    if isinstance(found, Rejected):
+        assert ledger.read == 0
+        assert found.code in (RowFault.OVERFLOW, RowFault.CUT_AWAY)
+        assert len(ids) > longest
+        return
+    ledger.check()
+    assert ledger.read == 1
+    assert ledger.truncated_tokens == len(ids) - sum(len(piece.ids) for piece in found)
+    if len(ids) <= longest:
+        assert found == [row]
+        return
+    assert all(len(piece.ids) <= longest and piece.trained for piece in found)
+    assert policy in ("truncate", "split")
+    if policy == "truncate":
+        (cut,) = found
+        assert (cut.ids, cut.mask) == (ids[: len(cut.ids)], mask[: len(cut.ids)])
+        ends = [at for at in range(1, longest) if mask[at] and ids[at] in stops]
+        assert len(cut.ids) == (ends[-1] + 1 if ends and kind == "chat" else longest)
+    else:
+        whole = list(zip(ids, mask, strict=True))
+        pieces = iter([whole[at : at + longest] for at in range(0, len(whole), longest)])
+        assert all(list(zip(piece.ids, piece.mask, strict=True)) in pieces for piece in found), "in order, each once"
 
 
 PIECES = st.lists(
@@ -226,6 +319,25 @@ def test_any_file_is_rows_or_a_coded_error(tmp_path_factory, made):
 @given(FILES)
 def test_any_file_is_rows_or_a_coded_error_for_long(tmp_path_factory, made):
     check_file(tmp_path_factory.getbasetemp(), made)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(CHATS)
+def test_only_answers_are_learnt(encoders, chat):
+    check_masks(encoders, chat)
+
+
+@pytest.mark.slow
+@settings(max_examples=LONG, deadline=None, suppress_health_check=list(HealthCheck))
+@given(CHATS)
+def test_only_answers_are_learnt_for_long(encoders, chat):
+    check_masks(encoders, chat)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LONG_ROWS)
+def test_long_rows_lose_only_what_is_counted(made):
+    check_overflow(made)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

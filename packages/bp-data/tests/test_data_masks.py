@@ -1,5 +1,6 @@
 """Masks against expectations written by hand, template family by template family."""
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bp_data import ChatTemplate, load_template, load_tokenizer
+from bp_data.batch import Encoder
 from bp_data.errors import RowFault, RowFaultError, TemplateFailedError
-from bp_data.example import Chat, Message, Text
-from bp_data.mask import Span, find_spans, mask_chat, mask_text, mask_tokens
+from bp_data.example import Chat, Message, Rejected, Row, Text
+from bp_data.mask import Span, find_spans, mask_chat, mask_runs, mask_text, mask_tokens
 
 # Tests are imported one by one, so a sibling is loaded by its path.
 _spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))
@@ -80,6 +82,83 @@ def test_phi_closing_token_is_not_the_end_of_a_turn(model):
     runs, whole = learnt(chat(*TWO_TURNS), model("phi", families.PHI))
     assert runs == ["Hello there<|end|>", "Paris 😀<|end|>"]
     assert whole.endswith("<|end|><|endoftext|>"), "the special token takes the line feed with it"
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+def learnt_row(folder, row):
+    """The text of each run of learnt tokens of a row in the OpenAI format, or why there is none."""
+    tokenizer = load_tokenizer(folder)
+    (found,) = Encoder(tokenizer, load_template(folder, tokenizer)).encode_rows([Row(1, row)])
+    if isinstance(found, Rejected):
+        return found.code
+    return [tokenizer.decode(found.ids[low:high]) for low, high in mask_runs(bytearray(found.mask))]
+
+
+SPOKEN = turns(("user", "Hi"), ("assistant", "Hello 😀\n"), ("user", "Capital?"), ("assistant", "Paris"))
+CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}
+TOOL = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {"type": "object"}}}
+CALLED = {
+    "messages": [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "12", "tool_call_id": "abcdefghi"},
+        {"role": "assistant", "content": "Cool."},
+    ],
+    "tools": [TOOL],
+}
+# Of each public original: what is learnt of two plain turns, of the same with a system prompt, and of a tool call.
+ORIGINALS = {
+    "mistral-7b-instruct-v0.3": (
+        [" Hello 😀</s>", " Paris</s>"],
+        RowFault.TURN_NOT_RENDERED,  # it writes a system prompt only before a last turn that is the user's
+        ['[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Zürich"}, "id": "abcdefghi"}]</s>', " Cool.</s>"],
+    ),
+    "phi-4-mini-instruct": (
+        ["Hello 😀\n<|end|>", "Paris<|end|>"],
+        ["Hello 😀\n<|end|>", "Paris<|end|>"],
+        RowFault.TOOLS_NOT_RENDERED,
+    ),
+    "smollm2-instruct": (
+        ["Hello 😀\n<|im_end|>", "Paris<|im_end|>"],
+        ["Hello 😀\n<|im_end|>", "Paris<|im_end|>"],
+        RowFault.TOOLS_NOT_RENDERED,
+    ),
+    # Its own marks take in the line that opens a turn and the line feed after it.
+    "smollm3-3b": (
+        ["<|im_start|>assistant\nHello 😀\n<|im_end|>\n", "<|im_start|>assistant\nParis<|im_end|>\n"],
+        ["<|im_start|>assistant\nHello 😀\n<|im_end|>\n", "<|im_start|>assistant\nParis<|im_end|>\n"],
+        RowFault.TURN_NOT_RENDERED,  # tools are listed, and a call of one is left out
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_originals_of_public_models_learn_the_answers_and_refuse_what_they_drop(model, name):
+    plain, with_system, with_tools = ORIGINALS[name]
+    folder = model(families.PUBLIC[name], families.read_template(name))
+    assert learnt_row(folder, {"messages": SPOKEN}) == plain
+    assert learnt_row(folder, {"messages": [*turns(("system", "Be brief.")), *SPOKEN]}) == with_system
+    assert learnt_row(folder, CALLED) == with_tools
+
+
+def test_phi_4_mini_learns_the_same_where_its_end_token_takes_blanks(model):
+    folder = model("phi", families.read_template("phi-4-mini-instruct"))
+    assert learnt_row(folder, {"messages": SPOKEN}) == ORIGINALS["phi-4-mini-instruct"][0]
+
+
+def test_originals_are_as_they_were_published():
+    listed = (Path(__file__).parent / "templates" / "README.md").read_text(encoding="utf-8")
+    for name in families.PUBLIC:
+        assert hashlib.sha256(families.read_template(name).encode()).hexdigest() in listed
+
+
+def test_a_left_out_system_prompt_is_told_with_the_way_out(model):
+    folder = model("mistral", families.read_template("mistral-7b-instruct-v0.3"))
+    with pytest.raises(RowFaultError, match="user's first turn"):
+        learnt(chat(("system", "Be brief."), *TWO_TURNS), folder)
 
 
 def test_reasoning_of_earlier_turns_may_be_dropped_by_the_template(model):

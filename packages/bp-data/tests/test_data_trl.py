@@ -76,6 +76,28 @@ def test_a_template_with_marks_gives_trls_mask(model, name, family, chat):
 
 
 @pytest.mark.parametrize("chat", CHATS)
+def test_a_published_template_with_marks_gives_the_mask_that_trl_takes(model, chat):
+    """SmolLM3's original has marks itself, so TRL trains with it as it is."""
+    original = families.read_template("smollm3-3b")
+    folder = model("chatml", original)
+    _, ids, mask = ours(folder, CHATS[chat])
+    assert (ids, mask) == theirs(folder, CHATS[chat], original)
+
+
+# Mistral's leaves a system prompt out, and the row is refused.
+RENDERED = [(name, chat) for name in families.PUBLIC for chat in CHATS if (name[:7], chat) != ("mistral", "system")]
+
+
+@pytest.mark.parametrize(("name", "chat"), RENDERED)
+def test_originals_are_rendered_as_transformers_does(model, name, chat):
+    original = families.read_template(name)
+    folder = model(families.PUBLIC[name], original)
+    _, ids, _ = ours(folder, CHATS[chat])
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert ids == tokenizer.apply_chat_template(turns_of(CHATS[chat]), return_dict=True)["input_ids"]
+
+
+@pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize(("name", "family"), [one for one in MODELS if one[0] not in ("qwen3", "qwen3_instruct_2507")])
 def test_without_marks_it_differs_from_trls_in_blanks_and_closing_tokens_only(model, name, family, chat):
     """TRL's marks take in the line feeds around an answer, which a model that is asked never has to write."""
@@ -93,6 +115,7 @@ EXPECTED = {
     "qwen3": ["Hello 😀\n<|im_end|>", "<think>\n\n</think>\n\nParis.<|im_end|>"],
     "qwen3_instruct_2507": ["Hello 😀\n<|im_end|>", "Paris.<|im_end|>"],
     "llama3": ["Hello 😀<|eot_id|>", "Paris.<|eot_id|>"],
+    "llama3_1": ["Hello 😀<|eot_id|>", "Paris.<|eot_id|>"],
     "llama3_2": ["Hello 😀<|eot_id|>", "Paris.<|eot_id|>"],
     "phi3": ["Hello 😀\n<|end|>", "Paris.<|end|>"],
     "phi3_5": ["Hello 😀\n<|end|>", "Paris.<|end|>"],
@@ -100,7 +123,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize(("name", "family"), [*MODELS, ("llama3_2", "llama"), ("lfm2", "chatml")])
+@pytest.mark.parametrize(("name", "family"), [*MODELS, ("llama3_1", "llama"), ("llama3_2", "llama"), ("lfm2", "chatml")])
 def test_what_the_models_own_templates_learn(model, name, family):
     tokenizer, ids, mask = ours(model(family, read(name)), CHATS["two"])
     runs, run = [], []

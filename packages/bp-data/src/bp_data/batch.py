@@ -65,7 +65,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, trace: TraceBand | None = None) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._trace = trace
         self._finder = SpanFinder(tokenizer, template)
         self._spelling = Spelling(tokenizer) if tokenizer.spells_bytes else None
@@ -112,7 +112,7 @@ class Encoder:
     def _plan_chat(self, row: Row, chat: Chat) -> _Planned:
         trace = ""
         if self._trace is not None:
-            chat = keep_trace(chat, self._tokenizer, self._trace)
+            chat = keep_trace(chat, self.tokenizer, self._trace)
             last = next(turn for turn in reversed(chat.messages) if turn.role == "assistant")
             trace = find_trace(last.content or "") or ""
         marked = self._finder.find(chat)
@@ -124,14 +124,14 @@ class Encoder:
     def _encode(self, batch: list[_Planned]) -> list[TokenRow | Rejected]:
         found: dict[int, TokenRow | Rejected] = {}
         chats = self._spell([planned for planned in batch if planned.marked is not None], found)
-        encodings = self._tokenizer.encode_many([planned.marked.text for planned in chats if planned.marked])
+        encodings = self.tokenizer.encode_many([planned.marked.text for planned in chats if planned.marked])
         runs: list[list[int]] = []
         checks: list[tuple[_Planned, str, str]] = []  # a chat, the text before a run, the text that the run should be
         for planned, encoding in zip(chats, encodings, strict=True):
             if planned.row is None or planned.marked is None:
                 continue
             # Where tokens lie askew, the row goes the long way.
-            bounds = None if self._tokenizer.is_greedy else _bounds(encoding, planned.marked)
+            bounds = None if self.tokenizer.is_greedy else _bounds(encoding, planned.marked)
             if bounds is None:
                 found[id(planned)] = self._encode_alone(planned, planned.row)
                 continue
@@ -149,7 +149,7 @@ class Encoder:
                 runs.append(ids[max(0, low - 1) : high])
                 before = self._context(ids[low - 1]) if low else ""
                 checks.append((planned, before, text[span.start : span.end]))
-        for got, (planned, before, wanted) in zip(self._tokenizer.decode_many(runs), checks, strict=True):
+        for got, (planned, before, wanted) in zip(self.tokenizer.decode_many(runs), checks, strict=True):
             if got.removeprefix(before) != wanted and planned.row is not None:
                 self._check(got.removeprefix(before), wanted, planned, planned.row, found)
         return [self._result(planned, found) for planned in batch]
@@ -160,7 +160,7 @@ class Encoder:
         if spelling is None:
             return chats
         left = []
-        rows = self._tokenizer.encode_ids([planned.marked.text for planned in chats if planned.marked])
+        rows = self.tokenizer.encode_ids([planned.marked.text for planned in chats if planned.marked])
         for planned, ids in zip(chats, rows, strict=True):
             mask = spelling.mask(ids, planned.marked) if planned.marked else None
             if mask is None or planned.row is None:
@@ -173,7 +173,7 @@ class Encoder:
 
     def _check(self, got: str, wanted: str, planned: _Planned, row: Row, found: dict[int, TokenRow | Rejected]) -> None:
         try:
-            compare_run(got, wanted, self._tokenizer)
+            compare_run(got, wanted, self.tokenizer)
         except RowFaultError as fault:
             found[id(planned)] = _reject(row, fault)
 
@@ -181,7 +181,7 @@ class Encoder:
         if planned.marked is None:
             raise TypeError("only chats are encoded alone")
         try:
-            ids, mask = mask_marked(planned.marked, self._tokenizer)
+            ids, mask = mask_marked(planned.marked, self.tokenizer)
             return TokenRow(row.number, array("i", ids), bytes(mask), "chat")
         except RowFaultError as fault:
             return _reject(row, fault)
@@ -190,7 +190,7 @@ class Encoder:
         result = planned.rejected or found.get(id(planned))
         if result is None and planned.row is not None and planned.text is not None:
             try:
-                ids, mask = mask_text(planned.text, self._tokenizer)
+                ids, mask = mask_text(planned.text, self.tokenizer)
                 result = TokenRow(planned.row.number, array("i", ids), bytes(mask), "text")
             except RowFaultError as fault:
                 result = _reject(planned.row, fault)

@@ -105,13 +105,13 @@ def find_spans(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> Mark
         RowFaultError: As `mask_chat`.
     """
     search = _Search(chat, tokenizer, template)
+    _check_rendered(chat, search.full)
     # Marks do not say which turn they belong to, and a prompt's answers are not learnt.
     by_marks = None if chat.first else search.by_marks()
     spans = by_marks or [search.by_prefix(turn) or search.by_stand_in(turn) for turn in search.turns]
     if any(after.start < before.end for before, after in pairwise(spans)):
         raise RowFaultError(RowFault.SPANS_UNFOUND, "two turns of the assistant overlap in the rendered chat")
     marked = Marked(search.full, spans)
-    _check_rendered(chat, marked.text)
     if len(spans) == len(search.turns):
         _check_turns(marked, [chat.messages[turn] for turn in search.turns], search.ends)
     return marked
@@ -258,6 +258,8 @@ def _check_rendered(chat: Chat, full: str) -> None:
     for place, message in enumerate(chat.messages, start=1):
         if message.role in ("system", "user") and _squash(message.words) not in squashed:
             reason = f"the chat template leaves out turn {place} ({message.role})"
+            if message.role == "system":
+                reason += "; for this model its words must stand in the user's first turn"
             raise RowFaultError(RowFault.TURN_NOT_RENDERED, reason)
     wanted = [*(chat.tools or ()), *(call for message in chat.messages for call in message.tool_calls)]
     missing = dict.fromkeys(name for name in map(tool_name, wanted) if name not in full)
