@@ -8,8 +8,11 @@ UserError
 ├── DataMissingError       INPUT_DATA_MISSING        no data file was named
 ├── ModelNotFoundError     INPUT_MODEL_NOT_FOUND     no such folder, no such Hub model
 ├── ModelInvalidError      INPUT_MODEL_INVALID       a folder that is no Hugging Face model
-└── RailUnknownError       CONFIG_UNKNOWN_BACKEND    no rail has the name
+├── RailUnknownError       CONFIG_UNKNOWN_BACKEND    no rail has the name
+├── ShellUnknownError      INPUT_SHELL_UNKNOWN       completion for a shell that cannot be told
+└── OldNameError           INPUT_OLD_NAME            a command, flag or variable of the older tool; says the new one
 DependencyError
+├── OfflineError           DEP_OFFLINE               a connection was wanted although the network is forbidden
 ├── HubUnreachableError    DEP_HUB_UNREACHABLE       offline, or the Hub does not answer
 ├── HubAccessError         DEP_HUB_ACCESS            gated or private
 ├── RailUnusableError      DEP_BACKEND_UNUSABLE      no rail can train here
@@ -83,6 +86,30 @@ class RailUnknownError(UserError):
     code = "CONFIG_UNKNOWN_BACKEND"
     when = "--backend names a rail that is not installed."
     default_way_out = "See the rails: backprop info"
+
+
+class ShellUnknownError(UserError):
+    """Completion was asked for without saying for which shell."""
+
+    code = "INPUT_SHELL_UNKNOWN"
+    when = "Shell completion was to be installed, and the shell cannot be told from the environment."
+    default_way_out = "Name it: backprop --install-completion --shell bash"
+
+
+class OldNameError(UserError):
+    """A name of the older tool that something else has replaced."""
+
+    code = "INPUT_OLD_NAME"
+    when = "A command, flag or variable of backpropagate 1.x was used that works differently here."
+    default_way_out = "See the table of old names: docs/how-to/migrate.md"
+
+
+class OfflineError(DependencyError):
+    """A connection was wanted although the network is forbidden."""
+
+    code = "DEP_OFFLINE"
+    when = "The network is forbidden (--offline, BACKPROPAGATE_OFFLINE), and something wanted to use it."
+    default_way_out = "Leave out --offline, or have what is needed on this machine first."
 
 
 class HubUnreachableError(DependencyError):

@@ -16,7 +16,8 @@ from typing import Any, Literal, get_type_hints
 
 import msgspec
 
-from backpropagate.errors import InvalidSettingError, SettingsFileError, UnknownSettingError
+from backpropagate import oldnames
+from backpropagate.errors import InvalidSettingError, OldNameError, SettingsFileError, UnknownSettingError
 from bp_runs.spec import Settings
 
 ENV_PREFIX = "BACKPROPAGATE_"
@@ -24,7 +25,7 @@ TOML_FILE = "backpropagate.toml"
 Source = Literal["flag", "env", "toml", "default"]
 
 # Environment names of the program itself, which are no settings of a run.
-PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "OFFLINE", "DEBUG"})
+PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "LOG_FILE", "OFFLINE", "DEBUG"})
 
 _TRACE_SEQ_LENGTH = 8192  # tokens; reasoning is long
 _SHORT = {"model.name": "model", "data.path": "data", "training.learning_rate": "lr", "training.output_dir": "output"}
@@ -125,13 +126,21 @@ def _from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def _from_env(environ: Mapping[str, str]) -> dict[str, Any]:
     by_env = {s.env: s.key for s in all_settings().values()}
-    found = {}
+    found: dict[str, str] = {}
     for name, value in environ.items():
-        if not name.startswith(ENV_PREFIX) or name.removeprefix(ENV_PREFIX) in PROGRAM_ENV:
+        own = name.removeprefix(ENV_PREFIX)
+        if own == name or own in PROGRAM_ENV:
             continue
-        if name not in by_env:
+        if name in by_env:
+            found[by_env[name]] = value
+        elif key := oldnames.RENAMED_ENV.get(own):
+            found.setdefault(key, environ.get(all_settings()[key].env, value))
+        elif old := oldnames.find_variable(own):
+            raise OldNameError(
+                f"the environment variable {name} is no setting any more", cause=old.why, way_out=old.now
+            )
+        else:
             raise UnknownSettingError(f"the environment variable {name} is no setting{nearest(name, by_env)}")
-        found[by_env[name]] = value
     return found
 
 

@@ -29,6 +29,7 @@ THEIRS = (
     "libggml-python",
     "xllamacpp",
 )
+_TRUTHS = frozenset({"1", "true", "yes", "on"})
 
 
 def installed_versions() -> dict[str, str]:
@@ -68,8 +69,12 @@ def program_home(environ: Mapping[str, str]) -> Path:
 
 def is_offline(environ: Mapping[str, str]) -> bool:
     """Whether the user forbade the network, by our variable or the Hub's."""
-    truths = {"1", "true", "yes", "on"}
-    return any(environ.get(n, "").lower() in truths for n in ("BACKPROPAGATE_OFFLINE", "HF_HUB_OFFLINE"))
+    return is_network_forbidden(environ) or environ.get("HF_HUB_OFFLINE", "").lower() in _TRUTHS
+
+
+def is_network_forbidden(environ: Mapping[str, str]) -> bool:
+    """Whether nothing at all may leave this machine: ``--offline`` or ``BACKPROPAGATE_OFFLINE``."""
+    return environ.get("BACKPROPAGATE_OFFLINE", "").lower() in _TRUTHS
 
 
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
@@ -83,6 +88,8 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     environ["TRL_DISABLE_TELEMETRY"] = "1"
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if is_network_forbidden(environ):
+        environ["HF_HUB_OFFLINE"] = "1"
 
 
 def to_path(text: str | Path) -> Path:

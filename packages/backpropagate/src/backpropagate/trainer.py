@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backpropagate import catalogue, rails, settings, stopping, system
+from backpropagate import catalogue, offline, rails, settings, stopping, system
 from backpropagate.errors import DataMissingError
 from backpropagate.exporting import ExportResult, export_adapter
 from backpropagate.logs import current_run
@@ -112,8 +112,9 @@ class Trainer:
         )
         token = current_run.set(writer.run_id)
         watcher = Watcher(writer.emit, on_event)
+        forbidden = system.is_network_forbidden(os.environ)
         try:
-            with writer, stopping.on_interrupt() as stop:
+            with writer, stopping.on_interrupt() as stop, offline.forbid_network(wanted=forbidden):
                 spec = TrainSpec.build(wanted, writer.folders, base.folder, base.commit)
                 outcome = rail.train(spec, watcher.emit, stop)
                 adapter = _publish(store, writer.run_id, outcome)

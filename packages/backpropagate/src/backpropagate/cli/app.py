@@ -6,11 +6,15 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from cyclopts import App, CycloptsError
 
-from backpropagate.cli.failing import report_bug, report_error
-from backpropagate.errors import CommandLineError
+from backpropagate import system
+from backpropagate.cli.failing import prepare_process, report_bug, report_error, set_up_logs
+from backpropagate.cli.refusing import explain
+from backpropagate.cli.switches import environment, overview, take_switches
+from backpropagate.offline import forbid_network
 from bp_runs.errors import CodedError, InterruptedRunError, PathUnusableError
 
 
@@ -95,11 +99,7 @@ COMMANDS = (
 # Commands of two words stand together under the first.
 GROUPS = {"data": "Look at data files, and split, clean or convert them."}
 
-_EPILOGUE = """Three things to do next:
-  backprop quickstart                      see it work on a small model
-  backprop train --data my_data.jsonl      train on your own rows
-  backprop export ./output/lora            make a GGUF of the result
-"""
+_EPILOGUE = f"Before or after every command:\n{overview()}"
 
 
 def build_app() -> App:
@@ -112,6 +112,11 @@ def build_app() -> App:
         suppress_keyboard_interrupt=False,
         version=_read_version,
         version_flags=["--version", "-V"],
+    )
+    app.command(
+        "backpropagate.cli.completion:install_completion",
+        name="--install-completion",
+        help="Let your shell complete commands, flags and choices.",
     )
     groups = {name: App(name=name, help=line, help_format="plaintext") for name, line in GROUPS.items()}
     for group in groups.values():
@@ -133,14 +138,26 @@ def _read_version() -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Carry out one command line and return its exit status; every error has been told."""
-    argv = list(argv)
     as_json = "--json" in argv
     try:
-        result = build_app()(
-            argv, exit_on_error=False, print_error=False, result_action="return_value", help_on_error=False
-        )
+        line = take_switches(argv)
+    except CodedError as error:
+        return report_error(error, as_json=as_json)
+    with environment(line.environ):
+        if any("_LOG_" in name for name in line.environ):
+            try:
+                set_up_logs(os.environ)
+            except CodedError as error:
+                return report_error(error, as_json=as_json)
+        with forbid_network(wanted=system.is_network_forbidden(os.environ)):
+            return _run(line.argv, as_json=as_json)
+
+
+def _run(argv: Sequence[str], *, as_json: bool) -> int:
+    try:
+        result = _call(argv)
     except CycloptsError as error:
-        return report_error(_command_line_error(error, argv), as_json=as_json)
+        return report_error(explain(error, [command.name for command in COMMANDS]), as_json=as_json)
     except CodedError as error:
         return report_error(error, as_json=as_json)
     except KeyboardInterrupt:
@@ -158,17 +175,23 @@ def run(argv: Sequence[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
-def _command_line_error(error: CycloptsError, argv: Sequence[str]) -> CommandLineError:
-    """Cyclopts' message, which already names the nearest flag or command, under our code."""
-    known = {command.name.split()[0] for command in COMMANDS}
-    command = next((word for word in argv if word in known), None)
-    help_line = f"backprop {command} --help" if command else "backprop --help"
-    return CommandLineError(" ".join(str(error).split()).rstrip("."), way_out=f"See what it takes: {help_line}")
+def _call(argv: Sequence[str]) -> object:
+    if not argv:
+        return _tell_next_steps()
+    return build_app()(
+        list(argv), exit_on_error=False, print_error=False, result_action="return_value", help_on_error=False
+    )
+
+
+def _tell_next_steps() -> int:
+    from backpropagate.cli.flags import output_folder
+    from backpropagate.cli.nextsteps import next_steps, show
+
+    print(show(next_steps(Path.cwd(), output_folder(None))))  # noqa: T201
+    return 0
 
 
 def main() -> None:
     """Entry point of the console scripts."""
-    from backpropagate.cli.failing import prepare_process
-
     prepare_process()
     sys.exit(run(sys.argv[1:]))

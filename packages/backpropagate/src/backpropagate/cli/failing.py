@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from types import FrameType
 from typing import NoReturn, TextIO
@@ -22,12 +23,18 @@ def prepare_process() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     system.prepare_environment(os.environ)
+    set_up_logs(os.environ)
+
+
+def set_up_logs(environ: Mapping[str, str]) -> None:
+    """Log handlers as ``BACKPROPAGATE_LOG_LEVEL``, ``_FORMAT`` and ``_FILE`` say."""
     from backpropagate.logs import install_handlers
 
-    form = os.environ.get("BACKPROPAGATE_LOG_FORMAT", "console")
-    level = os.environ.get("BACKPROPAGATE_LOG_LEVEL", "WARNING").upper()
+    level = environ.get("BACKPROPAGATE_LOG_LEVEL", "WARNING").upper()
     install_handlers(
-        level if level in {"DEBUG", "INFO", "WARNING", "ERROR"} else "WARNING", "json" if form == "json" else "console"
+        level if level in {"DEBUG", "INFO", "WARNING", "ERROR"} else "WARNING",
+        "json" if environ.get("BACKPROPAGATE_LOG_FORMAT", "console").lower() == "json" else "console",
+        environ.get("BACKPROPAGATE_LOG_FILE"),
     )
 
 

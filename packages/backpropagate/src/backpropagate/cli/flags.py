@@ -20,9 +20,14 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "training.output_dir": ("-o",),
     "training.learning_rate": ("--learning-rate",),
     "training.sample_prompts": ("--sample-prompt",),
+    # As the older tool spelled them.
+    "lora.use_dora": ("--use-dora",),
+    "lora.use_rslora": ("--use-rslora",),
 }
 
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document and nothing else.")]
+Json = Annotated[
+    bool, Parameter(name="--json", negative="", show_default=False, help="Print one JSON document and nothing else.")
+]
 Output = Annotated[
     str | None,
     Parameter(name=("--output", "-o"), help="Output folder that holds the runs; default: the setting, ./output."),

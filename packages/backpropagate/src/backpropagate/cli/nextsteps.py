@@ -1,0 +1,68 @@
+"""What `backprop` alone says: the three things to do next, seen from the folder that one stands in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bp_runs.paths import adapter_folder, index_file
+
+_DATA_ENDINGS = (".jsonl", ".csv", ".parquet", ".jsonl.gz", ".jsonl.zst")
+_MOST_ENTRIES = 2000
+"""A folder of many files is not searched to its end."""
+
+Step = tuple[str, str]
+"""A command, and what it does."""
+
+
+def next_steps(here: Path, output: Path) -> tuple[Step, Step, Step]:
+    """Three commands to type next: for a newcomer, for somebody with data, or for somebody with an adapter.
+
+    Args:
+        here: The working folder; its data files are named.
+        output: The output folder of the settings.
+    """
+    data = _find_data(here)
+    named = _quote(data) if data else "my_data.jsonl"
+    where = "" if output == Path("output") else f" --output {_quote(str(output))}"
+    adapter = adapter_folder(output)
+    if (adapter / "adapter_config.json").is_file():
+        return (
+            (f"backprop export {_quote(str(adapter))} --ollama-name my-model", "run your newest adapter in Ollama"),
+            (f"backprop list-runs{where}", "see how the runs went"),
+            (f"backprop train --data {named}{where}", "train again"),
+        )
+    if data or index_file(output).is_file():
+        return (
+            (f"backprop validate {named}", "see what would be learnt, before anything is loaded"),
+            (f"backprop train --data {named}{where}", "train an adapter on it"),
+            ("backprop doctor", "check this machine first"),
+        )
+    return (
+        ("backprop quickstart", "see it work on a small model, in minutes"),
+        (f"backprop train --data {named}", "train on your own rows"),
+        ("backprop doctor", "check this machine first"),
+    )
+
+
+def show(steps: Sequence[Step]) -> str:
+    """The steps as text, with where to find the rest."""
+    width = max(len(command) for command, _ in steps)
+    lines = [f"  {command.ljust(width)}   {why}" for command, why in steps]
+    return "\n".join(("Three things to do next:", *lines, "", "All commands: backprop --help"))
+
+
+def _find_data(here: Path) -> str | None:
+    """The newest data file that stands here, by name."""
+    try:
+        entries = [entry for entry, _ in zip(here.iterdir(), range(_MOST_ENTRIES), strict=False)]
+        found = [e for e in entries if e.name.endswith(_DATA_ENDINGS) and e.is_file()]
+        return max(found, key=lambda entry: entry.stat().st_mtime).name if found else None
+    except OSError:
+        return None
+
+
+def _quote(text: str) -> str:
+    import shlex
+
+    return shlex.quote(text)

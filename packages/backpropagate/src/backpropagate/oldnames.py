@@ -1,0 +1,209 @@
+"""Commands, flags and variables of the older tool (backpropagate 1.x): what stands in their place.
+
+Most old names work as they are; a test goes through all of them. What is here has changed: variables that carry over
+under a new name, and names that answer with what to type now. Nothing old is ignored in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Old:
+    """What replaced an old name."""
+
+    now: str
+    """What to type or set instead; where nothing is needed, that."""
+    why: str | None = None
+    """What changed, where the replacement does not say it."""
+
+
+_NO_PAGE = Old("Watch runs in the terminal: backprop train --help", "this version has no web page yet")
+
+COMMANDS: Mapping[str, Old] = {
+    "ui": _NO_PAGE,
+    "generate": Old(
+        "Talk to it: backprop chat ./output/lora", "chat talks to adapters, merged models, GGUFs and Ollama"
+    ),
+}
+
+_SIZE = Old("Leave it out: models over 4 billion parameters train as LoRA.", "the limit is fixed")
+_OFFLOAD = Old("Train an adapter instead: --mode qlora", "full weights are not moved to the CPU while training")
+_BLOCK = Old("Train an adapter instead: --mode lora", "full fine-tuning has one engine, without blocks")
+_TOKEN = Old("Log in once: hf auth login", "a token on the command line ends up in the shell's history")
+_FORMAT = Old("Leave it out.", "the format is found row by row")
+_NO_4BIT = Old("Ask for a 16-bit base: --mode lora")
+
+FLAGS: Mapping[str, Mapping[str, Old]] = {
+    "train": {
+        "--no-4bit": _NO_4BIT,
+        "--full-ft-ceiling-billions": _SIZE,
+        "--full-ft-offload": _OFFLOAD,
+        "--full-ft-engine": _BLOCK,
+        "--switch-block-every": _BLOCK,
+        "--block-order": _BLOCK,
+        "--block-writeback": _BLOCK,
+        "--block-freeze-embeddings": _BLOCK,
+        "--no-unsloth": Old("Leave it out.", "Unsloth is used only when asked for: --engine unsloth"),
+        "--resume": Old("Go on with a run: backprop resume RUN"),
+        "--ui-run-dir": Old("Leave it out.", "every run's events are in its folder: output/runs/RUN/metrics.jsonl"),
+    },
+    "multi-run": {
+        "--no-4bit": _NO_4BIT,
+        "--merge-mode": Old("Choose how to merge: --merge slao"),
+        "--merge-strategy": Old("Choose how to merge: --merge slao"),
+    },
+    "export": {
+        "--base-model": Old("Name the base: --base NAME"),
+        "--adapter-tag": Old("Name it: --ollama-name NAME"),
+        "--push-to-hub": Old("Push afterwards: backprop push --repo OWNER/NAME"),
+        "--hub-token": _TOKEN,
+        "--hub-token-file": _TOKEN,
+        "--hub-private": Old("Push afterwards: backprop push --repo OWNER/NAME --private"),
+        "--no-model-card": Old("Leave it out.", "the card is written by `backprop push`, and only there"),
+    },
+    "resume": {"--data": Old("Train anew on other data: backprop train --data FILE", "a resumed run keeps its data")},
+    "eval": {
+        "--vs": Old("Compare with the base model, which is the default, or name an adapter: --against ADAPTER"),
+        "--gate-against": Old("Compare and gate: --against ADAPTER --gate"),
+        "--prompts": Old("Give your own held-out rows: --data FILE", "prompts and references stand in one file"),
+        "-n": Old("Use at most so many rows: --rows 5"),
+        "--max-new-tokens": Old("Longest answer: --tokens 128"),
+        "--references": Old("Give your own held-out rows: --data FILE", "prompts and references stand in one file"),
+        "--eval-set": Old("Give your own held-out rows: --data FILE"),
+        "--heldout": Old("Give your own held-out rows: --data FILE"),
+        "--gate-metric": Old("Gate on a metric: --metric exact --gate"),
+        "--allow-code-exec": Old("Leave it out.", "answers are compared as text; code of a model is never run"),
+        "--code-exec-timeout": Old("Leave it out.", "answers are compared as text; code of a model is never run"),
+    },
+    "data report": {
+        "--format": _FORMAT,
+        "--max-samples": Old("Leave it out.", "the whole file is read; memory stays flat"),
+        "--dup-threshold": Old("Choose with or without near duplicates: --near or --no-near"),
+        "--fail-on-dups": Old("Set the limit: --max-duplicates 0"),
+        "--fail-on-contamination": Old("Set the limit: --against FILE --max-contaminated 0"),
+        "--max-outlier-rate": Old("Set the limit: --max-overlong 0.01 --model NAME"),
+        "--strict": Old("Set limits: --max-duplicates 0 --max-rejected 0"),
+    },
+    "data split": {
+        "--heldout-ratio": Old("Say the share: --share 0.1"),
+        "--out-train": Old("Name the file: --output train.jsonl"),
+        "--out-heldout": Old("Name the file: --heldout test.jsonl"),
+    },
+    "validate": {
+        "--format": _FORMAT,
+        "--max-errors": Old("Count all bad rows: --on-bad-row skip"),
+        "--max-samples": Old("Leave it out.", "the whole file is read; memory stays flat"),
+    },
+    "push": {"--token": _TOKEN, "--token-file": _TOKEN},
+    "ollama register": {"--modelfile": Old("Leave it out.", "it never did anything; the GGUF carries its template")},
+    "info": {
+        "--error-codes": Old("List them: backprop errors"),
+        "--env-vars": Old("List them: backprop config show"),
+        "--subcommand-tiers": Old("Leave it out.", "there are no tiers"),
+    },
+    "config": {
+        "--show": Old("Show the settings: backprop config show"),
+        "--set": Old("Write it into backpropagate.toml; what to write says: backprop config explain KEY"),
+        "--reset": Old("Delete the line from backpropagate.toml; where a value comes from says: backprop config show"),
+    },
+}  # fmt: skip
+
+RENAMED_ENV: Mapping[str, str] = {
+    "LORA__LORA_ALPHA": "lora.alpha",
+    "LORA__LORA_DROPOUT": "lora.dropout",
+    "LORA__RANDOM_STATE": "training.seed",
+    "TRAINING__MAX_STEPS": "training.steps",
+    "TRAINING__PER_DEVICE_TRAIN_BATCH_SIZE": "training.batch_size",
+    "TRAINING__GRADIENT_ACCUMULATION_STEPS": "training.gradient_accumulation",
+    "TRAINING__LR_SCHEDULER_TYPE": "training.scheduler",
+    "DATA__DATASET_NAME": "data.path",
+    "DATA__PACKING": "training.packing",
+    "DATA__MIN_TRACE_TOKENS": "data.trace_min_tokens",
+    "DATA__MAX_TRACE_TOKENS": "data.trace_max_tokens",
+}
+"""Variables, without their prefix, that carry over to a setting of another name."""
+
+_INERT = Old("Unset it.", "it never did anything")
+_NONE = Old("Unset it.", "there is nothing to choose any more")
+
+GONE_ENV: Mapping[str, Old] = {
+    "MODEL__LOAD_IN_4BIT": Old("BACKPROPAGATE_TRAINING__MODE=qlora, or lora for 16 bits", "it never did anything"),
+    "LORA__USE_GRADIENT_CHECKPOINTING": Old("BACKPROPAGATE_TRAINING__GRADIENT_CHECKPOINTING=true"),
+    "LORA__INIT_LORA_WEIGHTS": Old("Give the flag: backprop train --help"),
+    "TRAINING__BF16": Old("BACKPROPAGATE_MODEL__DTYPE=bfloat16"),
+    "TRAINING__FP16": Old("BACKPROPAGATE_MODEL__DTYPE=bfloat16, or float32", "float16 loses small gradients"),
+    "TRAINING__FP8": Old("Give the flag: backprop train --help"),
+    "TRAINING__OPTIM": Old("Unset it.", "8-bit Adam comes with 4-bit bases, else AdamW"),
+    "TRAINING__LOGGING_STEPS": Old("Unset it.", "every step is recorded"),
+    "TRAINING__NUM_TRAIN_EPOCHS": _INERT,
+    "TRAINING__WARMUP_RATIO": Old("BACKPROPAGATE_TRAINING__WARMUP_STEPS=5", "it never did anything"),
+    "TRAINING__OVERWRITE_OUTPUT_DIR": _INERT,
+    "DATA__MAX_SAMPLES": Old("BACKPROPAGATE_DATA__SAMPLES=1000, or unset it for all rows"),
+    "DATA__DATASET_SPLIT": Old("Write the split out as a file, or see: backprop train --help"),
+    "DATA__TEXT_COLUMN": Old("Name the column text.", "the format is found row by row"),
+    "DATA__SHUFFLE": Old("BACKPROPAGATE_TRAINING__CURRICULUM=length keeps an order", "rows are shuffled by the seed"),
+    "DATA__CHAT_FORMAT": Old("Unset it.", "the tokenizer's own chat template is used, and no other"),
+    "DATA__PRE_TOKENIZE": _INERT,
+    "MULTIRUN__NUM_RUNS": Old("Give the flag: backprop multi-run --runs 5", "it never did anything"),
+    "MULTIRUN__STEPS_PER_RUN": Old("Give the flag: backprop multi-run --steps 100", "it never did anything"),
+    "MULTIRUN__SAMPLES_PER_RUN": Old("Give the flag: backprop multi-run --samples 1000", "it never did anything"),
+    "MULTIRUN__CONTINUE_FROM_PREVIOUS": _INERT,
+    "MULTIRUN__SAVE_INTERMEDIATE": _INERT,
+    "WINDOWS__PRE_TOKENIZE": Old("Unset it.", "rows are always prepared before training"),
+    "WINDOWS__XFORMERS_DISABLED": Old("Unset it.", "xformers is not used"),
+    "WINDOWS__DATALOADER_NUM_WORKERS": Old("Unset it.", "there are no worker processes"),
+    "WINDOWS__CUDA_LAUNCH_BLOCKING": Old("Set the driver's own: CUDA_LAUNCH_BLOCKING=1"),
+    "WINDOWS__TOKENIZERS_PARALLELISM": Old("Set the library's own: TOKENIZERS_PARALLELISM=true"),
+    **dict.fromkeys(("UI__PORT", "UI__HOST", "UI__SHARE", "UI__AUTO_OPEN", "UI__OUTPUT_DIR"), _NO_PAGE),
+    **dict.fromkeys(
+        (
+            "SECURITY__REQUIRE_AUTH", "SECURITY__AUTH_USERNAME", "SECURITY__AUTH_PASSWORD", "SECURITY__ALLOWED_PATHS",
+            "SECURITY__BLOCK_PATH_TRAVERSAL", "SECURITY__SESSION_TIMEOUT_MINUTES", "SECURITY__JWT_SECRET",
+            "SECURITY__JWT_ALGORITHM", "SECURITY__ENABLE_CSRF", "SECURITY__CSRF_TOKEN_EXPIRY_MINUTES",
+            "SECURITY__RATE_LIMIT_TRAINING", "SECURITY__RATE_LIMIT_EXPORT", "SECURITY__AUDIT_LOG_ENABLED",
+            "SECURITY__AUDIT_LOG_FILE", "SECURITY__ENABLE_CSP", "SECURITY__CSP_REPORT_ONLY",
+        ),
+        _INERT,
+    ),
+    "SECURITY__MAX_UPLOAD_SIZE_MB": Old("Unset it.", "files are read where they lie, nothing is uploaded"),
+    "SECURITY__VALIDATE_FILE_MAGIC": Old("Unset it.", "every file is read as what it is, or refused"),
+    "LOG_JSON": Old("BACKPROPAGATE_LOG_FORMAT=json"),
+    "LLAMA_CPP_PATH": Old("Unset it.", "exporting needs no llama.cpp checkout"),
+    "UNSLOTH_AUTO_INSTALL": Old("Unset it.", "nothing is installed behind your back"),
+    "OFFLOAD_PIN": _OFFLOAD,
+    "OFFLOAD_ROUNDING": _OFFLOAD,
+    "VRAM_CALIBRATION": Old("Set the folder of all such files: BACKPROPAGATE_HOME=~/.backpropagate"),
+    "QUIET_TOKEN_HINT": _NONE,
+    "DEFER_FEATURE_DETECTION": Old("Unset it.", "frameworks are loaded only when they are needed"),
+    "DEFER_FEATURE_QUIET": _NONE,
+    "CLOUDFLARED_TIMEOUT": _NONE,
+    "ALLOW_CODE_EVAL": Old("Unset it.", "answers are compared as text; code of a model is never run"),
+    **dict.fromkeys(
+        (
+            "UI_QUIET", "UI_WORKDIR", "UI_PAYLOAD_DIR", "UI_REQUEST_LOG", "UI_CORS_EXTRA_ORIGINS",
+            "UI_RATE_LIMIT_HTTP_PER_MIN", "UI_RATE_LIMIT_WS_PER_MIN", "UI_RATE_LIMIT_UPLOAD_PER_MIN", "UI_AUTH",
+            "UI_AUTH_USER", "UI_AUTH_VERIFIER", "UI_LAUNCH_TOKEN", "UI_HOST_BIND", "UI_SHARE_HOST", "UI_PORT",
+        ),
+        _NO_PAGE,
+    ),
+}  # fmt: skip
+"""Variables, without their prefix, that no setting has taken the place of one for one."""
+
+
+def find_command(name: str) -> Old | None:
+    """What replaced an old command; None where it is not one."""
+    return COMMANDS.get(name)
+
+
+def find_flag(command: str, flag: str) -> Old | None:
+    """What replaced an old flag of a command; multi-run had train's flags too."""
+    found = FLAGS.get(command, {}).get(flag)
+    return found or (FLAGS["train"].get(flag) if command == "multi-run" else None)
+
+
+def find_variable(name: str) -> Old | None:
+    """What replaced an old variable; ``name`` stands without ``BACKPROPAGATE_``."""
+    return GONE_ENV.get(name) or (GONE_ENV.get(f"MULTIRUN__{name[11:]}") if name.startswith("MULTI_RUN__") else None)
