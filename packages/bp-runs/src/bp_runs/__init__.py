@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from bp_runs.record import RunRecord
     from bp_runs.redact import redact, redact_data
     from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, Settings, TrainingSpec, TrainSpec
-    from bp_runs.store import RunStore, RunWriter
+    from bp_runs.store import RunStore
+    from bp_runs.writer import RunWriter
 
 _HOMES = {
     "adapter": ("AdapterFolder", "read_adapter_folder"),
@@ -26,7 +27,8 @@ _HOMES = {
     "record": ("RunRecord",),
     "redact": ("redact", "redact_data"),
     "spec": ("DataSpec", "LoraSpec", "ModelSpec", "RunFolders", "Settings", "TrainSpec", "TrainingSpec"),
-    "store": ("RunStore", "RunWriter"),
+    "store": ("RunStore",),
+    "writer": ("RunWriter",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

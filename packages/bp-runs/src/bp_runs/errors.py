@@ -199,6 +199,54 @@ class RunNotFoundError(UserError):
     default_way_out = "See the ids: backprop list-runs"
 
 
+class RunActiveError(StateError):
+    """Another process works on the run."""
+
+    code = "STATE_RUN_ACTIVE"
+    when = "The run is still going on in another process, here or on another machine."
+    default_way_out = "Wait for it to end, or stop it there with Ctrl-C."
+
+
+class ResumeNotFoundError(UserError):
+    """There is no run to continue."""
+
+    code = "INPUT_RESUME_NOT_FOUND"
+    when = "The output folder has no unfinished run, or the named one is finished or diverged."
+    default_way_out = "See the runs and how they ended: backprop list-runs"
+
+
+class ResumeChangedError(UserError):
+    """The data or the model is no longer what the run began with."""
+
+    code = "INPUT_RESUME_CHANGED"
+    when = "A run was to be continued, but its data, chat template or base model has changed since it began."
+    default_way_out = "Put back what the run began with, or start anew with its settings: backprop replay RUN"
+
+
+class CheckpointInvalidError(StateError):
+    """No checkpoint of the run is whole."""
+
+    code = "STATE_CHECKPOINT_INVALID"
+    when = "A run has checkpoints, and the hashes of none of them hold; or one does not fit the model."
+    default_way_out = "Start anew with the same settings: backprop replay RUN"
+
+
+class RecordNewerError(StateError):
+    """A record of a newer version is read, never rewritten."""
+
+    code = "STATE_RECORD_NEWER"
+    when = "A run's record was written by a newer version and was to be changed by this one."
+    default_way_out = "Update: pip install -U backpropagate"
+
+
+class HistoryInvalidError(UserError):
+    """A file given to import is no run history."""
+
+    code = "INPUT_HISTORY_INVALID"
+    when = "The file to import is not the older tool's run history: a JSON list of rows with run ids."
+    default_way_out = "Name the file: backprop runs import ./old-output/run_history.json"
+
+
 class RecordInvalidError(StateError):
     """A run's record cannot be read."""
 

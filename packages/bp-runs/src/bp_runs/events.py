@@ -118,5 +118,29 @@ class AdapterSaved(Event):
     bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSaved(Event):
+    """A checkpoint is whole on the disk."""
+
+    kind = "checkpoint"
+    step: int
+    path: str
+    bytes: int
+    seconds: float
+    reason: str
+    """Why now, see `bp_runs.checkpoint.Reason`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed(Event):
+    """The run goes on from a checkpoint; what was recorded of later steps is superseded."""
+
+    kind = "resumed"
+    step: int
+    """Steps that the checkpoint holds; 0: from the beginning."""
+    checkpoint: str | None
+    """Its folder's name."""
+
+
 Emit = Callable[[Event], None]
 """Takes an event and returns fast; a CodedError that it raises (a full disk, say) ends the run."""

@@ -83,8 +83,11 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def publish_bytes(path: Path, data: bytes) -> None:
+def publish_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part.
+
+    Args:
+        durable: Wait for the disk, so that it holds after a power cut too; not needed for what can be made anew.
 
     Raises:
         DiskFullError, OutputNotWritableError: As `coded_disk_errors`; the old file stays.
@@ -95,11 +98,13 @@ def publish_bytes(path: Path, data: bytes) -> None:
             with partial.open("wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             _replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
-        fsync_folder(path.parent)
+        if durable:
+            fsync_folder(path.parent)
 
 
 def publish_json(path: Path, data: Any) -> None:
@@ -123,7 +128,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
             yield partial
             for file in partial.rglob("*"):
                 if file.is_file():
-                    _fsync_file(file)
+                    fsync_file(file)
             fsync_folder(partial)
             _swap_in(partial, path, old)
         finally:
@@ -170,7 +175,8 @@ def _swap_in(partial: Path, path: Path, old: Path) -> None:
     fsync_folder(path.parent)
 
 
-def _fsync_file(path: Path) -> None:
+def fsync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

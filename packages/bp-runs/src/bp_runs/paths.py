@@ -2,7 +2,7 @@
 
 <output>/lora                  the newest finished adapter (hard links into its run)
 <output>/run_history.json      index of summary rows, rebuilt from the run folders
-<output>/runs/<run_id>/        run.json metrics.jsonl rejected.jsonl lora/
+<output>/runs/<run_id>/        run.json metrics.jsonl rejected.jsonl lora/ checkpoints/
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 REJECTED_FILE = "rejected.jsonl"
 LOCK_FILE = "alive.lock"
+CHECKPOINTS = "checkpoints"
+"""The run's folder of checkpoints, see `bp_runs.checkpoint`."""
 
 
 def new_run_id(now: datetime | None = None) -> str:
@@ -30,6 +32,11 @@ def runs_folder(output: Path) -> Path:
 def run_folder(output: Path, run_id: str) -> Path:
     """``<output>/runs/<run_id>``."""
     return runs_folder(output) / run_id
+
+
+def journal_file(output: Path) -> Path:
+    """``<output>/.run_history.journal``: rows that the index does not have yet."""
+    return output / ".run_history.journal"
 
 
 def index_file(output: Path) -> Path:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
-from bp_runs.errors import RecordInvalidError, RunStatus
+from bp_runs.errors import RecordInvalidError, RecordNewerError, RunStatus
 from bp_runs.files import publish_json
+from bp_runs.migrations import LATEST, RECORD_SCHEMA, migrate, schema_number
 from bp_runs.paths import RECORD_FILE
+from bp_runs.process import process_birth
 from bp_runs.redact import redact_data
 
-RECORD_SCHEMA = "backpropagate.run/1"
+Relation = Literal["replay", "member", "import"]
+"""To its parent: run again with its settings; one run of a multi-run; taken over from another tool's history."""
 
 
 def utc_now() -> str:
@@ -29,6 +34,10 @@ class RunRecord:
     schema: str = RECORD_SCHEMA
     run_id: str
     kind: str = "train"
+    """What the run is: ``train``, ``multi-run``."""
+    parent: dict[str, Any] | None = None
+    """The run that this one comes from: ``{"run_id": …, "relation": …}``, see `Relation`. A resumed run keeps its id:
+    each process that worked on it is one of its ``sessions``."""
     status: RunStatus = "running"
     created_at: str = field(default_factory=utc_now)
     ended_at: str | None = None
@@ -37,6 +46,10 @@ class RunRecord:
     rail: str = ""
     host: str = ""
     pid: int = 0
+    process_started: str | None = None
+    """With host and pid: the process that worked on the run last, see `bp_runs.process.process_birth`."""
+    sessions: list[dict[str, Any]] = field(default_factory=list)
+    """One for each process: ``at``, ``host``, ``pid``, ``from_step``, the ``checkpoint`` that it went on from."""
     cwd: str = ""
     """Folder that relative paths in ``settings`` and ``command`` start from."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -47,10 +60,21 @@ class RunRecord:
     """`DataReady` as a dict, once it happened."""
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
+    progress: dict[str, Any] = field(default_factory=dict)
+    """The last step and its loss, once no process works on it any more; a loss that is not finite is null."""
     result: dict[str, Any] = field(default_factory=dict)
     """`TrainOutcome` as a dict, once it ended well."""
     artifacts: list[dict[str, Any]] = field(default_factory=list)
     error: dict[str, Any] | None = None
+    tags: list[str] = field(default_factory=list)
+    note: str = ""
+
+    def begin_session(self, *, from_step: int, checkpoint: str | None) -> None:
+        """Note that this process works on the run from now on, which is running again."""
+        self.host, self.pid, self.process_started = platform.node(), os.getpid(), process_birth(os.getpid())
+        session = {"at": utc_now(), "host": self.host, "pid": self.pid}
+        self.sessions.append({**session, "from_step": from_step, "checkpoint": checkpoint})
+        self.status, self.ended_at, self.error, self.result, self.progress = "running", None, None, {}, {}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready and redacted."""
@@ -66,17 +90,20 @@ class RunRecord:
         return {
             "run_id": self.run_id,
             "kind": self.kind,
+            "parent": (self.parent or {}).get("run_id"),
             "status": self.status,
             "created_at": self.created_at,
             "ended_at": self.ended_at,
             "rail": self.rail,
             "model": self.setting("model.name"),
             "data": self.setting("data.path"),
-            "steps": self.result.get("steps"),
+            "steps": self.result.get("steps", self.progress.get("step")),
+            "steps_asked": self.setting("training.steps"),
             "first_loss": self.result.get("first_loss"),
             "final_loss": self.result.get("final_loss"),
             "seconds": self.result.get("seconds"),
             "error": (self.error or {}).get("code"),
+            "tags": self.tags,
         }
 
     def setting(self, key: str) -> Any:
@@ -88,13 +115,16 @@ def write_record(folder: Path, record: RunRecord) -> None:
     """Publish ``run.json`` in the run's folder, atomically.
 
     Raises:
+        RecordNewerError: The record that stands there is of a newer schema.
         DiskFullError, OutputNotWritableError: The old record stays.
     """
+    if (schema_number({"schema": record.schema}) or 0) > LATEST:
+        raise RecordNewerError(f"{folder / RECORD_FILE} is of {record.schema}; this version writes {RECORD_SCHEMA}")
     publish_json(folder / RECORD_FILE, record.to_dict())
 
 
 def read_record(folder: Path) -> RunRecord:
-    """Read ``run.json``; fields of a newer schema are left out of the value, and the file is not touched.
+    """Read ``run.json``, led on from an older schema; fields of a newer one are left out. The file is not touched.
 
     Raises:
         RecordInvalidError: Missing, not JSON, or not a record.
@@ -109,7 +139,7 @@ def read_record(folder: Path) -> RunRecord:
     shape = {f.name: type(getattr(_SHAPE, f.name)) for f in fields(RunRecord)}
     if not isinstance(data, dict) or data.get("run_id") != folder.name:
         raise RecordInvalidError(f"{file} is not the record of the run {folder.name}")
-    found = {k: v for k, v in data.items() if k in shape}
+    found = {k: v for k, v in migrate(data).items() if k in shape}
     for name, value in found.items():
         if not isinstance(value, shape[name]) and name not in _OPTIONAL:
             raise RecordInvalidError(f"{file}: {name} is {value!r}, not a {shape[name].__name__}")
@@ -117,4 +147,4 @@ def read_record(folder: Path) -> RunRecord:
 
 
 _SHAPE = RunRecord(run_id="")
-_OPTIONAL = ("ended_at", "error")
+_OPTIONAL = ("ended_at", "error", "parent", "process_started")

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import orjson
 from filelock import FileLock, Timeout
 
-from bp_runs import paths
+from bp_runs import index, paths
 from bp_runs.adapter import MANIFEST_SCHEMA, read_manifest
 from bp_runs.errors import (
     CodedError,
@@ -22,18 +22,18 @@ from bp_runs.errors import (
     OutputNotWritableError,
     OutputTakenError,
     RecordInvalidError,
+    RecordNewerError,
+    RunActiveError,
     RunNotFoundError,
 )
-from bp_runs.events import DataReady, Event, ModelLoaded
-from bp_runs.files import coded_disk_errors, publish_folder, publish_json, require_folder, sha256_file
-from bp_runs.rail import TrainOutcome
-from bp_runs.record import RunRecord, read_record, utc_now, write_record
+from bp_runs.files import coded_disk_errors, publish_folder, require_folder
+from bp_runs.metrics import read_events, read_progress
+from bp_runs.process import process_birth
+from bp_runs.record import Relation, RunRecord, read_record, utc_now, write_record
 from bp_runs.redact import redact_data
-from bp_runs.spec import RunFolders
+from bp_runs.writer import RunWriter
 
-INDEX_SCHEMA = "backpropagate.run_history/1"
 _LOCK_SECONDS = 30.0
-_ROW_KEYS = RunRecord(run_id="").to_summary().keys()
 
 
 class RunStore:
@@ -54,31 +54,94 @@ class RunStore:
         command: Sequence[str] = (),
         versions: Mapping[str, str] | None = None,
         hardware: Mapping[str, Any] | None = None,
+        kind: str = "train",
+        parent: tuple[str, Relation] | None = None,
     ) -> RunWriter:
         """Open a new run, recorded as running from this moment.
 
         Args:
             settings: By dotted key: value and source.
+            kind: What the run is: ``train``, ``multi-run``.
+            parent: Id of the run that it comes from, and how.
 
         Raises:
             OutputNotWritableError, DiskFullError: The output folder cannot take a run.
         """
         require_folder(self.output)
         self.require_own_adapter()
-        run_id = paths.new_run_id()
-        folder = require_folder(paths.run_folder(self.output, run_id))
         record = RunRecord(
-            run_id=run_id,
+            run_id=paths.new_run_id(),
+            kind=kind,
+            parent={"run_id": parent[0], "relation": parent[1]} if parent else None,
             rail=rail,
             command=list(command),
-            host=platform.node(),
-            pid=os.getpid(),
             cwd=str(Path.cwd()),
             settings={k: dict(v) for k, v in settings.items()},
             versions=dict(versions or {}),
             hardware=dict(hardware or {}),
         )
-        return RunWriter(self, folder, record)
+        record.begin_session(from_step=0, checkpoint=None)
+        return RunWriter(self, self._create(record), record)
+
+    def reopen(self, run_id: str, *, from_step: int, checkpoint: str | None, take_over: bool = False) -> RunWriter:
+        """Open an unfinished run to go on with it, recorded as running from this moment.
+
+        Args:
+            run_id: The whole id.
+            from_step: Steps that are done.
+            checkpoint: Name of the checkpoint's folder; None to begin again.
+            take_over: Go on although the record names a process of another machine as running.
+
+        Raises:
+            RunActiveError: Another process works on it.
+            RecordInvalidError, RecordNewerError: Its record cannot be read, or not be written by this version.
+        """
+        require_folder(self.folder(run_id))
+        record = self.load(run_id)
+        if record.status == "running" and not (take_over and record.host != platform.node()):
+            elsewhere = "; if that machine is gone for good: --take-over" if record.host != platform.node() else ""
+            raise RunActiveError(
+                f"the run {run_id} is going on in process {record.pid} on {record.host}",
+                way_out=f"{RunActiveError.default_way_out[:-1]}{elsewhere}.",
+            )
+        before = copy.deepcopy(record)
+        record.begin_session(from_step=from_step, checkpoint=checkpoint)
+        return RunWriter(self, self.folder(run_id), record, before)
+
+    def add_finished(self, record: RunRecord, events: Sequence[Mapping[str, Any]]) -> None:
+        """Add a run that took place elsewhere, whole: its record and its events."""
+        lines = b"".join(orjson.dumps(redact_data(dict(e)), option=orjson.OPT_APPEND_NEWLINE) for e in events)
+        self._create(record, lines)
+        self.save(record)
+
+    def remove(self, run_id: str) -> None:
+        """Delete a run's folder, and with it its adapter, checkpoints and record; ``<output>/lora`` stays.
+
+        Raises:
+            RunActiveError: The run is going on.
+        """
+        folder = self.folder(run_id)
+        with contextlib.suppress(RecordInvalidError):
+            record = self.load(run_id)
+            if record.status == "running":
+                raise RunActiveError(f"the run {run_id} is going on in process {record.pid} on {record.host}")
+        gone = folder.with_name(f".{run_id}.removed")
+        with self._lock, coded_disk_errors(folder):
+            os.replace(folder, gone)
+            index.rebuild(self.output)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def update(self, run_id: str, change: Callable[[RunRecord], None]) -> RunRecord:
+        """Read a record, change it and publish it, while no other process can.
+
+        Raises:
+            RecordInvalidError, RecordNewerError: It cannot be read, or not be written by this version.
+        """
+        with self._lock:
+            record = read_record(self.folder(run_id))
+            change(record)
+            self._publish(record)
+        return record
 
     def require_own_adapter(self) -> None:
         """Refuse an output folder whose ``lora`` is not ours to replace.
@@ -97,16 +160,14 @@ class RunStore:
 
         An index that was lost or damaged is written anew, where the folder allows.
         """
-        rows = self._read_index()
-        if rows is None:
-            rows = self._scan_rows()
-            if rows:
-                with contextlib.suppress(CodedError):
-                    self.rebuild_index()
+        rows, is_whole = index.read_rows(self.output)
         for position, row in enumerate(rows):
             if row["status"] == "running":
                 with contextlib.suppress(RecordInvalidError):
                     rows[position] = self._settle(row["run_id"]).to_summary()
+        if not is_whole:
+            with contextlib.suppress(CodedError):
+                self.rebuild_index()
         return sorted(rows, key=lambda row: (row["created_at"], row["run_id"]), reverse=True)
 
     def find(self, partial_id: str) -> str:
@@ -115,7 +176,7 @@ class RunStore:
         Raises:
             RunNotFoundError: None or several do.
         """
-        ids = self._folder_ids()
+        ids = index.run_ids(self.output)
         matches = [i for i in ids if i.startswith(partial_id)] or [
             i for i in ids if partial_id and i.endswith(partial_id)
         ]
@@ -143,25 +204,12 @@ class RunStore:
         return paths.run_folder(self.output, run_id)
 
     def read_metrics(self, run_id: str) -> list[dict[str, Any]]:
-        """The run's events, oldest first; a torn last line is left out."""
-        try:
-            lines = (self.folder(run_id) / paths.METRICS_FILE).read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        events = []
-        for line in lines:
-            try:
-                events.append(orjson.loads(line))
-            except orjson.JSONDecodeError:
-                continue
-        return events
+        """The run's events, oldest first; torn lines and what a resumption superseded are left out."""
+        return read_events(self.folder(run_id) / paths.METRICS_FILE)
 
     def add_artifact(self, run_id: str, artifact: Mapping[str, Any]) -> None:
         """Note a file that was made from the run, such as an export."""
-        with self._lock:
-            record = read_record(self.folder(run_id))
-            record.artifacts.append({"at": utc_now(), **artifact})
-            self.save(record)
+        self.update(run_id, lambda record: record.artifacts.append({"at": utc_now(), **artifact}))
 
     def publish_adapter(self, run_id: str) -> Path:
         """Let ``<output>/lora`` be this run's adapter; returns that folder.
@@ -183,152 +231,58 @@ class RunStore:
     def save(self, record: RunRecord) -> None:
         """Publish a record and its index row."""
         with self._lock:
-            write_record(self.folder(record.run_id), record)
-            rows = {row["run_id"]: row for row in self._read_index() or self._scan_rows()}
-            rows[record.run_id] = record.to_summary()
-            self._write_index(list(rows.values()))
+            self._publish(record)
 
     def rebuild_index(self) -> list[dict[str, Any]]:
         """Make the index anew from the run folders; folders without a readable record are left alone."""
         with self._lock:
-            rows = self._scan_rows()
-            self._write_index(rows)
-        return rows
+            return index.rebuild(self.output)
 
-    def _read_index(self) -> list[dict[str, Any]] | None:
-        """The index's rows; None where it is lost, damaged, or tells of other folders than those that stand there."""
-        try:
-            rows: list[dict[str, Any]] = orjson.loads(paths.index_file(self.output).read_bytes())["runs"]
-            whole = all(row.keys() >= _ROW_KEYS for row in rows)
-            if whole and {row["run_id"] for row in rows} == set(self._folder_ids()):
-                return rows
-        except (OSError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
-            pass
-        return None
+    def _publish(self, record: RunRecord) -> None:
+        write_record(self.folder(record.run_id), record)
+        index.put_row(self.output, record)
 
-    def _scan_rows(self) -> list[dict[str, Any]]:
-        rows = []
-        for run_id in self._folder_ids():
-            try:
-                rows.append(read_record(self.folder(run_id)).to_summary())
-            except RecordInvalidError as error:
-                rows.append(
-                    RunRecord(run_id=run_id, status="failed", created_at="", error=error.to_dict()).to_summary()
-                )
-        return rows
-
-    def _folder_ids(self) -> list[str]:
-        try:
-            with os.scandir(paths.runs_folder(self.output)) as entries:
-                return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+    def _create(self, record: RunRecord, events: bytes = b"") -> Path:
+        """Make the run's folder with its record in it, so that no folder without a record is ever seen."""
+        folder = self.folder(record.run_id)
+        new = folder.with_name(f".{record.run_id}.new")
+        with self._lock, coded_disk_errors(folder):
+            folder.parent.mkdir(exist_ok=True)
+            for leftover in folder.parent.glob(".*.*"):  # what was being made or removed when its process was killed
+                shutil.rmtree(leftover, ignore_errors=True)
+            new.mkdir()
+            (new / paths.METRICS_FILE).write_bytes(events)
+            write_record(new, record)
+            os.replace(new, folder)
+        return folder
 
     def _settle(self, run_id: str) -> RunRecord:
-        """Read a record; where it says running and nobody holds the run's lock, its process is gone."""
+        """Read a record; where it says running and its process is gone, it is recorded as interrupted."""
         record = read_record(self.folder(run_id))
         if record.status != "running" or record.host != platform.node():
-            return record  # locks tell nothing of another machine's processes
+            return record  # this machine knows nothing of another's processes
         lock = FileLock(self.folder(run_id) / paths.LOCK_FILE)
         try:
             with lock.acquire(timeout=0):
                 record = read_record(self.folder(run_id))
-                if record.status == "running":
-                    record.status = "interrupted"
-                    record.ended_at = utc_now()
-                    self.save(record)
-        except (Timeout, OSError, OutputNotWritableError):
-            pass  # it lives, or the folder is not ours to correct
+                if record.status == "running" and not self._lives(record):
+                    self._interrupt(record)
+        except Timeout:
+            pass
+        except (OSError, NotImplementedError, OutputNotWritableError, RecordNewerError):
+            if not self._lives(record):  # nothing can be locked or written here, but told
+                record.status = "interrupted"
         return record
 
-    def _write_index(self, rows: list[dict[str, Any]]) -> None:
-        """Rows of unreadable records are left out: the next look reads them again, in case they were mended."""
-        rows = [row for row in rows if row["error"] != RecordInvalidError.code]
-        publish_json(paths.index_file(self.output), {"schema": INDEX_SCHEMA, "runs": rows})
+    def _interrupt(self, record: RunRecord) -> None:
+        record.status = "interrupted"
+        record.ended_at = utc_now()
+        record.progress = read_progress(self.folder(record.run_id) / paths.METRICS_FILE)
+        self.save(record)
 
-
-class RunWriter:
-    """Writes one run while it happens; a context manager that records how it ended.
-
-    Leaving it by an error records that error; leaving it without `finish` is a failure too.
-    """
-
-    def __init__(self, store: RunStore, folder: Path, record: RunRecord) -> None:
-        self._store = store
-        self._record = record
-        self._lock = FileLock(folder / paths.LOCK_FILE)
-        self._lock.acquire(timeout=0)
-        cache = paths.cache_folder(store.output)
-        self.folders = RunFolders(run_id=record.run_id, output=store.output, run=folder, cache=cache)
-        store.save(record)
-        with coded_disk_errors(folder):
-            self._metrics = (folder / paths.METRICS_FILE).open("ab", buffering=0)
-
-    @property
-    def run_id(self) -> str:
-        """The run's id."""
-        return self._record.run_id
-
-    def emit(self, event: Event) -> None:
-        """Append an event to ``metrics.jsonl``; facts about model and data go to the record as well.
-
-        Raises:
-            DiskFullError: No room for the line.
-        """
-        line = orjson.dumps({"at": utc_now(), **redact_data(event.to_dict())}, option=orjson.OPT_APPEND_NEWLINE)
-        with coded_disk_errors(self.folders.run):
-            self._metrics.write(line)
-        if isinstance(event, ModelLoaded):
-            self._record.model = event.to_dict()
-            self._store.save(self._record)
-        elif isinstance(event, DataReady):
-            self._record.data = event.to_dict()
-            self._store.save(self._record)
-
-    def finish(self, outcome: TrainOutcome) -> RunRecord:
-        """Record a run that ended well, or was stopped by the user with its adapter kept."""
-        self._record.result = outcome.to_dict()
-        weights = outcome.adapter / "adapter_model.safetensors"
-        self._record.artifacts.append(
-            {"at": utc_now(), "kind": "adapter", "path": str(outcome.adapter), "sha256": sha256_file(weights)}
-        )
-        self._end("stopped" if outcome.stopped else "completed")
-        return self._record
-
-    def fail(self, error: BaseException) -> RunRecord:
-        """Record a run that ended by ``error``."""
-        if isinstance(error, CodedError):
-            self._record.error = error.to_dict()
-            self._end(error.run_status)
-        else:
-            name = type(error).__name__
-            self._record.error = {
-                "code": "RUNTIME_BUG",
-                "message": f"{name}: {error}",
-                "cause": None,
-                "way_out": "Report it.",
-            }
-            self._end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        return self._record
-
-    def _end(self, status: Any) -> None:
-        self._record.status = status
-        self._record.ended_at = utc_now()
-        self._metrics.close()
-        try:
-            self._store.save(self._record)
-        finally:
-            self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._metrics.closed:
-            return
-        self.fail(error or RuntimeError("the run was left without an outcome"))
+    @staticmethod
+    def _lives(record: RunRecord) -> bool:
+        return record.process_started is not None and process_birth(record.pid) == record.process_started
 
 
 class _CodedLock:

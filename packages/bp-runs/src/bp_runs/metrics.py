@@ -1,0 +1,101 @@
+"""A run's events on disk: ``metrics.jsonl``, to which lines are only ever added."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import orjson
+
+from bp_runs.events import CheckpointSaved, EvalDone, Event, Resumed, SampleAnswer, StepDone
+from bp_runs.files import coded_disk_errors
+from bp_runs.redact import redact_data
+
+_TAIL = 64 * 2**10  # bytes; holds the last steps' lines
+_OF_A_STEP = frozenset(event.kind for event in (StepDone, EvalDone, SampleAnswer, CheckpointSaved))
+
+
+class MetricsFile:
+    """Adds events to the file, each with one write, so that a kill tears at most the last line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with coded_disk_errors(path):
+            self._file: BinaryIO = path.open("ab", buffering=0)
+            if _is_torn(path):
+                self._file.write(b"\n")
+
+    def add(self, at: str, event: Event) -> None:
+        """Write one event, redacted.
+
+        Raises:
+            DiskFullError: No room for the line.
+        """
+        line = orjson.dumps({"at": at, **redact_data(event.to_dict())}, option=orjson.OPT_APPEND_NEWLINE)
+        with coded_disk_errors(self._path):
+            if self._file.write(line) != len(line):  # the disk took a part: a second try says why
+                self._file.write(b"\n")
+
+    def sync(self) -> None:
+        """Make what was added durable."""
+        with coded_disk_errors(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """End writing; may be called twice."""
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._file.closed
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """A run's events as they count: torn lines are left out, and so is what a resumption has superseded."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    events: list[dict[str, Any]] = []
+    for line in lines:
+        event = _parse(line)
+        if event is None:
+            continue
+        if event.get("event") == Resumed.kind:
+            events = [e for e in events if e.get("event") not in _OF_A_STEP or e["step"] <= event["step"]]
+        events.append(event)
+    return events
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """The last step and its loss, from the end of the file; empty where no step was recorded."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        event = _parse(line)
+        if event and event.get("event") == StepDone.kind:
+            return {"step": event.get("step"), "steps": event.get("steps"), "loss": event.get("loss")}
+    return {}
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        event = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _is_torn(path: Path) -> bool:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

@@ -1,0 +1,151 @@
+"""Writes one run while it happens: events as they come, facts into the record, and how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from filelock import FileLock, Timeout
+
+from bp_runs import paths
+from bp_runs.errors import CodedError, RecordInvalidError, ResumeChangedError, RunActiveError, RunStatus
+from bp_runs.events import CheckpointSaved, DataReady, Event, ModelLoaded, Resumed
+from bp_runs.files import sha256_file
+from bp_runs.metrics import MetricsFile, read_progress
+from bp_runs.rail import TrainOutcome
+from bp_runs.record import RunRecord, utc_now
+from bp_runs.spec import RunFolders
+
+if TYPE_CHECKING:
+    from bp_runs.store import RunStore
+
+_LOOK_SECONDS = 5.0  # who looks whether the run lives holds its lock for a moment
+_OTHERS = ("tags", "note", "artifacts")  # fields that people and exports may change meanwhile
+
+_SAME_DATA = ("sha256", "template_sha256", "read", "trained", "truncated", "dropped", "heldout", "tokens")
+_SAME_MODEL = ("config_sha256", "revision", "parameters", "trainable", "dtype")
+
+
+class RunWriter:
+    """Writes one run while it happens; a context manager that records how it ended.
+
+    Leaving it by an error records that error; leaving it without `finish` is a failure too. Of a run that goes on,
+    data and model must be what they were: else it is left as it stood before.
+    """
+
+    def __init__(self, store: RunStore, folder: Path, record: RunRecord, before: RunRecord | None = None) -> None:
+        self._store = store
+        self._record = record
+        self._before = before
+        self._lock = FileLock(folder / paths.LOCK_FILE)
+        try:
+            self._lock.acquire(timeout=_LOOK_SECONDS if before else 0)
+        except Timeout as error:
+            raise RunActiveError(f"another process works on the run {record.run_id}") from error
+        cache = paths.cache_folder(store.output)
+        self.folders = RunFolders(run_id=record.run_id, output=store.output, run=folder, cache=cache)
+        self._metrics = MetricsFile(folder / paths.METRICS_FILE)
+        self._save()
+        if before:
+            session = record.sessions[-1]
+            self.emit(Resumed(step=session["from_step"], checkpoint=session["checkpoint"]))
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self._record.run_id
+
+    def emit(self, event: Event) -> None:
+        """Append an event to ``metrics.jsonl``; facts about model and data go to the record as well.
+
+        Raises:
+            ResumeChangedError: The run goes on, and its data or model are not what they were.
+            DiskFullError: No room for the line.
+        """
+        if isinstance(event, DataReady):
+            _require_same("data", self._record.data, event.to_dict(), _SAME_DATA)
+        elif isinstance(event, ModelLoaded):
+            _require_same("base model", self._record.model, event.to_dict(), _SAME_MODEL)
+        self._metrics.add(utc_now(), event)
+        if isinstance(event, ModelLoaded):
+            self._record.model = event.to_dict()
+            self._save()
+        elif isinstance(event, DataReady):
+            self._record.data = event.to_dict()
+            self._save()
+        elif isinstance(event, CheckpointSaved):
+            self._metrics.sync()  # what led to a checkpoint must not be lost while the checkpoint stays
+
+    def finish(self, outcome: TrainOutcome) -> RunRecord:
+        """Record a run that ended well, or was stopped by the user with its adapter kept."""
+        self._record.result = outcome.to_dict()
+        weights = outcome.adapter / "adapter_model.safetensors"
+        artifact = {"at": utc_now(), "kind": "adapter", "path": str(outcome.adapter), "sha256": sha256_file(weights)}
+        self._end("stopped" if outcome.stopped else "completed", artifact)
+        return self._record
+
+    def fail(self, error: BaseException) -> RunRecord:
+        """Record a run that ended by ``error``."""
+        if isinstance(error, ResumeChangedError) and self._before:
+            self._record = self._before
+            self._close()
+        elif isinstance(error, CodedError):
+            self._record.error = error.to_dict()
+            self._end(error.run_status)
+        else:
+            name = type(error).__name__
+            self._record.error = {
+                "code": "RUNTIME_BUG",
+                "message": f"{name}: {error}",
+                "cause": None,
+                "way_out": "Report it.",
+            }
+            self._end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+        return self._record
+
+    def _end(self, status: RunStatus, artifact: dict[str, Any] | None = None) -> None:
+        self._record.status = status
+        self._record.ended_at = utc_now()
+        self._record.progress = read_progress(self.folders.run / paths.METRICS_FILE)
+        self._close(artifact)
+
+    def _close(self, artifact: dict[str, Any] | None = None) -> None:
+        self._metrics.close()
+        try:
+            self._save(artifact)
+        finally:
+            self._lock.release()
+
+    def _save(self, artifact: dict[str, Any] | None = None) -> None:
+        """Publish all but what others may have changed since; where the file is damaged, all."""
+        own = self._record
+
+        def change(found: RunRecord) -> None:
+            for name in (f.name for f in fields(RunRecord) if f.name not in _OTHERS):
+                setattr(found, name, getattr(own, name))
+            found.artifacts += [artifact] if artifact else []
+
+        try:
+            self._record = self._store.update(own.run_id, change)
+        except RecordInvalidError:
+            own.artifacts += [artifact] if artifact else []
+            self._store.save(own)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._metrics.closed:
+            return
+        self.fail(error or RuntimeError("the run was left without an outcome"))
+
+
+def _require_same(what: str, before: dict[str, Any], now: dict[str, Any], names: tuple[str, ...]) -> None:
+    changed = {n: {"before": before[n], "now": now[n]} for n in names if n in before and before[n] != now[n]}
+    if changed:
+        told = ", ".join(f"{n} was {c['before']} and is {c['now']}" for n, c in changed.items())
+        raise ResumeChangedError(f"the {what} changed since the run began", cause=told, details=changed)

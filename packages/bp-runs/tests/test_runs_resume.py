@@ -1,0 +1,165 @@
+"""A run that goes on: its sessions, its events, and what must not have changed."""
+
+import os
+import platform
+from dataclasses import replace
+
+import orjson
+import pytest
+from fake_runs import fake_run
+
+from bp_runs import migrations, paths
+from bp_runs.errors import InterruptedRunError, RecordNewerError, ResumeChangedError, RunActiveError
+from bp_runs.events import DataReady, StepDone
+from bp_runs.process import process_birth
+from bp_runs.record import RunRecord, read_record, write_record
+from bp_runs.store import RunStore
+
+DATA = DataReady(
+    path="d", sha256="a", template="t", template_sha256="b", read=1, trained=1, truncated=0, dropped=0, tokens=3,
+    trained_tokens=2,
+)  # fmt: skip
+
+
+def step(number, loss=1.0):
+    return StepDone(
+        step=number,
+        steps=9,
+        loss=loss,
+        learning_rate=1.0,
+        grad_norm=None,
+        tokens=1,
+        tokens_per_second=1.0,
+        memory_bytes=1,
+    )
+
+
+def interrupted(store):
+    with pytest.raises(InterruptedRunError), store.start(settings={}, rail="fake") as run:
+        run.emit(DATA)
+        for number in range(1, 6):
+            run.emit(step(number, loss=10.0 + number))
+        raise InterruptedRunError("cut off")
+    return run.run_id
+
+
+def test_a_run_that_goes_on_keeps_its_id_and_its_curve(tmp_path):
+    store = RunStore(tmp_path)
+    run_id = interrupted(store)
+    assert store.load(run_id).progress == {"step": 5, "steps": 9, "loss": 15.0}
+    metrics = store.folder(run_id) / paths.METRICS_FILE
+    metrics.write_bytes(metrics.read_bytes() + b'{"event": "st')
+    with store.reopen(run_id, from_step=3, checkpoint="step-3") as run:
+        run.emit(DATA)
+        run.emit(step(4))
+        assert store.load(run_id).status == "running"
+    steps = [(e["step"], e["loss"]) for e in store.read_metrics(run_id) if e["event"] == "step"]
+    assert steps == [(1, 11.0), (2, 12.0), (3, 13.0), (4, 1.0)]
+    sessions = store.load(run_id).sessions
+    assert [(s["from_step"], s["checkpoint"]) for s in sessions] == [(0, None), (3, "step-3")]
+    assert {s["pid"] for s in sessions} == {os.getpid()}
+
+
+def test_changed_data_leaves_the_run_as_it_stood(tmp_path):
+    store = RunStore(tmp_path)
+    run_id = interrupted(store)
+    before = store.load(run_id)
+    with pytest.raises(ResumeChangedError, match="data changed") as caught, store.reopen(run_id, from_step=3, checkpoint="c") as run:  # fmt: skip
+        run.emit(replace(DATA, sha256="other"))
+    assert caught.value.details["sha256"] == {"before": "a", "now": "other"}
+    assert store.load(run_id) == before
+    assert len([e for e in store.read_metrics(run_id) if e["event"] == "data"]) == 1
+
+
+def test_only_one_process_works_on_a_run(tmp_path):
+    with RunStore(tmp_path).start(settings={}, rail="fake") as run, pytest.raises(RunActiveError):
+        RunStore(tmp_path).reopen(run.run_id, from_step=0, checkpoint=None)
+
+
+def test_a_run_of_another_machine_is_taken_over_only_when_told_to(tmp_path):
+    store = RunStore(tmp_path)
+    run_id = interrupted(store)
+    record = store.load(run_id)
+    record.host, record.status = "elsewhere", "running"
+    store.save(record)
+    with pytest.raises(RunActiveError) as caught:
+        store.reopen(run_id, from_step=0, checkpoint=None)
+    assert "--take-over" in caught.value.way_out
+    with store.reopen(run_id, from_step=0, checkpoint=None, take_over=True) as run:
+        assert store.load(run.run_id).host == platform.node()
+
+
+def test_a_number_given_to_another_process_is_not_taken_for_the_run(tmp_path):
+    store = RunStore(tmp_path)
+    run_id = interrupted(store)
+    record = store.load(run_id)
+    record.status, record.pid, record.process_started = "running", os.getpid(), "another boot:1"
+    store.save(record)
+    assert store.load(run_id).status == "interrupted"
+    assert process_birth(os.getpid()) == process_birth(os.getpid()) is not None
+    assert process_birth(2**22 + 1) is None
+
+
+def test_the_list_of_migrations_only_grows():
+    assert [(m.number, m.what) for m in migrations.MIGRATIONS[:1]] == [(2, "parent, sessions, progress, tags and note")]
+    assert [m.number for m in migrations.MIGRATIONS] == list(range(2, migrations.LATEST + 1))
+
+
+def test_a_record_of_the_first_schema_is_led_on(tmp_path):
+    run_id = fake_run(tmp_path / "out")
+    store = RunStore(tmp_path / "out")
+    file = store.folder(run_id) / paths.RECORD_FILE
+    new = ("parent", "sessions", "tags", "note", "progress", "process_started")
+    old = {k: v for k, v in orjson.loads(file.read_bytes()).items() if k not in new} | {"schema": "backpropagate.run/1"}
+    file.write_bytes(orjson.dumps(old))
+    record = store.load(run_id)
+    assert (record.schema, record.tags, record.parent) == (migrations.RECORD_SCHEMA, [], None)
+    assert record.sessions == [{"at": old["created_at"], "host": old["host"], "pid": old["pid"], "from_step": 0}]
+    store.update(run_id, lambda r: r.tags.append("good"))
+    assert store.list_runs()[0]["tags"] == ["good"]
+
+
+def test_a_record_of_a_newer_schema_is_read_and_never_rewritten(tmp_path):
+    run_id = fake_run(tmp_path / "out")
+    store = RunStore(tmp_path / "out")
+    file = store.folder(run_id) / paths.RECORD_FILE
+    newer = orjson.dumps(orjson.loads(file.read_bytes()) | {"schema": "backpropagate.run/99", "x": 1, "status": "running", "process_started": None})  # fmt: skip
+    file.write_bytes(newer)
+    assert store.list_runs()[0]["status"] == store.load(run_id).status == "interrupted"
+    with pytest.raises(RecordNewerError):
+        store.add_artifact(run_id, {"kind": "gguf"})
+    assert file.read_bytes() == newer
+
+
+def test_a_loss_that_is_not_finite_is_never_zero(tmp_path):
+    store = RunStore(tmp_path)
+    with store.start(settings={}, rail="fake") as run:
+        run.emit(step(1, loss=float("nan")))
+    assert store.load(run.run_id).progress["loss"] is None
+    assert store.list_runs()[0]["final_loss"] is None
+
+
+def test_tags_of_a_running_run_are_kept(tmp_path):
+    store = RunStore(tmp_path)
+    with store.start(settings={}, rail="fake") as run:
+        RunStore(tmp_path).update(run.run_id, lambda r: r.tags.append("mine"))
+        run.emit(DATA)
+    assert store.load(run.run_id).tags == ["mine"]
+
+
+def test_a_run_tells_its_parent(tmp_path):
+    store = RunStore(tmp_path)
+    first = interrupted(store)
+    with store.start(settings={}, rail="fake", kind="multi-run", parent=(first, "member")) as run:
+        pass
+    assert store.load(run.run_id).parent == {"run_id": first, "relation": "member"}
+    rows = {row["run_id"]: (row["parent"], row["kind"]) for row in store.list_runs()}
+    assert rows == {first: (None, "train"), run.run_id: (first, "multi-run")}
+
+
+def test_a_record_can_be_read_back(tmp_path):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    record = RunRecord(run_id="r", tags=["a"], note="n", parent={"run_id": "x", "relation": "replay"})
+    write_record(folder, record)
+    assert read_record(folder) == record
