@@ -74,6 +74,8 @@ class StepDone(Event):
     tokens_per_second: float
     memory_bytes: int
     """Peak memory: the GPU's allocation, or the process's resident set on a CPU."""
+    temperature: float | None = None
+    """Of the GPU, in degrees Celsius; None where nothing tells it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,15 +1,14 @@
-"""What people see while a run goes on: a live bar on a terminal, plain lines elsewhere, nothing under --json."""
+"""What people see while a run goes on: plain lines, on a terminal moving ones, and nothing under --json."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Protocol, Self
 
 import orjson
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bp_runs.events import AdapterSaved, DataReady, EvalDone, Event, ModelLoaded, Notice, SampleAnswer, StepDone
 from bp_runs.redact import redact_data
@@ -29,6 +28,10 @@ class Screen(Protocol):
         """Show one line."""
         ...
 
+    def plot(self) -> str:
+        """The loss over the steps shown, for the end of a run; empty where nobody would look at it."""
+        ...
+
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *args: object) -> None: ...
@@ -38,7 +41,12 @@ def open_screen(*, as_json: bool) -> Screen:
     """The screen that fits where stdout goes."""
     if as_json:
         return SilentScreen()
-    return LiveScreen() if sys.stdout.isatty() else PlainScreen()
+    if sys.stdout.isatty():
+        from backpropagate.cli.live import LiveScreen, can_draw
+
+        if can_draw():
+            return LiveScreen()
+    return PlainScreen()
 
 
 def print_json(kind: str, body: dict[str, Any]) -> None:
@@ -56,6 +64,10 @@ class SilentScreen:
 
     def say(self, text: str) -> None:
         """Nothing."""
+
+    def plot(self) -> str:
+        """Nothing."""
+        return ""
 
     def __enter__(self) -> Self:
         return self
@@ -82,57 +94,15 @@ class PlainScreen:
         """Print one line at once."""
         print(text, flush=True)  # noqa: T201
 
+    def plot(self) -> str:
+        """Empty: `backprop show-run` draws it for whoever reads the lines later."""
+        return ""
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *args: object) -> None:
         return
-
-
-class LiveScreen:
-    """A bar with step, loss, learning rate, speed, memory and time left."""
-
-    def __init__(self) -> None:
-        self._console = Console(highlight=False)
-        self._progress = Progress(
-            TextColumn("  training"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-            transient=True,
-        )
-        self._task: Any = None
-        self._began = time.monotonic()
-
-    def show(self, event: Event) -> None:
-        """Move the bar, or print an event's line above it."""
-        if isinstance(event, StepDone):
-            if self._task is None:
-                self._task = self._progress.add_task("training", total=event.steps, facts="")
-                self._progress.start()
-            self._progress.update(self._task, completed=event.step, facts=_facts(event))
-            if event.step == event.steps:
-                self._close()
-                self.say(describe(event, since=self._began))
-        elif line := describe(event, since=self._began):
-            self.say(line)
-
-    def say(self, text: str) -> None:
-        """Print one line above the bar."""
-        self._console.print(text, markup=False, soft_wrap=True)
-
-    def _close(self) -> None:
-        if self._task is not None:
-            self._progress.stop()
-            self._task = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *args: object) -> None:
-        self._close()
 
 
 def describe(event: Event, *, since: float) -> str:
@@ -169,9 +139,10 @@ def describe(event: Event, *, since: float) -> str:
 
 
 def _facts(event: StepDone) -> str:
+    heat = "" if event.temperature is None else f"  {event.temperature:.0f} °C"
     return (
         f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  "
-        f"{event.tokens_per_second:,.0f} tok/s  {event.memory_bytes / 2**30:.1f} GiB"
+        f"{event.tokens_per_second:,.0f} tok/s  {event.memory_bytes / 2**30:.1f} GiB{heat}"
     )
 
 
@@ -180,21 +151,48 @@ def _is_told(event: StepDone) -> bool:
     return event.step % every == 0 or event.step in (1, event.steps)
 
 
-def loss_plot(losses: Sequence[float], *, width: int = 60, height: int = 8) -> str:
-    """The loss over steps as text, the y axis labelled; empty for fewer than two steps."""
+def loss_plot(
+    losses: Sequence[float], *, width: int = 60, height: int = 8, evals: Sequence[tuple[int, float]] = ()
+) -> str:
+    """The loss over steps as text, the y axis labelled; empty for fewer than two steps.
+
+    Args:
+        losses: Of each step, in nats; values that are not finite are left out.
+        width: Most columns.
+        height: Rows.
+        evals: Step and loss of each validation; told in a line below.
+    """
+    losses = [loss for loss in losses if math.isfinite(loss)]
     if len(losses) < 2:
         return ""
     columns = [_mean_of_share(losses, i, min(width, len(losses))) for i in range(min(width, len(losses)))]
     low, high = min(columns), max(columns)
-    span = (high - low) or 1.0
-    levels = [1 + round((c - low) / span * (height * 8 - 1)) for c in columns]  # eighths of a row
+    levels = [1 + round(share * (height * 8 - 1)) for share in _shares(columns)]  # eighths of a row
     rows = []
     for row in range(height - 1, -1, -1):
         label = high if row == height - 1 else low if row == 0 else None
         cells = "".join(_cell(level - 8 * row) for level in levels)
         rows.append(f"  {'' if label is None else f'{label:.2f}':>6} │{cells}")
     rows.append(f"  {'loss':>6} └{'─' * len(columns)} step {len(losses)}")
+    if evals:
+        step, best = min(evals, key=lambda found: found[1])
+        rows.append(f"  validation {evals[0][1]:.3f} → {evals[-1][1]:.3f}, the lowest {best:.3f} after step {step}")
     return "\n".join(rows)
+
+
+def spark(values: Sequence[float], *, width: int = 24) -> str:
+    """Values as one line of blocks, the newest on the right."""
+    finite = [value for value in values if math.isfinite(value)]
+    columns = [_mean_of_share(finite, i, min(width, len(finite))) for i in range(min(width, len(finite)))]
+    return "".join(_BLOCKS[round(share * (len(_BLOCKS) - 1))] for share in _shares(columns))
+
+
+def _shares(values: Sequence[float]) -> list[float]:
+    """Where each value lies between the lowest, 0, and the highest, 1."""
+    if not values:
+        return []
+    low, span = min(values), (max(values) - min(values)) or 1.0
+    return [(value - low) / span for value in values]
 
 
 def _mean_of_share(values: Sequence[float], index: int, shares: int) -> float:

@@ -16,6 +16,8 @@ def train(**flags: Any) -> int:
     trainer = Trainer(command=["backprop", *sys.argv[1:]], **flags)
     with open_screen(as_json=as_json) as screen:
         result = trainer.train(on_event=screen.show)
+        if plot := screen.plot():
+            screen.say(f"\n{plot}\n")
     if as_json:
         body = {"run_id": result.run_id, "status": result.record.status, "adapter": str(result.adapter)}
         print_json("train", {**body, "result": result.outcome.to_dict()})
