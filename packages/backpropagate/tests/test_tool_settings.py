@@ -1,5 +1,8 @@
+import json
+
 import pytest
 
+from backpropagate.cli.app import run
 from backpropagate.errors import InvalidSettingError, SettingsFileError, UnknownSettingError
 from backpropagate.settings import all_settings, resolve
 from bp_runs import Settings
@@ -147,3 +150,62 @@ def test_the_programs_own_variables_are_no_settings():
 def test_reasoning_traces_get_room_unless_the_user_says_otherwise():
     assert resolve({"reasoning_trace": True}).settings.model.max_seq_length == 8192
     assert resolve({"reasoning_trace": True, "max_seq_length": 512}).settings.model.max_seq_length == 512
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with a settings file, and a variable set."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "backpropagate.toml").write_text("[training]\nseed = 7\n")
+    monkeypatch.setenv("BACKPROPAGATE_LORA__R", "4")
+    return tmp_path
+
+
+def test_config_show_tells_each_value_and_its_source(here, capsys):
+    assert run(["config", "show", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["file"] == str(here / "backpropagate.toml")
+    rows = {row["key"]: row for row in found["settings"]}
+    assert list(rows) == list(all_settings())
+    assert (rows["lora.r"]["value"], rows["lora.r"]["source"]) == (4, "env")
+    assert (rows["training.seed"]["value"], rows["training.seed"]["source"]) == (7, "toml")
+    assert rows["model.dtype"]["choices"] == ["auto", "float32", "bfloat16"]
+    assert run(["config", "show", "--changed"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in shown[:2]] == [["lora.r", "4", "(env)"], ["training.seed", "7", "(toml)"]]
+    assert shown[2] == ""
+    assert run(["config"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(rows) + 3
+
+
+@pytest.mark.parametrize("name", ["lora.r", "--lora-r", "lora_r", "BACKPROPAGATE_LORA__R", "Lora.R"])
+def test_config_explain_takes_every_spelling(name, here, capsys):
+    assert run(["config", "explain", name]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "lora.r: Rank",
+        "4  (from: env)",
+        "a whole number",
+        "--lora-r",
+        "BACKPROPAGATE_LORA__R",
+        "[lora] r = 4",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_what_config_explain_says_to_write_can_be_read(key, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["config", "explain", key]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  file "))
+    group, rest = line.partition("toml: ")[2].split("] ")
+    if "…" not in rest:
+        (tmp_path / "backpropagate.toml").write_text(f"{group}]\n{rest}\n")
+        assert resolve({}, {}, tmp_path / "backpropagate.toml").sources[key] == "toml"
+
+
+def test_config_explain_of_an_unknown_key_names_the_nearest(here, capsys):
+    assert run(["config", "explain", "lora.rank"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("[CONFIG_UNKNOWN_SETTING]: there is no setting 'lora.rank'; did you mean 'lora.r'?")
+    assert "backprop config show" in error

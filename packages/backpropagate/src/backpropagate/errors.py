@@ -29,7 +29,7 @@ class UnknownSettingError(UserError):
 
     code = "CONFIG_UNKNOWN_SETTING"
     when = "A setting in the environment, backpropagate.toml or a Python call has a name that does not exist."
-    default_way_out = "See the settings: backprop train --help"
+    default_way_out = "See the settings: backprop config show"
 
 
 class InvalidSettingError(UserError):

@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -65,6 +65,35 @@ def all_settings() -> Mapping[str, Setting]:
                 f"{group.name}.{f.name}", hints[f.name], default, f.metadata["help"]
             )
     return MappingProxyType(found)
+
+
+def find_setting(name: str) -> Setting:
+    """The setting by any of its names: key, flag, keyword or variable.
+
+    Raises:
+        UnknownSettingError: No setting has the name; the nearest one is named.
+    """
+    by_name: dict[str, Setting] = {}
+    for setting in all_settings().values():
+        for spelled in (setting.key, setting.env, setting.short):
+            by_name[_plain(spelled)] = setting
+    found = by_name.get(_plain(name)) or by_name.get(
+        _plain(oldnames.RENAMED_ENV.get(name.removeprefix(ENV_PREFIX), ""))
+    )
+    if found is None:
+        near = nearest(name.lower(), (s.key for s in all_settings().values()))
+        raise UnknownSettingError(f"there is no setting {name!r}{near}", way_out="See them all: backprop config show")
+    return found
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("--").replace("-", "_").lower()
+
+
+def choices(setting: Setting) -> tuple[str, ...]:
+    """The words that a setting takes; empty where it takes more than words of a list."""
+    found = [part for part in (setting.type, *get_args(setting.type)) if get_origin(part) is Literal]
+    return tuple(str(word) for part in found for word in get_args(part))
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,12 +92,27 @@ COMMANDS = (
         "Show one run in full; a part of its id is enough.",
         "backprop show-run 20261123 --output ./output",
     ),
+    Command(
+        "config show",
+        "config:show",
+        "Show every setting, its value and where that comes from.",
+        "backprop config show --changed",
+    ),
+    Command(
+        "config explain",
+        "config:explain",
+        "Explain one setting: value, source, default, and its names.",
+        "backprop config explain lora.r",
+    ),
     Command("info", "info:info", "Show versions, rails and the machine, for bug reports.", "backprop info --json"),
     Command("errors", "errors:errors", "Explain the error codes.", "backprop errors INPUT_DATASET_NOT_FOUND"),
 )
 
 # Commands of two words stand together under the first.
-GROUPS = {"data": "Look at data files, and split, clean or convert them."}
+GROUPS = {
+    "data": "Look at data files, and split, clean or convert them.",
+    "config": "Look at the settings and where they come from.",
+}
 
 _EPILOGUE = f"Before or after every command:\n{overview()}"
 
@@ -118,7 +133,9 @@ def build_app() -> App:
         name="--install-completion",
         help="Let your shell complete commands, flags and choices.",
     )
-    groups = {name: App(name=name, help=line, help_format="plaintext") for name, line in GROUPS.items()}
+    groups = {
+        name: App(name=name, help=line, help_format="plaintext", help_epilogue="") for name, line in GROUPS.items()
+    }
     for group in groups.values():
         app.command(group)
     for command in COMMANDS:
@@ -179,7 +196,11 @@ def _call(argv: Sequence[str]) -> object:
     if not argv:
         return _tell_next_steps()
     return build_app()(
-        list(argv), exit_on_error=False, print_error=False, result_action="return_value", help_on_error=False
+        ["config", "show"] if list(argv) == ["config"] else list(argv),
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
+        help_on_error=False,
     )
 
 

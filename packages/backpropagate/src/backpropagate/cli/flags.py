@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 
 from backpropagate.settings import TOML_FILE, Setting, all_settings, resolve
 from backpropagate.system import to_path
@@ -56,16 +57,37 @@ def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _parameter(setting: Setting) -> inspect.Parameter:
+def flag_names(setting: Setting) -> tuple[str, ...]:
+    """How the setting is spelled as a flag, the usual spelling first."""
     flag = "--sample-prompt" if setting.key == "training.sample_prompts" else "--" + setting.short.replace("_", "-")
-    names = (flag, *(a for a in _ALIASES.get(setting.key, ()) if a != flag))
+    return (flag, *(alias for alias in _ALIASES.get(setting.key, ()) if alias != flag))
+
+
+def _parameter(setting: Setting) -> inspect.Parameter:
     kind: Any = list[str] if setting.key == "training.sample_prompts" else setting.type
-    shown = "" if setting.default in (None, "", ()) else f" [default: {_spell(setting.default)}]"
+    shown = "" if setting.default in (None, "", ()) else f" [default: {spell(setting.default)}]"
     annotation: Any = Annotated[
-        kind | None, Parameter(name=names, help=setting.help + shown, show_default=False, negative_iterable="")
+        kind | None,
+        Parameter(
+            name=flag_names(setting),
+            help=setting.help + shown,
+            show_default=False,
+            negative_iterable="",
+            negative=f"--no-{flag_names(setting)[0].removeprefix('--')}" if setting.type is bool else None,
+            group=_group(setting.key.partition(".")[0]),
+        ),
     ]
     return keyword(setting.short, annotation, None)
 
 
-def _spell(value: Any) -> str:
+@cache
+def _group(name: str) -> Group:
+    """The panel of the help page that a group's flags stand in, in the order of the settings."""
+    names = list(dict.fromkeys(key.partition(".")[0] for key in all_settings()))
+    title = {"lora": "LoRA"}.get(name, name.capitalize())
+    return Group(title, sort_key=names.index(name))
+
+
+def spell(value: Any) -> str:
+    """A setting's value as it is typed."""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -37,6 +37,8 @@ def _unknown_command(chain: Sequence[str], word: str, commands: Iterable[str]) -
     typed = " ".join((*chain, word))
     if old := oldnames.find_command(typed):
         return OldNameError(f"backprop {typed} is no command any more", cause=old.why, way_out=old.now)
+    if chain and (old := oldnames.find_flag(" ".join(chain), word)):
+        return OldNameError(f"backprop {' '.join(chain)} has no {word} any more", cause=old.why, way_out=old.now)
     depth = len(chain)
     known = {name.split()[depth] for name in commands if name.split()[:depth] == list(chain) and name != typed}
     if word.startswith("-"):
