@@ -1,13 +1,15 @@
 """One suite for every rail: what the Rail protocol promises, the real ones on a pico model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
 from backpropagate import rails
 from bp_data.errors import DatasetParseFailedError
-from bp_runs import Rail, Settings, TrainSpec, read_adapter_folder
+from bp_runs import Rail, Settings, TrainSpec, keep_base, read_adapter_folder
 from bp_runs.adapter import changed_files
+from bp_runs.errors import NothingHeldOutError
 from bp_runs.events import AdapterSaved, DataReady, ModelLoaded, SampleAnswer, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_runs.testing import FakeRail
@@ -81,6 +83,43 @@ def test_it_writes_inside_the_run_only(rail, spec):
     before = {p for p in spec.folders.output.parent.rglob("*") if spec.folders.run not in p.parents}
     rail.train(spec, lambda _: None, lambda: False)
     assert {p for p in spec.folders.output.parent.rglob("*") if spec.folders.run not in p.parents} == before
+
+
+def weights_of(adapter):
+    return (adapter / "adapter_model.safetensors").read_bytes()
+
+
+def again(spec, name, **changes):
+    """The same spec in a run folder of its own."""
+    run = spec.folders.output / "runs" / name
+    run.mkdir()
+    return replace(spec, folders=replace(spec.folders, run_id=name, run=run), **changes)
+
+
+def test_it_measures_an_adapter_on_rows(rail, spec):
+    adapter = rail.train(spec, lambda _: None, lambda: False).adapter
+    judged, events = again(spec, "judged"), []
+    before = rail.evaluate(judged, None, events.append)
+    after = rail.evaluate(judged, adapter, events.append)
+    assert rail.evaluate(judged, adapter, lambda _: None) == after
+    assert before.rows == after.rows == 8
+    assert before.tokens == after.tokens > 8
+    assert math.isfinite(before.loss)
+    assert before.loss != after.loss
+    assert [(e.step, e.prompt) for e in events if isinstance(e, SampleAnswer)] == [(0, "who are you")] * 2
+    with pytest.raises(NothingHeldOutError):
+        rail.evaluate(judged, adapter, lambda _: None, part="heldout")
+
+
+def test_a_kept_base_changes_no_bit(rail, spec):
+    first = rail.train(spec, lambda _: None, lambda: False).adapter
+    fresh = rail.evaluate(again(spec, "a"), first, lambda _: None)
+    after = rail.train(again(spec, "b", initial_adapter=first), lambda _: None, lambda: False).adapter
+    with keep_base(rail):
+        assert weights_of(rail.train(again(spec, "c"), lambda _: None, lambda: False).adapter) == weights_of(first)
+        assert rail.evaluate(again(spec, "d"), first, lambda _: None) == fresh
+        continued = rail.train(again(spec, "e", initial_adapter=first), lambda _: None, lambda: False).adapter
+    assert weights_of(continued) == weights_of(after) != weights_of(first)
 
 
 def test_a_failure_leaves_no_adapter(spec, chat_file):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bp_runs.adapter import AdapterFolder, read_adapter_folder
     from bp_runs.errors import CodedError, ContractError, registered_codes
     from bp_runs.events import Emit, Event
-    from bp_runs.rail import Probe, Rail, Stop, TrainOutcome
+    from bp_runs.rail import EvalOutcome, KeepsBase, Part, Probe, Rail, Stop, TrainOutcome, keep_base
     from bp_runs.record import RunRecord
     from bp_runs.redact import redact, redact_data
     from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, Settings, TrainingSpec, TrainSpec
@@ -23,7 +23,7 @@ _HOMES = {
     "adapter": ("AdapterFolder", "read_adapter_folder"),
     "errors": ("CodedError", "ContractError", "registered_codes"),
     "events": ("Emit", "Event"),
-    "rail": ("Probe", "Rail", "Stop", "TrainOutcome"),
+    "rail": ("EvalOutcome", "KeepsBase", "Part", "Probe", "Rail", "Stop", "TrainOutcome", "keep_base"),
     "record": ("RunRecord",),
     "redact": ("redact", "redact_data"),
     "spec": ("DataSpec", "LoraSpec", "ModelSpec", "RunFolders", "Settings", "TrainSpec", "TrainingSpec"),
@@ -38,9 +38,12 @@ __all__ = [
     "ContractError",
     "DataSpec",
     "Emit",
+    "EvalOutcome",
     "Event",
+    "KeepsBase",
     "LoraSpec",
     "ModelSpec",
+    "Part",
     "Probe",
     "Rail",
     "RunFolders",
@@ -52,6 +55,7 @@ __all__ = [
     "TrainOutcome",
     "TrainSpec",
     "TrainingSpec",
+    "keep_base",
     "read_adapter_folder",
     "redact",
     "redact_data",

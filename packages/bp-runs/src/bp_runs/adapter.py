@@ -94,10 +94,15 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
     return _read_json(file) if file.is_file() else {}
 
 
-def write_manifest(path: Path, *, run_id: str, base: str) -> None:
-    """Write ``run.json`` into a finished adapter folder: the run's id and every file's SHA-256."""
+def write_manifest(path: Path, *, run_id: str, base: str, origin: Mapping[str, Any] | None = None) -> None:
+    """Write ``run.json`` into a finished adapter folder: the run's id and every file's SHA-256.
+
+    Args:
+        origin: For adapters that were not trained but made of others: how, and of which.
+    """
     files = {p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file() and p.name != MANIFEST_FILE}
-    publish_json(path / MANIFEST_FILE, {"schema": MANIFEST_SCHEMA, "run_id": run_id, "base": base, "files": files})
+    manifest = {"schema": MANIFEST_SCHEMA, "run_id": run_id, "base": base, "files": files}
+    publish_json(path / MANIFEST_FILE, manifest if origin is None else {**manifest, "origin": dict(origin)})
 
 
 def changed_files(path: Path) -> list[str]:

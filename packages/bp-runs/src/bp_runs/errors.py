@@ -282,3 +282,11 @@ class TrainingDivergedError(RunFailedError):
     run_status = "diverged"
     when = "The loss became NaN or infinite; the run is recorded as diverged and no adapter is published."
     default_way_out = "Lower the learning rate, for example --lr 5e-5, and look at the data: backprop validate"
+
+
+class NothingHeldOutError(UserError):
+    """There are no held-out rows to measure on."""
+
+    code = "INPUT_NOTHING_HELD_OUT"
+    when = "A model was to be measured on held-out rows, and training with these settings holds out none."
+    default_way_out = "Hold out more: --eval-share 0.2 --eval-min-rows 1; or name a file of rows to measure on."

@@ -107,6 +107,24 @@ def publish_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
             fsync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def publish_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write a large file to; on success it takes ``path``'s place, else it vanishes.
+
+    Raises:
+        DiskFullError, OutputNotWritableError: As `coded_disk_errors`; the old file stays.
+    """
+    partial = _beside(path, "partial")
+    with coded_disk_errors(path):
+        try:
+            yield partial
+            _fsync_file(partial)
+            _replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+        fsync_folder(path.parent)
+
+
 def publish_json(path: Path, data: Any) -> None:
     """`publish_bytes` of ``data`` as indented JSON; NaN and infinities become null."""
     publish_bytes(path, orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))

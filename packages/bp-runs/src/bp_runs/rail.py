@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from bp_runs.events import Emit
 from bp_runs.spec import Settings, TrainSpec
 
 Stop = Callable[[], bool]
 """Asked after each step; True ends the run after that step, and what was trained is kept."""
+
+
+Part: TypeAlias = Literal["all", "heldout"]
+"""Rows to measure: all of the data file's, or those that training with the same settings holds out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +57,21 @@ class TrainOutcome:
         return {**asdict(self), "adapter": str(self.adapter)}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalOutcome:
+    """What a model makes of rows that it was not trained on."""
+
+    loss: float
+    """As the validation loss in training: for sft the mean cross-entropy over the rows' trained tokens, in nats."""
+    tokens: int
+    """Trained tokens of those rows."""
+    rows: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
 @runtime_checkable
 class Rail(Protocol):
     """A way to train. Found through the entry-point group ``backpropagate.rails``."""
@@ -80,6 +100,39 @@ class Rail(Protocol):
             CodedError: Whatever went wrong; nothing is left at ``spec.folders.adapter`` then.
         """
         ...
+
+    def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:
+        """Measure the base with ``adapter`` on the rows of ``spec.data``, and answer the sample prompts.
+
+        Nothing is trained and nothing is written but in ``spec.folders.run``. Each answer is emitted as a
+        `SampleAnswer` of step 0.
+
+        Args:
+            spec: As for `train`; its ``initial_adapter`` and ``lora`` are not looked at.
+            adapter: An adapter folder made for this base; None: the base alone.
+            part: All rows of the file, or those that `train` holds out.
+
+        Raises:
+            CodedError: Whatever went wrong.
+        """
+        ...
+
+
+@runtime_checkable
+class KeepsBase(Protocol):
+    """A rail that can keep the base model in memory from one call to the next."""
+
+    def keep_base(self) -> AbstractContextManager[None]:
+        """While the context lasts, `train` and `evaluate` load a base only where it is another one than before.
+
+        Results are those of calls that load it anew.
+        """
+        ...
+
+
+def keep_base(rail: Rail) -> AbstractContextManager[None]:
+    """The rail's `KeepsBase.keep_base`; rails without it load the base for every call."""
+    return rail.keep_base() if isinstance(rail, KeepsBase) else nullcontext()
 
 
 def mean_ends(losses: list[float]) -> tuple[float, float]:

@@ -153,9 +153,21 @@ class TrainSpec(Settings):
     """Local Hugging Face folder of ``model.name``; rails never touch the network."""
     base_commit: str | None = None
     """The Hub commit that ``base`` holds; None for a local folder."""
+    initial_adapter: Path | None = None
+    """Adapter folder whose weights training starts from; it must have the rank and modules of ``lora``.
+
+    None: A random and B zero."""
 
     @classmethod
-    def build(cls, settings: Settings, folders: RunFolders, base: Path, base_commit: str | None = None) -> TrainSpec:
+    def build(
+        cls,
+        settings: Settings,
+        folders: RunFolders,
+        base: Path,
+        base_commit: str | None = None,
+        *,
+        initial_adapter: Path | None = None,
+    ) -> TrainSpec:
         """Join the settings with where things are."""
         groups = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-        return cls(**groups, folders=folders, base=base, base_commit=base_commit)
+        return cls(**groups, folders=folders, base=base, base_commit=base_commit, initial_adapter=initial_adapter)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
 from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, write_manifest
-from bp_runs.errors import CodedError
+from bp_runs.errors import CodedError, NothingHeldOutError
 from bp_runs.events import AdapterSaved, DataReady, Emit, ModelLoaded, SampleAnswer, StepDone
 from bp_runs.files import publish_folder, sha256_file
-from bp_runs.rail import Probe, Stop, TrainOutcome, mean_ends
+from bp_runs.rail import EvalOutcome, Part, Probe, Stop, TrainOutcome, mean_ends
 from bp_runs.spec import Settings, TrainSpec
 
 FAKE_MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -21,13 +23,17 @@ FAKE_MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FakeRail:
-    """Emits what a real rail emits, with a loss of 4 / (step + 1), and writes a valid adapter of zeros.
+    """Emits what a real rail emits, with a loss of 4 / (step + 1), and writes a valid adapter.
+
+    Its weights are the initial adapter's, or else zeros, changed by the seed; it measures a loss of 1 to 2 that
+    depends on the adapter's and the rows' bytes alone.
 
     Args:
         width: d_in and d_out of the one adapted module.
         usable: What the probe says.
         fail_at: The step before which ``failure`` is raised; 0: never.
         failure: The error to raise.
+        judge: Says the loss of an adapter (None: the base alone) on a data file instead.
     """
 
     name: str = "fake"
@@ -35,6 +41,7 @@ class FakeRail:
     usable: bool = True
     fail_at: int = 0
     failure: CodedError | None = None
+    judge: Callable[[Path | None, Path], float] | None = None
 
     def probe(self) -> Probe:
         """Usable as told."""
@@ -73,6 +80,25 @@ class FakeRail:
             stopped=stopped,
         )
 
+    def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:
+        """A loss made up from the bytes of adapter and rows, or the one that ``judge`` says."""
+        file = Path(spec.data.path)
+        rows = file.read_bytes().splitlines()
+        if part == "heldout":
+            rows = rows[: round(spec.training.eval_share * len(rows))]
+        if not rows:
+            raise NothingHeldOutError(f"of the rows in {file} none is held out")
+        emit_answers(spec, emit, step=0, answer="before" if adapter is None else "after")
+        loss = self.judge(adapter, file) if self.judge else _made_up_loss(adapter, rows)
+        return EvalOutcome(loss=loss, tokens=8 * len(rows), rows=len(rows))
+
+
+def _made_up_loss(adapter: Path | None, rows: list[bytes]) -> float:
+    digest = hashlib.sha256(b"\n".join(rows))
+    if adapter is not None:
+        digest.update((adapter / WEIGHTS_FILE).read_bytes())
+    return 1.0 + digest.digest()[0] / 256
+
 
 def emit_answers(spec: TrainSpec, emit: Emit, *, step: int, answer: str) -> None:
     """Emit the same ``answer`` to every sample prompt."""
@@ -81,7 +107,7 @@ def emit_answers(spec: TrainSpec, emit: Emit, *, step: int, answer: str) -> None
 
 
 def write_fake_adapter(spec: TrainSpec, width: int) -> int:
-    """Write an adapter folder of zeros for one module; returns the weights' size in bytes."""
+    """Write an adapter folder for one module; returns the weights' size in bytes."""
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": spec.model.name,
@@ -91,22 +117,36 @@ def write_fake_adapter(spec: TrainSpec, width: int) -> int:
     }
     with publish_folder(spec.folders.adapter) as folder:
         (folder / CONFIG_FILE).write_bytes(orjson.dumps(config))
-        weights = _zeros(spec.lora.r, width)
+        weights = _build_weights(spec, width)
         (folder / WEIGHTS_FILE).write_bytes(weights)
         write_manifest(folder, run_id=spec.folders.run_id, base=spec.model.name)
     return len(weights)
 
 
-def _zeros(r: int, width: int) -> bytes:
+def _build_weights(spec: TrainSpec, width: int) -> bytes:
     """A safetensors file: u64 length of the header, JSON header, data."""
-    size = 4 * r * width
+    count = spec.lora.r * width
     header = orjson.dumps(
         {
-            f"{FAKE_MODULE}.lora_A.weight": {"dtype": "F32", "shape": [r, width], "data_offsets": [0, size]},
-            f"{FAKE_MODULE}.lora_B.weight": {"dtype": "F32", "shape": [width, r], "data_offsets": [size, 2 * size]},
+            f"{FAKE_MODULE}.lora_A.weight": {
+                "dtype": "F32",
+                "shape": [spec.lora.r, width],
+                "data_offsets": [0, 4 * count],
+            },
+            f"{FAKE_MODULE}.lora_B.weight": {
+                "dtype": "F32",
+                "shape": [width, spec.lora.r],
+                "data_offsets": [4 * count, 8 * count],
+            },
         }
     )
-    return struct.pack("<Q", len(header)) + header + bytes(2 * size)
+    before = [0.0] * (2 * count)
+    if spec.initial_adapter is not None:
+        data = (spec.initial_adapter / WEIGHTS_FILE).read_bytes()[-8 * count :]
+        before = list(struct.unpack(f"<{2 * count}f", data))
+    draw = random.Random(f"{spec.training.seed} {sha256_file(Path(spec.data.path))}")  # noqa: S311 - must repeat
+    values = [value + draw.uniform(-0.1, 0.1) for value in before]
+    return struct.pack("<Q", len(header)) + header + struct.pack(f"<{2 * count}f", *values)
 
 
 def _model_loaded(spec: TrainSpec) -> ModelLoaded:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +21,8 @@ from bp_data import Prepared, TokenRows
 from bp_runs.errors import CodedError, DiskFullError, TrainingDivergedError
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
-from bp_runs.rail import Stop, TrainOutcome, mean_ends
-from bp_runs.spec import TrainSpec
+from bp_runs.rail import EvalOutcome, Stop, TrainOutcome, mean_ends
+from bp_runs.spec import LoraSpec, TrainSpec
 from bp_train_cuda import load, lora, probe
 from bp_train_cuda.answers import answer
 from bp_train_cuda.batches import pad_rows
@@ -27,6 +30,7 @@ from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
 from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.guarded import Parts
 from bp_train_cuda.guards.oom import StepSplitter
+from bp_train_cuda.kept import KeptBase, take_off_adapter
 from bp_train_cuda.loop import StepReporter
 from bp_train_cuda.methods import METHODS
 
@@ -34,41 +38,82 @@ _log = logging.getLogger("bp_train_cuda")
 _SAVE_MARGIN = 64 * 2**20  # tokenizer, settings, metrics
 
 
-def train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, stop: Stop) -> TrainOutcome:
+def train(
+    spec: TrainSpec,
+    prepared: Prepared,
+    heldout: TokenRows,
+    emit: Emit,
+    stop: Stop,
+    *,
+    kept: KeptBase | None = None,
+) -> TrainOutcome:
     """Load, train, answer the sample prompts, save.
 
     Args:
         prepared: The rows to train on.
         heldout: Rows to validate on; may be empty.
+        kept: Where the base stays for the next call; None: nowhere.
 
     Raises:
         CodedError: As `bp_train_cuda.rail.CudaRail.train`.
     """
-    hub_constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports each trainer; the variable is read at import only
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    with _logged_warnings(), _coded_framework_errors():
-        return _train(spec, prepared, heldout, emit, stop)
+    with _quiet_framework(), _base(spec, kept) as loaded:
+        return _train(spec, prepared, heldout, emit, stop, loaded=loaded)
 
 
-def _train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, stop: Stop) -> TrainOutcome:
-    device = probe.choose_device()
-    memory = probe.PeakMemory(device)
-    mode, model = _load(spec, device, emit)
+def evaluate(
+    spec: TrainSpec, prepared: Prepared, adapter: Path | None, emit: Emit, *, kept: KeptBase | None = None
+) -> EvalOutcome:
+    """Load, measure the loss on all of ``prepared``, answer the sample prompts.
+
+    Args:
+        adapter: An adapter folder, or None for the base alone.
+        kept: As for `train`.
+
+    Raises:
+        CodedError: As `bp_train_cuda.rail.CudaRail.evaluate`.
+    """
+    with _quiet_framework(), _base(spec, kept) as loaded:
+        set_seed(spec.training.seed)
+        model = lora.add_lora(loaded.base, LoraSpec(r=1)) if adapter is None else lora.load_lora(loaded.base, adapter)
+        parts, trainer = _build_trainer(spec, prepared, model, loaded, emit)
+        loss, tokens = _build_validator(parts, trainer, prepared.rows, emit).measure()
+        _emit_answers(spec, prepared, model, emit, step=0)
+        take_off_adapter(model)
+        return EvalOutcome(loss=loss, tokens=tokens, rows=len(prepared.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A base in memory, and how it came there."""
+
+    device: probe.Device
+    mode: probe.Mode
+    parameters: int
+    base: Any
+
+
+@contextlib.contextmanager
+def _base(spec: TrainSpec, kept: KeptBase | None) -> Iterator[_Loaded]:
+    """The base without an adapter, after all that can be refused before weights are loaded."""
+    device, trust = probe.choose_device(), spec.model.trust_remote_code
+    parameters = load.measure_model(spec.base, device, trust_remote_code=trust)
+    mode = probe.choose_mode(spec.training.mode, parameters, device)
+    key = (spec.base.resolve(), spec.base_commit, mode.name, spec.model.dtype, trust)
+    load_base = partial(load.load_model, spec.base, device, mode, dtype=spec.model.dtype, trust_remote_code=trust)
+    with (kept or KeptBase()).borrow(key, load_base) as base:
+        yield _Loaded(device, mode, parameters, base)
+
+
+def _train(
+    spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, stop: Stop, *, loaded: _Loaded
+) -> TrainOutcome:
+    memory = probe.PeakMemory(loaded.device)
+    model = _add_adapter(spec, loaded, emit)
     _emit_answers(spec, prepared, model, emit, step=0)
     reporter = StepReporter(emit, stop, memory, spec.training.steps)
     # Guards and checkpoints join here; a callback is told of the loop's start, of every step and of the end.
-    callbacks: list[TrainerCallback] = [reporter]
-    parts = Parts(
-        spec=spec,
-        device=device,
-        mode=mode,
-        model=model,
-        tokenizer=_trl_tokenizer(spec, prepared),
-        splitter=StepSplitter(list(lora.trainable_weights(model).values()), emit, enabled=spec.training.oom_recovery),
-        callbacks=callbacks,
-    )
-    trainer = METHODS["sft"].build(parts, prepared)
+    parts, trainer = _build_trainer(spec, prepared, model, loaded, emit, callbacks=[reporter])
     reporter.count_tokens = lambda: trainer.tokens
     if len(heldout):
         reporter.validator = _build_validator(parts, trainer, heldout, emit)
@@ -77,22 +122,42 @@ def _train(spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, 
         reporter.validator.restore_best(len(reporter.losses))
     _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
     _save(spec, prepared, model, emit)
+    take_off_adapter(model)
     return _outcome(spec, reporter, memory)
 
 
-def _load(spec: TrainSpec, device: probe.Device, emit: Emit) -> tuple[probe.Mode, Any]:
-    """The mode, and the model with its adapter, after all that can be refused before weights are loaded."""
-    trust = spec.model.trust_remote_code
-    parameters = load.measure_model(spec.base, device, trust_remote_code=trust)
-    mode = probe.choose_mode(spec.training.mode, parameters, device)
-    base = load.load_model(spec.base, device, mode, dtype=spec.model.dtype, trust_remote_code=trust)
+def _add_adapter(spec: TrainSpec, loaded: _Loaded, emit: Emit) -> Any:
+    """The base with the adapter to train: a new one, or the one that the spec starts from."""
     set_seed(spec.training.seed)
-    model = lora.add_lora(base, spec.lora)
+    model = lora.add_lora(loaded.base, spec.lora)
+    if spec.initial_adapter is not None:
+        lora.set_weights(model, spec.initial_adapter, spec.lora)
     require_free_space(spec.folders.run, 4 * _count_trainable(model) + _SAVE_MARGIN, "the adapter")
-    emit(_model_loaded(spec, model, parameters, mode, device))
-    if device.kind == "cpu":
-        emit(Notice(message=f"training on the CPU ({device.why}): fine for small models, slow for others"))
-    return mode, model
+    emit(_model_loaded(spec, model, loaded.parameters, loaded.mode, loaded.device))
+    if loaded.device.kind == "cpu":
+        emit(Notice(message=f"training on the CPU ({loaded.device.why}): fine for small models, slow for others"))
+    return model
+
+
+def _build_trainer(
+    spec: TrainSpec,
+    prepared: Prepared,
+    model: Any,
+    loaded: _Loaded,
+    emit: Emit,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[Parts, Any]:
+    parts = Parts(
+        spec=spec,
+        device=loaded.device,
+        mode=loaded.mode,
+        model=model,
+        tokenizer=_trl_tokenizer(spec, prepared),
+        splitter=StepSplitter(list(lora.trainable_weights(model).values()), emit, enabled=spec.training.oom_recovery),
+        callbacks=callbacks,
+    )
+    return parts, METHODS["sft"].build(parts, prepared)
 
 
 def _build_validator(parts: Parts, trainer: Any, heldout: TokenRows, emit: Emit) -> Validator:
@@ -178,6 +243,16 @@ def _model_loaded(spec: TrainSpec, model: Any, parameters: int, mode: probe.Mode
 
 def _count_trainable(model: Any) -> int:
     return sum(weight.numel() for weight in lora.trainable_weights(model).values())
+
+
+@contextlib.contextmanager
+def _quiet_framework() -> Iterator[None]:
+    """No usage reports, no bars; warnings to our log; errors with a code."""
+    hub_constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports each trainer; the variable is read at import only
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with _logged_warnings(), _coded_framework_errors():
+        yield
 
 
 @contextlib.contextmanager

@@ -75,7 +75,7 @@ class Validator:
     def visit(self, step: int) -> bool:
         """Validate after ``step``; True when training has stopped helping for ``early_stop`` visits in a row."""
         self._last_step = step
-        loss, tokens = self._measure()
+        loss, tokens = self.measure()
         is_best = self.best_loss is None or loss < self.best_loss
         if is_best:
             self.best_loss, self.best_step, self._since_best = loss, step, 0
@@ -95,7 +95,7 @@ class Validator:
         message = f"the adapter of step {self.best_step} is kept: its validation loss {self.best_loss:.4f} is the best"
         self._emit(Notice(message=message, details={"best_step": self.best_step}))
 
-    def _measure(self) -> tuple[float, int]:
+    def measure(self) -> tuple[float, int]:
         """Mean loss over all trained tokens of the held-out rows, and their number."""
         total, tokens = 0.0, 0
         was_training = self._model.training

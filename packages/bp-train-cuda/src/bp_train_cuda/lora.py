@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
-from bp_runs.adapter import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, write_manifest
+from bp_runs.adapter import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, read_adapter_folder, write_manifest
+from bp_runs.errors import AdapterInvalidError, first_line
 from bp_runs.files import publish_folder
 from bp_runs.spec import LoraSpec, TrainSpec
 from bp_train_cuda.errors import TargetModulesError
@@ -44,6 +47,44 @@ def add_lora(model: Any, spec: LoraSpec) -> Any:
         raise TargetModulesError(
             f"no layer is named {spec.target_modules!r}", cause=f"its linear layers: {', '.join(known)}"
         ) from error
+
+
+def load_lora(model: Any, adapter: Path) -> Any:
+    """Freeze ``model`` and put a saved adapter on it.
+
+    Raises:
+        AdapterInvalidError: The folder is no adapter, or not one for this base.
+    """
+    read_adapter_folder(adapter)
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise AdapterInvalidError(f"{adapter} does not fit the base model", cause=first_line(error)) from error
+
+
+def set_weights(model: Any, adapter: Path, spec: LoraSpec) -> None:
+    """Let a model's new adapter begin with the weights of a saved one of the same rank, scale and layers.
+
+    Raises:
+        AdapterInvalidError: It has other ones, both sides' values named.
+    """
+    folder = read_adapter_folder(adapter)
+    mine = (spec.r, spec.resolved_alpha, spec.use_rslora, spec.use_dora)
+    is_rs, is_dora = (bool(folder.config.get(name)) for name in ("use_rslora", "use_dora"))
+    theirs = (folder.r, folder.alpha, is_rs, is_dora)
+    if mine != theirs:
+        words = "(r, alpha, use_rslora, use_dora)"
+        raise AdapterInvalidError(f"the run trains an adapter of {mine} and {adapter} is one of {theirs}, as {words}")
+    try:
+        weights = load_file(folder.weights)
+        found = set_peft_model_state_dict(model, weights)
+    except (RuntimeError, KeyError, SafetensorError) as error:
+        raise AdapterInvalidError(f"{adapter} does not fit the base model", cause=first_line(error)) from error
+    missing = [key for key in found.missing_keys if ".lora_" in key]
+    if missing or found.unexpected_keys:
+        other = (missing or found.unexpected_keys)[0]
+        lacking = adapter if missing else "the run's adapter"
+        raise AdapterInvalidError(f"{adapter} and the run adapt other layers: {lacking} lacks {other}")
 
 
 def trainable_weights(model: Any) -> dict[str, Any]:

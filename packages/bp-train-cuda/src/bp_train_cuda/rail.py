@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bp_runs.errors import NothingHeldOutError
 from bp_runs.events import DataReady, Emit, Notice
 from bp_runs.paths import REJECTED_FILE
-from bp_runs.rail import Probe, Stop, TrainOutcome
+from bp_runs.rail import EvalOutcome, Part, Probe, Stop, TrainOutcome
 from bp_runs.spec import Settings, TrainSpec
 
 if TYPE_CHECKING:
     from bp_data import Prepared
+    from bp_train_cuda.kept import KeptBase
 
 
 class CudaRail:
     """Trains on the first CUDA device, or on the CPU models of up to one billion parameters."""
 
     name = "cuda"
+
+    def __init__(self) -> None:
+        self._kept: KeptBase | None = None
 
     def probe(self) -> Probe:
         """Usable on a CUDA device, and on a CPU for small models."""
@@ -55,7 +62,36 @@ class CudaRail:
         emit(_data_ready(spec, prepared, len(heldout)))
         if prepared.ledger.dropped:
             emit(Notice(message=f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}", level="warning"))
-        return engine.train(spec, replace(prepared, rows=rows), heldout, emit, stop)
+        return engine.train(spec, replace(prepared, rows=rows), heldout, emit, stop, kept=self._kept)
+
+    def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:
+        """Measure the base with ``adapter`` on the spec's rows as validation in training does; answer the prompts.
+
+        Raises:
+            NothingHeldOutError: Training with these settings would hold out none of the rows.
+            AdapterInvalidError: The folder is no adapter, or not one for this base.
+            CodedError: As `train`.
+        """
+        from bp_train_cuda import engine, evaluation
+
+        prepared = self._prepare(spec)
+        if part == "heldout":
+            _, heldout = evaluation.hold_out(prepared.rows, spec.training)
+            prepared = replace(prepared, rows=heldout)
+        if not len(prepared.rows):
+            raise NothingHeldOutError(f"of {prepared.ledger.read} rows in {spec.data.path} none is held out")
+        return engine.evaluate(spec, prepared, adapter, emit, kept=self._kept)
+
+    @contextlib.contextmanager
+    def keep_base(self) -> Iterator[None]:
+        """While the context lasts, the base that was loaded last stays in memory."""
+        from bp_train_cuda.kept import KeptBase
+
+        before, self._kept = self._kept, KeptBase()
+        try:
+            yield
+        finally:
+            self._kept = before
 
     def _prepare(self, spec: TrainSpec) -> Prepared:
         from bp_data import TraceBand, prepare

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from bp_runs.events import Emit
-from bp_runs.rail import Probe, Stop, TrainOutcome
+from bp_runs.rail import EvalOutcome, Part, Probe, Stop, TrainOutcome
 from bp_runs.spec import Settings, TrainSpec
 from bp_train_mlx.errors import MlxUnavailableError
 
@@ -42,4 +42,13 @@ class MlxRail:
             MlxUnavailableError: Always, in this version.
         """
         del spec, emit, stop
+        raise MlxUnavailableError(_NOT_YET)
+
+    def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:
+        """Refuse.
+
+        Raises:
+            MlxUnavailableError: Always, in this version.
+        """
+        del spec, adapter, emit, part
         raise MlxUnavailableError(_NOT_YET)

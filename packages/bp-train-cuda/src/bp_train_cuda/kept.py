@@ -1,0 +1,52 @@
+"""A base model that stays in memory from one training or evaluation to the next."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+
+class KeptBase:
+    """Holds at most one base, as it was loaded; one that a failed call may have left changed is dropped."""
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self._base: Any = None
+
+    @contextlib.contextmanager
+    def borrow(self, key: Hashable, load: Callable[[], Any]) -> Iterator[Any]:
+        """Yield the base of that key, loaded only where it is not here; the borrower takes its adapter off again.
+
+        Args:
+            key: Everything that decides how the base is loaded.
+            load: Loads it.
+        """
+        base = self._base if key == self._key else None
+        self._key = self._base = None  # before loading: two bases may not fit
+        base = load() if base is None else base
+        use_cache = getattr(base.config, "use_cache", None)
+        yield base
+        _undo_training(base, use_cache=use_cache)
+        self._key, self._base = key, base
+
+
+def take_off_adapter(model: Any) -> None:
+    """Give a PEFT model's base its own layers back, in place."""
+    base = model.unload()
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        if name in vars(base):
+            delattr(base, name)
+
+
+def _undo_training(base: Any, *, use_cache: bool | None) -> None:
+    """What TRL sets on a base for training: recomputed activations, and no cache for generation."""
+    if getattr(base, "is_gradient_checkpointing", False):
+        base.gradient_checkpointing_disable()
+    if getattr(base, "_require_grads_hook", None) is not None:
+        base.disable_input_require_grads()
+    if use_cache is not None:
+        base.config.use_cache = use_cache
+    base.eval()
+    gc.collect()  # trainer and optimizer hold each other in cycles, and the GPU's memory with them
