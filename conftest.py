@@ -28,6 +28,26 @@ def _own_surroundings(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(autouse=True)
+def _json_documents_keep_their_schemas(monkeypatch):
+    """Whatever a test lets `backprop … --json` print is held to the published JSON Schema of its kind."""
+    from backpropagate.cli import screen
+
+    build = screen.build_document
+
+    def checked(kind, body):
+        import jsonschema
+        import orjson
+
+        from backpropagate.cli.documents import build_schema
+
+        document = build(kind, body)
+        jsonschema.validate(orjson.loads(orjson.dumps(document, default=str)), build_schema(kind))
+        return document
+
+    monkeypatch.setattr(screen, "build_document", checked)
+
+
 def write_pico_tokenizer(folder: Path) -> int:
     """A byte-level BPE of a few hundred tokens with ChatML's special ones; returns the vocabulary's size."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 
 from backpropagate.cli.app import COMMANDS, run
+from backpropagate.cli.documents import DOCUMENTS, build_schema
 from backpropagate.cli.errors import load_codes
 from backpropagate.settings import TOML_FILE, all_settings
 
@@ -51,9 +55,10 @@ def build_settings() -> str:
         lines.append(f"| `{setting.key}` | `{flag}` | `{setting.env}` | {default} | {text} |")
     program = {
         "HOME": "Folder of downloads and caches; default `~/.backpropagate`.",
-        "OFFLINE": "1: use no network; models must be folders or cached.",
+        "OFFLINE": "1: use no network; models must be folders or cached. As the flag `--offline`.",
         "LOG_LEVEL": "DEBUG, INFO, WARNING (default) or ERROR.",
         "LOG_FORMAT": "console (default) or json.",
+        "LOG_FILE": "Log to this file as well, as JSON lines.",
         "DEBUG": "1: show the traceback of a bug at once.",
     }
     lines.append("\n## The program's own variables\n")
@@ -79,7 +84,30 @@ def _block(text: str) -> str:
     return f"```text\n{text}\n```\n"
 
 
-PAGES = {"errors.md": build_errors, "settings.md": build_settings, "cli.md": build_cli}
+def build_schemas() -> str:
+    """The list of JSON documents."""
+    lines = [
+        "# JSON documents\n\nEvery command takes `--json` and then prints one document and nothing else; a failing one "
+        "prints the kind `error`. Keys may be added under the same number.\n\n" + _NOTE + "| kind | of | JSON Schema |",
+        "| --- | --- | --- |",
+    ]
+    for kind, body in DOCUMENTS.items():
+        text = (body.__doc__ or "").splitlines()[0]
+        lines.append(f"| `backpropagate.{kind}/1` | {text} | [{kind}.json](schemas/{kind}.json) |")
+    return "\n".join(lines) + "\n"
+
+
+def _schema_text(kind: str) -> str:
+    return json.dumps(build_schema(kind), indent=2, ensure_ascii=False) + "\n"
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "errors.md": build_errors,
+    "settings.md": build_settings,
+    "cli.md": build_cli,
+    "json.md": build_schemas,
+    **{f"schemas/{kind}.json": partial(_schema_text, kind) for kind in DOCUMENTS},
+}
 
 
 def main() -> int:
@@ -91,6 +119,7 @@ def main() -> int:
             if not file.is_file() or file.read_text(encoding="utf-8") != text:
                 stale.append(name)
         else:
+            file.parent.mkdir(exist_ok=True)
             file.write_text(text, encoding="utf-8")
     if stale:
         sys.stderr.write(f"stale: {', '.join(stale)}; run: uv run python docs/reference/generate.py\n")

@@ -232,6 +232,29 @@ def test_a_light_start(code):
     assert not loaded_by(code) & HEAVY
 
 
+def test_every_json_document_has_a_schema_and_every_command_prints_one():
+    from backpropagate.cli.app import COMMANDS
+    from backpropagate.cli.documents import DOCUMENTS, build_schema
+
+    printed, flagged = set(), set()
+    for name, file, tree in sources():
+        if name != "backpropagate" or file.parent.name != "cli":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print_json":
+                kind = node.args[0]
+                if isinstance(kind, ast.Constant):
+                    printed.add(kind.value)
+                    flagged.add(file.stem)
+                else:
+                    flagged.add(file.stem)
+    assert printed <= set(DOCUMENTS), "describe the document in backpropagate/cli/documents.py"
+    silent = {command.name for command in COMMANDS if command.target.partition(":")[0] not in flagged}
+    assert not silent, f"no --json: {silent}"
+    for kind in DOCUMENTS:
+        assert build_schema(kind)["properties"]["schema"] == {"const": f"backpropagate.{kind}/1"}
+
+
 def test_no_file_names_a_machine_s_path():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
         "\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import orjson
@@ -49,11 +49,16 @@ def open_screen(*, as_json: bool) -> Screen:
     return PlainScreen()
 
 
-def print_json(kind: str, body: dict[str, Any]) -> None:
-    """The one JSON document of a command, redacted: ``{"schema": "backpropagate.<kind>/1", …}``."""
-    document = redact_data({"schema": f"backpropagate.{kind}/1", **body})
+def print_json(kind: str, body: Mapping[str, Any]) -> None:
+    """Print the one JSON document of a command; its keys stand in `backpropagate.cli.documents`."""
     option = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
-    sys.stdout.write(orjson.dumps(document, option=option, default=str).decode())
+    sys.stdout.write(orjson.dumps(build_document(kind, body), option=option, default=str).decode())
+
+
+def build_document(kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"schema": "backpropagate.<kind>/1", …}``, redacted."""
+    document: dict[str, Any] = redact_data({"schema": f"backpropagate.{kind}/1", **body})
+    return document
 
 
 class SilentScreen:

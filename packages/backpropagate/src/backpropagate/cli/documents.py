@@ -1,0 +1,308 @@
+"""The JSON documents that ``--json`` prints, by kind: what a script may rely on.
+
+A document is ``{"schema": "backpropagate.<kind>/1", …}``. Keys may be added under the same number; one that is taken
+away or changes its meaning raises the number. JSON Schemas are made from this module (docs/reference/schemas), and the
+tests hold every document that any of them prints to its schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from bp_runs.errors import RunStatus
+
+
+class Outcome(TypedDict):
+    """How a training ended; losses in nats, seconds of the loop alone."""
+
+    adapter: str
+    steps: int
+    first_loss: float
+    final_loss: float
+    tokens: int
+    seconds: float
+    peak_memory: int
+    stopped: bool
+    eval_loss: float | None
+    best_step: int | None
+
+
+class Train(TypedDict):
+    """`backprop train`."""
+
+    run_id: str
+    status: RunStatus
+    adapter: str
+    result: Outcome
+
+
+class SaidAnswer(TypedDict):
+    """One prompt answered before the training, after it, and by the GGUF."""
+
+    prompt: str
+    before: str
+    after: str
+    gguf: str
+
+
+class Quickstart(TypedDict):
+    """`backprop quickstart`."""
+
+    run_id: str
+    status: RunStatus
+    adapter: str
+    gguf: str
+    result: Outcome
+    answers: list[SaidAnswer]
+    losses: list[float]
+    seconds: dict[str, float]
+
+
+class Export(TypedDict):
+    """`backprop export`."""
+
+    path: str
+    format: str
+    quantization: str | None
+    bytes: int
+    tensors: int
+    seconds: float
+    sha256: str
+    parity: dict[str, Any] | None
+    ollama: str | None
+    run_id: str | None
+
+
+class RunRow(TypedDict):
+    """A run in the index."""
+
+    run_id: str
+    kind: str
+    status: RunStatus
+    created_at: str
+    ended_at: str | None
+    rail: str
+    model: str | None
+    data: str | None
+    steps: int | None
+    first_loss: float | None
+    final_loss: float | None
+    seconds: float | None
+    error: str | None
+
+
+class ListRuns(TypedDict):
+    """`backprop list-runs`."""
+
+    runs: list[RunRow]
+    total: int
+
+
+class Record(TypedDict):
+    """A run's record, run.json; its own ``schema`` has the number."""
+
+    schema: str
+    run_id: str
+    kind: str
+    status: RunStatus
+    created_at: str
+    ended_at: str | None
+    command: list[str]
+    rail: str
+    settings: dict[str, dict[str, Any]]
+    model: dict[str, Any]
+    data: dict[str, Any]
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    result: dict[str, Any]
+    artifacts: list[dict[str, Any]]
+    error: dict[str, Any] | None
+
+
+class ShowRun(TypedDict):
+    """`backprop show-run`."""
+
+    record: Record
+    metrics: list[dict[str, Any]]
+
+
+class Drop(TypedDict):
+    """A row that is not trained on."""
+
+    row: int
+    code: str
+    reason: str
+
+
+class Validate(TypedDict):
+    """`backprop validate`: read = trained + truncated + dropped."""
+
+    data: str
+    sha256: str
+    read: int
+    trained: int
+    truncated: int
+    dropped: int
+    tokens: int
+    trained_tokens: int
+    rejected: list[Drop]
+
+
+class Piece(TypedDict):
+    """Text of neighbouring tokens that share a fate."""
+
+    text: str
+    trained: bool
+    special: bool
+    truncated: bool
+
+
+class PreviewRow(TypedDict):
+    """A row, piece by piece."""
+
+    row: int
+    tokens: int
+    trained_tokens: int
+    rejected: dict[str, str] | None
+    pieces: list[Piece]
+
+
+class DataPreview(TypedDict):
+    """`backprop data preview`."""
+
+    data: str
+    rows: list[PreviewRow]
+
+
+class DataReport(TypedDict):
+    """`backprop data report`."""
+
+    path: str
+    rows: int
+    usable: int
+    rejected: dict[str, Any]
+    formats: dict[str, int]
+    exact: dict[str, Any]
+    near: dict[str, Any]
+    lengths: dict[str, Any]
+
+
+class DataRewritten(TypedDict):
+    """`backprop data split`, `clean` and `convert`: rows written by file."""
+
+    read: int
+    written: dict[str, int]
+    dropped: int
+    dropped_by_code: dict[str, int]
+    rejected: str | None
+
+
+class SettingRow(TypedDict):
+    """One setting."""
+
+    key: str
+    value: Any
+    source: str
+    default: Any
+    help: str
+    choices: list[str]
+    flags: list[str]
+    variable: str
+
+
+class ConfigShow(TypedDict):
+    """`backprop config show`."""
+
+    file: str | None
+    settings: list[SettingRow]
+
+
+class RailRow(TypedDict):
+    """A rail and what it says of this machine."""
+
+    name: str
+    usable: bool
+    why: str
+    device: str
+    memory: int | None
+
+
+class Info(TypedDict):
+    """`backprop info`."""
+
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    rails: list[RailRow]
+    home: str
+    offline: bool
+
+
+class ErrorRow(TypedDict):
+    """A code of the catalogue."""
+
+    code: str
+    when: str
+    way_out: str
+    exit_status: int
+
+
+class Errors(TypedDict):
+    """`backprop errors`."""
+
+    errors: list[ErrorRow]
+
+
+class ErrorBody(TypedDict):
+    """What went wrong."""
+
+    code: str
+    message: str
+    cause: str | None
+    way_out: str
+    exit_status: int
+    details: dict[str, Any]
+
+
+class Error(TypedDict):
+    """What every command prints instead of its own document when it fails."""
+
+    error: ErrorBody
+
+
+DOCUMENTS: Mapping[str, type] = {
+    "train": Train,
+    "quickstart": Quickstart,
+    "export": Export,
+    "list-runs": ListRuns,
+    "show-run": ShowRun,
+    "validate": Validate,
+    "data-preview": DataPreview,
+    "data-report": DataReport,
+    "data-split": DataRewritten,
+    "data-clean": DataRewritten,
+    "data-convert": DataRewritten,
+    "config-show": ConfigShow,
+    "config-explain": SettingRow,
+    "info": Info,
+    "errors": Errors,
+    "error": Error,
+}
+"""The body of each kind of document."""
+
+
+def build_schema(kind: str) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a kind of document, ``schema`` key included.
+
+    Raises:
+        KeyError: There is no such kind.
+    """
+    import msgspec
+
+    (body,), definitions = msgspec.json.schema_components([DOCUMENTS[kind]])
+    name = body["$ref"].rpartition("/")[2]
+    whole = dict(definitions.pop(name))
+    whole["properties"] = {"schema": {"const": f"backpropagate.{kind}/1"}, **whole["properties"]}
+    whole["required"] = ["schema", *whole["required"]]
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": f"backpropagate.{kind}.1.json"}
+    return {**head, **whole, **({"$defs": definitions} if definitions else {})}
