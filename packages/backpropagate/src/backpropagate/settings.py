@@ -240,6 +240,8 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "training.eval_min_rows": (1, None),
     "training.eval_steps": (1, None),
     "training.early_stop": (0, None),
+    "training.save_steps": (0, None),
+    "training.keep_checkpoints": (1, None),
     "training.sample_tokens": (1, None),
 }
 _POSITIVE = ("training.learning_rate", "lora.alpha")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
-import sys
 from pathlib import Path
 from shutil import which
 
@@ -18,11 +18,8 @@ def process_birth(pid: int) -> str | None:
     """
     if pid <= 0:
         return None
-    if sys.platform == "linux":
-        return _birth_on_linux(pid)
-    if sys.platform == "win32":
-        return _birth_on_windows(pid)
-    return _birth_by_ps(pid)
+    find = {"Linux": _birth_on_linux, "Windows": _birth_on_windows}.get(platform.system(), _birth_by_ps)
+    return find(pid)
 
 
 def _birth_on_linux(pid: int) -> str | None:

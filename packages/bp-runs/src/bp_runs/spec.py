@@ -105,6 +105,12 @@ class TrainingSpec:
     oom_recovery: bool = setting(
         True, "Halve a micro-batch that does not fit the GPU and go on with the same step; without it, stop."
     )
+    save_steps: int = setting(50, "Steps from one checkpoint to the next; 0: only when the run is stopped.")
+    keep_checkpoints: int = setting(2, "Newest checkpoints that stay, beside the one of the lowest validation loss.")
+    resume: bool | None = setting(
+        None,
+        "Go on with the newest unfinished run as it is recorded; no: start anew; default: go on if the settings agree.",
+    )
     output_dir: str = setting("./output", "Output folder: adapter, runs and exports.")
     seed: int = setting(42, "Seed of rows' order, initial weights and dropout.")
     sample_prompts: tuple[str, ...] = setting((), "Prompts that are answered before and after training.")
@@ -157,6 +163,8 @@ class TrainSpec(Settings):
     """Adapter folder whose weights training starts from; it must have the rank and modules of ``lora``.
 
     None: A random and B zero."""
+    checkpoint: Path | None = None
+    """A whole checkpoint of this run to go on from, see `bp_runs.checkpoint`; None: from the beginning."""
 
     @classmethod
     def build(
@@ -167,7 +175,15 @@ class TrainSpec(Settings):
         base_commit: str | None = None,
         *,
         initial_adapter: Path | None = None,
+        checkpoint: Path | None = None,
     ) -> TrainSpec:
         """Join the settings with where things are."""
         groups = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-        return cls(**groups, folders=folders, base=base, base_commit=base_commit, initial_adapter=initial_adapter)
+        return cls(
+            **groups,
+            folders=folders,
+            base=base,
+            base_commit=base_commit,
+            initial_adapter=initial_adapter,
+            checkpoint=checkpoint,
+        )

@@ -7,7 +7,7 @@ import copy
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class RunStore:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self._lock = _CodedLock(output / ".run_history.lock")
 
     def start(
         self,
@@ -126,7 +125,7 @@ class RunStore:
             if record.status == "running":
                 raise RunActiveError(f"the run {run_id} is going on in process {record.pid} on {record.host}")
         gone = folder.with_name(f".{run_id}.removed")
-        with self._lock, coded_disk_errors(folder):
+        with self._locked(), coded_disk_errors(folder):
             os.replace(folder, gone)
             index.rebuild(self.output)
         shutil.rmtree(gone, ignore_errors=True)
@@ -137,7 +136,7 @@ class RunStore:
         Raises:
             RecordInvalidError, RecordNewerError: It cannot be read, or not be written by this version.
         """
-        with self._lock:
+        with self._locked():
             record = read_record(self.folder(run_id))
             change(record)
             self._publish(record)
@@ -221,7 +220,7 @@ class RunStore:
         """
         source = self.folder(run_id) / "lora"
         target = paths.adapter_folder(self.output)
-        with self._lock:
+        with self._locked():
             self.require_own_adapter()
             with publish_folder(target) as partial:
                 for file in source.iterdir():
@@ -230,13 +229,16 @@ class RunStore:
 
     def save(self, record: RunRecord) -> None:
         """Publish a record and its index row."""
-        with self._lock:
+        with self._locked():
             self._publish(record)
 
     def rebuild_index(self) -> list[dict[str, Any]]:
         """Make the index anew from the run folders; folders without a readable record are left alone."""
-        with self._lock:
+        with self._locked():
             return index.rebuild(self.output)
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        return _coded_lock(self.output / ".run_history.lock")
 
     def _publish(self, record: RunRecord) -> None:
         write_record(self.folder(record.run_id), record)
@@ -246,7 +248,7 @@ class RunStore:
         """Make the run's folder with its record in it, so that no folder without a record is ever seen."""
         folder = self.folder(record.run_id)
         new = folder.with_name(f".{record.run_id}.new")
-        with self._lock, coded_disk_errors(folder):
+        with self._locked(), coded_disk_errors(folder):
             folder.parent.mkdir(exist_ok=True)
             for leftover in folder.parent.glob(".*.*"):  # what was being made or removed when its process was killed
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -285,22 +287,19 @@ class RunStore:
         return record.process_started is not None and process_birth(record.pid) == record.process_started
 
 
-class _CodedLock:
-    """A file lock that gives up with a coded error."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._lock = FileLock(file, timeout=_LOCK_SECONDS)
-
-    def __enter__(self) -> None:
-        try:
-            with coded_disk_errors(self._file):
-                self._lock.acquire()
-        except Timeout as error:
-            raise OutputLockedError(f"{self._file} has been held for {_LOCK_SECONDS:.0f} seconds") from error
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
+@contextlib.contextmanager
+def _coded_lock(file: Path) -> Iterator[None]:
+    """Hold a file lock, or give up with a coded error; a new lock each time, since a fork must not inherit one."""
+    lock = FileLock(file, timeout=_LOCK_SECONDS)
+    try:
+        with coded_disk_errors(file):
+            lock.acquire()
+    except Timeout as error:
+        raise OutputLockedError(f"{file} has been held for {_LOCK_SECONDS:.0f} seconds") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -12,12 +12,14 @@ from pathlib import Path
 import orjson
 
 from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, write_manifest
+from bp_runs.checkpoint import Reason, is_due, save_checkpoint
 from bp_runs.errors import CodedError, NothingHeldOutError
 from bp_runs.events import AdapterSaved, DataReady, Emit, ModelLoaded, SampleAnswer, StepDone
 from bp_runs.files import publish_folder, sha256_file
 from bp_runs.rail import EvalOutcome, Part, Probe, Stop, TrainOutcome, mean_ends
 from bp_runs.spec import Settings, TrainSpec
 
+_STATE_FILE = "losses.json"
 FAKE_MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -54,15 +56,18 @@ class FakeRail:
         """Go through the motions; raises ``failure`` where told."""
         emit(_model_loaded(spec))
         emit(_data_ready(spec))
-        emit_answers(spec, emit, step=0, answer="before")
-        losses: list[float] = []
+        if spec.checkpoint is None:
+            emit_answers(spec, emit, step=0, answer="before")
+        losses = _read_losses(spec)
         stopped = False
-        for step in range(1, spec.training.steps + 1):
+        for step in range(len(losses) + 1, spec.training.steps + 1):
             if step == self.fail_at and self.failure:
                 raise self.failure
             losses.append(4.0 / (step + 1))
             emit(_step_done(spec, step, losses[-1]))
             stopped = stop() and step < spec.training.steps
+            if stopped or is_due(spec, step):
+                self._save(spec, emit, losses, "stop" if stopped else "schedule")
             if stopped:
                 break
         emit_answers(spec, emit, step=len(losses), answer="after")
@@ -91,6 +96,20 @@ class FakeRail:
         emit_answers(spec, emit, step=0, answer="before" if adapter is None else "after")
         loss = self.judge(adapter, file) if self.judge else _made_up_loss(adapter, rows)
         return EvalOutcome(loss=loss, tokens=8 * len(rows), rows=len(rows))
+
+    def _save(self, spec: TrainSpec, emit: Emit, losses: list[float], reason: Reason) -> None:
+        def write(folder: Path) -> None:
+            (folder / _STATE_FILE).write_bytes(orjson.dumps(losses))
+            (folder / "weights.bin").write_bytes(bytes(self.width * 1024))
+
+        save_checkpoint(spec, emit, write, rail=self.name, step=len(losses), need=self.width * 1024, reason=reason)
+
+
+def _read_losses(spec: TrainSpec) -> list[float]:
+    if spec.checkpoint is None:
+        return []
+    losses: list[float] = orjson.loads((spec.checkpoint / _STATE_FILE).read_bytes())
+    return losses
 
 
 def _made_up_loss(adapter: Path | None, rows: list[bytes]) -> float:

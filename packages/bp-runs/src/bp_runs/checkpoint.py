@@ -1,0 +1,304 @@
+"""Checkpoints of a run: each is whole with its hashes, or it is not there.
+
+    <run>/checkpoints/step-000040-9f2c1a/    what the rail wrote, and manifest.json
+    manifest.json    {"schema", "run_id", "rail", "step", "sequence", "saved_at", "reason", "score", "facts",
+                      "files": {name: {"sha256", "bytes"}}, "sha256": of all this}
+    protected        empty; the checkpoint is never pruned
+
+A save writes into a hidden folder, hashes and fsyncs every file, writes the manifest, fsyncs the folder and renames it.
+Until then the earlier ones stay. Which one is the newest is told by the manifests' ``sequence``, never by a name or a
+clock. Every rail saves and reads its checkpoints here; what is in their files is the rail's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import orjson
+
+from bp_runs import paths
+from bp_runs.errors import CheckpointInvalidError
+from bp_runs.events import CheckpointSaved, Emit
+from bp_runs.files import coded_disk_errors, fsync_file, fsync_folder, publish_bytes, require_free_space, sha256_file
+from bp_runs.record import utc_now
+from bp_runs.spec import TrainSpec
+
+MANIFEST_FILE = "manifest.json"
+PROTECTED_FILE = "protected"
+CHECKPOINT_SCHEMA = "backpropagate.checkpoint/1"
+_NOT_HASHED = (MANIFEST_FILE, PROTECTED_FILE)
+
+Reason = Literal["schedule", "stop", "temperature", "asked"]
+"""Every so many steps; the user stopped the run; the card is too hot; somebody asked."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What a manifest says; the files' hashes have not been compared."""
+
+    path: Path
+    run_id: str
+    rail: str
+    step: int
+    """Optimizer steps that are done."""
+    sequence: int
+    """Counts the run's saves."""
+    saved_at: str
+    reason: Reason
+    score: float | None
+    """Validation loss in nats when it was saved; lower is better."""
+    facts: Mapping[str, Any]
+    """What the rail wants to be told without opening its files."""
+    files: Mapping[str, Mapping[str, Any]]
+    """By name relative to the folder: ``sha256`` and ``bytes``."""
+
+    @property
+    def bytes(self) -> int:
+        """Size of its files."""
+        return sum(file["bytes"] for file in self.files.values())
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether pruning passes it over."""
+        return (self.path / PROTECTED_FILE).exists()
+
+    def damage(self) -> str | None:
+        """The first file that is gone or whose bytes are not what was saved; None when all hold."""
+        for name, saved in self.files.items():
+            file = self.path / name
+            try:
+                if file.stat().st_size != saved["bytes"] or sha256_file(file) != saved["sha256"]:
+                    return f"{name} is not what was saved"
+            except FileNotFoundError:
+                return f"{name} is missing"
+            except OSError as error:
+                return f"{name} cannot be read: {error.strerror}"
+        return None
+
+
+class CheckpointFolder:
+    """All checkpoints of one run. One process at a time may save: the one that holds the run.
+
+    Args:
+        run: The run's folder.
+        keep: The newest checkpoints that stay; beside them the one with the lowest score, and protected ones.
+    """
+
+    def __init__(self, run: Path, *, keep: int = 2) -> None:
+        self.path = run / paths.CHECKPOINTS
+        self._keep = max(1, keep)
+
+    def read(self) -> list[Checkpoint]:
+        """Checkpoints whose manifests hold, newest first."""
+        found = [read_manifest(folder) for folder in self._folders()]
+        return sorted((c for c in found if c is not None), key=lambda c: c.sequence, reverse=True)
+
+    def newest_whole(self) -> tuple[Checkpoint | None, dict[str, str]]:
+        """The newest checkpoint whose every byte is what was saved, and what is wrong with those after it, by name.
+
+        Returns:
+            None as the checkpoint where there is none at all.
+
+        Raises:
+            CheckpointInvalidError: There are some, and none is whole.
+        """
+        known = self.read()
+        damaged = {f.name: "its manifest is damaged" for f in self._folders() if f not in {c.path for c in known}}
+        for checkpoint in known:
+            wrong = checkpoint.damage()
+            if wrong is None:
+                return checkpoint, damaged
+            damaged[checkpoint.path.name] = wrong
+        if damaged:
+            told = "; ".join(f"{name}: {wrong}" for name, wrong in damaged.items())
+            raise CheckpointInvalidError(f"no checkpoint in {self.path} is whole", cause=told, details=damaged)
+        return None, {}
+
+    @contextlib.contextmanager
+    def save(
+        self,
+        *,
+        run_id: str,
+        rail: str,
+        step: int,
+        need: int,
+        reason: Reason = "schedule",
+        score: float | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Iterator[Path]:
+        """Yield an empty folder to write into; when the context is left without an error it is a checkpoint.
+
+        Args:
+            need: Bytes that the files will take, about; looked for on the disk first. Where they are missing, older
+                checkpoints go before their time, but never the newest whole one.
+
+        Raises:
+            DiskFullError, OutputNotWritableError: Nothing is left of the attempt, and the earlier ones stay.
+        """
+        with coded_disk_errors(self.path):
+            if not self.path.exists():
+                self.path.mkdir()
+                fsync_folder(self.path.parent)
+            self._sweep()
+            self._make_room(need)
+            name = f"step-{step:06d}-{secrets.token_hex(3)}"
+            partial = self.path / f".{name}.partial"
+            partial.mkdir()
+            try:
+                yield partial
+                manifest = {
+                    "schema": CHECKPOINT_SCHEMA,
+                    "run_id": run_id,
+                    "rail": rail,
+                    "step": step,
+                    "sequence": self._next_sequence(),
+                    "saved_at": utc_now(),
+                    "reason": reason,
+                    "score": score,
+                    "facts": dict(facts or {}),
+                    "files": _settle_files(partial),
+                }
+                _write_manifest(partial, manifest)
+                os.replace(partial, self.path / name)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            fsync_folder(self.path)
+        self.prune()
+
+    def prune(self, *, keep: int | None = None) -> None:
+        """Remove what the policy does not keep: last ones, the best, protected ones."""
+        whole = self.read()
+        kept = {c.path for c in whole[: keep or self._keep]} | {c.path for c in whole if c.is_protected}
+        scored = [c for c in whole if c.score is not None]
+        if scored and keep is None:
+            kept.add(min(scored, key=lambda c: (c.score, -c.sequence)).path)
+        for checkpoint in whole:
+            if checkpoint.path not in kept:
+                self._remove(checkpoint.path)
+
+    def protect(self, step: int) -> Checkpoint:
+        """Keep the newest checkpoint of ``step`` for good.
+
+        Raises:
+            CheckpointInvalidError: There is none of that step.
+        """
+        for checkpoint in self.read():
+            if checkpoint.step == step:
+                with coded_disk_errors(checkpoint.path):
+                    (checkpoint.path / PROTECTED_FILE).touch()
+                return checkpoint
+        raise CheckpointInvalidError(
+            f"{self.path} has no checkpoint of step {step}", way_out="See them: backprop show-run"
+        )
+
+    def _folders(self) -> list[Path]:
+        try:
+            return sorted(p for p in self.path.iterdir() if not p.name.startswith(".") and p.is_dir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _next_sequence(self) -> int:
+        return 1 + max((c.sequence for c in self.read()), default=0)
+
+    def _make_room(self, need: int) -> None:
+        if shutil.disk_usage(self.path).free < need:
+            with contextlib.suppress(CheckpointInvalidError):
+                newest, _ = self.newest_whole()
+                for older in self.read():
+                    if newest and older.path != newest.path and not older.is_protected:
+                        self._remove(older.path)
+        require_free_space(self.path, need, "a checkpoint")
+
+    def _remove(self, folder: Path) -> None:
+        """Out of sight in one step, so that a kill leaves no half of it to be found."""
+        gone = folder.with_name(f".{folder.name}.old")
+        with coded_disk_errors(folder):
+            os.replace(folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """What a killed process was writing or removing."""
+        for leftover in self.path.glob(".*.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def save_checkpoint(
+    spec: TrainSpec,
+    emit: Emit,
+    write: Callable[[Path], None],
+    *,
+    rail: str,
+    step: int,
+    need: int,
+    reason: Reason = "schedule",
+    score: float | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
+    """Save one checkpoint of the run by the spec's keep policy, and tell it; the way of every rail.
+
+    Args:
+        write: Puts the rail's files into the empty folder that it is given.
+        need, reason, score, facts: As `CheckpointFolder.save`.
+
+    Raises:
+        DiskFullError, OutputNotWritableError: The earlier checkpoints stay.
+    """
+    began = time.perf_counter()
+    folder = CheckpointFolder(spec.folders.run, keep=spec.training.keep_checkpoints)
+    with folder.save(
+        run_id=spec.folders.run_id, rail=rail, step=step, need=need, reason=reason, score=score, facts=facts
+    ) as partial:
+        write(partial)
+    saved = folder.read()[0]
+    seconds = time.perf_counter() - began
+    emit(CheckpointSaved(step=step, path=str(saved.path), bytes=saved.bytes, seconds=seconds, reason=reason))
+
+
+def is_due(spec: TrainSpec, step: int) -> bool:
+    """Whether the schedule wants a checkpoint after ``step``; not after the last, which leaves the adapter."""
+    every = spec.training.save_steps
+    return every > 0 and step % every == 0 and step < spec.training.steps
+
+
+def read_manifest(folder: Path) -> Checkpoint | None:
+    """The checkpoint in ``folder``; None where its manifest is missing or damaged."""
+    try:
+        data = orjson.loads((folder / MANIFEST_FILE).read_bytes())
+        if data.pop("sha256") != _digest(data) or data["schema"] != CHECKPOINT_SCHEMA:
+            return None
+        names = ("run_id", "rail", "step", "sequence", "saved_at", "reason", "score", "facts", "files")
+        return Checkpoint(path=folder, **{name: data[name] for name in names})
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _settle_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Hash and fsync every file; folders below are fsynced too."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            fsync_folder(path)
+        elif path.name not in _NOT_HASHED:
+            fsync_file(path)
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+    return files
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Publish the manifest with its own digest; that fsyncs file and folder."""
+    body = {**manifest, "sha256": _digest(manifest)}
+    publish_bytes(folder / MANIFEST_FILE, orjson.dumps(body, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(dict(manifest), option=orjson.OPT_SORT_KEYS)).hexdigest()
