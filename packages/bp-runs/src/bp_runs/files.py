@@ -118,7 +118,7 @@ def publish_file(path: Path) -> Iterator[Path]:
     with coded_disk_errors(path):
         try:
             yield partial
-            _fsync_file(partial)
+            fsync_file(partial)
             _replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
