@@ -172,7 +172,7 @@ def test_a_stop_half_way_leaves_nothing_and_keeps_the_old_file(lora, format, err
     if format == "gguf":
         old = export_adapter(lora).path
         before = old.read_bytes()
-        expect(kind, ".*", lora, progress=stop, quantization="q4_k_m")
+        expect(kind, ".*", lora, progress=stop, force=True)
         assert old.read_bytes() == before
 
 
@@ -207,8 +207,24 @@ def test_what_stands_at_the_output_is_not_replaced(tmp_path, lora):
     keep = tmp_path / "keep"
     keep.mkdir()
     (keep / "precious.txt").write_text("x")
-    for format in ("lora", "merged"):
-        expect(OutputTakenError, "not empty", lora, format=format, output=keep)
-    expect(OutputTakenError, "no GGUF", lora, output=keep / "precious.txt")
-    expect(OutputTakenError, "is a folder", lora, output=keep)
-    expect(OutputTakenError, "not empty", lora, format="merged", output=tmp_path / "base")
+    for force, word in ((False, "not empty"), (True, "no export's folder")):
+        for format in ("lora", "merged", "mlx"):
+            expect(OutputTakenError, word, lora, format=format, output=keep, force=force)
+    expect(OutputTakenError, "exists", lora, output=keep / "precious.txt")
+    expect(OutputTakenError, "no GGUF", lora, output=keep / "precious.txt", force=True)
+    expect(OutputTakenError, "is a folder", lora, output=keep, force=True)
+
+
+@pytest.mark.parametrize("format", ["gguf", "merged", "lora", "mlx", "gguf-adapter", "ollama-adapter"])
+def test_an_earlier_export_is_replaced_only_by_force(lora, format):
+    words = {"format": format, "ollama_base": "x"}
+    first = export_adapter(lora, **words)
+    assert "--force" in expect(OutputTakenError, "exists", lora, **words).way_out
+    again = export_adapter(lora, **words, force=True)
+    assert (again.path, again.sha256) == (first.path, first.sha256)
+
+
+@pytest.mark.parametrize("format", ["merged", "lora", "mlx"])
+def test_what_is_exported_is_never_replaced_by_it(tmp_path, base, lora, format):
+    for place in (lora, tmp_path, *([base] if format == "merged" else [])):
+        expect(OutputTakenError, "holds what is to be exported", lora, format=format, output=place, force=True)

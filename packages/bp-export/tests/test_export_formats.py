@@ -10,7 +10,8 @@ import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 
 from bp_export import QUANTIZATIONS, LlamaChat, read_settings
-from bp_export.cli import QUANTIZATION_NAMES, main
+from bp_export.cli import main
+from bp_export.commands.export import QUANTIZATION_NAMES
 from bp_export.errors import ChatFailedError
 from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
 

@@ -61,7 +61,7 @@ def test_an_importance_matrix_does_what_it_does_in_llama_quantize(tmp_path, quan
     export_adapter(base, quantization=quantization, output=ours, importance=tmp_path / "matrix")
     llama_quantize(plain, theirs, quantization, matrix)
     assert ours.read_bytes() == theirs.read_bytes()
-    export_adapter(base, quantization=quantization, output=plain)
+    export_adapter(base, quantization=quantization, output=plain, force=True)
     assert ours.read_bytes() != plain.read_bytes()
 
 

@@ -1,109 +1,47 @@
-"""Registration against a strict stand-in for Ollama's server: it checks digests, order and fields, and can fail."""
+"""Registration against a strict stand-in for Ollama's server of both generations: upload, create, show, and a chat."""
 
 import hashlib
 import json
-import re
 import socket
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from export_pico import export_adapter, write_base
+from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
+from fake_ollama import serve
 
-from bp_export import ask_model, list_models, register_gguf, remove_model, require_ollama, takes_adapters
+from bp_export import (
+    LlamaChat,
+    ask_model,
+    list_models,
+    register_adapter,
+    register_gguf,
+    remove_model,
+    require_ollama,
+    stream_answer,
+    takes_adapters,
+)
 from bp_export.cli import main
-from bp_export.errors import OllamaRegistrationError
+from bp_export.errors import AdapterFormatError, OllamaNameTakenError, OllamaRegistrationError
+from bp_export.ollama import FIRST_QUESTION
+from bp_merge import AdapterMismatchError
 
-FIELDS = {"model", "files", "template", "system", "parameters", "license", "messages", "stream"}
+skip_without_llama_cpp()
 
-
-class FakeOllama(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def reply(self, status, data=None, lines=None):
-        body = b"" if data is None else json.dumps(data).encode()
-        if lines is not None:
-            body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_HEAD(self):
-        self.server.calls.append("HEAD")
-        digest = self.path.removeprefix("/api/blobs/")
-        known = re.fullmatch(r"sha256:[0-9a-f]{64}", digest)
-        self.reply(400 if not known else 200 if digest in self.server.blobs else 404)
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.calls.append(self.path.split("/")[2])
-        getattr(self, self.path.split("/")[2])(body)
-
-    def blobs(self, body):
-        digest = self.path.removeprefix("/api/blobs/")
-        got = "sha256:" + hashlib.sha256(body).hexdigest()
-        if got != digest or self.server.failure == "digest":
-            self.reply(400, {"error": f'digest mismatch, expected "{digest}", got "{got}"'})
-            return
-        self.server.blobs.add(digest)
-        self.reply(201)
-
-    def create(self, body):
-        request = json.loads(body)
-        assert set(request) <= FIELDS
-        assert all(not name.startswith("/") and ".." not in name for name in request["files"])
-        if self.server.failure == "status":
-            self.reply(400, {"error": "invalid model name"})
-            return
-        lines = [{"status": "parsing GGUF"}]
-        if not set(request["files"].values()) <= self.server.blobs:
-            lines.append({"error": "blob not found"})
-        elif self.server.failure == "stream":
-            lines.append({"error": "supplied file was not in GGUF format"})
-        elif self.server.failure != "short":
-            lines += [{"status": "writing manifest"}, {"status": "success"}]
-            self.server.models[request["model"]] = request
-        self.reply(200, lines=lines)
-
-    def show(self, body):
-        request = self.server.models[json.loads(body)["model"]]
-        own = "{{ .Prompt }}" if self.server.is_old else ""
-        self.reply(200, {"template": request.get("template", own), "parameters": ""})
-
-    def chat(self, body):
-        request = json.loads(body)
-        if request["model"] not in self.server.models:
-            self.reply(404, {"error": f"model '{request['model']}' not found"})
-            return
-        self.reply(200, {"message": {"role": "assistant", "content": "hi"}, "done": True, "done_reason": "stop"})
-
-    def do_GET(self):
-        if self.path == "/api/version":
-            self.reply(200, {"version": "0.32.15"})
-        else:
-            names = [{"name": name, "size": 1, "digest": "x"} for name in self.server.models]
-            self.reply(200, {"models": names})
-
-    def do_DELETE(self):
-        name = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["model"]
-        known = self.server.models.pop(name, None)
-        self.reply(200 if known else 404, None if known else {"error": f"model '{name}' not found"})
+QUESTION = [{"role": "user", "content": "the cat"}]
 
 
 @pytest.fixture
-def ollama():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeOllama)
-    server.blobs, server.models, server.calls, server.failure, server.is_old = set(), {}, [], None, False
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    yield server
-    server.shutdown()
-    server.server_close()
+def ollama(tmp_path):
+    """The new generation."""
+    (tmp_path / "server").mkdir()
+    with serve(tmp_path / "server") as server:
+        yield server
+
+
+@pytest.fixture
+def old_ollama(tmp_path):
+    (tmp_path / "old").mkdir()
+    with serve(tmp_path / "old", "0.24.0") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -112,69 +50,138 @@ def model(tmp_path_factory):
     return export_adapter(write_base(folder / "base"), quantization="q8_0").path
 
 
-def test_a_model_is_uploaded_created_and_looked_at(ollama, model):
+def test_a_model_is_uploaded_created_looked_at_and_asked(ollama, model):
     seen = []
     made = register_gguf(
-        model,
-        "me/pico:latest",
-        host=ollama.url,
-        system="Be short.",
-        context=512,
-        license="MIT",
-        status=seen.append,
+        model, "me/pico:latest", host=ollama.url, system="Be short.", context=512, license="MIT", status=seen.append
     )
-    assert ollama.calls == ["HEAD", "blobs", "create", "show"]
-    request = ollama.models["me/pico:latest"]
+    assert ollama.calls == ["HEAD", "blobs", "create", "show", "chat"]
+    request = ollama.models["me/pico:latest"]["request"]
     assert request["parameters"] == {"repeat_penalty": 1.0, "stop": ["<|im_end|>"], "num_ctx": 512}
-    assert request["system"] == "Be short."
-    assert request["license"] == "MIT"
+    assert (request["system"], request["license"]) == ("Be short.", "MIT")
     assert request["files"] == {model.name: "sha256:" + hashlib.sha256(model.read_bytes()).hexdigest()}
-    assert seen == ["parsing GGUF", "writing manifest", "success"]
-    assert not made.is_raw
     assert "template" not in request
-    assert made.stop == ("<|im_end|>",)
+    assert seen[0].startswith("uploading base-q8_0.gguf")
+    assert (seen[1], seen[-1]) == ("parsing GGUF", "success")
+    assert (made.version, made.is_raw, made.stop) == ("0.32.15", False, ("<|im_end|>",))
+    assert made.answer == ask_model(
+        "me/pico:latest", [{"role": "user", "content": FIRST_QUESTION}], ollama.url, max_tokens=16
+    )
+
+
+def test_what_llama_cpp_says_to_the_file_ollama_says(ollama, old_ollama, model):
+    with LlamaChat(model) as chat:
+        expected = chat.answer(QUESTION, max_tokens=6)
+    for server in (ollama, old_ollama):
+        register_gguf(model, "pico", host=server.url, question=None)
+        assert ask_model("pico", QUESTION, server.url, max_tokens=6) == expected
+    assert "".join(stream_answer("pico", QUESTION, ollama.url, max_tokens=6)) == expected
+    assert len(list(stream_answer("pico", QUESTION, ollama.url, max_tokens=6))) > 1
 
 
 def test_a_known_blob_is_not_sent_again(ollama, model):
-    register_gguf(model, "a", host=ollama.url)
-    made = register_gguf(model, "b", host=ollama.url, template="{{ .System }}")
+    register_gguf(model, "a", host=ollama.url, question=None)
+    made = register_gguf(model, "b", host=ollama.url, template="{{ .System }}", question=None)
     assert ollama.calls == ["HEAD", "blobs", "create", "show", "HEAD", "create", "show"]
     assert not made.is_raw
 
 
-def test_an_older_server_that_would_pass_prompts_raw_gets_a_go_template(ollama, model):
-    ollama.is_old = True
-    made = register_gguf(model, "pico", host=ollama.url)
-    assert ollama.calls == ["HEAD", "blobs", "create", "show", "create", "show"]
+def test_an_older_server_that_would_pass_prompts_raw_gets_a_go_template(old_ollama, model, monkeypatch):
+    monkeypatch.setattr("fake_ollama.find_go_template", lambda jinja: None)  # it knows no template by heart
+    made = register_gguf(model, "pico", host=old_ollama.url, question=None)
+    assert old_ollama.calls == ["HEAD", "blobs", "create", "show", "create", "show"]
     assert "<|im_start|>{{ .Role }}" in made.template
     assert not made.is_raw
-    assert register_gguf(model, "raw", host=ollama.url, template="{{ .Prompt }}").is_raw
+    assert register_gguf(model, "raw", host=old_ollama.url, template="{{ .Prompt }}", question=None).is_raw
 
 
-def test_the_system_message_that_the_template_adds_goes_along(ollama, tmp_path):
+def test_the_system_message_that_the_template_adds_goes_along_and_so_does_the_licence(ollama, tmp_path):
     base = write_base(tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Pico\n")
     template = (base / "chat_template.jinja").read_text()
     first = "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Smol.<|im_end|>\n{% endif %}"
     (base / "chat_template.jinja").write_text(first + template)
     path = export_adapter(base, quantization="q8_0").path
-    register_gguf(path, "a", host=ollama.url)
-    register_gguf(path, "b", host=ollama.url, system="Mine.")
-    assert [ollama.models[name]["system"] for name in "ab"] == ["You are Smol.", "Mine."]
+    register_gguf(path, "a", host=ollama.url, question=None)
+    register_gguf(path, "b", host=ollama.url, system="Mine.", license="Mine too.", question=None)
+    requests = [ollama.models[f"{name}:latest"]["request"] for name in "ab"]
+    assert [r["system"] for r in requests] == ["You are Smol.", "Mine."]
+    assert [r["license"] for r in requests] == ["apache-2.0", "Mine too."]
 
 
-def test_models_are_listed_asked_and_removed(ollama, model, capsys):
+def test_a_name_that_is_taken_is_refused_before_the_upload(ollama, model, tmp_path, capsys):
+    register_gguf(model, "Pico", host=ollama.url, question=None)
+    calls = len(ollama.calls)
+    for name in ("pico", "pico:latest", "library/pico"):
+        with pytest.raises(OllamaNameTakenError, match="Pico:latest"):
+            register_gguf(model, name, host=ollama.url)
+    argv = [str(write_base(tmp_path / "late")), "--ollama-name", "pico", "--ollama-host", ollama.url]
+    assert main(argv) == 1
+    assert "[INPUT_OLLAMA_NAME_TAKEN]" in capsys.readouterr().err
+    assert not list(tmp_path.glob("late-*.gguf"))
+    assert len(ollama.calls) == calls
+    register_gguf(model, "pico:other", host=ollama.url, question=None)
+    register_gguf(model, "Pico", host=ollama.url, force=True, context=64, question=None)
+    assert ollama.models["Pico:latest"]["parameters"]["num_ctx"] == 64
+
+
+def test_models_are_registered_listed_asked_and_removed_from_the_command_line(ollama, model, capsys):
     assert require_ollama(ollama.url) == "0.32.15"
     assert main(["ollama", "--host", ollama.url, "register", str(model), "pico", "--context", "256"]) == 0
-    assert [m.name for m in list_models(ollama.url)] == ["pico"]
-    assert ask_model("pico", [{"role": "user", "content": "hello"}], ollama.url) == "hi"
+    assert "ollama run pico" in capsys.readouterr().out
+    assert [m.name for m in list_models(ollama.url)] == ["pico:latest"]
+    assert main(["ollama", "--host", ollama.url, "list"]) == 0
+    assert capsys.readouterr().out.startswith("pico:latest ")
     assert main(["ollama", "--host", ollama.url, "--json", "list"]) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])[0]["name"] == "pico"
-    remove_model("pico", ollama.url)
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "pico:latest"
+    assert main(["ollama", "--host", ollama.url, "rm", "pico"]) == 0
     assert list_models(ollama.url) == []
+    capsys.readouterr()
     assert main(["ollama", "--host", ollama.url, "rm", "pico"]) == 2
     assert "not found" in capsys.readouterr().err
     with pytest.raises(OllamaRegistrationError, match="not found"):
-        ask_model("pico", [], ollama.url)
+        remove_model("pico", ollama.url)
+    with pytest.raises(OllamaRegistrationError, match="not found"):
+        ask_model("pico", QUESTION, ollama.url)
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """An adapter for Ollama on the model ``pico`` there."""
+    folder = tmp_path_factory.mktemp("shipped")
+    lora = write_lora(folder / "lora", write_base(folder / "base"))
+    return export_adapter(lora, format="ollama-adapter", ollama_base="pico").path
+
+
+def test_an_adapter_goes_on_a_base_that_the_server_has(old_ollama, model, shipped, capsys):
+    register_gguf(model, "pico", host=old_ollama.url, question=None)
+    assert main(["ollama", "--host", old_ollama.url, "--json", "register", str(shipped), "tuned"]) == 0
+    made = json.loads(capsys.readouterr().out)[0]
+    assert made["answer"] != ask_model(
+        "pico", [{"role": "user", "content": FIRST_QUESTION}], old_ollama.url, max_tokens=16
+    )
+    request = old_ollama.models["tuned:latest"]["request"]
+    assert (request["from"], list(request["adapters"])) == ("pico", ["adapter.gguf"])
+    assert request["parameters"]["stop"] == ["<|im_end|>"]
+
+
+def test_an_adapter_on_another_base_is_refused(old_ollama, shipped, tmp_path):
+    other = export_adapter(write_base(tmp_path / "other", layers=3), quantization="q8_0").path
+    register_gguf(other, "pico", host=old_ollama.url, question=None)
+    with pytest.raises(AdapterMismatchError, match="block_count"):
+        register_adapter(shipped, "tuned", host=old_ollama.url)
+    with pytest.raises(AdapterFormatError, match="no folder of the format"):
+        register_adapter(tmp_path, "tuned", host=old_ollama.url)
+
+
+def test_from_0_34_1_on_adapters_are_refused_and_the_merged_gguf_named(tmp_path, shipped, model):
+    with serve(tmp_path, "0.34.1") as ollama:
+        for path, register in ((shipped, register_adapter), (shipped / "adapter.gguf", register_gguf)):
+            with pytest.raises(OllamaRegistrationError, match="adapter") as caught:
+                register(path, "tuned", host=ollama.url)
+            assert "--format gguf" in caught.value.way_out
+        assert ollama.calls == []
+        assert register_gguf(model, "merged", host=ollama.url).answer is not None
 
 
 @pytest.mark.parametrize(("version", "yes"), [("0.24.0", True), ("0.34.0", True), ("0.34.1", False), ("1.0", False)])
@@ -197,12 +204,18 @@ def test_an_absent_server_is_noticed_before_the_export(tmp_path):
         ("status", "invalid model name"),
         ("stream", "not in GGUF format"),
         ("short", "did not report success"),
+        ("runner", "unexpectedly stopped"),
+        ("die in blobs", "broke off|does not answer"),
+        ("die in create", "broke off|does not answer"),
+        ("die in a stream", "broke off|did not report"),
+        ("die in chat", "broke off|does not answer"),
     ],
 )
-def test_refusals_are_one_coded_error(ollama, model, failure, word):
+def test_refusals_and_deaths_are_one_coded_error(ollama, model, failure, word):
     ollama.failure = failure
     with pytest.raises(OllamaRegistrationError, match=word):
         register_gguf(model, "pico", host=ollama.url)
+    assert model.is_file()
 
 
 def test_an_absent_server_says_how_to_start_it(model):
@@ -237,6 +250,6 @@ def test_the_command_registers_and_keeps_the_file_when_that_fails(ollama, tmp_pa
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["ollama"] == "pico"
     ollama.failure = "stream"
-    assert main(arguments) == 2
+    assert main([*arguments, "--force"]) == 2
     assert "[DEP_OLLAMA_REGISTRATION_FAILED]" in capsys.readouterr().err
     assert (tmp_path / "base-q8_0.gguf").is_file()

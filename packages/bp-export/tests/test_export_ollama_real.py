@@ -3,10 +3,19 @@
 import os
 
 import pytest
-from export_pico import export_adapter, write_base
+from export_pico import export_adapter, write_base, write_lora
 
-from bp_export import ask_model, list_models, register_gguf, remove_model, require_ollama
-from bp_export.errors import OllamaRegistrationError
+from bp_export import (
+    ask_model,
+    list_models,
+    register_adapter,
+    register_gguf,
+    remove_model,
+    require_ollama,
+    takes_adapters,
+)
+from bp_export.errors import OllamaNameTakenError, OllamaRegistrationError
+from bp_export.ollama import FIRST_QUESTION
 
 pytestmark = pytest.mark.ollama
 
@@ -25,15 +34,40 @@ def host():
 def test_upload_create_show_chat_list_remove(host, tmp_path):
     path = export_adapter(write_base(tmp_path / "base", hidden=256, inner=256), quantization="q8_0").path
     seen = []
-    made = register_gguf(path, "bp-pico:test", host=host, context=256, system="Be short.", status=seen.append)
+    made = register_gguf(
+        path, "bp-pico:test", host=host, context=256, system="Be short.", force=True, status=seen.append
+    )
     try:
         assert seen[-1] == "success"
         assert not made.is_raw
+        assert made.answer is not None
+        with pytest.raises(OllamaNameTakenError):
+            register_gguf(path, "bp-pico:test", host=host)
         assert "bp-pico:test" in [model.name for model in list_models(host)]
         assert isinstance(ask_model("bp-pico:test", [{"role": "user", "content": "the cat"}], host, max_tokens=4), str)
     finally:
         remove_model("bp-pico:test", host)
     assert "bp-pico:test" not in [model.name for model in list_models(host)]
+
+
+def test_an_adapter_on_its_base_or_the_way_out_where_the_server_takes_none(host, tmp_path):
+    base = write_base(tmp_path / "base", hidden=256, inner=256)
+    path = export_adapter(base, quantization="q8_0").path
+    register_gguf(path, "bp-base:test", host=host, force=True, question=None)
+    shipped = export_adapter(
+        write_lora(tmp_path / "lora", base), format="ollama-adapter", ollama_base="bp-base:test"
+    ).path
+    try:
+        if takes_adapters(require_ollama(host)):
+            tuned = register_adapter(shipped, "bp-tuned:test", host=host, force=True, context=256)
+            question = [{"role": "user", "content": FIRST_QUESTION}]
+            assert tuned.answer != ask_model("bp-base:test", question, host, max_tokens=16)
+            remove_model("bp-tuned:test", host)
+        else:
+            with pytest.raises(OllamaRegistrationError, match="takes no adapters"):
+                register_adapter(shipped, "bp-tuned:test", host=host)
+    finally:
+        remove_model("bp-base:test", host)
 
 
 def test_errors_inside_its_streams_are_errors(host, tmp_path):

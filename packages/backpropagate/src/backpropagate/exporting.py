@@ -57,6 +57,7 @@ def export_adapter(
     verify: bool | None = None,
     ollama: bool = False,
     ollama_name: str | None = None,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportResult:
     """Export an adapter folder.
@@ -69,6 +70,7 @@ def export_adapter(
         ollama_base: For ``ollama-adapter``: the base's name in Ollama, or a GGUF of it.
         ollama: Register the GGUF with the Ollama that runs here.
         ollama_name: Its name there, which registers it too; default: the file's name.
+        force: Whether an earlier export, and a model of that name in Ollama, may be replaced.
         verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
 
     Raises:
@@ -82,7 +84,7 @@ def export_adapter(
         raise InvalidSettingError("Ollama takes one file, and this would be several", way_out="Leave out: --split-mib")
     folder = read_adapter_folder(adapter)
     if wants_ollama:
-        bp_export.require_ollama(ollama_host(os.environ), name=ollama_name)
+        bp_export.require_ollama(ollama_host(os.environ), name=ollama_name, force=force)
     base_folder = None
     if format not in ("lora", "mlx"):
         revision = None if base else folder.config.get("revision")
@@ -100,6 +102,7 @@ def export_adapter(
             importance=importance,
             split_bytes=split_bytes,
             ollama_base=ollama_base,
+            force=force,
             verify=verify,
             progress=progress,
         )
@@ -109,7 +112,7 @@ def export_adapter(
     run_id, context = _note_in_run(adapter, folder.run_id, _build_artifact(outcome))
     registered = (ollama_name or outcome.path.stem) if wants_ollama else None
     if registered is not None:
-        bp_export.register_gguf(outcome.path, registered, host=ollama_host(os.environ), context=context)
+        bp_export.register_gguf(outcome.path, registered, host=ollama_host(os.environ), context=context, force=force)
     return ExportResult(outcome=outcome, ollama=registered, run_id=run_id)
 
 

@@ -134,6 +134,7 @@ class Trainer:
         output: str | Path | None = None,
         verify: bool | None = None,
         ollama_name: str | None = None,
+        force: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> ExportResult:
         """Export the newest adapter of the output folder.
@@ -144,6 +145,7 @@ class Trainer:
             output: The file (GGUF) or folder to write; default: beside the adapter.
             verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
             ollama_name: Register the GGUF with a running Ollama under this name.
+            force: Whether an earlier export, and a model of that name in Ollama, may be replaced.
             progress: Called with bytes written and bytes in all.
 
         Raises:
@@ -157,6 +159,7 @@ class Trainer:
             output=None if output is None else Path(output),
             verify=verify,
             ollama_name=ollama_name,
+            force=force,
             progress=progress,
         )
 

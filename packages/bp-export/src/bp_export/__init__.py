@@ -14,16 +14,8 @@ if TYPE_CHECKING:
     from bp_export.export import ExportOutcome, Format, export_adapter, plan_export
     from bp_export.gguf import read_settings, read_stop_strings
     from bp_export.mixture import QUANTIZATIONS
-    from bp_export.ollama import (
-        ListedModel,
-        OllamaModel,
-        ask_model,
-        list_models,
-        register_gguf,
-        remove_model,
-        require_ollama,
-        takes_adapters,
-    )
+    from bp_export.ollama import OllamaModel, ask_model, register_adapter, register_gguf, stream_answer
+    from bp_export.ollamaserver import ListedModel, list_models, remove_model, require_ollama, takes_adapters
     from bp_export.parity import is_verifiable
     from bp_export.report import BOUNDS, Bound, ParityCheck, ParityReport
 
@@ -46,19 +38,23 @@ __all__ = [
     "plan_export",
     "read_settings",
     "read_stop_strings",
+    "register_adapter",
     "register_gguf",
     "remove_model",
     "require_ollama",
+    "stream_answer",
     "takes_adapters",
 ]
 
 _MODULES = {
-    "ListedModel": "ollama",
+    "ListedModel": "ollamaserver",
     "ask_model": "ollama",
-    "list_models": "ollama",
-    "remove_model": "ollama",
-    "require_ollama": "ollama",
-    "takes_adapters": "ollama",
+    "list_models": "ollamaserver",
+    "register_adapter": "ollama",
+    "remove_model": "ollamaserver",
+    "require_ollama": "ollamaserver",
+    "stream_answer": "ollama",
+    "takes_adapters": "ollamaserver",
     "ExportPlan": "dryrun",
     "plan_export": "export",
     "BOUNDS": "report",

@@ -9,7 +9,8 @@
     ├── QuantizationUnknownError     INPUT_EXPORT_QUANTIZATION            no such --quantization, or not for this format
     ├── AdapterFormatError           INPUT_EXPORT_ADAPTER_FORMAT          the format cannot say what the adapter does
     ├── ImportanceInvalidError       INPUT_EXPORT_IMPORTANCE              the importance matrix is damaged or another's
-    └── OutputTakenError             INPUT_EXPORT_OUTPUT_TAKEN            something else is where the output should go
+    ├── OutputTakenError             INPUT_EXPORT_OUTPUT_TAKEN            something is where the output should go
+    └── OllamaNameTakenError         INPUT_OLLAMA_NAME_TAKEN              Ollama has a model of that name
     DependencyError (bp_runs)
     ├── GgmlMissingError             DEP_GGML_MISSING                     ggml's library is not installed or not whole
     ├── LlamaCppMissingError         DEP_LLAMA_CPP_MISSING                the extra `verify` is not installed
@@ -95,8 +96,16 @@ class OutputTakenError(UserError):
     """The output's place is taken by something that an export must not replace."""
 
     code = "INPUT_EXPORT_OUTPUT_TAKEN"
-    when = "The output exists and is not an earlier export: a folder with files in it, or a file that is no GGUF."
-    default_way_out = "Choose another place: --output ./output/export"
+    when = "The output exists. --force replaces a GGUF or the folder of an earlier export, and nothing else."
+    default_way_out = "Replace it with --force, or choose another place: --output ./output/export"
+
+
+class OllamaNameTakenError(UserError):
+    """Ollama has a model of that name."""
+
+    code = "INPUT_OLLAMA_NAME_TAKEN"
+    when = "Ollama has a model of the asked-for name, which it would replace without a word."
+    default_way_out = "Replace it with --force, or choose another name: --ollama-name my-model-2"
 
 
 class GgmlMissingError(DependencyError):

@@ -20,14 +20,14 @@ from bp_export.errors import (
     BaseModelNotFoundError,
     LlamaCppMissingError,
     ModelInvalidError,
-    OutputTakenError,
     QuantizationUnknownError,
 )
-from bp_export.gguf import MAGIC, name_split
+from bp_export.gguf import name_split
 from bp_export.importance import read_importance
 from bp_export.merged import copy_adapter, write_merged
 from bp_export.mixture import Quantization, read_quantization
 from bp_export.modelfile import write_ollama_adapter
+from bp_export.outputs import require_free_file, require_free_folder
 from bp_export.parity import is_verifiable, verify_gguf
 from bp_export.plan import GgufPlan, build_plan, read_config
 from bp_export.report import ParityReport
@@ -70,6 +70,11 @@ class _Source:
     tokenizer: Path
     name: str
 
+    @property
+    def folders(self) -> list[Path]:
+        """What is read, and must not be replaced by what is written."""
+        return [self.base, self.tokenizer, *([self.adapter.folder.path] if self.adapter else [])]
+
 
 def export_adapter(
     adapter: Path,
@@ -83,6 +88,7 @@ def export_adapter(
     importance: Path | None = None,
     split_bytes: int | None = None,
     ollama_base: str | None = None,
+    force: bool = False,
     threads: int | None = None,
     verify: bool | None = None,
     prompts: Sequence[Messages] | None = None,
@@ -106,6 +112,7 @@ def export_adapter(
         importance: An importance matrix for the GGUF's quantizers: a file of llama-imatrix, GGUF or .dat.
         split_bytes: Most bytes of tensors a file; a larger GGUF becomes several, and the outcome names the first.
         ollama_base: What ``ollama-adapter`` goes on: a model's name there, or the path of a GGUF of the base.
+        force: Whether an earlier GGUF, or the folder of an earlier export, may be replaced.
         threads: Threads that quantize; None for the machine's cores, at most 8.
         verify: Whether to load the GGUF in llama.cpp and compare it with the model; None for where that is installed.
         prompts: Conversations to compare it on, such as held-out ones; None for the package's own.
@@ -120,26 +127,26 @@ def export_adapter(
     if format not in get_args(Format):
         raise QuantizationUnknownError(f"there is no format {format!r}; there are {', '.join(get_args(Format))}")
     if format in ("lora", "mlx"):
-        return _export_folder(adapter, format, output, name, begun)
+        return _export_folder(adapter, format, output, name, force=force, begun=begun)
     asked = read_quantization(quantization)
     verify = _decide_to_verify(verify)
     source = _read_source(adapter, base, name)
     with FoldedModel(TensorReader(read_model_index(source.base)), source.adapter) as model:
         if format == "merged":
             target = output or adapter.parent / f"{source.name}-merged"
-            _require_free_folder(target)
+            require_free_folder(target, force=force, sources=source.folders)
             size, sha256 = write_merged(model, source.base, source.tokenizer, target, progress=progress)
             seconds = time.monotonic() - begun
             return ExportOutcome(target, format, None, size, len(model.tensors), seconds, sha256)
         if format in ("gguf-adapter", "ollama-adapter"):
             target = output or adapter.parent / f"{source.name}{_ADAPTER_ENDS[format]}"
-            return _export_adapter_alone(source, model, target, format, runs_on=ollama_base, begun=begun)
+            return _export_adapter_alone(source, model, target, format, runs_on=ollama_base, force=force, begun=begun)
         target = output or adapter.parent / f"{source.name}-{asked.name}.gguf"
         plan = _plan(source, model, asked, pre, importance)
         groups = cut_plan(plan, split_bytes) if split_bytes else [list(plan.tensors)]
         paths = [name_split(target, i, len(groups)) for i in range(1, len(groups) + 1)] if len(groups) > 1 else [target]
         for path in paths:
-            _require_free_file(path)
+            require_free_file(path, force=force)
         require_folder(target.parent)
         require_free_space(target.parent, plan.disk_bytes, f"the {asked.name} GGUF")
         if len(groups) > 1:
@@ -201,7 +208,7 @@ def _plan(
 
 
 def _export_adapter_alone(
-    source: _Source, model: FoldedModel, target: Path, format: Format, *, runs_on: str | None, begun: float
+    source: _Source, model: FoldedModel, target: Path, format: Format, *, runs_on: str | None, force: bool, begun: float
 ) -> ExportOutcome:
     if source.adapter is None:
         raise AdapterFormatError(f"{source.base} is a model and not an adapter")
@@ -209,7 +216,7 @@ def _export_adapter_alone(
     config = read_config(source.base)
     architecture = find_architecture(config)
     if format == "gguf-adapter":
-        _require_free_file(target)
+        require_free_file(target, force=force)
         require_folder(target.parent)
         written = write_gguf_adapter(model, source.adapter, architecture, target, name=source.name)
     else:
@@ -218,7 +225,7 @@ def _export_adapter_alone(
                 "an adapter for Ollama goes on a model there, and none is named",
                 way_out="Name the same base as Ollama has it, or a GGUF of it: --ollama-base smollm2:135m",
             )
-        _require_free_folder(target)
+        require_free_folder(target, force=force, sources=source.folders)
         words = read_vocabulary(source.tokenizer, vocab_size=None, model_config=config, pre="default")
         written = write_ollama_adapter(
             model,
@@ -240,11 +247,13 @@ def _decide_to_verify(asked: bool | None) -> bool:
     return is_verifiable() if asked is None else asked
 
 
-def _export_folder(adapter: Path, format: Format, output: Path | None, name: str | None, begun: float) -> ExportOutcome:
+def _export_folder(
+    adapter: Path, format: Format, output: Path | None, name: str | None, *, force: bool, begun: float
+) -> ExportOutcome:
     """The forms of an adapter that need no base."""
     folder = read_adapter_folder(adapter)
     target = output or adapter.parent / f"{name or _name_after(folder.base)}-{format}"
-    _require_free_folder(target)
+    require_free_folder(target, force=force, sources=[adapter])
     if format == "mlx":
         loaded = load_adapter(adapter)
         require_plain(loaded, format)
@@ -289,19 +298,3 @@ def _name_after(base: str) -> str:
     if len(parts) > 2 and parts[-2] == "snapshots":
         parts = parts[-3].split("--")
     return f"{parts[-1] if parts else 'model'}-tuned"
-
-
-def _require_free_folder(path: Path) -> None:
-    """An output folder replaces only an empty one: what else stands there might be anything."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise OutputTakenError(f"{path} exists and is not empty")
-
-
-def _require_free_file(path: Path) -> None:
-    """An output file replaces only an earlier GGUF."""
-    if path.is_dir():
-        raise OutputTakenError(f"{path} is a folder", way_out=f"Name a file: --output {path / 'model.gguf'}")
-    if path.exists():
-        with path.open("rb") as file:
-            if file.read(len(MAGIC)) not in (MAGIC, b""):
-                raise OutputTakenError(f"{path} exists and is no GGUF")

@@ -1,13 +1,19 @@
 """An adapter for Ollama by itself: a folder with a GGUF LoRA and the Modelfile that puts it on a model there.
 
+    adapter.gguf   the LoRA, as llama.cpp reads it
+    Modelfile      FROM, ADAPTER and stop words, for `ollama create`
+    base.json      {"base", "config_sha256", "from", "layout": {GGUF key: value}, "stop"}
+
 Ollama 0.34.1 and later refuse adapters; the way there is a merged GGUF.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader
@@ -19,6 +25,24 @@ from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter
 from bp_runs.files import publish_folder, publish_json, sha256_file
 
 ADAPTER_FILE, MODELFILE, BASE_FILE = "adapter.gguf", "Modelfile", "base.json"
+
+
+@dataclass(frozen=True, slots=True)
+class OllamaAdapter:
+    """A folder that `write_ollama_adapter` wrote, read back."""
+
+    path: Path
+    """The adapter's GGUF."""
+    runs_on: str
+    """A model's name in Ollama, or the path of a GGUF."""
+    layout: Mapping[str, Any]
+    """GGUF settings that its base has: architecture, layers, width."""
+    stop: tuple[str, ...]
+
+    @property
+    def base_file(self) -> Path | None:
+        """The base's GGUF, where it is one and not a name."""
+        return Path(self.runs_on) if self.runs_on.endswith(".gguf") else None
 
 
 def write_ollama_adapter(
@@ -59,9 +83,58 @@ def write_ollama_adapter(
         (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
         publish_json(
             folder / BASE_FILE,
-            {"base": adapter.folder.base, "config_sha256": sha256_file(base / "config.json"), "from": runs_on},
+            {
+                "base": adapter.folder.base,
+                "config_sha256": sha256_file(base / "config.json"),
+                "from": runs_on,
+                "layout": _read_layout(architecture),
+                "stop": list(stop),
+            },
         )
     return tensors, sum(file.stat().st_size for file in output.iterdir()), sha256
+
+
+def read_ollama_adapter(folder: Path) -> OllamaAdapter:
+    """Read the folder back.
+
+    Raises:
+        AdapterFormatError: It is no such folder, or the base's GGUF is gone.
+    """
+    try:
+        told = json.loads((folder / BASE_FILE).read_bytes())
+        found = OllamaAdapter(folder / ADAPTER_FILE, str(told["from"]), dict(told["layout"]), tuple(told["stop"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterFormatError(
+            f"{folder} is no folder of the format ollama-adapter",
+            cause=str(error),
+            way_out="Write one: --format ollama-adapter --ollama-base NAME; or register a GGUF.",
+        ) from error
+    for file in (found.path, *([found.base_file] if found.base_file else [])):
+        if not file.is_file():
+            raise AdapterFormatError(f"{file} is missing", way_out="Export the adapter again: --format ollama-adapter")
+    return found
+
+
+def require_same_layout(adapter: OllamaAdapter, settings: Mapping[str, Any]) -> None:
+    """Compare a base that Ollama has with the adapter's by architecture, layers and width; its weights stay unseen.
+
+    Raises:
+        AdapterMismatchError: One differs.
+    """
+    for key, expected in adapter.layout.items():
+        if settings.get(key) != expected:
+            raise AdapterMismatchError(
+                f"{adapter.runs_on} is not the adapter's base: its {key} is {settings.get(key)}, and not {expected}"
+            )
+
+
+def _read_layout(architecture: Architecture) -> dict[str, Any]:
+    name = architecture.name
+    return {
+        "general.architecture": name,
+        f"{name}.block_count": architecture.layers,
+        f"{name}.embedding_length": architecture.width,
+    }
 
 
 def check_base(path: Path, model: FoldedModel, architecture: Architecture) -> None:

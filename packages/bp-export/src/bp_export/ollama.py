@@ -1,38 +1,41 @@
-"""Register a GGUF with Ollama over its HTTP API: upload the blob, create the model, look at what it became.
+"""Register a GGUF, or an adapter, with Ollama: upload the blobs, create the model, look at it, and ask it once.
 
-The protocol is Ollama's docs/api.md. Two of its traits shape this client: an error may come as a line of a stream whose
-status is 200, so every line is read and only ``success`` means done; and the stop words are sent always, since older
-servers know none for a template that they do not recognise.
+The stop words are sent always, since older servers know none for a template that they do not recognise.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
+
+from ollama import Client
 
 from bp_export.errors import OllamaRegistrationError
 from bp_export.gguf import read_settings, read_stop_strings
 from bp_export.gotemplates import find_go_template
+from bp_export.modelfile import OllamaAdapter, read_ollama_adapter, require_same_layout
+from bp_export.ollamaserver import (
+    MERGED_WAY,
+    connect,
+    find_server,
+    has_blob,
+    read_version,
+    require_free_name,
+    require_name,
+    takes_adapters,
+)
 from bp_export.template import find_default_system
 from bp_runs.files import sha256_file
 
-DEFAULT_HOST = "http://127.0.0.1:11434"
-_BLOCK_BYTES = 2**20
-_SECONDS, _LOOK_SECONDS = 600.0, 10.0
-_JSON: Mapping[str, str] = MappingProxyType({"Content-Type": "application/json"})
+FIRST_QUESTION = "Say hello in one short sentence."
+_FIRST_TOKENS = 16
 _RAW = "{{ .Prompt }}"
-_ENDED_ADAPTERS = (0, 34, 1)
-_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
-_NAME = re.compile(rf"({_PART}(:\d+)?/)?({_PART}/)?{_PART}(:{_PART})?")
+# Ollama's own default for repetitions is 1.1, which is not what was trained nor what was verified.
+_PLAIN: Mapping[str, Any] = {"repeat_penalty": 1.0}
+
+Status = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,80 +44,16 @@ class OllamaModel:
 
     name: str
     host: str
+    version: str
+    """The server's."""
     template: str
     """What Ollama says it will use; empty where it leaves the template to the GGUF."""
     stop: tuple[str, ...]
     """The stop words that were sent."""
     is_raw: bool
     """Whether Ollama would pass prompts on without any template (old versions, unknown templates)."""
-
-
-@dataclass(frozen=True, slots=True)
-class ListedModel:
-    """A model that a server has."""
-
-    name: str
-    bytes: int
-    digest: str
-
-
-def require_ollama(host: str | None = None, *, name: str | None = None) -> str:
-    """The version of the server, for a look before hours of work.
-
-    Args:
-        host: The server; by default ``http://127.0.0.1:11434``.
-        name: A name that a model is going to have there.
-
-    Raises:
-        OllamaRegistrationError: It does not answer, or is no Ollama, or refuses such names.
-    """
-    if name is not None:
-        _require_name(name)
-    return str(_read_json(_get(host, "/api/version")).get("version", ""))
-
-
-def takes_adapters(version: str) -> bool:
-    """Whether a version takes LoRA adapters, and quantizes while it creates: both ended with 0.34.1."""
-    numbers = [int(part) for part in re.findall(r"\d+", version)[:3]]
-    return bool(numbers) and tuple(numbers) < _ENDED_ADAPTERS
-
-
-def list_models(host: str | None = None) -> list[ListedModel]:
-    """The models that a server has.
-
-    Raises:
-        OllamaRegistrationError: As `require_ollama`.
-    """
-    entries = _read_json(_get(host, "/api/tags")).get("models") or []
-    return [ListedModel(str(e["name"]), int(e.get("size", 0)), str(e.get("digest", ""))) for e in entries]
-
-
-def remove_model(name: str, host: str | None = None) -> None:
-    """Take a model away.
-
-    Raises:
-        OllamaRegistrationError: There is no such model, or the server does not answer.
-    """
-    body = json.dumps({"model": name}).encode()
-    _read_bytes(_send(_find_server(host), "/api/delete", body, _JSON, "DELETE"))
-
-
-def ask_model(
-    name: str, messages: Sequence[Mapping[str, str]], host: str | None = None, *, max_tokens: int = 128
-) -> str:
-    """A registered model's next message, always its likeliest tokens.
-
-    Raises:
-        OllamaRegistrationError: There is no such model, its runner fails, or the server does not answer.
-    """
-    # Ollama's own default for repetitions is 1.1, with which the likeliest token is often not taken.
-    options = {"temperature": 0, "seed": 0, "num_predict": max_tokens, "repeat_penalty": 1.0}
-    body = {"model": name, "messages": [dict(m) for m in messages], "stream": False, "options": options}
-    reply = _read_json(_open(_find_server(host), "/api/chat", json.dumps(body).encode()))
-    try:
-        return str(reply["message"]["content"])
-    except (KeyError, TypeError) as error:
-        raise OllamaRegistrationError("the answer is not Ollama's", cause=str(reply)[:200]) from error
+    answer: str | None
+    """Its first words to the question that tries it; None where it was not asked."""
 
 
 def register_gguf(
@@ -127,9 +66,11 @@ def register_gguf(
     context: int | None = None,
     stop: Sequence[str] | None = None,
     license: str | None = None,
-    status: Callable[[str], None] | None = None,
+    force: bool = False,
+    question: str | None = FIRST_QUESTION,
+    status: Status | None = None,
 ) -> OllamaModel:
-    """Upload a GGUF and create a model of it; one of the same name is replaced, as Ollama does.
+    """Upload a GGUF, create a model of it, look at what it became, and ask it once.
 
     Args:
         path: The GGUF.
@@ -141,41 +82,152 @@ def register_gguf(
             on raw, the one in `bp_export.gotemplates` that fits the GGUF's own.
         context: Tokens of context (``num_ctx``).
         stop: Stop words; by default the end tokens that the GGUF names.
-        license: Text of the model's licence, to keep with it.
+        license: Text of the model's licence, to keep with it; by default the one that the GGUF names.
+        force: Whether it may take the place of a model of the same name.
+        question: What the new model is asked, to see that it runs; None for nothing.
         status: Called with each of Ollama's status lines.
 
     Raises:
-        OllamaRegistrationError: The server is away, refuses the name or the file, or ends without success.
+        OllamaNameTakenError: There is a model of that name, and ``force`` is not set.
+        OllamaRegistrationError: The server is away, refuses the name or the file, ends without success, or cannot run
+            the model (which stays registered then).
         ChatFailedError: The file is no GGUF.
     """
-    _require_name(name)
-    server = _find_server(host)
+    version, server = _require_place(name, host, force=force), find_server(host)
     settings = read_settings(path)
-    if system is None:
-        system = _find_system(settings)
+    if settings.get("general.type") == "adapter":
+        raise _refuse_bare_adapter(path)
+    system = _find_system(settings) if system is None else system
     words = tuple(stop if stop is not None else read_stop_strings(settings))
-    digest = f"sha256:{sha256_file(path)}"
-    _upload(server, path, digest)
-    # Ollama's own default punishes repetition by 1.1, which is not what was trained nor what was verified.
-    parameters: dict[str, Any] = {"repeat_penalty": 1.0} | ({"stop": list(words)} if words else {})
-    if context is not None:
-        parameters["num_ctx"] = context
-    body = {"model": name, "files": {path.name: digest}, "system": system, "license": license, "parameters": parameters}
-    _create(server, {**body, "template": template}, status)
-    found = _read_template(server, name)
-    known = find_go_template(str(settings.get("tokenizer.chat_template", "")))
-    if template is None and known and found.strip() == _RAW:
-        _create(server, {**body, "template": known}, status)
-        found = _read_template(server, name)
-    return OllamaModel(name, server, found, words, found.strip() == _RAW)
+    asked = _build_request(name, words, context, system, license or _find_license(settings))
+    with connect(server) as client:
+        asked["files"] = {path.name: _upload(client, server, path, status)}
+        _create(client, {**asked, "template": template}, status)
+        found = _read_template(client, name)
+        known = find_go_template(str(settings.get("tokenizer.chat_template", "")))
+        if template is None and known and found.strip() == _RAW:
+            _create(client, {**asked, "template": known}, status)
+            found = _read_template(client, name)
+    answer = None if question is None else _try(name, question, server)
+    return OllamaModel(name, server, version, found, words, found.strip() == _RAW, answer)
 
 
-def _require_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
+def register_adapter(
+    folder: Path,
+    name: str,
+    *,
+    host: str | None = None,
+    context: int | None = None,
+    force: bool = False,
+    question: str | None = FIRST_QUESTION,
+    status: Status | None = None,
+) -> OllamaModel:
+    """Register a folder of the format ``ollama-adapter``: its adapter on the base that the server has, or on a GGUF.
+
+    Args:
+        folder: What `bp_export.export_adapter` wrote.
+        name: As `register_gguf`, and so are the others.
+
+    Raises:
+        OllamaRegistrationError: As `register_gguf`; the version takes no adapters, or there is no such base.
+        AdapterMismatchError: The base there has another architecture, depth or width than the adapter's.
+        AdapterFormatError: It is no such folder.
+        OllamaNameTakenError: As `register_gguf`.
+    """
+    adapter = read_ollama_adapter(folder)
+    version, server = _require_place(name, host, force=force), find_server(host)
+    if not takes_adapters(version):
+        raise OllamaRegistrationError(f"Ollama {version} takes no adapters", way_out=MERGED_WAY)
+    asked = _build_request(name, adapter.stop, context, None, None)
+    with connect(server) as client:
+        asked |= _find_base(client, server, adapter, status)
+        asked["adapters"] = {adapter.path.name: _upload(client, server, adapter.path, status)}
+        _create(client, asked, status)
+        found = _read_template(client, name)
+    answer = None if question is None else _try(name, question, server)
+    return OllamaModel(name, server, version, found, adapter.stop, found.strip() == _RAW, answer)
+
+
+def read_license(path: Path) -> str:
+    """The text of a licence's file.
+
+    Raises:
+        OllamaRegistrationError: It cannot be read as UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise OllamaRegistrationError(
-            f"{name!r} is no name for an Ollama model",
-            way_out="Use letters, digits, -, _ and .: --ollama-name my-model",
-        )
+            f"the licence {path} cannot be read", cause=str(error), way_out="Name a text file: --license LICENSE"
+        ) from error
+
+
+def ask_model(
+    name: str, messages: Sequence[Mapping[str, str]], host: str | None = None, *, max_tokens: int = 128
+) -> str:
+    """A registered model's next message, always its likeliest tokens.
+
+    Raises:
+        OllamaRegistrationError: There is no such model, its runner fails, or the server does not answer.
+    """
+    return "".join(stream_answer(name, messages, host, max_tokens=max_tokens))
+
+
+def stream_answer(
+    name: str,
+    messages: Sequence[Mapping[str, str]],
+    host: str | None = None,
+    *,
+    max_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[str]:
+    """A registered model's next message, piece by piece as it is made.
+
+    Args:
+        name: The model's name there.
+        messages: Each with ``role`` and ``content``.
+        host: The server; by default ``http://127.0.0.1:11434``.
+        max_tokens: Tokens at most.
+        temperature: 0 for always the likeliest token.
+        seed: For other temperatures.
+
+    Raises:
+        OllamaRegistrationError: As `ask_model`.
+    """
+    options = {"temperature": temperature, "seed": seed, "num_predict": max_tokens, **_PLAIN}
+    with connect(host) as client:
+        for part in client.chat(name, [dict(m) for m in messages], stream=True, options=options):
+            yield part.message.content or ""
+
+
+def _require_place(name: str, host: str | None, *, force: bool) -> str:
+    """The server's version, once it is sure that the name can be had there."""
+    require_name(name)
+    version = read_version(host)
+    if not force:
+        require_free_name(name, host)
+    return version
+
+
+def _refuse_bare_adapter(path: Path) -> OllamaRegistrationError:
+    return OllamaRegistrationError(f"{path} is an adapter and not a model", way_out=MERGED_WAY)
+
+
+def _build_request(
+    name: str, stop: Sequence[str], context: int | None, system: str | None, license: str | None
+) -> dict[str, Any]:
+    parameters = {**_PLAIN, "stop": list(stop) or None, "num_ctx": context}
+    told = {key: value for key, value in parameters.items() if value is not None}
+    return {"model": name, "system": system, "license": license, "parameters": told}
+
+
+def _find_base(client: Client, server: str, adapter: OllamaAdapter, status: Status | None) -> dict[str, Any]:
+    """What the adapter goes on: a GGUF to upload, or a model of the server that has the base's layout."""
+    if adapter.base_file is not None:
+        return {"files": {adapter.base_file.name: _upload(client, server, adapter.base_file, status)}}
+    require_same_layout(adapter, client.show(adapter.runs_on).modelinfo or {})
+    return {"from_": adapter.runs_on}
 
 
 def _find_system(settings: Mapping[str, Any]) -> str | None:
@@ -185,131 +237,35 @@ def _find_system(settings: Mapping[str, Any]) -> str | None:
     return find_default_system(template, words) if isinstance(template, str) else None
 
 
-def _find_server(host: str | None) -> str:
-    return (host or DEFAULT_HOST).rstrip("/")
+def _find_license(settings: Mapping[str, Any]) -> str | None:
+    """The licence's name and address as the GGUF has them."""
+    found = (settings.get(f"general.license{part}") for part in (".name", "", ".link"))
+    return "\n".join(dict.fromkeys(str(value) for value in found if value)) or None
 
 
-def _read_template(server: str, name: str) -> str:
-    shown = _read_json(_open(server, "/api/show", json.dumps({"model": name}).encode()))
-    return str(shown.get("template", ""))
+def _read_template(client: Client, name: str) -> str:
+    return client.show(name).template or ""
 
 
-def _upload(server: str, path: Path, digest: str) -> None:
-    """Send the file's bytes, unless the server has them."""
-    address = f"/api/blobs/{digest}"
-    if _has_blob(server, address):
-        return
-    with path.open("rb") as file:
-        headers = {"Content-Length": str(os.fstat(file.fileno()).st_size), "Content-Type": "application/octet-stream"}
-        _read_bytes(_open(server, address, iter(lambda: file.read(_BLOCK_BYTES), b""), headers=headers))
+def _upload(client: Client, server: str, path: Path, status: Status | None) -> str:
+    """Send the file's bytes, unless the server has them; returns their digest."""
+    digest = f"sha256:{sha256_file(path)}"
+    if not has_blob(server, digest):
+        if status is not None:
+            status(f"uploading {path.name} ({path.stat().st_size / 2**20:,.0f} MiB)")
+        client.create_blob(path)
+    return digest
 
 
-def _has_blob(server: str, address: str) -> bool:
-    request = urllib.request.Request(server + address, method="HEAD")  # noqa: S310  # the user's own server
-    try:
-        with urllib.request.urlopen(request, timeout=_SECONDS):  # noqa: S310
-            return True
-    except urllib.error.HTTPError as error:
-        error.close()
-        return False
-    except (OSError, HTTPException, ValueError) as error:
-        raise _build_away(server, error) from error
-
-
-def _create(server: str, body: Mapping[str, Any], status: Callable[[str], None] | None) -> None:
+def _create(client: Client, asked: Mapping[str, Any], status: Status | None) -> None:
     last = ""
-    told = {key: value for key, value in body.items() if value}
-    for line in _read_lines(_open(server, "/api/create", json.dumps(told).encode())):
-        if "error" in line:
-            raise _build_refusal(str(line["error"]))
-        last = str(line.get("status", last))
+    for part in client.create(**{key: value for key, value in asked.items() if value}, stream=True):
+        last = part.status or last
         if status is not None:
             status(last)
     if last != "success":
         raise OllamaRegistrationError(f"Ollama stopped at {last!r} and did not report success")
 
 
-def _open(server: str, address: str, data: bytes | Iterator[bytes], headers: Mapping[str, str] | None = None) -> Any:
-    """An open answer of a POST."""
-    return _send(server, address, data, headers or _JSON, "POST")
-
-
-def _get(host: str | None, address: str) -> Any:
-    return _send(_find_server(host), address, None, {}, "GET", seconds=_LOOK_SECONDS)
-
-
-def _send(
-    server: str,
-    address: str,
-    data: bytes | Iterator[bytes] | None,
-    headers: Mapping[str, str],
-    method: str,
-    *,
-    seconds: float = _SECONDS,
-) -> Any:
-    """An open answer; errors of the connection and of the server become coded ones."""
-    request = urllib.request.Request(  # noqa: S310  # the user's own server
-        server + address, data=data, headers=dict(headers), method=method
-    )
-    try:
-        return urllib.request.urlopen(request, timeout=seconds)  # noqa: S310
-    except urllib.error.HTTPError as error:
-        raise _build_refusal(_read_error(error)) from error
-    except (OSError, HTTPException, ValueError) as error:
-        raise _build_away(server, error) from error
-
-
-def _read_bytes(answer: Any) -> bytes:
-    try:
-        with answer:
-            return bytes(answer.read())
-    except (OSError, HTTPException) as error:
-        raise OllamaRegistrationError("Ollama broke off its answer", cause=str(error)) from error
-
-
-def _read_lines(answer: Any) -> Iterator[dict[str, Any]]:
-    """The objects of a stream of JSON lines."""
-    try:
-        with answer:
-            for line in answer:
-                if line.strip():
-                    yield _parse(line)
-    except (OSError, HTTPException) as error:
-        raise OllamaRegistrationError("Ollama broke off its answer", cause=str(error)) from error
-
-
-def _read_json(answer: Any) -> dict[str, Any]:
-    return _parse(_read_bytes(answer))
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-    try:
-        data = json.loads(raw)
-    except ValueError as error:
-        raise OllamaRegistrationError("the answer is not Ollama's", cause=raw[:200].decode(errors="replace")) from error
-    if not isinstance(data, dict):
-        raise OllamaRegistrationError("the answer is not Ollama's", cause=str(data)[:200])
-    return data
-
-
-def _read_error(error: urllib.error.HTTPError) -> str:
-    with error:
-        raw = error.read()
-    try:
-        return str(json.loads(raw)["error"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {error.code} {raw[:200].decode(errors='replace')}".strip()
-
-
-def _build_refusal(words: str) -> OllamaRegistrationError:
-    if "adapter" in words and "no longer" in words:
-        return OllamaRegistrationError(
-            f"Ollama refuses: {words}", way_out="Register base and adapter as one file: --format gguf --ollama"
-        )
-    return OllamaRegistrationError(
-        f"Ollama refuses: {words}", way_out="Read what it says; an older Ollama may need an update: ollama --version"
-    )
-
-
-def _build_away(server: str, error: BaseException) -> OllamaRegistrationError:
-    return OllamaRegistrationError(f"Ollama does not answer at {server}", cause=str(error))
+def _try(name: str, question: str, server: str) -> str:
+    return ask_model(name, [{"role": "user", "content": question}], server, max_tokens=_FIRST_TOKENS)

@@ -13,6 +13,7 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, Metadata, size_
 
 from bp_export.architectures import Architecture, find_architecture
 from bp_export.architectures.change import KEEP, Change
+from bp_export.cardhead import read_license
 from bp_export.errors import BaseModelNotFoundError, ModelInvalidError
 from bp_export.gguf import add_tensor, align, order_like_quantizer
 from bp_export.importance import Importance, check_importance
@@ -186,7 +187,10 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], architecture: Architect
 
 
 def _read_metadata(base: Path, name: str, tensors: tuple[TensorPlan, ...]) -> Metadata:
-    """gguf-py's reading of a name and of generation_config.json, as if the merged model were saved under the name."""
+    """gguf-py's reading of a name and of generation_config.json, as if the merged model were saved under the name.
+
+    And the licence in the base's card, which a merged folder would have lost.
+    """
     count = sum(math.prod(tensor.shape) for tensor in tensors)
     metadata = Metadata.apply_metadata_heuristic(Metadata(), None, None, Path(name), count)
     sampling = Metadata.load_generation_config(base) or {}
@@ -194,6 +198,8 @@ def _read_metadata(base: Path, name: str, tensors: tuple[TensorPlan, ...]) -> Me
         setattr(metadata, f"sampling_{key}", sampling.get(key))
     metadata.sampling_temp = sampling.get("temperature")
     metadata.sampling_penalty_repeat = sampling.get("penalty_repeat")
+    found = read_license(base)
+    metadata.license, metadata.license_name, metadata.license_link = found.id, found.name, found.link
     metadata.name = metadata.name or name
     metadata.size_label = metadata.size_label or size_label(count, count, 0, 0)
     return metadata

@@ -45,6 +45,7 @@ def export(
     verify: bool | None = None,
     ollama: Annotated[bool, Parameter(negative="")] = False,
     ollama_name: str | None = None,
+    force: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> int:
     """Export an adapter: base and adapter become one file that llama.cpp and Ollama run.
@@ -76,6 +77,8 @@ def export(
         Register the GGUF with the Ollama that runs here.
     ollama_name: str
         Name in Ollama; given alone it registers too. Default: the file's name.
+    force: bool
+        Replace an earlier export, and a model of that name in Ollama.
     """
     folder = output_folder(None) / "lora" if adapter is None else adapter
     with _Bytes(is_shown=sys.stdout.isatty() and not json) as bar:
@@ -92,6 +95,7 @@ def export(
             verify=verify,
             ollama=ollama,
             ollama_name=ollama_name,
+            force=force,
             progress=bar,
         )
     if json:
