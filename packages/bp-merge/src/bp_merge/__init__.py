@@ -1,45 +1,88 @@
-"""Adapters as arithmetic on arrays: read safetensors, load a LoRA adapter, fold it into a base.
+"""Adapters as arithmetic on arrays: read safetensors, load a LoRA adapter, fold it into a base, merge adapters.
 
 NumPy only; torch is never imported.
 """
 
 from bp_merge.adapter import LoraAdapter, LoraPair, compute_scale, load_adapter, read_refusals
-from bp_merge.errors import AdapterMismatchError, AdapterUnfoldableError, TensorsInvalidError
+from bp_merge.errors import (
+    AdapterMismatchError,
+    AdaptersDifferError,
+    AdapterUnfoldableError,
+    AdapterUnmergeableError,
+    MergeOptionError,
+    SlaoStateError,
+    SlaoStreamError,
+    TensorsInvalidError,
+)
 from bp_merge.fold import FoldedModel, fold_rows
+from bp_merge.lowrank import Product, cut_matrix, cut_product
+from bp_merge.merge import MergeOutcome, merge_adapters, write_adapter_like
+from bp_merge.methods import METHODS, Method, find_method
+from bp_merge.options import MergeOptions, ModulePlan
+from bp_merge.slao import SlaoState, blend, orthonormal_rows, read_state, start_stream, write_state
+from bp_merge.source import AdapterSource, require_alike
 from bp_merge.tensors import (
     Dtype,
     Floats,
     TensorInfo,
     TensorReader,
+    TensorStreamWriter,
     build_header,
     decode,
     encode,
     read_index,
+    read_metadata,
     read_model_index,
     round_to,
     write_tensors,
 )
 
 __all__ = [
+    "METHODS",
     "AdapterMismatchError",
+    "AdapterSource",
     "AdapterUnfoldableError",
+    "AdapterUnmergeableError",
+    "AdaptersDifferError",
     "Dtype",
     "Floats",
     "FoldedModel",
     "LoraAdapter",
     "LoraPair",
+    "MergeOptionError",
+    "MergeOptions",
+    "MergeOutcome",
+    "Method",
+    "ModulePlan",
+    "Product",
+    "SlaoState",
+    "SlaoStateError",
+    "SlaoStreamError",
     "TensorInfo",
     "TensorReader",
+    "TensorStreamWriter",
     "TensorsInvalidError",
+    "blend",
     "build_header",
     "compute_scale",
+    "cut_matrix",
+    "cut_product",
     "decode",
     "encode",
+    "find_method",
     "fold_rows",
     "load_adapter",
+    "merge_adapters",
+    "orthonormal_rows",
     "read_index",
+    "read_metadata",
     "read_model_index",
     "read_refusals",
+    "read_state",
+    "require_alike",
     "round_to",
+    "start_stream",
+    "write_adapter_like",
+    "write_state",
     "write_tensors",
 ]

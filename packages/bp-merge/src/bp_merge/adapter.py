@@ -26,8 +26,8 @@ from bp_merge.tensors import Floats, TensorReader, read_index
 from bp_runs.adapter import AdapterFolder, read_adapter_folder
 from bp_runs.errors import AdapterInvalidError
 
-_PREFIX = "base_model.model."
-_A, _B, _B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
+PREFIX = "base_model.model."
+LORA_A, LORA_B, _B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _MAGNITUDE = ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -121,7 +121,7 @@ def load_adapter(path: Path) -> LoraAdapter:
         )
     with TensorReader(read_index(folder.weights)) as reader:
         rest = dict.fromkeys(reader.tensors)
-        modules = {name: _load_pair(folder, reader, name, rest) for name in _read_modules(reader, _A, _B)}
+        modules = {name: _load_pair(folder, reader, name, rest) for name in _read_modules(reader, LORA_A, LORA_B)}
         modules |= {
             name: _load_embedding(folder, reader, name, rest)
             for name in _read_modules(reader, _EMBEDDING_A, _EMBEDDING_B)
@@ -169,34 +169,34 @@ def _find_in_pattern(pattern: Mapping[str, Any] | None, module: str, default: An
 
 def _read_modules(reader: TensorReader, *ends: str) -> list[str]:
     """Names of the modules that have an A or a B of a kind."""
-    names = {n.removeprefix(_PREFIX).removesuffix(end) for n in reader.tensors for end in ends if n.endswith(end)}
+    names = {n.removeprefix(PREFIX).removesuffix(end) for n in reader.tensors for end in ends if n.endswith(end)}
     return sorted(names)
 
 
 def _load_pair(folder: AdapterFolder, reader: TensorReader, module: str, rest: dict[str, None]) -> LoraPair:
-    a, b = _load_both(folder, reader, module, (_A, _B), rest)
-    found = [key for end in ("", ".weight") if (key := _PREFIX + module + _MAGNITUDE + end) in reader.tensors]
+    a, b = _load_both(folder, reader, module, (LORA_A, LORA_B), rest)
+    found = [key for end in ("", ".weight") if (key := PREFIX + module + _MAGNITUDE + end) in reader.tensors]
     magnitude = reader.read(found[0]).reshape(-1) if found else None
     for key in found:
         del rest[key]
     has_dora = bool(folder.config.get("use_dora"))
     if (magnitude is not None) != has_dora or (magnitude is not None and magnitude.shape != b.shape[:1]):
         raise AdapterInvalidError(f"{module} and adapter_config.json disagree about DoRA")
-    scale = _check_pair(folder, module, a, b)
+    scale = check_pair(folder, module, a, b)
     return LoraPair(a, b, scale, magnitude, is_transposed=bool(folder.config.get("fan_in_fan_out")))
 
 
 def _load_embedding(folder: AdapterFolder, reader: TensorReader, module: str, rest: dict[str, None]) -> LoraPair:
     a, b = _load_both(folder, reader, module, (_EMBEDDING_A, _EMBEDDING_B), rest)
-    if _PREFIX + module + _MAGNITUDE in reader.tensors or folder.config.get("use_dora"):
+    if PREFIX + module + _MAGNITUDE in reader.tensors or folder.config.get("use_dora"):
         raise AdapterUnfoldableError(f"{folder.weights} has DoRA on the embedding {module}")
-    return LoraPair(a, b, _check_pair(folder, module, a, b), is_transposed=True, is_embedding=True)
+    return LoraPair(a, b, check_pair(folder, module, a, b), is_transposed=True, is_embedding=True)
 
 
 def _load_both(
     folder: AdapterFolder, reader: TensorReader, module: str, ends: tuple[str, str], rest: dict[str, None]
 ) -> tuple[Floats, Floats]:
-    keys = [_PREFIX + module + end for end in ends]
+    keys = [PREFIX + module + end for end in ends]
     if any(key not in reader.tensors for key in keys):
         raise AdapterInvalidError(f"{folder.weights} has only one of lora_A and lora_B of {module}")
     for key in keys:
@@ -204,14 +204,18 @@ def _load_both(
     return reader.read(keys[0]), reader.read(keys[1])
 
 
-def _check_pair(folder: AdapterFolder, module: str, a: Floats, b: Floats) -> float:
-    """The factor, once ranks and values are as they should be."""
+def check_pair(folder: AdapterFolder, module: str, a: Floats, b: Floats) -> float:
+    """The factor on a module's product, once ranks and values are as they should be.
+
+    Raises:
+        AdapterInvalidError: Ranks disagree with the config, or a weight is not finite.
+    """
     r, scale = compute_scale(folder.config, module)
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != r or b.shape[1] != r:
         raise AdapterInvalidError(
             f"{module} has lora_A {a.shape} and lora_B {b.shape}; adapter_config.json says rank {r}"
         )
-    _require_finite(module, a, b)
+    _require_finite(f"{module} of {folder.path}", a, b)
     return scale
 
 
@@ -223,7 +227,7 @@ def _require_finite(name: str, *values: Floats) -> None:
 def _load_added(folder: AdapterFolder, reader: TensorReader, rest: dict[str, None]) -> Iterator[tuple[str, Floats]]:
     for key in [key for key in rest if key.endswith(_B_BIAS)]:
         del rest[key]
-        module = key.removeprefix(_PREFIX).removesuffix(_B_BIAS)
+        module = key.removeprefix(PREFIX).removesuffix(_B_BIAS)
         values = reader.read(key) * np.float32(compute_scale(folder.config, module)[1])
         _require_finite(key, values)
         yield f"{module}.bias", values
@@ -235,7 +239,7 @@ def _load_rows(
     told = folder.config.get("trainable_token_indices") or {}
     for key in [key for key in rest if key.endswith(_TOKENS)]:
         del rest[key]
-        module = key.removeprefix(_PREFIX).removesuffix(_TOKENS)
+        module = key.removeprefix(PREFIX).removesuffix(_TOKENS)
         named = told.get(module.rpartition(".")[2], told.get(module)) if isinstance(told, dict) else told
         values = reader.read(key)
         if not named or len(named) != len(values):
@@ -247,10 +251,10 @@ def _load_rows(
 def _load_replaced(path: Path, reader: TensorReader, rest: dict[str, None]) -> Iterator[tuple[str, Floats]]:
     """Whole tensors: what is left and has the name of one."""
     for key in rest:
-        name = key.removeprefix(_PREFIX)
+        name = key.removeprefix(PREFIX)
         for wrapper in _WRAPPERS:
             name = name.replace(wrapper, ".")
-        if not key.startswith(_PREFIX) or ".lora_" in key or not name.endswith((".weight", ".bias")):
+        if not key.startswith(PREFIX) or ".lora_" in key or not name.endswith((".weight", ".bias")):
             raise AdapterUnfoldableError(f"{path} holds {key}, which a fold would not know where to put")
         values = reader.read(key)
         _require_finite(key, values)

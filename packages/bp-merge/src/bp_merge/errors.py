@@ -1,16 +1,22 @@
-"""What can go wrong with tensors and adapters, as coded errors.
+"""What can go wrong with tensors, adapters and merges, as coded errors.
 
 UserError (bp_runs)
 ├── TensorsInvalidError      INPUT_TENSORS_INVALID       safetensors missing, damaged or of another dtype
 ├── AdapterUnfoldableError   INPUT_ADAPTER_UNFOLDABLE    the adapter does what a fold would lose
-└── AdapterMismatchError     INPUT_ADAPTER_MISMATCH      the adapter was made for another base
+├── AdapterMismatchError     INPUT_ADAPTER_MISMATCH      the adapter was made for another base
+├── AdapterUnmergeableError  INPUT_ADAPTER_UNMERGEABLE   the adapter is more than scale * B @ A on linear layers
+├── AdaptersDifferError      INPUT_ADAPTERS_DIFFER       adapters of different bases, layers, shapes or ranks
+└── MergeOptionError         CONFIG_MERGE_OPTION         a method, weight, density, scale or rank that cannot be
+StateError (bp_runs)
+├── SlaoStateError           STATE_SLAO_INVALID          the file of a stream's state is missing or damaged
+└── SlaoStreamError          STATE_SLAO_OTHER_STREAM     the file belongs to another stream
 
-All are the user's input; the disk's errors are bp_runs'.
+The disk's errors are bp_runs'.
 """
 
 from __future__ import annotations
 
-from bp_runs.errors import UserError
+from bp_runs.errors import StateError, UserError
 
 
 class TensorsInvalidError(UserError):
@@ -35,3 +41,43 @@ class AdapterMismatchError(UserError):
     code = "INPUT_ADAPTER_MISMATCH"
     when = "A module of the adapter is not in the base model, or its shape differs."
     default_way_out = "Name the base that the adapter was trained on: --base /path/to/that/model"
+
+
+class AdapterUnmergeableError(UserError):
+    """The adapter is not a sum of products, which is all that merge methods work on."""
+
+    code = "INPUT_ADAPTER_UNMERGEABLE"
+    when = "An adapter to merge has DoRA's magnitudes, biases, embeddings or whole layers, which no method can merge."
+    default_way_out = "Train adapters to merge with plain LoRA or rsLoRA on linear layers, without DoRA."
+
+
+class AdaptersDifferError(UserError):
+    """Adapters that do not belong together."""
+
+    code = "INPUT_ADAPTERS_DIFFER"
+    when = "Adapters to merge have different bases, adapted layers or shapes, or for slao different ranks or scales."
+    default_way_out = "Merge adapters of one base with the same adapted layers; linear, cat and ties take any ranks."
+
+
+class MergeOptionError(UserError):
+    """A merge cannot be asked for like that."""
+
+    code = "CONFIG_MERGE_OPTION"
+    when = "A merge has an unknown method, or a weight, density, scale, rank or output that it cannot take."
+    default_way_out = "See what it takes: backprop merge --help"
+
+
+class SlaoStateError(StateError):
+    """The file of a stream's state cannot be used."""
+
+    code = "STATE_SLAO_INVALID"
+    when = "The file with the state of a stream of runs is missing, damaged or of another kind."
+    default_way_out = "Start the stream anew: backprop multi-run; finished adapters are untouched."
+
+
+class SlaoStreamError(StateError):
+    """The state belongs to another stream of runs."""
+
+    code = "STATE_SLAO_OTHER_STREAM"
+    when = "The state of a stream of runs was made by another stream, or its adapters have other ranks or layers."
+    default_way_out = "Go on with the stream that made it, or start a new one: backprop multi-run"

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bp_merge.errors import TensorsInvalidError
+from bp_runs.errors import ContractError
 from bp_runs.files import coded_disk_errors
 
 Dtype: TypeAlias = Literal["BF16", "F16", "F32"]
@@ -31,6 +32,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _LENGTH_BYTES = 8
+_METADATA = "__metadata__"
 _LARGEST_HEADER = 100 * 2**20
 _ITEM_BYTES: Mapping[str, int] = MappingProxyType({"BF16": 2, "F16": 2, "F32": 4})
 
@@ -68,6 +70,25 @@ def read_index(file: Path) -> dict[str, TensorInfo]:
     Raises:
         TensorsInvalidError: The file is missing, cut short, not safetensors, or holds another dtype.
     """
+    header, data_start, size = _read_header(file)
+    infos = (_to_info(file, n, e, data_start, size) for n, e in sorted(header.items()) if n != _METADATA)
+    return {info.name: info for info in infos}
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that a file holds beside its tensors; empty where it has none.
+
+    Raises:
+        TensorsInvalidError: As `read_index`.
+    """
+    found = _read_header(file)[0].get(_METADATA, {})
+    if not isinstance(found, dict):
+        raise TensorsInvalidError(f"{file} has damaged metadata")
+    return {str(key): str(value) for key, value in found.items()}
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the data starts, and the file's size, in bytes."""
     try:
         size = file.stat().st_size
         with file.open("rb") as handle:
@@ -79,9 +100,9 @@ def read_index(file: Path) -> dict[str, TensorInfo]:
         raise TensorsInvalidError(f"{file} cannot be read", cause=str(error)) from error
     except ValueError as error:
         raise TensorsInvalidError(f"{file} has a damaged header", cause=str(error)) from error
-    data_start = _LENGTH_BYTES + length
-    infos = (_to_info(file, n, e, data_start, size) for n, e in sorted(header.items()) if n != "__metadata__")
-    return {info.name: info for info in infos}
+    if not isinstance(header, dict):
+        raise TensorsInvalidError(f"{file} has a damaged header")
+    return header, _LENGTH_BYTES + length, size
 
 
 def _to_info(file: Path, name: str, entry: Any, data_start: int, file_size: int) -> TensorInfo:
@@ -226,7 +247,7 @@ def _to_bf16_bits(values: Floats) -> NDArray[np.uint32]:
 
 def build_header(tensors: Mapping[str, tuple[Dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
     """Length and JSON header of a file that holds ``tensors`` in the given order, padded to 8 bytes with spaces."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, shape) in tensors.items():
         stop = offset + math.prod(shape) * _ITEM_BYTES[dtype]
@@ -253,3 +274,45 @@ def write_tensors(
         file.write(build_header(shapes, metadata or {"format": "pt"}))
         for value in ordered.values():
             file.write(encode(value, dtype))
+
+
+class TensorStreamWriter:
+    """Writes one safetensors file tensor by tensor, for more of them than memory holds; a context manager.
+
+    Args:
+        path: The file, written in place.
+        tensors: Dtype and shape of every tensor, by name; the order of the file.
+
+    Raises:
+        DiskFullError, OutputNotWritableError: As `bp_runs.files.coded_disk_errors`.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[Dtype, tuple[int, ...]]]) -> None:
+        self._path = path
+        self._left = dict(tensors)
+        with coded_disk_errors(path):
+            self._file = path.open("wb")
+            self._file.write(build_header(tensors, {"format": "pt"}))
+
+    def write(self, name: str, values: Floats) -> None:
+        """Append the next tensor, rounded to its dtype.
+
+        Raises:
+            ContractError: It is not the next one, or has another shape.
+        """
+        wanted, (dtype, shape) = next(iter(self._left.items()))
+        if (name, values.shape) != (wanted, shape):
+            raise ContractError(f"{name} {values.shape} was written where {wanted} {shape} goes")
+        with coded_disk_errors(self._path):
+            self._file.write(encode(values, dtype))
+        del self._left[name]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if self._left and error is None:
+            raise ContractError(f"{self._path} lacks {next(iter(self._left))}")
