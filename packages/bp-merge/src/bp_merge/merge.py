@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 
 from bp_merge.adapter import LORA_A, LORA_B, PREFIX
 from bp_merge.errors import MergeOptionError
@@ -123,7 +123,7 @@ def write_adapter_like(
     Raises:
         DiskFullError, OutputNotWritableError: Nothing is left of it.
     """
-    config = orjson.loads((model / CONFIG_FILE).read_bytes())
+    config = json.loads((model / CONFIG_FILE).read_bytes())
     with publish_folder(output) as partial:
         write_tensors(partial / WEIGHTS_FILE, tensors)
         _finish(partial, model, config, run_id, origin)
@@ -226,7 +226,7 @@ def _origin(method: Method, options: MergeOptions, adapters: Sequence[Path]) -> 
 
 def _finish(partial: Path, model: Path, config: Mapping[str, Any], run_id: str, origin: Mapping[str, Any]) -> None:
     """Settings, tokenizer and manifest beside the weights."""
-    (partial / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name in _COPIED:
         if (model / name).is_file():
             shutil.copyfile(model / name, partial / name)
@@ -246,4 +246,4 @@ def _read_template(folder: Path) -> Any:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     settings = folder / "tokenizer_config.json"
-    return orjson.loads(settings.read_bytes()).get("chat_template") if settings.is_file() else None
+    return json.loads(settings.read_bytes()).get("chat_template") if settings.is_file() else None
