@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bp_export.ollama import OllamaModel, ask_model, register_adapter, register_gguf, stream_answer
     from bp_export.ollamaserver import ListedModel, list_models, remove_model, require_ollama, takes_adapters
     from bp_export.parity import is_verifiable
+    from bp_export.quantize import describe_kernels
     from bp_export.report import BOUNDS, Bound, ParityCheck, ParityReport
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "ParityCheck",
     "ParityReport",
     "ask_model",
+    "describe_kernels",
     "export_adapter",
     "is_verifiable",
     "list_models",
@@ -63,6 +65,7 @@ _MODULES = {
     "ParityReport": "report",
     "is_verifiable": "parity",
     "QUANTIZATIONS": "mixture",
+    "describe_kernels": "quantize",
     "ExportOutcome": "export",
     "Format": "export",
     "LlamaChat": "chat",

@@ -80,7 +80,7 @@ class GgufStream:
                 self._file.close()
         self._partial.unlink(missing_ok=True)
 
-    def write_tensor(self, parts: Iterable[bytes]) -> None:
+    def write_tensor(self, parts: Iterable[memoryview | bytes]) -> None:
         """Append the next tensor of the table and pad it."""
         start = self._bytes
         for part in parts:
@@ -111,7 +111,7 @@ class GgufStream:
         self._file = self._partial.open("ab")
         self._append(bytes(align(self._bytes) - self._bytes))
 
-    def _append(self, part: bytes) -> None:
+    def _append(self, part: memoryview | bytes) -> None:
         if self._file is None:
             raise RuntimeError("the stream is not open")
         with coded_disk_errors(self._path):

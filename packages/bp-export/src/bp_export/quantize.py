@@ -1,25 +1,44 @@
-"""ggml's own row quantizer, through ctypes: float32 rows in, the bytes of a GGUF tensor out.
+"""Rows of float32 in, the bytes of a GGUF tensor out, by the fastest of three engines that all give the same bytes.
 
-The kernels are ggml's (``ggml_quantize_chunk`` in ggml.c, MIT licence), from the package libggml-python: the same
-source that llama-quantize uses, so the bytes are the same on the same kind of CPU. On x86-64 the library is built
-without FMA, which makes them the same on every x86-64. Rows are independent: no cut into chunks changes a byte.
+``compiled``: our own kernels (``native/``), where a compiler was at hand when the package was built. ``ggml``: its own
+quantizer (``ggml_quantize_chunk`` in ggml.c, MIT licence) by way of ctypes, from the package libggml-python: the source
+that llama-quantize uses, built for x86-64 without fused multiply-adds, so that the bytes are the same on every x86-64.
+``numpy``: works everywhere. Rows are independent: no cut into chunks changes a byte.
+
+Weights are finite: the export refuses others. Infinities come out as ggml's do; NaNs may not.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import TypeAlias
+from types import MappingProxyType
+from typing import Literal, TypeAlias
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from bp_export.errors import GgmlMissingError
-from bp_merge import Floats
+from bp_export.kquants import Bytes, quantize_blocks
+from bp_merge import Floats, encode
+
+try:
+    from bp_export import _kernels
+except ImportError:  # no compiler when the package was installed
+    _kernels = None  # type: ignore[assignment]
 
 TensorType: TypeAlias = GGMLQuantizationType
+Engine: TypeAlias = Literal["compiled", "ggml", "numpy"]
+
+# The types that are ours, with the bits that the kernels know them by.
+_BITS: Mapping[TensorType, int] = MappingProxyType(
+    {TensorType.Q4_K: 4, TensorType.Q5_K: 5, TensorType.Q6_K: 6, TensorType.Q8_0: 8}
+)
+_COMPILED = (TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K)
+_PLAIN: Mapping[TensorType, Literal["BF16", "F16"]] = MappingProxyType({TensorType.BF16: "BF16", TensorType.F16: "F16"})
 
 
 def compute_row_bytes(kind: TensorType, columns: int) -> int:
@@ -33,29 +52,79 @@ def read_block(kind: TensorType) -> int:
     return int(GGML_QUANT_SIZES[kind][0])
 
 
-def quantize_rows(rows: Floats, kind: TensorType, weights: Floats | None = None) -> bytes:
-    """Rows (n, columns) of float32 as the bytes of ``kind``; ctypes lets other threads run meanwhile.
+def quantize_rows(
+    rows: Floats, kind: TensorType, weights: Floats | None = None, *, engine: Engine | None = None
+) -> Bytes:
+    """Rows (n, columns) of float32 as the bytes of ``kind``; other threads run meanwhile.
 
     Args:
         rows: The weights.
         kind: The type.
         weights: How much each column matters, (columns,) float32; None for all alike.
+        engine: What computes; None for `choose_engine`'s choice.
 
     Raises:
-        GgmlMissingError: ggml's library cannot be loaded.
+        GgmlMissingError: Only ggml can do it, and its library cannot be loaded.
     """
     rows = np.ascontiguousarray(rows, dtype="<f4")
     if kind == TensorType.F32:
-        return rows.tobytes()
+        return rows.reshape(-1).view(np.uint8)
+    engine = engine or choose_engine(kind, is_weighted=weights is not None)
+    if engine == "compiled":
+        return _quantize_compiled(rows, kind, len(_kernels.TARGETS) - 1)
+    return _quantize_with_ggml(rows, kind, weights) if engine == "ggml" else _quantize_in_numpy(rows, kind)
+
+
+def choose_engine(kind: TensorType, *, is_weighted: bool = False) -> Engine:
+    """The fastest engine that can do a type here; with an importance matrix (``is_weighted``) only ggml can.
+
+    Raises:
+        GgmlMissingError: Only ggml can do it, and its library cannot be loaded.
+    """
+    if not is_weighted and _kernels is not None and kind in _COMPILED:
+        return "compiled"
+    if not is_weighted and (kind in _BITS or kind in _PLAIN) and not _has_ggml():
+        return "numpy"
+    load_ggml()
+    return "ggml"
+
+
+def describe_kernels() -> str:
+    """What quantizes to 4, 5 and 6 bits here, in words: ``compiled (avx512)``, ``ggml`` or ``numpy``."""
+    engine = choose_engine(TensorType.Q4_K)
+    return f"compiled ({_kernels.TARGETS[-1]})" if engine == "compiled" else engine
+
+
+def _quantize_compiled(rows: Floats, kind: TensorType, target: int) -> Bytes:
+    out = np.empty(rows.shape[0] * compute_row_bytes(kind, rows.shape[1]), np.uint8)
+    _kernels.quantize(_BITS[kind], rows, out, target)
+    return out
+
+
+def _quantize_in_numpy(rows: Floats, kind: TensorType) -> Bytes:
+    if kind in _PLAIN:
+        return np.frombuffer(encode(rows, _PLAIN[kind]), np.uint8)
+    return quantize_blocks(rows.reshape(-1), _BITS[kind])
+
+
+def _quantize_with_ggml(rows: Floats, kind: TensorType, weights: Floats | None) -> Bytes:
     count, columns = rows.shape
-    size = count * compute_row_bytes(kind, columns)
-    out = ctypes.create_string_buffer(size)
-    source = rows.ctypes.data_as(ctypes.c_void_p)
+    out = np.empty(count * compute_row_bytes(kind, columns), np.uint8)
     matrix = None if weights is None else np.ascontiguousarray(weights, dtype="<f4").ctypes.data_as(ctypes.c_void_p)
-    written = load_ggml().ggml_quantize_chunk(int(kind), source, out, 0, count, columns, matrix)
-    if written != size:
-        raise GgmlMissingError(f"ggml wrote {written} bytes of {kind.name} where {size} were due")
-    return out.raw
+    written = load_ggml().ggml_quantize_chunk(
+        int(kind), rows.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p), 0, count, columns, matrix
+    )
+    if written != out.size:
+        raise GgmlMissingError(f"ggml wrote {written} bytes of {kind.name} where {out.size} were due")
+    return out
+
+
+def _has_ggml() -> bool:
+    try:
+        load_ggml()
+    except GgmlMissingError:
+        return False
+    return True
 
 
 @cache

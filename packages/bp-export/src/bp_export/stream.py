@@ -1,7 +1,7 @@
 """The one pass: read a few rows of the base, add the adapter, round, quantize, append; then the next rows.
 
-Chunks are computed by a few threads, a few ahead of the writing, and written in order: NumPy's products and ggml's
-kernels let go of the interpreter. Memory stays near ``threads + 1`` chunks and the adapter.
+Chunks are computed by a few threads, a few ahead of the writing, and written in order: products and quantizers let
+go of the interpreter. Memory stays near ``threads + 1`` chunks and the adapter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from gguf import GGUFWriter, Keys
 
 from bp_export.gguf import GgufStream, name_split
 from bp_export.plan import GgufPlan, TensorPlan
-from bp_export.quantize import load_ggml, quantize_rows
+from bp_export.quantize import choose_engine, quantize_rows
 from bp_merge import Floats, FoldedModel, TensorsInvalidError
 
 CHUNK_WEIGHTS = 2**19
@@ -108,7 +108,8 @@ def write_parts(
     threads: int | None,
 ) -> list[tuple[int, str]]:
     """Write files with their tensors, and publish them when all are written."""
-    load_ggml()
+    for tensor in plan.tensors:
+        choose_engine(tensor.kind, is_weighted=tensor.name in plan.importance)
     count = threads or min(os.cpu_count() or 1, MOST_THREADS)
     total, done = plan.data_bytes, 0
     extra = plan.architecture.build_extra_tensors()
@@ -121,14 +122,14 @@ def write_parts(
                 data = (
                     _compute_parts(tensor, plan.importance.get(tensor.name), model, pool, count)
                     if tensor.source is not None
-                    else iter([quantize_rows(extra[tensor.name].reshape(1, -1), tensor.kind)])
+                    else iter([quantize_rows(extra[tensor.name].reshape(1, -1), tensor.kind).data])
                 )
                 streams[-1].write_tensor(_count_parts(data, done, total, progress))
                 done += tensor.bytes
         return [stream.publish() for stream in streams]
 
 
-def _count_parts(parts: Iterator[bytes], done: int, total: int, progress: Progress | None) -> Iterator[bytes]:
+def _count_parts(parts: Iterator[memoryview], done: int, total: int, progress: Progress | None) -> Iterator[memoryview]:
     for part in parts:
         yield part
         done += len(part)
@@ -138,9 +139,9 @@ def _count_parts(parts: Iterator[bytes], done: int, total: int, progress: Progre
 
 def _compute_parts(
     tensor: TensorPlan, weights: Floats | None, model: FoldedModel, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[bytes]:
+) -> Iterator[memoryview]:
     """The tensor's bytes chunk by chunk, in order, with ``ahead`` chunks under way."""
-    waiting: deque[Future[bytes]] = deque()
+    waiting: deque[Future[memoryview]] = deque()
     try:
         for start, stop in cut_rows(tensor):
             waiting.append(pool.submit(_compute_chunk, tensor, weights, model, start, stop))
@@ -161,11 +162,11 @@ def cut_rows(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, tensor.rows)
 
 
-def _compute_chunk(tensor: TensorPlan, weights: Floats | None, model: FoldedModel, start: int, stop: int) -> bytes:
+def _compute_chunk(tensor: TensorPlan, weights: Floats | None, model: FoldedModel, start: int, stop: int) -> memoryview:
     rows = tensor.change.read_rows(model, str(tensor.source), start, stop)
     if not (np.isfinite(rows.max()) and np.isfinite(rows.min())):
         raise TensorsInvalidError(
             f"{tensor.source} holds weights that are not finite",
             way_out="Download the base model again; if only the merged weights are not finite, the training diverged.",
         )
-    return quantize_rows(rows, tensor.kind, weights)
+    return quantize_rows(rows, tensor.kind, weights).data
