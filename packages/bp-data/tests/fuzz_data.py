@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["bp_data"]):
     tests = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(tests)
 
-from hypothesis import given, settings  # noqa: E402 - after what is instrumented
+from hypothesis import given, settings
 
 
 def targets(folder):

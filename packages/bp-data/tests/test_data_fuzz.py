@@ -171,7 +171,21 @@ def test_any_row_is_tokens_or_a_reason_for_long(encoders, rows):
 ASKED, SAID = "\u00a7Q", "\u00a7A"
 WORDS = st.lists(
     st.sampled_from(
-        ["Hello", " ", "\n", "\n\n", "\t", "\r\n", "naïve", "e\u0301", "\U0001f600", "\u200d", "\u00a0", "你好", "\ufb01"]
+        [
+            "Hello",
+            " ",
+            "\n",
+            "\n\n",
+            "\t",
+            "\r\n",
+            "naïve",
+            "e\u0301",
+            "\U0001f600",
+            "\u200d",
+            "\u00a0",
+            "你好",
+            "\ufb01",
+        ]
         + ["<|im_end|>", "<|im_start|>assistant\n", "</s>", "[INST] ", "[/INST]", "<|end|>", "<|endoftext|>", "<s>"]
         + ["<think>", "</think>", "<tool_call>", "{", "}", "{{ x }}", "{% if %}", "/no_think", "/system_override"]
     )

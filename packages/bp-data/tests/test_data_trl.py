@@ -123,7 +123,9 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize(("name", "family"), [*MODELS, ("llama3_1", "llama"), ("llama3_2", "llama"), ("lfm2", "chatml")])
+@pytest.mark.parametrize(
+    ("name", "family"), [*MODELS, ("llama3_1", "llama"), ("llama3_2", "llama"), ("lfm2", "chatml")]
+)
 def test_what_the_models_own_templates_learn(model, name, family):
     tokenizer, ids, mask = ours(model(family, read(name)), CHATS["two"])
     runs, run = [], []

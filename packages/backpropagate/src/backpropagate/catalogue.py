@@ -1,14 +1,25 @@
-"""Models by name: a folder on this machine, or a download from the Hub that the user asked for."""
+"""Models and data sets by name: a file or folder on this machine, or a download that the user asked for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from backpropagate.errors import HubAccessError, HubUnreachableError, ModelInvalidError, ModelNotFoundError
-from backpropagate.system import to_path
+from backpropagate.errors import (
+    DataMissingError,
+    HubAccessError,
+    HubUnreachableError,
+    InvalidSettingError,
+    ModelInvalidError,
+    ModelNotFoundError,
+)
+from backpropagate.system import program_home, to_path
+from bp_data import DatasetNotFoundError, fetch_dataset, looks_like_hub_name
+from bp_data.hub import network_errors
 from bp_runs.errors import first_line
+from bp_runs.spec import DataSpec
 
 TOKENIZER: Literal["tokenizer"] = "tokenizer"
 WHOLE: Literal["whole"] = "whole"
@@ -77,10 +88,10 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, with_code: bool) -> BaseModel:
-    from httpx import HTTPError
     from huggingface_hub import errors as hub
     from huggingface_hub import snapshot_download
 
+    failures: tuple[type[Exception], ...] = (*network_errors(), OSError)
     wanted = [p for p in _WANTED if need == WHOLE or p != "*.safetensors"] + (["*.py"] if with_code else [])
     try:
         folder = Path(
@@ -100,6 +111,54 @@ def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, wit
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         why = "offline mode is on" if offline else "the Hub does not answer"
         raise HubUnreachableError(f"{name} is not in the local cache, and {why}") from error
-    except (hub.HfHubHTTPError, HTTPError, OSError) as error:
+    except failures as error:
         raise HubUnreachableError(f"{name} could not be fetched", cause=first_line(error)) from error
     return BaseModel(require_model_folder(folder, need), folder.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The data on disk."""
+
+    path: Path
+    """A file or folder."""
+    commit: str | None
+    """The Hub commit of a data set; None for files of the user's."""
+
+
+def find_rows(data: DataSpec, environ: Mapping[str, str], *, offline: bool = False) -> Rows:
+    """The data's file or folder; a data set of the Hub is downloaded unless it was before.
+
+    Args:
+        data: What is asked for.
+        environ: The environment, which says where downloads are kept.
+        offline: Use what was downloaded before.
+
+    Raises:
+        DataMissingError: Nothing is asked for.
+        DatasetNotFoundError: Neither this machine nor the Hub has it.
+        InvalidSettingError: A split, subset or revision of a plain file, or a revision of a folder.
+        DataError, DatasetUnreachableError, DatasetAccessError: As `bp_data.fetch_dataset`.
+    """
+    if not data.path:
+        raise DataMissingError("no data file was named")
+    path = to_path(data.path)
+    part = {"--subset": data.subset, "--split": data.split, "--data-revision": data.revision}
+    asked = [flag for flag, value in part.items() if value is not None]
+    if path.exists() and not (path.is_dir() and asked):
+        if asked:
+            raise InvalidSettingError(f"{asked[0]} chooses a part of a data set, and {data.path} is a file")
+        return Rows(path, None)
+    if path.is_dir() and data.revision is not None:
+        raise InvalidSettingError(f"--data-revision is for data sets of the Hub, and {data.path} is a folder")
+    if not path.is_dir() and not looks_like_hub_name(data.path):
+        raise DatasetNotFoundError(f"there is no data file {data.path}")
+    found = fetch_dataset(
+        path if path.is_dir() else data.path,
+        program_home(environ) / "datasets",
+        subset=data.subset,
+        split=data.split,
+        revision=data.revision,
+        offline=offline,
+    )
+    return Rows(found.path, found.commit)

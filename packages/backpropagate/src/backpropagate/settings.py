@@ -28,7 +28,13 @@ Source = Literal["flag", "env", "toml", "default"]
 PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "LOG_FILE", "OFFLINE", "DEBUG"})
 
 _TRACE_SEQ_LENGTH = 8192  # tokens; reasoning is long
-_SHORT = {"model.name": "model", "data.path": "data", "training.learning_rate": "lr", "training.output_dir": "output"}
+_SHORT = {
+    "model.name": "model",
+    "data.path": "data",
+    "data.revision": "data_revision",
+    "training.learning_rate": "lr",
+    "training.output_dir": "output",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,7 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     """
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     environ["TRL_DISABLE_TELEMETRY"] = "1"
+    environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
     environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if is_network_forbidden(environ):

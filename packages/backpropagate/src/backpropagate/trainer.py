@@ -16,10 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backpropagate import catalogue, offline, rails, settings, stopping, system
-from backpropagate.errors import DataMissingError
 from backpropagate.exporting import ExportResult, export_adapter
 from backpropagate.logs import current_run
-from bp_data.errors import DatasetNotFoundError
 from bp_runs.errors import InterruptedRunError
 from bp_runs.events import Emit, Event
 from bp_runs.paths import adapter_folder
@@ -88,7 +86,7 @@ class Trainer:
         """Train an adapter and leave it at ``<output>/lora``.
 
         Args:
-            data: The data file; default: the setting ``data.path``.
+            data: The data: a file, a folder or a Hub data set; default: the setting ``data.path``.
             on_event: Called with every event of the run, after it is recorded.
             **flags: Settings for this run, over the Trainer's own.
 
@@ -98,7 +96,7 @@ class Trainer:
         system.prepare_environment(os.environ)
         resolved = self._resolve({"data": data, **flags})
         self.settings = wanted = resolved.settings
-        _require_data(wanted.data.path)
+        rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
         store = RunStore(self.output)
         store.require_own_adapter()
@@ -115,7 +113,9 @@ class Trainer:
         forbidden = system.is_network_forbidden(os.environ)
         try:
             with writer, stopping.on_interrupt() as stop, offline.forbid_network(wanted=forbidden):
-                spec = TrainSpec.build(wanted, writer.folders, base.folder, base.commit)
+                spec = TrainSpec.build(
+                    wanted, writer.folders, base.folder, base.commit, rows=rows.path, rows_commit=rows.commit
+                )
                 outcome = rail.train(spec, watcher.emit, stop)
                 adapter = _publish(store, writer.run_id, outcome)
                 record = writer.finish(outcome)
@@ -209,10 +209,3 @@ def _find_base(rail: Rail, wanted: Settings) -> catalogue.BaseModel:
     )
     rail.check(wanted, find(need=catalogue.TOKENIZER).folder)
     return find()
-
-
-def _require_data(path: str) -> None:
-    if not path:
-        raise DataMissingError("no data file was named")
-    if not system.to_path(path).exists():
-        raise DatasetNotFoundError(f"there is no data file {path}")

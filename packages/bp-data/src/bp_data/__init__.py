@@ -8,12 +8,15 @@ if TYPE_CHECKING:
     from bp_data.dedupe import Contaminated, Duplicate, find_contamination, find_duplicates
     from bp_data.errors import (
         DataError,
+        DatasetAccessError,
         DatasetEmptyError,
         DatasetFormatUnsupportedError,
         DatasetGateError,
         DatasetInvalidError,
         DatasetNotFoundError,
         DatasetParseFailedError,
+        DatasetPartUnknownError,
+        DatasetUnreachableError,
         DatasetUnreadableError,
         RowFault,
         TemplateFailedError,
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
     from bp_data.formats import recognise
     from bp_data.gate import Gate, check_gate
+    from bp_data.hub import HubData, fetch_dataset, looks_like_hub_name
     from bp_data.ledger import Ledger
     from bp_data.pack import PackedRow, build_pack, iter_packs, pack_rows, plan_packs
     from bp_data.pairs import Compared, JudgedRow, PairRow, prepare_judged, prepare_pairs
@@ -51,12 +55,15 @@ _HOMES = {
     ),
     "errors": (
         "DataError",
+        "DatasetAccessError",
         "DatasetEmptyError",
         "DatasetFormatUnsupportedError",
         "DatasetGateError",
         "DatasetInvalidError",
         "DatasetNotFoundError",
         "DatasetParseFailedError",
+        "DatasetPartUnknownError",
+        "DatasetUnreachableError",
         "DatasetUnreadableError",
         "RowFault",
         "TemplateFailedError",
@@ -76,6 +83,11 @@ _HOMES = {
     "gate": (
         "Gate",
         "check_gate",
+    ),
+    "hub": (
+        "HubData",
+        "fetch_dataset",
+        "looks_like_hub_name",
     ),
     "ledger": ("Ledger",),
     "pack": (
@@ -144,16 +156,20 @@ __all__ = [
     "Compared",
     "Contaminated",
     "DataError",
+    "DatasetAccessError",
     "DatasetEmptyError",
     "DatasetFormatUnsupportedError",
     "DatasetGateError",
     "DatasetInvalidError",
     "DatasetNotFoundError",
     "DatasetParseFailedError",
+    "DatasetPartUnknownError",
+    "DatasetUnreachableError",
     "DatasetUnreadableError",
     "Duplicate",
     "Example",
     "Gate",
+    "HubData",
     "Judged",
     "JudgedRow",
     "Ledger",
@@ -185,11 +201,13 @@ __all__ = [
     "clean_file",
     "convert_example",
     "convert_file",
+    "fetch_dataset",
     "find_contamination",
     "find_duplicates",
     "iter_packs",
     "load_template",
     "load_tokenizer",
+    "looks_like_hub_name",
     "pack_rows",
     "plan_packs",
     "prepare",

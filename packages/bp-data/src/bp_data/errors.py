@@ -8,8 +8,12 @@ bp_runs.errors.UserError
     ├── DatasetParseFailedError       INPUT_DATASET_PARSE_FAILED
     ├── DatasetInvalidError           INPUT_DATASET_INVALID
     ├── DatasetEmptyError             INPUT_DATASET_EMPTY
+    ├── DatasetPartUnknownError       INPUT_DATASET_PART_UNKNOWN
     ├── TokenizerInvalidError         INPUT_TOKENIZER_INVALID
     └── TemplateFailedError           INPUT_TEMPLATE_FAILED
+bp_runs.errors.DependencyError
+├── DatasetUnreachableError           DEP_DATASET_UNREACHABLE
+└── DatasetAccessError                DEP_DATASET_ACCESS
 bp_runs.errors.GateError
 └── DatasetGateError                  INPUT_DATASET_VALIDATION_FAILED, exit 65
 RowFaultError                         a single row is at fault; becomes a ledger entry, or one of the above
@@ -20,7 +24,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Self
 
-from bp_runs.errors import GateError, UserError
+from bp_runs.errors import DependencyError, GateError, UserError
 
 
 class DataError(UserError):
@@ -28,10 +32,10 @@ class DataError(UserError):
 
 
 class DatasetNotFoundError(DataError):
-    """No file has the given path."""
+    """No file has the given path, and no data set the given name."""
 
     code = "INPUT_DATASET_NOT_FOUND"
-    when = "The data file does not exist."
+    when = "The data file does not exist, nor a data set of this name on the Hub."
     default_way_out = "Check the path, relative to the folder you are in: --data ./my_data.jsonl"
 
 
@@ -78,6 +82,14 @@ class DatasetEmptyError(DataError):
     default_way_out = "Check that the file was written completely; it needs at least one row."
 
 
+class DatasetPartUnknownError(DataError):
+    """The data set has no such subset or split, or several to choose from."""
+
+    code = "INPUT_DATASET_PART_UNKNOWN"
+    when = "A data set has no subset or split of the given name, or has several and none was named."
+    default_way_out = "Name one of those that the message lists: --subset NAME, --split NAME"
+
+
 class TokenizerInvalidError(DataError):
     """The model folder has no tokenizer that can be read."""
 
@@ -92,6 +104,22 @@ class TemplateFailedError(DataError):
     code = "INPUT_TEMPLATE_FAILED"
     when = "The chat template of the model is not valid Jinja, or none can be chosen or made."
     default_way_out = "Use a model folder whose chat_template.jinja is whole, or a model with a chat template."
+
+
+class DatasetUnreachableError(DependencyError):
+    """The Hub is not to be reached, or must not be, and the data set was not fetched before."""
+
+    code = "DEP_DATASET_UNREACHABLE"
+    when = "A data set of the Hub was not fetched yet, and the Hub cannot be reached or offline mode is on."
+    default_way_out = "Go online once so that it is kept, or give a file or folder: --data ./my_data.jsonl"
+
+
+class DatasetAccessError(DependencyError):
+    """The Hub wants a login, or accepted terms."""
+
+    code = "DEP_DATASET_ACCESS"
+    when = "The data set is gated and the Hub refused access."
+    default_way_out = "Accept the terms on the data set's page, then: hf auth login"
 
 
 class DatasetGateError(GateError):

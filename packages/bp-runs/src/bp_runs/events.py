@@ -44,6 +44,8 @@ class DataReady(Event):
     kind = "data"
     path: str
     sha256: str
+    revision: str | None = None
+    """The Hub commit of a data set; None for files of the user's."""
     template: str
     """Name of the chat template's source."""
     template_sha256: str

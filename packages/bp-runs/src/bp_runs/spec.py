@@ -36,7 +36,10 @@ class ModelSpec:
 class DataSpec:
     """The rows to learn from."""
 
-    path: str = setting("", "The data file.")
+    path: str = setting("", "The data: a file, a folder, or the name of a data set on the Hub.")
+    subset: str | None = setting(None, "Subset (configuration) of a Hub data set; default: its own default.")
+    split: str | None = setting(None, "Split of a Hub data set; default: train, or the only one.")
+    revision: str | None = setting(None, "Branch, tag or commit of a Hub data set; what it stood for is recorded.")
     samples: int | None = setting(None, "Use at most so many rows, drawn by the seed; default: all.")
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail", "What a row that cannot be used does: fail, or skip and count."
@@ -165,6 +168,15 @@ class TrainSpec(Settings):
     None: A random and B zero."""
     checkpoint: Path | None = None
     """A whole checkpoint of this run to go on from, see `bp_runs.checkpoint`; None: from the beginning."""
+    rows: Path | None = None
+    """Local file or folder of ``data.path``, which may name a data set of the Hub; None: ``data.path`` is it."""
+    rows_commit: str | None = None
+    """The Hub commit that ``rows`` hold; None for files of the user's."""
+
+    @property
+    def rows_path(self) -> Path:
+        """Where a rail reads the rows."""
+        return self.rows or Path(self.data.path)
 
     @classmethod
     def build(
@@ -176,6 +188,8 @@ class TrainSpec(Settings):
         *,
         initial_adapter: Path | None = None,
         checkpoint: Path | None = None,
+        rows: Path | None = None,
+        rows_commit: str | None = None,
     ) -> TrainSpec:
         """Join the settings with where things are."""
         groups = {f.name: getattr(settings, f.name) for f in fields(Settings)}
@@ -186,4 +200,6 @@ class TrainSpec(Settings):
             base_commit=base_commit,
             initial_adapter=initial_adapter,
             checkpoint=checkpoint,
+            rows=rows,
+            rows_commit=rows_commit,
         )

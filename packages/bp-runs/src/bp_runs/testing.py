@@ -87,7 +87,7 @@ class FakeRail:
 
     def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:
         """A loss made up from the bytes of adapter and rows, or the one that ``judge`` says."""
-        file = Path(spec.data.path)
+        file = spec.rows_path
         rows = file.read_bytes().splitlines()
         if part == "heldout":
             rows = rows[: round(spec.training.eval_share * len(rows))]
@@ -163,7 +163,7 @@ def _build_weights(spec: TrainSpec, width: int) -> bytes:
     if spec.initial_adapter is not None:
         data = (spec.initial_adapter / WEIGHTS_FILE).read_bytes()[-8 * count :]
         before = list(struct.unpack(f"<{2 * count}f", data))
-    draw = random.Random(f"{spec.training.seed} {sha256_file(Path(spec.data.path))}")  # noqa: S311 - must repeat
+    draw = random.Random(f"{spec.training.seed} {sha256_file(spec.rows_path)}")  # noqa: S311 - must repeat
     values = [value + draw.uniform(-0.1, 0.1) for value in before]
     return struct.pack("<Q", len(header)) + header + struct.pack(f"<{2 * count}f", *values)
 
@@ -183,11 +183,12 @@ def _model_loaded(spec: TrainSpec) -> ModelLoaded:
 
 
 def _data_ready(spec: TrainSpec) -> DataReady:
-    file = Path(spec.data.path)
+    file = spec.rows_path
     rows = len(file.read_bytes().splitlines())
     return DataReady(
         path=spec.data.path,
         sha256=sha256_file(file),
+        revision=spec.rows_commit,
         template="none",
         template_sha256="",
         read=rows,

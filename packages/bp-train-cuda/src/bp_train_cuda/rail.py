@@ -94,23 +94,11 @@ class CudaRail:
             self._kept = before
 
     def _prepare(self, spec: TrainSpec) -> Prepared:
-        from bp_data import TraceBand, prepare
+        from bp_data import prepare
+        from bp_data.dataset import asked_of
 
-        data = spec.data
-        prepared = prepare(
-            data.path,
-            spec.base,
-            spec.model.max_seq_length,
-            on_bad_row=data.on_bad_row,
-            on_overflow=None if data.on_overflow == "auto" else data.on_overflow,
-            samples=data.samples,
-            min_tokens=data.min_tokens,
-            dedup=data.dedup,
-            trace=TraceBand(data.trace_min_tokens, data.trace_max_tokens) if data.reasoning_trace else None,
-            curriculum=spec.training.curriculum,
-            seed=spec.training.seed,
-            cache=spec.folders.cache and spec.folders.cache / "tokens",
-        )
+        cache = spec.folders.cache and spec.folders.cache / "tokens"
+        prepared = prepare(spec.rows_path, spec.base, cache=cache, **asked_of(spec))
         prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
         return prepared
 
@@ -120,6 +108,7 @@ def _data_ready(spec: TrainSpec, prepared: Prepared, heldout: int) -> DataReady:
     return DataReady(
         path=spec.data.path,
         sha256=prepared.data_sha256,
+        revision=spec.rows_commit,
         template=prepared.template_name,
         template_sha256=prepared.template_hash,
         read=ledger.read,

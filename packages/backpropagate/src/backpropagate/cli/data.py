@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,35 +10,30 @@ from cyclopts import Parameter
 from rich.console import Console
 from rich.text import Text
 
-from backpropagate import catalogue, settings, system
 from backpropagate.cli.flags import Json
+from backpropagate.cli.painting import legend, paint
 from backpropagate.cli.screen import print_json
+from backpropagate.cli.sources import Model, Part, find_file, resolve_settings, tokenizer_folder
 from backpropagate.errors import InvalidSettingError
 from bp_data import Limits, build_report, check_limits, clean_file, convert_file, preview_file, report_html, report_text
 from bp_data.preview import PreviewedRow
 from bp_data.rewrite import Format, Rewritten, split_file
 from bp_runs.files import publish_bytes
 
-Model = Annotated[str | None, Parameter(name=("--model", "-m"))]
 Output = Annotated[Path, Parameter(name=("--output", "-o"))]
 OnBadRow = Literal["fail", "skip"]
-
-_STYLES = {"trained": "bold green", "masked": "dim", "truncated": "red strike"}
 
 
 def _model_folder(model: str | None) -> tuple[Path, int]:
     """The folder with the tokenizer, and the longest row of the settings."""
-    wanted = settings.resolve({"model": model}, os.environ, Path(settings.TOML_FILE)).settings
-    offline = system.is_offline(os.environ)
-    base = catalogue.find_model(
-        wanted.model.name, revision=wanted.model.revision, offline=offline, need=catalogue.TOKENIZER
-    )
-    return base.folder, wanted.model.max_seq_length
+    wanted = resolve_settings({"model": model})
+    return tokenizer_folder(wanted), wanted.model.max_seq_length
 
 
 def preview(
-    file: Path,
+    file: str,
     *,
+    part: Part | None = None,
     model: Model = None,
     max_seq_length: int | None = None,
     rows: int = 3,
@@ -51,8 +45,8 @@ def preview(
 
     Parameters
     ----------
-    file: Path
-        The data file or folder.
+    file: str
+        The data file, a folder, or the name of a data set on the Hub.
     model: str
         The model whose tokenizer and chat template are used: a folder or Hub id.
     max_seq_length: int
@@ -65,15 +59,13 @@ def preview(
         What becomes of longer rows.
     """
     folder, longest = _model_folder(model)
-    shown = preview_file(file, folder, max_seq_length or longest, rows=rows, skip=skip, on_overflow=on_overflow)
+    data = find_file(file, part)
+    shown = preview_file(data, folder, max_seq_length or longest, rows=rows, skip=skip, on_overflow=on_overflow)
     if json:
         print_json("data-preview", {"data": str(file), "rows": [_row_body(row) for row in shown]})
         return 0
     console = Console(highlight=False)
-    legend = Text("  ")
-    for state, style in _STYLES.items():
-        legend.append(state, style=style).append("  ")
-    console.print(legend.append("special", style="reverse"))
+    console.print(legend())
     for row in shown:
         console.print(_row_text(row))
     return 0
@@ -95,18 +87,16 @@ def _row_text(row: PreviewedRow) -> Text:
     text = Text(f"row {row.number}: {row.trained:,} of {row.tokens:,} tokens trained\n", style="bold")
     if row.rejected is not None:
         text.append(f"not trained on: {row.rejected.code.value}: {row.rejected.reason}\n", style="red")
-    for piece in row.pieces:
-        state = "truncated" if piece.truncated else "trained" if piece.trained else "masked"
-        text.append(piece.text, style=_STYLES[state] + (" reverse" if piece.special else ""))
-    return text
+    return text.append_text(paint(row.pieces))
 
 
 def report(
-    file: Path,
+    file: str,
     *,
+    part: Part | None = None,
     model: Model = None,
     max_seq_length: int | None = None,
-    against: Path | None = None,
+    against: str | None = None,
     near: bool = True,
     html: Path | None = None,
     max_rejected: float | None = None,
@@ -122,13 +112,13 @@ def report(
 
     Parameters
     ----------
-    file: Path
-        The data file or folder.
+    file: str
+        The data file, a folder, or the name of a data set on the Hub.
     model: str
         Count tokens as this model does and verify each row's mask; without it, characters are counted.
     max_seq_length: int
         Tokens beyond which a row counts as over-long.
-    against: Path
+    against: str
         Another file, such as a test set, whose rows should not be in this one.
     near: bool
         Look for near duplicates too.
@@ -154,7 +144,10 @@ def report(
     if against is None and max_contaminated is not None:
         raise InvalidSettingError("--max-contaminated compares two files", way_out="Name the other: --against FILE")
     folder, longest = (None, 2048) if model is None else _model_folder(model)
-    found = build_report(file, folder, max_seq_length=max_seq_length or longest, near=near, against=against)
+    other = None if against is None else find_file(against)
+    data = find_file(file, part)
+    found = build_report(data, folder, max_seq_length=max_seq_length or longest, near=near, against=other)
+    found = replace(found, path=file)
     if html is not None:
         publish_bytes(html, report_html(found).encode())
     if json:
@@ -176,8 +169,9 @@ def report(
 
 
 def split(
-    file: Path,
+    file: str,
     *,
+    part: Part | None = None,
     output: Output,
     heldout: Path,
     share: float = 0.05,
@@ -189,8 +183,8 @@ def split(
 
     Parameters
     ----------
-    file: Path
-        The data file or folder.
+    file: str
+        The data file, a folder, or the name of a data set on the Hub.
     output: Path
         File for the greater part.
     heldout: Path
@@ -206,12 +200,17 @@ def split(
         raise InvalidSettingError(f"--share is {share}; it must be above 0 and below 1")
     if output == heldout:
         raise InvalidSettingError("--output and --heldout name the same file")
-    return _tell(split_file(file, output, heldout, share=share, seed=seed, on_bad_row=on_bad_row), "split", json=json)
+    return _tell(
+        split_file(find_file(file, part), output, heldout, share=share, seed=seed, on_bad_row=on_bad_row),
+        "split",
+        json=json,
+    )
 
 
 def clean(
-    file: Path,
+    file: str,
     *,
+    part: Part | None = None,
     output: Output,
     dedup: Literal["none", "exact", "near"] = "near",
     personal: bool = False,
@@ -221,8 +220,8 @@ def clean(
 
     Parameters
     ----------
-    file: Path
-        The data file or folder.
+    file: str
+        The data file, a folder, or the name of a data set on the Hub.
     output: Path
         The .jsonl file to write.
     dedup: str
@@ -230,16 +229,24 @@ def clean(
     personal: bool
         Leave out rows with hints of personal data as well.
     """
-    return _tell(clean_file(file, output, dedup=dedup, personal=personal), "clean", json=json)
+    return _tell(clean_file(find_file(file, part), output, dedup=dedup, personal=personal), "clean", json=json)
 
 
-def convert(file: Path, *, to: Format, output: Output, on_bad_row: OnBadRow = "fail", json: Json = False) -> int:
+def convert(
+    file: str,
+    *,
+    part: Part | None = None,
+    to: Format,
+    output: Output,
+    on_bad_row: OnBadRow = "fail",
+    json: Json = False,
+) -> int:
     """Write every row in one format; a row that the format cannot hold whole is a bad row.
 
     Parameters
     ----------
-    file: Path
-        The data file or folder.
+    file: str
+        The data file, a folder, or the name of a data set on the Hub.
     to: str
         The format.
     output: Path
@@ -247,7 +254,7 @@ def convert(file: Path, *, to: Format, output: Output, on_bad_row: OnBadRow = "f
     on_bad_row: str
         fail: stop at the first bad row; skip: leave it out and list it.
     """
-    return _tell(convert_file(file, output, to, on_bad_row=on_bad_row), "convert", json=json)
+    return _tell(convert_file(find_file(file, part), output, to, on_bad_row=on_bad_row), "convert", json=json)
 
 
 def _tell(done: Rewritten, name: str, *, json: bool) -> int:

@@ -46,7 +46,7 @@ def with_settings(
 ) -> Callable[..., int]:
     """Give ``command(**flags)`` a keyword for every setting; a flag that is not typed arrives as None."""
     chosen = [s for s in all_settings().values() if s.key not in leave_out]
-    parameters = [_parameter(s) for s in chosen] + list(extra)
+    parameters = sorted([*(_parameter(s) for s in chosen), *extra], key=lambda parameter: parameter.kind)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     return command

@@ -2,68 +2,66 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Annotated, Literal
+import inspect
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.text import Text
 
-from backpropagate import catalogue, settings, system
-from backpropagate.cli.flags import Json
+from backpropagate.cli.flags import Json, keyword, with_settings
+from backpropagate.cli.painting import legend, paint
 from backpropagate.cli.screen import print_json
-from bp_data import prepare, preview_rows
+from backpropagate.cli.sources import find_file, resolve_settings, tokenizer_folder
+from backpropagate.settings import all_settings
+from bp_data import Prepared, prepare, preview_rows
+from bp_data.dataset import asked_of
+
+_SHOWN = 10  # rejected rows that are listed
+_ACTING = {"model.name", "model.revision", "model.max_seq_length", "training.seed"}
 
 
-def validate(
-    data: Path,
-    *,
-    model: Annotated[str | None, Parameter(name=("--model", "-m"))] = None,
-    max_seq_length: int | None = None,
-    on_bad_row: Literal["fail", "skip"] | None = None,
-    rows: int = 2,
-    json: Json = False,
-) -> int:
-    """Check a data file the way training reads it, and show which tokens are trained.
-
-    Parameters
-    ----------
-    data: Path
-        The data file.
-    model: str
-        The model whose tokenizer and chat template are used: a folder or Hub id.
-    max_seq_length: int
-        Longest row, in tokens.
-    on_bad_row: str
-        fail: stop at the first bad row; skip: count it and go on.
-    rows: int
-        How many rows to show, trained tokens in green.
-    """
-    flags = {"model": model, "max_seq_length": max_seq_length, "on_bad_row": on_bad_row}
-    wanted = settings.resolve(flags, os.environ, Path(settings.TOML_FILE)).settings
-    offline = system.is_offline(os.environ)
-    base = catalogue.find_model(
-        wanted.model.name, revision=wanted.model.revision, offline=offline, need=catalogue.TOKENIZER
-    )
-    prepared = prepare(
-        data, base.folder, wanted.model.max_seq_length, on_bad_row=wanted.data.on_bad_row, seed=wanted.training.seed
-    )
+def validate(data: str, *, rows: int = 2, json: bool = False, **flags: Any) -> int:
+    """Check a data file the way training reads it, and show which tokens are trained."""
+    wanted = resolve_settings({**flags, "data": data})
+    folder = tokenizer_folder(wanted)
+    prepared = prepare(find_file(wanted.data), folder, **asked_of(wanted))
     counts = {**prepared.ledger.to_dict(), "tokens": prepared.tokens, "trained_tokens": prepared.trained_tokens}
     if json:
         drops = [{"row": d.number, "code": d.code.value, "reason": d.reason} for d in prepared.ledger.drops]
-        print_json("validate", {"data": str(data), "sha256": prepared.data_sha256, **counts, "rejected": drops})
-        return 0
-    console = Console(highlight=False)
-    for tokens in preview_rows(prepared, rows):
-        line = Text("  ")
-        for token in tokens:
-            line.append(token.text, style="green" if token.trained else "dim")
-        console.print(line)
-    console.print(
-        f"  {counts['read']} rows read = {counts['trained']} trained + {counts['truncated']} truncated + "
-        f"{counts['dropped']} dropped; {counts['trained_tokens']:,} of {counts['tokens']:,} tokens carry loss"
-    )
-    for drop in prepared.ledger.drops[:10]:
-        console.print(f"  row {drop.number}: {drop.code.value}: {drop.reason}", markup=False)
+        print_json("validate", {"data": data, "sha256": prepared.data_sha256, **counts, "rejected": drops})
+    else:
+        _tell(prepared, rows)
     return 0
+
+
+def _tell(prepared: Prepared, rows: int) -> None:
+    ledger = prepared.ledger
+    console = Console(highlight=False)
+    if rows:
+        console.print(legend())
+    for tokens in preview_rows(prepared, rows):
+        console.print(paint(tokens))
+    console.print(
+        f"  {ledger.read:,} rows read = {ledger.trained:,} trained + {ledger.truncated:,} truncated + "
+        f"{ledger.dropped:,} dropped; {prepared.trained_tokens:,} of {prepared.tokens:,} tokens carry loss"
+    )
+    for drop in ledger.drops[:_SHOWN]:
+        console.print(f"  row {drop.number}: {drop.code.value}: {drop.reason}", markup=False)
+    if ledger.dropped > _SHOWN:
+        console.print(f"  … and {ledger.dropped - _SHOWN:,} more; --json lists them all")
+
+
+_DATA = Parameter(help="The data file, a folder, or the name of a data set on the Hub.")
+_ROWS = Parameter(help="How many rows to show.")
+
+with_settings(
+    validate,
+    leave_out=[
+        key for key in all_settings() if key not in _ACTING and (not key.startswith("data.") or key == "data.path")
+    ],
+    extra=[
+        inspect.Parameter("data", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Annotated[str, _DATA]),
+        keyword("rows", Annotated[int, _ROWS], default=2),
+        keyword("json", Json, default=False),
+    ],
+)

@@ -1,0 +1,153 @@
+"""Data sets by name: the real client of the Hub against a Hub on this machine, and folders laid out like one."""
+
+import gzip
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bp_data import fetch_dataset, looks_like_hub_name, read_rows
+from bp_data.errors import (
+    DatasetEmptyError,
+    DatasetFormatUnsupportedError,
+    DatasetPartUnknownError,
+    DatasetUnreachableError,
+)
+
+pytest.importorskip("datasets")
+_spec = importlib.util.spec_from_file_location("bp_data_fake_hub", Path(__file__).with_name("fake_hub.py"))
+fake_hub = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fake_hub)
+
+# The client reads its settings once, when it is imported, so that each Hub has a process of its own.
+FETCH = """
+import json, sys
+from pathlib import Path
+from bp_data import fetch_dataset, read_rows
+from bp_runs.errors import CodedError
+
+for asked in json.loads(sys.argv[2]):
+    try:
+        found = fetch_dataset(asked.pop("name"), Path(sys.argv[1]), **asked)
+        rows = [(row.source, row.data["completion"]) for row in read_rows(found.path)]
+        print(json.dumps([found.subset, found.split, found.commit, rows]))
+    except CodedError as error:
+        print(json.dumps([error.code, str(error), error.way_out]))
+"""
+
+
+def fetch_all(url, folder, asked):
+    environ = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+    command = [sys.executable, "-c", FETCH, str(folder / "kept"), json.dumps(asked)]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+CHATS = {"name": "owner/chats"}
+
+
+@pytest.fixture(scope="module")
+def fetched(tmp_path_factory):
+    """What the Hub gave, and what is known without it afterwards."""
+    folder = tmp_path_factory.mktemp("hub")
+    asked = [
+        CHATS,
+        {**CHATS, "revision": "v1"},
+        {**CHATS, "subset": "de"},
+        {**CHATS, "split": "test"},
+        {**CHATS, "split": "validation"},
+        {**CHATS, "subset": "fr"},
+        {**CHATS, "revision": "v9"},
+        {"name": "owner/none"},
+        {"name": "owner/gated"},
+    ]
+    with fake_hub.serve() as (url, seen):
+        online = fetch_all(url, folder, asked)
+    later = [CHATS, {**CHATS, "offline": True}, {"name": "owner/none"}, {"name": "owner/none", "offline": True}]
+    return online, fetch_all("http://127.0.0.1:9", folder, later), seen
+
+
+def test_a_split_of_the_hub_is_fetched_at_one_commit_and_read_by_our_readers(fetched):
+    newest, old, german, test, *_ = fetched[0]
+    assert newest == ["en", "train", fake_hub.NEW, [["en/train-0.jsonl", "new 0"], ["en/train-1.jsonl", "new 1"]]]
+    assert old == ["en", "train", fake_hub.OLD, [["train-0.jsonl", "old"]]]
+    assert german == ["de", "train", fake_hub.NEW, [["de.jsonl", "d"]]]
+    assert test == ["en", "test", fake_hub.NEW, [["test.jsonl", "t"]]]
+    assert not any("weights.bin" in path for path in fetched[2]), "only the split's files are fetched"
+
+
+def test_what_the_hub_does_not_have_is_told_with_what_it_has(fetched):
+    split, subset, revision, name, gated = fetched[0][4:]
+    assert split[0] == subset[0] == "INPUT_DATASET_PART_UNKNOWN"
+    assert "train, test" in split[1]
+    assert split[2] == "Name one of them: --split train"
+    assert "en, de" in subset[1]
+    assert revision[0] == name[0] == "INPUT_DATASET_NOT_FOUND"
+    assert "v9" in revision[1]
+    assert "hf auth login" in name[2]
+    assert gated[0] == "DEP_DATASET_ACCESS"
+
+
+def test_without_the_hub_what_was_fetched_is_used_and_the_rest_is_an_error(fetched):
+    kept, offline, unreachable, unknown = fetched[1]
+    assert kept == offline == fetched[0][0]
+    assert unreachable[0] == unknown[0] == "DEP_DATASET_UNREACHABLE"
+    assert "offline" in unknown[1]
+
+
+def write(folder, name, text):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+
+
+@pytest.fixture
+def chats(tmp_path):
+    folder = tmp_path / "chats"
+    for name in ("en/train-0.jsonl", "en/train-1.jsonl.gz", "en/test.jsonl", "de.jsonl"):
+        write(folder, name, json.dumps({"prompt": "Q", "completion": name}) + "\n")
+    write(folder, "README.md", fake_hub.CARD.replace("  default: true\n", ""))
+    return folder
+
+
+def test_a_folder_laid_out_like_a_data_set_has_splits_and_subsets(chats, tmp_path):
+    def answers(**part):
+        return [row.data["completion"] for row in read_rows(fetch_dataset(chats, tmp_path / "kept", **part).path)]
+
+    assert answers(subset="en") == ["en/train-0.jsonl", "en/train-1.jsonl.gz"]
+    assert answers(subset="en", split="test") == ["en/test.jsonl"]
+    assert answers(subset="de") == ["de.jsonl"]
+    with pytest.raises(DatasetPartUnknownError, match="several subsets, and none is named; there are: en, de"):
+        answers()
+    with pytest.raises(DatasetPartUnknownError, match="no split 'dev'"):
+        answers(subset="en", split="dev")
+    (chats / "en" / "train-0.jsonl").write_text('{"prompt": "Q", "completion": "changed"}\n')
+    assert answers(subset="en") == ["changed", "en/train-1.jsonl.gz"], "a change is seen, nothing old is kept"
+
+
+def test_folders_that_are_no_data_sets(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DatasetEmptyError):
+        fetch_dataset(tmp_path / "empty", tmp_path / "kept", split="train")
+    write(tmp_path / "pictures", "train/a.png", "x")
+    with pytest.raises(DatasetFormatUnsupportedError):
+        fetch_dataset(tmp_path / "pictures", tmp_path / "kept", split="train")
+    with pytest.raises(DatasetUnreachableError):
+        fetch_dataset("owner/never", tmp_path / "kept", offline=True)
+
+
+@pytest.mark.parametrize("name", ["owner/chats", "squad", "HuggingFaceH4/ultrachat_200k"])
+def test_names_of_data_sets(name):
+    assert looks_like_hub_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["my_data.jsonl", "a/b/c", "./chats", "../x", "~/x", "a b", "", "data/x.csv.gz", "C:\\x"]
+)
+def test_names_of_files(name):
+    assert not looks_like_hub_name(name)
