@@ -34,7 +34,7 @@ OWNERS = {
     "transformers": {"bp-train-cuda", "backpropagate"},
     "peft": {"bp-train-cuda"},
     "trl": {"bp-train-cuda"},
-    "datasets": {"bp-train-cuda"},
+    "datasets": {"bp-train-cuda", "bp-data"},  # bp-data asks it, in hub.py alone, which files a split has
     "mlx": {"bp-train-mlx"},
     "numpy": {"bp-merge", "bp-export", "bp-data"},
     "cyclopts": {"backpropagate"},
