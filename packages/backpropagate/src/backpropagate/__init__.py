@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from backpropagate.exporting import ExportResult
+    from backpropagate.merging import merge_adapters
     from backpropagate.trainer import Trainer, TrainResult
 
-__all__ = ["ExportResult", "TrainResult", "Trainer"]
+__all__ = ["ExportResult", "TrainResult", "Trainer", "merge_adapters"]
 
 _HOMES = {
     "ExportResult": "backpropagate.exporting",
     "TrainResult": "backpropagate.trainer",
     "Trainer": "backpropagate.trainer",
+    "merge_adapters": "backpropagate.merging",
 }
 
 

@@ -48,7 +48,9 @@ class MergeOutcome:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**asdict(self), "path": str(self.path)}
+        lists = {name: list(getattr(self, name)) for name in ("adapters", "notes")}
+        weights = None if self.weights is None else list(self.weights)
+        return {**asdict(self), **lists, "weights": weights, "path": str(self.path)}
 
 
 def merge_adapters(

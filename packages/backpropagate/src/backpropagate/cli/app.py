@@ -44,6 +44,12 @@ COMMANDS = (
         "backprop train --data my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct --steps 100",
     ),
     Command(
+        "merge",
+        "merge:merge",
+        "Merge adapters of one base into one adapter.",
+        "backprop merge week1/lora week2/lora --method ties --density 0.2 --output merged",
+    ),
+    Command(
         "export",
         "export:export",
         "Export an adapter as GGUF, merged model or adapter; register it with Ollama.",

@@ -74,6 +74,21 @@ class Export(TypedDict):
     run_id: str | None
 
 
+class Merge(TypedDict):
+    """`backprop merge`; kept: share of the change's squared norm that the cut to rank kept."""
+
+    path: str
+    method: str
+    paper: str
+    adapters: list[str]
+    weights: list[float] | None
+    modules: int
+    rank: int
+    kept: float
+    bytes: int
+    notes: list[str]
+
+
 class RunRow(TypedDict):
     """A run in the index."""
 
@@ -274,6 +289,7 @@ DOCUMENTS: Mapping[str, type] = {
     "train": Train,
     "quickstart": Quickstart,
     "export": Export,
+    "merge": Merge,
     "list-runs": ListRuns,
     "show-run": ShowRun,
     "validate": Validate,
