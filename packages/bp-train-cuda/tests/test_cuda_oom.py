@@ -9,6 +9,7 @@ from transformers import LlamaModel
 from bp_runs.events import Notice, StepDone
 from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError
 from bp_train_cuda.guards.oom import split_batch
+from bp_train_cuda.guards.optimizer import guard_optimizer
 
 
 class Scarce:
@@ -110,3 +111,49 @@ def test_packed_rows_are_cut_at_their_borders():
     assert [p["input_ids"].tolist() for p in pieces] == [[[0, 1, 2, 3, 4]], [[5, 6]]]
     assert [p["position_ids"].tolist() for p in pieces] == [[[0, 1, 0, 1, 2]], [[0, 0]]]
     assert len(split_batch(batch, 8)) == 4
+
+
+def fail_at(call, plain):
+    """``plain``, out of memory at its ``call``-th call and only then."""
+    calls = []
+
+    def sometimes(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plain(*args, **kwargs)
+
+    return sometimes
+
+
+@pytest.mark.parametrize("kind", ["torch", "bitsandbytes"])
+@pytest.mark.parametrize("call", [1, 2, 5, 6, 9])
+def test_an_optimizer_step_is_finished_once_for_each_weight(monkeypatch, kind, call):
+    """Moments are made one by one in the first step; the weights that were stepped before the lack are not stepped twice."""
+
+    def steps(guarded):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(8, 600)) for _ in range(4)]
+        if kind == "torch":
+            optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
+        else:
+            optimizer = pytest.importorskip("bitsandbytes").optim.AdamW8bit(weights, lr=0.1)
+        events = []
+        if guarded:
+            guard_optimizer(optimizer, events.append)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        for step in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(8, 600, generator=torch.Generator().manual_seed(step))
+            with monkeypatch.context() as patch:
+                if guarded and step == 0:
+                    patch.setattr(torch, "zeros_like", fail_at(call, torch.zeros_like))
+                optimizer.step()
+            scheduler.step()
+        return weights, events
+
+    expected, _ = steps(guarded=False)
+    found, events = steps(guarded=True)
+    assert len(events) == (1 if call <= 8 else 0)  # two moments for each of four weights
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -11,6 +11,7 @@ UserError
 RunFailedError
 ├── GpuOutOfMemoryError    RUNTIME_GPU_OOM
 ├── OomExhaustedError      RUNTIME_OOM_RECOVERY_EXHAUSTED   not even one row fits
+├── GpuTemperatureError    RUNTIME_GPU_TEMPERATURE_CRITICAL the card does not stay cool enough
 └── TrainingFailedError    RUNTIME_TRAINING_FAILED          the framework raised inside the loop
 """
 
@@ -84,6 +85,14 @@ class OomExhaustedError(RunFailedError):
     code = "RUNTIME_OOM_RECOVERY_EXHAUSTED"
     when = "The GPU ran out of memory, and so it did with the micro-batch cut into single rows or three times in half."
     default_way_out = "Shorten the rows or shrink the adapter: --max-seq-length 1024 --lora-r 8"
+
+
+class GpuTemperatureError(RunFailedError):
+    """The card is dangerously hot."""
+
+    code = "RUNTIME_GPU_TEMPERATURE_CRITICAL"
+    when = "The GPU got critically hot, or did not cool down while training paused; the work was saved before the stop."
+    default_way_out = "Clear the card's air way and let it cool; then go on where the run stopped: backprop resume"
 
 
 class TrainingFailedError(RunFailedError):

@@ -1,15 +1,17 @@
 """A micro-batch that does not fit is halved, and the same step goes on with the same rows and the same gradient.
 
 The loss is a sum over trained tokens divided by their number in the whole step, so the gradients of the pieces add up
-to the gradient of the micro-batch. What a failed attempt has added to the gradients is taken back first, and the
-random state is set back.
+to the gradient of the micro-batch. A failed attempt leaves a part of its gradient behind, so the gradients of the
+optimizer step are cleared and its earlier micro-batches run again, each from the random state that it had: nothing
+needs to be copied while all goes well.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,34 +19,49 @@ from bp_runs.events import Emit, Notice
 from bp_train_cuda.errors import OomExhaustedError
 
 HALVINGS = 3
-"""A micro-batch is cut into at most two to the power of this many pieces."""
+"""A micro-batch is cut into at most two to the power of this many pieces, and other work is tried again so often."""
 
 Batch = Mapping[str, torch.Tensor]
 Step = Callable[[Batch], torch.Tensor]
 """Forward and backward of one piece; returns its share of the step's loss."""
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _MicroBatch:
+    """One that has run in this optimizer step, so that it can run again."""
+
+    step: Step
+    batch: Batch
+    random: tuple[torch.Tensor, Any]
 
 
 class StepSplitter:
     """Runs micro-batches, in as many pieces as have turned out to fit.
 
     Args:
-        parameters: Those whose gradients accumulate.
+        parameters: Those whose gradients accumulate, and are None when an optimizer step begins; none for work without
+            gradients.
         emit: Told when a batch is halved.
         enabled: Without it, a lack of memory is passed on at once.
+        halvings: Where to begin: what fitted an earlier run.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], emit: Emit, *, enabled: bool = True) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], emit: Emit, *, enabled: bool = True, halvings: int = 0
+    ) -> None:
         self._parameters = list(parameters)
         self._emit = emit
         self._enabled = enabled
-        self.halvings = 0
+        self._earlier: list[_MicroBatch] = []
+        self.halvings = halvings
         """Kept from step to step: what did not fit once is not tried again."""
 
     def run(self, step: Step, batch: Batch) -> torch.Tensor:
         """The micro-batch's loss, its gradients added once.
 
         Args:
-            step: Carries out one piece.
+            step: Carries out one piece; may be called again within the same optimizer step.
             batch: Tensors (B, T), padded on the right where ``attention_mask`` is 0; or packed rows (1, T) with
                 ``position_ids`` that begin again at 0 with each row.
 
@@ -54,24 +71,36 @@ class StepSplitter:
         """
         if not self._enabled:
             return step(batch)
-        gradients = [None if p.grad is None else p.grad.clone() for p in self._parameters]
-        random = _read_random_state()
+        if all(p.grad is None for p in self._parameters):
+            self._earlier.clear()
+        this = _MicroBatch(step, batch, _read_random_state())
+        failed = False
         while True:
             # Leaving the except clause frees the traceback, and with it the tensors of the failed attempt.
             try:
-                return self._run_pieces(step, batch)
+                if failed:
+                    self._repeat_earlier()
+                    _write_random_state(this.random)
+                loss = self._run_pieces(this)
             except torch.OutOfMemoryError as error:
-                reason = str(error).split(". ")[0]
+                reason = _read_reason(error)
+            else:
+                self._earlier.append(this)
+                return loss
+            failed = True
             self._halve(_count_rows(batch), reason)
-            for parameter, gradient in zip(self._parameters, gradients, strict=True):
-                parameter.grad = None if gradient is None else gradient.clone()
-            _write_random_state(random)
-            gc.collect()
-            torch.cuda.empty_cache()
+            for parameter in self._parameters:
+                parameter.grad = None
+            release_memory()
 
-    def _run_pieces(self, step: Step, batch: Batch) -> torch.Tensor:
-        losses = [step(piece) for piece in split_batch(batch, 2**self.halvings)]
+    def _run_pieces(self, micro_batch: _MicroBatch) -> torch.Tensor:
+        losses = [micro_batch.step(piece) for piece in split_batch(micro_batch.batch, 2**self.halvings)]
         return torch.stack(losses).sum()
+
+    def _repeat_earlier(self) -> None:
+        for micro_batch in self._earlier:
+            _write_random_state(micro_batch.random)
+            self._run_pieces(micro_batch)
 
     def _halve(self, rows: int, reason: str) -> None:
         if self.halvings == HALVINGS or rows <= 2**self.halvings:
@@ -85,6 +114,43 @@ class StepSplitter:
             f"out of GPU memory: micro-batches of {rows} rows now run in {pieces} pieces; same rows, same gradient"
         )
         self._emit(Notice(message=message, level="warning", details={"pieces": pieces, "reason": reason}))
+
+
+def try_again(action: Callable[[], Result], what: str, emit: Emit, *, enabled: bool = True) -> Result:
+    """What ``action`` returns; where it runs out of GPU memory, all that can be freed is freed and it is tried again.
+
+    Args:
+        action: May be called up to `HALVINGS` times more; must stand having been cut off.
+        what: For the notice: ``the optimizer step``.
+
+    Raises:
+        OomExhaustedError: It never fitted.
+        torch.OutOfMemoryError: With the guard disabled.
+    """
+    if not enabled:
+        return action()
+    for _ in range(HALVINGS):
+        try:
+            return action()
+        except torch.OutOfMemoryError as error:
+            reason = _read_reason(error)
+        release_memory()
+        message = f"out of GPU memory in {what}: unused memory was freed and it is tried again"
+        emit(Notice(message=message, level="warning", details={"what": what, "reason": reason}))
+    try:
+        return action()
+    except torch.OutOfMemoryError as error:
+        raise OomExhaustedError(f"{what} does not fit the GPU's memory", cause=_read_reason(error)) from error
+
+
+def release_memory() -> None:
+    """Give back what no tensor holds."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _read_reason(error: torch.OutOfMemoryError) -> str:
+    return str(error).split(". ")[0]
 
 
 def split_batch(batch: Batch, pieces: int) -> list[Batch]:

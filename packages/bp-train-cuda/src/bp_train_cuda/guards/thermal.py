@@ -1,0 +1,186 @@
+"""A card that is too hot rests until it has cooled; one that gets dangerously hot ends the run with its work saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Protocol
+
+import torch
+
+from bp_runs.events import Emit, Notice
+from bp_runs.rail import Stop
+from bp_train_cuda.errors import GpuTemperatureError
+
+_READ_EVERY = 1.0  # seconds; a card needs several to get a degree hotter
+_REST = 2.0  # seconds between two looks at a resting card
+_PATIENCE = 900.0  # seconds; a card that has not cooled by then has a fault that waiting does not mend
+
+
+class Sensor(Protocol):
+    """Says how hot the card is."""
+
+    def read(self) -> int | None:
+        """Degrees Celsius now; None where they cannot be had."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Degrees Celsius at which something happens."""
+
+    warn: int
+    """From here on the user is told, once for each time it gets there."""
+    pause: int
+    resume: int
+    """A pause lasts until the card is no hotter than this."""
+    critical: int
+
+    @classmethod
+    def around(cls, pause: int) -> Limits:
+        """Warn 5 degrees below ``pause``, resume 8 below it, and take 5 above it for an emergency."""
+        return cls(warn=pause - 5, pause=pause, resume=pause - 8, critical=pause + 5)
+
+
+class Governor:
+    """Keeps a run's card under its limits.
+
+    Args:
+        save: Called before an emergency stop, so that nothing is lost.
+        stop: The run's stop request, which ends a pause.
+        clock: Seconds that only grow.
+        sleep: Waits so many seconds.
+    """
+
+    def __init__(
+        self,
+        sensor: Sensor,
+        limits: Limits,
+        emit: Emit,
+        *,
+        stop: Stop,
+        save: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._sensor = sensor
+        self._limits = limits
+        self._emit = emit
+        self._stop = stop
+        self.save = save
+        self._clock = clock
+        self._sleep = sleep
+        self._read_at = float("-inf")
+        self._is_warned = self._is_blind = False
+        self.temperature: int | None = None
+        """At the last look, in degrees Celsius."""
+        self.hottest: int | None = None
+        self.rested = 0.0
+        """Seconds of all pauses."""
+
+    def look(self) -> None:
+        """Look at the card, at most once a second, and rest where it is too hot; for the moment before each batch."""
+        if self._clock() - self._read_at < _READ_EVERY:
+            return
+        now = self._read()
+        if now is not None:
+            self._consider(now)
+
+    def _consider(self, now: int) -> None:
+        if now >= self._limits.pause:
+            self._rest(now)
+        elif now >= self._limits.warn and not self._is_warned:
+            self._is_warned = True
+            self._tell(f"the GPU is at {now} °C; training pauses at {self._limits.pause} °C", "warn", now)
+        elif now < self._limits.warn:
+            self._is_warned = False
+
+    def end_step(self) -> None:
+        """As `look`, after a step, when the work can be saved and a critical temperature ends the run.
+
+        Raises:
+            GpuTemperatureError: The card is critically hot, or did not cool down in a quarter of an hour.
+        """
+        now = self.temperature if self._clock() - self._read_at < _READ_EVERY else self._read()
+        if now is None:
+            return
+        if now >= self._limits.critical:
+            self._give_up(f"the GPU is at {now} °C, and {self._limits.critical} °C is critical")
+        self._consider(now)
+        after = self.temperature
+        if after is not None and after >= self._limits.pause and not self._stop():
+            self._give_up(f"the GPU is still at {after} °C after a pause of {_PATIENCE / 60:.0f} minutes")
+
+    def _rest(self, now: int) -> None:
+        began = self._clock()
+        limits = self._limits
+        self._tell(f"the GPU is at {now} °C: training pauses until it is at {limits.resume} °C", "pause", now)
+        while now > limits.resume and not self._stop() and self._clock() - began < _PATIENCE:
+            self._sleep(_REST)
+            seen = self._read()
+            if seen is None:
+                break
+            now = seen
+        took = self._clock() - began
+        self.rested += took
+        if now <= limits.resume:
+            self._tell(f"the GPU has cooled to {now} °C in {took:.0f} s: training goes on", "resume", now, level="info")
+
+    def _give_up(self, why: str) -> None:
+        self.save()
+        raise GpuTemperatureError(why, details={"temperature": self.temperature, "limit": self._limits.pause})
+
+    def _read(self) -> int | None:
+        self._read_at = self._clock()
+        self.temperature = self._sensor.read()
+        if self.temperature is not None:
+            self.hottest = max(self.hottest or 0, self.temperature)
+        elif not self._is_blind:
+            self._is_blind = True
+            self._emit(Notice(message="the GPU's temperature can no longer be read: nothing watches it"))
+        return self.temperature
+
+    def _tell(self, message: str, state: str, now: int, *, level: Any = "warning") -> None:
+        self._emit(Notice(message=message, level=level, details={"thermal": state, "temperature": now}))
+
+
+class NvmlSensor:
+    """The driver's own reading, through nvidia-ml-py.
+
+    Args:
+        nvml: The module ``pynvml``, initialised.
+        device: NVML's handle of the card.
+    """
+
+    def __init__(self, nvml: Any, device: Any) -> None:
+        self._nvml = nvml
+        self._device = device
+
+    def read(self) -> int | None:
+        """Degrees Celsius of the GPU's core."""
+        try:
+            return int(self._nvml.nvmlDeviceGetTemperature(self._device, self._nvml.NVML_TEMPERATURE_GPU))
+        except self._nvml.NVMLError:
+            return None
+
+
+def find_sensor() -> tuple[NvmlSensor | None, str]:
+    """The sensor of torch's current CUDA device, or None; and why."""
+    if find_spec("pynvml") is None:
+        return None, "nvidia-ml-py is not installed"
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        sensor = NvmlSensor(pynvml, _find_card(pynvml))
+    except pynvml.NVMLError as error:
+        return None, f"the driver's management library says: {error}"
+    return (sensor, "NVML") if sensor.read() is not None else (None, "the card tells no temperature")
+
+
+def _find_card(nvml: Any) -> Any:
+    """By UUID, since NVML counts cards in another order than CUDA and knows no CUDA_VISIBLE_DEVICES."""
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    return nvml.nvmlDeviceGetHandleByUUID((uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}").encode())

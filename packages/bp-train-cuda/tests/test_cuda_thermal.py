@@ -1,0 +1,112 @@
+"""A fake NVML drives the governor: warn, pause, resume, emergency; a blind one costs a notice and no run."""
+
+import types
+
+import pytest
+
+from bp_train_cuda.errors import GpuTemperatureError
+from bp_train_cuda.guards.thermal import Governor, Limits, NvmlSensor
+
+LIMITS = Limits.around(88)
+
+
+class FakeNvml(types.SimpleNamespace):
+    """NVML's two names that we use; the card's temperatures come one a reading, None fails as a lost card does."""
+
+    NVML_TEMPERATURE_GPU = 0
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlDeviceGetTemperature(self, device, kind):
+        assert (device, kind) == ("card", 0)
+        value = self.readings.pop(0) if len(self.readings) > 1 else self.readings[0]
+        if value is None:
+            raise self.NVMLError
+        return value
+
+
+class Clock:
+    def __init__(self):
+        self.now, self.slept = 0.0, []
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def governed(readings, *, stop=lambda: False, save=lambda: None):
+    events, clock = [], Clock()
+    sensor = NvmlSensor(FakeNvml(readings=list(readings)), "card")
+    governor = Governor(sensor, LIMITS, events.append, stop=stop, save=save, clock=clock, sleep=clock.sleep)
+    return governor, events, clock
+
+
+def states(events):
+    return [e.details.get("thermal") for e in events]
+
+
+def test_warn_pause_resume_emergency():
+    saved = []
+    governor, events, clock = governed([70, 84, 86, 89, 88, 84, 80, 79, 85, 94, 94], save=lambda: saved.append(True))
+    for _ in range(4):  # 70, 84, 86, then 89 with a rest down to 80
+        governor.look()
+        clock.now += 2
+    assert states(events) == ["warn", "pause", "resume"]
+    assert clock.slept == [2.0, 2.0, 2.0]
+    assert (governor.rested, governor.hottest, governor.temperature) == (6.0, 89, 80)
+    for _ in range(2):  # 79, 85: warned anew, since it had been cool again
+        governor.end_step()
+        clock.now += 2
+    assert states(events)[3:] == ["warn"]
+    with pytest.raises(GpuTemperatureError, match="94 °C") as caught:
+        governor.end_step()
+    assert saved == [True]
+    assert caught.value.details == {"temperature": 94, "limit": 88}
+
+
+def test_the_card_is_asked_at_most_once_a_second():
+    governor, events, clock = governed([60, 84])
+    for _ in range(5):
+        governor.look()
+    assert governor.temperature == 60
+    clock.now += 1
+    governor.look()
+    assert states(events) == ["warn"]
+
+
+def test_a_hot_card_between_the_limits_does_not_flicker():
+    governor, events, clock = governed([88, 87, 85, 81, 80, 87, 87])
+    for _ in range(3):
+        governor.end_step()
+        clock.now += 2
+    assert states(events) == ["pause", "resume", "warn"]
+
+
+def test_one_that_does_not_cool_ends_the_run_with_its_work_saved():
+    saved = []
+    governor, _, clock = governed([90], save=lambda: saved.append(True))
+    with pytest.raises(GpuTemperatureError, match="15 minutes"):
+        governor.end_step()
+    assert saved == [True]
+    assert sum(clock.slept) == pytest.approx(900, abs=2)
+
+
+def test_a_stop_request_ends_a_pause():
+    asked = iter([False, False, True, True, True])
+    governor, events, clock = governed([90], stop=lambda: next(asked))
+    governor.end_step()
+    assert states(events) == ["pause"]
+    assert len(clock.slept) == 2
+
+
+def test_a_card_that_falls_silent_is_told_once():
+    governor, events, clock = governed([60, None])
+    for _ in range(3):
+        governor.end_step()
+        clock.now += 2
+    assert governor.temperature is None
+    assert [e.message for e in events] == ["the GPU's temperature can no longer be read: nothing watches it"]
