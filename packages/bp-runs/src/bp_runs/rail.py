@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,30 @@ class Probe:
     device: str = ""
     memory: int | None = None
     """Bytes of memory that training can use; None where unknown."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """What a training would take of a card's memory, in bytes."""
+
+    parts: Mapping[str, int]
+    """By what it is for: ``weights``, ``adapter``, ``gradients``, ``optimizer``, ``activations``, ``logits``."""
+    beside: int
+    """What the driver and the allocator take beyond what is in use."""
+    paged: int = 0
+    """Optimizer memory that may lie in system RAM where the card is full."""
+    parameters: int
+    trained: int
+
+    @property
+    def in_use(self) -> int:
+        """The highest sum of what is in use at one time: what a run reports as its peak."""
+        return sum(self.parts.values())
+
+    @property
+    def needed(self) -> int:
+        """What the card must have free."""
+        return self.in_use + self.beside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

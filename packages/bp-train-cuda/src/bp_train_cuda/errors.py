@@ -7,6 +7,7 @@ DependencyError
 UserError
 ├── ModeError              CONFIG_MODE_UNSUPPORTED          4-bit training on a CPU
 ├── RemoteCodeError        CONFIG_TRUST_REMOTE_CODE_REQUIRED
+├── ShapesUnknownError     INPUT_SHAPES_UNKNOWN             an estimate needs sizes that the config does not tell
 └── TargetModulesError     CONFIG_TARGET_MODULES            no layer has the given names
 RunFailedError
 ├── GpuOutOfMemoryError    RUNTIME_GPU_OOM
@@ -61,6 +62,14 @@ class RemoteCodeError(UserError):
     code = "CONFIG_TRUST_REMOTE_CODE_REQUIRED"
     when = "The model's config points to its own Python code, and trust_remote_code is off."
     default_way_out = "Read that code first; then set BACKPROPAGATE_MODEL__TRUST_REMOTE_CODE=true"
+
+
+class ShapesUnknownError(UserError):
+    """The sizes of a model cannot be read from its config."""
+
+    code = "INPUT_SHAPES_UNKNOWN"
+    when = "A model's config.json names a kind of model that is not known, or lacks a size."
+    default_way_out = "Check the folder's config.json; `backprop models` lists models that are known to train."
 
 
 class TargetModulesError(UserError):

@@ -31,7 +31,7 @@ def guard_optimizer(optimizer: torch.optim.Optimizer, emit: Emit, *, enabled: bo
 
     if enabled:
         # A bound method, since torch's schedulers wrap what stands behind one.
-        optimizer.step = MethodType(step, optimizer)  # type: ignore[method-assign]
+        optimizer.step = MethodType(step, optimizer)
 
 
 def _step_rest(optimizer: torch.optim.Optimizer, plain: Any, done: int, closure: Any) -> Any:

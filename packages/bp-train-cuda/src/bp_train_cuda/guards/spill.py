@@ -1,4 +1,4 @@
-"""Windows moves GPU memory into system RAM when the card is full: nothing fails, and training takes a hundred times longer.
+"""Windows moves GPU memory into system RAM when the card is full: nothing fails, and training crawls.
 
 The driver calls it the CUDA sysmem fallback. It shows by more memory than the card has, or by a collapse of the speed
 while the card is full.

@@ -1,0 +1,172 @@
+"""GPU memory of a training from shapes alone: answers in a moment, without a framework and without the model.
+
+What stays: weights, adapter, gradients, optimizer, the input of every layer. What comes and goes: one layer's work
+while it is recomputed in backward, a weight unpacked from 4 bits, a tile of the logits. The bytes a token needs inside
+a layer are counted from the operations that transformers and PEFT run under bfloat16 autocast;
+`tests/test_cuda_estimate.py` counts them anew on real layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from bp_runs.rail import MemoryEstimate
+from bp_train_cuda.shapes import Linear, Shapes
+
+CONTEXT = int(0.7 * 2**30)
+"""Bytes that CUDA and its libraries take beside torch: 0.60 to 0.75 GiB were seen."""
+FRAGMENTS = 0.05
+"""Share that torch's allocator reserves beyond what is in use: 1 to 8 % were seen."""
+PRESETS: Mapping[str, tuple[int, str]] = {
+    "quality": (256, "all-linear"),
+    "balanced": (64, "all-linear"),
+    "fast": (16, "q_proj,v_proj"),
+}
+
+Mode = Literal["lora", "qlora", "full"]
+
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight; scales of 64 weights in 8 bits, of 256 scales in 32
+_TILE = (4096, 32768)  # tokens and words of the vocabulary that TRL projects at a time
+_ROWS = {"dpo": 2, "orpo": 2, "simpo": 2}  # a pair is two rows
+# Bytes that an optimizer keeps for a trained weight.
+_MOMENTS: Mapping[str, float] = {"lora": 8, "qlora": 2 + 8 / 256, "full": 2 + 8 / 256}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is to be trained, and how."""
+
+    mode: Mode = "qlora"
+    method: str = "sft"
+    r: int = 16
+    targets: str = "all-linear"
+    use_dora: bool = False
+    batch_size: int = 2
+    """Rows that run at once."""
+    seq_length: int = 2048
+    """Tokens of a row."""
+    accumulates: bool = True
+    """Whether gradients of earlier micro-batches lie there while the next one runs."""
+    checkpointing: bool = True
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.batch_size * self.seq_length * _ROWS.get(self.method, 1)
+
+
+def estimate(shapes: Shapes, load: Load, calibration: float = 1.0) -> MemoryEstimate:
+    """The most that torch will have in use, in bytes, and what it is made of.
+
+    Args:
+        calibration: Measured over estimated, of earlier runs.
+    """
+    adapted = find_adapted(shapes, load)
+    trained = sum(load.r * (a.inp + a.out) * a.count for a in adapted)
+    if load.use_dora:
+        trained += sum(a.out * a.count for a in adapted)
+    full = load.mode == "full"
+    trained = shapes.parameters if full else trained
+    size = 2 if full else 4  # bytes of a trained weight: adapters are float32
+    gradients = size * trained
+    lasting = {
+        "weights": _weigh(shapes, load.mode),
+        "adapter": 0 if full else size * trained,
+        "optimizer": 0 if full else int(_MOMENTS[load.mode] * trained),
+    }
+    passing = _find_peak(shapes, load, adapted, gradients, trained)
+    parts = {k: int(calibration * v) for k, v in {**lasting, **passing}.items()}
+    return MemoryEstimate(
+        parts=parts,
+        beside=CONTEXT + int(FRAGMENTS * sum(parts.values())),
+        paged=int(_MOMENTS["full"] * trained) if full else 0,
+        parameters=shapes.parameters,
+        trained=trained,
+    )
+
+
+def find_adapted(shapes: Shapes, load: Load) -> tuple[Linear, ...]:
+    """The linear layers that carry an adapter; none in mode full."""
+    if load.mode == "full":
+        return ()
+    names = {name.strip() for name in load.targets.split(",")}
+    return shapes.linears if names == {"all-linear"} else tuple(a for a in shapes.linears if a.name in names)
+
+
+def _weigh(shapes: Shapes, mode: Mode) -> int:
+    """Bytes of the base's weights."""
+    if mode == "qlora":
+        return int(_NF4 * shapes.in_linears) + 2 * (shapes.embedding + shapes.others)
+    return 2 * shapes.parameters
+
+
+def _find_peak(shapes: Shapes, load: Load, adapted: tuple[Linear, ...], gradients: int, trained: int) -> dict[str, int]:
+    """The highest of the moments of a step at which memory can be highest, in bytes."""
+    inputs = 2 * shapes.hidden * load.tokens * shapes.layers
+    one_input = inputs // shapes.layers
+    layer = count_layer_bytes(shapes, load, adapted) * load.tokens + _unpack(shapes, load)
+    head = _count_head_bytes(shapes, load)
+    cast = 0 if load.mode == "full" else 2 * trained  # autocast keeps adapters in bfloat16 while it goes forward
+    if not load.checkpointing:
+        inputs = count_saved_bytes(shapes, load, adapted) * load.tokens * shapes.layers
+        one_input = inputs // shapes.layers
+    earlier = gradients if load.accumulates else 0
+    moments = (
+        {"gradients": earlier, "activations": inputs + layer},  # backward of the last layer
+        {"gradients": gradients, "activations": one_input + layer},  # backward of the first layer
+        {"gradients": earlier, "activations": inputs, "logits": head + cast},  # the head, and the way forward
+        {"gradients": gradients, "activations": 0},  # the optimizer's step
+    )
+    return max(moments, key=lambda moment: sum(moment.values()))
+
+
+def count_layer_bytes(shapes: Shapes, load: Load, adapted: tuple[Linear, ...]) -> int:
+    """Bytes a token needs in a layer while it is recomputed and differentiated."""
+    names = {a.name for a in adapted}
+    inner, hidden, queries = 12, 10, 4
+    if load.mode == "full":
+        hidden = 12
+    if names & {"down_proj"}:
+        inner, hidden = 14, 14
+    if names & {"o_proj", "out_proj"}:
+        queries, hidden = 6, max(hidden, 12)
+    if names & {"gate_proj", "up_proj", "gate_up_proj"}:
+        hidden = 24 if "down_proj" in names else 16
+    return (
+        inner * shapes.feed_forward
+        + hidden * shapes.hidden
+        + queries * shapes.queries
+        + 4 * shapes.keys
+        + 4 * load.r * len(names)
+    )
+
+
+def count_saved_bytes(shapes: Shapes, load: Load, adapted: tuple[Linear, ...]) -> int:
+    """Bytes a token leaves in a layer for backward where nothing is recomputed."""
+    share = len({a.name for a in adapted}) / max(1, len({a.name for a in shapes.linears}))
+    share = 1.0 if load.mode == "full" else share
+    return int(
+        (6 + 2 * share) * shapes.feed_forward
+        + (8 + 10 * share) * shapes.hidden
+        + (4 + 2 * share) * shapes.queries
+        + 4 * shapes.keys
+    )
+
+
+def _unpack(shapes: Shapes, load: Load) -> int:
+    """Bytes of the largest weight, unpacked in bfloat16, or of its gradient before it is added to earlier ones.
+
+    DoRA makes it twice more, in float32.
+    """
+    largest = max(linear.inp * linear.out for linear in shapes.linears)
+    once = 2 * largest if load.mode == "qlora" or (load.mode == "full" and load.accumulates) else 0
+    return once + (8 * largest if load.use_dora else 0)
+
+
+def _count_head_bytes(shapes: Shapes, load: Load) -> int:
+    """Bytes while the loss is taken: a tile of logits, the hidden states and their gradient, the head's own."""
+    tile = 2 * min(load.tokens, _TILE[0]) * min(shapes.vocabulary, _TILE[1])
+    own = 6 * shapes.vocabulary * shapes.hidden if load.mode == "full" else 0
+    return tile + 10 * shapes.hidden * load.tokens + own
