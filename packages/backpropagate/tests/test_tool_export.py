@@ -60,3 +60,33 @@ def test_an_absent_ollama_is_noticed_before_the_export(tmp_path, adapter, monkey
     with pytest.raises(OllamaRegistrationError):
         export_adapter(adapter, "gguf", quantization="q8_0", output=tmp_path / "x.gguf", ollama_name="mine")
     assert not (tmp_path / "x.gguf").exists()
+
+
+def test_a_second_export_needs_force(tmp_path, adapter, capsys):
+    argv = ["export", str(adapter), "--quantization", "q8_0", "--no-verify", "--output", str(tmp_path / "x.gguf")]
+    assert [run(argv), run(argv), run([*argv, "--force"])] == [0, 1, 0]
+    assert "[INPUT_EXPORT_OUTPUT_TAKEN]" in capsys.readouterr().err
+
+
+def test_chat_answers_from_an_adapter_as_from_its_gguf(tmp_path, adapter, capsys):
+    assert (
+        run(["export", str(adapter), "--quantization", "f32", "--no-verify", "--output", str(tmp_path / "x.gguf")]) == 0
+    )
+    answers = []
+    for target in (adapter, tmp_path / "x.gguf"):
+        capsys.readouterr()
+        assert run(["chat", str(target), "--prompt", "hello", "--max-tokens", "5", "--json"]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["answer"])
+    assert answers[0] == answers[1] != ""
+    assert run(["chat", str(tmp_path / "none")]) == 1
+    assert "[INPUT_CHAT_TARGET]" in capsys.readouterr().err
+    assert run(["chat", "--ollama"]) == 1
+    assert run(["chat", str(adapter), "--json"]) == 1
+
+
+def test_ollama_commands_say_how_to_start_it(adapter, monkeypatch, capsys):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    for words in (["list"], ["rm", "x"], ["register", str(adapter / "none.gguf"), "x"]):
+        assert run(["ollama", *words]) == 2
+        assert "ollama serve" in capsys.readouterr().err
+    assert run(["chat", "x", "--ollama", "--prompt", "hi"]) == 2

@@ -14,7 +14,7 @@ import bp_export
 from backpropagate import catalogue, system
 from backpropagate.errors import InvalidSettingError
 from bp_export.errors import ParityFailedError
-from bp_runs.adapter import AdapterFolder, read_adapter_folder
+from bp_runs.adapter import CONFIG_FILE, AdapterFolder, read_adapter_folder
 from bp_runs.errors import CodedError, RecordInvalidError
 from bp_runs.store import RunStore
 
@@ -85,11 +85,7 @@ def export_adapter(
     folder = read_adapter_folder(adapter)
     if wants_ollama:
         bp_export.require_ollama(ollama_host(os.environ), name=ollama_name, force=force)
-    base_folder = None
-    if format not in ("lora", "mlx"):
-        revision = None if base else folder.config.get("revision")
-        offline = system.is_offline(os.environ)
-        base_folder = catalogue.find_model(base or folder.base, revision=revision, offline=offline).folder
+    base_folder = None if format in ("lora", "mlx") else find_base_folder(adapter, base)
     try:
         outcome = bp_export.export_adapter(
             adapter,
@@ -114,6 +110,24 @@ def export_adapter(
     if registered is not None:
         bp_export.register_gguf(outcome.path, registered, host=ollama_host(os.environ), context=context, force=force)
     return ExportResult(outcome=outcome, ollama=registered, run_id=run_id)
+
+
+def find_base_folder(source: Path, base: str | None) -> Path | None:
+    """Where an adapter's base is on this machine, fetched where it is not; None for what is no adapter.
+
+    Args:
+        source: An adapter folder, or anything else.
+        base: A folder or Hub id instead of the one that the adapter names.
+
+    Raises:
+        CodedError: As `catalogue.find_model` and `bp_runs.adapter.read_adapter_folder`.
+    """
+    if not (source / CONFIG_FILE).is_file():
+        return None
+    folder = read_adapter_folder(source)
+    revision = None if base else folder.config.get("revision")
+    offline = system.is_offline(os.environ)
+    return catalogue.find_model(base or folder.base, revision=revision, offline=offline).folder
 
 
 def _name_after(folder: AdapterFolder) -> str | None:

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from bp_export.export import ExportOutcome, Format, export_adapter, plan_export
     from bp_export.gguf import read_settings, read_stop_strings
     from bp_export.mixture import QUANTIZATIONS
-    from bp_export.ollama import OllamaModel, ask_model, register_adapter, register_gguf, stream_answer
+    from bp_export.ollama import OllamaModel, ask_model, read_license, register_adapter, register_gguf, stream_answer
     from bp_export.ollamaserver import ListedModel, list_models, remove_model, require_ollama, takes_adapters
     from bp_export.parity import is_verifiable
     from bp_export.quantize import describe_kernels
     from bp_export.report import BOUNDS, Bound, ParityCheck, ParityReport
+    from bp_export.talk import Manner, OllamaTalk, Talk, ask_once, converse, open_talk
 
 __all__ = [
     "BOUNDS",
@@ -29,15 +30,22 @@ __all__ = [
     "Format",
     "ListedModel",
     "LlamaChat",
+    "Manner",
     "OllamaModel",
+    "OllamaTalk",
     "ParityCheck",
     "ParityReport",
+    "Talk",
     "ask_model",
+    "ask_once",
+    "converse",
     "describe_kernels",
     "export_adapter",
     "is_verifiable",
     "list_models",
+    "open_talk",
     "plan_export",
+    "read_license",
     "read_settings",
     "read_stop_strings",
     "register_adapter",
@@ -49,9 +57,16 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Manner": "talk",
+    "OllamaTalk": "talk",
+    "Talk": "talk",
+    "ask_once": "talk",
+    "converse": "talk",
+    "open_talk": "talk",
     "ListedModel": "ollamaserver",
     "ask_model": "ollama",
     "list_models": "ollamaserver",
+    "read_license": "ollama",
     "register_adapter": "ollama",
     "remove_model": "ollamaserver",
     "require_ollama": "ollamaserver",

@@ -5,7 +5,7 @@ llama.cpp comes from the package xllamacpp (the extra ``verify``) and runs in a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +13,8 @@ from typing import Any, Self
 from bp_export.errors import ChatFailedError
 from bp_export.gguf import read_settings
 from bp_export.serving import LlamaServer
+
+_ADDRESS = "/v1/chat/completions"
 
 
 class LlamaChat:
@@ -67,23 +69,36 @@ class LlamaChat:
         self, messages: Sequence[Mapping[str, str]], max_tokens: int = 128, temperature: float = 0.0, seed: int = 0
     ) -> dict[str, Any]:
         """As `answer`, but llama.cpp's whole first choice: ``message``, ``finish_reason`` (``stop`` or ``length``)."""
+        request = self._build_request(messages, max_tokens, temperature, seed)
+        return _read_choice(self._find_server().post(_ADDRESS, request))
+
+    def stream(
+        self, messages: Sequence[Mapping[str, str]], max_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[str]:
+        """As `answer`, piece by piece as it is made."""
+        for part in self._find_server().stream(_ADDRESS, self._build_request(messages, max_tokens, temperature, seed)):
+            yield _read_choice(part).get("delta", {}).get("content") or ""
+
+    def _find_server(self) -> LlamaServer:
+        if self._server is None:
+            raise ChatFailedError("the model has been unloaded")
+        return self._server
+
+    def _build_request(
+        self, messages: Sequence[Mapping[str, str]], max_tokens: int, temperature: float, seed: int
+    ) -> dict[str, Any]:
         if not self.template:
             raise ChatFailedError(
                 f"{self._path} has no chat template", way_out="Export it with a tokenizer that has one."
             )
-        request = {
+        return {
             "messages": [dict(message) for message in messages],
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
+            # What the model thinks is a part of what it was trained to say.
+            "reasoning_format": "none",
         }
-        return _read_choice(_ask(self._server, request))
-
-
-def _ask(server: LlamaServer | None, request: Mapping[str, Any]) -> Any:
-    if server is None:
-        raise ChatFailedError("the model has been unloaded")
-    return server.post("/v1/chat/completions", request)
 
 
 def _read_choice(reply: Any) -> dict[str, Any]:

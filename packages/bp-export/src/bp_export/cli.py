@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
+from typing import NoReturn
 
 from bp_export.commands.telling import tell_error
 from bp_runs.errors import CodedError
@@ -15,12 +17,15 @@ _INTERRUPTED = 130
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "ollama": "register a GGUF or an adapter with Ollama, list its models, take one away",
+        "chat": "talk to an adapter, a model folder, a GGUF or a model in Ollama",
     }
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 the user's input, 2 the rest, 3 not verified, 130 interrupted."""
+    if arguments is None:
+        signal.signal(signal.SIGTERM, _raise_interrupt)  # so that half-written files are cleared as on Ctrl-C
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words.pop(0) if words[:1] and words[0] in COMMANDS else "export"
     command = importlib.import_module(f"bp_export.commands.{name}")
@@ -33,3 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; nothing was left behind.", file=sys.stderr)  # noqa: T201
         return _INTERRUPTED
+
+
+def _raise_interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

@@ -10,7 +10,8 @@
     ├── AdapterFormatError           INPUT_EXPORT_ADAPTER_FORMAT          the format cannot say what the adapter does
     ├── ImportanceInvalidError       INPUT_EXPORT_IMPORTANCE              the importance matrix is damaged or another's
     ├── OutputTakenError             INPUT_EXPORT_OUTPUT_TAKEN            something is where the output should go
-    └── OllamaNameTakenError         INPUT_OLLAMA_NAME_TAKEN              Ollama has a model of that name
+    ├── OllamaNameTakenError         INPUT_OLLAMA_NAME_TAKEN              Ollama has a model of that name
+    └── ChatTargetError              INPUT_CHAT_TARGET                    there is nothing of that name to talk to
     DependencyError (bp_runs)
     ├── GgmlMissingError             DEP_GGML_MISSING                     ggml's library is not installed or not whole
     ├── LlamaCppMissingError         DEP_LLAMA_CPP_MISSING                the extra `verify` is not installed
@@ -106,6 +107,14 @@ class OllamaNameTakenError(UserError):
     code = "INPUT_OLLAMA_NAME_TAKEN"
     when = "Ollama has a model of the asked-for name, which it would replace without a word."
     default_way_out = "Replace it with --force, or choose another name: --ollama-name my-model-2"
+
+
+class ChatTargetError(UserError):
+    """There is nothing to talk to."""
+
+    code = "INPUT_CHAT_TARGET"
+    when = "What should be talked to is neither a file nor a folder on this machine."
+    default_way_out = "Name a GGUF, an adapter or a model folder; for a model in Ollama add --ollama."
 
 
 class GgmlMissingError(DependencyError):

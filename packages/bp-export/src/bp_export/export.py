@@ -193,6 +193,16 @@ def plan_export(
         return build_export_plan(plan, target, changed=model.changed, threads=threads)
 
 
+def find_own_type(folder: Path, base: Path | None = None) -> str:
+    """The quantization that changes nothing: the type of the largest tensor of an adapter's base, or of a model.
+
+    Raises:
+        CodedError: As `export_adapter`.
+    """
+    tensors = read_model_index(_read_source(folder, base, None).base).values()
+    return max(tensors, key=lambda info: info.bytes).dtype.lower()
+
+
 def _plan(
     source: _Source, model: FoldedModel, asked: Quantization, pre: str | None, importance: Path | None
 ) -> GgufPlan:

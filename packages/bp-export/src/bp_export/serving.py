@@ -7,13 +7,15 @@ parent ends in any way.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,7 @@ from typing import Any, Self
 from bp_export.errors import ChatFailedError, LlamaCppMissingError
 
 _QUIET = -1
+_END = "[DONE]"
 _LAST_WORDS = 500  # characters of stderr that an error carries
 _WAIT_SECONDS = 10.0
 _ANSWER_SECONDS = 600.0
@@ -62,17 +65,32 @@ class LlamaServer:
         Raises:
             ChatFailedError: It answers with an error, or not at all.
         """
+        with _coded(), self._open(path, body) as reply:
+            return json.loads(reply.read())
+
+    def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
+        """The parts of the server's answer to a request with ``"stream": true``, parsed, as they come.
+
+        The parts are server-sent events: lines of ``data: {…}``, the last of which is ``data: [DONE]``.
+
+        Raises:
+            ChatFailedError: It answers with an error, or breaks off.
+        """
+        with _coded(), self._open(path, {**body, "stream": True}) as reply:
+            for line in reply:
+                kind, _, data = line.decode().partition(":")
+                if kind == "error":
+                    raise ChatFailedError("llama.cpp could not answer", cause=data.strip()[:500])
+                if kind == "data" and data.strip() == _END:
+                    return
+                if kind == "data":
+                    yield json.loads(data)
+        raise ChatFailedError("llama.cpp broke off its answer")
+
+    def _open(self, path: str, body: Mapping[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.address + path, json.dumps(body).encode(), headers)  # noqa: S310  # ours
-        try:
-            with _DIRECT.open(request, timeout=_ANSWER_SECONDS) as reply:
-                return json.loads(reply.read())
-        except urllib.error.HTTPError as error:
-            with error:
-                words = error.read()[:500].decode(errors="replace")
-            raise ChatFailedError("llama.cpp could not answer", cause=words) from error
-        except (OSError, ValueError) as error:
-            raise ChatFailedError("llama.cpp could not answer", cause=str(error)) from error
+        return _DIRECT.open(request, timeout=_ANSWER_SECONDS)
 
     def close(self) -> None:
         """Unload the model."""
@@ -99,6 +117,18 @@ class LlamaServer:
     def _read_last_words(self) -> str:
         raw = b"" if self._process.stderr is None else self._process.stderr.read()
         return raw.decode(errors="replace").strip()[-_LAST_WORDS:] or "it died without a word"
+
+
+@contextlib.contextmanager
+def _coded() -> Iterator[None]:
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        with error:
+            words = error.read()[:500].decode(errors="replace")
+        raise ChatFailedError("llama.cpp could not answer", cause=words) from error
+    except (OSError, ValueError, HTTPException) as error:
+        raise ChatFailedError("llama.cpp could not answer", cause=str(error)) from error
 
 
 def is_installed() -> bool:

@@ -56,6 +56,20 @@ COMMANDS = (
         "backprop export ./output/lora --format gguf --quantization q4_k_m --ollama --ollama-name my-model",
     ),
     Command(
+        "chat",
+        "chat:chat",
+        "Talk to an adapter, a merged model, a GGUF or a model in Ollama.",
+        'backprop chat ./output/lora --prompt "What is the capital of France?"',
+    ),
+    Command(
+        "ollama register",
+        "ollama:register",
+        "Register a GGUF, or an adapter for Ollama, under a name.",
+        "backprop ollama register ./output/model-q4_k_m.gguf my-model",
+    ),
+    Command("ollama list", "ollama:list_", "List the models that Ollama has.", "backprop ollama list"),
+    Command("ollama rm", "ollama:rm", "Take a model away from Ollama.", "backprop ollama rm my-model"),
+    Command(
         "validate",
         "validate:validate",
         "Check a data file the way training reads it, and show what is trained.",
@@ -118,6 +132,7 @@ COMMANDS = (
 GROUPS = {
     "data": "Look at data files, and split, clean or convert them.",
     "config": "Look at the settings and where they come from.",
+    "ollama": "Register models with the Ollama that runs here, list them, take them away.",
 }
 
 _EPILOGUE = f"Before or after every command:\n{overview()}"

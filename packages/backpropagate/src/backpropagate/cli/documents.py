@@ -89,6 +89,46 @@ class Merge(TypedDict):
     notes: list[str]
 
 
+class Chat(TypedDict):
+    """`backprop chat --prompt`."""
+
+    target: str
+    prompt: str
+    answer: str
+
+
+class OllamaRegister(TypedDict):
+    """`backprop ollama register`."""
+
+    name: str
+    host: str
+    version: str
+    template: str
+    stop: list[str]
+    is_raw: bool
+    answer: str | None
+
+
+class OllamaRow(TypedDict):
+    """A model that Ollama has."""
+
+    name: str
+    bytes: int
+    digest: str
+
+
+class OllamaList(TypedDict):
+    """`backprop ollama list`."""
+
+    models: list[OllamaRow]
+
+
+class OllamaRemoved(TypedDict):
+    """`backprop ollama rm`."""
+
+    removed: str
+
+
 class RunRow(TypedDict):
     """A run in the index."""
 
@@ -290,6 +330,10 @@ DOCUMENTS: Mapping[str, type] = {
     "quickstart": Quickstart,
     "export": Export,
     "merge": Merge,
+    "chat": Chat,
+    "ollama-register": OllamaRegister,
+    "ollama-list": OllamaList,
+    "ollama-rm": OllamaRemoved,
     "list-runs": ListRuns,
     "show-run": ShowRun,
     "validate": Validate,

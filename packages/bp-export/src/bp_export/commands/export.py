@@ -26,7 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bp-export",
         description="Export a LoRA adapter, or a model, without torch.",
-        epilog="Further commands, each with --help: bp-export ollama. A folder of such a name is ./ollama.",
+        epilog="Further commands, each with --help: bp-export ollama, bp-export chat. "
+        "A folder of such a name is ./chat.",
     )
     parser.add_argument("adapter", type=Path, help="a PEFT adapter folder, or a Hugging Face model folder")
     parser.add_argument("--format", choices=_FORMATS, default="gguf", help="default: gguf")

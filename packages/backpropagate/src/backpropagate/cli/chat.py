@@ -1,0 +1,93 @@
+"""`backprop chat`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+import bp_export
+from backpropagate.cli.flags import Json, output_folder
+from backpropagate.cli.screen import print_json
+from backpropagate.errors import InvalidSettingError
+from backpropagate.exporting import find_base_folder, ollama_host
+
+
+def chat(
+    target: str | None = None,
+    *,
+    prompt: Annotated[str | None, Parameter(name=("--prompt", "-p"))] = None,
+    system: str | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+    seed: int = 0,
+    context: int = 4096,
+    base: str | None = None,
+    quantization: Annotated[str | None, Parameter(name=("--quantization", "-q"))] = None,
+    ollama: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> int:
+    """Talk to an adapter, a merged model, a GGUF or a model in Ollama; /reset forgets what was said, /bye ends.
+
+    Parameters
+    ----------
+    target: str
+        A GGUF, an adapter or model folder, or with --ollama a model's name there; default: lora in the output folder.
+    prompt: str
+        Ask this once and end, instead of a conversation.
+    system: str
+        A system message to begin with.
+    max_tokens: int
+        Tokens of an answer at most.
+    temperature: float
+        0 for always the likeliest token.
+    seed: int
+        For other temperatures.
+    context: int
+        Tokens of the whole conversation.
+    base: str
+        Folder or Hub id of the base model, where it is not the one that the adapter names.
+    quantization: str
+        Run a folder in this type; default: its base's own.
+    ollama: bool
+        The target is a model in Ollama.
+    """
+    if json and prompt is None:
+        raise InvalidSettingError("--json needs one question", way_out='Add: --prompt "What is the capital of France?"')
+    if ollama and target is None:
+        raise InvalidSettingError("--ollama needs a model's name", way_out="See which there are: backprop ollama list")
+    wanted = target or str(output_folder(None) / "lora")
+    manner = bp_export.Manner(system, max_tokens, temperature, seed)
+    with _open(wanted, base, context, quantization, is_ollama=ollama) as talk:
+        if prompt is None:
+            bp_export.converse(talk, manner, lambda: input("> " if sys.stdin.isatty() else ""), _write)
+            return 0
+        pieces = bp_export.ask_once(talk, prompt, manner)
+        if json:
+            print_json("chat", {"target": wanted, "prompt": prompt, "answer": "".join(pieces)})
+            return 0
+        for piece in pieces:
+            _write(piece)
+    _write("\n")
+    return 0
+
+
+@contextlib.contextmanager
+def _open(
+    target: str, base: str | None, context: int, quantization: str | None, *, is_ollama: bool
+) -> Iterator[bp_export.Talk]:
+    if is_ollama:
+        yield bp_export.OllamaTalk(target, ollama_host(os.environ))
+        return
+    folder = find_base_folder(Path(target), base)
+    with bp_export.open_talk(Path(target), base=folder, context=context, quantization=quantization) as talk:
+        yield talk
+
+
+def _write(piece: str) -> None:
+    print(piece, end="", flush=True)  # noqa: T201

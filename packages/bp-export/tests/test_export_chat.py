@@ -1,0 +1,121 @@
+"""Talking: every kind of target says what its GGUF says, in pieces; conversations keep what was said."""
+
+import io
+import json
+import tempfile
+
+import pytest
+from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
+from fake_ollama import serve
+
+from bp_export import LlamaChat, Manner, ask_once, converse, open_talk, register_gguf
+from bp_export.cli import main
+from bp_export.errors import ChatFailedError, ChatTargetError
+
+skip_without_llama_cpp()
+
+QUESTION = "the cat sat"
+SHORT = Manner(max_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base, an adapter on it, and what the two say as one bf16 file in llama.cpp."""
+    folder = tmp_path_factory.mktemp("chat")
+    base = write_base(folder / "base")
+    lora = write_lora(folder / "lora", base)
+    gguf = export_adapter(lora, quantization="bf16").path
+    with LlamaChat(gguf) as chat:
+        # A stream keeps back the half of a character at which the limit cuts.
+        said = chat.answer([{"role": "user", "content": QUESTION}], max_tokens=6).rstrip("\ufffd")
+    return {
+        "base": base,
+        "lora": lora,
+        "gguf": gguf,
+        "merged": export_adapter(lora, format="merged").path,
+        "said": said,
+    }
+
+
+@pytest.mark.parametrize("kind", ["gguf", "lora", "merged"])
+def test_every_kind_says_the_same_in_pieces(made, kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with open_talk(made[kind]) as talk:
+        pieces = list(ask_once(talk, QUESTION, SHORT))
+        assert len(list(tmp_path.rglob("*.gguf"))) == (kind != "gguf")
+    assert "".join(pieces) == made["said"]
+    assert len(pieces) > 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_asks_once(made, capsys):
+    argv = ["chat", str(made["gguf"]), "--prompt", QUESTION, "--max-tokens", "6"]
+    assert main(argv) == 0
+    assert capsys.readouterr().out == made["said"] + "\n"
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"target": str(made["gguf"]), "answer": made["said"]}
+    assert main(["chat", str(made["base"]), *argv[2:], "--quantization", "q8_0"]) == 0
+    assert capsys.readouterr().out != made["said"] + "\n"
+
+
+def test_a_model_in_ollama(made, tmp_path, capsys):
+    with serve(tmp_path) as ollama:
+        register_gguf(made["gguf"], "pico", host=ollama.url, question=None)
+        words = ["--ollama", "--ollama-host", ollama.url, "--prompt", QUESTION, "--max-tokens", "6"]
+        assert main(["chat", "pico", *words]) == 0
+        assert capsys.readouterr().out.replace("\ufffd", "") == made["said"] + "\n"
+        assert main(["chat", "absent", *words]) == 2
+        assert "not found" in capsys.readouterr().err
+
+
+def test_a_conversation_from_standard_input(made, monkeypatch, capsys):
+    lines = ["", QUESTION, "  and then?  ", "/reset", QUESTION, "/bye", "never read"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(["chat", str(made["gguf"]), "--max-tokens", "6"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(made["said"] + "\n")
+    assert printed.endswith("\n" + made["said"] + "\n")
+
+
+class Parrot:
+    """Says how many messages it was given and the last one; stops when told so."""
+
+    def __init__(self):
+        self.seen = []
+
+    def stream(self, messages, max_tokens, temperature, seed):
+        self.seen.append([m["content"] for m in messages])
+        yield "you said "
+        if messages[-1]["content"] == "stop":
+            raise KeyboardInterrupt
+        yield messages[-1]["content"]
+
+
+def test_what_was_said_is_kept_until_reset_and_a_stopped_answer_was_not_said():
+    parrot, shown = Parrot(), []
+    lines = iter(["a", "stop", "b", "/reset", "c"])
+
+    def read_line():
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    converse(parrot, Manner(system="Be kind."), read_line, shown.append)
+    assert parrot.seen == [
+        ["Be kind.", "a"],
+        ["Be kind.", "a", "you said a", "stop"],
+        ["Be kind.", "a", "you said a", "b"],
+        ["Be kind.", "c"],
+    ]
+    assert "".join(shown) == "you said a\nyou said \nyou said b\nyou said c\n"
+
+
+def test_what_cannot_be_talked_to(made, tmp_path):
+    with pytest.raises(ChatTargetError, match="no file or folder"), open_talk(tmp_path / "none"):
+        pass
+    (tmp_path / "text.gguf").write_text("no model")
+    with pytest.raises(ChatFailedError), open_talk(tmp_path / "text.gguf"):
+        pass
+    with open_talk(made["gguf"], context=256) as talk, pytest.raises(ChatFailedError):
+        list(ask_once(talk, "the cat " * 400, SHORT))
