@@ -2,6 +2,7 @@
 
     python benchmarks/data.py speed --rows 200000         reading to labels, cold and warm, against TRL
     python benchmarks/data.py memory --rows 100000 2000000  peak memory of bp-data alone
+    python benchmarks/data.py pairs --rows 20000 200000     peak memory with preferences
     python benchmarks/data.py near --rows 200000           near duplicates
 
 Each measurement is a process of its own; ``seconds`` are wall time without imports, ``peak`` is the process's largest
@@ -37,17 +38,26 @@ WORDS = ("the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "as", "
 
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> None:
-    """Chats of one to three questions, about 300 tokens a row."""
+    """Chats of one to three questions, 300 tokens a row, the template.s own among them."""
     chance = random.Random(seed)
     vocabulary = ["".join(chance.choices(SYLLABLES, k=chance.randint(1, 3))) for _ in range(8000)] + list(WORDS) * 600
     with path.open("w", encoding="utf-8") as file:
         for _ in range(rows):
             turns = []
             for _ in range(chance.randint(1, 3)):
-                for role, low, high in (("user", 8, 45), ("assistant", 15, 95)):
+                for role, low, high in (("user", 10, 52), ("assistant", 18, 109)):
                     words = " ".join(chance.choices(vocabulary, k=chance.randint(low, high)))
                     turns.append({"role": role, "content": words.capitalize() + "."})
             file.write(json.dumps({"messages": turns}) + "\n")
+
+
+def write_pairs(path: Path, rows: int, seed: int = 0) -> None:
+    """Preferences: a question, a better and a worse answer, from the same words."""
+    chance = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(rows):
+            prompt, chosen, rejected = (" ".join(chance.choices(WORDS, k=chance.randint(8, 90))) for _ in range(3))
+            file.write(json.dumps({"prompt": prompt, "chosen": chosen + ".", "rejected": rejected + "!"}) + "\n")
 
 
 def write_model(folder: Path) -> None:
@@ -136,6 +146,15 @@ def run_trl(data: Path, model: Path, processes: int | None) -> dict[str, object]
     }
 
 
+def run_pairs(data: Path, model: Path) -> dict[str, object]:
+    from bp_data import prepare_pairs
+
+    began, worked = time.perf_counter(), cpu_seconds()
+    prepared = prepare_pairs(data, model, 2048)
+    seconds, cpu, peak = time.perf_counter() - began, cpu_seconds() - worked, peak_mib()
+    return {"seconds": seconds, "cpu": cpu, "peak": peak, "rows": len(prepared.rows), "tokens": prepared.tokens}
+
+
 def run_near(data: Path) -> dict[str, object]:
     from bp_data import find_duplicates, read_rows
 
@@ -173,6 +192,8 @@ def job(given: str) -> None:
         found = run_ours(data, model, Path(wanted["cache"]) if wanted.get("cache") else None)
     elif wanted["run"] == "trl":
         found = run_trl(data, model, wanted.get("processes"))
+    elif wanted["run"] == "pairs":
+        found = run_pairs(data, model)
     else:
         found = run_near(data)
     print(json.dumps(found))
@@ -211,6 +232,14 @@ def memory(folder: Path, rows: list[int]) -> None:
         apart(what=f"{count:,} rows", run="ours", data=str(data), model=str(folder / "model"))
 
 
+def pairs(folder: Path, rows: list[int]) -> None:
+    write_model(folder / "model")
+    for count in rows:
+        data = folder / "rows.jsonl"
+        write_pairs(data, count)
+        apart(what=f"{count:,} pairs", run="pairs", data=str(data), model=str(folder / "model"))
+
+
 def near(folder: Path, rows: list[int]) -> None:
     for count in rows:
         write_rows(folder / "rows.jsonl", count)
@@ -222,7 +251,7 @@ def main() -> None:
         job(sys.argv[2])
         return
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["speed", "memory", "near"])
+    parser.add_argument("what", choices=["speed", "memory", "pairs", "near"])
     parser.add_argument("--rows", type=int, nargs="+", default=[200_000])
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--also-two", action="store_true", help="TRL with two processes as well")
@@ -233,6 +262,8 @@ def main() -> None:
             speed(Path(name), given.rows[0], given.repeats, also_two=given.also_two)
         elif given.what == "memory":
             memory(Path(name), given.rows)
+        elif given.what == "pairs":
+            pairs(Path(name), given.rows)
         else:
             near(Path(name), given.rows)
 

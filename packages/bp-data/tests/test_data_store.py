@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bp_data import (
+    PairRows,
     TokenRow,
     TraceBand,
     load_template,
@@ -421,6 +422,42 @@ def test_pairs_that_are_too_long_or_bad(chatml, write_lines):
     for wrong in ({"max_seq_length": 1}, {"max_seq_length": 8, "on_overflow": "split"}):
         with pytest.raises(ContractError):
             prepare_pairs(write_lines([PAIR]), chatml, **wrong)
+
+
+def test_answers_lie_on_disk_and_are_sorted_and_held_out_without_copies(chatml, write_lines):
+    rows = [{**PAIR, "chosen": "word " * n, "rejected": f"bad {n}"} for n in range(30, 0, -1)]
+    prepared = prepare_pairs(write_lines(rows), chatml, 256, curriculum="length")
+    assert [row.number for row in prepared.rows] == list(range(30, 0, -1))
+    assert list(prepared.rows.lengths()) == [len(r.chosen.ids) + len(r.rejected.ids) for r in prepared.rows]
+    assert prepared.tokens == sum(prepared.rows.lengths())
+    assert prepared.trained_tokens == sum(r.chosen.trained + r.rejected.trained for r in prepared.rows)
+    kept, heldout = split_rows(prepared.rows, 0.2, 3)
+    assert isinstance(heldout, PairRows)
+    assert (len(kept), len(heldout)) == (24, 6)
+    assert sorted(row.number for part in (kept, heldout) for row in part) == list(range(1, 31))
+    assert [row.number for row in prepared.rows[1:3]] == [29, 28]
+    assert prepared.rows[-1].number == 1
+    with pytest.raises(IndexError):
+        prepared.rows[30]
+
+
+def test_each_pair_is_that_of_its_own_row_through_batches(chatml, write_lines):
+    rows = [
+        {"foo": 1}
+        if n % 7 == 0
+        else qa(("Q", "A"))
+        if n % 11 == 0
+        else {**PAIR, "chosen": f"+{n}", "rejected": f"-{n}"}
+        for n in range(1, 900)
+    ]
+    prepared = prepare_pairs(write_lines(rows), chatml, 64, on_bad_row="skip")
+    decode = prepared.tokenizer.decode
+    for row in prepared.rows:
+        assert f"+{row.number}<" in decode(row.chosen.ids)
+        assert f"-{row.number}<" in decode(row.rejected.ids)
+    assert prepared.ledger.read == 899 == len(prepared.rows) + prepared.ledger.dropped
+    drops = [drop.number for drop in prepared.ledger.drops]
+    assert drops == [n for n in range(1, 900) if n % 7 == 0 or n % 11 == 0]
 
 
 def test_judged_answers(chatml, write_lines):

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bp_data.answers import AnswerRows, JudgedRow, JudgedRows, PairRow, PairRows
     from bp_data.dataset import Prepared, prepare, tokenize_rows
     from bp_data.dedupe import Contaminated, Duplicate, find_contamination, find_duplicates
     from bp_data.errors import (
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from bp_data.hub import HubData, fetch_dataset, looks_like_hub_name
     from bp_data.ledger import Ledger
     from bp_data.pack import PackedRow, build_pack, iter_packs, pack_rows, plan_packs
-    from bp_data.pairs import Compared, JudgedRow, PairRow, prepare_judged, prepare_pairs
+    from bp_data.pairs import Compared, prepare_judged, prepare_pairs
     from bp_data.preview import PreviewedRow, PreviewToken, preview_file, preview_rows
     from bp_data.quality import Limits, Report, build_report, check_limits
     from bp_data.read import read_rows
@@ -42,6 +43,13 @@ if TYPE_CHECKING:
     from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 
 _HOMES = {
+    "answers": (
+        "AnswerRows",
+        "JudgedRow",
+        "JudgedRows",
+        "PairRow",
+        "PairRows",
+    ),
     "dataset": (
         "Prepared",
         "prepare",
@@ -99,8 +107,6 @@ _HOMES = {
     ),
     "pairs": (
         "Compared",
-        "JudgedRow",
-        "PairRow",
         "prepare_judged",
         "prepare_pairs",
     ),
@@ -151,6 +157,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "DEFAULT_TEMPLATE_NAME",
     "IGNORED",
+    "AnswerRows",
     "Chat",
     "ChatTemplate",
     "Compared",
@@ -172,11 +179,13 @@ __all__ = [
     "HubData",
     "Judged",
     "JudgedRow",
+    "JudgedRows",
     "Ledger",
     "Limits",
     "Message",
     "PackedRow",
     "PairRow",
+    "PairRows",
     "Preference",
     "Prepared",
     "PreviewToken",

@@ -73,6 +73,13 @@ class Encoder:
 
     def encode_rows(self, rows: Iterable[Row | Rejected]) -> Iterator[TokenRow | Rejected]:
         """Each row's tokens and verified mask, uncut, or why it has none; in the rows' order."""
+        return self._encode_planned(row if isinstance(row, Rejected) else self._plan(row) for row in rows)
+
+    def encode_chats(self, chats: Iterable[tuple[Row, Chat] | Rejected]) -> Iterator[TokenRow | Rejected]:
+        """As `encode_rows`, for chats that are already understood, each with the row that it comes from."""
+        return self._encode_planned(one if isinstance(one, Rejected) else self._plan_chat(*one) for one in chats)
+
+    def _encode_planned(self, rows: Iterable[_Planned | Rejected]) -> Iterator[TokenRow | Rejected]:
         waiting: deque[Future[list[TokenRow | Rejected]]] = deque()
         with ThreadPoolExecutor(_AHEAD, "bp-data-encode") as pool:
             for batch in self._batches(rows):
@@ -82,11 +89,12 @@ class Encoder:
             while waiting:
                 yield from waiting.popleft().result()
 
-    def _batches(self, rows: Iterable[Row | Rejected]) -> Iterator[list[_Planned]]:
+    @staticmethod
+    def _batches(rows: Iterable[_Planned | Rejected]) -> Iterator[list[_Planned]]:
         batch: list[_Planned] = []
         size = 0
         for row in rows:
-            planned = _Planned(None, rejected=row) if isinstance(row, Rejected) else self.plan(row)
+            planned = _Planned(None, rejected=row) if isinstance(row, Rejected) else row
             batch.append(planned)
             size += planned.size
             if len(batch) >= _ROWS or size >= _CHARACTERS:
@@ -95,7 +103,7 @@ class Encoder:
         if batch:
             yield batch
 
-    def plan(self, row: Row) -> _Planned:
+    def _plan(self, row: Row) -> _Planned:
         """What of a row is to be encoded and learnt."""
         example = recognise(row, "sft")
         if isinstance(example, Rejected):
@@ -104,12 +112,15 @@ class Encoder:
             return _Planned(row, text=example)
         if not isinstance(example, Chat):
             raise TypeError(type(example).__name__)
+        return self._plan_chat(row, example)
+
+    def _plan_chat(self, row: Row, chat: Chat) -> _Planned:
         try:
-            return self._plan_chat(row, example)
+            return self._mark(row, chat)
         except RowFaultError as fault:
             return _Planned(row, rejected=_reject(row, fault))
 
-    def _plan_chat(self, row: Row, chat: Chat) -> _Planned:
+    def _mark(self, row: Row, chat: Chat) -> _Planned:
         trace = ""
         if self._trace is not None:
             chat = keep_trace(chat, self.tokenizer, self._trace)

@@ -2,77 +2,52 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeAlias
 
-from bp_data.batch import excerpt_row
-from bp_data.dataset import Dedup, OnBadRow, Source, is_filtered, load_source, take_rows, tokenizer_facts
+from bp_data.answers import AnswerRows, JudgedRow, JudgedRows, PairRow, PairRows, T
+from bp_data.batch import Encoder, excerpt_row
+from bp_data.dataset import Curriculum, Dedup, OnBadRow, Source, is_filtered, load_source, take_rows, tokenizer_facts
 from bp_data.dataset import bad_row as error_of
 from bp_data.errors import DatasetGateError, RowFault, RowFaultError
 from bp_data.example import Chat, Judged, Preference, Rejected, Row
 from bp_data.files import sha256_data
 from bp_data.formats import recognise
+from bp_data.gate import Gate
 from bp_data.ledger import Ledger
-from bp_data.mask import mask_chat
 from bp_data.overflow import OnOverflow, cut_row
+from bp_data.store import TokenRows, TokenWriter
 from bp_data.template import ChatTemplate
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer, TokenizerFacts
 from bp_runs.errors import ContractError
 
+__all__ = ["Compared", "JudgedRow", "PairRow", "prepare_judged", "prepare_pairs"]
 
-@dataclass(frozen=True, slots=True)
-class PairRow:
-    """One prompt with a better and a worse answer; both rows hold the prompt, and only the answers are learnt.
-
-    Attributes:
-        number: As in `Row`.
-        chosen: Prompt and better answer.
-        rejected: Prompt and worse answer.
-    """
-
-    number: int
-    chosen: TokenRow
-    rejected: TokenRow
-
-    @property
-    def prompt(self) -> int:
-        """Tokens with which both rows begin and of which none is learnt."""
-        return min(self.chosen.mask.find(1), self.rejected.mask.find(1))
-
-
-@dataclass(frozen=True, slots=True)
-class JudgedRow:
-    """A prompt with an answer that is good or bad.
-
-    Attributes:
-        number: As in `Row`.
-        row: Prompt and answer; only the answer is learnt.
-        label: True for a good answer.
-    """
-
-    number: int
-    row: TokenRow
-    label: bool
-
-
-T = TypeVar("T", PairRow, JudgedRow)
+_Example: TypeAlias = Preference | Judged
 
 
 @dataclass(frozen=True, slots=True)
 class Compared(Generic[T]):
-    """A data set of preferences or judged answers; attributes as in `Prepared`."""
+    """A data set of preferences or judged answers; attributes as in `Prepared`.
 
-    rows: list[T]
+    Attributes:
+        rows: In file order, or by length. They lie on disk; each is read when it is asked for.
+        tokens: Tokens of all rows, of both answers where there are two.
+    """
+
+    rows: AnswerRows[T]
     ledger: Ledger
     facts: TokenizerFacts
     tokenizer: Tokenizer
     template: ChatTemplate
     data_sha256: str
     max_seq_length: int
+    tokens: int
+    trained_tokens: int
 
 
 def prepare_pairs(
@@ -85,13 +60,15 @@ def prepare_pairs(
     seed: int = 0,
     on_overflow: OnOverflow | None = None,
     dedup: Dedup = "none",
+    curriculum: Curriculum = "none",
 ) -> Compared[PairRow]:
     """Read preferences; arguments and errors as in `prepare`, but a row is never split.
 
     A row is counted as truncated where either answer is cut.
     """
     source = Source(path, samples, seed, dedup, on_bad_row, on_overflow)
-    return _prepare(source, model, max_seq_length, "preference", _pair)
+    reading = _Reading(source, model, max_seq_length, "preference")
+    return reading.close(PairRows(reading.rows), curriculum)
 
 
 def prepare_judged(
@@ -104,6 +81,7 @@ def prepare_judged(
     seed: int = 0,
     on_overflow: OnOverflow | None = None,
     dedup: Dedup = "none",
+    curriculum: Curriculum = "none",
 ) -> Compared[JudgedRow]:
     """Read judged answers; arguments and errors as in `prepare`, but a row is never split.
 
@@ -111,117 +89,149 @@ def prepare_judged(
         DatasetGateError: Also where all answers have the same label.
     """
     source = Source(path, samples, seed, dedup, on_bad_row, on_overflow)
-    prepared = _prepare(source, model, max_seq_length, "kto", _judged)
-    if len({row.label for row in prepared.rows}) < 2:
+    reading = _Reading(source, model, max_seq_length, "kto")
+    if len(set(reading.labels)) < 2:
         raise DatasetGateError(
-            f"all {len(prepared.rows)} answers have the same label, and KTO learns from the difference",
+            f"all {len(reading.labels)} answers have the same label, and KTO learns from the difference",
             way_out="Add answers of the other kind, or train with the method sft.",
         )
-    return prepared
+    return reading.close(JudgedRows(reading.rows, bytes(reading.labels)), curriculum)
 
 
-_Cut = Callable[[Chat, int], TokenRow]
+class _Reading:
+    """A data file read to token rows on disk, through the ledger and the gate.
 
-
-def _prepare(
-    source: Source,
-    model: str | Path | tuple[Tokenizer, ChatTemplate],
-    longest: int,
-    wanted: Literal["preference", "kto"],
-    build: Callable[[Row, Preference | Judged, _Cut], T],
-) -> Compared[T]:
-    if source.on_overflow == "split":
-        raise ContractError("answers that are compared cannot be split")
-    if longest < 2:
-        raise ContractError(f"max_seq_length={longest}: at least 2")
-    tokenizer, template = load_source(model)
-    facts = tokenizer_facts(tokenizer, template)
-    ledger = Ledger()
-    stops = frozenset(facts.stop_ids)
-
-    def tokenize(chat: Chat, number: int) -> TokenRow:
-        ids, mask = mask_chat(chat, tokenizer, template)
-        return cut_row(TokenRow(number, array("i", ids), bytes(mask)), longest, source.on_overflow, stops)
-
-    rows: list[T] = []
-    for row in take_rows(source, ledger):
-        result = row if isinstance(row, Rejected) else _read(row, wanted, build, tokenize)
-        if not isinstance(result, Rejected):
-            rows.append(result)
-            _count(result, ledger)
-        elif not is_filtered(result, source):
-            raise error_of(Path(source.path), result)
-        else:
-            ledger.take_dropped(result)
-    ledger.check()
-    _check(rows, stops, ledger)
-    digest = sha256_data(Path(source.path))
-    return Compared(rows, ledger, facts, tokenizer, template, digest, longest)
-
-
-def _read(
-    row: Row,
-    wanted: Literal["preference", "kto"],
-    build: Callable[[Row, Preference | Judged, _Cut], T],
-    tokenize: _Cut,
-) -> T | Rejected:
-    example = recognise(row, wanted)
-    if isinstance(example, Rejected):
-        return replace(example, excerpt=excerpt_row(row))
-    if not isinstance(example, Preference | Judged):
-        raise TypeError(type(example).__name__)
-    try:
-        return build(row, example, tokenize)
-    except RowFaultError as fault:
-        return Rejected(row.number, fault.code, fault.reason, row.source, excerpt_row(row))
-
-
-def _pair(row: Row, example: Preference | Judged, tokenize: _Cut) -> PairRow:
-    if not isinstance(example, Preference):
-        raise TypeError(type(example).__name__)
-    prompt, tools = example.prompt, example.tools
-    chosen, rejected = (
-        tokenize(Chat((*prompt, *answer), tools, len(prompt)), row.number)
-        for answer in (example.chosen, example.rejected)
-    )
-    if chosen.ids == rejected.ids:
-        raise RowFaultError(
-            RowFault.SAME_ANSWERS, "as tokens the two answers are the same, the template's doing or a cut's"
-        )
-    return PairRow(row.number, chosen, rejected)
-
-
-def _judged(row: Row, example: Preference | Judged, tokenize: _Cut) -> JudgedRow:
-    if not isinstance(example, Judged):
-        raise TypeError(type(example).__name__)
-    return JudgedRow(row.number, tokenize(example.chat, row.number), example.label)
-
-
-def _parts(row: PairRow | JudgedRow) -> tuple[TokenRow, ...]:
-    return (row.chosen, row.rejected) if isinstance(row, PairRow) else (row.row,)
-
-
-def _count(row: PairRow | JudgedRow, ledger: Ledger) -> None:
-    cut = sum(part.cut for part in _parts(row))
-    if cut:
-        ledger.take_truncated(row.number, cut)
-    else:
-        ledger.take_trained()
-
-
-def _check(rows: list[T], stops: frozenset[int], ledger: Ledger) -> None:
-    """The gate for compared answers.
-
-    Raises:
-        DatasetGateError: No rows, or no answer at all whose end token is learnt.
+    Attributes:
+        rows: The answers' token rows: two after one another for a preference, one for a judged answer.
+        labels: A byte a row, 1 for a good answer; empty for preferences.
     """
-    if not rows:
-        counts = ", ".join(f"{len(found)} × {code}" for code, found in sorted(ledger.dropped_by_code.items()))
-        raise DatasetGateError("no row is left to train on", cause=counts, details=ledger.to_dict())
-    ends = (
-        any(learnt and token in stops for token, learnt in zip(part.ids, part.mask, strict=True))
-        for row in rows
-        for part in _parts(row)
-    )
-    if not any(ends):
-        raise DatasetGateError("no answer has its end token among the learnt tokens: the model would never stop")
+
+    def __init__(
+        self,
+        source: Source,
+        model: str | Path | tuple[Tokenizer, ChatTemplate],
+        longest: int,
+        wanted: Literal["preference", "kto"],
+    ) -> None:
+        if source.on_overflow == "split":
+            raise ContractError("answers that are compared cannot be split")
+        if longest < 2:
+            raise ContractError(f"max_seq_length={longest}: at least 2")
+        self._source, self._longest, self._wanted = source, longest, wanted
+        self._tokenizer, self._template = load_source(model)
+        self._facts = tokenizer_facts(self._tokenizer, self._template)
+        self._ledger = Ledger()
+        self.labels = bytearray()
+        self._writer = TokenWriter()
+        try:
+            self.rows = self._write()
+        except BaseException:
+            self._writer.close()
+            raise
+
+    def close(self, rows: AnswerRows[T], curriculum: Curriculum) -> Compared[T]:
+        """What was read, as ``rows`` shows it."""
+        if curriculum == "length":
+            lengths = rows.lengths()
+            rows = rows.pick(sorted(range(len(rows)), key=lengths.__getitem__))
+        return Compared(
+            rows=rows,
+            ledger=self._ledger,
+            facts=self._facts,
+            tokenizer=self._tokenizer,
+            template=self._template,
+            data_sha256=sha256_data(Path(self._source.path)),
+            max_seq_length=self._longest,
+            tokens=self._writer.tokens,
+            trained_tokens=self._writer.trained_tokens,
+        )
+
+    def _write(self) -> TokenRows:
+        gate, stops = Gate(self._facts), frozenset(self._facts.stop_ids)
+        for row, example, found in self._tokenize(take_rows(self._source, self._ledger)):
+            result = self._fit(row, found, stops)
+            if isinstance(result, Rejected):
+                self._drop(result)
+                continue
+            for part in result:
+                gate.take(part)
+                self._writer.append(part)
+            if isinstance(example, Judged):
+                self.labels.append(example.label)
+            self._count(result)
+        self._ledger.check()
+        gate.close(self._ledger)
+        rows = self._writer.finish()
+        if rows is None:
+            raise ContractError("a temporary store gives back its rows")
+        return rows
+
+    def _tokenize(
+        self, rows: Iterable[Row | Rejected]
+    ) -> Iterator[tuple[Row | Rejected, _Example | None, list[TokenRow | Rejected]]]:
+        """Each row, what it means, and the tokens of its answers or the reason why there are none."""
+        ahead: deque[tuple[Row | Rejected, _Example | None]] = deque()
+
+        def chats() -> Iterator[tuple[Row, Chat] | Rejected]:
+            for row in rows:
+                example = row if isinstance(row, Rejected) else self._recognise(row)
+                if isinstance(row, Rejected) or isinstance(example, Rejected):
+                    ahead.append((row, None))
+                    yield example if isinstance(example, Rejected) else row  # type: ignore[misc]
+                else:
+                    ahead.append((row, example))
+                    yield from ((row, chat) for chat in _chats(example))
+
+        found = Encoder(self._tokenizer, self._template).encode_chats(chats())
+        for first in found:
+            row, example = ahead.popleft()
+            yield row, example, [first, next(found)] if isinstance(example, Preference) else [first]
+
+    def _recognise(self, row: Row) -> _Example | Rejected:
+        example = recognise(row, self._wanted)
+        if isinstance(example, Rejected):
+            return replace(example, excerpt=excerpt_row(row))
+        if not isinstance(example, Preference | Judged):
+            raise TypeError(type(example).__name__)
+        return example
+
+    def _fit(
+        self, row: Row | Rejected, found: Sequence[TokenRow | Rejected], stops: frozenset[int]
+    ) -> list[TokenRow] | Rejected:
+        parts = []
+        for part in found:
+            if isinstance(part, Rejected):
+                return part
+            try:
+                parts.append(cut_row(part, self._longest, self._source.on_overflow, stops))
+            except RowFaultError as fault:
+                return _reject(row, fault.code, fault.reason)
+        if len(parts) == 2 and parts[0].ids == parts[1].ids:
+            reason = "as tokens the two answers are the same, the template's doing or a cut's"
+            return _reject(row, RowFault.SAME_ANSWERS, reason)
+        return parts
+
+    def _drop(self, rejected: Rejected) -> None:
+        if not is_filtered(rejected, self._source):
+            raise error_of(Path(self._source.path), rejected)
+        self._ledger.take_dropped(rejected)
+
+    def _count(self, parts: Sequence[TokenRow]) -> None:
+        cut = sum(part.cut for part in parts)
+        if cut:
+            self._ledger.take_truncated(parts[0].number, cut)
+        else:
+            self._ledger.take_trained()
+
+
+def _chats(example: _Example) -> tuple[Chat, ...]:
+    if isinstance(example, Judged):
+        return (example.chat,)
+    prompt, tools = example.prompt, example.tools
+    return tuple(Chat((*prompt, *answer), tools, len(prompt)) for answer in (example.chosen, example.rejected))
+
+
+def _reject(row: Row | Rejected, code: RowFault, reason: str) -> Rejected:
+    if isinstance(row, Rejected):
+        return row
+    return Rejected(row.number, code, reason, row.source, excerpt_row(row))

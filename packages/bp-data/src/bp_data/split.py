@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
+from bp_data.answers import AnswerRows
 from bp_data.store import TokenRows
 from bp_runs.errors import ContractError
 
 T = TypeVar("T")
+Stored = TypeVar("Stored", TokenRows, AnswerRows[Any])
 
 
 @overload
 def split_rows(  # type: ignore[overload-overlap]  # stored rows are a sequence too, and come back as stored rows
-    rows: TokenRows, heldout: float, seed: int
-) -> tuple[TokenRows, TokenRows]: ...
+    rows: Stored, heldout: float, seed: int
+) -> tuple[Stored, Stored]: ...
 @overload
 def split_rows(rows: Sequence[T], heldout: float, seed: int) -> tuple[list[T], list[T]]: ...
-def split_rows(
-    rows: Sequence[T] | TokenRows, heldout: float, seed: int
-) -> tuple[list[T], list[T]] | tuple[TokenRows, TokenRows]:
+def split_rows(rows: Sequence[Any], heldout: float, seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
     """Part ``rows`` into those to train on and those held out, both in their order; stored rows are not copied.
 
     Args:
@@ -38,6 +38,6 @@ def split_rows(
     count = max(0, min(wanted, len(rows) - 1))
     places = set(random.Random(seed).sample(range(len(rows)), count))  # noqa: S311 - a choice that must repeat
     kept = (place for place in range(len(rows)) if place not in places)
-    if isinstance(rows, TokenRows):
+    if isinstance(rows, TokenRows | AnswerRows):
         return rows.pick(kept), rows.pick(sorted(places))
     return [rows[place] for place in kept], [rows[place] for place in sorted(places)]
