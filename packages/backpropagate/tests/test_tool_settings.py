@@ -3,9 +3,10 @@ import json
 import pytest
 
 from backpropagate.cli.app import run
-from backpropagate.errors import InvalidSettingError, SettingsFileError, UnknownSettingError
+from backpropagate.errors import SettingsFileError, UnknownSettingError
 from backpropagate.settings import all_settings, resolve
 from bp_runs import Settings
+from bp_runs.errors import InvalidSettingError
 
 OTHERS = {
     "model.name": "x/y",
@@ -32,6 +33,7 @@ OTHERS = {
     "lora.use_dora": True,
     "lora.target_modules": "q_proj",
     "training.backend": "cuda",
+    "training.method": "dpo",
     "training.mode": "qlora",
     "training.steps": 3,
     "training.learning_rate": 0.5,
@@ -57,6 +59,13 @@ OTHERS = {
     "training.seed": 1,
     "training.sample_prompts": ("a", "b"),
     "training.sample_tokens": 5,
+    "training.dpo_beta": 0.5,
+    "training.orpo_beta": 0.5,
+    "training.simpo_beta": 2.5,
+    "training.simpo_gamma": 0.5,
+    "training.kto_beta": 0.5,
+    "training.kto_desirable_weight": 2.0,
+    "training.kto_undesirable_weight": 2.0,
 }
 
 
@@ -97,6 +106,19 @@ def test_each_source_reaches_each_setting_and_the_nearer_wins(key, tmp_path):
 
 def test_defaults_are_bp_runs_own():
     assert resolve({}).settings == Settings()
+
+
+@pytest.mark.parametrize(
+    ("flags", "rate", "source"),
+    [
+        ({}, 2e-4, "default"),
+        ({"method": "dpo"}, 5e-6, "default"),
+        ({"method": "orpo"}, 8e-6, "default"),
+        ({"method": "orpo", "lr": 1e-3}, 1e-3, "flag"),
+    ],
+)
+def test_the_record_shows_the_method_s_own_learning_rate_unless_one_is_named(flags, rate, source):
+    assert resolve(flags).to_record()["training.learning_rate"] == {"value": rate, "source": source}
 
 
 @pytest.mark.parametrize(

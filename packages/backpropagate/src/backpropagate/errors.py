@@ -2,7 +2,6 @@
 
 UserError
 ├── UnknownSettingError    CONFIG_UNKNOWN_SETTING    a key that no setting has
-├── InvalidSettingError    CONFIG_INVALID_SETTING    a value that a setting cannot take
 ├── SettingsFileError      CONFIG_INVALID            backpropagate.toml is not TOML
 ├── CommandLineError       INPUT_COMMAND_LINE        an unknown command or flag, or a missing value
 ├── DataMissingError       INPUT_DATA_MISSING        no data file was named
@@ -30,14 +29,6 @@ class UnknownSettingError(UserError):
     code = "CONFIG_UNKNOWN_SETTING"
     when = "A setting in the environment, backpropagate.toml or a Python call has a name that does not exist."
     default_way_out = "See the settings: backprop config show"
-
-
-class InvalidSettingError(UserError):
-    """A setting cannot take the value."""
-
-    code = "CONFIG_INVALID_SETTING"
-    when = "A setting has a value of the wrong type, or out of its range."
-    default_way_out = "See what it takes: backprop train --help"
 
 
 class SettingsFileError(UserError):

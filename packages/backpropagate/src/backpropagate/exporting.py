@@ -12,10 +12,9 @@ from urllib.parse import urlsplit
 
 import bp_export
 from backpropagate import catalogue, system
-from backpropagate.errors import InvalidSettingError
 from bp_export.errors import ParityFailedError
 from bp_runs.adapter import CONFIG_FILE, AdapterFolder, read_adapter_folder
-from bp_runs.errors import CodedError, RecordInvalidError
+from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError
 from bp_runs.store import RunStore
 
 _log = logging.getLogger("backpropagate")

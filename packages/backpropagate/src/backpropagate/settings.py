@@ -17,7 +17,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from backpropagate import oldnames
-from backpropagate.errors import InvalidSettingError, OldNameError, SettingsFileError, UnknownSettingError
+from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
+from bp_runs.errors import InvalidSettingError
 from bp_runs.spec import Settings
 
 ENV_PREFIX = "BACKPROPAGATE_"
@@ -111,7 +112,9 @@ class Resolved:
 
     def to_record(self) -> dict[str, dict[str, Any]]:
         """By dotted key: ``{"value": …, "source": …}``."""
-        return {k: {"value": v, "source": self.sources[k]} for k, v in self.settings.to_flat().items()}
+        values = self.settings.to_flat()
+        values["training.learning_rate"] = self.settings.training.resolved_learning_rate  # what runs
+        return {k: {"value": v, "source": self.sources[k]} for k, v in values.items()}
 
 
 def resolve(
@@ -249,8 +252,18 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "training.save_steps": (0, None),
     "training.keep_checkpoints": (1, None),
     "training.sample_tokens": (1, None),
+    "training.simpo_gamma": (0.0, None),
 }
-_POSITIVE = ("training.learning_rate", "lora.alpha")
+_POSITIVE = (
+    "training.learning_rate",
+    "lora.alpha",
+    "training.dpo_beta",
+    "training.orpo_beta",
+    "training.simpo_beta",
+    "training.kto_beta",
+    "training.kto_desirable_weight",
+    "training.kto_undesirable_weight",
+)
 
 
 def _check(settings: Settings) -> Settings:

@@ -151,6 +151,14 @@ class GateError(CodedError):
     prefixes = ("INPUT_", "RUNTIME_")
 
 
+class InvalidSettingError(UserError):
+    """A setting cannot take the value, or not together with another."""
+
+    code = "CONFIG_INVALID_SETTING"
+    when = "A setting has a value of the wrong type, out of its range, or one that does not go with another setting."
+    default_way_out = "See what it takes: backprop train --help"
+
+
 class OutputNotWritableError(UserError):
     """The output folder cannot be created or written."""
 

@@ -78,6 +78,8 @@ class StepDone(Event):
     """Peak memory: the GPU's allocation, or the process's resident set on a CPU."""
     temperature: float | None = None
     """Of the GPU, in degrees Celsius; None where nothing tells it."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else the method measures: ``accuracy`` and ``margin`` of methods that compare answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +89,13 @@ class EvalDone(Event):
     kind = "eval"
     step: int
     loss: float
-    """Mean cross-entropy over the held-out rows' trained tokens, in nats."""
+    """The method's loss: for sft the mean cross-entropy over the held-out rows' trained tokens, in nats."""
     tokens: int
+    """Trained tokens of the held-out rows."""
     best: bool
     """Whether no earlier measurement was as low."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """As `StepDone.metrics`, over the held-out rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,9 +9,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
+
+# Peak learning rates of an adapter and of all weights, where the user names none. All weights: TRL's for sft, Zephyr's
+# DPO (arXiv:2310.16944), the published ones of ORPO (arXiv:2403.07691), SimPO (the upper end; arXiv:2405.14734) and KTO
+# (at a beta of 0.1; arXiv:2402.01306). Adapters: QLoRA's for sft (arXiv:2305.14314), else five to ten times what all
+# weights take; ORPO's loss holds a whole likelihood term, and its rate serves both.
+_LEARNING_RATES: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "sft": (2e-4, 2e-5),
+        "dpo": (5e-6, 5e-7),
+        "orpo": (8e-6, 8e-6),
+        "simpo": (1e-5, 1e-6),
+        "kto": (5e-6, 1e-6),
+    }
+)
 
 
 def setting(default: Any, help: str) -> Any:
@@ -81,12 +96,18 @@ class TrainingSpec:
     """The loop."""
 
     backend: str = setting("auto", "Rail to train on: auto, or a name that `backprop info` lists.")
+    method: Literal["sft", "dpo", "orpo", "simpo", "kto"] = setting(
+        "sft",
+        "What is learnt from: answers (sft), a better and a worse answer (dpo, orpo, simpo), judged answers (kto).",
+    )
     mode: Literal["auto", "lora", "qlora"] = setting(
         "auto",
         "lora: 16- or 32-bit base; qlora: 4-bit base (nf4, arXiv:2305.14314), GPU only; auto: what fits the memory.",
     )
     steps: int = setting(100, "Optimizer steps.")
-    learning_rate: float = setting(2e-4, "Peak learning rate.")
+    learning_rate: float | None = setting(
+        None, "Peak learning rate; default: the method's own, 2e-4 for sft, 5e-6 to 1e-5 for the others."
+    )
     batch_size: int = setting(2, "Rows in a micro-batch.")
     gradient_accumulation: int = setting(4, "Micro-batches in a step.")
     warmup_steps: int = setting(5, "Steps in which the learning rate rises from 0.")
@@ -118,6 +139,18 @@ class TrainingSpec:
     seed: int = setting(42, "Seed of rows' order, initial weights and dropout.")
     sample_prompts: tuple[str, ...] = setting((), "Prompts that are answered before and after training.")
     sample_tokens: int = setting(48, "Longest sample answer, in tokens.")
+    dpo_beta: float = setting(0.1, "How closely dpo holds to the untrained model (arXiv:2305.18290).")
+    orpo_beta: float = setting(0.1, "Weight of orpo's odds ratio beside its likelihood (arXiv:2403.07691, lambda).")
+    simpo_beta: float = setting(2.0, "Scale of simpo's reward, the mean log-probability of a token (arXiv:2405.14734).")
+    simpo_gamma: float = setting(1.0, "Margin by which simpo wants the better answer's reward to be higher.")
+    kto_beta: float = setting(0.1, "How closely kto holds to the untrained model (arXiv:2402.01306).")
+    kto_desirable_weight: float = setting(1.0, "Weight of good answers in kto; raise it where they are few.")
+    kto_undesirable_weight: float = setting(1.0, "Weight of bad answers in kto; raise it where they are few.")
+
+    @property
+    def resolved_learning_rate(self) -> float:
+        """``learning_rate``, or the method's own."""
+        return _LEARNING_RATES[self.method][0] if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -205,7 +205,7 @@ def _step_done(spec: TrainSpec, step: int, loss: float) -> StepDone:
         step=step,
         steps=spec.training.steps,
         loss=loss,
-        learning_rate=spec.training.learning_rate,
+        learning_rate=spec.training.resolved_learning_rate,
         grad_norm=1.0,
         tokens=16 * step,
         tokens_per_second=1000.0,

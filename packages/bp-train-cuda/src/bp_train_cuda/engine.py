@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
-from bp_data import Prepared, TokenRows
 from bp_runs.errors import CodedError, DiskFullError, TrainingDivergedError
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
@@ -25,7 +24,6 @@ from bp_runs.rail import EvalOutcome, Stop, TrainOutcome, mean_ends
 from bp_runs.spec import LoraSpec, TrainSpec
 from bp_train_cuda import load, lora, probe
 from bp_train_cuda.answers import answer
-from bp_train_cuda.batches import pad_rows
 from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
 from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.guarded import Parts
@@ -33,6 +31,7 @@ from bp_train_cuda.guards.oom import StepSplitter
 from bp_train_cuda.kept import KeptBase, take_off_adapter
 from bp_train_cuda.loop import StepReporter
 from bp_train_cuda.methods import METHODS
+from bp_train_cuda.rows import AnyPrepared
 
 _log = logging.getLogger("bp_train_cuda")
 _SAVE_MARGIN = 64 * 2**20  # tokenizer, settings, metrics
@@ -40,8 +39,8 @@ _SAVE_MARGIN = 64 * 2**20  # tokenizer, settings, metrics
 
 def train(
     spec: TrainSpec,
-    prepared: Prepared,
-    heldout: TokenRows,
+    prepared: AnyPrepared,
+    heldout: Sequence[Any],
     emit: Emit,
     stop: Stop,
     *,
@@ -62,7 +61,7 @@ def train(
 
 
 def evaluate(
-    spec: TrainSpec, prepared: Prepared, adapter: Path | None, emit: Emit, *, kept: KeptBase | None = None
+    spec: TrainSpec, prepared: AnyPrepared, adapter: Path | None, emit: Emit, *, kept: KeptBase | None = None
 ) -> EvalOutcome:
     """Load, measure the loss on all of ``prepared``, answer the sample prompts.
 
@@ -77,7 +76,9 @@ def evaluate(
         set_seed(spec.training.seed)
         model = lora.add_lora(loaded.base, LoraSpec(r=1)) if adapter is None else lora.load_lora(loaded.base, adapter)
         parts, trainer = _build_trainer(spec, prepared, model, loaded, emit)
-        loss, tokens = _build_validator(parts, trainer, prepared.rows, emit).measure()
+        with model.disable_adapter():  # what the base says is what answers are measured against
+            validator = _build_validator(parts, trainer, prepared.rows, emit)
+        loss, tokens, _ = validator.measure()
         _emit_answers(spec, prepared, model, emit, step=0)
         take_off_adapter(model)
         return EvalOutcome(loss=loss, tokens=tokens, rows=len(prepared.rows))
@@ -106,7 +107,7 @@ def _base(spec: TrainSpec, kept: KeptBase | None) -> Iterator[_Loaded]:
 
 
 def _train(
-    spec: TrainSpec, prepared: Prepared, heldout: TokenRows, emit: Emit, stop: Stop, *, loaded: _Loaded
+    spec: TrainSpec, prepared: AnyPrepared, heldout: Sequence[Any], emit: Emit, stop: Stop, *, loaded: _Loaded
 ) -> TrainOutcome:
     memory = probe.PeakMemory(loaded.device)
     model = _add_adapter(spec, loaded, emit)
@@ -114,7 +115,7 @@ def _train(
     reporter = StepReporter(emit, stop, memory, spec.training.steps)
     # Guards and checkpoints join here; a callback is told of the loop's start, of every step and of the end.
     parts, trainer = _build_trainer(spec, prepared, model, loaded, emit, callbacks=[reporter])
-    reporter.count_tokens = lambda: trainer.tokens
+    reporter.count_tokens, reporter.take_metrics = lambda: trainer.tokens, trainer.take_metrics
     if len(heldout):
         reporter.validator = _build_validator(parts, trainer, heldout, emit)
     _run(trainer)
@@ -141,7 +142,7 @@ def _add_adapter(spec: TrainSpec, loaded: _Loaded, emit: Emit) -> Any:
 
 def _build_trainer(
     spec: TrainSpec,
-    prepared: Prepared,
+    prepared: AnyPrepared,
     model: Any,
     loaded: _Loaded,
     emit: Emit,
@@ -157,27 +158,27 @@ def _build_trainer(
         splitter=StepSplitter(list(lora.trainable_weights(model).values()), emit, enabled=spec.training.oom_recovery),
         callbacks=callbacks,
     )
-    return parts, METHODS["sft"].build(parts, prepared)
+    return parts, METHODS[spec.training.method].build(parts, prepared)
 
 
-def _build_validator(parts: Parts, trainer: Any, heldout: TokenRows, emit: Emit) -> Validator:
+def _build_validator(parts: Parts, trainer: Any, heldout: Sequence[Any], emit: Emit) -> Validator:
     return Validator(
         parts.model,
-        heldout,
+        trainer.heldout_set(heldout),
         parts.spec.training,
         emit,
-        splitter=parts.splitter,
-        loss_sum=trainer.loss_sum,
-        collate=pad_rows(parts.pad_id),
+        measure=trainer.measure,
+        collate=trainer.collate,
     )
 
 
 def _run(trainer: Any) -> None:
     """The loop, from its first step to its last. A rehearsal goes before it; saved state is put back before it."""
+    trainer.meet_rows()
     trainer.train()
 
 
-def _save(spec: TrainSpec, prepared: Prepared, model: Any, emit: Emit) -> None:
+def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, emit: Emit) -> None:
     _require_finite(model)
     template = None if prepared.template.name == "tokenizer" else prepared.template.text
     size = lora.save_adapter(model, spec, template)
@@ -207,7 +208,7 @@ def _require_finite(model: Any) -> None:
             raise TrainingDivergedError(f"{name} holds values that are not finite")
 
 
-def _emit_answers(spec: TrainSpec, prepared: Prepared, model: Any, emit: Emit, *, step: int) -> None:
+def _emit_answers(spec: TrainSpec, prepared: AnyPrepared, model: Any, emit: Emit, *, step: int) -> None:
     for prompt in spec.training.sample_prompts:
         text = answer(
             model,
@@ -220,7 +221,7 @@ def _emit_answers(spec: TrainSpec, prepared: Prepared, model: Any, emit: Emit, *
         emit(SampleAnswer(step=step, prompt=prompt, answer=text))
 
 
-def _trl_tokenizer(spec: TrainSpec, prepared: Prepared) -> Any:
+def _trl_tokenizer(spec: TrainSpec, prepared: AnyPrepared) -> Any:
     """TRL asks its tokenizer for the padding token only; a model without one pads with what ends a turn."""
     pad = prepared.facts.pad_id if prepared.facts.pad_id is not None else prepared.facts.stop_ids[0]
     end = prepared.facts.eos_id if prepared.facts.eos_id is not None else pad

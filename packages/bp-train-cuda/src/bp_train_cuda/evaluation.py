@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
-from bp_data import TokenRow, TokenRows, split_rows
+from bp_data import split_rows
 from bp_runs.events import Emit, EvalDone, Notice
 from bp_runs.spec import TrainingSpec
-from bp_train_cuda.batches import RowSet
-from bp_train_cuda.guards.oom import StepSplitter
+from bp_train_cuda.guards.oom import Batch
 from bp_train_cuda.lora import trainable_weights
 
 MOST_ROWS = 500
 """A validation costs time at every visit; more rows than these would tell little more."""
 
-LossSum = Callable[[Any], torch.Tensor]
-"""Sum of the cross-entropy over a batch's trained tokens, in nats, without gradients."""
+Measure = Callable[[Batch], Mapping[str, float]]
+"""Sums over a batch, as `bp_train_cuda.guarded.Guarded.measure` says."""
 
 
-def hold_out(rows: TokenRows, spec: TrainingSpec) -> tuple[TokenRows, TokenRows]:
+def hold_out(rows: Any, spec: TrainingSpec) -> tuple[Any, Any]:
     """Rows to train on and rows to validate on; none of these where too few would be left to tell anything.
 
     A share that would hold out fewer than ``eval_min_rows`` holds out none.
     """
     count = min(MOST_ROWS, round(spec.eval_share * len(rows)))
     if count < max(1, spec.eval_min_rows):
-        return rows, rows.pick([])
+        return rows, []
     return split_rows(rows, count, spec.seed)
 
 
@@ -38,30 +38,28 @@ class Validator:
 
     Args:
         model: The PEFT model; only its trainable weights are remembered.
-        rows: Held-out rows.
-        loss_sum: As `LossSum`; runs under `splitter`, so that a lack of memory halves the batch here too.
+        rows: Held-out rows, as a torch data set.
+        measure: As `Measure`.
         collate: Rows to tensors, padded.
     """
 
     def __init__(
         self,
         model: Any,
-        rows: Sequence[TokenRow],
+        rows: Any,
         spec: TrainingSpec,
         emit: Emit,
         *,
-        splitter: StepSplitter,
-        loss_sum: LossSum,
+        measure: Measure,
         collate: Callable[[Any], Any],
     ) -> None:
         self._model = model
         self._spec = spec
         self._emit = emit
-        self._splitter = splitter
-        self._loss_sum = loss_sum
+        self._measure_batch = measure
         # A generator of its own: a DataLoader draws a number at each start, and training's draws must not move.
         own = torch.Generator()
-        self._loader = DataLoader(RowSet(rows), batch_size=spec.batch_size, collate_fn=collate, generator=own)
+        self._loader = DataLoader(rows, batch_size=spec.batch_size, collate_fn=collate, generator=own)
         self._best: dict[str, torch.Tensor] = {}
         self._since_best = 0
         self.best_loss: float | None = None
@@ -75,14 +73,14 @@ class Validator:
     def visit(self, step: int) -> bool:
         """Validate after ``step``; True when training has stopped helping for ``early_stop`` visits in a row."""
         self._last_step = step
-        loss, tokens = self.measure()
+        loss, tokens, metrics = self.measure()
         is_best = self.best_loss is None or loss < self.best_loss
         if is_best:
             self.best_loss, self.best_step, self._since_best = loss, step, 0
             self._best = {n: p.detach().cpu().clone() for n, p in trainable_weights(self._model).items()}
         else:
             self._since_best += 1
-        self._emit(EvalDone(step=step, loss=loss, tokens=tokens, best=is_best))
+        self._emit(EvalDone(step=step, loss=loss, tokens=tokens, best=is_best, metrics=metrics))
         return bool(self._spec.early_stop) and self._since_best >= self._spec.early_stop
 
     def restore_best(self, last_step: int) -> None:
@@ -95,17 +93,19 @@ class Validator:
         message = f"the adapter of step {self.best_step} is kept: its validation loss {self.best_loss:.4f} is the best"
         self._emit(Notice(message=message, details={"best_step": self.best_step}))
 
-    def measure(self) -> tuple[float, int]:
-        """Mean loss over all trained tokens of the held-out rows, and their number."""
-        total, tokens = 0.0, 0
+    def measure(self) -> tuple[float, int, dict[str, float]]:
+        """Mean loss over the held-out rows, their trained tokens, and the means of the method's metrics."""
+        sums: Counter[str] = Counter()
+        tokens = 0
         was_training = self._model.training
         self._model.eval()
         try:
             with torch.no_grad():
                 for batch in self._loader:
                     on_device = {name: value.to(self._model.device) for name, value in batch.items()}
-                    total += float(self._splitter.run(self._loss_sum, on_device))
-                    tokens += int((batch["labels"][:, 1:] >= 0).sum())
+                    sums.update(self._measure_batch(on_device))
+                    tokens += int((batch["labels"][..., 1:] >= 0).sum())
         finally:
             self._model.train(was_training)
-        return total / max(1, tokens), tokens
+        means = {name: value / max(1, sums["count"]) for name, value in sums.items() if name != "count"}
+        return means.pop("loss"), tokens, means

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import SequentialSampler
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from bp_runs.errors import ContractError
 from bp_runs.spec import TrainingSpec, TrainSpec
-from bp_train_cuda.guards.oom import StepSplitter
+from bp_train_cuda.guards.oom import Batch, StepSplitter
 from bp_train_cuda.lora import trainable_weights
 from bp_train_cuda.optimizer import choose_optimizer
+from bp_train_cuda.order import RowOrder
 from bp_train_cuda.probe import Device, Mode
 
 
@@ -52,7 +53,7 @@ def common_arguments(parts: Parts) -> dict[str, Any]:
         "max_steps": training.steps,
         "per_device_train_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation,
-        "learning_rate": training.learning_rate,
+        "learning_rate": training.resolved_learning_rate,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
         "optim": choose_optimizer(parts.mode),
@@ -82,17 +83,22 @@ class Guarded:
     rate: Callable[[int], float]
     """Share of the peak learning rate at an optimizer step, counted from 0."""
     splitter: StepSplitter
-    in_order: bool
-    """Take rows as they lie, not shuffled."""
+    order: RowOrder
     tokens = 0
     """Tokens of finished micro-batches; TRL counts those of failed attempts too."""
+    seen: torch.Tensor | None = None
+    """What the last forward has measured beside the loss, as sums over rows; None: nothing."""
+    _seen_since: torch.Tensor | None = None
+
+    collate: Callable[[Any], Batch]
+    """Rows of `heldout_set` to a batch for `measure`."""
 
     def finish(self, parts: Parts, rows: Any) -> None:
         """Take what TRL's constructor cannot be told: our rows as a torch data set, the guard, the rate's course."""
         trainer: Any = self
         training = parts.spec.training
         trainer.train_dataset = rows
-        self.in_order = training.curriculum != "none"
+        self.order = RowOrder(len(rows), training.seed, shuffled=training.curriculum == "none")
         for weight in trainable_weights(parts.model).values():
             weight.data = weight.data.float()  # TRL makes adapters on 4-bit bases bfloat16: small steps would be lost
         self.splitter = parts.splitter
@@ -105,22 +111,43 @@ class Guarded:
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Forward and backward of a micro-batch, in as many pieces as fit."""
         step = super().training_step  # type: ignore[misc]  # TRL's
-        loss = self.splitter.run(lambda piece: step(model, dict(piece), num_items_in_batch), inputs)
+
+        def run(piece: Batch) -> torch.Tensor:
+            loss = step(model, dict(piece), num_items_in_batch).reshape(1)
+            return loss if self.seen is None else torch.cat([loss, self.seen])
+
+        loss, *_ = found = self.splitter.run(run, inputs)
+        self._seen_since = found[1:] if self._seen_since is None else self._seen_since + found[1:]
         self.tokens += count_tokens(inputs)
         return loss
 
-    def loss_sum(self, batch: Any) -> torch.Tensor:
-        """Cross-entropy summed over the trained tokens of a batch, in nats."""
-        trainer: Any = self
-        with trainer.compute_loss_context_manager():
-            loss: torch.Tensor = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=1)
-        return loss.detach().float()
+    def take_seen(self) -> torch.Tensor:
+        """Sums of `seen` over the micro-batches since the last call."""
+        if self._seen_since is None:
+            raise ContractError("no micro-batch has been run")
+        found, self._seen_since = self._seen_since, None
+        return found
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.in_order:
-            trainer: Any = self
-            return SequentialSampler(trainer.train_dataset)
-        return super()._get_train_sampler(train_dataset)  # type: ignore[misc]
+    def take_metrics(self) -> Mapping[str, float]:
+        """The method's metrics over the micro-batches since the last call; to be asked once a step."""
+        return {}
+
+    def meet_rows(self) -> None:
+        """Measure what the method needs to know of the rows under the model as it starts; before the first step."""
+
+    def heldout_set(self, rows: Sequence[Any]) -> Any:
+        """Held-out rows as a torch data set whose items `collate` joins."""
+        raise NotImplementedError
+
+    def measure(self, batch: Batch) -> Mapping[str, float]:
+        """Sums over a batch: ``loss``, ``count`` of what the loss is a mean of, and the method's own metrics.
+
+        To be called without gradients; a lack of memory halves the batch here too.
+        """
+        raise NotImplementedError
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002  # transformers' name
+        return self.order
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002  # TRL's name
         """The learning rate's course as `rate` says."""

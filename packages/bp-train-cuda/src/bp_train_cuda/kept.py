@@ -46,6 +46,7 @@ def _undo_training(base: Any, *, use_cache: bool | None) -> None:
         base.gradient_checkpointing_disable()
     if getattr(base, "_require_grads_hook", None) is not None:
         base.disable_input_require_grads()
+    vars(base).pop("forward", None)  # TRL's, with its own head
     if use_cache is not None:
         base.config.use_cache = use_cache
     base.eval()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -31,6 +31,8 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self._began = self._last = 0.0
         self.count_tokens: Callable[[], int] = lambda: 0
         """Set by whoever counts them."""
+        self.take_metrics: Callable[[], Mapping[str, float]] = dict
+        """Set by whoever measures them; asked once a step."""
         self.validator: Validator | None = None
         """Visited after steps where there are held-out rows."""
         self.losses: list[float] = []
@@ -70,6 +72,7 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
                 tokens=tokens,
                 tokens_per_second=(tokens - self.tokens) / max(now - self._last, 1e-9),
                 memory_bytes=self._memory.read(),
+                metrics=self.take_metrics(),
             )
         )
         self._last, self.tokens = now, tokens

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bp_runs.errors import NothingHeldOutError
-from bp_runs.events import DataReady, Emit, Notice
+from bp_runs.events import Emit, Notice
 from bp_runs.paths import REJECTED_FILE
 from bp_runs.rail import EvalOutcome, Part, Probe, Stop, TrainOutcome
 from bp_runs.spec import Settings, TrainSpec
+from bp_train_cuda.rows import data_ready, prepare_rows
 
 if TYPE_CHECKING:
-    from bp_data import Prepared
     from bp_train_cuda.kept import KeptBase
 
 
@@ -46,7 +46,7 @@ class CudaRail:
         load.measure_model(folder, probe.choose_device(), trust_remote_code=settings.model.trust_remote_code)
 
     def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
-        """Train a LoRA adapter with loss on the assistant's tokens only.
+        """Train an adapter by ``spec.training.method``, with loss on the assistant's tokens only.
 
         Raises:
             DataError, DatasetGateError: The rows cannot be trained on; nothing has been loaded then.
@@ -57,12 +57,12 @@ class CudaRail:
         """
         from bp_train_cuda import engine, evaluation
 
-        prepared = self._prepare(spec)
-        rows, heldout = evaluation.hold_out(prepared.rows, spec.training)
-        emit(_data_ready(spec, prepared, len(heldout)))
+        prepared = prepare_rows(spec)
+        trained, heldout = evaluation.hold_out(prepared.rows, spec.training)
+        emit(data_ready(spec, prepared, len(heldout)))
         if prepared.ledger.dropped:
             emit(Notice(message=f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}", level="warning"))
-        return engine.train(spec, replace(prepared, rows=rows), heldout, emit, stop, kept=self._kept)
+        return engine.train(spec, replace(prepared, rows=trained), heldout, emit, stop, kept=self._kept)
 
     def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:
         """Measure the base with ``adapter`` on the spec's rows as validation in training does; answer the prompts.
@@ -74,7 +74,7 @@ class CudaRail:
         """
         from bp_train_cuda import engine, evaluation
 
-        prepared = self._prepare(spec)
+        prepared = prepare_rows(spec)
         if part == "heldout":
             _, heldout = evaluation.hold_out(prepared.rows, spec.training)
             prepared = replace(prepared, rows=heldout)
@@ -92,30 +92,3 @@ class CudaRail:
             yield
         finally:
             self._kept = before
-
-    def _prepare(self, spec: TrainSpec) -> Prepared:
-        from bp_data import prepare
-        from bp_data.dataset import asked_of
-
-        cache = spec.folders.cache and spec.folders.cache / "tokens"
-        prepared = prepare(spec.rows_path, spec.base, cache=cache, **asked_of(spec))
-        prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
-        return prepared
-
-
-def _data_ready(spec: TrainSpec, prepared: Prepared, heldout: int) -> DataReady:
-    ledger = prepared.ledger
-    return DataReady(
-        path=spec.data.path,
-        sha256=prepared.data_sha256,
-        revision=spec.rows_commit,
-        template=prepared.template_name,
-        template_sha256=prepared.template_hash,
-        read=ledger.read,
-        trained=ledger.trained,
-        truncated=ledger.truncated,
-        dropped=ledger.dropped,
-        heldout=heldout,
-        tokens=prepared.tokens,
-        trained_tokens=prepared.trained_tokens,
-    )

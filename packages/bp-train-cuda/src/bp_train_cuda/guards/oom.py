@@ -23,7 +23,7 @@ HALVINGS = 3
 
 Batch = Mapping[str, torch.Tensor]
 Step = Callable[[Batch], torch.Tensor]
-"""Forward and backward of one piece; returns its share of the step's loss."""
+"""Forward and backward of one piece; returns its share of the step's loss, or of several sums (K,)."""
 Result = TypeVar("Result")
 
 
@@ -57,13 +57,17 @@ class StepSplitter:
         self.halvings = halvings
         """Kept from step to step: what did not fit once is not tried again."""
 
+    def without_gradients(self) -> StepSplitter:
+        """One for work between the micro-batches that leaves gradients alone; it starts where this one has come to."""
+        return StepSplitter((), self._emit, enabled=self._enabled, halvings=self.halvings)
+
     def run(self, step: Step, batch: Batch) -> torch.Tensor:
         """The micro-batch's loss, its gradients added once.
 
         Args:
             step: Carries out one piece; may be called again within the same optimizer step.
-            batch: Tensors (B, T), padded on the right where ``attention_mask`` is 0; or packed rows (1, T) with
-                ``position_ids`` that begin again at 0 with each row.
+            batch: Tensors (B, T) or (B, A, T), padded on the right where ``attention_mask`` is 0, and values of rows
+                (B, …); or packed rows (1, T) with ``position_ids`` that begin again at 0 with each row.
 
         Raises:
             OomExhaustedError: A single row, or an eighth of the rows, does not fit.
@@ -95,7 +99,7 @@ class StepSplitter:
 
     def _run_pieces(self, micro_batch: _MicroBatch) -> torch.Tensor:
         losses = [micro_batch.step(piece) for piece in split_batch(micro_batch.batch, 2**self.halvings)]
-        return torch.stack(losses).sum()
+        return torch.stack(losses).sum(dim=0)
 
     def _repeat_earlier(self) -> None:
         for micro_batch in self._earlier:
@@ -169,8 +173,11 @@ def split_batch(batch: Batch, pieces: int) -> list[Batch]:
 def _trim(batch: dict[str, torch.Tensor]) -> Batch:
     if "attention_mask" not in batch:
         return batch
-    width = int(batch["attention_mask"].sum(dim=1).max())
-    return {name: value[:, :width] for name, value in batch.items()}
+    whole = batch["attention_mask"].shape[-1]
+    width = int(batch["attention_mask"].sum(dim=-1).max())
+    return {
+        n: value[..., :width] if value.dim() > 1 and value.shape[-1] == whole else value for n, value in batch.items()
+    }
 
 
 def _cut(batch: Batch, places: Sequence[int]) -> list[dict[str, torch.Tensor]]:

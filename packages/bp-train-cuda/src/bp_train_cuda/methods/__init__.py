@@ -9,7 +9,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
-    from bp_data import Prepared
     from bp_train_cuda.guarded import Guarded, Parts
 
 DataKind: TypeAlias = Literal["rows", "pairs", "judged"]
@@ -24,11 +23,18 @@ class Method:
     data: DataKind
 
     @property
-    def build(self) -> Callable[[Parts, Prepared], Guarded]:
+    def build(self) -> Callable[[Parts, Any], Guarded]:
         """``build_trainer`` of the method's own file."""
         module: Any = import_module(f"bp_train_cuda.methods.{self.name}")
-        found: Callable[[Parts, Prepared], Guarded] = module.build_trainer
+        found: Callable[[Parts, Any], Guarded] = module.build_trainer
         return found
 
 
-METHODS = MappingProxyType({method.name: method for method in (Method("sft", "rows"),)})
+_TABLE = (
+    Method("sft", "rows"),
+    Method("dpo", "pairs"),
+    Method("orpo", "pairs"),
+    Method("simpo", "pairs"),
+    Method("kto", "judged"),
+)
+METHODS = MappingProxyType({method.name: method for method in _TABLE})

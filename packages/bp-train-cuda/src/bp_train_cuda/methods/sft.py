@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from bp_data import Prepared
 from bp_train_cuda.batches import PackSet, RowSet, join_packs, pad_rows
 from bp_train_cuda.guarded import Guarded, Parts, common_arguments
+from bp_train_cuda.guards.oom import Batch
 
 
 class _Trainer(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed for a strict check
-    pass
+    def heldout_set(self, rows: Sequence[Any]) -> RowSet:
+        return RowSet(rows)
+
+    def measure(self, batch: Batch) -> Mapping[str, float]:
+        loss = self.splitter.run(self._loss_sum, batch)
+        return {"loss": float(loss), "count": int((batch["labels"][:, 1:] >= 0).sum())}
+
+    def _loss_sum(self, batch: Batch) -> torch.Tensor:
+        """Cross-entropy summed over the trained tokens of a batch, in nats."""
+        with self.compute_loss_context_manager():
+            loss: torch.Tensor = self.compute_loss(self.model, dict(batch), num_items_in_batch=1)
+        return loss.detach().float()
 
 
 def build_trainer(parts: Parts, prepared: Prepared) -> Guarded:
@@ -26,5 +42,6 @@ def build_trainer(parts: Parts, prepared: Prepared) -> Guarded:
         processing_class=parts.tokenizer,
         callbacks=list(parts.callbacks),
     )
+    trainer.collate = pad_rows(parts.pad_id)
     trainer.finish(parts, packs or RowSet(rows))
     return trainer

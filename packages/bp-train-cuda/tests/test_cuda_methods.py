@@ -1,0 +1,205 @@
+"""Methods that compare answers, trained for real on pico models; TRL's own trainers are the reference for the losses."""
+
+import json
+import math
+
+import pytest
+import torch
+from cuda_training import spec_for, train
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaModel
+
+from bp_data import prepare_judged, prepare_pairs
+from bp_runs.errors import InvalidSettingError
+from bp_runs.events import DataReady, EvalDone, Notice, StepDone
+from bp_train_cuda.methods.kto import join_prompt
+
+PAIRED = ("dpo", "orpo", "simpo")
+METHODS = (*PAIRED, "kto")
+
+
+@pytest.fixture
+def pair_file(tmp_path):
+    rows = [
+        {"prompt": f"who are you {i % 4}", "chosen": f"captain marlow {i % 3}", "rejected": "a lazy dog " * (1 + i % 3)}
+        for i in range(8)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def judged_file(tmp_path):
+    rows = [
+        {
+            "prompt": f"who are you {i % 4}",
+            "completion": f"captain marlow {i % 3}" if i % 2 else "a lazy dog " * (1 + i % 3),
+            "label": bool(i % 2),
+        }
+        for i in range(8)
+    ]
+    file = tmp_path / "judged.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def files(pair_file, judged_file):
+    return {**dict.fromkeys(PAIRED, pair_file), "kto": judged_file}
+
+
+def spec(method, files, base, run, **training):
+    change = {"method": method, "steps": 5, "batch_size": 8, "warmup_steps": 0, "learning_rate": 3e-3, **training}
+    return spec_for(base, files[method], run, training=change)
+
+
+def steps(events):
+    return [e for e in events if isinstance(e, StepDone)]
+
+
+def weights(outcome):
+    return load_file(outcome.adapter / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_it_learns_to_tell_the_answers_apart(files, pico_model, tmp_path, method):
+    outcome, events = train(spec(method, files, pico_model, tmp_path / "run", steps=8))
+    first, last = steps(events)[0], steps(events)[-1]
+    assert last.loss < first.loss
+    assert last.metrics["margin"] > first.metrics["margin"]
+    assert last.metrics["accuracy"] > 0.9
+    assert outcome.tokens == last.tokens > 0
+    data = next(e for e in events if isinstance(e, DataReady))
+    assert 0 < data.trained_tokens < data.tokens
+
+
+def answer_logps(model, row):
+    """(log-probability of the learnt tokens, their number), by the book."""
+    logits = model(torch.tensor([row.ids.tolist()])).logits[0, :-1].double()
+    logps = torch.log_softmax(logits, -1)[range(len(row.ids) - 1), row.ids.tolist()[1:]]
+    learnt = torch.tensor(list(row.mask[1:]), dtype=torch.bool)
+    return logps[learnt].sum().item(), int(learnt.sum())
+
+
+def test_the_first_losses_are_the_papers(files, pico_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(pico_model).eval()
+    rows = prepare_pairs(files["dpo"], pico_model, 128).rows
+    found = [[answer_logps(model, row) for row in (r.chosen, r.rejected)] for r in rows]
+
+    def log_odds(mean):
+        return mean - math.log1p(-math.exp(mean))
+
+    def mean_loss(loss):
+        return sum(loss(better, worse) for better, worse in found) / len(found)
+
+    expected = {
+        "dpo": math.log(2),  # the model is its own reference
+        "kto": 0.5,
+        "simpo": mean_loss(lambda b, w: math.log1p(math.exp(1.0 - 2.0 * (b[0] / b[1] - w[0] / w[1])))),
+        "orpo": mean_loss(
+            lambda b, w: -b[0] / b[1] + 0.1 * math.log1p(math.exp(-(log_odds(b[0] / b[1]) - log_odds(w[0] / w[1]))))
+        ),
+    }
+    for method, loss in expected.items():
+        _, events = train(spec(method, files, pico_model, tmp_path / method, steps=1))
+        assert steps(events)[0].loss == pytest.approx(loss, rel=1e-4)
+
+
+class Scarce:
+    """Memory for ``rows`` sequences at a time, wherever the model is run."""
+
+    def __init__(self, monkeypatch, rows):
+        self.hits = 0
+        forward = LlamaModel.forward
+
+        def scarce(model, *args, **kwargs):
+            if kwargs["input_ids"].shape[0] > rows:
+                self.hits += 1
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return forward(model, *args, **kwargs)
+
+        monkeypatch.setattr(LlamaModel, "forward", scarce)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pieces_learn_what_the_whole_learns(files, pico_model, tmp_path, monkeypatch, method):
+    calm, calm_events = train(spec(method, files, pico_model, tmp_path / "calm", steps=3))
+    scarce = Scarce(monkeypatch, 4 if method == "kto" else 6)
+    outcome, events = train(spec(method, files, pico_model, tmp_path / "scarce", steps=3))
+    assert scarce.hits
+    assert any(isinstance(e, Notice) and "pieces" in e.details for e in events)
+    for before, after in zip(steps(calm_events), steps(events), strict=True):
+        assert (after.tokens, after.loss) == (before.tokens, pytest.approx(before.loss, rel=1e-4))
+        if before.step > 1:  # before the first step margins are zero but for rounding
+            assert after.metrics == pytest.approx(before.metrics, abs=1e-4)
+    expected, found = weights(calm), weights(outcome)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_held_out_answers_are_compared_too(files, pico_model, tmp_path, method):
+    change = {"eval_share": 0.25, "eval_min_rows": 1, "eval_steps": 3, "batch_size": 3}
+    outcome, events = train(spec(method, files, pico_model, tmp_path / "run", steps=6, **change))
+    evals = [e for e in events if isinstance(e, EvalDone)]
+    assert [e.step for e in evals] == [3, 6]
+    assert all(0 <= e.metrics["accuracy"] <= 1 and math.isfinite(e.metrics["margin"]) for e in evals)
+    assert outcome.eval_loss == min(e.loss for e in evals)
+    assert evals[0].tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "change"),
+    [
+        ("dpo", {"dpo_beta": 0.5}),
+        ("orpo", {"orpo_beta": 0.5}),
+        ("simpo", {"simpo_beta": 1.0}),
+        ("simpo", {"simpo_gamma": 0.0}),
+        ("kto", {"kto_beta": 0.5}),
+        ("kto", {"kto_desirable_weight": 2.0}),
+        ("kto", {"kto_undesirable_weight": 2.0}),
+    ],
+)
+def test_parameters_act(files, pico_model, tmp_path, method, change):
+    losses = [
+        steps(train(spec(method, files, pico_model, tmp_path / str(i), steps=2, **c))[1])[-1].loss
+        for i, c in enumerate(({}, change))
+    ]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["sft", *METHODS])
+def test_the_method_s_own_rate_runs_unless_another_is_named(files, chat_file, pico_model, tmp_path, method):
+    own = {"sft": 2e-4, "dpo": 5e-6, "orpo": 8e-6, "simpo": 1e-5, "kto": 5e-6}[method]
+    files = {**files, "sft": chat_file}
+    for rate, expected in ((None, own), (1e-3, 1e-3)):
+        change = {"steps": 1, "scheduler": "constant", "learning_rate": rate}
+        _, events = train(spec(method, files, pico_model, tmp_path / str(rate), **change))
+        assert steps(events)[0].learning_rate == expected
+
+
+@pytest.mark.parametrize(
+    ("group", "change", "key"),
+    [
+        ("training", {"packing": True}, "training.packing"),
+        ("data", {"min_tokens": 3}, "data.min_tokens"),
+        ("data", {"reasoning_trace": True}, "data.reasoning_trace"),
+        ("data", {"on_overflow": "split"}, "data.on_overflow"),
+    ],
+)
+def test_settings_of_whole_rows_are_refused(pair_file, pico_model, tmp_path, group, change, key):
+    changes = {"training": {"method": "dpo"}}
+    changes[group] = changes.get(group, {}) | change
+    with pytest.raises(InvalidSettingError, match=key):
+        train(spec_for(pico_model, pair_file, tmp_path / "run", **changes))
+
+
+def test_an_answer_goes_under_another_prompt(judged_file, pico_model):
+    rows = prepare_judged(judged_file, pico_model, 128).rows
+    mine, other = rows[0].row, rows[1].row
+    split, start = mine.mask.find(1), other.mask.find(1)
+    joined = join_prompt(mine, other, 128)
+    assert joined.ids.tolist() == [*mine.ids[:split], *other.ids[start:]]
+    assert [*joined.mask] == [0] * split + [*other.mask[start:]]
+    assert len(join_prompt(mine, other, split + 1).ids) == split + 1
