@@ -13,11 +13,7 @@ from rich.text import Text
 from backpropagate.cli.flags import Json
 from backpropagate.cli.painting import legend, paint
 from backpropagate.cli.screen import print_json
-<<<<<<< HEAD
 from backpropagate.cli.sources import Model, Part, find_file, resolve_settings, tokenizer_folder
-from backpropagate.errors import InvalidSettingError
-=======
->>>>>>> c02e3bc (Methods dpo, orpo, simpo and kto, each with its own learning rate; the rows' order depends on seed and epoch alone)
 from bp_data import Limits, build_report, check_limits, clean_file, convert_file, preview_file, report_html, report_text
 from bp_data.preview import PreviewedRow
 from bp_data.rewrite import Format, Rewritten, split_file
