@@ -11,14 +11,13 @@ from backpropagate.errors import (
     DataMissingError,
     HubAccessError,
     HubUnreachableError,
-    InvalidSettingError,
     ModelInvalidError,
     ModelNotFoundError,
 )
 from backpropagate.system import program_home, to_path
 from bp_data import DatasetNotFoundError, fetch_dataset, looks_like_hub_name
 from bp_data.hub import network_errors
-from bp_runs.errors import first_line
+from bp_runs.errors import InvalidSettingError, first_line
 from bp_runs.spec import DataSpec
 
 TOKENIZER: Literal["tokenizer"] = "tokenizer"
