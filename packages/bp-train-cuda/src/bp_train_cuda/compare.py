@@ -157,7 +157,7 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
             for start in range(0, len(wanted), self.spec.batch_size):
                 chosen = wanted[start : start + self.spec.batch_size]
                 batch = self.collate([{**rows[place], "place": place} for place in chosen])
-                self.splitter.run(note, {name: value.to(self.model.device) for name, value in batch.items()})
+                self.reader.run(note, {name: value.to(self.model.device) for name, value in batch.items()})
         return found
 
     @contextlib.contextmanager
@@ -197,7 +197,7 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
         def step(piece: Batch) -> torch.Tensor:
             return self.compare(self.read_answers(self.model, piece), self.spec).sums()
 
-        loss, accuracy, margin, count = self.splitter.run(step, batch).tolist()
+        loss, accuracy, margin, count = self.reader.run(step, batch).tolist()
         return {"loss": loss, "accuracy": accuracy, "margin": margin, "count": count}
 
     def take_metrics(self) -> Mapping[str, float]:

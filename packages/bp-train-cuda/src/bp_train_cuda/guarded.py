@@ -83,6 +83,8 @@ class Guarded:
     rate: Callable[[int], float]
     """Share of the peak learning rate at an optimizer step, counted from 0."""
     splitter: StepSplitter
+    reader: StepSplitter
+    """Splits what runs without gradients."""
     order: RowOrder
     tokens = 0
     """Tokens of finished micro-batches; TRL counts those of failed attempts too."""
@@ -101,7 +103,7 @@ class Guarded:
         self.order = RowOrder(len(rows), training.seed, shuffled=training.curriculum == "none")
         for weight in trainable_weights(parts.model).values():
             weight.data = weight.data.float()  # TRL makes adapters on 4-bit bases bfloat16: small steps would be lost
-        self.splitter = parts.splitter
+        self.splitter, self.reader = parts.splitter, parts.splitter.without_gradients()
         self.rate = lambda step: rate_factor(step, training)
         for callback in list(trainer.callback_handler.callbacks):
             # The events tell all; transformers' own printing callback would tell it twice.

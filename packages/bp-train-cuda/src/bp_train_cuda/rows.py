@@ -25,7 +25,7 @@ _ROWS_ONLY = (
 )
 
 
-_OF_ROWS = ("min_tokens", "trace", "curriculum")  # what `prepare` alone is asked
+_OF_ROWS = ("min_tokens", "trace")  # what `prepare` alone is asked
 
 
 def require_fitting(spec: TrainSpec) -> None:
@@ -63,8 +63,6 @@ def prepare_rows(spec: TrainSpec) -> AnyPrepared:
             read = prepare_pairs if kind == "pairs" else prepare_judged
             asked = {name: value for name, value in asked_of(spec).items() if name not in _OF_ROWS}
             prepared = read(spec.rows_path, spec.base, **asked)
-            if spec.training.curriculum == "length":
-                prepared.rows.sort(key=lambda row: sum(len(part.ids) for part in parts_of(row)))
     prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
     return prepared
 

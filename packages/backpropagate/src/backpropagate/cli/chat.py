@@ -14,8 +14,8 @@ from cyclopts import Parameter
 import bp_export
 from backpropagate.cli.flags import Json, output_folder
 from backpropagate.cli.screen import print_json
-from backpropagate.errors import InvalidSettingError
 from backpropagate.exporting import find_base_folder, ollama_host
+from bp_runs.errors import InvalidSettingError
 
 
 def chat(

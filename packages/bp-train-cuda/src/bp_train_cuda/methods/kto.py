@@ -54,7 +54,7 @@ class _Trainer(Comparing):
 
         rows = len(batch["good"])
         with self.judging():
-            point = (self.splitter.run(drift, others) / rows).clamp(min=0)
+            point = (self.reader.run(drift, others) / rows).clamp(min=0)
         return {**own, "point": point.expand(rows)}
 
 

@@ -20,7 +20,7 @@ class _Trainer(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed f
         return RowSet(rows)
 
     def measure(self, batch: Batch) -> Mapping[str, float]:
-        loss = self.splitter.run(self._loss_sum, batch)
+        loss = self.reader.run(self._loss_sum, batch)
         return {"loss": float(loss), "count": int((batch["labels"][:, 1:] >= 0).sum())}
 
     def _loss_sum(self, batch: Batch) -> torch.Tensor:
