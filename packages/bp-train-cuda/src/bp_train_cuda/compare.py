@@ -138,6 +138,7 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
             self.train_dataset.reference = self.measure_reference(self.train_dataset, self.order.first(visits))
 
     def heldout_set(self, rows: Sequence[Any]) -> AnswerSet:
+        """Held-out rows, with what the model as it is now says of them where the method needs that."""
         found = AnswerSet(rows, self.unpack)
         if self.needs_reference:
             found.reference = self.measure_reference(found, range(len(found)))
@@ -194,6 +195,8 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
         return (compared.losses * inputs["share"]).sum()
 
     def measure(self, batch: Batch) -> Mapping[str, float]:
+        """Sums over a batch's rows: loss, accuracy, margin, and their count."""
+
         def step(piece: Batch) -> torch.Tensor:
             return self.compare(self.read_answers(self.model, piece), self.spec).sums()
 
@@ -201,6 +204,7 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
         return {"loss": loss, "accuracy": accuracy, "margin": margin, "count": count}
 
     def take_metrics(self) -> Mapping[str, float]:
+        """Share of rows whose margin was above 0, and the mean margin, since the last call."""
         accuracy, margin, count = self.take_seen().tolist()
         return {"accuracy": accuracy / count, "margin": margin / count}
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from bp_runs.errors import InvalidSettingError
 from bp_runs.events import DataReady
@@ -13,7 +12,7 @@ from bp_runs.spec import TrainSpec
 from bp_train_cuda.methods import METHODS
 
 if TYPE_CHECKING:
-    from bp_data import Compared, JudgedRow, PairRow, Prepared, TokenRow
+    from bp_data import Compared, JudgedRow, PairRow, Prepared
 
 AnyPrepared: TypeAlias = "Prepared | Compared[PairRow] | Compared[JudgedRow]"
 
@@ -67,28 +66,8 @@ def prepare_rows(spec: TrainSpec) -> AnyPrepared:
     return prepared
 
 
-def parts_of(row: Any) -> Sequence[TokenRow]:
-    """The token rows that a row is made of: itself, or its answers."""
-    from bp_data import JudgedRow, PairRow
-
-    match row:
-        case PairRow():
-            return (row.chosen, row.rejected)
-        case JudgedRow():
-            return (row.row,)
-        case _:
-            return (row,)
-
-
 def data_ready(spec: TrainSpec, prepared: AnyPrepared, heldout: int) -> DataReady:
     """The event that tells what became of the data."""
-    from bp_data import Prepared
-
-    if isinstance(prepared, Prepared):
-        tokens, trained = prepared.tokens, prepared.trained_tokens
-    else:
-        parts = [part for row in prepared.rows for part in parts_of(row)]
-        tokens, trained = sum(len(part.ids) for part in parts), sum(part.trained for part in parts)
     ledger = prepared.ledger
     return DataReady(
         path=spec.data.path,
@@ -101,6 +80,6 @@ def data_ready(spec: TrainSpec, prepared: AnyPrepared, heldout: int) -> DataRead
         truncated=ledger.truncated,
         dropped=ledger.dropped,
         heldout=heldout,
-        tokens=tokens,
-        trained_tokens=trained,
+        tokens=prepared.tokens,
+        trained_tokens=prepared.trained_tokens,
     )
