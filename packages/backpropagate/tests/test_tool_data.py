@@ -48,10 +48,26 @@ def test_preview_shows_what_is_trained_masked_and_cut(place, capsys):
     assert bad["rejected"]["code"] == "ROW_COLUMNS_UNKNOWN"
     assert long["tokens"] == 64
     assert any(p["truncated"] for p in long["pieces"])
-    assert run(["data", "preview", "d.jsonl", "--model", "./m", "--skip", "10", "--rows", "2"]) == 0
+    argv = ["data", "preview", "d.jsonl", "--model", "./m", "--skip", "10", "--rows", "2", "--max-seq-length", "64"]
+    assert run(argv) == 0
     text = capsys.readouterr().out
-    assert "not trained on: ROW_COLUMNS_UNKNOWN" in text
-    assert "trained  masked  truncated  special" in text
+    assert "row 11: not trained on\nROW_COLUMNS_UNKNOWN" in text
+    assert "⟦trained⟧  masked  ✂truncated" in text, "brackets where there are no colours"
+    assert "row 12: 44 of 64 tokens trained, 208 cut off" in text
+    assert "⟦long long" in text
+    assert "⟧✂" in text
+
+
+def test_preview_in_colours(place, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    assert run(["data", "preview", "d.jsonl", "--model", "./m", "--rows", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b[1;32mA" in text, "trained: bold green"
+    assert "\x1b[1;7;32m<|im_end|>" in text, "special: reversed"
+    assert "\x1b[2mQ" in text, "masked: dim"
+    assert "⟦" not in text
 
 
 def test_report_as_json_text_page_and_gate(place, capsys):

@@ -245,3 +245,26 @@ def test_broken_lists_are_named(text):
         list(read_items(io.BytesIO(text.encode(errors="surrogateescape")), 10_000))
     with pytest.raises(BrokenListError, match="more than"):
         list(read_items(io.BytesIO(b'["' + b"x" * 3_000_000), 1000))
+
+
+def test_a_csv_in_latin_1_loses_only_the_rows_that_cannot_be_read(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("question,answer\nWho?,René\nWhy?,So\n".encode("latin-1"))
+    bad, good = read_rows(path)
+    assert (bad.number, bad.code, bad.reason) == (2, RowFault.NOT_UTF8, "column 'answer': byte 0xe9 is not UTF-8")
+    assert bad.excerpt == "Who?,Ren\ufffd"
+    assert good.data == {"question": "Why?", "answer": "So"}
+    path.write_bytes("qué,answer\na,b\n".encode("latin-1"))
+    with pytest.raises(DatasetParseFailedError, match="0xe9") as caught:
+        list(read_rows(path))
+    assert "iconv" in caught.value.way_out
+
+
+def test_a_table_gives_no_call_the_arguments_of_another(tmp_path):
+    def call(name, **arguments):
+        return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [call("a", x=1), call("b", y="2")]}]
+    (row,) = read_rows(write(tmp_path / "a.parquet", [{"messages": turns}]))
+    assert row.data["messages"] == turns
+    assert "content" not in row.data["messages"][1]

@@ -24,11 +24,18 @@ from bp_data import (
     split_file,
 )
 from bp_data.dedupe import exact_key, reject_duplicates, row_text, shingles
-from bp_data.errors import DatasetGateError, DatasetInvalidError, DatasetParseFailedError, RowFault, RowFaultError
+from bp_data.errors import (
+    DatasetFormatUnsupportedError,
+    DatasetGateError,
+    DatasetInvalidError,
+    DatasetParseFailedError,
+    RowFault,
+    RowFaultError,
+)
 from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Text
 from bp_data.quality import find_oddities, find_personal
 from bp_data.rewrite import normal_form
-from bp_runs.errors import ContractError
+from bp_runs.errors import ContractError, OutputTakenError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 WORDS = [f"word{number}" for number in range(3000)]
@@ -344,3 +351,36 @@ def test_converting_a_file(tmp_path, write_lines):
     done = convert_file(path, tmp_path / "out.jsonl", "alpaca", on_bad_row="skip")
     assert data_of(tmp_path / "out.jsonl") == [{"instruction": "Q", "input": "", "output": "A"}]
     assert done.ledger.dropped_by_code == {"ROW_WRONG_KIND": [2]}
+
+
+def test_a_histogram_passes_over_long_gaps(write_lines):
+    rows = [{"prompt": "Q", "completion": "A" * n} for n in (1, 2, 3, 900)]
+    lines = report_text(build_report(write_lines(rows))).splitlines()
+    assert sum("⋮" in line for line in lines) == 1
+    assert len([line for line in lines if " to " in line and "a row" not in line and "nine" not in line]) == 2
+
+
+def test_new_files_are_json_lines_and_never_the_file_that_is_read(write_lines, tmp_path):
+    path = write_lines([{"prompt": "Q", "completion": "A"}])
+    with pytest.raises(DatasetFormatUnsupportedError, match="JSON lines") as caught:
+        clean_file(path, tmp_path / "x.csv")
+    assert "x.jsonl" in caught.value.way_out
+    with pytest.raises(OutputTakenError):
+        clean_file(path, tmp_path / "." / path.name)
+    assert path.read_text() == '{"prompt": "Q", "completion": "A"}\n'
+
+
+def test_what_json_cannot_hold_is_left_out_and_an_old_list_goes(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pa.table({"prompt": ["Q", "R"], "completion": ["A", "B"], "extra": [b"\xff", None]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    done = clean_file(tmp_path / "a.parquet", tmp_path / "c.jsonl")
+    assert done.ledger.dropped_by_code == {"ROW_FIELD_TYPE": [1]}
+    assert done.rejected == tmp_path / "c.jsonl.rejected.jsonl"
+    again = clean_file(tmp_path / "c.jsonl", tmp_path / "d.jsonl")
+    assert (again.read, again.rejected) == (1, None)
+    (tmp_path / "d.jsonl.rejected.jsonl").write_text("old")
+    clean_file(tmp_path / "c.jsonl", tmp_path / "d.jsonl")
+    assert not (tmp_path / "d.jsonl.rejected.jsonl").exists()

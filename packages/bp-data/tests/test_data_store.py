@@ -498,12 +498,22 @@ def test_two_answers_in_a_row_are_both_learnt(model, write_lines):
         prepare(path, model("mistral", families.MISTRAL), 96)
 
 
+def test_a_preview_shows_each_answer_of_rows_that_compare_or_judge(chatml, write_lines):
+    judged = {"prompt": "Q", "completion": "A", "label": False}
+    shown = preview_file(write_lines([PAIR, judged, {**PAIR, "chosen": "bad"}]), chatml, 40)
+    assert [(row.number, row.answer) for row in shown] == [(1, "chosen"), (1, "rejected"), (2, "bad"), (3, "")]
+    trained = ["".join(piece.text for piece in row.pieces if piece.trained) for row in shown]
+    assert trained == ["good answer<|im_end|>", "bad<|im_end|>", "A<|im_end|>", ""]
+    assert shown[-1].rejected.code is RowFault.SAME_ANSWERS
+
+
 def test_a_preview_of_a_file_shows_what_is_cut_and_what_is_refused(chatml, write_lines):
     path = write_lines([qa(("Hi", "Hello")), {"foo": 1}, LONG, qa(("x" * 90, "A"))])
     first, bad, long, lost = preview_file(path, chatml, 40, rows=9)
     assert "".join(piece.text for piece in first.pieces if piece.trained) == "Hello<|im_end|>"
     assert (bad.pieces, bad.rejected.code) == ((), RowFault.COLUMNS_UNKNOWN)
     assert (long.tokens, long.rejected) == (40, None)
+    assert long.cut == [piece.truncated for piece in long.pieces].count(True) > 0
     assert [piece.truncated for piece in long.pieces].count(False) == 40
     assert not any(piece.trained and piece.truncated for piece in long.pieces)
     assert lost.rejected.code is RowFault.CUT_AWAY

@@ -21,7 +21,7 @@ from bp_data.files import sha256_data
 from bp_data.gate import Gate
 from bp_data.ledger import Ledger
 from bp_data.overflow import OnOverflow, fit_row
-from bp_data.read import place_of, read_rows
+from bp_data.read import AS_UTF8, place_of, read_rows
 from bp_data.reasoning import TraceBand
 from bp_data.store import TokenRows, TokenWriter
 from bp_data.template import ChatTemplate, load_template
@@ -375,7 +375,8 @@ def bad_row(
     message = f"{file}, {place_of(file, bad.number)}: {bad.reason}"
     details = {"path": str(source), "row": bad.number, "row_code": bad.code.value}
     if bad.code in _PARSE_FAULTS:
-        return DatasetParseFailedError(message, details=details)
+        way_out = AS_UTF8 if bad.code is RowFault.NOT_UTF8 else None
+        return DatasetParseFailedError(message, way_out=way_out, details=details)
     if bad.code is RowFault.COLUMNS_UNKNOWN:
         return DatasetFormatUnsupportedError(message, details=details)
     way_out = None

@@ -122,6 +122,14 @@ class Preference:
     rejected: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
 
+    def chats(self) -> tuple[Chat, Chat]:
+        """The prompt with the better answer, and with the worse."""
+        first = len(self.prompt)
+        return (
+            Chat((*self.prompt, *self.chosen), self.tools, first),
+            Chat((*self.prompt, *self.rejected), self.tools, first),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:

@@ -180,7 +180,7 @@ class _Reading:
                     yield example if isinstance(example, Rejected) else row  # type: ignore[misc]
                 else:
                     ahead.append((row, example))
-                    yield from ((row, chat) for chat in _chats(example))
+                    yield from ((row, chat) for chat in _chats_of(example))
 
         found = Encoder(self._tokenizer, self._template).encode_chats(chats())
         for first in found:
@@ -224,11 +224,8 @@ class _Reading:
             self._ledger.take_trained()
 
 
-def _chats(example: _Example) -> tuple[Chat, ...]:
-    if isinstance(example, Judged):
-        return (example.chat,)
-    prompt, tools = example.prompt, example.tools
-    return tuple(Chat((*prompt, *answer), tools, len(prompt)) for answer in (example.chosen, example.rejected))
+def _chats_of(example: _Example) -> tuple[Chat, ...]:
+    return (example.chat,) if isinstance(example, Judged) else example.chats()
 
 
 def _reject(row: Row | Rejected, code: RowFault, reason: str) -> Rejected:

@@ -6,17 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from bp_data.batch import Encoder
 from bp_data.dataset import Prepared, is_document, load_source, tokenizer_facts
 from bp_data.errors import RowFaultError
-from bp_data.example import Rejected
+from bp_data.example import Chat, Judged, Rejected, Row, Text
+from bp_data.formats import recognise
 from bp_data.overflow import OnOverflow, cut_row
 from bp_data.read import read_rows
 from bp_data.template import ChatTemplate
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer
+
+Answer: TypeAlias = Literal["", "chosen", "rejected", "good", "bad"]
 
 
 class PreviewToken(NamedTuple):
@@ -45,6 +48,9 @@ class PreviewedRow:
         tokens: Tokens that are read or learnt.
         trained: Tokens that are learnt.
         rejected: Why it is not trained on; None where it is.
+        source: As in `Row`.
+        answer: Which answer it shows, of a row that compares or judges answers.
+        cut: Tokens that are cut off.
     """
 
     number: int
@@ -52,6 +58,9 @@ class PreviewedRow:
     tokens: int
     trained: int
     rejected: Rejected | None = None
+    source: str = ""
+    answer: Answer = ""
+    cut: int = 0
 
 
 def preview_rows(prepared: Prepared, n: int) -> list[list[PreviewToken]]:
@@ -75,6 +84,8 @@ def preview_file(
 ) -> list[PreviewedRow]:
     """Some rows of a file with what is learnt, masked and cut off; the rest of the file is not read.
 
+    A row that compares two answers is shown twice, once with each.
+
     Args:
         path: The data file, or a folder of them.
         model: As in `prepare`.
@@ -88,15 +99,38 @@ def preview_file(
     """
     tokenizer, template = load_source(model)
     stops = frozenset(tokenizer_facts(tokenizer, template).stop_ids)
-    found = Encoder(tokenizer, template).encode_rows(islice(read_rows(path), skip, skip + rows))
-    return [_previewed(row, tokenizer, max_seq_length, on_overflow, stops) for row in found]
+    encoder = Encoder(tokenizer, template)
+    return [
+        _previewed(found, answer, tokenizer, (max_seq_length, on_overflow, stops))
+        for row in islice(read_rows(path), skip, skip + rows)
+        for answer, found in _encode(row, encoder)
+    ]
+
+
+def _encode(row: Row | Rejected, encoder: Encoder) -> Iterator[tuple[Answer, TokenRow | Rejected]]:
+    """What a row is trained as, in the way of its own kind."""
+    if isinstance(row, Rejected):
+        yield "", row
+        return
+    example = recognise(row)
+    if isinstance(example, Rejected):
+        yield "", example
+    elif isinstance(example, Text | Chat):
+        yield "", next(encoder.encode_rows([row]))
+    elif isinstance(example, Judged):
+        yield "good" if example.label else "bad", next(encoder.encode_chats([(row, example.chat)]))
+    else:
+        chats = [(row, chat) for chat in example.chats()]
+        yield from zip(("chosen", "rejected"), encoder.encode_chats(chats), strict=True)
 
 
 def _previewed(
-    row: TokenRow | Rejected, tokenizer: Tokenizer, longest: int, policy: OnOverflow | None, stops: frozenset[int]
+    row: TokenRow | Rejected, answer: Answer, tokenizer: Tokenizer, how: tuple[int, OnOverflow | None, frozenset[int]]
 ) -> PreviewedRow:
+    """A row cut as `cut_row` cuts it with ``how``: the longest, the policy, the ends."""
     if isinstance(row, Rejected):
-        return PreviewedRow(row.number, (), 0, 0, row)
+        return PreviewedRow(row.number, (), 0, 0, row, row.source, answer)
+    longest, policy, stops = how
     length, trained, rejected = len(row.ids), row.trained, None
     if (policy or ("split" if is_document(row.source) else "truncate")) != "split":
         try:
@@ -109,7 +143,8 @@ def _previewed(
         piece if end <= length else piece._replace(trained=False, truncated=True)
         for piece, end in _pieces(row, tokenizer)
     )
-    return PreviewedRow(row.number, tuple(pieces), length, trained, rejected)
+    cut_off = len(row.ids) - length
+    return PreviewedRow(row.number, tuple(pieces), length, trained, rejected, row.source, answer, cut_off)
 
 
 def _pieces(row: TokenRow, tokenizer: Tokenizer) -> Iterator[tuple[PreviewToken, int]]:

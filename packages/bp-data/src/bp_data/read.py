@@ -24,6 +24,12 @@ __all__ = ["LONGEST_LINE", "UNDERSTOOD", "name_type", "place_of", "read_rows"]
 LONGEST_LINE: Final = 64 * 2**20
 """Bytes; a longer line, list item or document is rejected and never held in memory whole."""
 
+AS_UTF8: Final = (
+    "Save the file as UTF-8: iconv -f ISO-8859-1 -t UTF-8 my.csv > my-utf8.csv; "
+    "or leave such rows out: --on-bad-row skip"
+)
+"""What to do about bytes that are not UTF-8."""
+
 _BOM = b"\xef\xbb\xbf"
 _EXCERPT = 80  # characters
 _WHOLE = 32 * 2**20  # bytes of a .json file up to which it is parsed at once
@@ -255,14 +261,21 @@ def _is_line_wise(raw: bytes) -> bool:
 
 
 def _read_csv(file: Path, stream: BinaryIO, source: str) -> Iterator[Row | Rejected]:
-    reader = csv.reader(_decode_lines(file, stream), strict=True)
+    csv.field_size_limit(
+        LONGEST_LINE
+    )  # the library's own, 128 KiB, is less than many a document; it holds for all readers
+    reader = csv.reader(_decode_lines(stream), strict=True)
     header: list[str] | None = None
     while True:
         number = reader.line_num + 1
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            raise DatasetParseFailedError(f"{file}: broken CSV at line {reader.line_num}: {error}") from error
+            way_out = (
+                "Close every quote that is opened, or save the table as CSV again; such a file has no safe next row."
+            )
+            message = f"{file}: broken CSV at line {reader.line_num}: {error}"
+            raise DatasetParseFailedError(message, way_out=way_out) from error
         if fields is None:
             return
         if not fields:
@@ -273,19 +286,27 @@ def _read_csv(file: Path, stream: BinaryIO, source: str) -> Iterator[Row | Rejec
             yield _pair(number, header, fields, source)
 
 
-def _decode_lines(file: Path, stream: BinaryIO) -> Iterator[str]:
-    number = 0
-    while line := stream.readline(LONGEST_LINE):
-        number += 1
-        try:
-            yield (line.removeprefix(_BOM) if number == 1 else line).decode()
-        except UnicodeDecodeError as error:
-            reason = f"{file}: line {number}, byte {error.start + 1}: 0x{line[error.start]:02x} is not UTF-8"
-            raise DatasetParseFailedError(reason) from error
+def _decode_lines(stream: BinaryIO) -> Iterator[str]:
+    """Lines as texts; bytes that are not UTF-8 stand in them as lone surrogates, which no UTF-8 gives."""
+    line = stream.readline(LONGEST_LINE).removeprefix(_BOM)
+    while line:
+        yield line.decode(errors="surrogateescape")
+        line = stream.readline(LONGEST_LINE)
+
+
+def _find_stray_byte(text: str) -> int | None:
+    """A byte that was not UTF-8."""
+    if text.isascii():
+        return None
+    return next((ord(letter) - 0xDC00 for letter in text if "\udc80" <= letter <= "\udcff"), None)
 
 
 def _check_header(file: Path, fields: list[str]) -> list[str]:
     names = [name.strip() for name in fields]
+    if (byte := _find_stray_byte("".join(names))) is not None:
+        raise DatasetParseFailedError(
+            f"{file}: the header has the byte 0x{byte:02x}, which is not UTF-8", way_out=AS_UTF8
+        )
     if len(set(names)) < len(names):
         raise DatasetParseFailedError(f"{file}: the header names a column twice: {', '.join(names)}")
     return names
@@ -294,7 +315,13 @@ def _check_header(file: Path, fields: list[str]) -> list[str]:
 def _pair(number: int, header: list[str], fields: list[str], source: str) -> Row | Rejected:
     if len(fields) != len(header):
         reason = f"{len(fields)} fields, and the header has {len(header)}"
-        return Rejected(number, RowFault.CSV_FIELDS, reason, source, excerpt(",".join(fields)))
+        shown = ",".join(fields).encode(errors="surrogateescape")
+        return Rejected(number, RowFault.CSV_FIELDS, reason, source, excerpt(shown))
+    for name, text in zip(header, fields, strict=True):
+        if (byte := _find_stray_byte(text)) is not None:
+            reason = f"column {name!r}: byte 0x{byte:02x} is not UTF-8"
+            shown = ",".join(fields).encode(errors="surrogateescape")
+            return Rejected(number, RowFault.NOT_UTF8, reason, source, excerpt(shown))
     return Row(number, dict(zip(header, fields, strict=True)), source)
 
 
@@ -330,9 +357,21 @@ def _read_parquet(file: Path, stream: BinaryIO, source: str) -> Iterator[Row | R
             for batch in parquet.ParquetFile(whole).iter_batches(batch_size=512):
                 for data in batch.to_pylist():
                     number += 1
-                    yield _to_row(number, data, source)
+                    yield _to_row(number, _without_fillers(data), source)
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         raise DatasetParseFailedError(f"{file}: broken Parquet after row {number}", cause=str(error)) from error
+
+
+def _without_fillers(value: Any) -> Any:
+    """A value without the nulls of its objects: a table gives each object the fields of all, null where one has none.
+
+    Left in, they would be taught: a tool call would get the arguments of every other tool.
+    """
+    if isinstance(value, dict):
+        return {name: _without_fillers(one) for name, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_fillers(one) for one in value]
+    return value
 
 
 def _seekable(file: Path, stream: BinaryIO) -> contextlib.AbstractContextManager[Any]:

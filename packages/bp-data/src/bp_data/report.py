@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
+from itertools import groupby
 
 from bp_data.quality import ODDITIES, Found, Report
 from bp_runs.redact import redact
@@ -21,10 +23,21 @@ def report_text(report: Report, *, width: int = 40) -> str:
             lines.append(f"      {redact(found.example)}")
     if report.lengths.bins:
         lines.append(f"  rows by {report.lengths.unit}")
-        most = max(count for _, _, count in report.lengths.bins)
-        for low, high, count in report.lengths.bins:
-            lines.append(f"  {low:>9,} to {high - 1:>9,} {_bar(count / most, width)} {count:,}")
+        lines += _histogram(report.lengths.bins, width)
     return "\n".join(lines)
+
+
+def _histogram(bins: Sequence[tuple[int, int, int]], width: int) -> list[str]:
+    """A bar a bin; more than two empty ones after another are one line."""
+    most = max(count for _, _, count in bins)
+    lines: list[str] = []
+    for empty, group in groupby(bins, key=lambda one: not one[2]):
+        found = list(group)
+        if empty and len(found) > 2:
+            lines.append(f"{'⋮':>15}")
+            continue
+        lines += [f"  {low:>9,} to {high - 1:>9,} {_bar(count / most, width)} {count:,}" for low, high, count in found]
+    return lines
 
 
 def facts(report: Report) -> list[tuple[str, str]]:

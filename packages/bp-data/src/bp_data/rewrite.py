@@ -6,7 +6,7 @@ import contextlib
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, TypeAlias
@@ -16,13 +16,14 @@ import orjson
 from bp_data.batch import excerpt_row
 from bp_data.dataset import Dedup, OnBadRow, bad_row
 from bp_data.dedupe import exact_key, reject_duplicates, row_text
-from bp_data.errors import RowFault, RowFaultError
+from bp_data.errors import DatasetFormatUnsupportedError, RowFault, RowFaultError
 from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
+from bp_data.files import list_files
 from bp_data.formats import recognise
 from bp_data.ledger import Ledger
 from bp_data.quality import find_personal
 from bp_data.read import read_rows
-from bp_runs.errors import ContractError
+from bp_runs.errors import ContractError, OutputTakenError
 from bp_runs.files import coded_disk_errors, fsync_folder
 
 Format: TypeAlias = Literal["messages", "conversations", "alpaca", "prompt-completion", "text", "preference", "kto"]
@@ -76,7 +77,8 @@ def split_file(
         on_bad_row: Whether a row that cannot be read ends it, or is left out and listed.
 
     Raises:
-        DataError: As `read_rows`, or the first bad row.
+        DataError: As `read_rows`, the first bad row, or an output that is no .jsonl file.
+        OutputTakenError: An output is a file that is read.
         ContractError: A share out of range, or one path twice.
     """
     if not 0 < share < 1 or train == heldout:
@@ -114,7 +116,7 @@ def clean_file(path: str | Path, output: Path, *, dedup: Dedup = "near", persona
         personal: Leave out rows with hints of personal data as well.
 
     Raises:
-        DataError: As `read_rows`.
+        DataError, OutputTakenError: As `split_file`; no bad row raises.
     """
     rows: Iterable[Row | Rejected] = read_rows(path)
     if dedup != "none":
@@ -135,7 +137,7 @@ def convert_file(path: str | Path, output: Path, to: Format, *, on_bad_row: OnBa
     """Write every row in one format; a row that the format cannot hold is a bad row, and nothing of it is lost.
 
     Raises:
-        DataError: As `read_rows`, or the first bad row.
+        DataError, OutputTakenError: As `split_file`.
     """
 
     def place(row: Row) -> tuple[Path, Any]:
@@ -154,6 +156,7 @@ def _rewrite(
     place: Callable[[Row], tuple[Path, Any]],
     on_bad_row: OnBadRow,
 ) -> Rewritten:
+    _require_outputs(path, outputs)
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
         files = {output: stack.enter_context(_publish_lines(output)) for output in outputs}
@@ -161,8 +164,8 @@ def _rewrite(
         for row in rows:
             result = row if isinstance(row, Rejected) else _place(row, place)
             if not isinstance(result, Rejected):
-                output, data = result
-                files[output].write(orjson.dumps(data, option=orjson.OPT_APPEND_NEWLINE))
+                output, line = result
+                files[output].write(line)
                 written[output] += 1
                 ledger.take_trained()
             elif on_bad_row == "fail":
@@ -170,17 +173,43 @@ def _rewrite(
             else:
                 ledger.take_dropped(result)
     ledger.check()
-    rejected = outputs[0].with_name(outputs[0].name + ".rejected.jsonl") if ledger.drops else None
-    if rejected is not None:
+    rejected = outputs[0].with_name(outputs[0].name + ".rejected.jsonl")
+    if ledger.drops:
         ledger.write_rejected(rejected)
-    return Rewritten(ledger.read, {str(output): count for output, count in written.items()}, ledger, rejected)
+    else:
+        rejected.unlink(missing_ok=True)  # an earlier call's list would be taken for this one's
+    counts = {str(output): count for output, count in written.items()}
+    return Rewritten(ledger.read, counts, ledger, rejected if ledger.drops else None)
 
 
-def _place(row: Row, place: Callable[[Row], tuple[Path, Any]]) -> tuple[Path, Any] | Rejected:
+def _require_outputs(path: Path, outputs: Sequence[Path]) -> None:
+    """Refuse a name that says something else than JSON lines, and to write over what is read.
+
+    Raises:
+        DatasetFormatUnsupportedError, OutputTakenError: The two.
+        DataError: As `list_files`.
+    """
+    read = {file.resolve() for file in list_files(path)}
+    for output in outputs:
+        if output.suffix.lower() != ".jsonl":
+            raise DatasetFormatUnsupportedError(
+                f"{output} would hold JSON lines", way_out=f"Name a .jsonl file: {output.with_suffix('.jsonl')}"
+            )
+        if output.resolve() in read:
+            raise OutputTakenError(f"{output} is the file that is read", way_out="Name another file for the result.")
+
+
+def _place(row: Row, place: Callable[[Row], tuple[Path, Any]]) -> tuple[Path, bytes] | Rejected:
+    """The file that a row goes to, and its line there."""
     try:
-        return place(row)
+        output, data = place(row)
     except RowFaultError as fault:
         return Rejected(row.number, fault.code, fault.reason, row.source, excerpt_row(row))
+    try:
+        return output, orjson.dumps(data, option=orjson.OPT_APPEND_NEWLINE)
+    except orjson.JSONEncodeError as error:
+        reason = f"it holds what JSON cannot: {error}"
+        return Rejected(row.number, RowFault.FIELD_TYPE, reason, row.source, excerpt_row(row))
 
 
 @contextlib.contextmanager

@@ -171,7 +171,10 @@ class OutputTakenError(UserError):
     """Something that is not ours stands where the output should go."""
 
     code = "INPUT_OUTPUT_TAKEN"
-    when = "The output folder holds a lora folder that no run of ours has written; it would have been replaced."
+    when = (
+        "The output folder holds a lora folder that no run of ours has written, or the output is the file that is "
+        "read; it would have been replaced."
+    )
     default_way_out = "Move it away, or choose another folder: --output ./output2"
 
 

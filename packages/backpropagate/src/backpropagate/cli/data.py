@@ -65,9 +65,9 @@ def preview(
         print_json("data-preview", {"data": str(file), "rows": [_row_body(row) for row in shown]})
         return 0
     console = Console(highlight=False)
-    console.print(legend())
+    console.print(legend(console))
     for row in shown:
-        console.print(_row_text(row))
+        console.print(_row_text(row, console), soft_wrap=True)
     return 0
 
 
@@ -75,7 +75,9 @@ def _row_body(row: PreviewedRow) -> dict[str, object]:
     rejected = None if row.rejected is None else {"code": row.rejected.code.value, "reason": row.rejected.reason}
     pieces = [piece._asdict() for piece in row.pieces]
     return {
+        "file": row.source,
         "row": row.number,
+        "answer": row.answer,
         "tokens": row.tokens,
         "trained_tokens": row.trained,
         "rejected": rejected,
@@ -83,11 +85,19 @@ def _row_body(row: PreviewedRow) -> dict[str, object]:
     }
 
 
-def _row_text(row: PreviewedRow) -> Text:
-    text = Text(f"row {row.number}: {row.trained:,} of {row.tokens:,} tokens trained\n", style="bold")
-    if row.rejected is not None:
-        text.append(f"not trained on: {row.rejected.code.value}: {row.rejected.reason}\n", style="red")
-    return text.append_text(paint(row.pieces))
+def _row_text(row: PreviewedRow, console: Console) -> Text:
+    title = f"\n{row.source + ', ' if row.source else ''}row {row.number}{', ' + row.answer if row.answer else ''}: "
+    counts = f"{row.trained:,} of {row.tokens:,} tokens trained" + (f", {row.cut:,} cut off" if row.cut else "")
+    if row.rejected is None:
+        return Text(f"{title}{counts}\n", style="bold").append_text(_plain(paint(row.pieces, console)))
+    told = Text(f"{title}not trained on\n", style="bold")
+    told.append(f"{row.rejected.code.value}: {row.rejected.reason}", style="red")
+    return told.append("\n").append_text(_plain(paint(row.pieces, console))) if row.pieces else told
+
+
+def _plain(text: Text) -> Text:
+    """The text without the style of what it is put after."""
+    return Text(style="not bold").append_text(text)
 
 
 def report(

@@ -27,7 +27,9 @@ def validate(data: str, *, rows: int = 2, json: bool = False, **flags: Any) -> i
     prepared = prepare(find_file(wanted.data), folder, **asked_of(wanted))
     counts = {**prepared.ledger.to_dict(), "tokens": prepared.tokens, "trained_tokens": prepared.trained_tokens}
     if json:
-        drops = [{"row": d.number, "code": d.code.value, "reason": d.reason} for d in prepared.ledger.drops]
+        drops = [
+            {"file": d.source, "row": d.number, "code": d.code.value, "reason": d.reason} for d in prepared.ledger.drops
+        ]
         print_json("validate", {"data": data, "sha256": prepared.data_sha256, **counts, "rejected": drops})
     else:
         _tell(prepared, rows)
@@ -38,15 +40,17 @@ def _tell(prepared: Prepared, rows: int) -> None:
     ledger = prepared.ledger
     console = Console(highlight=False)
     if rows:
-        console.print(legend())
+        console.print(legend(console))
     for tokens in preview_rows(prepared, rows):
-        console.print(paint(tokens))
+        console.print(paint(tokens, console), soft_wrap=True)
     console.print(
         f"  {ledger.read:,} rows read = {ledger.trained:,} trained + {ledger.truncated:,} truncated + "
-        f"{ledger.dropped:,} dropped; {prepared.trained_tokens:,} of {prepared.tokens:,} tokens carry loss"
+        f"{ledger.dropped:,} dropped; {prepared.trained_tokens:,} of {prepared.tokens:,} tokens carry loss",
+        soft_wrap=True,
     )
     for drop in ledger.drops[:_SHOWN]:
-        console.print(f"  row {drop.number}: {drop.code.value}: {drop.reason}", markup=False)
+        where = f"{drop.source}, " if drop.source else ""
+        console.print(f"  {where}row {drop.number}: {drop.code.value}: {drop.reason}", markup=False, soft_wrap=True)
     if ledger.dropped > _SHOWN:
         console.print(f"  … and {ledger.dropped - _SHOWN:,} more; --json lists them all")
 
