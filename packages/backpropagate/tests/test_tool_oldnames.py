@@ -71,7 +71,7 @@ ALLOW_CODE_EVAL UI_QUIET UI_WORKDIR UI_PAYLOAD_DIR UI_REQUEST_LOG UI_CORS_EXTRA_
 UI_RATE_LIMIT_WS_PER_MIN UI_RATE_LIMIT_UPLOAD_PER_MIN UI_AUTH UI_AUTH_USER UI_AUTH_VERIFIER UI_LAUNCH_TOKEN UI_HOST_BIND
 UI_SHARE_HOST UI_PORT"""
 
-NOT_THERE_YET = {"multi-run", "resume", "replay", "runs", "diff-runs", "export-runs", "eval", "estimate-vram", "push",
+NOT_THERE_YET = {"multi-run", "resume", "replay", "runs", "diff-runs", "export-runs", "estimate-vram", "push",
                  "ollama register", "ollama list", "ollama rm", "ollama shelf"}  # fmt: skip
 THERE = [*(c.name for c in COMMANDS), *GROUPS]
 

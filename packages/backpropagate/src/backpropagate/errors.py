@@ -8,9 +8,19 @@ UserError
 ├── ModelNotFoundError     INPUT_MODEL_NOT_FOUND     no such folder, no such Hub model
 ├── ModelInvalidError      INPUT_MODEL_INVALID       a folder that is no Hugging Face model
 ├── RailUnknownError       CONFIG_UNKNOWN_BACKEND    no rail has the name
+├── JobNotFoundError       INPUT_JOB_NOT_FOUND       the queue has no such job
+├── QueueBusyError         INPUT_QUEUE_BUSY          another process works through the queue
+├── EvalDataError          INPUT_EVAL_DATA           no rows to compare two models on
 ├── ShellUnknownError      INPUT_SHELL_UNKNOWN       completion for a shell that cannot be told
 └── OldNameError           INPUT_OLD_NAME            a command, flag or variable of the older tool; says the new one
+StateError
+└── QueueInvalidError      STATE_QUEUE_INVALID       the queue's file is damaged
+PartialError
+└── QueuePartialError      PARTIAL_QUEUE             some jobs of the queue failed
+GateError
+└── EvalGateError          RUNTIME_EVAL_GATE_REGRESSED  eval's gate said no
 DependencyError
+├── EvalRailError          DEP_EVAL_UNSUPPORTED      the rail cannot look at single rows
 ├── OfflineError           DEP_OFFLINE               a connection was wanted although the network is forbidden
 ├── HubUnreachableError    DEP_HUB_UNREACHABLE       offline, or the Hub does not answer
 ├── HubAccessError         DEP_HUB_ACCESS            gated or private
@@ -20,7 +30,7 @@ DependencyError
 
 from __future__ import annotations
 
-from bp_runs.errors import DependencyError, UserError
+from bp_runs.errors import DependencyError, GateError, PartialError, StateError, UserError
 
 
 class UnknownSettingError(UserError):
@@ -77,6 +87,62 @@ class RailUnknownError(UserError):
     code = "CONFIG_UNKNOWN_BACKEND"
     when = "--backend names a rail that is not installed."
     default_way_out = "See the rails: backprop info"
+
+
+class JobNotFoundError(UserError):
+    """The queue has no such job."""
+
+    code = "INPUT_JOB_NOT_FOUND"
+    when = "queue rm was given no job, one that does not exist, or one that is running."
+    default_way_out = "See the jobs: backprop queue list"
+
+
+class QueueBusyError(UserError):
+    """Another process works through the queue."""
+
+    code = "INPUT_QUEUE_BUSY"
+    when = "queue run was started while another process works through the same queue."
+    default_way_out = "Jobs that are added now are run by that process too: backprop queue list"
+
+
+class QueueInvalidError(StateError):
+    """The queue's file is damaged."""
+
+    code = "STATE_QUEUE_INVALID"
+    when = "The file queue/queue.json in the program's home is not a queue."
+    default_way_out = "Move it away and add the jobs again; runs are not affected: backprop queue list"
+
+
+class QueuePartialError(PartialError):
+    """Some jobs failed."""
+
+    code = "PARTIAL_QUEUE"
+    when = "queue run came to its end and some jobs had failed; the others are done."
+    default_way_out = "See which, and where their logs are: backprop queue list"
+
+
+class EvalDataError(UserError):
+    """There are no rows to compare two models on."""
+
+    code = "INPUT_EVAL_DATA"
+    when = "eval was given no rows and the adapter's run does not tell any, or the answers leave nothing to judge."
+    default_way_out = "Name rows that were not trained on: backprop eval --data heldout.jsonl"
+
+
+class EvalGateError(GateError):
+    """The tuned model does not pass."""
+
+    code = "RUNTIME_EVAL_GATE_REGRESSED"
+    when = "eval --gate: the adapter is clearly worse in a measure, or not clearly better where that was asked."
+    default_way_out = "Keep the model that you have; look at the answers: backprop eval --json"
+
+
+class EvalRailError(DependencyError):
+    """The rail cannot look at single rows."""
+
+    code = "DEP_EVAL_UNSUPPORTED"
+    when = "The rail that was chosen cannot measure rows one by one."
+    default_way_out = "Measure on another rail: BACKPROPAGATE_TRAINING__BACKEND=cuda"
 
 
 class ShellUnknownError(UserError):

@@ -146,6 +146,53 @@ class Rail(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowOutcome:
+    """What a model makes of one row."""
+
+    loss: float
+    """Mean cross-entropy over the row's trained tokens, in nats."""
+    tokens: int
+    """Trained tokens of the row."""
+    prompt: str | None = None
+    """The row up to its last trained turn, as the model reads it; None where the row was not answered."""
+    reference: str | None = None
+    """The last trained turn as it stands in the row, without the token that ends it."""
+    answer: str | None = None
+    """What the model says instead, greedily."""
+
+
+@runtime_checkable
+class ExaminesRows(Protocol):
+    """A rail that can measure rows one by one and answer them, which comparing two models needs."""
+
+    def examine(
+        self,
+        spec: TrainSpec,
+        adapter: Path | None,
+        emit: Emit,
+        *,
+        part: Part = "all",
+        answers: int = 0,
+        answer_tokens: int = 128,
+    ) -> list[RowOutcome]:
+        """Measure every row as `Rail.evaluate` does, and answer the first ``answers`` of them.
+
+        The rows and their order depend on the data and the settings alone, never on the adapter.
+
+        Args:
+            spec: As for `Rail.train`.
+            adapter: As for `Rail.evaluate`.
+            part: As for `Rail.evaluate`.
+            answers: So many rows are answered; rows without a prompt are passed over.
+            answer_tokens: Longest answer, in tokens.
+
+        Raises:
+            CodedError: As `Rail.evaluate`.
+        """
+        ...
+
+
 @runtime_checkable
 class KeepsBase(Protocol):
     """A rail that can keep the base model in memory from one call to the next."""

@@ -6,7 +6,7 @@ import hashlib
 import random
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import orjson
@@ -14,9 +14,9 @@ import orjson
 from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, write_manifest
 from bp_runs.checkpoint import Reason, is_due, save_checkpoint
 from bp_runs.errors import CodedError, NothingHeldOutError
-from bp_runs.events import AdapterSaved, DataReady, Emit, ModelLoaded, SampleAnswer, StepDone
+from bp_runs.events import AdapterSaved, DataReady, Emit, ModelLoaded, Notice, SampleAnswer, StepDone
 from bp_runs.files import publish_folder, sha256_file
-from bp_runs.rail import EvalOutcome, Part, Probe, Stop, TrainOutcome, mean_ends
+from bp_runs.rail import EvalOutcome, Part, Probe, RowOutcome, Stop, TrainOutcome, mean_ends
 from bp_runs.spec import Settings, TrainSpec
 
 _STATE_FILE = "losses.json"
@@ -96,6 +96,30 @@ class FakeRail:
         emit_answers(spec, emit, step=0, answer="before" if adapter is None else "after")
         loss = self.judge(adapter, file) if self.judge else _made_up_loss(adapter, rows)
         return EvalOutcome(loss=loss, tokens=8 * len(rows), rows=len(rows))
+
+    def examine(
+        self,
+        spec: TrainSpec,
+        adapter: Path | None,
+        emit: Emit,
+        *,
+        part: Part = "all",
+        answers: int = 0,
+        answer_tokens: int = 128,
+    ) -> list[RowOutcome]:
+        """Each line is a row; an adapter halves its loss, and says ``Aye`` where the base says ``Yes``."""
+        rows = Path(spec.data.path).read_bytes().splitlines()
+        rows = rows[: round(spec.training.eval_share * len(rows))] if part == "heldout" else rows
+        emit(Notice(message=f"{len(rows)} rows"))
+        told = [
+            RowOutcome(loss=(2.0 if adapter is None else 1.0) + _made_up_loss(None, [row]), tokens=8) for row in rows
+        ]
+        word = "Yes" if adapter is None else "Aye"
+        said = [
+            replace(row, prompt=f"{number}?", reference=f"Aye {number}", answer=f"{word} {number}"[:answer_tokens])
+            for number, row in enumerate(told[:answers])
+        ]
+        return said + told[answers:]
 
     def _save(self, spec: TrainSpec, emit: Emit, losses: list[float], reason: Reason) -> None:
         def write(folder: Path) -> None:

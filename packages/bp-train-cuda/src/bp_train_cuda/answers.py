@@ -20,7 +20,16 @@ def answer(
     """
     text = template.render([{"role": "user", "content": prompt}], add_generation_prompt=True)
     ids = tokenizer.encode(text, add_special_tokens=False).ids
-    batch = torch.tensor([ids], device=model.device)  # (1, T)
+    return tokenizer.decode(go_on(model, ids, max_tokens=max_tokens, ends=ends)).strip()
+
+
+def go_on(model: Any, ids: Sequence[int], *, max_tokens: int, ends: Sequence[int]) -> list[int]:
+    """The tokens that the model greedily adds to ``ids``, without those that end a turn.
+
+    Args:
+        ends: As for `answer`.
+    """
+    batch = torch.tensor([list(ids)], device=model.device)  # (1, T)
     was_training = model.training
     model.eval()
     try:
@@ -36,5 +45,4 @@ def answer(
             )
     finally:
         model.train(was_training)
-    new = [t for t in out[0, len(ids) :].tolist() if t not in ends]
-    return tokenizer.decode(new).strip()
+    return [t for t in out[0, batch.shape[1] :].tolist() if t not in ends]

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from bp_runs.errors import CodedError, DiskFullError, TrainingDivergedError
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
-from bp_runs.rail import EvalOutcome, Stop, TrainOutcome, mean_ends
+from bp_runs.rail import EvalOutcome, RowOutcome, Stop, TrainOutcome, mean_ends
 from bp_runs.spec import LoraSpec, TrainSpec
 from bp_train_cuda import load, lora, probe
 from bp_train_cuda.answers import answer
@@ -32,6 +32,7 @@ from bp_train_cuda.kept import KeptBase, take_off_adapter
 from bp_train_cuda.loop import StepReporter
 from bp_train_cuda.methods import METHODS
 from bp_train_cuda.rows import AnyPrepared
+from bp_train_cuda.rowwise import examine_rows
 
 _log = logging.getLogger("bp_train_cuda")
 _SAVE_MARGIN = 64 * 2**20  # tokenizer, settings, metrics
@@ -82,6 +83,44 @@ def evaluate(
         _emit_answers(spec, prepared, model, emit, step=0)
         take_off_adapter(model)
         return EvalOutcome(loss=loss, tokens=tokens, rows=len(prepared.rows))
+
+
+def examine(
+    spec: TrainSpec,
+    prepared: Prepared,
+    adapter: Path | None,
+    emit: Emit,
+    *,
+    answers: int,
+    answer_tokens: int,
+    kept: KeptBase | None = None,
+) -> list[RowOutcome]:
+    """Load, measure and answer row by row.
+
+    Args:
+        adapter: As for `evaluate`.
+        answers: As for `bp_train_cuda.rail.CudaRail.examine`.
+        answer_tokens: As for `bp_train_cuda.rail.CudaRail.examine`.
+        kept: As for `train`.
+
+    Raises:
+        CodedError: As `evaluate`.
+    """
+    with _quiet_framework(), _base(spec, kept) as loaded:
+        set_seed(spec.training.seed)
+        model = lora.add_lora(loaded.base, LoraSpec(r=1)) if adapter is None else lora.load_lora(loaded.base, adapter)
+        parts, trainer = _build_trainer(spec, prepared, model, loaded, emit)
+        outcomes = examine_rows(
+            model,
+            prepared,
+            splitter=parts.splitter,
+            loss_sum=trainer.loss_sum,
+            collate=pad_rows(parts.pad_id),
+            answers=answers,
+            answer_tokens=answer_tokens,
+        )
+        take_off_adapter(model)
+        return outcomes
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bp_runs.errors import NothingHeldOutError
 from bp_runs.events import Emit, Notice
 from bp_runs.paths import REJECTED_FILE
-from bp_runs.rail import EvalOutcome, Part, Probe, Stop, TrainOutcome
+from bp_runs.rail import EvalOutcome, Part, Probe, RowOutcome, Stop, TrainOutcome
 from bp_runs.spec import Settings, TrainSpec
 from bp_train_cuda.rows import data_ready, prepare_rows
 
@@ -72,7 +72,37 @@ class CudaRail:
             AdapterInvalidError: The folder is no adapter, or not one for this base.
             CodedError: As `train`.
         """
-        from bp_train_cuda import engine, evaluation
+        from bp_train_cuda import engine
+
+        return engine.evaluate(spec, self._pick(spec, part), adapter, emit, kept=self._kept)
+
+    def examine(
+        self,
+        spec: TrainSpec,
+        adapter: Path | None,
+        emit: Emit,
+        *,
+        part: Part = "all",
+        answers: int = 0,
+        answer_tokens: int = 128,
+    ) -> list[RowOutcome]:
+        """Measure each of the rows by itself, and answer the first ``answers`` that have a prompt.
+
+        Raises:
+            CodedError: As `evaluate`.
+        """
+        from bp_train_cuda import engine
+
+        rows = self._pick(spec, part)
+        return engine.examine(spec, rows, adapter, emit, answers=answers, answer_tokens=answer_tokens, kept=self._kept)
+
+    def _pick(self, spec: TrainSpec, part: Part) -> Prepared:
+        """The rows to measure.
+
+        Raises:
+            NothingHeldOutError: There are none.
+        """
+        from bp_train_cuda import evaluation
 
         prepared = prepare_rows(spec)
         if part == "heldout":
@@ -80,7 +110,7 @@ class CudaRail:
             prepared = replace(prepared, rows=heldout)
         if not len(prepared.rows):
             raise NothingHeldOutError(f"of {prepared.ledger.read} rows in {spec.data.path} none is held out")
-        return engine.evaluate(spec, prepared, adapter, emit, kept=self._kept)
+        return prepared
 
     @contextlib.contextmanager
     def keep_base(self) -> Iterator[None]:

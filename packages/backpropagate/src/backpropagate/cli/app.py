@@ -70,6 +70,12 @@ COMMANDS = (
     Command("ollama list", "ollama:list_", "List the models that Ollama has.", "backprop ollama list"),
     Command("ollama rm", "ollama:rm", "Take a model away from Ollama.", "backprop ollama rm my-model"),
     Command(
+        "eval",
+        "eval:eval_",
+        "Compare an adapter with its base on held-out rows: better, worse, or unclear.",
+        "backprop eval ./output/lora --data heldout.jsonl --gate not-worse",
+    ),
+    Command(
         "validate",
         "validate:validate",
         "Check a data file the way training reads it, and show what is trained.",
@@ -113,6 +119,15 @@ COMMANDS = (
         "backprop show-run 20261123 --output ./output",
     ),
     Command(
+        "queue add",
+        "queue:add",
+        "Put a command at the end of the queue, checked now and run later.",
+        "backprop queue add train --data week1.jsonl --output week1",
+    ),
+    Command("queue run", "queue:run", "Work through the queue, going on after errors.", "backprop queue run"),
+    Command("queue list", "queue:list_", "List the jobs and how they went.", "backprop queue list"),
+    Command("queue rm", "queue:rm", "Take jobs out of the queue.", "backprop queue rm --ended"),
+    Command(
         "config show",
         "config:show",
         "Show every setting, its value and where that comes from.",
@@ -131,6 +146,7 @@ COMMANDS = (
 # Commands of two words stand together under the first.
 GROUPS = {
     "data": "Look at data files, and split, clean or convert them.",
+    "queue": "Several runs in a night, one after the other.",
     "config": "Look at the settings and where they come from.",
     "ollama": "Register models with the Ollama that runs here, list them, take them away.",
 }

@@ -129,6 +129,34 @@ class OllamaRemoved(TypedDict):
     removed: str
 
 
+class Measure(TypedDict):
+    """One measure of two models; ``low`` and ``high`` bound the difference, null where one row tells nothing."""
+
+    name: str
+    base: float
+    tuned: float
+    low: float | None
+    high: float | None
+    rows: int
+    verdict: str
+
+
+class Eval(TypedDict):
+    """`backprop eval`."""
+
+    adapter: str
+    against: str
+    data: str
+    part: str
+    run_id: str | None
+    rows: int
+    verdict: str
+    measures: list[Measure]
+    answers: list[dict[str, str | None]]
+    losses: dict[str, list[float]]
+    blind: dict[str, Any] | None
+
+
 class RunRow(TypedDict):
     """A run in the index."""
 
@@ -253,6 +281,47 @@ class DataRewritten(TypedDict):
     rejected: str | None
 
 
+class JobRow(TypedDict):
+    """A job of the queue."""
+
+    id: int
+    argv: list[str]
+    cwd: str
+    state: str
+    tries: int
+    added_at: str
+    started_at: str | None
+    ended_at: str | None
+    exit_status: int | None
+    error: str | None
+
+
+class QueueAdd(TypedDict):
+    """`backprop queue add`."""
+
+    job: JobRow
+
+
+class QueueRun(TypedDict):
+    """`backprop queue run`: the jobs that were run, and how many ended in each state."""
+
+    jobs: list[JobRow]
+    states: dict[str, int]
+
+
+class QueueList(TypedDict):
+    """`backprop queue list`; running: whether a process works through the queue."""
+
+    jobs: list[JobRow]
+    running: bool
+
+
+class QueueRm(TypedDict):
+    """`backprop queue rm`."""
+
+    removed: int
+
+
 class SettingRow(TypedDict):
     """One setting."""
 
@@ -334,6 +403,7 @@ DOCUMENTS: Mapping[str, type] = {
     "ollama-register": OllamaRegister,
     "ollama-list": OllamaList,
     "ollama-rm": OllamaRemoved,
+    "eval": Eval,
     "list-runs": ListRuns,
     "show-run": ShowRun,
     "validate": Validate,
@@ -342,6 +412,10 @@ DOCUMENTS: Mapping[str, type] = {
     "data-split": DataRewritten,
     "data-clean": DataRewritten,
     "data-convert": DataRewritten,
+    "queue-add": QueueAdd,
+    "queue-run": QueueRun,
+    "queue-list": QueueList,
+    "queue-rm": QueueRm,
     "config-show": ConfigShow,
     "config-explain": SettingRow,
     "info": Info,

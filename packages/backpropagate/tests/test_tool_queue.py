@@ -1,0 +1,184 @@
+"""The queue: jobs are real processes of the real command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from backpropagate import jobs
+from backpropagate.cli.app import run
+from backpropagate.errors import JobNotFoundError, QueueBusyError, QueueInvalidError
+from backpropagate.jobs import Queue
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BACKPROPAGATE_HOME", str(tmp_path / "home"))
+    return Queue.of_home(os.environ)
+
+
+def out(capsys, argv, status=0) -> dict:
+    assert run([*argv, "--json"]) == status
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_night_goes_on_after_errors_and_says_what_failed(queue, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("BACKPROPAGATE_TRAINING__SEED", "7")
+    out(capsys, ["queue", "add", "errors", "PARTIAL_QUEUE"])
+    monkeypatch.delenv("BACKPROPAGATE_TRAINING__SEED")
+    out(capsys, ["queue", "add", "train", "--data", "none.jsonl"])
+    added = out(capsys, ["queue", "add", "config", "show", "--changed"])
+    assert added["job"]["argv"] == ["config", "show", "--changed"]
+    assert run(["queue", "run"]) == 3
+    captured = capsys.readouterr()
+    assert "2 of 3" not in captured.err
+    assert captured.err.startswith("[PARTIAL_QUEUE]: 1 of 3 jobs failed: 2 ([INPUT_DATASET_NOT_FOUND]: ")
+    listed = out(capsys, ["queue", "list"])
+    assert [(j["id"], j["state"], j["exit_status"]) for j in listed["jobs"]] == [
+        (1, "done", 0),
+        (2, "failed", 1),
+        (3, "done", 0),
+    ]
+    assert listed["running"] is False
+    assert "exit 3" in queue.log_of(queue.jobs()[0]).read_text()
+    assert queue.jobs()[0].environ == {"BACKPROPAGATE_TRAINING__SEED": "7"}
+    assert "not set" not in queue.log_of(queue.jobs()[2]).read_text()  # nothing was changed for the third
+    assert run(["queue", "list"]) == 0
+    assert "failed   backprop train --data none.jsonl" in capsys.readouterr().out
+    assert out(capsys, ["queue", "rm", "--ended"]) == {"schema": "backpropagate.queue-rm/1", "removed": 3}
+    assert run(["queue", "run"]) == 0
+    assert "nothing waits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [(["queue", "add"], "INPUT_COMMAND_LINE"), (["queue", "add", "trian"], "INPUT_COMMAND_LINE"),
+     (["queue", "add", "train", "--stpes", "3"], "INPUT_COMMAND_LINE"), (["queue", "add", "queue", "run"], "INPUT_COMMAND_LINE"),
+     (["queue", "rm"], "INPUT_JOB_NOT_FOUND"), (["queue", "rm", "7"], "INPUT_JOB_NOT_FOUND")],
+)  # fmt: skip
+def test_what_cannot_be_queued_is_refused_at_once(queue, capsys, argv, code):
+    assert run(argv) == 1
+    assert capsys.readouterr().err.startswith(f"[{code}]: ")
+    assert queue.jobs() == []
+
+
+def test_offline_stays_with_the_job(queue, capsys):
+    out(capsys, ["queue", "add", "--offline", "errors"])
+    assert queue.jobs()[0].environ == {"BACKPROPAGATE_OFFLINE": "1"}
+    assert queue.jobs()[0].argv == ("errors",)
+
+
+RUNNER = """
+import os, signal
+from backpropagate import jobs
+jobs._run = lambda job, log: os.kill(os.getpid(), signal.SIGKILL)
+jobs.Queue.of_home(os.environ).run(lambda *_: None)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is Unix's")
+def test_a_job_that_was_cut_off_is_tried_once_more_and_then_given_up(queue, tmp_path):
+    queue.add(["errors"], tmp_path, {})
+    queue.add(["errors", "PARTIAL_QUEUE"], tmp_path, {})
+    for tries in (1, 2):
+        done = subprocess.run([sys.executable, "-c", RUNNER], env=os.environ, check=False)
+        assert done.returncode == -signal.SIGKILL
+        [first, second] = queue.jobs()
+        assert (first.state, first.tries, second.state) == ("running", tries, "waiting")
+        assert not queue.is_run()
+    ended = queue.run(lambda *_: None)
+    [first, second] = queue.jobs()
+    assert (first.state, second.state) == ("lost", "done")
+    assert [job.id for job in ended] == [2]
+
+
+def test_one_process_at_a_time_works_through_it_and_others_may_add(queue, tmp_path):
+    queue.add(["errors"], tmp_path, {})
+    seen = []
+
+    def say(what, job):
+        seen.append((what, job.id))
+        if seen == [("started", 1)]:
+            with pytest.raises(QueueBusyError):
+                Queue(queue.folder).run(lambda *_: None)
+            with pytest.raises(JobNotFoundError, match="running"):
+                Queue(queue.folder).remove(1)
+            Queue(queue.folder).add(["errors", "DEP_OFFLINE"], tmp_path, {})
+
+    queue.run(say)
+    assert seen == [("started", 1), ("ended", 1), ("started", 2), ("ended", 2)]
+    assert {job.state for job in queue.jobs()} == {"done"}
+
+
+def test_many_adders_lose_nothing(queue, tmp_path):
+    def add_some():
+        for _ in range(5):
+            Queue(queue.folder).add(["errors"], tmp_path, {})
+
+    threads = [threading.Thread(target=add_some) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [job.id for job in queue.jobs()] == list(range(1, 21))
+
+
+def test_a_folder_that_is_gone_fails_the_job_only(queue, tmp_path):
+    (tmp_path / "away").mkdir()
+    queue.add(["errors"], tmp_path / "away", {})
+    (tmp_path / "away").rmdir()
+    [job] = queue.run(lambda *_: None)
+    assert job.state == "failed"
+    assert "away" in job.error
+
+
+def test_a_damaged_queue_is_named_and_not_replaced(queue, capsys):
+    queue.folder.mkdir(parents=True)
+    (queue.folder / "queue.json").write_text('{"jobs": [')
+    with pytest.raises(QueueInvalidError):
+        queue.add(["errors"], queue.folder, {})
+    assert run(["queue", "list"]) == 2
+    assert "[STATE_QUEUE_INVALID]" in capsys.readouterr().err
+    assert (queue.folder / "queue.json").read_text() == '{"jobs": ['
+
+
+TRAPPED = """
+import signal, sys, time
+def save(*_):
+    print("saved", flush=True)
+    sys.exit(130)
+signal.signal(signal.SIGINT, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C reaches the whole group there")
+@pytest.mark.parametrize(("code", "presses", "said"), [(TRAPPED, 1, b"saved\n"), (DEAF, 2, b"")])
+def test_ctrl_c_lets_the_job_save_and_twice_ends_it(code, presses, said):
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, **jobs._OWN_GROUP)
+    assert child.stdout.readline() == b"ready\n"
+
+    def press():
+        for _ in range(presses):
+            time.sleep(0.4)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        presser = threading.Thread(target=press)
+        presser.start()
+        status = jobs._wait(child)
+        presser.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert status == 130
+    assert child.stdout.read() == said
+    child.stdout.close()
