@@ -12,10 +12,9 @@ from typing import Any, Literal, TypeAlias
 
 from backpropagate import catalogue, rails, settings, system
 from backpropagate.comparing import METRICS, Difference, Metric, compare_answers, compare_losses, matches
-from backpropagate.errors import EvalDataError, EvalGateError, EvalRailError, InvalidSettingError
-from bp_data.errors import DatasetNotFoundError
+from backpropagate.errors import EvalDataError, EvalGateError, EvalRailError
 from bp_runs.adapter import AdapterFolder, read_adapter_folder
-from bp_runs.errors import RunNotFoundError
+from bp_runs.errors import InvalidSettingError, RunNotFoundError
 from bp_runs.events import Emit
 from bp_runs.paths import adapter_folder
 from bp_runs.rail import ExaminesRows, Part, Rail, RowOutcome, keep_base
@@ -123,13 +122,15 @@ def evaluate_adapter(
     rail = rail or rails.choose_rail(wanted.training.backend)
     if not isinstance(rail, ExaminesRows):
         raise EvalRailError(f"the rail {rail.name} cannot look at single rows")
+    offline = system.is_offline(os.environ)
+    rows = catalogue.find_rows(wanted.data, os.environ, offline=offline)
     part: Part = "all" if data is not None else "heldout"
     base = catalogue.find_model(
         wanted.model.name, revision=wanted.model.revision, offline=system.is_offline(os.environ)
     )
     with tempfile.TemporaryDirectory(prefix="backprop-eval-") as scratch, keep_base(rail):
         folders = RunFolders(run_id=subject.folder.run_id or "eval", output=output, run=Path(scratch))
-        spec = TrainSpec.build(wanted, folders, base.folder, base.commit)
+        spec = TrainSpec.build(wanted, folders, base.folder, base.commit, rows=rows.path, rows_commit=rows.commit)
         told: list[list[RowOutcome]] = [
             rail.examine(spec, adapter, emit, part=part, answers=answers, answer_tokens=answer_tokens)
             for adapter in (other.path if other else None, subject.path)
@@ -198,10 +199,14 @@ def _settings_of(subject: _Subject, data: Path | None) -> Settings:
     flags: dict[str, Any] = {**recorded, "output": None, "sample_prompts": None}
     if record is None:
         flags["model"] = subject.folder.base
-    path = data if data is not None else Path(record.cwd if record else "") / system.to_path(str(flags["data"]))
-    if not path.exists():
-        raise DatasetNotFoundError(f"there is no data file {path}")
-    return settings.resolve({**flags, "data": str(path)}, defaults=None).settings
+    if data is not None:
+        flags |= dict.fromkeys(("subset", "split", "data_revision"))  # which chose a part of the run's own data
+    if data is None and flags.get("method", "sft") != "sft":
+        raise EvalDataError(f"the run was trained with {flags['method']}: its rows hold no single answer")
+    where = data if data is not None else str(flags["data"])
+    if record is not None and data is None and (Path(record.cwd) / system.to_path(where)).exists():
+        where = Path(record.cwd) / system.to_path(where)
+    return settings.resolve({**flags, "method": None, "data": str(where)}).settings
 
 
 def require_gate(result: EvalResult, gate: Gate) -> None:

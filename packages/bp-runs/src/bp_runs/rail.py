@@ -178,7 +178,8 @@ class ExaminesRows(Protocol):
     ) -> list[RowOutcome]:
         """Measure every row as `Rail.evaluate` does, and answer the first ``answers`` of them.
 
-        The rows and their order depend on the data and the settings alone, never on the adapter.
+        The rows are measured as in supervised fine-tuning, whatever the method. They and their order depend on the
+        data and the settings alone, never on the adapter.
 
         Args:
             spec: As for `Rail.train`.

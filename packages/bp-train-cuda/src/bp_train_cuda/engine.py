@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
+from bp_data import Prepared
 from bp_runs.errors import CodedError, DiskFullError, TrainingDivergedError
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
@@ -95,7 +96,7 @@ def examine(
     answer_tokens: int,
     kept: KeptBase | None = None,
 ) -> list[RowOutcome]:
-    """Load, measure and answer row by row.
+    """Load, measure and answer row by row; for the method sft.
 
     Args:
         adapter: As for `evaluate`.
@@ -109,13 +110,12 @@ def examine(
     with _quiet_framework(), _base(spec, kept) as loaded:
         set_seed(spec.training.seed)
         model = lora.add_lora(loaded.base, LoraSpec(r=1)) if adapter is None else lora.load_lora(loaded.base, adapter)
-        parts, trainer = _build_trainer(spec, prepared, model, loaded, emit)
+        _, trainer = _build_trainer(spec, prepared, model, loaded, emit)
         outcomes = examine_rows(
             model,
             prepared,
-            splitter=parts.splitter,
-            loss_sum=trainer.loss_sum,
-            collate=pad_rows(parts.pad_id),
+            measure=trainer.measure,
+            collate=trainer.collate,
             answers=answers,
             answer_tokens=answer_tokens,
         )

@@ -6,16 +6,17 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from bp_runs.errors import NothingHeldOutError
 from bp_runs.events import Emit, Notice
 from bp_runs.paths import REJECTED_FILE
 from bp_runs.rail import EvalOutcome, Part, Probe, RowOutcome, Stop, TrainOutcome
 from bp_runs.spec import Settings, TrainSpec
-from bp_train_cuda.rows import data_ready, prepare_rows
+from bp_train_cuda.rows import AnyPrepared, data_ready, prepare_rows
 
 if TYPE_CHECKING:
+    from bp_data import Prepared
     from bp_train_cuda.kept import KeptBase
 
 
@@ -93,10 +94,11 @@ class CudaRail:
         """
         from bp_train_cuda import engine
 
-        rows = self._pick(spec, part)
+        spec = replace(spec, training=replace(spec.training, method="sft"))
+        rows = cast("Prepared", self._pick(spec, part))
         return engine.examine(spec, rows, adapter, emit, answers=answers, answer_tokens=answer_tokens, kept=self._kept)
 
-    def _pick(self, spec: TrainSpec, part: Part) -> Prepared:
+    def _pick(self, spec: TrainSpec, part: Part) -> AnyPrepared:
         """The rows to measure.
 
         Raises:

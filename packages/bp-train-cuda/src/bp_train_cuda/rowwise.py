@@ -11,17 +11,16 @@ import torch
 from bp_data import Prepared, TokenRow
 from bp_runs.rail import RowOutcome
 from bp_train_cuda.answers import go_on
-from bp_train_cuda.evaluation import LossSum
-from bp_train_cuda.guards.oom import StepSplitter
+from bp_train_cuda.batches import RowSet
+from bp_train_cuda.guards.oom import Batch
 
 
 def examine_rows(
     model: Any,
     prepared: Prepared,
     *,
-    splitter: StepSplitter,
-    loss_sum: LossSum,
-    collate: Callable[[Any], Any],
+    measure: Callable[[Batch], Mapping[str, float]],
+    collate: Callable[[Any], Batch],
     answers: int,
     answer_tokens: int,
 ) -> list[RowOutcome]:
@@ -29,18 +28,21 @@ def examine_rows(
 
     Args:
         model: The PEFT model.
-        splitter: As for `bp_train_cuda.evaluation.Validator`.
-        loss_sum: As for `bp_train_cuda.evaluation.Validator`.
-        collate: As for `bp_train_cuda.evaluation.Validator`.
+        measure: As `bp_train_cuda.guarded.Guarded.measure` of supervised fine-tuning.
+        collate: Rows to a batch.
         answers: Most answers.
         answer_tokens: Longest answer, in tokens.
     """
     outcomes: list[RowOutcome] = []
+    items = RowSet(prepared.rows)
     was_training = model.training
     model.eval()
     try:
-        for row in prepared.rows:
-            outcome = _measure(model, row, splitter, loss_sum, collate)
+        for place, row in enumerate(prepared.rows):
+            batch = {name: value.to(model.device) for name, value in collate([items[place]]).items()}  # (1, T)
+            with torch.no_grad():
+                loss = measure(batch)["loss"]
+            outcome = RowOutcome(loss=loss / max(1, row.trained), tokens=row.trained)
             if answers > 0 and (turn := last_turn(row)) is not None:
                 prompt, reference, answer = _answer(model, prepared, row.ids, turn, answer_tokens)
                 outcome = replace(outcome, prompt=prompt, reference=reference, answer=answer)
@@ -49,16 +51,6 @@ def examine_rows(
     finally:
         model.train(was_training)
     return outcomes
-
-
-def _measure(
-    model: Any, row: TokenRow, splitter: StepSplitter, loss_sum: LossSum, collate: Callable[[Any], Any]
-) -> RowOutcome:
-    item: Mapping[str, Any] = {"input_ids": row.ids, "labels": row.labels()}
-    batch = {name: value.to(model.device) for name, value in collate([item]).items()}  # (1, T)
-    with torch.no_grad():
-        loss = float(splitter.run(loss_sum, batch))
-    return RowOutcome(loss=loss / max(1, row.trained), tokens=row.trained)
 
 
 def last_turn(row: TokenRow) -> tuple[int, int] | None:
