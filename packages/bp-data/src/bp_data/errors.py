@@ -129,7 +129,7 @@ class DatasetGateError(GateError):
     when = (
         "Before the first step: no rows are left, a row has nothing to learn, or the model would never learn to stop."
     )
-    default_way_out = "Look at what is trained, token by token: backprop data preview --data my_data.jsonl"
+    default_way_out = "Look at what would be trained: backprop data preview my_data.jsonl"
 
 
 class RowFault(StrEnum):

@@ -1,0 +1,69 @@
+"""The how-to pages are true: their rows are what they say, and their commands run in the order of the page."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from backpropagate.cli.app import run
+from backpropagate.cli.errors import load_codes
+from bp_data import Rejected, Row, recognise
+from bp_data.errors import RowFault
+from bp_runs.redact import redact
+
+PAGE = (Path(__file__).parents[3] / "docs" / "how-to" / "data-formats.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+ROWS = [(kind, line) for language, kind, text in BLOCKS if language == "json" for line in text.splitlines()]
+COMMANDS = [line for language, _, text in BLOCKS if language == "bash" for line in text.splitlines()]
+TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content or '' }}{{ m.tool_calls | tojson if m.tool_calls }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    core.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
+    (folder / "config.json").write_text("{}")
+    (tmp_path / "my_data.jsonl").write_text("".join(line + "\n" for kind, line in ROWS if kind == "sft"))
+    (tmp_path / "test.jsonl").write_text('{"question": "Who wrote this test?", "answer": "Somebody else."}\n')
+    return tmp_path
+
+
+@pytest.mark.parametrize(("kind", "line"), ROWS)
+def test_each_row_of_the_page_is_what_it_says(kind, line):
+    example = recognise(Row(1, json.loads(line)), kind)
+    assert not isinstance(example, Rejected), example
+
+
+def test_the_pages_commands_run_as_they_stand(place, capsys):
+    assert len(COMMANDS) >= 7
+    for command in COMMANDS:
+        assert run(shlex.split(command)[1:]) == 0, command + capsys.readouterr().err
+    assert {"report.html", "clean.jsonl", "train.jsonl", "heldout.jsonl", "chats.jsonl"} <= {
+        path.name for path in place.iterdir()
+    }
+    told = capsys.readouterr().out
+    assert "10 rows read = 10 trained" in told
+
+
+def test_the_pages_codes_are_ours():
+    named = set(re.findall(r"`(ROW_\w+)`", PAGE))
+    assert named <= {fault.value for fault in RowFault}
+
+
+def test_what_to_do_is_never_taken_for_a_secret():
+    for code, error in load_codes().items():
+        assert redact(error.default_way_out) == error.default_way_out, code
