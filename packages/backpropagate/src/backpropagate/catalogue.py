@@ -25,7 +25,8 @@ WHOLE: Literal["whole"] = "whole"
 Need = Literal["whole", "tokenizer"]
 """Whether the weights are wanted too."""
 
-_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt")
+# The card names the licence, which goes along with what is exported.
+_WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "README.md")
 _UNWANTED = ("consolidated*", "original/*")  # the same weights a second time
 
 

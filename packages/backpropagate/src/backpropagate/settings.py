@@ -19,7 +19,7 @@ import msgspec
 from backpropagate import oldnames
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
 from bp_runs.errors import InvalidSettingError
-from bp_runs.spec import Settings
+from bp_runs.spec import Settings, short_name
 
 ENV_PREFIX = "BACKPROPAGATE_"
 TOML_FILE = "backpropagate.toml"
@@ -29,13 +29,6 @@ Source = Literal["flag", "env", "toml", "default"]
 PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "LOG_FILE", "OFFLINE", "DEBUG"})
 
 _TRACE_SEQ_LENGTH = 8192  # tokens; reasoning is long
-_SHORT = {
-    "model.name": "model",
-    "data.path": "data",
-    "data.revision": "data_revision",
-    "training.learning_rate": "lr",
-    "training.output_dir": "output",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +43,7 @@ class Setting:
     @property
     def short(self) -> str:
         """Python keyword and, with dashes, the flag: ``lora_r``, ``lr``, ``max_seq_length``."""
-        group, name = self.key.split(".")
-        return _SHORT.get(self.key) or (f"lora_{name}" if group == "lora" and name != "target_modules" else name)
+        return short_name(self.key)
 
     @property
     def env(self) -> str:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bp_export.dryrun import ExportPlan
     from bp_export.export import ExportOutcome, Format, export_adapter, plan_export
     from bp_export.gguf import read_settings, read_stop_strings
+    from bp_export.hub import Prepared, PushOutcome, prepare_push, push, read_token
     from bp_export.mixture import QUANTIZATIONS
     from bp_export.ollama import OllamaModel, ask_model, read_license, register_adapter, register_gguf, stream_answer
     from bp_export.ollamaserver import ListedModel, list_models, remove_model, require_ollama, takes_adapters
@@ -35,6 +36,8 @@ __all__ = [
     "OllamaTalk",
     "ParityCheck",
     "ParityReport",
+    "Prepared",
+    "PushOutcome",
     "Talk",
     "ask_model",
     "ask_once",
@@ -45,9 +48,12 @@ __all__ = [
     "list_models",
     "open_talk",
     "plan_export",
+    "prepare_push",
+    "push",
     "read_license",
     "read_settings",
     "read_stop_strings",
+    "read_token",
     "register_adapter",
     "register_gguf",
     "remove_model",
@@ -57,6 +63,11 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Prepared": "hub",
+    "PushOutcome": "hub",
+    "prepare_push": "hub",
+    "push": "hub",
+    "read_token": "hub",
     "Manner": "talk",
     "OllamaTalk": "talk",
     "Talk": "talk",

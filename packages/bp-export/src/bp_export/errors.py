@@ -11,10 +11,17 @@
     ├── ImportanceInvalidError       INPUT_EXPORT_IMPORTANCE              the importance matrix is damaged or another's
     ├── OutputTakenError             INPUT_EXPORT_OUTPUT_TAKEN            something is where the output should go
     ├── OllamaNameTakenError         INPUT_OLLAMA_NAME_TAKEN              Ollama has a model of that name
-    └── ChatTargetError              INPUT_CHAT_TARGET                    there is nothing of that name to talk to
+    ├── ChatTargetError              INPUT_CHAT_TARGET                    there is nothing of that name to talk to
+    ├── PushSourceError              INPUT_HUB_PUSH_SOURCE                nothing that can be pushed, or with a secret
+    ├── PushRepoInvalidError         INPUT_HUB_PUSH_INVALID_REPO          no such name can be on the Hub
+    ├── PushRepoTakenError           INPUT_HUB_PUSH_REPO_TAKEN            the repository has files already
+    └── PushDeniedError              INPUT_HUB_PUSH_DENIED                no token, or one that may not write there
     DependencyError (bp_runs)
     ├── GgmlMissingError             DEP_GGML_MISSING                     ggml's library is not installed or not whole
     ├── LlamaCppMissingError         DEP_LLAMA_CPP_MISSING                the extra `verify` is not installed
+    ├── HubMissingError              DEP_HUB_MISSING                      the extra `hub` is not installed
+    ├── PushNetworkError             DEP_HUB_PUSH_NETWORK                 the Hub does not answer
+    ├── PushRefusedError             DEP_HUB_PUSH_REFUSED                 the Hub refuses for another reason
     └── OllamaRegistrationError      DEP_OLLAMA_REGISTRATION_FAILED       Ollama is away or refuses
     PartialError (bp_runs)
     └── ParityFailedError            PARTIAL_EXPORT_PARITY_FAILED         the GGUF does not say what the model says
@@ -117,6 +124,40 @@ class ChatTargetError(UserError):
     default_way_out = "Name a GGUF, an adapter or a model folder; for a model in Ollama add --ollama."
 
 
+class PushSourceError(UserError):
+    """What should be pushed cannot be."""
+
+    code = "INPUT_HUB_PUSH_SOURCE"
+    when = "What should be uploaded is no adapter folder, model folder or GGUF, or one of its files holds a secret."
+    default_way_out = "Name what training or an export wrote: backprop push ./output/lora --repo me/my-model"
+
+
+class PushRepoInvalidError(UserError):
+    """The Hub has no such names."""
+
+    code = "INPUT_HUB_PUSH_INVALID_REPO"
+    when = "The name of the repository is not one that the Hub takes."
+    default_way_out = "Use your name there and letters, digits, -, _ and .: --repo me/my-model"
+
+
+class PushRepoTakenError(UserError):
+    """The repository has files already."""
+
+    code = "INPUT_HUB_PUSH_REPO_TAKEN"
+    when = "The repository holds files already, and the upload would replace some of them."
+    default_way_out = (
+        "Add a commit that replaces them with --force (the old ones stay in its history), or name another."
+    )
+
+
+class PushDeniedError(UserError):
+    """The Hub does not let the user write there."""
+
+    code = "INPUT_HUB_PUSH_DENIED"
+    when = "There is no token, it is not valid, or it may not write to that repository."
+    default_way_out = "Make a token with write access in the Hub's settings, then: hf auth login"
+
+
 class GgmlMissingError(DependencyError):
     """ggml's shared library cannot be loaded."""
 
@@ -131,6 +172,30 @@ class LlamaCppMissingError(DependencyError):
     code = "DEP_LLAMA_CPP_MISSING"
     when = "A GGUF should be tried in llama.cpp, and the package xllamacpp is not installed."
     default_way_out = "Install the extra: pip install 'bp-export[verify]'"
+
+
+class HubMissingError(DependencyError):
+    """The Hub's library is not installed."""
+
+    code = "DEP_HUB_MISSING"
+    when = "Something should be pushed to the Hub, and huggingface_hub or Pillow is not installed."
+    default_way_out = "Install the extra: pip install 'bp-export[hub]'"
+
+
+class PushNetworkError(DependencyError):
+    """The Hub cannot be reached."""
+
+    code = "DEP_HUB_PUSH_NETWORK"
+    when = "The Hub does not answer, or the connection broke; what was uploaded so far is not sent again."
+    default_way_out = "Look at the connection, and that offline mode is off; then repeat the command."
+
+
+class PushRefusedError(DependencyError):
+    """The Hub refuses the upload."""
+
+    code = "DEP_HUB_PUSH_REFUSED"
+    when = "The Hub answers with an error that is neither about the token nor about the name."
+    default_way_out = "Read what it says, then repeat the command; status.huggingface.co tells of outages."
 
 
 class OllamaRegistrationError(DependencyError):

@@ -28,6 +28,22 @@ _LEARNING_RATES: Mapping[str, tuple[float, float]] = MappingProxyType(
     }
 )
 
+_SHORT_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "model.name": "model",
+        "data.path": "data",
+        "data.revision": "data_revision",
+        "training.learning_rate": "lr",
+        "training.output_dir": "output",
+    }
+)
+
+
+def short_name(key: str) -> str:
+    """A setting's Python keyword and, with dashes, its flag: ``lora_r``, ``lr``, ``max_seq_length``."""
+    group, name = key.split(".")
+    return _SHORT_NAMES.get(key) or (f"lora_{name}" if group == "lora" and name != "target_modules" else name)
+
 
 def setting(default: Any, help: str) -> Any:
     """A dataclass field with its default and its one-line help."""

@@ -56,6 +56,12 @@ COMMANDS = (
         "backprop export ./output/lora --format gguf --quantization q4_k_m --ollama --ollama-name my-model",
     ),
     Command(
+        "push",
+        "push:push",
+        "Upload an adapter, a merged model or a GGUF to the Hub, with a model card.",
+        "backprop push ./output/lora --repo me/my-model --private",
+    ),
+    Command(
         "chat",
         "chat:chat",
         "Talk to an adapter, a merged model, a GGUF or a model in Ollama.",

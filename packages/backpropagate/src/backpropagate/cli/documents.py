@@ -89,6 +89,25 @@ class Merge(TypedDict):
     notes: list[str]
 
 
+class Push(TypedDict):
+    """`backprop push`."""
+
+    repo: str
+    url: str
+    commit: str
+    files: list[str]
+    bytes: int
+    run_id: str | None
+
+
+class PushPlan(TypedDict):
+    """`backprop push --dry-run`."""
+
+    repo: str
+    files: list[str]
+    card: str
+
+
 class Chat(TypedDict):
     """`backprop chat --prompt`."""
 
@@ -400,6 +419,8 @@ DOCUMENTS: Mapping[str, type] = {
     "export": Export,
     "merge": Merge,
     "chat": Chat,
+    "push": Push,
+    "push-plan": PushPlan,
     "ollama-register": OllamaRegister,
     "ollama-list": OllamaList,
     "ollama-rm": OllamaRemoved,

@@ -26,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bp-export",
         description="Export a LoRA adapter, or a model, without torch.",
-        epilog="Further commands, each with --help: bp-export ollama, bp-export chat. "
+        epilog="Further commands, each with --help: bp-export ollama, bp-export chat, bp-export push. "
         "A folder of such a name is ./chat.",
     )
     parser.add_argument("adapter", type=Path, help="a PEFT adapter folder, or a Hugging Face model folder")

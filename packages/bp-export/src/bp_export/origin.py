@@ -1,0 +1,127 @@
+"""Where something that is shipped comes from: the run whose record stands beside it."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from bp_runs.adapter import read_manifest
+from bp_runs.errors import CodedError
+from bp_runs.record import RunRecord
+from bp_runs.spec import Settings, short_name
+from bp_runs.store import RunStore
+
+# Where things were, which says nothing of what was done.
+_PLACES = ("model.name", "model.revision", "data.path", "training.output_dir")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# A flag for one of several, where the setting is all of them.
+_SINGULAR: Mapping[str, str] = {"training.sample_prompts": "--sample-prompt"}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A run, and how its loss went."""
+
+    record: RunRecord
+    losses: tuple[float, ...]
+    """Of each step, in nats."""
+
+    @property
+    def artifacts(self) -> list[dict[str, Any]]:
+        """What was exported from the run."""
+        return self.record.artifacts
+
+
+def find_origin(path: Path) -> Origin | None:
+    """The run of an adapter folder, or of an export that a run's record names; None where there is none nearby.
+
+    Args:
+        path: An adapter folder, a model folder or a GGUF.
+    """
+    place = path.resolve()
+    run_id = _read_run_id(path)
+    for output in (place.parent, *place.parents[2:3]):
+        store = RunStore(output)
+        if not (output / "runs").is_dir():
+            continue
+        for known in [run_id] if run_id else [str(row["run_id"]) for row in store.list_runs()]:
+            record = _load(store, known)
+            if record and (run_id or any(_is_at(artifact, place) for artifact in record.artifacts)):
+                return Origin(record, tuple(_read_losses(store, known)))
+    return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is ``owner/name``, and not a folder."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def write_train_command(record: RunRecord) -> str | None:
+    """The command that trains it again, from the folder that holds the data; None for what `train` cannot repeat.
+
+    A base that was a folder is looked for beside the data.
+
+    Every setting that is not at its default is a flag of it, whatever it was set by.
+    """
+    if record.kind != "train":
+        return None
+    data, model = str(record.setting("data.path") or ""), str(record.setting("model.name") or "")
+    where = model if is_hub_id(model) else f"./{PurePath(model).name}"
+    words = ["backprop", "train", "--model", where, "--data", PurePath(data).name]
+    if commit := record.model.get("revision") or record.setting("model.revision"):
+        words += ["--revision", str(commit)]
+    for key, value in list_changes(record).items():
+        words += _to_words(key, value)
+    return shlex.join(words)
+
+
+def list_changes(record: RunRecord) -> dict[str, Any]:
+    """The settings that are not at their defaults, by dotted key, but for the places of model, data and output."""
+    defaults = Settings().to_flat()
+    return {
+        key: record.setting(key)
+        for key, default in defaults.items()
+        if key not in _PLACES and key in record.settings and _differs(record.setting(key), default)
+    }
+
+
+def _differs(value: Any, default: Any) -> bool:
+    return list(value) != list(default) if isinstance(default, tuple) else bool(value != default)
+
+
+def _to_words(key: str, value: Any) -> list[str]:
+    flag = _SINGULAR.get(key) or "--" + short_name(key).replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag.removeprefix("--")]
+    if isinstance(value, list | tuple):
+        return [word for part in value for word in (flag, str(part))]
+    return [] if value is None else [flag, str(value)]
+
+
+def _read_run_id(path: Path) -> str | None:
+    try:
+        found = read_manifest(path).get("run_id") if path.is_dir() else None
+    except CodedError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _load(store: RunStore, run_id: str) -> RunRecord | None:
+    try:
+        return store.load(run_id)
+    except CodedError:
+        return None
+
+
+def _read_losses(store: RunStore, run_id: str) -> Iterator[float]:
+    for row in store.read_metrics(run_id):
+        if row.get("event") == "step" and isinstance(row.get("loss"), int | float):
+            yield float(row["loss"])
+
+
+def _is_at(artifact: Mapping[str, Any], place: Path) -> bool:
+    return Path(str(artifact.get("path", ""))).resolve() == place

@@ -1,0 +1,246 @@
+"""Pushing to a Hub that speaks the real protocol: what goes there, what the card says, and every refusal."""
+
+import io
+import json
+
+import pytest
+
+pytest.importorskip("huggingface_hub")
+pytest.importorskip("PIL")
+
+from export_pico import export_adapter, write_base, write_json, write_lora
+from fake_hub import TOKEN, serve_hub
+
+from bp_export import prepare_push, push
+from bp_export.cli import main
+from bp_export.errors import (
+    PushDeniedError,
+    PushNetworkError,
+    PushRefusedError,
+    PushRepoInvalidError,
+    PushRepoTakenError,
+    PushSourceError,
+)
+from bp_runs.adapter import write_manifest
+from bp_runs.events import DataReady, ModelLoaded, StepDone
+from bp_runs.rail import TrainOutcome
+from bp_runs.spec import Settings
+from bp_runs.store import RunStore
+
+# The Hub's library about its own HTTP library.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+SECRET = "hf_" + "Q" * 34
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    import huggingface_hub.constants as constants
+
+    # The library prefers a protocol of its own storage; this switch of its own makes it speak LFS.
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serve_hub() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        yield server
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """An output folder with a run, its adapter and an export, as training leaves them."""
+    base = write_base(tmp_path / "pico-base")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    output = tmp_path / "output"
+    writer = RunStore(output).start(
+        settings=record_settings(base, tmp_path), rail="fake", versions={"peft": "0.21"}, hardware={}
+    )
+    with writer:
+        writer.emit(
+            ModelLoaded(
+                name=str(base),
+                revision=None,
+                config_sha256="c" * 64,
+                parameters=1000,
+                trainable=10,
+                mode="lora",
+                dtype="float32",
+                device="cpu",
+            )
+        )
+        writer.emit(
+            DataReady(
+                path=str(tmp_path / "private" / "rows.jsonl"),
+                sha256="d" * 64,
+                template="tokenizer",
+                template_sha256="e" * 64,
+                read=9,
+                trained=8,
+                truncated=0,
+                dropped=1,
+                tokens=900,
+                trained_tokens=300,
+            )
+        )
+        for step in range(1, 9):
+            writer.emit(
+                StepDone(
+                    step=step,
+                    steps=8,
+                    loss=4.0 / step,
+                    learning_rate=1e-3,
+                    grad_norm=1.0,
+                    tokens=step,
+                    tokens_per_second=1.0,
+                    memory_bytes=1,
+                )
+            )
+        lora = write_lora(writer.folders.adapter, base)
+        write_manifest(lora, run_id=writer.run_id, base=str(base))
+        outcome = TrainOutcome(
+            adapter=lora, steps=8, first_loss=4.0, final_loss=0.5, tokens=900, seconds=1.0, peak_memory=1
+        )
+        writer.finish(outcome)
+    store = RunStore(output)
+    adapter = store.publish_adapter(writer.run_id)
+    made = export_adapter(adapter, quantization="q8_0", output=output / "model.gguf")
+    parity = {"reference": "f32", "checks": [{"name": "greedy", "result": "passed", "note": "40 clear places of 72"}]}
+    store.add_artifact(
+        writer.run_id, {"kind": "gguf", "path": str(made.path), "quantization": "q8_0", "parity": parity}
+    )
+    return {"base": base, "adapter": adapter, "gguf": made.path, "run_id": writer.run_id}
+
+
+def record_settings(base, folder):
+    given = {
+        "model.name": str(base),
+        "data.path": str(folder / "private" / "rows.jsonl"),
+        "lora.r": 8,
+        "training.steps": 8,
+        "training.gradient_checkpointing": False,
+        "training.sample_prompts": ["hello there"],
+    }
+    return {
+        k: {"value": given.get(k, v), "source": "flag" if k in given else "default"}
+        for k, v in Settings().to_flat().items()
+    }
+
+
+def test_an_adapter_goes_there_whole_with_card_and_picture(hub, trained):
+    from PIL import Image
+
+    made = push(trained["adapter"], "me/pico", private=True, token=TOKEN)
+    files = hub.repos["me/pico"]
+    assert set(made.files) == set(files) - {".gitattributes"}
+    assert {"adapter_config.json", "adapter_model.safetensors", "run.json", "README.md", "loss.png"} == set(made.files)
+    assert files["adapter_model.safetensors"] == (trained["adapter"] / "adapter_model.safetensors").read_bytes()
+    assert (made.url, made.run_id, hub.private["me/pico"]) == (f"{hub.url}/me/pico", trained["run_id"], True)
+    assert hub.messages == ["Upload adapter"]
+    assert Image.open(io.BytesIO(files["loss.png"])).size == (720, 320)
+    card = files["README.md"].decode()
+    assert card.startswith('---\nlicense: "apache-2.0"\nlibrary_name: "peft"\n')
+    for word in (
+        "`" + "d" * 64 + "`",
+        "9 read, 8 trained, 0 truncated, 1 dropped",
+        "| `lora.r` | `8` |",
+        "loss.png",
+        trained["run_id"],
+        "from 4 to 0.5 nats",
+    ):
+        assert word in card, word
+    assert (
+        "backprop train --model ./pico-base --data rows.jsonl --lora-r 8 --steps 8 --no-gradient-checkpointing --sample-prompt 'hello there'"
+        in card
+    )
+    assert "/private/" not in card
+    assert str(trained["base"].parent) not in card
+
+
+def test_a_gguf_finds_its_run_and_tells_its_parity(hub, trained):
+    push(trained["gguf"], "me/pico-gguf", token=TOKEN)
+    assert hub.repos["me/pico-gguf"]["model.gguf"] == trained["gguf"].read_bytes()
+    card = hub.repos["me/pico-gguf"]["README.md"].decode()
+    for word in (
+        "| greedy | passed | 40 clear places of 72 |",
+        "ollama run hf.co/me/pico-gguf",
+        'license: "apache-2.0"',
+        "backprop export ./output/lora --quantization q8_0",
+    ):
+        assert word in card, word
+
+
+def test_what_nobody_recorded_says_so(hub, tmp_path):
+    base = write_base(tmp_path / "base")
+    lora = write_lora(tmp_path / "lora", base)
+    config = json.loads((lora / "adapter_config.json").read_text())
+    write_json(lora / "adapter_config.json", {**config, "base_model_name_or_path": "base/known"})
+    push(lora, "me/found", token=TOKEN)
+    card = hub.repos["me/found"]["README.md"].decode()
+    assert 'license: "apache-2.0"\nbase_model: "base/known"\nbase_model_relation: "adapter"' in card
+    assert "There is no record of how it was made." in card
+    assert "loss.png" not in hub.repos["me/found"]
+    push(base, "me/model", token=TOKEN)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hub.repos["me/model"])
+
+
+def test_what_is_there_is_replaced_only_by_force(hub, trained, tmp_path, capsys):
+    token = tmp_path / "token"
+    token.write_text(TOKEN + "\n")
+    argv = ["push", str(trained["adapter"]), "--repo", "me/pico", "--token-file", str(token)]
+    assert main(argv) == 0
+    assert f"{hub.url}/me/pico" in capsys.readouterr().out
+    assert main(argv) == 1
+    assert "[INPUT_HUB_PUSH_REPO_TAKEN]" in capsys.readouterr().err
+    assert main([*argv, "--force", "--message", "again", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["repo"] == "me/pico"
+    assert hub.messages == ["Upload adapter", "again"]
+    with pytest.raises(PushRepoTakenError, match="README"):
+        push(trained["gguf"], "me/pico", token=TOKEN)
+
+
+def test_secrets_stay_here(hub, trained, tmp_path):
+    with pytest.raises(PushDeniedError) as caught:
+        push(trained["adapter"], "me/pico", token=SECRET)
+    assert SECRET not in str(caught.value) + str(caught.value.cause)
+    (trained["adapter"] / "notes.txt").write_text("mine")
+    config = json.loads((trained["adapter"] / "adapter_config.json").read_text())
+    (trained["adapter"] / "adapter_config.json").unlink()  # it is linked with the run's own
+    write_json(trained["adapter"] / "adapter_config.json", {**config, "note": SECRET})
+    with pytest.raises(PushSourceError, match="secret"):
+        push(trained["adapter"], "me/pico", token=TOKEN)
+    assert hub.repos == {}
+    assert "notes.txt" not in prepare_push(trained["gguf"], "me/pico").shipment.files
+
+
+@pytest.mark.parametrize("repo", ["no slash", "me/" + "x" * 200, "me/a/b", "pico", "me/-x", "me/x..y"])
+def test_names_that_the_hub_does_not_take_are_refused_at_once(hub, trained, repo):
+    with pytest.raises(PushRepoInvalidError):
+        push(trained["adapter"], repo, token=TOKEN)
+    assert hub.calls == []
+
+
+def test_what_is_nothing_is_not_pushed(hub, tmp_path):
+    (tmp_path / "x.gguf").write_text("text")
+    for source in (tmp_path, tmp_path / "none", tmp_path / "x.gguf"):
+        with pytest.raises(PushSourceError):
+            push(source, "me/pico", token=TOKEN)
+    assert hub.calls == []
+
+
+def test_the_hubs_refusals(hub, trained, monkeypatch):
+    with pytest.raises(PushDeniedError, match="nobody write"):
+        push(trained["adapter"], "other/pico", token=TOKEN)
+    hub.failure = "broken"
+    with pytest.raises(PushRefusedError, match="status 400") as caught:
+        push(trained["adapter"], "me/pico", token=TOKEN)
+    assert "disk is full" in caught.value.cause
+    hub.failure = "die"
+    with pytest.raises(PushNetworkError):
+        push(trained["adapter"], "me/pico", token=TOKEN)
+    with pytest.raises(PushNetworkError):
+        push(trained["adapter"], "me/pico", token=TOKEN, endpoint="http://127.0.0.1:9")
+
+
+def test_the_card_alone(hub, trained, capsys):
+    assert main(["push", str(trained["gguf"]), "--repo", "me/pico", "--dry-run"]) == 0
+    assert capsys.readouterr().out.strip() == prepare_push(trained["gguf"], "me/pico").card.strip()
+    assert hub.calls == []
