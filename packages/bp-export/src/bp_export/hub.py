@@ -224,15 +224,15 @@ def _coded() -> Iterator[None]:
         raise PushNetworkError("offline mode is on", cause=first_line(error)) from error
     except errors.HfHubHTTPError as error:
         raise _explain(error) from error
-    except (*_list_network_errors(), OSError) as error:
+    except _list_network_errors() as error:
         raise PushNetworkError("the Hub does not answer", cause=first_line(error)) from error
     except (ValueError, RuntimeError) as error:  # what the library makes of answers that it does not expect
         raise PushRefusedError("the upload failed", cause=first_line(error.__cause__ or error)) from error
 
 
-def _list_network_errors() -> list[type[Exception]]:
-    """What the library's HTTP client raises: httpx, or httpx2 since its version 2."""
-    return [sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules]
+def _list_network_errors() -> tuple[type[Exception], ...]:
+    """The system's, and what the library's HTTP client raises: httpx, or httpx2 since its version 2."""
+    return (OSError, *(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules))
 
 
 def _explain(error: Any) -> PushDeniedError | PushRefusedError:
