@@ -1,0 +1,287 @@
+"""One seed and one order of the stream benchmark: tasks learnt one after the other by every arm, measured after each.
+
+    python benchmarks/continual/stream.py --data stream.npz --model model.pack --out s0o1.json --seed 0 --order 1
+
+All arms that train are trained in one forward and backward, each on its own rows with its own adapter, so that they see
+the same random numbers and cost little. The merges are bp-merge's own functions. Needs torch, NumPy, bp-merge, bp-runs.
+
+    arm            trained as                                   shipped after task i
+    seq            from its last adapter                        its adapter
+    ema            seq                                          A and B blended with 1/√i
+    slao_no_qr     seq                                          the last A, B blended with 1/√i
+    magmax         seq                                          the largest entry of seq's changes, cut to rank 4 r
+    slao           A orthonormal, B the last fine-tuned         the last A, B blended with 1/√i
+    slao_merged_b  A orthonormal, B the merged                  the last A, B blended with 1/√i
+    mean, cat      from nothing each task (independent)         mean of changes, cut to rank r; exact
+    ties_20, _50   independent                                  TIES of density .2, .5, cut to rank 4 r
+    replay         as seq, 5 % of rows from earlier tasks       its adapter
+    joint          as seq, rows of all tasks at every step      its adapter (upper bound)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from llama import SCALE, Adapters, Llama
+from pack_model import read_folder, read_pack
+from torch.nn import functional
+
+from bp_merge import METHODS, LoraPair, ModulePlan, blend, orthonormal_rows
+
+CHAINS = ("seq", "slao", "slao_merged_b", "independent", "replay", "joint")
+"""Trainings; the other arms are merges of their results."""
+R = 8
+REPLAY = 0.05
+Factors = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""a (layers, 2, r, d_in), q (layers, d_q, r), v (layers, d_v, r) of one adapter."""
+
+
+@dataclass
+class Rows:
+    """The stream's rows, padded on the left."""
+
+    hidden: torch.Tensor
+    """(n, T, d) below the adapters; where all layers have adapters, embeddings are looked up from ``ids``."""
+    ids: torch.Tensor
+    is_text: torch.Tensor
+    answer: torch.Tensor
+    """The label's token."""
+    task: np.ndarray
+    is_test: np.ndarray
+
+
+def load_rows(model: Llama, data: np.lib.npyio.NpzFile, tasks: list[dict], share: float) -> Rows:
+    """The rows of ``tasks``, or a share of them that depends on nothing but their places in the file."""
+    lengths = data["lengths"].astype(int)
+    width, ends = int(lengths.max()), lengths.cumsum()
+    known = data["task"] < len(tasks)
+    chosen = [i for i in range(len(lengths)) if known[i] and (i * 2654435761 % 2**32) / 2**32 < share]
+    ids, is_text = np.zeros((len(chosen), width), np.int64), np.zeros((len(chosen), width), bool)
+    for place, row in enumerate(chosen):
+        ids[place, width - lengths[row] :] = data["tokens"][ends[row] - lengths[row] : ends[row]]
+        is_text[place, width - lengths[row] :] = True
+    answer = [tasks[t]["ids"][k] for t, k in zip(data["task"][chosen], data["label"][chosen], strict=True)]
+    on = model.device
+    tensors = (torch.from_numpy(ids).to(on), torch.from_numpy(is_text).to(on), torch.tensor(answer, device=on))
+    hidden = torch.empty(0)
+    if model.layers < model.depth:
+        with torch.no_grad():
+            hidden = torch.cat(
+                [model.lower(tensors[0][i : i + 64], tensors[1][i : i + 64]) for i in range(0, len(chosen), 64)]
+            )
+    return Rows(hidden, *tensors, data["task"][chosen], data["is_test"][chosen].astype(bool))
+
+
+def enter(model: Llama, rows: Rows, places: torch.Tensor) -> torch.Tensor:
+    """What goes into the layers with adapters."""
+    return rows.hidden[places] if len(rows.hidden) else model.w["model.embed_tokens.weight"][rows.ids[places]]
+
+
+def draw_start(model: Llama, seed: int) -> Factors:
+    """LoRA's own start: A as PEFT draws it (uniform, variance 1 / (3 d_in)), B zero."""
+    d_in, d_q, d_v = model.sizes
+    a = np.random.default_rng(seed).uniform(-1, 1, (model.layers, 2, R, d_in)) / np.sqrt(d_in)
+    return a.astype("f4"), np.zeros((model.layers, d_q, R), "f4"), np.zeros((model.layers, d_v, R), "f4")
+
+
+def orthonormal(a: np.ndarray) -> np.ndarray:
+    return np.stack([[orthonormal_rows(x) for x in layer] for layer in a])
+
+
+def blend_all(merged: Factors, tuned: Factors, i: int, *, with_a: bool) -> Factors:
+    a = blend(merged[0], tuned[0], i) if with_a else tuned[0]
+    return a, blend(merged[1], tuned[1], i), blend(merged[2], tuned[2], i)
+
+
+def merge_by(method: str, adapters: list[Factors], rank: int, **plan: float) -> Factors:
+    """A method of bp-merge on every layer; the factor alpha / r is taken out again."""
+    done: list[list] = [[], [], []]
+    shares = tuple(1 / len(adapters) for _ in adapters)
+    for layer in range(len(adapters[0][0])):
+        found = []
+        for kind in (0, 1):
+            pairs = [LoraPair(f[0][layer, kind], f[1 + kind][layer], SCALE) for f in adapters]
+            found.append(
+                METHODS[method].merge(pairs, ModulePlan(module=f"{layer}.{kind}", shares=shares, rank=rank, **plan))
+            )
+        done[0].append(np.stack([product.a for product in found]))
+        for kind in (0, 1):
+            done[1 + kind].append(found[kind].b / np.float32(SCALE))
+    return tuple(np.stack(part) for part in done)  # type: ignore[return-value]
+
+
+def stack(adapters: list[Factors], device: str) -> Adapters:
+    """Adapters side by side, with zeros up to the largest rank."""
+    rank = max(f[0].shape[2] for f in adapters)
+
+    def pad(x: np.ndarray, axis: int) -> np.ndarray:
+        width = [(0, 0)] * x.ndim
+        width[axis] = (0, rank - x.shape[axis])
+        return np.pad(x, width)
+
+    parts = (np.stack([pad(f[0], 2) for f in adapters]), *(np.stack([pad(f[n], 2) for f in adapters]) for n in (1, 2)))
+    return Adapters(*(torch.from_numpy(p).to(device) for p in parts))
+
+
+def train(
+    model: Llama, rows: Rows, starts: list[Factors], order: list[np.ndarray], lr: float, batch: int
+) -> tuple[list[Factors], float]:
+    """Every chain from its start over its own rows, AdamW afresh, constant rate, each chain's gradient clipped to 1."""
+    arms, steps = len(starts), len(order[0]) // batch
+    adapters = stack(starts, model.device)
+    for tensor in adapters.tensors:
+        tensor.requires_grad_()
+    optimizer = torch.optim.AdamW(adapters.tensors, lr=lr, weight_decay=0.0)
+    places = torch.from_numpy(np.stack([o[: steps * batch] for o in order])).to(model.device)
+    begun = time.perf_counter()
+    for step in range(steps):
+        now = places[:, step * batch : (step + 1) * batch].reshape(-1)
+        logits = model.answer(enter(model, rows, now), rows.is_text[now], adapters, arms)
+        loss = functional.cross_entropy(logits, rows.answer[now], reduction="sum") / batch  # a mean within each arm
+        optimizer.zero_grad()
+        loss.backward()
+        norms = sum(t.grad.flatten(1).square().sum(1) for t in adapters.tensors).sqrt()  # type: ignore[union-attr]
+        factor = 1.0 / norms.clamp(min=1.0)
+        for tensor in adapters.tensors:
+            tensor.grad *= factor.view(-1, *[1] * (tensor.ndim - 1))  # type: ignore[operator]
+        optimizer.step()
+    if model.device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begun
+    parts = [t.detach().cpu().numpy() for t in adapters.tensors]
+    return [(parts[0][i], parts[1][i], parts[2][i]) for i in range(arms)], seconds
+
+
+@torch.no_grad()
+def measure(model: Llama, rows: Rows, adapters: list[Factors], labels: list[list[int]], chunk: int) -> np.ndarray:
+    """(adapters, tasks, 3): share right over the vocabulary (free), over the task's labels (ranked), and mean loss."""
+    found = np.zeros((len(adapters), len(labels), 3))
+    stacked = stack(adapters, model.device)
+    for task, ids in enumerate(labels):
+        places = torch.from_numpy(np.flatnonzero((rows.task == task) & rows.is_test)).to(model.device)
+        options = torch.tensor(ids, device=model.device)
+        for part in places.split(chunk):
+            repeated = part.repeat(len(adapters))
+            logits = model.answer(enter(model, rows, repeated), rows.is_text[repeated], stacked, len(adapters))
+            right, logits = rows.answer[part], logits.view(len(adapters), len(part), -1)
+            free = logits.argmax(-1) == right
+            ranked = options[logits[..., options].argmax(-1)] == right
+            loss = functional.cross_entropy(logits.flatten(0, 1), right.repeat(len(adapters)), reduction="none")
+            sums = torch.stack([free.sum(1).float(), ranked.sum(1).float(), loss.view(free.shape).sum(1)], -1)
+            found[:, task] += sums.cpu().numpy() / len(places)
+    return found
+
+
+def order_rows(rows: Rows, done: list[int], task: int, epochs: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Rows that each kind of chain sees at this task, as many for each."""
+    train_rows = [np.flatnonzero((rows.task == t) & ~rows.is_test) for t in range(int(rows.task.max()) + 1)]
+    own = np.concatenate([rng.permutation(train_rows[task]) for _ in range(epochs)])
+    replayed = own.copy()
+    if done:
+        # The memory is a 5 % share of each earlier task, the same rows at every later task.
+        memory = np.concatenate([train_rows[t][: max(1, round(REPLAY * len(train_rows[t])))] for t in done])
+        places = rng.choice(len(own), round(REPLAY * len(own)), replace=False)
+        replayed[places] = rng.choice(memory, len(places))
+    return {"own": own, "replay": replayed, "joint": rng.choice(np.concatenate(train_rows), len(own))}
+
+
+def run(options: argparse.Namespace) -> dict:
+    torch.manual_seed(options.seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = np.load(options.data)
+    config, tensors = read_folder(options.model, data["kept"]) if options.model.is_dir() else read_pack(options.model)
+    model = Llama(config, tensors, device, options.layers or config["num_hidden_layers"])
+    begun = time.perf_counter()
+    tasks = json.loads(data["facts"].tobytes())["tasks"][: options.tasks]
+    rows = load_rows(model, data, tasks, options.share)
+    labels = [task["ids"] for task in tasks]
+    sequence = list(range(len(tasks)))[:: 1 if options.order == 1 else -1]
+    rng = np.random.default_rng(1000 + options.seed)
+    first = draw_start(model, options.seed)
+    zero = measure(model, rows, [first], labels, options.chunk)[0]
+    tuned: dict[str, Factors] = dict.fromkeys(CHAINS, first)
+    shipped: dict[str, Factors] = {}
+    past: dict[str, list[Factors]] = {"seq": [], "independent": []}
+    result: dict = {"zero_shot": zero.tolist(), "R": {}, "before_merge": {}, "train_seconds": 0.0}
+    for i, task in enumerate(sequence, start=1):
+        starts = dict(tuned)
+        if i > 1:
+            starts["slao"] = orthonormal(tuned["slao"][0]), *tuned["slao"][1:]
+            starts["slao_merged_b"] = orthonormal(tuned["slao_merged_b"][0]), *shipped["slao_merged_b"][1:]
+            starts["independent"] = draw_start(model, options.seed + 100 * i)
+        seen = order_rows(rows, sequence[: i - 1], task, options.epochs, rng)
+        order = [seen[chain] if chain in seen else seen["own"] for chain in CHAINS]
+        trained, seconds = train(model, rows, [starts[c] for c in CHAINS], order, options.lr, options.batch)
+        result["train_seconds"] += seconds
+        tuned = dict(zip(CHAINS, trained, strict=True))
+        shipped = ship(tuned, shipped, past, i)
+        names = [*shipped, *(f"{name}*" for name in ("slao", "slao_merged_b", "seq", "independent"))]
+        before = [tuned[name.removesuffix("*")] for name in names[len(shipped) :]]
+        scores = measure(model, rows, [*shipped.values(), *before], labels, options.chunk)
+        for name, score in zip(names, scores, strict=True):
+            where = result["before_merge" if name.endswith("*") else "R"]
+            where.setdefault(name.removesuffix("*"), []).append(score[sequence].tolist())
+        print(
+            f"task {i} ({tasks[task]['name']}): {seconds:.0f} s of training, {time.perf_counter() - begun:.0f} s in all",
+            flush=True,
+        )
+    told = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(options).items()}
+    machine = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or platform.machine()
+    return {**result, "zero_shot": zero[sequence].tolist(), "tasks": [tasks[t]["name"] for t in sequence], "options": told,
+            "machine": machine, "torch": torch.__version__, "seconds": time.perf_counter() - begun}  # fmt: skip
+
+
+def ship(
+    tuned: dict[str, Factors], before: dict[str, Factors], past: dict[str, list[Factors]], i: int
+) -> dict[str, Factors]:
+    """What each arm would ship after task i."""
+    for name, adapters in past.items():
+        adapters.append(tuned[name])
+    chains = {"ema": "seq", "slao_no_qr": "seq", "slao": "slao", "slao_merged_b": "slao_merged_b"}
+    found = {name: tuned[name] for name in ("seq", "replay", "joint")}
+    for arm, chain in chains.items():
+        found[arm] = tuned[chain] if i == 1 else blend_all(before[arm], tuned[chain], i, with_a=arm == "ema")
+    several = past["independent"]
+    merged = {
+        "mean": ("linear", several, R, {}),
+        "cat": ("cat", several, R * i, {}),
+        "ties_20": ("ties", several, 4 * R, {"density": 0.2}),
+        "ties_50": ("ties", several, 4 * R, {"density": 0.5}),
+        "magmax": ("magmax", past["seq"], 4 * R, {}),
+    }
+    for arm, (method, adapters, rank, plan) in merged.items():
+        found[arm] = adapters[0] if i == 1 else merge_by(method, adapters, rank, **plan)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--model", type=Path, required=True, help="a Hugging Face folder, or a file of pack_model.py")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--order", type=int, choices=(1, 2), default=1, help="1: tasks as built; 2: reversed")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--tasks", type=int, default=4, help="only the first so many")
+    parser.add_argument("--layers", type=int, default=0, help="adapters in the last so many layers; 0: in all")
+    parser.add_argument("--share", type=float, default=1.0, help="of the rows")
+    parser.add_argument("--chunk", type=int, default=64, help="test rows at a time")
+    parser.add_argument("--profile", choices=("cpu", "gpu"), default="gpu")
+    options = parser.parse_args()
+    if options.profile == "cpu":
+        options.layers, options.epochs, options.tasks = options.layers or 6, 1, 3
+        options.share = min(options.share, 0.2)
+    options.out.write_text(json.dumps(run(options)))
+
+
+if __name__ == "__main__":
+    main()
