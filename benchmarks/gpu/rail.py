@@ -11,64 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from randommodel import SHAPES, write_model, write_rows
 
 from bp_runs import Settings, TrainSpec
 from bp_runs.events import Event, ModelLoaded, Notice, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail
-
-_QWEN = {"vocab_size": 151936, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
-SHAPES = {
-    "pico": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
-    "qwen2.5-1.5b": {**_QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "qwen2.5-7b": {**_QWEN, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "tie_word_embeddings": False},
-}  # fmt: skip
-WORDS = "river stone lamp harbour bread window cloud paper ladder garden winter copper"
-
-
-def write_model(folder: Path, shape: str) -> None:
-    """A Qwen2 of the given shape: random bfloat16 weights, a small byte-level tokenizer with ChatML."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator([WORDS] * 4, trainer)
-    core.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))
-    torch.manual_seed(0)
-    config = transformers.Qwen2Config(**SHAPES[shape], bos_token_id=1, eos_token_id=2, pad_token_id=0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder)
-
-
-def write_rows(file: Path, base: Path, rows: int, tokens: int) -> None:
-    """Chats of just under ``tokens`` tokens each; nearly all of them are the assistant's."""
-    chance = random.Random(0)
-    core = Tokenizer.from_file(str(base / "tokenizer.json"))
-    cost = {word: len(core.encode(" " + word).ids) for word in WORDS.split()}
-    with file.open("w") as out:
-        for _ in range(rows):
-            answer, left = [], tokens - 64
-            while left > max(cost.values()):
-                answer.append(chance.choice(list(cost)))
-                left -= cost[answer[-1]]
-            turns = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": " ".join(answer)}]
-            out.write(json.dumps({"messages": turns}) + "\n")
 
 
 def main() -> None:
@@ -87,9 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         base = options.model or Path(scratch) / "model"
         if not (base / "config.json").is_file():
-            base.mkdir(parents=True, exist_ok=True)
             write_model(base, options.shape)
-            torch.cuda.empty_cache()
         if options.cap_gib and torch.cuda.is_available():
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(options.cap_gib * 2**30 / total)

@@ -1,12 +1,14 @@
 """A lack of memory, injected where it strikes: the weights come out as if it had never happened."""
 
+import pkgutil
+
 import pytest
 import torch
 from cuda_training import spec_for, train
 from safetensors.torch import load_file
 from transformers import LlamaModel
 
-from bp_runs.events import Notice, StepDone
+from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
 from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError
 from bp_train_cuda.guards.oom import split_batch
 from bp_train_cuda.guards.optimizer import guard_optimizer
@@ -73,6 +75,71 @@ def test_the_same_weights_as_without_it(pico_model, chat_file, tmp_path, monkeyp
     assert steps[0] == steps[1]
     losses = [[e.loss for e in all_events if isinstance(e, StepDone)] for all_events in (calm_events, events)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [
+        ("torch.optim.AdamW._init_group", "the optimizer step"),
+        ("peft.peft_model.safe_save_file", "the save"),
+        ("transformers.generation.utils.GenerationMixin.generate", "a sample answer"),
+        ("trl.SFTTrainer.compute_loss", None),
+    ],
+)
+def test_elsewhere_too(pico_model, chat_file, tmp_path, monkeypatch, place, what):
+    """In the optimizer step, the save, an answer and, where it runs without gradients, the validation."""
+    loop = {"steps": 3, "batch_size": 2, "eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 1, "keep": "last"}
+    loop |= {"sample_prompts": ("who are you",)}
+    calm, calm_events = train(spec_for(pico_model, chat_file, tmp_path / "calm", training=loop))
+    path, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(path)
+    plain = getattr(owner, name)
+    calls = []
+
+    def scarce(*args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        if (what and len(calls) == 1) or (not what and not calls[-1] and calls.count(False) == 1):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, scarce)
+    outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "scarce", training=loop))
+    told = [e.details.get("what") for e in events if isinstance(e, Notice) and "out of GPU memory" in e.message]
+    assert told == [what]
+    for name, tensor in weights(calm).items():
+        torch.testing.assert_close(weights(outcome)[name], tensor, rtol=1e-5, atol=1e-5)
+    losses = [[e.loss for e in found if isinstance(e, EvalDone)] for found in (calm_events, events)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    answers = [[(e.step, e.answer) for e in found if isinstance(e, SampleAnswer)] for found in (calm_events, events)]
+    assert answers[0] == answers[1]
+    assert [step for step, _ in answers[0]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("place", ["torch.optim.AdamW._init_group", "peft.peft_model.safe_save_file"])
+def test_what_never_fits_ends_the_run_with_a_code(pico_model, chat_file, tmp_path, monkeypatch, place):
+    def never(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(place, never)
+    for recovery, error in ((True, OomExhaustedError), (False, GpuOutOfMemoryError)):
+        spec = spec_for(
+            pico_model, chat_file, tmp_path / f"{recovery}", training={"oom_recovery": recovery, "steps": 1}
+        )
+        with pytest.raises(error):
+            train(spec)
+        assert not spec.folders.adapter.exists()
+
+
+def test_answers_that_never_fit_cost_no_run(pico_model, chat_file, tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("transformers.generation.utils.GenerationMixin.generate", never)
+    outcome, events = train(
+        spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1, "sample_prompts": ("who are you",)})
+    )
+    assert outcome.steps == 1
+    assert sum(isinstance(e, Notice) and e.message.startswith("no sample answers") for e in events) == 2
 
 
 def test_a_single_row_that_does_not_fit_ends_the_run(pico_model, chat_file, tmp_path, monkeypatch):

@@ -245,6 +245,7 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "training.keep_checkpoints": (1, None),
     "training.sample_tokens": (1, None),
     "training.simpo_gamma": (0.0, None),
+    "training.gpu_max_temp": (0, 110),
 }
 _POSITIVE = (
     "training.learning_rate",

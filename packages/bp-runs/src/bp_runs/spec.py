@@ -145,6 +145,13 @@ class TrainingSpec:
     oom_recovery: bool = setting(
         True, "Halve a micro-batch that does not fit the GPU and go on with the same step; without it, stop."
     )
+    preflight: Literal["auto", "on", "off"] = setting(
+        "auto", "Rehearse the longest batch, an optimizer step and a validation first; auto: runs of 50 steps on a GPU."
+    )
+    gpu_max_temp: int = setting(88, "Pause when the GPU is as hot as this, in °C, until it has cooled by 8; 0: never.")
+    kernels: Literal["auto", "none", "liger"] = setting(
+        "auto", "Fused kernels on a GPU: Liger's where it is installed and knows the model (auto), always, or none."
+    )
     save_steps: int = setting(50, "Steps from one checkpoint to the next; 0: only when the run is stopped.")
     keep_checkpoints: int = setting(2, "Newest checkpoints that stay, beside the one of the lowest validation loss.")
     resume: bool | None = setting(
@@ -177,9 +184,11 @@ class RunFolders:
     output: Path
     """The user's output folder."""
     run: Path
-    """``<output>/runs/<run_id>``; the rail writes here, and in ``cache``, and nowhere else."""
+    """``<output>/runs/<run_id>``; the rail writes here, in ``cache`` and ``machine``, and nowhere else."""
     cache: Path | None = None
     """Where prepared rows may be kept for the next run; None: nowhere."""
+    machine: Path | None = None
+    """Where facts about this machine may be kept from run to run, such as what fitted its card; None: nowhere."""
 
     @property
     def adapter(self) -> Path:

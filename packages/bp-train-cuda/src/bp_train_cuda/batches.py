@@ -22,6 +22,10 @@ class RowSet(Dataset[Item]):  # type: ignore[misc]  # torch is not typed for a s
     def __len__(self) -> int:
         return len(self._rows)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(row.ids) for row in self._rows]
+
     def __getitem__(self, place: int) -> Item:
         row = self._rows[place]
         return {"input_ids": row.ids, "labels": row.labels()}
@@ -32,10 +36,15 @@ class PackSet(Dataset[Item]):  # type: ignore[misc]
 
     def __init__(self, rows: Sequence[TokenRow], lengths: Sequence[int], room: int) -> None:
         self._rows = rows
+        self._lengths = lengths
         self._plan = plan_packs(lengths, room)
 
     def __len__(self) -> int:
         return len(self._plan)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each pack."""
+        return [sum(self._lengths[row] for row in rows) for rows in self._plan]
 
     def __getitem__(self, place: int) -> Item:
         pack = build_pack([self._rows[row] for row in self._plan[place]])
@@ -67,3 +76,8 @@ def join_packs(items: Sequence[Item]) -> Batch:
     """
     names = ("input_ids", "labels", "position_ids")
     return {name: torch.tensor([[value for item in items for value in item[name]]]) for name in names}
+
+
+def find_longest(lengths: Sequence[int], count: int) -> list[int]:
+    """Places of the ``count`` longest rows, the longest first; fewer where there are not so many."""
+    return sorted(range(len(lengths)), key=lambda place: -lengths[place])[:count]

@@ -25,15 +25,19 @@ from bp_runs.rail import EvalOutcome, RowOutcome, Stop, TrainOutcome, mean_ends
 from bp_runs.spec import LoraSpec, TrainSpec
 from bp_train_cuda import load, lora, probe
 from bp_train_cuda.answers import answer
-from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
+from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError, TrainingFailedError
 from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.guarded import Parts
-from bp_train_cuda.guards.oom import StepSplitter
+from bp_train_cuda.guards.fit import CardFit
+from bp_train_cuda.guards.oom import StepSplitter, try_again
 from bp_train_cuda.kept import KeptBase, take_off_adapter
+from bp_train_cuda.kernels import apply_kernels
 from bp_train_cuda.loop import StepReporter
 from bp_train_cuda.methods import METHODS
+from bp_train_cuda.rehearsal import Rehearsal
 from bp_train_cuda.rows import AnyPrepared
 from bp_train_cuda.rowwise import examine_rows
+from bp_train_cuda.watch import open_watch
 
 _log = logging.getLogger("bp_train_cuda")
 _SAVE_MARGIN = 64 * 2**20  # tokenizer, settings, metrics
@@ -131,6 +135,8 @@ class _Loaded:
     mode: probe.Mode
     parameters: int
     base: Any
+    kernels: str
+    """Which fused kernels are in it, or why none."""
 
 
 @contextlib.contextmanager
@@ -139,10 +145,10 @@ def _base(spec: TrainSpec, kept: KeptBase | None) -> Iterator[_Loaded]:
     device, trust = probe.choose_device(), spec.model.trust_remote_code
     parameters = load.measure_model(spec.base, device, trust_remote_code=trust)
     mode = probe.choose_mode(spec.training.mode, parameters, device)
-    key = (spec.base.resolve(), spec.base_commit, mode.name, spec.model.dtype, trust)
+    key = (spec.base.resolve(), spec.base_commit, mode.name, spec.model.dtype, trust, spec.training.kernels)
     load_base = partial(load.load_model, spec.base, device, mode, dtype=spec.model.dtype, trust_remote_code=trust)
     with (kept or KeptBase()).borrow(key, load_base) as base:
-        yield _Loaded(device, mode, parameters, base)
+        yield _Loaded(device, mode, parameters, base, apply_kernels(base, spec.training.kernels, device))
 
 
 def _train(
@@ -152,12 +158,21 @@ def _train(
     model = _add_adapter(spec, loaded, emit)
     _emit_answers(spec, prepared, model, emit, step=0)
     reporter = StepReporter(emit, stop, memory, spec.training.steps)
+    fit = CardFit(spec, loaded.mode.name, loaded.device, emit)
+    rehearsal = Rehearsal(spec, loaded.device, emit, trainer=lambda: trainer, validator=lambda: reporter.validator)
     # Guards and checkpoints join here; a callback is told of the loop's start, of every step and of the end.
-    parts, trainer = _build_trainer(spec, prepared, model, loaded, emit, callbacks=[reporter])
+    callbacks = [rehearsal, reporter]
+    parts, trainer = _build_trainer(
+        spec, prepared, model, loaded, emit, callbacks=callbacks, halvings=fit.recall_halvings()
+    )
     reporter.count_tokens, reporter.take_metrics = lambda: trainer.tokens, trainer.take_metrics
+    reporter.watch = open_watch(spec.training, loaded.device, emit, stop)
+    trainer.look = reporter.watch.look
+    reporter.tell_answers = lambda step: _emit_answers(spec, prepared, model, emit, step=step)
     if len(heldout):
         reporter.validator = _build_validator(parts, trainer, heldout, emit)
     _run(trainer)
+    fit.remember(parts.splitter.halvings, memory.read())
     if reporter.validator is not None:
         reporter.validator.restore_best(len(reporter.losses))
     _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
@@ -176,6 +191,8 @@ def _add_adapter(spec: TrainSpec, loaded: _Loaded, emit: Emit) -> Any:
     emit(_model_loaded(spec, model, loaded.parameters, loaded.mode, loaded.device))
     if loaded.device.kind == "cpu":
         emit(Notice(message=f"training on the CPU ({loaded.device.why}): fine for small models, slow for others"))
+    else:
+        emit(Notice(message=loaded.kernels))
     return model
 
 
@@ -187,14 +204,16 @@ def _build_trainer(
     emit: Emit,
     *,
     callbacks: Sequence[TrainerCallback] = (),
+    halvings: int = 0,
 ) -> tuple[Parts, Any]:
+    weights = list(lora.trainable_weights(model).values())
     parts = Parts(
         spec=spec,
         device=loaded.device,
         mode=loaded.mode,
         model=model,
         tokenizer=_trl_tokenizer(spec, prepared),
-        splitter=StepSplitter(list(lora.trainable_weights(model).values()), emit, enabled=spec.training.oom_recovery),
+        splitter=StepSplitter(weights, emit, enabled=spec.training.oom_recovery, halvings=halvings),
         callbacks=callbacks,
     )
     return parts, METHODS[spec.training.method].build(parts, prepared)
@@ -220,7 +239,9 @@ def _run(trainer: Any) -> None:
 def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, emit: Emit) -> None:
     _require_finite(model)
     template = None if prepared.template.name == "tokenizer" else prepared.template.text
-    size = lora.save_adapter(model, spec, template)
+    size = try_again(
+        lambda: lora.save_adapter(model, spec, template), "the save", emit, enabled=spec.training.oom_recovery
+    )
     emit(AdapterSaved(path=str(spec.folders.adapter), bytes=size))
 
 
@@ -248,15 +269,21 @@ def _require_finite(model: Any) -> None:
 
 
 def _emit_answers(spec: TrainSpec, prepared: AnyPrepared, model: Any, emit: Emit, *, step: int) -> None:
+    """The answers to the sample prompts; where there is no memory for them, the run goes on without."""
+    ask = partial(
+        answer,
+        model,
+        prepared.tokenizer,
+        prepared.template,
+        max_tokens=spec.training.sample_tokens,
+        ends=prepared.facts.stop_ids,
+    )
     for prompt in spec.training.sample_prompts:
-        text = answer(
-            model,
-            prepared.tokenizer,
-            prepared.template,
-            prompt,
-            max_tokens=spec.training.sample_tokens,
-            ends=prepared.facts.stop_ids,
-        )
+        try:
+            text = try_again(partial(ask, prompt), "a sample answer", emit, enabled=spec.training.oom_recovery)
+        except OomExhaustedError as error:
+            emit(Notice(message="no sample answers: too little GPU memory", details={"reason": error.cause}))
+            return
         emit(SampleAnswer(step=step, prompt=prompt, answer=text))
 
 

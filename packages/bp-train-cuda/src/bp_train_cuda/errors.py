@@ -3,6 +3,7 @@
 DependencyError
 ├── GpuNotAvailableError   DEP_GPU_NOT_AVAILABLE            too large a model for a CPU
 ├── BitsandbytesError      DEP_BITSANDBYTES_MISSING         4-bit bases need it
+├── KernelsError           DEP_KERNELS_UNUSABLE             fused kernels were asked for and cannot be had
 └── ModelLoadError         DEP_MODEL_LOAD_FAILED            the base model's files cannot be loaded
 UserError
 ├── ModeError              CONFIG_MODE_UNSUPPORTED          4-bit training on a CPU
@@ -35,6 +36,14 @@ class BitsandbytesError(DependencyError):
     code = "DEP_BITSANDBYTES_MISSING"
     when = "A 4-bit base was asked for, or is needed to fit the memory, and bitsandbytes cannot be imported."
     default_way_out = "Install it: pip install bitsandbytes; or train on a 16-bit base: --mode lora"
+
+
+class KernelsError(DependencyError):
+    """The fused kernels that were asked for cannot be used."""
+
+    code = "DEP_KERNELS_UNUSABLE"
+    when = "Liger's kernels were asked for and are not installed, do not know the model, or there is no GPU."
+    default_way_out = "Install them: pip install liger-kernel; or let the rail choose: --kernels auto"
 
 
 class ModeError(UserError):

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from bp_runs.rail import MemoryEstimate
+from bp_runs.spec import Settings
 from bp_train_cuda.shapes import Linear, Shapes
 
 CONTEXT = int(0.7 * 2**30)
@@ -55,6 +56,27 @@ class Load:
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.batch_size * self.seq_length * _ROWS.get(self.method, 1)
+
+
+def read_load(settings: Settings, mode: str, rows: int | None = None) -> Load:
+    """What a run with ``settings`` would train.
+
+    Args:
+        mode: How the base is held; not ``auto``.
+        rows: Rows at once; None: those of the settings.
+    """
+    lora, training = settings.lora, settings.training
+    return Load(
+        mode=cast("Mode", mode),
+        method=getattr(training, "method", "sft"),
+        r=lora.r,
+        targets=lora.target_modules,
+        use_dora=lora.use_dora,
+        batch_size=rows or training.batch_size,
+        seq_length=settings.model.max_seq_length,
+        accumulates=training.gradient_accumulation > 1,
+        checkpointing=training.gradient_checkpointing,
+    )
 
 
 def estimate(shapes: Shapes, load: Load, calibration: float = 1.0) -> MemoryEstimate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from bp_data import split_rows
 from bp_runs.events import Emit, EvalDone, Notice
 from bp_runs.spec import TrainingSpec
+from bp_train_cuda.batches import find_longest
 from bp_train_cuda.guards.oom import Batch
 from bp_train_cuda.lora import trainable_weights
 
@@ -57,6 +58,7 @@ class Validator:
         self._spec = spec
         self._emit = emit
         self._measure_batch = measure
+        self._collate = collate
         # A generator of its own: a DataLoader draws a number at each start, and training's draws must not move.
         own = torch.Generator()
         self._loader = DataLoader(rows, batch_size=spec.batch_size, collate_fn=collate, generator=own)
@@ -93,15 +95,24 @@ class Validator:
         message = f"the adapter of step {self.best_step} is kept: its validation loss {self.best_loss:.4f} is the best"
         self._emit(Notice(message=message, details={"best_step": self.best_step}))
 
+    def rehearse(self) -> None:
+        """Measure the longest held-out rows once, for the memory that it takes."""
+        rows: Any = self._loader.dataset
+        longest = find_longest(rows.lengths(), self._spec.batch_size)
+        self._measure([self._collate([rows[place] for place in longest])])
+
     def measure(self) -> tuple[float, int, dict[str, float]]:
         """Mean loss over the held-out rows, their trained tokens, and the means of the method's metrics."""
+        return self._measure(self._loader)
+
+    def _measure(self, batches: Iterable[Batch]) -> tuple[float, int, dict[str, float]]:
         sums: Counter[str] = Counter()
         tokens = 0
         was_training = self._model.training
         self._model.eval()
         try:
             with torch.no_grad():
-                for batch in self._loader:
+                for batch in batches:
                     on_device = {name: value.to(self._model.device) for name, value in batch.items()}
                     sums.update(self._measure_batch(on_device))
                     tokens += int((batch["labels"][..., 1:] >= 0).sum())

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from bp_runs.errors import ContractError
 from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_train_cuda.guards.oom import Batch, StepSplitter
+from bp_train_cuda.guards.optimizer import guard_optimizer
 from bp_train_cuda.lora import trainable_weights
 from bp_train_cuda.optimizer import choose_optimizer
 from bp_train_cuda.order import RowOrder
@@ -86,6 +87,8 @@ class Guarded:
     reader: StepSplitter
     """Splits what runs without gradients."""
     order: RowOrder
+    look: Callable[[], None] = staticmethod(lambda: None)
+    """Called before each micro-batch, when training may have to wait."""
     tokens = 0
     """Tokens of finished micro-batches; TRL counts those of failed attempts too."""
     seen: torch.Tensor | None = None
@@ -112,6 +115,7 @@ class Guarded:
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Forward and backward of a micro-batch, in as many pieces as fit."""
+        self.look()
         step = super().training_step  # type: ignore[misc]  # TRL's
 
         def run(piece: Batch) -> torch.Tensor:
@@ -150,6 +154,13 @@ class Guarded:
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # noqa: ARG002  # transformers' name
         return self.order
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' optimizer, which finishes a step that runs out of memory."""
+        made = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        guard_optimizer(trainer.optimizer, self.splitter.emit, enabled=self.splitter.enabled)
+        return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002  # TRL's name
         """The learning rate's course as `rate` says."""

@@ -14,6 +14,7 @@ from bp_runs.events import Emit, Notice, StepDone
 from bp_runs.rail import Stop
 from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.probe import PeakMemory
+from bp_train_cuda.watch import Watch
 
 
 class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for a strict check
@@ -35,8 +36,13 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         """Set by whoever measures them; asked once a step."""
         self.validator: Validator | None = None
         """Visited after steps where there are held-out rows."""
+        self.watch = Watch()
+        """Asked after each step."""
+        self.tell_answers: Callable[[int], None] = lambda _step: None
+        """Called after each validation but the last."""
         self.losses: list[float] = []
         self.tokens = 0
+        self._rested = 0.0
         self.stopped = False
 
     @property
@@ -61,7 +67,8 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         if "loss" not in logs or "learning_rate" not in logs:
             return
         now, loss = time.perf_counter(), float(logs["loss"])
-        tokens = self.count_tokens()
+        tokens, rested = self.count_tokens(), self.watch.rested
+        speed = (tokens - self.tokens) / max(now - self._last - (rested - self._rested), 1e-9)
         self._emit(
             StepDone(
                 step=state.global_step,
@@ -70,18 +77,22 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=None if logs.get("grad_norm") is None else float(logs["grad_norm"]),
                 tokens=tokens,
-                tokens_per_second=(tokens - self.tokens) / max(now - self._last, 1e-9),
+                tokens_per_second=speed,
                 memory_bytes=self._memory.read(),
                 metrics=self.take_metrics(),
+                temperature=self.watch.temperature,
             )
         )
-        self._last, self.tokens = now, tokens
+        self._last, self.tokens, self._rested = now, tokens, rested
         if not math.isfinite(loss):
             raise TrainingDivergedError(f"the loss is {loss} at step {state.global_step}")
         self.losses.append(loss)
+        self.watch.end_step(speed)
         is_last = state.global_step == self._steps or self.stopped
         if self.validator is not None and self.validator.is_due(state.global_step, is_last=is_last):
             if self.validator.visit(state.global_step) and not is_last:
                 control.should_training_stop = True
                 self._emit(Notice(message=f"stopped early at step {state.global_step}: validation no longer improves"))
+            elif not is_last:
+                self.tell_answers(state.global_step)
             self._last = time.perf_counter()

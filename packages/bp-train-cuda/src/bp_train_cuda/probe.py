@@ -23,6 +23,8 @@ class Device:
     why: str
     memory: int
     """Bytes free for training now."""
+    card: str = "cpu"
+    """The card's name and its memory, by which it is remembered."""
 
     @property
     def label(self) -> str:
@@ -34,8 +36,9 @@ def choose_device() -> Device:
     """The first CUDA device, else the CPU."""
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(0)
-        free, _ = torch.cuda.mem_get_info(0)
-        return Device("cuda", f"{torch.cuda.get_device_name(0)}, SM {major}.{minor}", free)
+        free, total = torch.cuda.mem_get_info(0)
+        name = torch.cuda.get_device_name(0)
+        return Device("cuda", f"{name}, SM {major}.{minor}", free, f"{name} {total / 2**30:.1f} GiB")
     why = "no CUDA device" if torch.backends.cuda.is_built() else "this torch is built without CUDA"
     return Device("cpu", why, psutil.virtual_memory().available)
 

@@ -51,8 +51,8 @@ class StepSplitter:
         self, parameters: Sequence[torch.nn.Parameter], emit: Emit, *, enabled: bool = True, halvings: int = 0
     ) -> None:
         self._parameters = list(parameters)
-        self._emit = emit
-        self._enabled = enabled
+        self.emit = emit
+        self.enabled = enabled
         self._earlier: list[_MicroBatch] = []
         self.halvings = halvings
         """Kept from step to step: what did not fit once is not tried again."""
@@ -73,7 +73,7 @@ class StepSplitter:
             OomExhaustedError: A single row, or an eighth of the rows, does not fit.
             torch.OutOfMemoryError: With the guard disabled.
         """
-        if not self._enabled:
+        if not self.enabled:
             return step(batch)
         if all(p.grad is None for p in self._parameters):
             self._earlier.clear()
@@ -117,7 +117,7 @@ class StepSplitter:
         message = (
             f"out of GPU memory: micro-batches of {rows} rows now run in {pieces} pieces; same rows, same gradient"
         )
-        self._emit(Notice(message=message, level="warning", details={"pieces": pieces, "reason": reason}))
+        self.emit(Notice(message=message, level="warning", details={"pieces": pieces, "reason": reason}))
 
 
 def try_again(action: Callable[[], Result], what: str, emit: Emit, *, enabled: bool = True) -> Result:

@@ -1,4 +1,7 @@
-"""An optimizer step that runs out of memory is finished: no parameter is left out, none is updated twice."""
+"""An optimizer step that runs out of memory is finished: no parameter is left out, none is updated twice.
+
+Also: an optimizer as it was before its first step.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,38 @@ def guard_optimizer(optimizer: torch.optim.Optimizer, emit: Emit, *, enabled: bo
         done += 1
         return result
 
-    if enabled:
+    if enabled and "step" not in vars(optimizer):
         # A bound method, since torch's schedulers wrap what stands behind one.
         optimizer.step = MethodType(step, optimizer)
+
+
+def forget_moments(optimizer: Any) -> None:
+    """Set all that steps have left behind to what it is at the first one: zero.
+
+    It is not thrown away: bitsandbytes never frees its paged memory.
+    """
+    for state in _raw(optimizer).state.values():
+        for name, value in state.items():
+            if not torch.is_tensor(value):
+                state[name] = 0 if name == "step" else value
+            elif getattr(value, "is_paged", False):
+                from bitsandbytes import functional
+
+                functional.fill(value, 0)  # on the GPU; torch takes paged memory for the CPU's
+            elif not name.startswith("qmap"):  # tables of bitsandbytes, which steps only read
+                value.zero_()
+
+
+def count_moment_bytes(optimizer: Any) -> int:
+    """Bytes that the optimizer keeps for its parameters."""
+    tensors = (v for state in _raw(optimizer).state.values() for v in state.values() if torch.is_tensor(v))
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def _raw(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside Accelerate's."""
+    raw: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return raw
 
 
 def _step_rest(optimizer: torch.optim.Optimizer, plain: Any, done: int, closure: Any) -> Any:

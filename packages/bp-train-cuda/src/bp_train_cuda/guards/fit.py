@@ -1,0 +1,72 @@
+"""A run begins with as many rows at once as fitted its card before, and leaves word for the next one."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import orjson
+
+from bp_runs.events import Emit, Notice
+from bp_runs.spec import TrainSpec
+from bp_train_cuda.errors import ShapesUnknownError
+from bp_train_cuda.estimate import estimate, read_load
+from bp_train_cuda.fit import FitMemory, Fitted, describe_load
+from bp_train_cuda.guards.oom import HALVINGS
+from bp_train_cuda.probe import Device
+from bp_train_cuda.shapes import read_shapes
+
+
+class CardFit:
+    """What fitted this card, for one run: asked before it, told after it.
+
+    Args:
+        mode: How the base is held.
+    """
+
+    def __init__(self, spec: TrainSpec, mode: str, device: Device, emit: Emit) -> None:
+        self._spec = spec
+        self._mode = mode
+        self._device = device
+        self._emit = emit
+        self._memory = FitMemory(spec.folders.machine, device.card)
+        self._load = describe_load(spec, mode)
+
+    def recall_halvings(self) -> int:
+        """Halvings to begin with, told to the user where there are any."""
+        if not self._spec.training.oom_recovery:
+            return 0
+        rows = self._spec.training.batch_size
+        found = self._memory.recall(self._load, rows, self._device.memory, most=HALVINGS)
+        if found:
+            pieces = min(rows, 2**found)
+            message = f"micro-batches of {rows} rows run in {pieces} pieces, which is what fitted this card before"
+            self._emit(Notice(message=message, details={"pieces": pieces}))
+        return found
+
+    def remember(self, halvings: int, peak: int) -> None:
+        """Write down how many rows fitted at once; on a GPU also what they took.
+
+        Args:
+            peak: Bytes in use at most.
+        """
+        on_gpu = self._device.kind == "cuda"
+        if not on_gpu and not halvings:
+            return
+        rows = -(-self._spec.training.batch_size // 2**halvings)
+        fitted = Fitted(
+            rows=rows if halvings else None,
+            free=self._device.memory,
+            peak=peak if on_gpu else 0,
+            estimated=_estimate(self._spec, self._mode, rows) if on_gpu else 0,
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        self._memory.remember(self._load, fitted)
+
+
+def _estimate(spec: TrainSpec, mode: str, rows: int) -> int:
+    """Bytes in use as `bp_train_cuda.estimate` has them for ``rows`` rows at once; 0 where it cannot say."""
+    try:
+        shapes = read_shapes(orjson.loads((spec.base / "config.json").read_bytes()))
+    except ShapesUnknownError:
+        return 0
+    return estimate(shapes, read_load(spec, mode, rows)).in_use

@@ -1,0 +1,49 @@
+"""Liger's fused kernels for norms, rotary positions and the feed-forward part, where they can be used.
+
+The loss needs none of them: TRL's head takes it in tiles of 4,096 tokens by 32,768 words, on any device and under every
+method, so logits never exist whole; Liger's fused cross-entropy would take its place and TRL refuses it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, Literal
+
+from bp_train_cuda.errors import KernelsError
+from bp_train_cuda.probe import Device
+
+Kernels = Literal["auto", "none", "liger"]
+
+
+def apply_kernels(model: Any, wanted: Kernels, device: Device) -> str:
+    """Put Liger's kernels into ``model``, before it gets an adapter; returns what was done, or why nothing.
+
+    Raises:
+        KernelsError: They were asked for and cannot be used.
+    """
+    if wanted == "none":
+        return "no fused kernels: as asked"
+    why_not = _find_obstacle(str(model.config.model_type), device)
+    if why_not and wanted == "liger":
+        raise KernelsError(f"Liger's kernels cannot be used: {why_not}")
+    if why_not:
+        return f"no fused kernels: {why_not}"
+    from liger_kernel.transformers import monkey_patch
+
+    monkey_patch._apply_liger_kernel_to_instance(  # noqa: SLF001  # what transformers calls too
+        model=model, fused_linear_cross_entropy=False, cross_entropy=False
+    )
+    return "Liger's kernels for norms, positions and feed-forward"
+
+
+def _find_obstacle(model_type: str, device: Device) -> str:
+    """Why they cannot be used; empty where they can."""
+    if device.kind != "cuda":
+        return "they need a GPU"
+    for module, package in (("triton", "triton"), ("liger_kernel", "liger-kernel")):
+        if find_spec(module) is None:
+            return f"{package} is not installed"
+    from liger_kernel.transformers import monkey_patch
+
+    known = model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    return "" if known else f"Liger does not know {model_type} models"

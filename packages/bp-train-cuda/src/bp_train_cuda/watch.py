@@ -1,0 +1,68 @@
+"""The guards that look at the card while a run goes on: its temperature, and on Windows its memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from bp_runs.events import Emit, Notice
+from bp_runs.rail import Stop
+from bp_runs.spec import TrainingSpec
+from bp_train_cuda.guards.spill import SpillDetector, keep_on_card, read_gpu_memory
+from bp_train_cuda.guards.thermal import Governor, Limits, find_sensor
+from bp_train_cuda.probe import Device
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Asked before each micro-batch and after each step."""
+
+    governor: Governor | None = None
+    spill: SpillDetector | None = None
+
+    @property
+    def temperature(self) -> int | None:
+        """Degrees Celsius at the last look."""
+        return None if self.governor is None else self.governor.temperature
+
+    @property
+    def rested(self) -> float:
+        """Seconds of all pauses so far."""
+        return 0.0 if self.governor is None else self.governor.rested
+
+    def look(self) -> None:
+        """Before a micro-batch: rest where the card is too hot."""
+        if self.governor is not None:
+            self.governor.look()
+
+    def end_step(self, tokens_per_second: float) -> None:
+        """After a step.
+
+        Raises:
+            GpuTemperatureError: As `bp_train_cuda.guards.thermal.Governor.end_step`.
+        """
+        if self.spill is not None:
+            self.spill.end_step(tokens_per_second)
+        if self.governor is not None:
+            self.governor.end_step()
+
+
+def open_watch(spec: TrainingSpec, device: Device, emit: Emit, stop: Stop) -> Watch:
+    """The guards that this device needs; none on a CPU."""
+    if device.kind == "cpu":
+        return Watch()
+    spill = None
+    if os.name == "nt":
+        keep_on_card()
+        spill = SpillDetector(read_gpu_memory, emit)
+    return Watch(_open_governor(spec, emit, stop), spill)
+
+
+def _open_governor(spec: TrainingSpec, emit: Emit, stop: Stop) -> Governor | None:
+    if not spec.gpu_max_temp:
+        return None
+    sensor, why = find_sensor()
+    if sensor is None:
+        emit(Notice(message=f"the GPU's temperature is not watched: {why}"))
+        return None
+    return Governor(sensor, Limits.around(spec.gpu_max_temp), emit, stop=stop)

@@ -1,0 +1,77 @@
+"""What fitted is remembered per card and load, and a damaged file costs nothing."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from cuda_training import spec_for, train
+from test_cuda_oom import Scarce
+
+from bp_runs.events import Notice
+from bp_train_cuda.fit import FITTED_FILE, FitMemory, Fitted, describe_load
+
+GIB = 2**30
+
+
+def fitted(**changes):
+    return Fitted(**({"rows": 2, "free": 15 * GIB, "peak": 12 * GIB, "estimated": 10 * GIB, "at": "now"} | changes))
+
+
+@pytest.mark.parametrize(
+    ("batch", "free", "halvings"),
+    [(1, 15, 0), (2, 15, 0), (3, 15, 1), (8, 15, 2), (16, 15, 3), (64, 15, 3), (8, 15.5, 2), (8, 24, 0)],
+)
+def test_a_run_begins_with_what_fitted(tmp_path, batch, free, halvings):
+    memory = FitMemory(tmp_path, "card 16 GiB")
+    memory.remember("model sft qlora r16", fitted())
+    assert memory.recall("model sft qlora r16", batch, int(free * GIB), most=3) == halvings
+    assert memory.recall("model sft qlora r32", batch, 15 * GIB, most=3) == 0
+    assert FitMemory(tmp_path, "card 24 GiB").recall("model sft qlora r16", batch, 15 * GIB, most=3) == 0
+
+
+def test_estimates_are_corrected_by_what_was_measured(tmp_path):
+    memory = FitMemory(tmp_path, "card")
+    assert memory.calibration("qlora") == 1.0
+    for load, peak in (("a sft qlora r8", 11), ("b sft qlora r8", 12), ("c sft qlora r8", 10), ("d sft full", 20)):
+        memory.remember(load, fitted(peak=peak * GIB))
+    assert memory.calibration("qlora") == pytest.approx(1.1)
+    assert memory.calibration("full") == pytest.approx(2.0)
+    assert memory.calibration("lora") == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"schema": "other"}',
+        '{"schema": "backpropagate.fitted/1", "cards": {"card": {"a": {"x": 1}}}}',
+    ],
+)
+def test_a_damaged_file_tells_nothing_and_is_written_anew(tmp_path, text):
+    (tmp_path / FITTED_FILE).write_text(text)
+    memory = FitMemory(tmp_path, "card")
+    assert memory.recall("a", 8, GIB, most=3) == 0
+    memory.remember("b", fitted())
+    assert FitMemory(tmp_path, "card").recall("b", 4, GIB, most=3) == 1 or "x" in text
+    FitMemory(None, "card").remember("b", fitted())
+
+
+def test_the_next_run_begins_where_this_one_ended(pico_model, chat_file, tmp_path, monkeypatch):
+    def run(name, **training):
+        spec = spec_for(pico_model, chat_file, tmp_path / name, training={"steps": 2, "batch_size": 8, **training})
+        spec = replace(spec, folders=replace(spec.folders, machine=tmp_path / "machine"))
+        _, events = train(spec)
+        return spec, [e.message for e in events if isinstance(e, Notice) and "pieces" in e.details]
+
+    scarce = Scarce(monkeypatch, 2, "forward")
+    spec, first = run("first")
+    assert ["out of GPU memory" in message for message in first] == [True, True]
+    (entry,) = json.loads((tmp_path / "machine" / FITTED_FILE).read_text())["cards"]["cpu"].items()
+    assert entry[0] == describe_load(spec, "lora")
+    assert entry[1]["rows"] == 2
+    scarce.hits = 0
+    _, second = run("second")
+    assert second == ["micro-batches of 8 rows run in 4 pieces, which is what fitted this card before"]
+    assert scarce.hits == 0

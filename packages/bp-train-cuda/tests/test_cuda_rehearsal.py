@@ -1,0 +1,103 @@
+"""A rehearsal meets the heaviest moments of a run and leaves no trace of them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cuda_training import spec_for, train
+from safetensors.torch import load_file
+
+from bp_runs.errors import DiskFullError
+from bp_runs.events import EvalDone, Notice, StepDone
+from bp_train_cuda.batches import find_longest
+from bp_train_cuda.guards.optimizer import count_moment_bytes, forget_moments
+from bp_train_cuda.probe import Device
+from bp_train_cuda.rehearsal import is_due
+
+HELD = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 2, "batch_size": 2, "steps": 3, "keep": "last"}
+
+
+def rehearsals(events):
+    return [e.details["rehearsal"] for e in events if isinstance(e, Notice) and "rehearsal" in e.details]
+
+
+@pytest.mark.parametrize(
+    "change", [{"gradient_accumulation": 2}, {"packing": True}, {"curriculum": "length", "eval_share": 0.0}]
+)
+def test_the_run_is_the_same_to_the_bit(pico_model, chat_file, tmp_path, change):
+    def run(name, preflight):
+        training = {**HELD, **change, "preflight": preflight}
+        outcome, events = train(
+            spec_for(pico_model, chat_file, tmp_path / name, training=training, lora={"dropout": 0.2})
+        )
+        told = [(e.step, e.loss, e.tokens) for e in events if isinstance(e, StepDone | EvalDone)]
+        return load_file(outcome.adapter / "adapter_model.safetensors"), told, rehearsals(events)
+
+    plain, plain_told, none = run("plain", "off")
+    weights, told, (found,) = run("rehearsed", "on")
+    assert none == []
+    assert told == plain_told
+    assert all(torch.equal(weights[name], tensor) for name, tensor in plain.items())
+    trained = sum(tensor.nbytes for tensor in weights.values())
+    assert found["save_bytes"] == pytest.approx(3 * trained, rel=0.01)  # weights and AdamW's two moments
+    assert found["rows"] == (1 if "packing" in change else 2)
+
+
+def test_it_meets_the_longest_rows(pico_model, chat_file, tmp_path):
+    chat_file.write_text(chat_file.read_text() + '{"text": "' + "captain " * 60 + '"}\n')
+    _, events = train(
+        spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1, "batch_size": 2, "preflight": "on"})
+    )
+    (found,) = rehearsals(events)
+    assert found["tokens"] > 2 * 60
+    assert find_longest([3, 9, 5, 9], 3) == [1, 3, 2]
+
+
+def test_no_room_for_the_saves_is_noticed_before_the_first_step(pico_model, chat_file, tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil._ntuple_diskusage
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1, 1, 65 * 2**20))
+    events = []
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"preflight": "on", "keep_checkpoints": 2000})
+    from bp_train_cuda import CudaRail
+
+    with pytest.raises(DiskFullError, match="2001 checkpoints"):
+        CudaRail().train(spec, events.append, lambda: False)
+    assert not any(isinstance(e, StepDone) for e in events)
+
+
+def test_long_runs_on_a_gpu_are_rehearsed_unasked(pico_model, chat_file, tmp_path):
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 50})
+    gpu, cpu = Device("cuda", "a card", 2**34), Device("cpu", "none", 2**34)
+    off = replace(spec, training=replace(spec.training, preflight="off"))
+    short = replace(spec, training=replace(spec.training, steps=49))
+    assert [is_due(spec, gpu), is_due(spec, cpu), is_due(short, gpu), is_due(off, gpu)] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("kind", ["torch", "bitsandbytes"])
+def test_an_optimizer_that_forgot_steps_as_a_new_one(kind):
+    def make():
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter(torch.randn(8, 600))
+        if kind == "torch":
+            return weight, torch.optim.AdamW([weight], lr=0.1, fused=True)
+        return weight, pytest.importorskip("bitsandbytes").optim.AdamW8bit([weight], lr=0.1)
+
+    def step(weight, optimizer):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+
+    new, fresh = make()
+    old, used = make()
+    before = old.detach().clone()
+    for _ in range(3):
+        step(old, used)
+    assert count_moment_bytes(used) > 0
+    forget_moments(used)
+    with torch.no_grad():
+        old.copy_(before)
+    for weight, optimizer in ((new, fresh), (old, used)):
+        step(weight, optimizer)
+        step(weight, optimizer)
+    assert torch.equal(new, old)
