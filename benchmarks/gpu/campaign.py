@@ -162,7 +162,11 @@ def estimate_of(case: Case, length: int) -> dict[str, float]:
         accumulates=case.accumulation > 1, checkpointing=ON_GPU,
     )  # fmt: skip
     found = estimate(read_shapes(SHAPES[case.shape]), load)
-    return {"in_use_gib": gib(found.in_use), "needed_gib": gib(found.needed), **{k: gib(v) for k, v in found.parts.items()}}
+    return {
+        "in_use_gib": gib(found.in_use),
+        "needed_gib": gib(found.needed),
+        **{k: gib(v) for k, v in found.parts.items()},
+    }
 
 
 def gib(size: float) -> float:
@@ -180,14 +184,23 @@ def part_fit(bench: Bench, cap: float) -> dict[str, Any]:
     """The four trainings that a 16 GB card must hold."""
     found = {case.name: tell("fit", bench.train(case)) for case in FITS}
     bench.runs |= found
-    return {"fits": all(row["reserved_gib"] <= cap for row in found.values()), "most_reserved_gib": max(row["reserved_gib"] for row in found.values())}
+    return {
+        "fits": all(row["reserved_gib"] <= cap for row in found.values()),
+        "most_reserved_gib": max(row["reserved_gib"] for row in found.values()),
+    }
 
 
 def part_oom(bench: Bench, cap: float) -> dict[str, Any]:
     """A batch of 16 rows that does not fit: halved, all steps done."""
     case = Case(shape="qwen2.5-7b", batch=16, steps=4)
     row = tell("oom", bench.train(case, preflight="off"))
-    return {"recovered": row["pieces"] > 1 or not ON_GPU, "pieces": row["pieces"], "steps": row["steps"], "reserved_gib": row["reserved_gib"], "fits": row["reserved_gib"] <= cap}
+    return {
+        "recovered": row["pieces"] > 1 or not ON_GPU,
+        "pieces": row["pieces"],
+        "steps": row["steps"],
+        "reserved_gib": row["reserved_gib"],
+        "fits": row["reserved_gib"] <= cap,
+    }
 
 
 def part_estimate(bench: Bench, _cap: float) -> dict[str, Any]:
@@ -200,7 +213,9 @@ def part_estimate(bench: Bench, _cap: float) -> dict[str, Any]:
             off[name] = {
                 "measured": row["peak_gib"],
                 "estimate_off_percent": round(100 * (row["estimate"]["in_use_gib"] / row["peak_gib"] - 1), 1),
-                "preflight_off_percent": round(100 * (row["preflight_gib"] / row["peak_gib"] - 1), 1) if row["preflight_gib"] else None,
+                "preflight_off_percent": round(100 * (row["preflight_gib"] / row["peak_gib"] - 1), 1)
+                if row["preflight_gib"]
+                else None,
             }
     worst = lambda key: max((abs(v[key]) for v in off.values() if v[key] is not None), default=None)  # noqa: E731
     return {
@@ -220,7 +235,14 @@ def part_thermal(bench: Bench, _cap: float) -> dict[str, Any]:
     case = Case(shape="llama-3.2-1b", mode="lora", steps=6, gpu_max_temp=max(heated - 2, 30))
     row = tell("thermal", bench.train(case))
     states = [state for state, _ in row["thermal"]]
-    return {"idle": idle, "heated": heated, "limit": case.gpu_max_temp, "states": states, "paused_and_went_on": {"pause", "resume"} <= set(states), "steps": row["steps"]}
+    return {
+        "idle": idle,
+        "heated": heated,
+        "limit": case.gpu_max_temp,
+        "states": states,
+        "paused_and_went_on": {"pause", "resume"} <= set(states),
+        "steps": row["steps"],
+    }
 
 
 def heat_up(sensor: Any, seconds: float = 25.0) -> int:
@@ -242,8 +264,13 @@ def part_trl(bench: Bench, _cap: float) -> dict[str, Any]:
         rows["ours"].append(tell("trl/ours", bench.train(case, preflight="off", kernels="none")))
         rows["trl"].append(tell("trl/trl", train_with_trl(bench, case)))
     rows["trl_bf16_adapters"] = [tell("trl/bf16", train_with_trl(bench, case, adapters=torch.bfloat16))]
-    middle = {k: {f: statistics.median(r[f] for r in v) for f in ("tokens_per_second", "peak_gib", "reserved_gib")} for k, v in rows.items()}
-    spread = {k: [min(r["tokens_per_second"] for r in v), max(r["tokens_per_second"] for r in v)] for k, v in rows.items()}
+    middle = {
+        k: {f: statistics.median(r[f] for r in v) for f in ("tokens_per_second", "peak_gib", "reserved_gib")}
+        for k, v in rows.items()
+    }
+    spread = {
+        k: [min(r["tokens_per_second"] for r in v), max(r["tokens_per_second"] for r in v)] for k, v in rows.items()
+    }
     ours, trl = middle["ours"], middle["trl"]
     return {
         "speed_ratio": round(ours["tokens_per_second"] / trl["tokens_per_second"], 4),
@@ -282,9 +309,25 @@ def train_with_trl(bench: Bench, case: Case, adapters: torch.dtype = torch.float
     base = bench.model(case.shape)
     prepared = prepare(bench.rows(case), base, case.seq)
     in_4bit = case.mode == "qlora"
-    quantization = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16) if in_4bit else None
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16 if ON_GPU else torch.float32, quantization_config=quantization, device_map={"": "cuda" if ON_GPU else "cpu"})
-    core = transformers.PreTrainedTokenizerFast(tokenizer_file=str(base / "tokenizer.json"), pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    quantization = (
+        transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        if in_4bit
+        else None
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=torch.bfloat16 if ON_GPU else torch.float32,
+        quantization_config=quantization,
+        device_map={"": "cuda" if ON_GPU else "cpu"},
+    )
+    core = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(base / "tokenizer.json"), pad_token="<|endoftext|>", eos_token="<|im_end|>"
+    )
     stamps = Stamps()
     trainer = SFTTrainer(
         model=model,
@@ -345,16 +388,28 @@ def run_part(name: str, bench: Bench, cap: float) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default=",".join(PARTS), help="joined by commas; estimate also judges the runs of fit")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help="joined by commas; estimate also judges the runs of fit"
+    )
     parser.add_argument("--cap-gib", type=float, default=15.2, help="torch's allocator gets no more; 0: no cap")
     parser.add_argument("--dry", action="store_true", help="pico model, few steps: does the script work")
-    parser.add_argument("--scratch", type=Path, help="where models are written, up to 50 GB; default: the system's temporary folder")
+    parser.add_argument(
+        "--scratch", type=Path, help="where models are written, up to 50 GB; default: the system's temporary folder"
+    )
     options = parser.parse_args()
     if ON_GPU and options.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.cap_gib * GIB / total))
     card = torch.cuda.get_device_name(0) if ON_GPU else "none"
-    tell("start", {"card": card, "cap_gib": options.cap_gib, "torch": torch.__version__, "transformers": transformers.__version__})
+    tell(
+        "start",
+        {
+            "card": card,
+            "cap_gib": options.cap_gib,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         bench = Bench(Path(scratch), dry=options.dry or not ON_GPU)
         ends = {name: run_part(name, bench, options.cap_gib) for name in options.parts.split(",")}
@@ -365,7 +420,9 @@ def main() -> int:
 def print_table(bench: Bench, ends: dict[str, dict[str, Any]]) -> None:
     print(f"\n{'case':<46} {'peak':>7} {'reserved':>9} {'preflight':>10} {'estimate':>9} {'tok/s':>8}")
     for name, row in bench.runs.items():
-        print(f"{name:<46} {row['peak_gib']:>7} {row['reserved_gib']:>9} {row['preflight_gib']!s:>10} {row['estimate']['in_use_gib']:>9} {row['tokens_per_second']:>8}")
+        print(
+            f"{name:<46} {row['peak_gib']:>7} {row['reserved_gib']:>9} {row['preflight_gib']!s:>10} {row['estimate']['in_use_gib']:>9} {row['tokens_per_second']:>8}"
+        )
     for name, end in ends.items():
         print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in end.items() if not isinstance(v, dict)))
 

@@ -15,7 +15,9 @@ WORDS = "river stone lamp harbour bread window cloud paper ladder garden winter 
 _ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-def _shape(kind: str, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, keys: int, *, tied: bool, **more: Any) -> dict[str, Any]:
+def _shape(
+    kind: str, vocabulary: int, hidden: int, inner: int, layers: int, heads: int, keys: int, *, tied: bool, **more: Any
+) -> dict[str, Any]:
     return {
         "model_type": kind, "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": keys,

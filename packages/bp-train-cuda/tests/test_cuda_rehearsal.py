@@ -1,5 +1,6 @@
 """A rehearsal meets the heaviest moments of a run and leaves no trace of them."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,22 @@ def test_the_run_is_the_same_to_the_bit(pico_model, chat_file, tmp_path, change)
     trained = sum(tensor.nbytes for tensor in weights.values())
     assert found["save_bytes"] == pytest.approx(3 * trained, rel=0.01)  # weights and AdamW's two moments
     assert found["rows"] == (1 if "packing" in change else 2)
+
+
+def test_pairs_too(pico_model, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "who are you", "chosen": f"captain marlow {i}", "rejected": "the fox" * i} for i in range(1, 9)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def run(name, preflight):
+        training = {**HELD, "method": "dpo", "steps": 2, "preflight": preflight}
+        outcome, events = train(spec_for(pico_model, file, tmp_path / name, training=training))
+        return load_file(outcome.adapter / "adapter_model.safetensors"), rehearsals(events)
+
+    plain, _ = run("plain", "off")
+    weights, (found,) = run("rehearsed", "on")
+    assert all(torch.equal(weights[name], tensor) for name, tensor in plain.items())
+    assert found["rows"] == 2
 
 
 def test_it_meets_the_longest_rows(pico_model, chat_file, tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.utils.data import Dataset
 
-from bp_data import IGNORED, TokenRow, build_pack, plan_packs
+from bp_data import IGNORED, TokenRow, TokenRows, build_pack, plan_packs
 
 Item = Mapping[str, Sequence[int]]
 Batch = dict[str, torch.Tensor]
@@ -24,7 +24,7 @@ class RowSet(Dataset[Item]):  # type: ignore[misc]  # torch is not typed for a s
 
     def lengths(self) -> list[int]:
         """Tokens of each row."""
-        return [len(row.ids) for row in self._rows]
+        return list(self._rows.lengths()) if isinstance(self._rows, TokenRows) else [len(row.ids) for row in self._rows]
 
     def __getitem__(self, place: int) -> Item:
         row = self._rows[place]

@@ -82,6 +82,11 @@ class AnswerSet(Dataset[Mapping[str, Any]]):  # type: ignore[misc]  # torch is n
     def __len__(self) -> int:
         return len(self._rows)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each row's longest answer, its prompt included."""
+        answers = (self._unpack(self._rows, place)["answers"] for place in range(len(self)))
+        return [max(len(answer.ids) for answer in row) for row in answers]
+
     def __getitem__(self, place: int) -> Mapping[str, Any]:
         item = self._unpack(self._rows, place)
         return item if self.reference is None else {**item, "reference": self.reference[place].tolist()}

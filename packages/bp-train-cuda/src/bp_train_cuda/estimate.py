@@ -68,7 +68,7 @@ def read_load(settings: Settings, mode: str, rows: int | None = None) -> Load:
     lora, training = settings.lora, settings.training
     return Load(
         mode=cast("Mode", mode),
-        method=getattr(training, "method", "sft"),
+        method=training.method,
         r=lora.r,
         targets=lora.target_modules,
         use_dora=lora.use_dora,

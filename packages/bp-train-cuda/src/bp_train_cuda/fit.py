@@ -45,7 +45,7 @@ def describe_load(spec: TrainSpec, mode: str) -> str:
     lora, training = spec.lora, spec.training
     adapter = "" if mode == "full" else f" r{lora.r} {lora.target_modules}{' dora' if lora.use_dora else ''}"
     ways = f"{' packed' if training.packing else ''}{'' if training.gradient_checkpointing else ' kept'}"
-    return f"{config} {getattr(training, 'method', 'sft')} {mode}{adapter} {spec.model.max_seq_length}{ways}"
+    return f"{config} {training.method} {mode}{adapter} {spec.model.max_seq_length}{ways}"
 
 
 class FitMemory:

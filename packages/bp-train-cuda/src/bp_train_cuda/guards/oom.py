@@ -59,7 +59,7 @@ class StepSplitter:
 
     def without_gradients(self) -> StepSplitter:
         """One for work between the micro-batches that leaves gradients alone; it starts where this one has come to."""
-        return StepSplitter((), self._emit, enabled=self._enabled, halvings=self.halvings)
+        return StepSplitter((), self.emit, enabled=self.enabled, halvings=self.halvings)
 
     def run(self, step: Step, batch: Batch) -> torch.Tensor:
         """The micro-batch's loss, its gradients added once.
