@@ -29,6 +29,7 @@ fuzz seconds="900":
     for target in rows files masks overflow; do \
         uv run --with atheris python packages/bp-data/tests/fuzz_data.py $target -max_total_time={{seconds}} || exit 1; \
     done
+
 # Ten million blocks through every quantizer, compared bit for bit; about a quarter of an hour of one core.
 kernels:
     uv run pytest -m slow -n 0 packages/bp-export/tests/test_export_kernels.py

@@ -11,7 +11,7 @@ HAS_LIMITED_API = sys.implementation.name == "cpython" and not sysconfig.get_con
 kernels = Extension(
     "bp_export._kernels",
     ["native/kernels.c"],
-    depends=["native/scalars.h", "native/lanes.h", "native/kquants.h"],
+    depends=["native/scalars.h", "native/lanes.h", "native/kquants.h", "native/eights.h"],
     define_macros=[("Py_LIMITED_API", "0x030B0000")] if HAS_LIMITED_API else [],
     # Each float operation decides bits, so that multiplications and additions must not be fused.
     extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"],

@@ -12,6 +12,11 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline, unused))
+#ifdef __clang__
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
 
 #include "scalars.h"
 
@@ -19,6 +24,7 @@
 #define N(name) name##_baseline
 #include "lanes.h"
 #include "kquants.h"
+#include "eights.h"
 #undef LANES
 #undef N
 
@@ -33,6 +39,7 @@
 #define N(name) name##_avx2
 #include "lanes.h"
 #include "kquants.h"
+#include "eights.h"
 #undef LANES
 #undef N
 #ifdef __clang__
@@ -47,6 +54,7 @@
 #define N(name) name##_avx512
 #include "lanes.h"
 #include "kquants.h"
+#include "eights.h"
 #undef LANES
 #undef N
 #ifdef __clang__
@@ -60,13 +68,15 @@ typedef struct {
     const char *name;
     void (*offset)(const float *, long long, int, uint8_t *);
     void (*symmetric)(const float *, long long, uint8_t *);
+    void (*eight)(const float *, long long, uint8_t *);
+    int (*is_finite)(const float *, long long);
 } target;
 
 static const target TARGETS[] = {
-    {"baseline", quantize_offset_baseline, quantize_symmetric_baseline},
+    {"baseline", quantize_offset_baseline, quantize_symmetric_baseline, quantize_eight_baseline, is_finite_baseline},
 #ifdef __x86_64__
-    {"avx2", quantize_offset_avx2, quantize_symmetric_avx2},
-    {"avx512", quantize_offset_avx512, quantize_symmetric_avx512},
+    {"avx2", quantize_offset_avx2, quantize_symmetric_avx2, quantize_eight_avx2, is_finite_avx2},
+    {"avx512", quantize_offset_avx512, quantize_symmetric_avx512, quantize_eight_avx512, is_finite_avx512},
 #endif
 };
 
@@ -84,22 +94,26 @@ static int count_targets(void)
 #endif
 }
 
-/* quantize(bits, rows, out, target): rows of float32 as super-blocks of Q4_K, Q5_K or Q6_K. */
+/* quantize(bits, rows, out, target): rows of float32 as blocks of Q4_K, Q5_K, Q6_K or Q8_0. */
 static PyObject *quantize(PyObject *module, PyObject *arguments)
 {
     int bits, index;
     Py_buffer rows, out;
     if (!PyArg_ParseTuple(arguments, "iy*w*i", &bits, &rows, &out, &index))
         return NULL;
-    Py_ssize_t blocks = rows.len / 1024, size = bits == 4 ? 144 : bits == 5 ? 176 : 210;
-    int is_right = bits >= 4 && bits <= 6 && rows.len == blocks * 1024 && out.len == blocks * size && index >= 0 &&
-                   index < count_targets();
+    Py_ssize_t block = bits == 8 ? 32 * 4 : 256 * 4, blocks = rows.len / block;
+    Py_ssize_t size = bits == 4 ? 144 : bits == 5 ? 176 : bits == 6 ? SIX_BYTES : EIGHT_BYTES;
+    int is_right = ((bits >= 4 && bits <= 6) || bits == 8) && rows.len == blocks * block && out.len == blocks * size &&
+                   index >= 0 && index < count_targets();
     if (is_right) {
         Py_BEGIN_ALLOW_THREADS
-        if (bits == 6)
-            TARGETS[index].symmetric(rows.buf, blocks, out.buf);
+        const target *chosen = &TARGETS[index];
+        if (bits == 8)
+            chosen->eight(rows.buf, blocks, out.buf);
+        else if (bits == 6)
+            chosen->symmetric(rows.buf, blocks, out.buf);
         else
-            TARGETS[index].offset(rows.buf, blocks, bits == 5, out.buf);
+            chosen->offset(rows.buf, blocks, bits == 5, out.buf);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&rows);
@@ -111,8 +125,23 @@ static PyObject *quantize(PyObject *module, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+/* is_finite(rows): whether no float32 of rows is an infinity or a NaN. */
+static PyObject *is_finite(PyObject *module, PyObject *rows_object)
+{
+    Py_buffer rows;
+    int found;
+    if (PyObject_GetBuffer(rows_object, &rows, PyBUF_SIMPLE) < 0)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    found = TARGETS[count_targets() - 1].is_finite(rows.buf, rows.len / 4);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&rows);
+    return PyBool_FromLong(found);
+}
+
 static PyMethodDef METHODS[] = {
-    {"quantize", quantize, METH_VARARGS, "Rows of float32 as super-blocks of 4, 5 or 6 bits."},
+    {"quantize", quantize, METH_VARARGS, "Rows of float32 as blocks of 4, 5, 6 or 8 bits."},
+    {"is_finite", is_finite, METH_O, "Whether no float32 is an infinity or a NaN."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -132,12 +132,8 @@ static void N(fit_offset)(const float *source, float top, float first, int steps
 /* Levels of neighbouring weights, as bytes: round((x + offset) * inverse) or / scale, clamped, plus `shift`. */
 INLINE void N(write_levels)(const float *x, int count, float offset, float scale, int low, int high, int32_t *out)
 {
-    for (int i = 0; i < count; i += LANES) {
-        FLOATS value;
-        memcpy(&value, x + i, sizeof value);
-        INTS level = N(clamp)(N(round_bits)((value + offset) / scale), low, high);
-        memcpy(out + i, &level, sizeof level);
-    }
+    for (int i = 0; i < count; i += LANES)
+        N(store)(N(clamp)(N(round_bits)((N(load)(x + i) + offset) / scale), low, high), out + i);
 }
 
 /* One super-block of Q4_K or Q5_K from the fits of its eight sub-blocks. */
@@ -328,5 +324,3 @@ static void N(quantize_symmetric)(const float *x, long long blocks, uint8_t *out
 }
 
 #undef GROUPS
-#undef FLOATS
-#undef INTS

@@ -7,8 +7,15 @@
 
 typedef float N(floats) __attribute__((vector_size(4 * LANES)));
 typedef int32_t N(ints) __attribute__((vector_size(4 * LANES)));
+/* The same at any address. */
+typedef float N(loose_floats) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t N(loose_ints) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 #define FLOATS N(floats)
 #define INTS N(ints)
+
+INLINE FLOATS N(load)(const float *x) { return *(const N(loose_floats) *)x; }
+
+INLINE void N(store)(INTS a, int32_t *out) { *(N(loose_ints) *)out = a; }
 
 INLINE FLOATS N(fill)(float value) { return (FLOATS){0} + value; }
 
@@ -52,6 +59,31 @@ INLINE int N(all)(INTS mask)
         found &= mask[k];
     return found;
 }
+
+#if LANES == 16
+#define FROM_FOUR 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#elif LANES == 8
+#define FROM_FOUR 4, 5, 6, 7
+#else
+#define FROM_FOUR
+#endif
+
+/* The largest of all lanes, none of which may be a NaN. */
+INLINE float N(largest)(FLOATS a)
+{
+    UNROLLED for (int by = LANES / 2; by; by /= 2) {
+        FLOATS other;
+#ifdef __clang__
+        for (int k = 0; k < LANES; k++)
+            other[k] = a[(k + by) % LANES];
+#else
+        other = __builtin_shuffle(a, ((INTS){0, 1, 2, 3, FROM_FOUR} + by) & (LANES - 1));
+#endif
+        a = N(larger)(a, other);
+    }
+    return a[0];
+}
+#undef FROM_FOUR
 
 /* Rounded to nearest, ties to even, as an integer: the low bits of a sum that has no room for a fraction. What lies
  * beyond 22 bits, and what is no number, comes out as those bits happen to be, as it does in ggml.

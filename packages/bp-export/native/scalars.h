@@ -2,6 +2,7 @@
 
 #define ROUNDER 12582912.f /* 1.5 * 2^23 */
 #define LEAST 1e-15f       /* a block below this is empty (GROUP_MAX_EPS in ggml-quants.c) */
+#define EIGHT_BYTES 34     /* of a Q8_0 block */
 #define SIX_BYTES 210      /* of a Q6_K block: low bits 128, high bits 64, scales 16, the scale's scale 2 */
 
 /* The first 16 bytes of a Q4_K or Q5_K block. */

@@ -15,7 +15,7 @@ from bp_export.errors import GgmlMissingError
 from bp_export.quantize import TensorType, choose_engine, compute_row_bytes, quantize_rows
 
 KINDS = (TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K, TensorType.Q8_0)
-TARGETS = engines._kernels.TARGETS if engines._kernels else ()
+TARGETS = engines.TARGETS
 BLOCKS, CAMPAIGN = 90, 10_000_000
 
 
@@ -134,7 +134,7 @@ def test_rows_are_independent():
 
 def test_the_engine_is_told_and_falls_back(monkeypatch):
     assert (describe_kernels() == f"compiled ({TARGETS[-1]})") == bool(TARGETS)
-    monkeypatch.setattr(engines, "_kernels", None)
+    monkeypatch.setattr(engines, "TARGETS", ())
     assert choose_engine(TensorType.Q4_K) == describe_kernels() == "ggml"
     monkeypatch.setattr(engines, "_find_library", fail_to_find)
     engines.load_ggml.cache_clear()

@@ -108,7 +108,7 @@ def cut_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str,
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _encode_tensor(model: FoldedModel, info: TensorInfo) -> Iterator[bytes]:
+def _encode_tensor(model: FoldedModel, info: TensorInfo) -> Iterator[memoryview]:
     step = max(1, CHUNK_WEIGHTS // max(1, info.columns))
     for start in range(0, info.rows, step):
         yield encode(model.read_rows(info.name, start, min(start + step, info.rows)), info.dtype)

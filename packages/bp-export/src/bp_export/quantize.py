@@ -30,6 +30,9 @@ try:
 except ImportError:  # no compiler when the package was installed
     _kernels = None  # type: ignore[assignment]
 
+TARGETS: tuple[str, ...] = _kernels.TARGETS if _kernels is not None else ()
+"""What the compiled kernels can run on here, the fastest last; empty without them."""
+
 TensorType: TypeAlias = GGMLQuantizationType
 Engine: TypeAlias = Literal["compiled", "ggml", "numpy"]
 
@@ -37,7 +40,7 @@ Engine: TypeAlias = Literal["compiled", "ggml", "numpy"]
 _BITS: Mapping[TensorType, int] = MappingProxyType(
     {TensorType.Q4_K: 4, TensorType.Q5_K: 5, TensorType.Q6_K: 6, TensorType.Q8_0: 8}
 )
-_COMPILED = (TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K)
+_COMPILED = (TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K, TensorType.Q8_0, TensorType.BF16)
 _PLAIN: Mapping[TensorType, Literal["BF16", "F16"]] = MappingProxyType({TensorType.BF16: "BF16", TensorType.F16: "F16"})
 
 
@@ -71,8 +74,15 @@ def quantize_rows(
         return rows.reshape(-1).view(np.uint8)
     engine = engine or choose_engine(kind, is_weighted=weights is not None)
     if engine == "compiled":
-        return _quantize_compiled(rows, kind, len(_kernels.TARGETS) - 1)
+        return _quantize_compiled(rows, kind, len(TARGETS) - 1)
     return _quantize_with_ggml(rows, kind, weights) if engine == "ggml" else _quantize_in_numpy(rows, kind)
+
+
+def is_finite(rows: Floats) -> bool:
+    """Whether no weight is an infinity or a NaN."""
+    if TARGETS:
+        return _kernels.is_finite(np.ascontiguousarray(rows))
+    return bool(np.isfinite(rows.max()) and np.isfinite(rows.min()))
 
 
 def choose_engine(kind: TensorType, *, is_weighted: bool = False) -> Engine:
@@ -81,9 +91,10 @@ def choose_engine(kind: TensorType, *, is_weighted: bool = False) -> Engine:
     Raises:
         GgmlMissingError: Only ggml can do it, and its library cannot be loaded.
     """
-    if not is_weighted and _kernels is not None and kind in _COMPILED:
+    is_ours = (kind in _BITS or kind in _PLAIN) and not is_weighted
+    if is_ours and TARGETS and kind in _COMPILED:
         return "compiled"
-    if not is_weighted and (kind in _BITS or kind in _PLAIN) and not _has_ggml():
+    if is_ours and not _has_ggml():
         return "numpy"
     load_ggml()
     return "ggml"
@@ -92,10 +103,12 @@ def choose_engine(kind: TensorType, *, is_weighted: bool = False) -> Engine:
 def describe_kernels() -> str:
     """What quantizes to 4, 5 and 6 bits here, in words: ``compiled (avx512)``, ``ggml`` or ``numpy``."""
     engine = choose_engine(TensorType.Q4_K)
-    return f"compiled ({_kernels.TARGETS[-1]})" if engine == "compiled" else engine
+    return f"compiled ({TARGETS[-1]})" if engine == "compiled" else engine
 
 
 def _quantize_compiled(rows: Floats, kind: TensorType, target: int) -> Bytes:
+    if kind == TensorType.BF16:
+        return np.frombuffer(encode(rows, "BF16"), np.uint8)
     out = np.empty(rows.shape[0] * compute_row_bytes(kind, rows.shape[1]), np.uint8)
     _kernels.quantize(_BITS[kind], rows, out, target)
     return out

@@ -13,12 +13,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 from gguf import GGUFWriter, Keys
 
 from bp_export.gguf import GgufStream, name_split
 from bp_export.plan import GgufPlan, TensorPlan
-from bp_export.quantize import choose_engine, quantize_rows
+from bp_export.quantize import choose_engine, is_finite, quantize_rows
 from bp_merge import Floats, FoldedModel, TensorsInvalidError
 
 CHUNK_WEIGHTS = 2**19
@@ -164,7 +163,7 @@ def cut_rows(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
 
 def _compute_chunk(tensor: TensorPlan, weights: Floats | None, model: FoldedModel, start: int, stop: int) -> memoryview:
     rows = tensor.change.read_rows(model, str(tensor.source), start, stop)
-    if not (np.isfinite(rows.max()) and np.isfinite(rows.min())):
+    if not is_finite(rows):
         raise TensorsInvalidError(
             f"{tensor.source} holds weights that are not finite",
             way_out="Download the base model again; if only the merged weights are not finite, the training diverged.",

@@ -75,6 +75,11 @@ class LoraPair:
         shape = int(self.b.shape[0]), int(self.a.shape[1])
         return shape[::-1] if self.is_transposed else shape
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but ``scale * b @ a``, added to a weight that is stored as (d_out, d_in)."""
+        return self.magnitude is None and not self.is_transposed
+
     def delta(self, start: int = 0, stop: int | None = None) -> Floats:
         """Rows ``start`` to ``stop`` of ``(b @ a) * scale``, all in float32: (stop - start, columns)."""
         if self.is_transposed:
@@ -103,7 +108,7 @@ class LoraAdapter:
     def is_plain(self) -> bool:
         """Whether it is nothing but ``scale * B @ A`` on linear weights, which is what merge methods work on."""
         others = self.replaced or self.rows or self.added
-        return not others and all(pair.magnitude is None and not pair.is_transposed for pair in self.modules.values())
+        return not others and all(pair.is_plain for pair in self.modules.values())
 
 
 def load_adapter(path: Path) -> LoraAdapter:

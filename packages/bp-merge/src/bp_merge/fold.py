@@ -20,6 +20,7 @@ import numpy as np
 
 from bp_merge.adapter import LoraAdapter, LoraPair
 from bp_merge.errors import AdapterMismatchError
+from bp_merge.product import add_in_order
 from bp_merge.tensors import Dtype, Floats, TensorInfo, TensorReader, round_to
 
 
@@ -54,7 +55,9 @@ class FoldedModel:
         self._pairs = _match_pairs(self._tensors, adapter) if adapter else {}
         self._rows = _match_rows(self._tensors, adapter) if adapter else {}
         self._added = _match(self._tensors, adapter, adapter.added) if adapter else {}
-        self._changed = frozenset([*self._pairs, *self._replaced, *self._rows, *self._added])
+        self._otherwise = frozenset([*self._replaced, *self._rows, *self._added])
+        """What is changed in other ways than by a pair, or in both."""
+        self._changed = self._otherwise | self._pairs.keys()
 
     def __enter__(self) -> Self:
         return self
@@ -101,10 +104,14 @@ class FoldedModel:
         if name not in self._changed:
             return self._base.read_rows(name, start, stop)
         dtype = self.tensors[name].dtype
+        pair = self._pairs.get(name)
+        if pair is not None and pair.is_plain and name not in self._otherwise:
+            raw, b = self._base.read_raw(name, start, stop), pair.b[start:stop]
+            if (folded := add_in_order(raw, dtype, b, pair.a, pair.scale)) is not None:
+                return folded
         rows = self._read_unfolded(name, start, stop)
         if (added := self._added.get(name)) is not None:
             rows = round_to(rows + added.reshape(1, -1), dtype)
-        pair = self._pairs.get(name)
         return fold_rows(rows, pair, start, dtype) if pair else rows
 
     def _read_unfolded(self, name: str, start: int, stop: int) -> Floats:

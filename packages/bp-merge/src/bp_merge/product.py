@@ -16,12 +16,16 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from bp_merge.compiled import BEST, ROWS
+
 _ROWS = 96
 _FEW_ROWS = 12
 _EDGE = 8
 _COLUMNS = 256 - 2 * _EDGE
 _SLOW_ROWS = 16
 _LONGEST_SUM = 192
+# How the compiled rows know dtypes.
+_DTYPES = {"BF16": 1, "F32": 2}
 
 
 def multiply_in_order(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -29,10 +33,36 @@ def multiply_in_order(b: NDArray[np.float32], a: NDArray[np.float32]) -> NDArray
 
     Any subset of rows gives the same bits as the whole product.
     """
+    if ROWS is not None:
+        return _add_compiled(np.empty(0, np.uint8), 0, b, a, 1.0)
     total = np.zeros((b.shape[0], a.shape[1]), np.float32)
     for start, stop in _cut_rank(int(b.shape[1])):
         total += _multiply_part(np.ascontiguousarray(b[:, start:stop]), a[start:stop])
     return total
+
+
+def add_in_order(
+    base: NDArray[np.uint8], dtype: str, b: NDArray[np.float32], a: NDArray[np.float32], scale: float
+) -> NDArray[np.float32] | None:
+    """Rows of a base, as bytes of a dtype, plus ``scale * (b @ a)``, rounded once to the dtype: (m, n), float32.
+
+    The product is `multiply_in_order`'s. None where it was not compiled, or not for this dtype.
+    """
+    if ROWS is None or dtype not in _DTYPES:
+        return None
+    return _add_compiled(base, _DTYPES[dtype], b, a, scale)
+
+
+def _add_compiled(
+    base: NDArray[np.uint8], dtype: int, b: NDArray[np.float32], a: NDArray[np.float32], scale: float
+) -> NDArray[np.float32]:
+    if ROWS is None:
+        raise RuntimeError("the rows are not compiled")
+    b, a = np.ascontiguousarray(b), np.ascontiguousarray(a)
+    out = np.empty((b.shape[0], a.shape[1]), np.float32)
+    parts = _cut_rank(int(b.shape[1]))
+    ROWS.add(base, dtype, b, a, scale, int(b.shape[1]), parts[0][1], len(parts), out, BEST)
+    return out
 
 
 def _cut_rank(r: int) -> list[tuple[int, int]]:

@@ -12,21 +12,25 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import IO, Any, Literal, Self, TypeAlias, get_args
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bp_merge.compiled import BEST, ROWS
 from bp_merge.errors import TensorsInvalidError
 from bp_runs.errors import ContractError
 from bp_runs.files import coded_disk_errors
 
 Dtype: TypeAlias = Literal["BF16", "F16", "F32"]
 Floats: TypeAlias = NDArray[np.float32]
+Raw: TypeAlias = NDArray[np.uint8]
+"""Little-endian bytes of a dtype, as a vector."""
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -147,7 +151,7 @@ class TensorReader:
 
     def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
-        self._files: dict[Path, IO[bytes]] = {}
+        self._files: dict[Path, FileIO] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -177,11 +181,20 @@ class TensorReader:
             TensorsInvalidError: The file has been cut or taken away since it was indexed.
         """
         info = self.tensors[name]
-        row_bytes = info.columns * _ITEM_BYTES[info.dtype]
-        raw = self._read_bytes(info, info.start + start * row_bytes, (stop - start) * row_bytes)
-        return decode(raw, info.dtype).reshape(stop - start, info.columns)
+        return decode(self.read_raw(name, start, stop), info.dtype).reshape(stop - start, info.columns)
 
-    def _read_bytes(self, info: TensorInfo, offset: int, length: int) -> bytes:
+    def read_raw(self, name: str, start: int, stop: int) -> Raw:
+        """The bytes of rows ``start`` to ``stop`` of a tensor, in its dtype.
+
+        Raises:
+            TensorsInvalidError: As `read_rows`.
+        """
+        info = self.tensors[name]
+        row_bytes = info.columns * _ITEM_BYTES[info.dtype]
+        return self._read_bytes(info, info.start + start * row_bytes, (stop - start) * row_bytes)
+
+    def _read_bytes(self, info: TensorInfo, offset: int, length: int) -> Raw:
+        raw = np.empty(length, np.uint8)
         try:
             # One lock around seek and read, since pread does not exist on Windows.
             with self._lock:
@@ -189,37 +202,44 @@ class TensorReader:
                 if file is None:
                     file = self._files[info.file] = info.file.open("rb", buffering=0)
                 file.seek(offset)
-                raw = b"".join(_read_exactly(file, length))
+                done = _read_into(file, raw)
         except OSError as error:
             raise TensorsInvalidError(f"{info.file} cannot be read", cause=str(error)) from error
-        if len(raw) != length:
+        if done != length:
             raise TensorsInvalidError(f"{info.file} ended inside {info.name}")
         return raw
 
 
-def _read_exactly(file: IO[bytes], length: int) -> Iterable[bytes]:
-    while length and (part := file.read(length)):
-        yield part
-        length -= len(part)
+def _read_into(file: FileIO, raw: Raw) -> int:
+    """Fill ``raw`` from the file; returns how many bytes there were."""
+    done = 0
+    while done < raw.size and (count := file.readinto(raw[done:].data)):
+        done += count
+    return done
 
 
-def decode(raw: bytes, dtype: Dtype) -> Floats:
+def decode(raw: bytes | memoryview | Raw, dtype: Dtype) -> Floats:
     """Little-endian bytes of a dtype as a new, writable float32 vector; exact for all three dtypes."""
+    source = np.frombuffer(raw, np.uint8)
+    if dtype == "BF16" and ROWS is not None:
+        out = np.empty(source.size // 2, np.float32)
+        ROWS.decode(source, out, BEST)
+        return out
     if dtype == "BF16":
-        return (np.frombuffer(raw, "<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
-    if dtype == "F16":
-        return np.frombuffer(raw, "<f2").astype(np.float32)
-    return np.frombuffer(raw, "<f4").astype(np.float32)
+        return (source.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return source.view("<f2" if dtype == "F16" else "<f4").astype(np.float32)
 
 
-def encode(values: Floats, dtype: Dtype) -> bytes:
+def encode(values: Floats, dtype: Dtype) -> memoryview:
     """Float32 values rounded once to a dtype, ties to even, as little-endian bytes."""
+    if dtype == "BF16" and ROWS is not None:
+        source, halves = np.ascontiguousarray(values, np.float32), np.empty(values.size, np.uint16)
+        ROWS.encode(source, halves, BEST)
+        return halves.view(np.uint8).data
     if dtype == "BF16":
-        return bytes(_to_bf16_bits(values).astype("<u2").tobytes())
-    if dtype == "F16":
-        with np.errstate(over="ignore"):
-            return bytes(values.astype("<f2").tobytes())
-    return bytes(values.astype("<f4").tobytes())
+        return _to_bf16_bits(values).astype("<u2").reshape(-1).view(np.uint8).data
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values.astype("<f2" if dtype == "F16" else "<f4")).reshape(-1).view(np.uint8).data
 
 
 def round_to(values: Floats, dtype: Dtype) -> Floats:

@@ -1,0 +1,209 @@
+/* The fold of a low-rank change into rows of a base, as a Python module with the limited API of 3.11.
+ *
+ * Compiled for targets that have fused multiply-adds; elsewhere TARGETS is empty, and NumPy does the work.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline, unused))
+#ifdef __clang__
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 4")
+#endif
+
+enum { BASE_NONE, BASE_BF16, BASE_F32 };
+#define WIDEST 64 /* columns of the largest tile */
+
+/* (b @ a) * scale: b (rows, rank), a (rank, columns); the sum over the rank goes in `parts` parts of `step` terms, and
+ * the last takes what is left.
+ */
+struct change {
+    const float *a, *b;
+    float scale;
+    long long rows, rank, columns, step, parts;
+};
+
+typedef void add_function(const struct change *, const void *, int, float *, float *);
+typedef void decode_function(const uint16_t *, long long, float *);
+typedef void encode_function(const float *, long long, uint16_t *);
+
+#ifdef __x86_64__
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define LANES 8
+#define WIDTH 2
+#define N(name) name##_avx2
+#include "rows.h"
+#undef LANES
+#undef WIDTH
+#undef N
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq")
+#endif
+#define LANES 16
+#define WIDTH 4
+#define N(name) name##_avx512
+#include "rows.h"
+#undef LANES
+#undef WIDTH
+#undef N
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#elif defined(__aarch64__)
+#define LANES 4
+#define WIDTH 4
+#define N(name) name##_neon
+#include "rows.h"
+#endif
+
+static const struct target {
+    const char *name;
+    add_function *add;
+    decode_function *decode;
+    encode_function *encode;
+} TARGETS[] = {
+#ifdef __x86_64__
+    {"avx2", add_avx2, decode_avx2, encode_avx2},
+    {"avx512", add_avx512, decode_avx512, encode_avx512},
+#elif defined(__aarch64__)
+    {"neon", add_neon, decode_neon, encode_neon},
+#endif
+    {NULL, NULL, NULL, NULL},
+};
+
+static int count_targets(void)
+{
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return 0;
+    int has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return has_512 ? 2 : 1;
+#elif defined(__aarch64__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+static PyObject *refuse(void)
+{
+    PyErr_SetString(PyExc_ValueError, "there is no such dtype or target, or the sizes disagree");
+    return NULL;
+}
+
+/* add(base, dtype, b, a, scale, rank, step, parts, out, target): rows of the base with the change, into out. */
+static PyObject *add(PyObject *module, PyObject *arguments)
+{
+    Py_buffer base, b, a, out;
+    int dtype, index;
+    struct change change;
+    if (!PyArg_ParseTuple(arguments, "y*iy*y*fLLLw*i", &base, &dtype, &b, &a, &change.scale, &change.rank, &change.step,
+                          &change.parts, &out, &index))
+        return NULL;
+    long long rank = change.rank, size = dtype == BASE_BF16 ? 2 : 4;
+    int is_right = index >= 0 && index < count_targets() && dtype >= BASE_NONE && dtype <= BASE_F32 && rank > 0 &&
+                   b.len % (4 * rank) == 0 && a.len % (4 * rank) == 0 && change.parts > 0 && change.step > 0 &&
+                   change.step * (change.parts - 1) < rank;
+    if (is_right) {
+        change.rows = b.len / (4 * rank);
+        change.columns = a.len / (4 * rank);
+        is_right = out.len == 4 * change.rows * change.columns && (dtype == BASE_NONE || base.len * 4 == out.len * size);
+    }
+    float *scratch = is_right ? malloc(rank * WIDEST * sizeof *scratch) : NULL;
+    if (scratch) {
+        change.a = a.buf;
+        change.b = b.buf;
+        Py_BEGIN_ALLOW_THREADS
+        TARGETS[index].add(&change, base.buf, dtype, scratch, out.buf);
+        Py_END_ALLOW_THREADS
+        free(scratch);
+    }
+    PyBuffer_Release(&base);
+    PyBuffer_Release(&b);
+    PyBuffer_Release(&a);
+    PyBuffer_Release(&out);
+    if (!is_right)
+        return refuse();
+    return scratch ? Py_NewRef(Py_None) : PyErr_NoMemory();
+}
+
+/* Both ways between bfloat16 and float32; `is_wide` tells which of the two is the source. */
+static PyObject *convert(PyObject *arguments, int is_wide)
+{
+    Py_buffer source, out;
+    int index;
+    if (!PyArg_ParseTuple(arguments, "y*w*i", &source, &out, &index))
+        return NULL;
+    long long count = is_wide ? out.len / 2 : source.len / 2;
+    int is_right = index >= 0 && index < count_targets() && source.len == count * (is_wide ? 4 : 2) &&
+                   out.len == count * (is_wide ? 2 : 4);
+    if (is_right) {
+        Py_BEGIN_ALLOW_THREADS
+        if (is_wide)
+            TARGETS[index].encode(source.buf, count, out.buf);
+        else
+            TARGETS[index].decode(source.buf, count, out.buf);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&source);
+    PyBuffer_Release(&out);
+    return is_right ? Py_NewRef(Py_None) : refuse();
+}
+
+static PyObject *decode(PyObject *module, PyObject *arguments) { return convert(arguments, 0); }
+
+static PyObject *encode(PyObject *module, PyObject *arguments) { return convert(arguments, 1); }
+
+static PyMethodDef METHODS[] = {
+    {"add", add, METH_VARARGS, "Rows of a base with a low-rank change added."},
+    {"decode", decode, METH_VARARGS, "bfloat16 as float32."},
+    {"encode", encode, METH_VARARGS, "float32 rounded to bfloat16, ties to even."},
+    {NULL, NULL, 0, NULL},
+};
+
+/* TARGETS: the names of those that this machine can run, the best one last. */
+static int fill_module(PyObject *module)
+{
+    int count = count_targets();
+    PyObject *names = PyTuple_New(count);
+    if (names == NULL)
+        return -1;
+    for (int i = 0; i < count; i++) {
+        PyObject *name = PyUnicode_FromString(TARGETS[i].name);
+        if (name == NULL || PyTuple_SetItem(names, i, name) < 0) {
+            Py_DECREF(names);
+            return -1;
+        }
+    }
+    int failed = PyModule_AddObjectRef(module, "TARGETS", names);
+    Py_DECREF(names);
+    return failed;
+}
+
+static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, fill_module}, {0, NULL}};
+
+static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_rows", NULL, 0, METHODS, SLOTS, NULL, NULL, NULL};
+
+PyMODINIT_FUNC PyInit__rows(void) { return PyModuleDef_Init(&MODULE); }

@@ -1,0 +1,22 @@
+"""The compiled rows, where a C compiler is at hand; without one the package installs all the same, and is slower."""
+
+import sys
+import sysconfig
+
+from setuptools import Extension, setup
+
+# One wheel for all versions of CPython; free-threaded builds and other Pythons have no limited API.
+HAS_LIMITED_API = sys.implementation.name == "cpython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+rows = Extension(
+    "bp_merge._rows",
+    ["native/rows.c"],
+    depends=["native/rows.h"],
+    define_macros=[("Py_LIMITED_API", "0x030B0000")] if HAS_LIMITED_API else [],
+    # Each float operation decides bits: what is to be fused says so itself.
+    extra_compile_args=["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"],
+    py_limited_api=HAS_LIMITED_API,
+    optional=True,
+)
+
+setup(ext_modules=[rows], options={"bdist_wheel": {"py_limited_api": "cp311"}} if HAS_LIMITED_API else {})
