@@ -16,6 +16,9 @@ os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 from backpropagate.cli.app import COMMANDS, run
 from backpropagate.cli.documents import DOCUMENTS, build_schema
 from backpropagate.cli.errors import load_codes
+from backpropagate.cli.estimate_vram import CARDS, longest_rows
+from backpropagate.presets import MODEL_PRESETS
+from backpropagate.rails import find_estimator
 from backpropagate.settings import TOML_FILE, all_settings
 
 HERE = Path(__file__).parent
@@ -84,6 +87,26 @@ def _block(text: str) -> str:
     return f"```text\n{text}\n```\n"
 
 
+def build_memory() -> str:
+    """The longest rows that each card holds, for each model preset."""
+    estimator = find_estimator()
+    if estimator is None:
+        raise RuntimeError("bp-train-cuda is not installed")
+    lines = [
+        "# What fits which card\n\nThe longest rows, in tokens, at one row a micro-batch; for a full fine-tune without "
+        "gradient accumulation. Estimated from shapes alone (`backprop estimate-vram --table`), layers recomputed; "
+        "`-`: not even 512. LoRA presets: quality is rank 256 on all linear layers, balanced 64, fast 16 on q and v."
+        "\n\n" + _NOTE
+    ]
+    head = "| model | mode | preset | " + " | ".join(f"{card} GB" for card in CARDS) + " |"
+    lines += [head, "| --- " * (3 + len(CARDS)) + "|"]
+    for name in MODEL_PRESETS:
+        for row in longest_rows(name, estimator):
+            cells = [f"{n:,}" if n else "-" for n in row["longest"].values()]
+            lines.append("| " + " | ".join([name, row["mode"], row["preset"], *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def build_schemas() -> str:
     """The list of JSON documents."""
     lines = [
@@ -106,6 +129,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "settings.md": build_settings,
     "cli.md": build_cli,
     "json.md": build_schemas,
+    "memory.md": build_memory,
     **{f"schemas/{kind}.json": partial(_schema_text, kind) for kind in DOCUMENTS},
 }
 

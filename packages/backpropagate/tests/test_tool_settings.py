@@ -26,6 +26,7 @@ OTHERS = {
     "data.reasoning_trace": True,
     "data.trace_min_tokens": 4,
     "data.trace_max_tokens": 100,
+    "lora.preset": "auto",
     "lora.r": 7,
     "lora.alpha": 9.0,
     "lora.dropout": 0.5,

@@ -31,12 +31,12 @@ def test_a_run_begins_with_what_fitted(tmp_path, batch, free, halvings):
 
 def test_estimates_are_corrected_by_what_was_measured(tmp_path):
     memory = FitMemory(tmp_path, "card")
-    assert memory.calibration("qlora") == 1.0
+    assert memory.calibration("qlora") == (1.0, 0)
     for load, peak in (("a sft qlora r8", 11), ("b sft qlora r8", 12), ("c sft qlora r8", 10), ("d sft full", 20)):
         memory.remember(load, fitted(peak=peak * GIB))
-    assert memory.calibration("qlora") == pytest.approx(1.1)
-    assert memory.calibration("full") == pytest.approx(2.0)
-    assert memory.calibration("lora") == 1.0
+    assert FitMemory(tmp_path).calibration("qlora") == (pytest.approx(1.1), 3)
+    assert memory.calibration("full") == (pytest.approx(2.0), 1)
+    assert memory.calibration("lora") == (1.0, 0)
 
 
 @pytest.mark.parametrize(

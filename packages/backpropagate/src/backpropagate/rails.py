@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from backpropagate.errors import RailUnknownError, RailUnusableError
-from bp_runs.rail import Probe, Rail
+from bp_runs.rail import Estimates, Probe, Rail
 
 GROUP = "backpropagate.rails"
 _ORDER = ("cuda", "mlx")
@@ -50,6 +51,25 @@ def _status(name: str, point: object) -> RailStatus:
     except Exception as error:  # noqa: BLE001  # an edge: a rail's framework may fail to import in any way
         why = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
         return RailStatus(name, Probe(usable=False, why=f"failed to load: {why}"), None)
+
+
+def find_estimator() -> Estimates | None:
+    """The first installed rail that estimates memory; whether it can train here is not asked, as that takes seconds."""
+    points = {p.name: p for p in entry_points(group=GROUP)}
+    loaded = _in_use[-1:] or [rail for name in _ORDER if name in points and (rail := _load(points[name])) is not None]
+    return next((rail for rail in loaded if isinstance(rail, Estimates)), None)
+
+
+def _load(point: EntryPoint) -> Any:
+    try:
+        return point.load()()
+    except Exception:  # noqa: BLE001  # an edge: a rail may fail to import in any way; `backprop info` says how
+        return None
+
+
+def free_memory() -> int | None:
+    """Bytes free on the card of the first rail that has one; None where there is no card."""
+    return next((s.probe.memory for s in all_rails() if s.probe.usable and s.probe.device == "cuda"), None)
 
 
 def choose_rail(backend: str) -> Rail:

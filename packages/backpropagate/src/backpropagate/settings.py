@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -19,11 +19,11 @@ import msgspec
 from backpropagate import oldnames
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
 from bp_runs.errors import InvalidSettingError
-from bp_runs.spec import Settings, short_name
+from bp_runs.spec import LORA_PRESETS, LoraSpec, Settings, short_name
 
 ENV_PREFIX = "BACKPROPAGATE_"
 TOML_FILE = "backpropagate.toml"
-Source = Literal["flag", "env", "toml", "default"]
+Source = Literal["flag", "env", "toml", "preset", "default"]
 
 # Environment names of the program itself, which are no settings of a run.
 PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "LOG_FILE", "OFFLINE", "DEBUG"})
@@ -140,9 +140,39 @@ def resolve(
         for key, raw in layer.items():
             values[key] = _convert(all_settings()[key], raw, source)
             sources[key] = source
+    preset = values.get("lora.preset", LoraSpec().preset)
+    if preset in LORA_PRESETS:
+        _fill_lora(values, sources, preset)
+    if "model.name" in values:
+        values["model.name"] = _expand_model(values["model.name"])
     if values.get("data.reasoning_trace") and sources["model.max_seq_length"] == "default":
         values["model.max_seq_length"] = _TRACE_SEQ_LENGTH
     return Resolved(_check(_build(values)), MappingProxyType(sources))
+
+
+def apply_lora_preset(resolved: Resolved, preset: str) -> Resolved:
+    """The settings with rank and layers of a LoRA preset, where they are not set otherwise."""
+    values: dict[str, Any] = {}
+    sources = dict(resolved.sources)
+    _fill_lora(values, sources, preset)
+    changes = {key.partition(".")[2]: value for key, value in values.items()}
+    changed = replace(resolved.settings, lora=replace(resolved.settings.lora, **changes))
+    return Resolved(changed, MappingProxyType(sources))
+
+
+def _fill_lora(values: dict[str, Any], sources: dict[str, Source], preset: str) -> None:
+    r, targets = LORA_PRESETS[preset]
+    for key, value in (("lora.r", r), ("lora.target_modules", targets)):
+        if sources[key] in ("default", "preset"):
+            values[key], sources[key] = value, "preset"
+
+
+def _expand_model(name: str) -> str:
+    """A short name of `backprop models` as the Hub id that it stands for."""
+    from backpropagate.presets import find_preset
+
+    found = find_preset(name)
+    return name if found is None else found.model
 
 
 def _from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:

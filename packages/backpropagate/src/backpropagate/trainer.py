@@ -10,12 +10,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backpropagate import catalogue, offline, rails, settings, stopping, system
+from backpropagate import catalogue, offline, presets, rails, settings, stopping, system
 from backpropagate.exporting import ExportResult, export_adapter
 from backpropagate.logs import current_run
 from bp_runs.errors import InterruptedRunError
@@ -101,6 +101,9 @@ class Trainer:
         store = RunStore(self.output)
         store.require_own_adapter()
         base = _find_base(rail, wanted)
+        machine = system.program_home(os.environ)
+        resolved, chosen = presets.settle_lora(resolved, rail, base.folder, machine)
+        self.settings = wanted = resolved.settings
         writer = store.start(
             settings=resolved.to_record(),
             rail=rail.name,
@@ -113,8 +116,11 @@ class Trainer:
         forbidden = system.is_network_forbidden(os.environ)
         try:
             with writer, stopping.on_interrupt() as stop, offline.forbid_network(wanted=forbidden):
+                for remark in presets.remarks(wanted.model.name, chosen):
+                    watcher.emit(remark)
+                folders = replace(writer.folders, machine=machine)
                 spec = TrainSpec.build(
-                    wanted, writer.folders, base.folder, base.commit, rows=rows.path, rows_commit=rows.commit
+                    wanted, folders, base.folder, base.commit, rows=rows.path, rows_commit=rows.commit
                 )
                 outcome = rail.train(spec, watcher.emit, stop)
                 adapter = _publish(store, writer.run_id, outcome)

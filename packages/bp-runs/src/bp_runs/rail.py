@@ -35,6 +35,8 @@ class Probe:
 class MemoryEstimate:
     """What a training would take of a card's memory, in bytes."""
 
+    mode: str
+    """How the base is held: as asked, or chosen by the memory."""
     parts: Mapping[str, int]
     """By what it is for: ``weights``, ``adapter``, ``gradients``, ``optimizer``, ``activations``, ``logits``."""
     beside: int
@@ -43,6 +45,8 @@ class MemoryEstimate:
     """Optimizer memory that may lie in system RAM where the card is full."""
     parameters: int
     trained: int
+    measured_runs: int = 0
+    """Runs on this card that the estimate is corrected by."""
 
     @property
     def in_use(self) -> int:
@@ -209,6 +213,31 @@ class KeepsBase(Protocol):
 def keep_base(rail: Rail) -> AbstractContextManager[None]:
     """The rail's `KeepsBase.keep_base`; rails without it load the base for every call."""
     return rail.keep_base() if isinstance(rail, KeepsBase) else nullcontext()
+
+
+@runtime_checkable
+class Estimates(Protocol):
+    """A rail that says beforehand what a training would take of a card's memory."""
+
+    def estimate(
+        self,
+        settings: Settings,
+        config: Mapping[str, Any],
+        *,
+        memory: int | None = None,
+        machine: Path | None = None,
+    ) -> MemoryEstimate:
+        """From the model's shapes alone.
+
+        Args:
+            config: The content of the model's config.json.
+            memory: Bytes free on the card; decides where the mode is ``auto``.
+            machine: Where facts about this machine are kept; None: nowhere.
+
+        Raises:
+            CodedError: The config tells too little.
+        """
+        ...
 
 
 def mean_ends(losses: list[float]) -> tuple[float, float]:

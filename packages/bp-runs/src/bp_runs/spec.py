@@ -90,10 +90,21 @@ class DataSpec:
     trace_max_tokens: int = setting(8192, "Longest reasoning trace that is kept, in tokens.")
 
 
+LORA_PRESETS: Mapping[str, tuple[int, str]] = MappingProxyType(
+    {"quality": (256, "all-linear"), "balanced": (64, "all-linear"), "fast": (16, "q_proj,v_proj")}
+)
+"""Rank and adapted layers by name, from the most memory to the least; the scale is twice the rank."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSpec:
     """The low-rank adapter (Hu et al., arXiv:2106.09685)."""
 
+    preset: Literal["none", "auto", "quality", "balanced", "fast"] = setting(
+        "none",
+        "Rank and layers where they are not set: quality (256, all), balanced (64, all), fast (16, q and v); auto: the "
+        "first of these that fits the card.",
+    )
     r: int = setting(16, "Rank of the adapter.")
     alpha: float | None = setting(None, "Scale: the update counts alpha / r times. Default: twice the rank.")
     dropout: float = setting(0.0, "Dropout on the adapter's input, 0 to 1.")

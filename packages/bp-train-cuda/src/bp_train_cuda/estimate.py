@@ -20,11 +20,8 @@ CONTEXT = int(0.7 * 2**30)
 """Bytes that CUDA and its libraries take beside torch: 0.60 to 0.75 GiB were seen."""
 FRAGMENTS = 0.05
 """Share that torch's allocator reserves beyond what is in use: 1 to 8 % were seen."""
-PRESETS: Mapping[str, tuple[int, str]] = {
-    "quality": (256, "all-linear"),
-    "balanced": (64, "all-linear"),
-    "fast": (16, "q_proj,v_proj"),
-}
+WEIGHTS_SHARE = 0.6
+"""Of the free memory that 16-bit weights may take before a 4-bit base is chosen; the rest is for all else."""
 
 Mode = Literal["lora", "qlora", "full"]
 
@@ -79,6 +76,11 @@ def read_load(settings: Settings, mode: str, rows: int | None = None) -> Load:
     )
 
 
+def choose_base(parameters: int, memory: int | None) -> Mode:
+    """How ``auto`` holds the base where ``memory`` bytes are free; None: on an unknown card."""
+    return "qlora" if memory is None or 2 * parameters > WEIGHTS_SHARE * memory else "lora"
+
+
 def estimate(shapes: Shapes, load: Load, calibration: float = 1.0) -> MemoryEstimate:
     """The most that torch will have in use, in bytes, and what it is made of.
 
@@ -101,6 +103,7 @@ def estimate(shapes: Shapes, load: Load, calibration: float = 1.0) -> MemoryEsti
     passing = _find_peak(shapes, load, adapted, gradients, trained)
     parts = {k: int(calibration * v) for k, v in {**lasting, **passing}.items()}
     return MemoryEstimate(
+        mode=load.mode,
         parts=parts,
         beside=CONTEXT + int(FRAGMENTS * sum(parts.values())),
         paged=int(_MOMENTS["full"] * trained) if full else 0,

@@ -53,12 +53,13 @@ class FitMemory:
 
     Args:
         folder: Where facts about this machine are kept.
-        card: The card's name and size.
+        card: The card's name and size; None: the only one in the file, if there is but one.
     """
 
-    def __init__(self, folder: Path | None, card: str) -> None:
+    def __init__(self, folder: Path | None, card: str | None = None) -> None:
         self._file = None if folder is None else folder / FITTED_FILE
-        self._card = card
+        known = [name for name in self._read_cards() if name != "cpu"] if card is None else [card]
+        self._card = known[0] if len(known) == 1 else ""
 
     def recall(self, load: str, batch_size: int, free: int, *, most: int) -> int:
         """Halvings to begin with, at most ``most``: 0 where nothing is known, or the card has more room than then."""
@@ -76,10 +77,10 @@ class FitMemory:
         cards.setdefault(self._card, {})[load] = asdict(fitted)
         publish_json(self._file, {"schema": _SCHEMA, "cards": cards})
 
-    def calibration(self, mode: str) -> float:
-        """Measured over estimated memory, the median of this card's runs in ``mode``; 1.0 where there was none."""
+    def calibration(self, mode: str) -> tuple[float, int]:
+        """Measured over estimated memory, the median of this card's runs in ``mode``, and how many; 1.0 for none."""
         runs = [f for load, f in self._read().items() if f" {mode}" in load and f.estimated and f.peak]
-        return statistics.median(f.peak / f.estimated for f in runs) if runs else 1.0
+        return (statistics.median(f.peak / f.estimated for f in runs), len(runs)) if runs else (1.0, 0)
 
     def _read(self) -> Mapping[str, Fitted]:
         try:

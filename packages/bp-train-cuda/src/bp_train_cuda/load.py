@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from bp_runs.errors import first_line
 from bp_train_cuda.errors import GpuNotAvailableError, ModelLoadError, RemoteCodeError
 from bp_train_cuda.probe import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
+from bp_train_cuda.shapes import Linear, Shapes
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError, SafetensorError)
 
@@ -51,6 +54,46 @@ def count_parameters(config: Any, *, trust_remote_code: bool) -> int:
     except _LOAD_ERRORS as error:
         raise ModelLoadError("the config describes no causal language model", cause=first_line(error)) from error
     return sum(p.numel() for p in model.parameters())
+
+
+def measure_shapes(config: Mapping[str, Any]) -> Shapes:
+    """The shapes of a model of a kind that `bp_train_cuda.shapes` does not know, built without weights.
+
+    Args:
+        config: The content of a config.json.
+
+    Raises:
+        ModelLoadError: transformers does not know it either.
+    """
+    try:
+        built = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(built, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        raise ModelLoadError("the config describes no causal language model", cause=first_line(error)) from error
+    head, text = model.get_output_embeddings(), built.get_text_config()
+    found = Counter(
+        (name.rsplit(".", 1)[-1], module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
+    linears = tuple(Linear(name, inp, out, count) for (name, inp, out), count in found.items())
+    parameters = sum(p.numel() for p in model.parameters())
+    tied = head is None or head.weight is model.get_input_embeddings().weight
+    hidden, vocabulary = int(text.hidden_size), int(text.vocab_size)
+    embedding = vocabulary * hidden * (1 if tied else 2)
+    return Shapes(
+        model_type=str(built.model_type),
+        hidden=hidden,
+        layers=int(text.num_hidden_layers),
+        vocabulary=vocabulary,
+        feed_forward=max((max(a.inp, a.out) for a in linears), default=hidden),
+        queries=hidden,
+        keys=hidden,
+        linears=linears,
+        others=parameters - embedding - sum(a.parameters for a in linears),
+        tied=tied,
+    )
 
 
 def measure_model(base: Path, device: Device, *, trust_remote_code: bool) -> int:

@@ -10,9 +10,9 @@ import psutil
 import torch
 
 from bp_train_cuda.errors import BitsandbytesError, ModeError
+from bp_train_cuda.estimate import WEIGHTS_SHARE
 
 CPU_PARAMETER_LIMIT = 1_000_000_000
-_WEIGHTS_SHARE = 0.6  # the rest is for activations, adapter, gradients and optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +65,14 @@ class Mode:
 
 
 def choose_mode(wanted: Literal["auto", "lora", "qlora"], parameters: int, device: Device) -> Mode:
-    """The mode as asked, else qlora where 16-bit weights would take over `_WEIGHTS_SHARE` of the free GPU memory.
+    """The mode as asked, else qlora where 16-bit weights would take over `WEIGHTS_SHARE` of the free GPU memory.
 
     Raises:
         ModeError: 4-bit weights on a CPU.
         BitsandbytesError: 4-bit weights without bitsandbytes.
     """
     need, free = 2 * parameters / 2**30, device.memory / 2**30
-    too_large = device.kind == "cuda" and need > _WEIGHTS_SHARE * free
+    too_large = device.kind == "cuda" and need > WEIGHTS_SHARE * free
     mode = Mode(
         ("qlora" if too_large else "lora") if wanted == "auto" else wanted,
         f"{need:.1f} GiB of 16-bit weights, {free:.1f} GiB free" if wanted == "auto" else "as asked",

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from bp_runs.errors import NothingHeldOutError
 from bp_runs.events import Emit, Notice
 from bp_runs.paths import REJECTED_FILE
-from bp_runs.rail import EvalOutcome, Part, Probe, RowOutcome, Stop, TrainOutcome
+from bp_runs.rail import EvalOutcome, MemoryEstimate, Part, Probe, RowOutcome, Stop, TrainOutcome
 from bp_runs.spec import Settings, TrainSpec
 from bp_train_cuda.rows import AnyPrepared, data_ready, prepare_rows
 
@@ -45,6 +45,34 @@ class CudaRail:
         from bp_train_cuda import load, probe
 
         load.measure_model(folder, probe.choose_device(), trust_remote_code=settings.model.trust_remote_code)
+
+    def estimate(
+        self,
+        settings: Settings,
+        config: Mapping[str, Any],
+        *,
+        memory: int | None = None,
+        machine: Path | None = None,
+    ) -> MemoryEstimate:
+        """What training with ``settings`` would take of a card; imports no framework for the known kinds of model.
+
+        Raises:
+            ShapesUnknownError, ModelLoadError: The config describes no language model.
+        """
+        from bp_train_cuda.estimate import choose_base, estimate, read_load
+        from bp_train_cuda.fit import FitMemory
+        from bp_train_cuda.shapes import FAMILIES, read_shapes
+
+        if config.get("model_type") in FAMILIES:
+            shapes = read_shapes(config)
+        else:
+            from bp_train_cuda.load import measure_shapes
+
+            shapes = measure_shapes(config)
+        mode: str = settings.training.mode
+        mode = choose_base(shapes.parameters, memory) if mode == "auto" else mode
+        factor, runs = FitMemory(machine).calibration(mode)
+        return replace(estimate(shapes, read_load(settings, mode), factor), measured_runs=runs)
 
     def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
         """Train an adapter by ``spec.training.method``, with loss on the assistant's tokens only.

@@ -145,6 +145,18 @@ COMMANDS = (
         "Explain one setting: value, source, default, and its names.",
         "backprop config explain lora.r",
     ),
+    Command(
+        "models",
+        "models:models",
+        "Show base models that train well on one card, with licence and memory.",
+        "backprop models --json",
+    ),
+    Command(
+        "estimate-vram",
+        "estimate_vram:estimate_vram",
+        "Say what a training would take of a card's memory, without loading anything.",
+        "backprop estimate-vram qwen2.5-7b --vram 16 --mode qlora --max-seq-length 4096",
+    ),
     Command("info", "info:info", "Show versions, rails and the machine, for bug reports.", "backprop info --json"),
     Command("errors", "errors:errors", "Explain the error codes.", "backprop errors INPUT_DATASET_NOT_FOUND"),
 )

@@ -396,6 +396,57 @@ class Errors(TypedDict):
     errors: list[ErrorRow]
 
 
+class ModelRow(TypedDict):
+    """A base model; needed: bytes by mode for 2 rows of 2,048 tokens at rank 16, empty where no rail can say."""
+
+    name: str
+    model: str
+    licence: str
+    restriction: str
+    note: str
+    parameters: int | None
+    needed_bytes: dict[str, int]
+
+
+class Models(TypedDict):
+    """`backprop models`."""
+
+    models: list[ModelRow]
+
+
+class EstimateVram(TypedDict):
+    """`backprop estimate-vram`; in use: the highest sum of the parts at one time."""
+
+    model: str
+    mode: str
+    parameters: int
+    trained: int
+    parts_bytes: dict[str, int]
+    in_use_bytes: int
+    beside_bytes: int
+    needed_bytes: int
+    paged_bytes: int
+    memory_bytes: int | None
+    fits: bool | None
+    measured_runs: int
+
+
+class LongestRow(TypedDict):
+    """Longest rows in tokens by a card's GiB, for one way to train."""
+
+    model: str
+    mode: str
+    preset: str
+    longest: dict[str, int | None]
+
+
+class EstimateVramTable(TypedDict):
+    """`backprop estimate-vram --table`."""
+
+    cards_gib: list[int]
+    rows: list[LongestRow]
+
+
 class ErrorBody(TypedDict):
     """What went wrong."""
 
@@ -439,6 +490,9 @@ DOCUMENTS: Mapping[str, type] = {
     "queue-rm": QueueRm,
     "config-show": ConfigShow,
     "config-explain": SettingRow,
+    "models": Models,
+    "estimate-vram": EstimateVram,
+    "estimate-vram-table": EstimateVramTable,
     "info": Info,
     "errors": Errors,
     "error": Error,

@@ -1,0 +1,59 @@
+"""`backprop models`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backpropagate import rails
+from backpropagate.cli.flags import Json
+from backpropagate.cli.screen import print_json
+from backpropagate.presets import MODEL_PRESETS, ModelPreset
+from bp_runs.rail import Estimates
+from bp_runs.spec import Settings, TrainingSpec
+
+
+def models(*, json: Json = False) -> int:
+    """Show the base models that are known to train well, with licence and memory."""
+    estimator = rails.find_estimator()
+    rows = [_describe(preset, estimator) for preset in MODEL_PRESETS.values()]
+    if json:
+        print_json("models", {"models": rows})
+        return 0
+    heads = ("name", "model", "licence", "B", "qlora", "lora", "full")
+    cells = [heads, *(_cells(row) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line, row in zip(cells, [None, *rows], strict=True):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())  # noqa: T201
+        if row is not None:
+            warning = f"; {row['restriction']}" if row["restriction"] else ""
+            print(f"    {row['note']}{warning}")  # noqa: T201
+    print("\nGiB that a card needs for 2 rows of 2,048 tokens at rank 16, estimated: backprop estimate-vram NAME")  # noqa: T201
+    print("Train one: backprop train --data my_data.jsonl --model smollm3-3b")  # noqa: T201
+    return 0
+
+
+def _describe(preset: ModelPreset, estimator: Estimates | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "name": preset.name,
+        "model": preset.model,
+        "licence": preset.licence,
+        "restriction": preset.restriction,
+        "note": preset.note,
+        "parameters": None,
+        "needed_bytes": {},
+    }
+    if estimator is None:
+        return found
+    mode: Any
+    for mode in ("qlora", "lora", "full"):
+        settings = Settings(training=TrainingSpec(mode=mode))
+        need = estimator.estimate(settings, preset.config)
+        found["parameters"] = need.parameters
+        found["needed_bytes"][mode] = need.needed
+    return found
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    needs = (f"{row['needed_bytes'][m] / 2**30:.1f}" if row["needed_bytes"] else "?" for m in ("qlora", "lora", "full"))
+    size = f"{row['parameters'] / 1e9:.1f}" if row["parameters"] else "?"
+    return (row["name"], row["model"], row["licence"], size, *needs)
