@@ -25,6 +25,7 @@ from bp_runs.rail import EvalOutcome, RowOutcome, Stop, TrainOutcome, mean_ends
 from bp_runs.spec import LoraSpec, TrainSpec
 from bp_train_cuda import load, lora, probe
 from bp_train_cuda.answers import answer
+from bp_train_cuda.checkpoint import Checkpointer
 from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError, TrainingFailedError
 from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.guarded import Parts
@@ -156,11 +157,12 @@ def _train(
 ) -> TrainOutcome:
     memory = probe.PeakMemory(loaded.device)
     model = _add_adapter(spec, loaded, emit)
-    _emit_answers(spec, prepared, model, emit, step=0)
+    if spec.checkpoint is None:
+        _emit_answers(spec, prepared, model, emit, step=0)
     reporter = StepReporter(emit, stop, memory, spec.training.steps)
     fit = CardFit(spec, loaded.mode.name, loaded.device, emit)
     rehearsal = Rehearsal(spec, loaded.device, emit, trainer=lambda: trainer, validator=lambda: reporter.validator)
-    # Guards and checkpoints join here; a callback is told of the loop's start, of every step and of the end.
+    # Guards join here; a callback is told of the loop's start, of every step and of the end.
     callbacks = [rehearsal, reporter]
     parts, trainer = _build_trainer(
         spec, prepared, model, loaded, emit, callbacks=callbacks, halvings=fit.recall_halvings()
@@ -171,7 +173,17 @@ def _train(
     reporter.tell_answers = lambda step: _emit_answers(spec, prepared, model, emit, step=step)
     if len(heldout):
         reporter.validator = _build_validator(parts, trainer, heldout, emit)
-    _run(trainer)
+    trainer.checkpointer = Checkpointer(
+        spec,
+        emit,
+        model,
+        {"trainer": trainer, "reporter": reporter, "splitter": parts.splitter},
+        validation=reporter.validator,
+        is_stopping=lambda: reporter.stopped,
+    )
+    reporter.watch.save_before_end(partial(trainer.checkpointer.save_now, trainer, "temperature"))
+    _run(trainer, spec.checkpoint)
+    reporter.validate_stopped()
     fit.remember(parts.splitter.halvings, memory.read())
     if reporter.validator is not None:
         reporter.validator.restore_best(len(reporter.losses))
@@ -230,10 +242,10 @@ def _build_validator(parts: Parts, trainer: Any, heldout: Sequence[Any], emit: E
     )
 
 
-def _run(trainer: Any) -> None:
-    """The loop, from its first step to its last. A rehearsal goes before it; saved state is put back before it."""
+def _run(trainer: Any, checkpoint: Path | None) -> None:
+    """The loop, from its first step or the checkpoint's to its last. A rehearsal goes before it."""
     trainer.meet_rows()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, emit: Emit) -> None:

@@ -62,11 +62,17 @@ class Validator:
         # A generator of its own: a DataLoader draws a number at each start, and training's draws must not move.
         own = torch.Generator()
         self._loader = DataLoader(rows, batch_size=spec.batch_size, collate_fn=collate, generator=own)
-        self._best: dict[str, torch.Tensor] = {}
+        self.best: dict[str, torch.Tensor] = {}
+        """The best weights so far, on the CPU."""
         self._since_best = 0
         self.best_loss: float | None = None
         self.best_step = 0
         self._last_step = -1
+        self._last_loss: float | None = None
+
+    def loss_after(self, step: int) -> float | None:
+        """The validation loss after ``step``, in nats, where that was the last one measured."""
+        return self._last_loss if step == self._last_step else None
 
     def is_due(self, step: int, *, is_last: bool) -> bool:
         """Whether to validate after ``step``."""
@@ -74,12 +80,12 @@ class Validator:
 
     def visit(self, step: int) -> bool:
         """Validate after ``step``; True when training has stopped helping for ``early_stop`` visits in a row."""
-        self._last_step = step
         loss, tokens, metrics = self.measure()
+        self._last_step, self._last_loss = step, loss
         is_best = self.best_loss is None or loss < self.best_loss
         if is_best:
             self.best_loss, self.best_step, self._since_best = loss, step, 0
-            self._best = {n: p.detach().cpu().clone() for n, p in trainable_weights(self._model).items()}
+            self.best = {n: p.detach().cpu().clone() for n, p in trainable_weights(self._model).items()}
         else:
             self._since_best += 1
         self._emit(EvalDone(step=step, loss=loss, tokens=tokens, best=is_best, metrics=metrics))
@@ -87,11 +93,11 @@ class Validator:
 
     def restore_best(self, last_step: int) -> None:
         """Put the best adapter back, where a later one is worse and the setting says so."""
-        if not self._best or self.best_step == last_step or self._spec.keep == "last":
+        if not self.best or self.best_step == last_step or self._spec.keep == "last":
             return
         with torch.no_grad():
             for name, weight in trainable_weights(self._model).items():
-                weight.copy_(self._best[name])
+                weight.copy_(self.best[name])
         message = f"the adapter of step {self.best_step} is kept: its validation loss {self.best_loss:.4f} is the best"
         self._emit(Notice(message=message, details={"best_step": self.best_step}))
 
@@ -100,6 +106,16 @@ class Validator:
         rows: Any = self._loader.dataset
         longest = find_longest(rows.lengths(), self._spec.batch_size)
         self._measure([self._collate([rows[place] for place in longest])])
+
+    def read_state(self) -> dict[str, Any]:
+        """For a checkpoint: all but the best weights."""
+        found = {"best_loss": self.best_loss, "best_step": self.best_step}
+        return {**found, "since_best": self._since_best, "last_step": self._last_step}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Go on comparing where the checkpoint was."""
+        self.best_loss, self.best_step = state["best_loss"], state["best_step"]
+        self._since_best, self._last_step = state["since_best"], state["last_step"]
 
     def measure(self) -> tuple[float, int, dict[str, float]]:
         """Mean loss over the held-out rows, their trained tokens, and the means of the method's metrics."""

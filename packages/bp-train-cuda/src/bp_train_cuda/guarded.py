@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from bp_runs.errors import ContractError
 from bp_runs.spec import TrainingSpec, TrainSpec
+from bp_train_cuda.checkpoint import Checkpointer
 from bp_train_cuda.guards.oom import Batch, StepSplitter
 from bp_train_cuda.guards.optimizer import guard_optimizer
 from bp_train_cuda.lora import trainable_weights
@@ -89,6 +90,8 @@ class Guarded:
     order: RowOrder
     look: Callable[[], None] = staticmethod(lambda: None)
     """Called before each micro-batch, when training may have to wait."""
+    checkpointer: Checkpointer | None = None
+    """Saves after steps, and puts a saved state back before the first; None: nothing is saved."""
     tokens = 0
     """Tokens of finished micro-batches; TRL counts those of failed attempts too."""
     seen: torch.Tensor | None = None
@@ -168,6 +171,29 @@ class Guarded:
         if getattr(trainer, "lr_scheduler", None) is None:
             trainer.lr_scheduler = LambdaLR(optimizer or trainer.optimizer, self.rate)
         return trainer.lr_scheduler
+
+    def read_state(self) -> dict[str, Any]:
+        """For a checkpoint: the tokens so far."""
+        return {"tokens": self.tokens}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Count on from a checkpoint."""
+        self.tokens = state["tokens"]
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **named: Any) -> None:
+        """Once a step is done: tell it, then save where it is wanted."""
+        trainer: Any = self
+        if self.checkpointer is not None and self.checkpointer.wants(trainer.state.global_step):
+            trainer.control.should_save = True
+        super()._maybe_log_save_evaluate(*arguments, **named)  # type: ignore[misc]
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002  # transformers' names
+        if self.checkpointer is not None:
+            self.checkpointer.save(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
+        if self.checkpointer is not None:
+            self.checkpointer.restore()
 
 
 def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:

@@ -30,6 +30,7 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self._memory = memory
         self._steps = steps
         self._began = self._last = 0.0
+        self._seconds_before = 0.0
         self.count_tokens: Callable[[], int] = lambda: 0
         """Set by whoever counts them."""
         self.take_metrics: Callable[[], Mapping[str, float]] = dict
@@ -47,8 +48,21 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
 
     @property
     def seconds(self) -> float:
-        """From the first step's start to the last step's end."""
-        return self._last - self._began
+        """From the first step's start to the last step's end; a run that goes on counts what it took before."""
+        return self._seconds_before + self._last - self._began
+
+    def read_state(self) -> dict[str, Any]:
+        """For a checkpoint: what was told so far."""
+        return {"losses": self.losses, "tokens": self.tokens, "seconds": self.seconds}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Tell on from a checkpoint."""
+        self.losses, self.tokens, self._seconds_before = list(state["losses"]), state["tokens"], state["seconds"]
+
+    def validate_stopped(self) -> None:
+        """Measure a stopped run after its last step: beside the schedule, so only when its checkpoint is written."""
+        if self.stopped and self.validator is not None and self.validator.is_due(len(self.losses), is_last=True):
+            self.validator.visit(len(self.losses))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
@@ -88,7 +102,7 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
             raise TrainingDivergedError(f"the loss is {loss} at step {state.global_step}")
         self.losses.append(loss)
         self.watch.end_step(speed)
-        is_last = state.global_step == self._steps or self.stopped
+        is_last = state.global_step == self._steps
         if self.validator is not None and self.validator.is_due(state.global_step, is_last=is_last):
             if self.validator.visit(state.global_step) and not is_last:
                 control.should_training_stop = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bp_runs.events import Emit, Notice
@@ -45,6 +46,11 @@ class Watch:
             self.spill.end_step(tokens_per_second)
         if self.governor is not None:
             self.governor.end_step()
+
+    def save_before_end(self, save: Callable[[], None]) -> None:
+        """Let ``save`` be called before a guard ends the run."""
+        if self.governor is not None:
+            self.governor.save = save
 
 
 def open_watch(spec: TrainingSpec, device: Device, emit: Emit, stop: Stop) -> Watch:

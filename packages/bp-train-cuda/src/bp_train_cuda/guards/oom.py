@@ -61,6 +61,14 @@ class StepSplitter:
         """One for work between the micro-batches that leaves gradients alone; it starts where this one has come to."""
         return StepSplitter((), self.emit, enabled=self.enabled, halvings=self.halvings)
 
+    def read_state(self) -> dict[str, Any]:
+        """For a checkpoint: what did not fit."""
+        return {"halvings": self.halvings}
+
+    def restore_state(self, state: Mapping[str, Any]) -> None:
+        """Go on in pieces of the size that fitted."""
+        self.halvings = state["halvings"]
+
     def run(self, step: Step, batch: Batch) -> torch.Tensor:
         """The micro-batch's loss, its gradients added once.
 

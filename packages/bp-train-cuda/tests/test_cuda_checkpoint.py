@@ -1,0 +1,171 @@
+"""A run that was cut off goes on as if it had not been: the same bytes, the same curve."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_training import spec_for, train
+from safetensors.torch import save_file
+from test_runs_checkpoint import small_disk
+from transformers import LlamaModel
+
+from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.errors import CheckpointInvalidError, DiskFullError
+from bp_runs.events import CheckpointSaved, EvalDone, Notice, SampleAnswer, StepDone
+from bp_train_cuda import CudaRail, checkpoint
+
+EVAL = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 3, "early_stop": 0}
+KINDS = {
+    "plain": {},
+    "packing and dropout": {"training": {"packing": True, "batch_size": 2}, "lora": {"dropout": 0.3}},
+    "validation, accumulation and dropout": {
+        "training": {**EVAL, "gradient_accumulation": 2, "batch_size": 2, "scheduler": "cosine"},
+        "lora": {"dropout": 0.3, "use_dora": True},
+    },
+    "out of memory": {"training": {"gradient_accumulation": 2, "batch_size": 4}, "lora": {"dropout": 0.3}},
+}
+
+
+class Killed(BaseException):
+    """What no part of the program catches."""
+
+
+def kill_at(step, events):
+    def emit(event):
+        events.append(event)
+        if isinstance(event, StepDone) and event.step == step:
+            raise Killed
+
+    return emit
+
+
+def go_on(spec, emit):
+    newest, _ = CheckpointFolder(spec.folders.run).newest_whole()
+    return CudaRail().train(replace(spec, checkpoint=newest.path), emit, lambda: False)
+
+
+def curve(events):
+    return [(e.step, e.loss, e.learning_rate, e.grad_norm, e.tokens) for e in events if isinstance(e, StepDone)]
+
+
+def scarce_memory(monkeypatch):
+    """Room for two rows at a time, from the fifth forward pass on."""
+    forward, calls = LlamaModel.forward, []
+
+    def scarce(model, *args, **kwargs):
+        calls.append(1)
+        if torch.is_grad_enabled() and kwargs["input_ids"].shape[0] > 2 and len(calls) > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(model, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", scarce)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_steps_are_seven_a_kill_and_thirteen(pico_model, chat_file, tmp_path, monkeypatch, kind):
+    change = KINDS[kind]
+    training = {"steps": 20, "save_steps": 7, "keep_checkpoints": 9, **change.get("training", {})}
+    spec = spec_for(pico_model, chat_file, tmp_path / "straight", training=training, lora=change.get("lora", {}))
+    with monkeypatch.context() as patch:
+        if kind == "out of memory":
+            scarce_memory(patch)
+        straight, straight_events = train(spec)
+    cut = replace(spec, folders=replace(spec.folders, run=tmp_path / "cut"))
+    cut.folders.run.mkdir()
+    events = []
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        if kind == "out of memory":
+            scarce_memory(patch)
+        CudaRail().train(cut, kill_at(9, events), lambda: False)
+    # Here memory is plenty again: that the batches stay halved is the checkpoint's doing.
+    events = [e for e in events if not isinstance(e, StepDone) or e.step <= 7]
+    outcome = go_on(cut, events.append)
+    assert (straight.adapter / "adapter_model.safetensors").read_bytes() == (
+        outcome.adapter / "adapter_model.safetensors"
+    ).read_bytes()
+    assert curve(events) == curve(straight_events)
+    assert [s for s, *_ in curve(events)] == list(range(1, 21))
+    assert [(e.step, e.loss, e.best) for e in events if isinstance(e, EvalDone)] == [
+        (e.step, e.loss, e.best) for e in straight_events if isinstance(e, EvalDone)
+    ]
+    names = ("steps", "first_loss", "final_loss", "tokens", "eval_loss", "best_step")
+    assert [getattr(outcome, n) for n in names] == [getattr(straight, n) for n in names]
+    last = [CheckpointFolder(folder).read()[0] for folder in (spec.folders.run, cut.folders.run)]
+    assert [c.step for c in last] == [14, 14]
+    files = [{n: f["sha256"] for n, f in c.files.items() if n != checkpoint.STATE_FILE} for c in last]
+    assert files[0] == files[1]
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "weights.safetensors"} <= set(files[0])
+    if kind == "out of memory":
+        assert [e.details["pieces"] for e in straight_events if isinstance(e, Notice) and "pieces" in e.details] == [2]
+        assert json.loads((last[1].path / checkpoint.STATE_FILE).read_text())["splitter"] == {"halvings": 1}
+
+
+def test_a_stop_saves_at_once_and_its_own_validation_changes_nothing(pico_model, chat_file, tmp_path):
+    training = {"steps": 8, "save_steps": 0, "batch_size": 2, **EVAL, "sample_prompts": ("who are you",)}
+    spec = spec_for(pico_model, chat_file, tmp_path / "straight", training=training)
+    straight, straight_events = train(spec)
+    assert not [e for e in straight_events if isinstance(e, CheckpointSaved)]
+    cut = replace(spec, folders=replace(spec.folders, run=tmp_path / "cut"))
+    cut.folders.run.mkdir()
+    asked = iter([False, False, False, True])
+    stopped, events = train(cut, stop=lambda: next(asked))
+    assert (stopped.stopped, stopped.steps) == (True, 4)
+    assert [(e.step, e.reason) for e in events if isinstance(e, CheckpointSaved)] == [(4, "stop")]
+    assert [e.step for e in events if isinstance(e, EvalDone)] == [3, 4]
+    later = []
+    outcome = go_on(cut, later.append)
+    assert [e.step for e in later if isinstance(e, SampleAnswer)] == [8]
+    weights = [(o.adapter / "adapter_model.safetensors").read_bytes() for o in (straight, outcome)]
+    assert weights[0] == weights[1]
+    assert (outcome.best_step, outcome.eval_loss) == (straight.best_step, straight.eval_loss)
+
+
+def test_a_guard_has_the_state_saved_before_it_ends_the_run(pico_model, chat_file, tmp_path, monkeypatch):
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"save_steps": 0})
+    wants = checkpoint.Checkpointer.wants
+
+    def hot(checkpointer, step):
+        if step == 3:
+            checkpointer.request("temperature")
+        return wants(checkpointer, step)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "wants", hot)
+    train(spec)
+    saved = CheckpointFolder(spec.folders.run).read()
+    assert [(c.step, c.reason, c.rail) for c in saved] == [(3, "temperature", "cuda")]
+    assert len(json.loads((saved[0].path / checkpoint.STATE_FILE).read_text())["reporter"]["losses"]) == 3
+
+
+def test_the_policy_keeps_the_last_and_the_best(pico_model, chat_file, tmp_path):
+    training = {"steps": 9, "save_steps": 1, "keep_checkpoints": 1, "batch_size": 2, **EVAL, "eval_steps": 1}
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training=training | {"learning_rate": 5e-2})
+    outcome, events = train(spec)
+    losses = {e.step: e.loss for e in events if isinstance(e, EvalDone) and e.step < 9}
+    best = min(losses, key=losses.get)
+    assert [c.step for c in CheckpointFolder(spec.folders.run).read()] == sorted({8, best}, reverse=True)
+    assert outcome.best_step
+
+
+@pytest.mark.parametrize("damage", ["rank", "state", "file"])
+def test_a_checkpoint_of_another_model_or_version_is_refused(pico_model, chat_file, tmp_path, damage):
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"save_steps": 3})
+    train(spec)
+    folder = CheckpointFolder(spec.folders.run).read()[0].path
+    if damage == "state":
+        (folder / checkpoint.STATE_FILE).write_text("{}")
+    elif damage == "file":
+        (folder / checkpoint.WEIGHTS_FILE).write_bytes(b"")
+    lora = {"r": 2} if damage == "rank" else {}
+    other = spec_for(pico_model, chat_file, tmp_path / "run", lora=lora, training={"save_steps": 3})
+    with pytest.raises(CheckpointInvalidError):
+        CudaRail().train(replace(other, checkpoint=folder), lambda _: None, lambda: False)
+
+
+def test_a_disk_that_fills_up_while_torch_writes(tmp_path):
+    with small_disk(tmp_path / "disk", "128k") as disk:
+        for write in (lambda f: torch.save(torch.zeros(10**6), f), lambda f: save_file({"a": torch.zeros(10**6)}, f)):
+            with pytest.raises(DiskFullError), checkpoint.told_full_disk(disk):
+                write(Path(disk) / "file")
+            (disk / "file").unlink(missing_ok=True)
