@@ -14,7 +14,7 @@ from transformers import LlamaModel
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError, DiskFullError
 from bp_runs.events import CheckpointSaved, EvalDone, Notice, SampleAnswer, StepDone
-from bp_train_cuda import CudaRail, checkpoint
+from bp_train_cuda import CudaRail, checkpoint, guarded, loop
 
 EVAL = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 3, "early_stop": 0}
 KINDS = {
@@ -122,20 +122,33 @@ def test_a_stop_saves_at_once_and_its_own_validation_changes_nothing(pico_model,
     assert (outcome.best_step, outcome.eval_loss) == (straight.best_step, straight.eval_loss)
 
 
+class TooHot(Exception):
+    """What a guard raises."""
+
+
 def test_a_guard_has_the_state_saved_before_it_ends_the_run(pico_model, chat_file, tmp_path, monkeypatch):
+    def get_hot(callback, args, state, control, logs, **_):
+        told(callback, args, state, control, logs)
+        if state.global_step == 3:
+            trainer = made[0]
+            trainer.checkpointer.save_now(trainer, "temperature")
+            raise TooHot
+
+    made = []
+    build = guarded.Guarded.finish
+    monkeypatch.setattr(guarded.Guarded, "finish", lambda trainer, *rest: (made.append(trainer), build(trainer, *rest)))
+    told = loop.StepReporter.on_log
+    monkeypatch.setattr(loop.StepReporter, "on_log", get_hot)
     spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"save_steps": 0})
-    wants = checkpoint.Checkpointer.wants
-
-    def hot(checkpointer, step):
-        if step == 3:
-            checkpointer.request("temperature")
-        return wants(checkpointer, step)
-
-    monkeypatch.setattr(checkpoint.Checkpointer, "wants", hot)
-    train(spec)
+    with pytest.raises(TooHot):
+        train(spec)
+    monkeypatch.setattr(loop.StepReporter, "on_log", told)
     saved = CheckpointFolder(spec.folders.run).read()
     assert [(c.step, c.reason, c.rail) for c in saved] == [(3, "temperature", "cuda")]
-    assert len(json.loads((saved[0].path / checkpoint.STATE_FILE).read_text())["reporter"]["losses"]) == 3
+    straight, _ = train(replace(spec, folders=replace(spec.folders, run=tmp_path / "straight")))
+    outcome = go_on(spec, lambda _: None)
+    weights = [(o.adapter / "adapter_model.safetensors").read_bytes() for o in (straight, outcome)]
+    assert weights[0] == weights[1]
 
 
 def test_the_policy_keeps_the_last_and_the_best(pico_model, chat_file, tmp_path):

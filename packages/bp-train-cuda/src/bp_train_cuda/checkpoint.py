@@ -93,12 +93,18 @@ class Checkpointer:
         self._last_step = -1
 
     def request(self, reason: Reason) -> None:
-        """Save after the step that is going on, once it is recorded; for guards, from any callback.
-
-        A guard that ends the run sets ``control.should_training_stop`` in the same ``on_step_end``; it may raise in
-        ``on_save``, which comes right after the save.
-        """
+        """Save after the step that is going on, once it is told; for guards, from any callback."""
         self._asked = reason
+
+    def save_now(self, trainer: Any, reason: Reason) -> None:
+        """Save at once, for a guard that ends the run by raising; the step must have been told (``on_log``).
+
+        Raises:
+            DiskFullError, OutputNotWritableError: As `save`.
+        """
+        if trainer.state.global_step != self._last_step:
+            self._asked = reason
+            self.save(trainer)
 
     def wants(self, step: int) -> bool:
         """Whether to save after ``step``, which is done and not yet told."""
