@@ -145,7 +145,7 @@ def test_a_guard_has_the_state_saved_before_it_ends_the_run(pico_model, chat_fil
     monkeypatch.setattr(loop.StepReporter, "on_log", told)
     saved = CheckpointFolder(spec.folders.run).read()
     assert [(c.step, c.reason, c.rail) for c in saved] == [(3, "temperature", "cuda")]
-    straight, _ = train(replace(spec, folders=replace(spec.folders, run=tmp_path / "straight")))
+    straight, _ = train(spec_for(pico_model, chat_file, tmp_path / "straight", training={"save_steps": 0}))
     outcome = go_on(spec, lambda _: None)
     weights = [(o.adapter / "adapter_model.safetensors").read_bytes() for o in (straight, outcome)]
     assert weights[0] == weights[1]

@@ -177,7 +177,7 @@ def _train(
         spec,
         emit,
         model,
-        {"trainer": trainer, "reporter": reporter, "splitter": parts.splitter},
+        {"trainer": trainer, "reporter": reporter, "splitter": parts.splitter, "reader": trainer.reader},
         validation=reporter.validator,
         is_stopping=lambda: reporter.stopped,
     )
