@@ -121,3 +121,17 @@ def test_arguments_out_of_range(place, capsys, argv):
 def test_each_has_help_with_an_example(capsys, command):
     assert run(["data", command, "--help"]) == 0
     assert f"backprop data {command}" in capsys.readouterr().out
+
+
+def test_validate_reads_rows_as_the_method_does(place, capsys):
+    pairs = [{"prompt": "Q", "chosen": f"good {n}", "rejected": "bad"} for n in range(3)]
+    (place / "p.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    assert run(["validate", "p.jsonl", "--model", "./m", "--method", "dpo", "--rows", "1"]) == 0
+    text = capsys.readouterr().out
+    assert "⟦good 0<|im_end|>⟧" in text
+    assert "⟦bad<|im_end|>⟧" in text
+    assert "3 rows read = 3 trained" in text
+    assert run(["validate", "p.jsonl", "--model", "./m"]) == 1
+    assert "one for sft is wanted" in capsys.readouterr().err
+    assert run(["validate", "p.jsonl", "--model", "./m", "--method", "dpo", "--min-tokens", "3"]) == 1
+    assert "CONFIG_INVALID_SETTING" in capsys.readouterr().err

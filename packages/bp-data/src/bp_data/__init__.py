@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bp_data.answers import AnswerRows, JudgedRow, JudgedRows, PairRow, PairRows
+    from bp_data.asked import DATA_KINDS, prepare_asked, require_fitting
     from bp_data.dataset import Prepared, prepare, tokenize_rows
     from bp_data.dedupe import Contaminated, Duplicate, find_contamination, find_duplicates
     from bp_data.errors import (
@@ -49,6 +50,11 @@ _HOMES = {
         "JudgedRows",
         "PairRow",
         "PairRows",
+    ),
+    "asked": (
+        "DATA_KINDS",
+        "prepare_asked",
+        "require_fitting",
     ),
     "dataset": (
         "Prepared",
@@ -155,6 +161,7 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "DATA_KINDS",
     "DEFAULT_TEMPLATE_NAME",
     "IGNORED",
     "AnswerRows",
@@ -220,6 +227,7 @@ __all__ = [
     "pack_rows",
     "plan_packs",
     "prepare",
+    "prepare_asked",
     "prepare_judged",
     "prepare_pairs",
     "preview_file",
@@ -228,6 +236,7 @@ __all__ = [
     "recognise",
     "report_html",
     "report_text",
+    "require_fitting",
     "split_file",
     "split_rows",
     "tokenize_rows",

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from bp_data import cache as cached
 from bp_data.batch import Encoder
@@ -29,7 +29,6 @@ from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 from bp_runs.errors import ContractError
 from bp_runs.files import publish_folder
-from bp_runs.spec import Settings
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 Dedup: TypeAlias = Literal["none", "exact", "near"]
@@ -236,23 +235,6 @@ def take_rows(source: Source, ledger: Ledger) -> Iterable[Row | Rejected]:
     if source.samples is not None:
         rows = sample_rows(rows, source.samples, source.seed, ledger)
     return rows
-
-
-def asked_of(settings: Settings) -> dict[str, Any]:
-    """The arguments of `prepare` that a run's settings stand for."""
-    data = settings.data
-    band = TraceBand(data.trace_min_tokens, data.trace_max_tokens)
-    return {
-        "max_seq_length": settings.model.max_seq_length,
-        "on_bad_row": data.on_bad_row,
-        "samples": data.samples,
-        "seed": settings.training.seed,
-        "on_overflow": None if data.on_overflow == "auto" else data.on_overflow,
-        "min_tokens": data.min_tokens,
-        "dedup": data.dedup,
-        "trace": band if data.reasoning_trace else None,
-        "curriculum": settings.training.curriculum,
-    }
 
 
 def load_source(model: str | Path | tuple[Tokenizer, ChatTemplate]) -> tuple[Tokenizer, ChatTemplate]:

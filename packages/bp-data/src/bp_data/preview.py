@@ -8,8 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
+from bp_data.answers import JudgedRow, PairRow
+from bp_data.asked import AnyPrepared
 from bp_data.batch import Encoder
-from bp_data.dataset import Prepared, is_document, load_source, tokenizer_facts
+from bp_data.dataset import is_document, load_source, tokenizer_facts
 from bp_data.errors import RowFaultError
 from bp_data.example import Chat, Judged, Rejected, Row, Text
 from bp_data.formats import recognise
@@ -63,9 +65,16 @@ class PreviewedRow:
     cut: int = 0
 
 
-def preview_rows(prepared: Prepared, n: int) -> list[list[PreviewToken]]:
-    """The first ``n`` rows as pieces of text; joined, the pieces of a row are its decoded text."""
-    return [preview_row(row, prepared.tokenizer) for row in prepared.rows[:n]]
+def preview_rows(prepared: AnyPrepared, n: int) -> list[list[PreviewToken]]:
+    """The first ``n`` rows as pieces of text, of a pair both answers; joined, the pieces are the decoded text."""
+    parts = [part for row in prepared.rows[:n] for part in _parts_of(row)]
+    return [preview_row(part, prepared.tokenizer) for part in parts]
+
+
+def _parts_of(row: TokenRow | PairRow | JudgedRow) -> tuple[TokenRow, ...]:
+    if isinstance(row, PairRow):
+        return (row.chosen, row.rejected)
+    return (row.row,) if isinstance(row, JudgedRow) else (row,)
 
 
 def preview_row(row: TokenRow, tokenizer: Tokenizer) -> list[PreviewToken]:

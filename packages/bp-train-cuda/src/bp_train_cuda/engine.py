@@ -18,6 +18,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
 from bp_data import Prepared
+from bp_data.asked import AnyPrepared
 from bp_runs.errors import CodedError, DiskFullError, TrainingDivergedError
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
@@ -36,7 +37,6 @@ from bp_train_cuda.kernels import apply_kernels
 from bp_train_cuda.loop import StepReporter
 from bp_train_cuda.methods import METHODS
 from bp_train_cuda.rehearsal import Rehearsal
-from bp_train_cuda.rows import AnyPrepared
 from bp_train_cuda.rowwise import examine_rows
 from bp_train_cuda.watch import open_watch
 

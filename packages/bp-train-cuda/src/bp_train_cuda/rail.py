@@ -13,10 +13,11 @@ from bp_runs.events import Emit, Notice
 from bp_runs.paths import REJECTED_FILE
 from bp_runs.rail import EvalOutcome, MemoryEstimate, Part, Probe, RowOutcome, Stop, TrainOutcome
 from bp_runs.spec import Settings, TrainSpec
-from bp_train_cuda.rows import AnyPrepared, data_ready, prepare_rows
+from bp_train_cuda.rows import data_ready, prepare_rows
 
 if TYPE_CHECKING:
     from bp_data import Prepared
+    from bp_data.asked import AnyPrepared
     from bp_train_cuda.kept import KeptBase
 
 

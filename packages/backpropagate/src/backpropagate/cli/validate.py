@@ -13,18 +13,18 @@ from backpropagate.cli.painting import legend, paint
 from backpropagate.cli.screen import print_json
 from backpropagate.cli.sources import find_file, resolve_settings, tokenizer_folder
 from backpropagate.settings import all_settings
-from bp_data import Prepared, prepare, preview_rows
-from bp_data.dataset import asked_of
+from bp_data import prepare_asked, preview_rows
+from bp_data.asked import AnyPrepared
 
 _SHOWN = 10  # rejected rows that are listed
-_ACTING = {"model.name", "model.revision", "model.max_seq_length", "training.seed"}
+_ACTING = {"model.name", "model.revision", "model.max_seq_length", "training.method", "training.seed"}
 
 
 def validate(data: str, *, rows: int = 2, json: bool = False, **flags: Any) -> int:
     """Check a data file the way training reads it, and show which tokens are trained."""
     wanted = resolve_settings({**flags, "data": data})
     folder = tokenizer_folder(wanted)
-    prepared = prepare(find_file(wanted.data), folder, **asked_of(wanted))
+    prepared = prepare_asked(wanted, find_file(wanted.data), folder)
     counts = {**prepared.ledger.to_dict(), "tokens": prepared.tokens, "trained_tokens": prepared.trained_tokens}
     if json:
         drops = [
@@ -36,7 +36,7 @@ def validate(data: str, *, rows: int = 2, json: bool = False, **flags: Any) -> i
     return 0
 
 
-def _tell(prepared: Prepared, rows: int) -> None:
+def _tell(prepared: AnyPrepared, rows: int) -> None:
     ledger = prepared.ledger
     console = Console(highlight=False)
     if rows:

@@ -6,13 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bp_train_cuda.guarded import Guarded, Parts
-
-DataKind: TypeAlias = Literal["rows", "pairs", "judged"]
-"""What a method learns from: whole rows, a better and a worse answer, or answers judged good or bad."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +17,6 @@ class Method:
     """One way to train."""
 
     name: str
-    data: DataKind
 
     @property
     def build(self) -> Callable[[Parts, Any], Guarded]:
@@ -31,10 +27,10 @@ class Method:
 
 
 _TABLE = (
-    Method("sft", "rows"),
-    Method("dpo", "pairs"),
-    Method("orpo", "pairs"),
-    Method("simpo", "pairs"),
-    Method("kto", "judged"),
+    Method("sft"),
+    Method("dpo"),
+    Method("orpo"),
+    Method("simpo"),
+    Method("kto"),
 )
 METHODS = MappingProxyType({method.name: method for method in _TABLE})
