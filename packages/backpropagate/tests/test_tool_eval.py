@@ -22,8 +22,8 @@ from backpropagate.comparing import (
     sign_test,
     token_f1,
 )
-from backpropagate.errors import EvalDataError, EvalGateError
-from backpropagate.evaluating import evaluate_adapter, require_gate
+from backpropagate.errors import EvalDataError
+from backpropagate.evaluating import evaluate_adapter, gate_refusal
 from bp_runs.rail import RowOutcome
 from bp_runs.testing import FakeRail
 
@@ -143,18 +143,19 @@ def test_eval_of_a_run_against_another_and_the_gate(place, capsys):
     assert run([*argv, "--gate", "not-worse"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["part"], found["rows"], found["verdict"]) == ("all", 40, "no clear difference")
+    assert run([*argv, "--gate", "better"]) == 65
+    assert json.loads(capsys.readouterr().out)["gate"]["passed"] is False
     assert run([*argv[:-1], "--gate", "better"]) == 65
     assert "[RUNTIME_EVAL_GATE_REGRESSED]: not clearly better than output/lora" in capsys.readouterr().err
 
 
 def test_the_gate_says_no_where_any_measure_is_clearly_worse(place):
     result = evaluate_adapter(output=place / "output", data=place / "d.jsonl", answers=0)
-    require_gate(result, "better")
+    assert gate_refusal(result, "better") is None
     from dataclasses import replace
 
     turned = replace(result, differences=(compare_losses(result.tuned, result.base),))
-    with pytest.raises(EvalGateError, match="worse than base in: loss"):
-        require_gate(turned, "not-worse")
+    assert gate_refusal(turned, "not-worse").message == "worse than base in: loss"
 
 
 def test_a_foreign_adapter_needs_rows(place, capsys):

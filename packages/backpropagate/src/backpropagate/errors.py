@@ -18,6 +18,7 @@ StateError
 PartialError
 └── QueuePartialError      PARTIAL_QUEUE             some jobs of the queue failed
 GateError
+├── DoctorError            RUNTIME_DOCTOR_FAILED     training cannot work on this machine
 └── EvalGateError          RUNTIME_EVAL_GATE_REGRESSED  eval's gate said no
 DependencyError
 ├── EvalRailError          DEP_EVAL_UNSUPPORTED      the rail cannot look at single rows
@@ -135,6 +136,14 @@ class EvalGateError(GateError):
     code = "RUNTIME_EVAL_GATE_REGRESSED"
     when = "eval --gate: the adapter is clearly worse in a measure, or not clearly better where that was asked."
     default_way_out = "Keep the model that you have; look at the answers: backprop eval --json"
+
+
+class DoctorError(GateError):
+    """Training cannot work on this machine."""
+
+    code = "RUNTIME_DOCTOR_FAILED"
+    when = "backprop doctor found something without which training does not work."
+    default_way_out = "Do what stands below each failed check, then ask again: backprop doctor"
 
 
 class EvalRailError(DependencyError):

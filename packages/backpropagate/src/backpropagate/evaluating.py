@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -209,15 +209,15 @@ def _settings_of(subject: _Subject, data: Path | None) -> Settings:
     return settings.resolve({**flags, "method": None, "data": str(where)}).settings
 
 
-def require_gate(result: EvalResult, gate: Gate) -> None:
-    """Say no where the tuned model is clearly worse in any measure, or, for ``better``, its loss not clearly lower.
+def gate_refusal(result: EvalResult, gate: Gate) -> EvalGateError | None:
+    """Why the tuned model does not pass, with the measures in its details; None where it does.
 
-    Raises:
-        EvalGateError: With the measures in its details.
+    It does not where it is clearly worse in any measure, or, for ``better``, where its loss is not clearly lower.
     """
     worse = [d.name for d in result.differences if d.verdict == "worse"]
-    details = {"measures": [asdict(d) for d in result.differences]}
+    details = {"measures": [_finite(d.to_dict()) for d in result.differences]}
     if worse:
-        raise EvalGateError(f"worse than {result.against} in: {', '.join(worse)}", details=details)
+        return EvalGateError(f"worse than {result.against} in: {', '.join(worse)}", details=details)
     if gate == "better" and result.verdict != "better":
-        raise EvalGateError(f"not clearly better than {result.against}: {result.verdict}", details=details)
+        return EvalGateError(f"not clearly better than {result.against}: {result.verdict}", details=details)
+    return None

@@ -9,7 +9,8 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from backpropagate.errors import RailUnknownError, RailUnusableError
-from bp_runs.rail import Estimates, Probe, Rail
+from bp_runs.errors import CodedError, first_line
+from bp_runs.rail import Check, Estimates, Finding, Probe, Rail
 
 GROUP = "backpropagate.rails"
 _ORDER = ("cuda", "mlx")
@@ -70,6 +71,16 @@ def _load(point: EntryPoint) -> Any:
 def free_memory() -> int | None:
     """Bytes free on the card of the first rail that has one; None where there is no card."""
     return next((s.probe.memory for s in all_rails() if s.probe.usable and s.probe.device == "cuda"), None)
+
+
+def run_check(check: Check) -> Finding:
+    """A check's finding; whatever a framework raises in it is one too."""
+    try:
+        return check.run()
+    except CodedError as error:
+        return Finding(state="failed", message=str(error), fix=error.way_out)
+    except Exception as error:  # noqa: BLE001  # an edge: a broken framework may raise anything
+        return Finding(state="failed", message=f"{type(error).__name__}: {first_line(error)}", fix=check.fix)
 
 
 def choose_rail(backend: str) -> Rail:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -195,6 +195,37 @@ class ExaminesRows(Protocol):
         Raises:
             CodedError: As `Rail.evaluate`.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What a check of this machine found."""
+
+    state: Literal["ok", "warning", "failed", "skipped"]
+    """warning: training works, something else may not. failed: training does not work."""
+    message: str
+    fix: str | None = None
+    """What to do or type; None where there is nothing to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that `backprop doctor` tries."""
+
+    name: str
+    run: Callable[[], Finding]
+    """Tries it; what it raises is a failed finding."""
+    fix: str = "Send the output of `backprop info` and `backprop doctor` along with a report."
+    """What to do where trying it raises."""
+
+
+@runtime_checkable
+class ChecksMachine(Protocol):
+    """A rail that can try out what it needs of this machine."""
+
+    def checks(self) -> Sequence[Check]:
+        """What to try, the most basic first; raises nothing, and imports a framework only when a check runs."""
         ...
 
 

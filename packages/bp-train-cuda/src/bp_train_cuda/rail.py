@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from bp_runs.errors import NothingHeldOutError
 from bp_runs.events import Emit, Notice
 from bp_runs.paths import REJECTED_FILE
-from bp_runs.rail import EvalOutcome, MemoryEstimate, Part, Probe, RowOutcome, Stop, TrainOutcome
+from bp_runs.rail import Check, EvalOutcome, MemoryEstimate, Part, Probe, RowOutcome, Stop, TrainOutcome
 from bp_runs.spec import Settings, TrainSpec
 from bp_train_cuda.rows import data_ready, prepare_rows
 
@@ -36,6 +36,12 @@ class CudaRail:
         device = choose_device()
         note = "" if device.kind == "cuda" else "; models of up to 1 billion parameters train on the CPU"
         return Probe(usable=True, why=device.why + note, device=device.kind, memory=device.memory)
+
+    def checks(self) -> Sequence[Check]:
+        """What `backprop doctor` tries; nothing is imported before a check runs."""
+        from bp_train_cuda import doctor
+
+        return doctor.checks()
 
     def check(self, settings: Settings, folder: Path) -> None:
         """Refuse a model that is too large for a CPU, unknown, or brings its own code unasked.

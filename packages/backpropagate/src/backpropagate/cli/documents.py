@@ -174,6 +174,7 @@ class Eval(TypedDict):
     answers: list[dict[str, str | None]]
     losses: dict[str, list[float]]
     blind: dict[str, Any] | None
+    gate: dict[str, Any] | None
 
 
 class RunRow(TypedDict):
@@ -379,6 +380,23 @@ class Info(TypedDict):
     rails: list[RailRow]
     home: str
     offline: bool
+    settings: dict[str, Any]
+
+
+class CheckRow(TypedDict):
+    """What one check found."""
+
+    name: str
+    state: str
+    message: str
+    fix: str | None
+
+
+class Doctor(TypedDict):
+    """`backprop doctor`; failed: names of the checks without which training does not work."""
+
+    checks: list[CheckRow]
+    failed: list[str]
 
 
 class ErrorRow(TypedDict):
@@ -493,6 +511,7 @@ DOCUMENTS: Mapping[str, type] = {
     "models": Models,
     "estimate-vram": EstimateVram,
     "estimate-vram-table": EstimateVramTable,
+    "doctor": Doctor,
     "info": Info,
     "errors": Errors,
     "error": Error,

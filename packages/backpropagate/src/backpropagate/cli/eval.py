@@ -14,7 +14,7 @@ from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.screen import open_screen, print_json
 from backpropagate.comparing import METRICS, Difference, sign_test
 from backpropagate.errors import EvalDataError
-from backpropagate.evaluating import EvalResult, Gate, evaluate_adapter, require_gate
+from backpropagate.evaluating import EvalResult, Gate, evaluate_adapter, gate_refusal
 
 MetricName: TypeAlias = Literal["exact", "f1", "contains"]
 
@@ -76,12 +76,16 @@ def eval_(
             emit=screen.show,
         )
     judged = judge_blind(result, seed, ask=_ask) if blind else None
+    refusal = None if gate is None else gate_refusal(result, gate)
     if json:
-        print_json("eval", {**result.to_dict(), "blind": judged})
-    else:
-        print("\n".join(_lines(result, judged)))  # noqa: T201
-    if gate is not None:
-        require_gate(result, gate)
+        passed = (
+            None if gate is None else {"asked": gate, "passed": refusal is None, "why": refusal and refusal.message}
+        )
+        print_json("eval", {**result.to_dict(), "blind": judged, "gate": passed})
+        return refusal.exit_status if refusal else 0
+    print("\n".join(_lines(result, judged)))  # noqa: T201
+    if refusal is not None:
+        raise refusal
     return 0
 
 

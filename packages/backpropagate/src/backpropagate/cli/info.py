@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from backpropagate import rails, system
 from backpropagate.cli.flags import Json
 from backpropagate.cli.screen import print_json
+from backpropagate.settings import TOML_FILE, resolve
+from bp_runs.errors import UserError
+from bp_runs.redact import redact
 
 
 def info(*, json: Json = False) -> int:
@@ -16,6 +21,7 @@ def info(*, json: Json = False) -> int:
     versions = system.installed_versions()
     statuses = rails.all_rails()
     home = system.program_home(os.environ)
+    changed = _changed_settings()
     if json:
         body = {
             "machine": machine,
@@ -23,6 +29,7 @@ def info(*, json: Json = False) -> int:
             "rails": [{"name": s.name, **asdict(s.probe)} for s in statuses],
             "home": str(home),
             "offline": system.is_offline(os.environ),
+            "settings": changed,
         }
         print_json("info", body)
         return 0
@@ -30,9 +37,19 @@ def info(*, json: Json = False) -> int:
     if machine["memory"]:
         lines.append(f"  memory    {machine['memory'] / 2**30:.1f} GiB")
     lines.append(f"  home      {home}")
+    lines += ["settings", *(f"  {key} = {row['value']} ({row['source']})" for key, row in changed.items())]
     lines.append("rails")
     lines += [f"  {s.name:<9} {'usable' if s.probe.usable else 'unusable'}: {s.probe.why}" for s in statuses]
     lines.append("versions")
     lines += [f"  {name:<15} {number}" for name, number in versions.items()]
-    print("\n".join(["machine", *lines]))  # noqa: T201
+    print(redact("\n".join(["machine", *lines])))  # noqa: T201
     return 0
+
+
+def _changed_settings() -> dict[str, Any]:
+    """What the environment and backpropagate.toml set, or the error that reading them is."""
+    try:
+        found = resolve({}, os.environ, Path(TOML_FILE)).to_record()
+    except UserError as error:
+        return {"error": {"value": str(error), "source": error.code}}
+    return {key: row for key, row in found.items() if row["source"] != "default"}

@@ -63,6 +63,8 @@ def run(*, json: Json = False) -> int:
         print(f"  queue     {', '.join(f'{count} {state}' for state, count in states.items())}")  # noqa: T201
     if states["stopped"]:
         return 130
+    if json:
+        return QueuePartialError.exit_status if states["failed"] else 0
     if failed := [job for job in ended if job.state == "failed"]:
         names = ", ".join(f"{job.id} ({job.error or f'exit {job.exit_status}'})" for job in failed)
         raise QueuePartialError(f"{len(failed)} of {len(ended)} jobs failed: {names}")

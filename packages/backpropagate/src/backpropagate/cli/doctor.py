@@ -1,0 +1,49 @@
+"""`backprop doctor`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from backpropagate.cli.flags import Json, output_folder
+from backpropagate.cli.screen import print_json
+from backpropagate.doctor import Diagnosis, diagnose
+from backpropagate.errors import DoctorError
+from bp_runs.errors import UserError
+
+_MARKS = {"ok": "ok", "warning": "look", "failed": "FAILED", "skipped": "-"}
+
+
+def doctor(*, json: Json = False) -> int:
+    """Try out what training and export need here, and say how to mend what does not work.
+
+    It computes on the GPU, takes tiny training steps, loads llama.cpp, and asks Ollama and the Hub for a sign of life;
+    with --offline not the Hub. The exit status is 65 where training cannot work.
+    """
+    found: list[Diagnosis] = []
+    for diagnosis in diagnose(os.environ, _output()):
+        found.append(diagnosis)
+        if not json:
+            print("\n".join(_lines(diagnosis)), flush=True)  # noqa: T201
+    failed = [d.name for d in found if d.finding.state == "failed"]
+    if json:
+        print_json("doctor", {"checks": [d.to_dict() for d in found], "failed": failed})
+        return DoctorError.exit_status if failed else 0
+    if failed:
+        raise DoctorError(f"{len(failed)} of {len(found)} checks failed: {', '.join(failed)}")
+    looks = sum(d.finding.state == "warning" for d in found)
+    print(f"\n  everything that training needs works{f'; {looks} things to look at' if looks else ''}")  # noqa: T201
+    return 0
+
+
+def _output() -> Path:
+    try:
+        return output_folder(None)
+    except UserError:  # the check of the settings tells it
+        return Path("output")
+
+
+def _lines(diagnosis: Diagnosis) -> list[str]:
+    finding = diagnosis.finding
+    lines = [f"  {_MARKS[finding.state]:<7} {diagnosis.name:<13} {finding.message}"]
+    return [*lines, f"          {'do:':<13} {finding.fix}"] if finding.fix and finding.state != "ok" else lines
