@@ -156,6 +156,8 @@ COMMANDS = (
         "estimate_vram:estimate_vram",
         "Say what a training would take of a card's memory, without loading anything.",
         "backprop estimate-vram qwen2.5-7b --vram 16 --mode qlora --max-seq-length 4096",
+    ),
+    Command(
         "doctor",
         "doctor:doctor",
         "Try out what training needs here, and say how to mend what does not work.",
