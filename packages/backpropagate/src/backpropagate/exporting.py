@@ -56,6 +56,7 @@ def export_adapter(
     verify: bool | None = None,
     ollama: bool = False,
     ollama_name: str | None = None,
+    dequantize: bool = False,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportResult:
@@ -69,6 +70,7 @@ def export_adapter(
         ollama_base: For ``ollama-adapter``: the base's name in Ollama, or a GGUF of it.
         ollama: Register the GGUF with the Ollama that runs here.
         ollama_name: Its name there, which registers it too; default: the file's name.
+        dequantize: Whether a base in 4 bits (bitsandbytes) is unpacked.
         force: Whether an earlier export, and a model of that name in Ollama, may be replaced.
         verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
 
@@ -97,6 +99,7 @@ def export_adapter(
             importance=importance,
             split_bytes=split_bytes,
             ollama_base=ollama_base,
+            dequantize=dequantize,
             force=force,
             verify=verify,
             progress=progress,

@@ -33,7 +33,7 @@ from bp_export.plan import GgufPlan, build_plan, read_config
 from bp_export.report import ParityReport
 from bp_export.stream import cut_plan, write_gguf, write_split
 from bp_export.vocab import TOKENIZER_FILE, read_vocabulary
-from bp_merge import FoldedModel, LoraAdapter, TensorReader, load_adapter, read_model_index
+from bp_merge import FoldedModel, LoraAdapter, load_adapter, open_model
 from bp_runs.adapter import CONFIG_FILE, read_adapter_folder
 from bp_runs.files import require_folder, require_free_space
 
@@ -88,6 +88,7 @@ def export_adapter(
     importance: Path | None = None,
     split_bytes: int | None = None,
     ollama_base: str | None = None,
+    dequantize: bool = False,
     force: bool = False,
     threads: int | None = None,
     verify: bool | None = None,
@@ -112,6 +113,7 @@ def export_adapter(
         importance: An importance matrix for the GGUF's quantizers: a file of llama-imatrix, GGUF or .dat.
         split_bytes: Most bytes of tensors a file; a larger GGUF becomes several, and the outcome names the first.
         ollama_base: What ``ollama-adapter`` goes on: a model's name there, or the path of a GGUF of the base.
+        dequantize: Whether a base that bitsandbytes packed in 4 bits is unpacked, instead of asking for the original.
         force: Whether an earlier GGUF, or the folder of an earlier export, may be replaced.
         threads: Threads that quantize; None for the machine's cores, at most 8.
         verify: Whether to load the GGUF in llama.cpp and compare it with the model; None for where that is installed.
@@ -130,8 +132,8 @@ def export_adapter(
         return _export_folder(adapter, format, output, name, force=force, begun=begun)
     asked = read_quantization(quantization)
     verify = _decide_to_verify(verify)
-    source = _read_source(adapter, base, name)
-    with FoldedModel(TensorReader(read_model_index(source.base)), source.adapter) as model:
+    source = _read_source(adapter, base, name, dequantize=dequantize)
+    with FoldedModel(open_model(source.base, dequantize=dequantize), source.adapter) as model:
         if format == "merged":
             target = output or adapter.parent / f"{source.name}-merged"
             require_free_folder(target, force=force, sources=source.folders)
@@ -178,6 +180,7 @@ def plan_export(
     pre: str | None = None,
     name: str | None = None,
     importance: Path | None = None,
+    dequantize: bool = False,
     threads: int | None = None,
 ) -> ExportPlan:
     """What `export_adapter` with the same arguments would write as ``gguf``; nothing is written.
@@ -186,20 +189,21 @@ def plan_export(
         CodedError: As `export_adapter`, but for those of the disk.
     """
     asked = read_quantization(quantization)
-    source = _read_source(adapter, base, name)
+    source = _read_source(adapter, base, name, dequantize=dequantize)
     target = output or adapter.parent / f"{source.name}-{asked.name}.gguf"
-    with FoldedModel(TensorReader(read_model_index(source.base)), source.adapter) as model:
+    with FoldedModel(open_model(source.base, dequantize=dequantize), source.adapter) as model:
         plan = _plan(source, model, asked, pre, importance)
         return build_export_plan(plan, target, changed=model.changed, threads=threads)
 
 
-def find_own_type(folder: Path, base: Path | None = None) -> str:
+def find_own_type(folder: Path, base: Path | None = None, *, dequantize: bool = False) -> str:
     """The quantization that changes nothing: the type of the largest tensor of an adapter's base, or of a model.
 
     Raises:
         CodedError: As `export_adapter`.
     """
-    tensors = read_model_index(_read_source(folder, base, None).base).values()
+    source = _read_source(folder, base, None, dequantize=dequantize)
+    tensors = open_model(source.base, dequantize=dequantize).tensors.values()
     return max(tensors, key=lambda info: info.bytes).dtype.lower()
 
 
@@ -273,10 +277,10 @@ def _export_folder(
     return ExportOutcome(target, format, None, size, tensors, time.monotonic() - begun, sha256)
 
 
-def _read_source(folder: Path, base: Path | None, name: str | None) -> _Source:
+def _read_source(folder: Path, base: Path | None, name: str | None, *, dequantize: bool) -> _Source:
     """Find the base of an adapter folder; a folder without an adapter is its own base."""
     if not (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
-        _require_unpacked(read_config(folder), folder)
+        _require_unpacked(read_config(folder), folder, dequantize=dequantize)
         return _Source(folder, None, folder, name or folder.resolve().name)
     adapter = load_adapter(folder)
     named = Path(adapter.folder.base)
@@ -285,20 +289,25 @@ def _read_source(folder: Path, base: Path | None, name: str | None) -> _Source:
         raise BaseModelNotFoundError(
             f"the base model {where} is not a folder on this machine", details={"base": adapter.folder.base}
         )
-    _require_unpacked(read_config(where), where)
+    _require_unpacked(read_config(where), where, dequantize=dequantize)
     tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else where
     return _Source(where, adapter, tokenizer, name or _name_after(adapter.folder.base))
 
 
-def _require_unpacked(config: Mapping[str, Any], folder: Path) -> None:
+def _require_unpacked(config: Mapping[str, Any], folder: Path, *, dequantize: bool) -> None:
     """A base in 4 bits was made from one in 16, and the adapter's changes belong on that."""
     packed = config.get("quantization_config")
-    if packed:
-        kind = packed.get("quant_method", "some") if isinstance(packed, dict) else "some"
-        original = re.sub(r"(-unsloth)?-bnb-4bit$", "", str(config.get("_name_or_path") or folder.name))
+    if not packed:
+        return
+    told = packed if isinstance(packed, dict) else {}
+    kind = str(told.get("quant_method", "some"))
+    original = re.sub(r"(-unsloth)?-bnb-4bit$", "", str(config.get("_name_or_path") or folder.name))
+    is_known = kind == "bitsandbytes" and bool(told.get("load_in_4bit"))
+    if not (dequantize and is_known):
         raise ModelInvalidError(
             f"{folder} holds weights packed by {kind} quantization; the export needs them in 16 or 32 bits",
-            way_out=f"Name the model that it was made from: --base {original}",
+            way_out=f"Name the model that it was made from: --base {original}"
+            + ("; or take what 4 bits left of it: --dequantize" if is_known else ""),
         )
 
 

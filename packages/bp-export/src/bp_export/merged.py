@@ -65,7 +65,9 @@ def write_merged(
             publish_json(folder / _INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
         _copy_files(base, folder, _MODEL_FILES)
         config = read_config(base)
-        if (grown := grow_vocabulary(config, model)) != config:
+        grown = grow_vocabulary(config, model)
+        grown.pop("quantization_config", None)  # what was packed is written unpacked
+        if grown != config:
             publish_json(folder / "config.json", grown)
         _copy_files(tokenizer, folder, TOKENIZER_FILES)
     main = output / (_INDEX_FILE if len(shards) > 1 else next(iter(shards)))

@@ -36,7 +36,7 @@ from bp_export.serving import LlamaServer, is_installed
 from bp_export.stream import write_gguf
 from bp_export.template import render_template
 from bp_export.vocab import TOKENIZER_FILE
-from bp_merge import FoldedModel, TensorReader, read_model_index
+from bp_merge import FoldedModel
 from bp_runs.files import require_free_space
 
 CONTEXT = 1024
@@ -341,8 +341,7 @@ def _check_effect(
     if any(info.shape != model.base_tensors[name].shape for name, info in model.tensors.items()):
         return ParityCheck("effect", "skipped", None, None, "the adapter added tokens, which the base does not know")
     chosen = range(min(_EFFECT_ANSWERS, len(compared.answers)))
-    with FoldedModel(TensorReader(read_model_index(build.base))) as plain:
-        file = build.write(plain, reference)
+    file = build.write(model.without_adapter(), reference)
     with LlamaServer(file, CONTEXT) as untrained:
         places = [
             read_places(untrained, compared.prompts[i], compared.answers[i].tokens[:PLACES_AN_ANSWER]) for i in chosen

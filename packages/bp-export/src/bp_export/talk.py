@@ -70,6 +70,7 @@ def open_talk(
     base: Path | None = None,
     context: int = CONTEXT,
     quantization: str | None = None,
+    dequantize: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Talk]:
     """Something on this disk to talk to, for as long as the block lasts.
@@ -79,6 +80,7 @@ def open_talk(
         base: The base's folder, where it is not the one that the adapter names.
         context: Tokens of question and answer together, and of what was said before.
         quantization: What a folder becomes to be run; by default the type of its base's weights.
+        dequantize: As `bp_export.export_adapter`.
         progress: Called with bytes done and bytes in all while a folder is made ready.
 
     Raises:
@@ -95,8 +97,9 @@ def open_talk(
         made = export_adapter(
             target,
             output=Path(scratch) / "model.gguf",
-            quantization=quantization or find_own_type(target, base),
+            quantization=quantization or find_own_type(target, base, dequantize=dequantize),
             base=base,
+            dequantize=dequantize,
             verify=False,
             progress=progress,
         )

@@ -19,6 +19,7 @@ from bp_merge.lowrank import Product, cut_matrix, cut_product
 from bp_merge.merge import MergeOutcome, merge_adapters, write_adapter_like
 from bp_merge.methods import METHODS, Method, find_method
 from bp_merge.options import MergeOptions, ModulePlan
+from bp_merge.packed import PackedReader, open_model
 from bp_merge.slao import SlaoState, blend, orthonormal_rows, read_state, start_stream, write_state
 from bp_merge.source import AdapterSource, require_alike
 from bp_merge.tensors import (
@@ -54,6 +55,7 @@ __all__ = [
     "MergeOutcome",
     "Method",
     "ModulePlan",
+    "PackedReader",
     "Product",
     "SlaoState",
     "SlaoStateError",
@@ -73,6 +75,7 @@ __all__ = [
     "fold_rows",
     "load_adapter",
     "merge_adapters",
+    "open_model",
     "orthonormal_rows",
     "read_index",
     "read_metadata",

@@ -59,6 +59,10 @@ class FoldedModel:
         """What is changed in other ways than by a pair, or in both."""
         self._changed = self._otherwise | self._pairs.keys()
 
+    def without_adapter(self) -> FoldedModel:
+        """The same base as it stands; it shares this model's files."""
+        return FoldedModel(self._base)
+
     def __enter__(self) -> Self:
         return self
 

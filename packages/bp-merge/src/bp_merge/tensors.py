@@ -4,7 +4,7 @@ The format (huggingface/safetensors, README "Format"): 8 bytes with the header's
 JSON ``{name: {"dtype", "shape", "data_offsets": [start, stop]}}``; then the tensors' bytes, row-major, offsets counted
 from the end of the header. Reads go by byte range and not by mmap, so that memory stays near what is asked for.
 
-Not here: integer, FP8 and packed 4-bit tensors, which have no place in an adapter's arithmetic.
+Not here: integer and FP8 tensors, which have no place in an adapter's arithmetic; packed 4-bit ones are `packed`'s.
 """
 
 from __future__ import annotations
@@ -68,15 +68,35 @@ class TensorInfo:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """Where the bytes of one tensor of any dtype lie."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    """Offset of the first byte in ``file``."""
+    stop: int
+
+
 def read_index(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, sorted by name.
 
     Raises:
         TensorsInvalidError: The file is missing, cut short, not safetensors, or holds another dtype.
     """
+    return {name: to_info(name, raw) for name, raw in read_raw_index(file).items()}
+
+
+def read_raw_index(file: Path) -> dict[str, RawTensor]:
+    """The tensors of one safetensors file, of whatever dtypes, sorted by name.
+
+    Raises:
+        TensorsInvalidError: The file is missing, cut short or not safetensors.
+    """
     header, data_start, size = _read_header(file)
-    infos = (_to_info(file, n, e, data_start, size) for n, e in sorted(header.items()) if n != _METADATA)
-    return {info.name: info for info in infos}
+    return {n: _to_raw(file, n, e, data_start, size) for n, e in sorted(header.items()) if n != _METADATA}
 
 
 def read_metadata(file: Path) -> dict[str, str]:
@@ -109,17 +129,33 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
     return header, _LENGTH_BYTES + length, size
 
 
-def _to_info(file: Path, name: str, entry: Any, data_start: int, file_size: int) -> TensorInfo:
+def _to_raw(file: Path, name: str, entry: Any, data_start: int, file_size: int) -> RawTensor:
     try:
         dtype, shape, (start, stop) = str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+        found = RawTensor(dtype, shape, file, data_start + start, data_start + stop)
     except (KeyError, TypeError, ValueError) as error:
         raise TensorsInvalidError(f"{file} has a damaged entry for {name}", cause=str(error)) from error
-    if dtype not in get_args(Dtype):
-        raise TensorsInvalidError(f"{name} in {file} is {dtype}; only BF16, F16 and F32 can be read")
-    info = TensorInfo(name, dtype, shape, file, data_start + start)  # type: ignore[arg-type]  # checked above
-    if stop - start != info.bytes or not 0 <= start <= stop <= file_size - data_start:
-        raise TensorsInvalidError(f"{file} is cut short or damaged: the bytes of {name} are not all there")
+    if not data_start <= found.start <= found.stop <= file_size:
+        raise _build_cut_error(file, name)
+    return found
+
+
+def to_info(name: str, raw: RawTensor) -> TensorInfo:
+    """A tensor of one of the three float dtypes.
+
+    Raises:
+        TensorsInvalidError: It is of another, or its bytes are not as many as its shape wants.
+    """
+    if raw.dtype not in get_args(Dtype):
+        raise TensorsInvalidError(f"{name} in {raw.file} is {raw.dtype}; only BF16, F16 and F32 can be read")
+    info = TensorInfo(name, raw.dtype, raw.shape, raw.file, raw.start)  # type: ignore[arg-type]  # checked above
+    if raw.stop - raw.start != info.bytes:
+        raise _build_cut_error(raw.file, name)
     return info
+
+
+def _build_cut_error(file: Path, name: str) -> TensorsInvalidError:
+    return TensorsInvalidError(f"{file} is cut short or damaged: the bytes of {name} are not all there")
 
 
 def read_model_index(folder: Path) -> dict[str, TensorInfo]:
@@ -128,15 +164,20 @@ def read_model_index(folder: Path) -> dict[str, TensorInfo]:
     Raises:
         TensorsInvalidError: No weights there, a shard is missing or damaged, or lacks a tensor of the index.
     """
+    return {name: to_info(name, raw) for name, raw in read_raw_model_index(folder).items()}
+
+
+def read_raw_model_index(folder: Path) -> dict[str, RawTensor]:
+    """As `read_model_index`, of whatever dtypes."""
     index_file = folder / INDEX_FILE
     if not index_file.is_file():
-        return read_index(folder / SINGLE_FILE)
+        return read_raw_index(folder / SINGLE_FILE)
     try:
         weight_map = json.loads(index_file.read_bytes())["weight_map"]
         shards = sorted({str(name) for name in weight_map.values()})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TensorsInvalidError(f"{index_file} is damaged", cause=str(error)) from error
-    found = {name: info for shard in shards for name, info in read_index(folder / shard).items()}
+    found = {name: raw for shard in shards for name, raw in read_raw_index(folder / shard).items()}
     if missing := sorted(set(weight_map) - set(found)):
         raise TensorsInvalidError(f"{index_file} names {missing[0]}, and no shard holds it")
     return found
@@ -191,22 +232,22 @@ class TensorReader:
         """
         info = self.tensors[name]
         row_bytes = info.columns * _ITEM_BYTES[info.dtype]
-        return self._read_bytes(info, info.start + start * row_bytes, (stop - start) * row_bytes)
+        return self._read_bytes(info.file, name, info.start + start * row_bytes, (stop - start) * row_bytes)
 
-    def _read_bytes(self, info: TensorInfo, offset: int, length: int) -> Raw:
+    def _read_bytes(self, path: Path, name: str, offset: int, length: int) -> Raw:
         raw = np.empty(length, np.uint8)
         try:
             # One lock around seek and read, since pread does not exist on Windows.
             with self._lock:
-                file = self._files.get(info.file)
+                file = self._files.get(path)
                 if file is None:
-                    file = self._files[info.file] = info.file.open("rb", buffering=0)
+                    file = self._files[path] = path.open("rb", buffering=0)
                 file.seek(offset)
                 done = _read_into(file, raw)
         except OSError as error:
-            raise TensorsInvalidError(f"{info.file} cannot be read", cause=str(error)) from error
+            raise TensorsInvalidError(f"{path} cannot be read", cause=str(error)) from error
         if done != length:
-            raise TensorsInvalidError(f"{info.file} ended inside {info.name}")
+            raise TensorsInvalidError(f"{path} ended inside {name}")
         return raw
 
 

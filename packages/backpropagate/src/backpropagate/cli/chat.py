@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +28,7 @@ def chat(
     context: int = 4096,
     base: str | None = None,
     quantization: Annotated[str | None, Parameter(name=("--quantization", "-q"))] = None,
+    dequantize: Annotated[bool, Parameter(negative="")] = False,
     ollama: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> int:
@@ -54,6 +54,8 @@ def chat(
         Folder or Hub id of the base model, where it is not the one that the adapter names.
     quantization: str
         Run a folder in this type; default: its base's own.
+    dequantize: bool
+        Unpack a base in 4 bits (bitsandbytes).
     ollama: bool
         The target is a model in Ollama.
     """
@@ -63,7 +65,19 @@ def chat(
         raise InvalidSettingError("--ollama needs a model's name", way_out="See which there are: backprop ollama list")
     wanted = target or str(output_folder(None) / "lora")
     manner = bp_export.Manner(system, max_tokens, temperature, seed)
-    with _open(wanted, base, context, quantization, is_ollama=ollama) as talk:
+    if ollama:
+        opened: contextlib.AbstractContextManager[bp_export.Talk] = contextlib.nullcontext(
+            bp_export.OllamaTalk(wanted, ollama_host(os.environ))
+        )
+    else:
+        opened = bp_export.open_talk(
+            Path(wanted),
+            base=find_base_folder(Path(wanted), base),
+            context=context,
+            quantization=quantization,
+            dequantize=dequantize,
+        )
+    with opened as talk:
         if prompt is None:
             bp_export.converse(talk, manner, lambda: input("> " if sys.stdin.isatty() else ""), _write)
             return 0
@@ -75,18 +89,6 @@ def chat(
             _write(piece)
     _write("\n")
     return 0
-
-
-@contextlib.contextmanager
-def _open(
-    target: str, base: str | None, context: int, quantization: str | None, *, is_ollama: bool
-) -> Iterator[bp_export.Talk]:
-    if is_ollama:
-        yield bp_export.OllamaTalk(target, ollama_host(os.environ))
-        return
-    folder = find_base_folder(Path(target), base)
-    with bp_export.open_talk(Path(target), base=folder, context=context, quantization=quantization) as talk:
-        yield talk
 
 
 def _write(piece: str) -> None:

@@ -45,6 +45,7 @@ def export(
     verify: bool | None = None,
     ollama: Annotated[bool, Parameter(negative="")] = False,
     ollama_name: str | None = None,
+    dequantize: Annotated[bool, Parameter(negative="")] = False,
     force: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> int:
@@ -77,6 +78,8 @@ def export(
         Register the GGUF with the Ollama that runs here.
     ollama_name: str
         Name in Ollama; given alone it registers too. Default: the file's name.
+    dequantize: bool
+        Unpack a base in 4 bits (bitsandbytes), instead of asking for the original.
     force: bool
         Replace an earlier export, and a model of that name in Ollama.
     """
@@ -95,6 +98,7 @@ def export(
             verify=verify,
             ollama=ollama,
             ollama_name=ollama_name,
+            dequantize=dequantize,
             force=force,
             progress=bar,
         )

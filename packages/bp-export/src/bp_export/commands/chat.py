@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="for other temperatures (default: 0)")
     parser.add_argument("--context", type=int, default=4096, help="tokens of the whole conversation (default: 4096)")
     parser.add_argument("--base", type=Path, help="the base model's folder (default: the one the adapter names)")
+    parser.add_argument("--dequantize", action="store_true", help="unpack a base in 4 bits (bitsandbytes)")
     parser.add_argument("--quantization", help="run a folder in this type (default: its base's own)")
     parser.add_argument("--ollama", action="store_true", help="the target is a model in Ollama")
     parser.add_argument("--ollama-host", help="its address (default: http://127.0.0.1:11434)")
@@ -68,6 +69,7 @@ def _open(options: argparse.Namespace) -> Iterator[Talk]:
         base=options.base,
         context=options.context,
         quantization=options.quantization,
+        dequantize=options.dequantize,
         progress=find_progress(as_json=options.json),
     ) as talk:
         yield talk

@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="file or folder to write (default: beside the adapter)")
     parser.add_argument("--force", action="store_true", help="replace an earlier export, and a model in Ollama")
     parser.add_argument("--base", type=Path, help="the base model's folder (default: the one the adapter names)")
+    parser.add_argument("--dequantize", action="store_true", help="unpack a base in 4 bits (bitsandbytes)")
     parser.add_argument("--pre", help="llama.cpp's name of the tokenizer's splitting rule, if it is not recognised")
     parser.add_argument("--imatrix", type=Path, help="an importance matrix of llama-imatrix (GGUF or .dat)")
     parser.add_argument("--name", help="the name to write into the GGUF")
@@ -89,6 +90,7 @@ def _export(options: argparse.Namespace, *, wants_ollama: bool) -> tuple[ExportO
         importance=options.imatrix,
         split_bytes=options.split_mib * 2**20 if options.split_mib else None,
         ollama_base=options.ollama_base,
+        dequantize=options.dequantize,
         force=options.force,
         verify=options.verify,
         progress=find_progress(as_json=options.json),
@@ -113,6 +115,7 @@ def _plan(options: argparse.Namespace) -> ExportPlan:
         pre=options.pre,
         name=options.name,
         importance=options.imatrix,
+        dequantize=options.dequantize,
     )
     return plan
 
