@@ -165,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
             **kept,
             "modelfile": "# Modelfile",
             "template": model["template"],
-            "details": {"parent_model": f"/blobs/{model['digest']}", **self.server.details(model)},
+            "details": {"parent_model": self.server.parent(model), **self.server.details(model)},
             "model_info": info,
             "tensors": [],
             "capabilities": ["completion"],
@@ -183,7 +183,8 @@ class Handler(BaseHTTPRequestHandler):
         if not name:
             raise Refusal("model is required")
         if self.server.full_name(name) not in self.server.models:
-            raise Refusal(f"model '{name}' not found", 404)
+            told = name if self.server.is_old or self.path != "/api/show" else self.server.full_name(name)
+            raise Refusal(f"model '{told}' not found", 404)
         return self.server.models[self.server.full_name(name)]
 
     def chat(self, asked):
@@ -260,8 +261,15 @@ class FakeOllama(ThreadingHTTPServer):
             "quantization_level": kinds.get(settings["general.file_type"], "unknown"),
         }
 
+    def parent(self, model):
+        return f"/blobs/{model['digest']}" if self.is_old else ""
+
     def describe(self, name):
         model = self.models[name]
+        settings, new = self.settings(model), {}
+        if not self.is_old:
+            family = settings["general.architecture"]
+            new = {key: settings[f"{family}.{key}"] for key in ("context_length", "embedding_length")}
         row = {
             "name": name,
             "model": name,
@@ -269,7 +277,8 @@ class FakeOllama(ThreadingHTTPServer):
             "size": 1,
             "digest": model["digest"].partition(":")[2],
         }
-        return {**row, "details": {"parent_model": "", **self.details(model)}}
+        row |= {"details": {"parent_model": "", **self.details(model), **new}}
+        return row if self.is_old else {**row, "capabilities": ["completion"]}
 
     def create(self, asked):
         """Status lines, and the error that ends them or None."""
@@ -299,15 +308,18 @@ class FakeOllama(ThreadingHTTPServer):
 
     def make(self, asked, source, digest, quantize, lines):
         template = asked.get("template", "")
+        if not self.is_old and asked.get("files"):
+            lines.append("verifying conversion")
         if template.count("{{") != template.count("}}"):
             return lines, "template error: template: :1: unclosed action"
-        if quantize:
+        if quantize and self.is_old:
             lines += [
                 {"status": f"quantizing F16 model to {quantize}", "digest": "", "total": 1, "completed": 1},
                 "verifying conversion",
             ]
         lines.append(f"creating new layer sha256:{'1' * 64}" if quantize else f"using existing layer {digest}")
-        known = find_go_template(read_settings(self.blobs[digest]).get("tokenizer.chat_template", ""))
+        jinja = read_settings(self.blobs[digest]).get("tokenizer.chat_template", "")
+        known = find_go_template(jinja)
         if asked.get("files") and known and not template:
             lines += ["using autodetected template chatml"]
         kept = {key: asked[key] for key in ("system", "license") if asked.get(key)}
@@ -317,7 +329,7 @@ class FakeOllama(ThreadingHTTPServer):
         parameters = {**source.get("parameters", {}), **asked.get("parameters", {})}
         if kept or parameters or template or (known and asked.get("files")):
             lines.append(f"creating new layer sha256:{'3' * 64}")
-        chosen = template or source.get("template") or known or RAW
+        chosen = template or source.get("template") or known or (RAW if self.is_old else jinja)
         self.models[self.full_name(asked["model"])] = {
             **source,
             **kept,
