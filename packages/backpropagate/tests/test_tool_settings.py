@@ -30,6 +30,7 @@ OTHERS = {
     "lora.r": 7,
     "lora.alpha": 9.0,
     "lora.dropout": 0.5,
+    "lora.init_lora_weights": "pissa",
     "lora.use_rslora": True,
     "lora.use_dora": True,
     "lora.target_modules": "q_proj",
@@ -37,6 +38,8 @@ OTHERS = {
     "training.method": "dpo",
     "training.mode": "qlora",
     "training.steps": 3,
+    "training.optim": "adamw_8bit",
+    "training.fp8": True,
     "training.learning_rate": 0.5,
     "training.batch_size": 7,
     "training.gradient_accumulation": 9,
@@ -119,6 +122,8 @@ def test_defaults_are_bp_runs_own():
         ({"method": "dpo"}, 5e-6, "default"),
         ({"method": "orpo"}, 8e-6, "default"),
         ({"method": "orpo", "lr": 1e-3}, 1e-3, "flag"),
+        ({"mode": "full"}, 2e-5, "default"),
+        ({"method": "dpo", "mode": "full"}, 5e-7, "default"),
     ],
 )
 def test_the_record_shows_the_method_s_own_learning_rate_unless_one_is_named(flags, rate, source):

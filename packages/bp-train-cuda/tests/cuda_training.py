@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from bp_runs import Settings, TrainSpec
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail
@@ -24,3 +26,13 @@ def spec_for(base: Path, file: Path, run: Path, **changes) -> TrainSpec:
 def train(spec, stop=lambda: False):
     events = []
     return CudaRail().train(spec, events.append, stop), events
+
+
+def mean_loss(model, rows):
+    total, count = 0.0, 0
+    for row in rows:
+        logits = model(torch.tensor([row.ids.tolist()])).logits[0, :-1].double()
+        labels = torch.tensor(row.labels()[1:])
+        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+        count += int((labels != -100).sum())
+    return total / count

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cuda_training import spec_for, train
+from cuda_training import mean_loss, spec_for, train
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -13,16 +13,6 @@ from bp_data import prepare, split_rows
 from bp_runs.events import DataReady, EvalDone, StepDone
 
 EVAL = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 2, "batch_size": 2}
-
-
-def mean_loss(model, rows):
-    total, count = 0.0, 0
-    for row in rows:
-        logits = model(torch.tensor([row.ids.tolist()])).logits[0, :-1].double()
-        labels = torch.tensor(row.labels()[1:])
-        total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
-        count += int((labels != -100).sum())
-    return total / count
 
 
 def evals(events):

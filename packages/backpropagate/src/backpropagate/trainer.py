@@ -20,7 +20,7 @@ from backpropagate.exporting import ExportResult, export_adapter
 from backpropagate.logs import current_run
 from bp_runs.errors import InterruptedRunError
 from bp_runs.events import Emit, Event
-from bp_runs.paths import adapter_folder
+from bp_runs.paths import result_name
 from bp_runs.rail import Rail, TrainOutcome
 from bp_runs.record import RunRecord
 from bp_runs.spec import Settings, TrainSpec
@@ -99,7 +99,7 @@ class Trainer:
         rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
         store = RunStore(self.output)
-        store.require_own_adapter()
+        store.require_own_adapter(result_name(resolved.to_record()))
         base = _find_base(rail, wanted)
         machine = system.program_home(os.environ)
         resolved, chosen = presets.settle_lora(resolved, rail, base.folder, machine)
@@ -198,8 +198,8 @@ class Watcher:
 
 
 def _publish(store: RunStore, run_id: str, outcome: TrainOutcome) -> Path:
-    """``<output>/lora``, but for a stopped run only where there is no finished adapter yet to lose."""
-    if outcome.stopped and adapter_folder(store.output).exists():
+    """``<output>/lora`` or ``model``, but for a stopped run only where there is no finished one yet to lose."""
+    if outcome.stopped and (store.output / outcome.adapter.name).exists():
         return outcome.adapter
     return store.publish_adapter(run_id)
 

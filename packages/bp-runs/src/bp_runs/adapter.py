@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
 )
 """Files that make up a tokenizer and its chat template, of which a folder has some."""
 MANIFEST_SCHEMA = "backpropagate.adapter/1"
+MODEL_SCHEMA = "backpropagate.model/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +95,16 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
     return _read_json(file) if file.is_file() else {}
 
 
-def write_manifest(path: Path, *, run_id: str, base: str, origin: Mapping[str, Any] | None = None) -> None:
-    """Write ``run.json`` into a finished adapter folder: the run's id and every file's SHA-256.
+def write_manifest(
+    path: Path, *, run_id: str, base: str, origin: Mapping[str, Any] | None = None, schema: str = MANIFEST_SCHEMA
+) -> None:
+    """Write ``run.json`` into a finished adapter's or model's folder: the run's id and every file's SHA-256.
 
     Args:
         origin: For adapters that were not trained but made of others: how, and of which.
     """
     files = {p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file() and p.name != MANIFEST_FILE}
-    manifest = {"schema": MANIFEST_SCHEMA, "run_id": run_id, "base": base, "files": files}
+    manifest = {"schema": schema, "run_id": run_id, "base": base, "files": files}
     publish_json(path / MANIFEST_FILE, manifest if origin is None else {**manifest, "origin": dict(origin)})
 
 

@@ -31,7 +31,7 @@ class ModelLoaded(Event):
     trainable: int
     """Parameters that the adapter trains."""
     mode: str
-    """What was trained: ``lora`` or ``qlora``, with the reason where it was chosen for the user."""
+    """What was trained: ``lora``, ``qlora`` or ``full``, with the reason where it was chosen for the user."""
     dtype: str
     device: str
     """With the reason, as in ``cpu (no CUDA device)``."""

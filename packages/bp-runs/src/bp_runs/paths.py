@@ -1,16 +1,21 @@
 """The layout of an output folder, in one place.
 
 <output>/lora                  the newest finished adapter (hard links into its run)
+<output>/model                 the newest model of which all weights were trained (likewise)
 <output>/run_history.json      index of summary rows, rebuilt from the run folders
-<output>/runs/<run_id>/        run.json metrics.jsonl rejected.jsonl lora/ checkpoints/
+<output>/runs/<run_id>/        run.json metrics.jsonl rejected.jsonl lora/ or model/, checkpoints/
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+ADAPTER_NAME = "lora"
+MODEL_NAME = "model"
 RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 REJECTED_FILE = "rejected.jsonl"
@@ -44,9 +49,14 @@ def index_file(output: Path) -> Path:
     return output / "run_history.json"
 
 
+def result_name(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The folder's name of what a run with these recorded settings leaves: an adapter, or a whole model."""
+    return MODEL_NAME if settings.get("training.mode", {}).get("value") == "full" else ADAPTER_NAME
+
+
 def adapter_folder(output: Path) -> Path:
     """``<output>/lora``: the newest finished adapter."""
-    return output / "lora"
+    return output / ADAPTER_NAME
 
 
 def cache_folder(output: Path) -> Path:

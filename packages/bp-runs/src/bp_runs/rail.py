@@ -64,6 +64,7 @@ class TrainOutcome:
     """What came out of a run that ended well or was stopped by the user."""
 
     adapter: Path
+    """The adapter's folder, or the model's where all weights were trained."""
     steps: int
     """Steps done; less than asked when stopped."""
     first_loss: float

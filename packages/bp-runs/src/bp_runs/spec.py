@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from bp_runs.paths import ADAPTER_NAME, MODEL_NAME
+
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 
 # Peak learning rates of an adapter and of all weights, where the user names none. All weights: TRL's for sft, Zephyr's
@@ -37,12 +39,13 @@ _SHORT_NAMES: Mapping[str, str] = MappingProxyType(
         "training.output_dir": "output",
     }
 )
+_PREFIXED = ("r", "alpha", "dropout", "preset")  # of the group lora; the others' names speak for themselves
 
 
 def short_name(key: str) -> str:
     """A setting's Python keyword and, with dashes, its flag: ``lora_r``, ``lr``, ``max_seq_length``."""
     group, name = key.split(".")
-    return _SHORT_NAMES.get(key) or (f"lora_{name}" if group == "lora" and name != "target_modules" else name)
+    return _SHORT_NAMES.get(key) or (f"lora_{name}" if group == "lora" and name in _PREFIXED else name)
 
 
 def setting(default: Any, help: str) -> Any:
@@ -108,6 +111,11 @@ class LoraSpec:
     r: int = setting(16, "Rank of the adapter.")
     alpha: float | None = setting(None, "Scale: the update counts alpha / r times. Default: twice the rank.")
     dropout: float = setting(0.0, "Dropout on the adapter's input, 0 to 1.")
+    init_lora_weights: Literal["default", "pissa", "loftq"] = setting(
+        "default",
+        "How the adapter starts: default: as no change; pissa: the base's main directions (arXiv:2404.02948); "
+        "loftq: what 4 bits lose (arXiv:2310.08659), with qlora.",
+    )
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).")
     use_dora: bool = setting(False, "Learn each weight's magnitude apart from its direction (DoRA, arXiv:2402.09353).")
     target_modules: str = setting("all-linear", "Adapted layers: all-linear, or names joined by commas: q_proj,v_proj.")
@@ -127,13 +135,15 @@ class TrainingSpec:
         "sft",
         "What is learnt from: answers (sft), a better and a worse answer (dpo, orpo, simpo), judged answers (kto).",
     )
-    mode: Literal["auto", "lora", "qlora"] = setting(
+    mode: Literal["auto", "lora", "qlora", "full"] = setting(
         "auto",
-        "lora: 16- or 32-bit base; qlora: 4-bit base (nf4, arXiv:2305.14314), GPU only; auto: what fits the memory.",
+        "lora: 16- or 32-bit base; qlora: 4-bit base (nf4, arXiv:2305.14314), GPU only; full: all weights; "
+        "auto: lora or qlora, by the memory.",
     )
     steps: int = setting(100, "Optimizer steps.")
     learning_rate: float | None = setting(
-        None, "Peak learning rate; default: the method's own, 2e-4 for sft, 5e-6 to 1e-5 for the others."
+        None,
+        "Peak learning rate; default: the method's and mode's own, 2e-4 for sft of an adapter, 2e-5 of all weights.",
     )
     batch_size: int = setting(2, "Rows in a micro-batch.")
     gradient_accumulation: int = setting(4, "Micro-batches in a step.")
@@ -141,6 +151,12 @@ class TrainingSpec:
     scheduler: Literal["linear", "cosine", "constant"] = setting("linear", "Course of the learning rate after warm-up.")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.")
+    optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = setting(
+        "auto",
+        "AdamW with moments in 32 or 8 bits, or 8 bits that may move to RAM; auto: 8 bits in qlora, paged in full, "
+        "32 in lora and on a CPU.",
+    )
+    fp8: bool = setting(False, "Multiply matrices in 8-bit floats, by torchao; Hopper cards and newer.")
     gradient_checkpointing: bool = setting(True, "Recompute activations in backward on a GPU: slower, far less memory.")
     packing: bool = setting(
         False, "Pack short rows into rows of max_seq_length; none attends to another, each begins at position 0."
@@ -183,8 +199,8 @@ class TrainingSpec:
 
     @property
     def resolved_learning_rate(self) -> float:
-        """``learning_rate``, or the method's own."""
-        return _LEARNING_RATES[self.method][0] if self.learning_rate is None else self.learning_rate
+        """``learning_rate``, or the method's own for an adapter or all weights."""
+        return _LEARNING_RATES[self.method][self.mode == "full"] if self.learning_rate is None else self.learning_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +220,12 @@ class RunFolders:
     @property
     def adapter(self) -> Path:
         """Where the rail writes the finished adapter."""
-        return self.run / "lora"
+        return self.run / ADAPTER_NAME
+
+    @property
+    def model(self) -> Path:
+        """Where the rail writes the finished model, of which all weights were trained."""
+        return self.run / MODEL_NAME
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ import orjson
 from filelock import FileLock, Timeout
 
 from bp_runs import index, paths
-from bp_runs.adapter import MANIFEST_SCHEMA, read_manifest
+from bp_runs.adapter import MANIFEST_SCHEMA, MODEL_SCHEMA, read_manifest
 from bp_runs.errors import (
     CodedError,
     OutputLockedError,
@@ -67,7 +67,7 @@ class RunStore:
             OutputNotWritableError, DiskFullError: The output folder cannot take a run.
         """
         require_folder(self.output)
-        self.require_own_adapter()
+        self.require_own_adapter(paths.result_name(settings))
         record = RunRecord(
             run_id=paths.new_run_id(),
             kind=kind,
@@ -142,14 +142,14 @@ class RunStore:
             self._publish(record)
         return record
 
-    def require_own_adapter(self) -> None:
-        """Refuse an output folder whose ``lora`` is not ours to replace.
+    def require_own_adapter(self, name: str = paths.ADAPTER_NAME) -> None:
+        """Refuse an output folder whose ``lora``, or ``model``, is not ours to replace.
 
         Raises:
             OutputTakenError: It holds files and none of ours.
         """
-        place = paths.adapter_folder(self.output)
-        if place.is_dir() and (not any(place.iterdir()) or read_manifest(place).get("schema") == MANIFEST_SCHEMA):
+        place, ours = self.output / name, (MANIFEST_SCHEMA, MODEL_SCHEMA)
+        if place.is_dir() and (not any(place.iterdir()) or read_manifest(place).get("schema") in ours):
             return
         if place.exists() or place.is_symlink():
             raise OutputTakenError(f"{place} was not written by backprop and would be replaced")
@@ -211,17 +211,18 @@ class RunStore:
         self.update(run_id, lambda record: record.artifacts.append({"at": utc_now(), **artifact}))
 
     def publish_adapter(self, run_id: str) -> Path:
-        """Let ``<output>/lora`` be this run's adapter; returns that folder.
+        """Let ``<output>/lora`` be this run's adapter, or ``<output>/model`` its model; returns that folder.
 
         The weights are hard-linked where the disk can, since nobody edits them in place; other files are copied.
 
         Raises:
             OutputTakenError: As `require_own_adapter`.
         """
-        source = self.folder(run_id) / "lora"
-        target = paths.adapter_folder(self.output)
+        model = self.folder(run_id) / paths.MODEL_NAME
+        source = model if model.is_dir() else self.folder(run_id) / paths.ADAPTER_NAME
+        target = self.output / source.name
         with self._locked():
-            self.require_own_adapter()
+            self.require_own_adapter(source.name)
             with publish_folder(target) as partial:
                 for file in source.iterdir():
                     _link_or_copy(file, partial / file.name)

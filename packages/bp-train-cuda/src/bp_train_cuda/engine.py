@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
 from bp_runs.rail import EvalOutcome, RowOutcome, Stop, TrainOutcome, mean_ends
 from bp_runs.spec import LoraSpec, TrainSpec
-from bp_train_cuda import load, lora, probe
+from bp_train_cuda import check, full, load, lora, probe
 from bp_train_cuda.answers import answer
 from bp_train_cuda.checkpoint import Checkpointer
 from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError, TrainingFailedError
 from bp_train_cuda.evaluation import Validator
+from bp_train_cuda.fp8 import use_fp8
 from bp_train_cuda.guarded import Parts
 from bp_train_cuda.guards.fit import CardFit
 from bp_train_cuda.guards.oom import StepSplitter, try_again
@@ -79,7 +80,7 @@ def evaluate(
     Raises:
         CodedError: As `bp_train_cuda.rail.CudaRail.evaluate`.
     """
-    with _quiet_framework(), _base(spec, kept) as loaded:
+    with _quiet_framework(), _base(_as_read(spec), kept) as loaded:
         set_seed(spec.training.seed)
         model = lora.add_lora(loaded.base, LoraSpec(r=1)) if adapter is None else lora.load_lora(loaded.base, adapter)
         parts, trainer = _build_trainer(spec, prepared, model, loaded, emit)
@@ -112,7 +113,7 @@ def examine(
     Raises:
         CodedError: As `evaluate`.
     """
-    with _quiet_framework(), _base(spec, kept) as loaded:
+    with _quiet_framework(), _base(_as_read(spec), kept) as loaded:
         set_seed(spec.training.seed)
         model = lora.add_lora(loaded.base, LoraSpec(r=1)) if adapter is None else lora.load_lora(loaded.base, adapter)
         _, trainer = _build_trainer(spec, prepared, model, loaded, emit)
@@ -126,6 +127,11 @@ def examine(
         )
         take_off_adapter(model)
         return outcomes
+
+
+def _as_read(spec: TrainSpec) -> TrainSpec:
+    """The spec with a mode in which a base is only read."""
+    return replace(spec, training=replace(spec.training, mode="lora")) if spec.training.mode == "full" else spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,20 +149,22 @@ class _Loaded:
 @contextlib.contextmanager
 def _base(spec: TrainSpec, kept: KeptBase | None) -> Iterator[_Loaded]:
     """The base without an adapter, after all that can be refused before weights are loaded."""
-    device, trust = probe.choose_device(), spec.model.trust_remote_code
-    parameters = load.measure_model(spec.base, device, trust_remote_code=trust)
-    mode = probe.choose_mode(spec.training.mode, parameters, device)
+    checked, trust = check.check_model(spec, spec.base), spec.model.trust_remote_code
+    device, mode = checked.device, checked.mode
+    changes_base = mode.name == "full" or spec.training.fp8 or spec.lora.init_lora_weights != "default"
     key = (spec.base.resolve(), spec.base_commit, mode.name, spec.model.dtype, trust, spec.training.kernels)
     load_base = partial(load.load_model, spec.base, device, mode, dtype=spec.model.dtype, trust_remote_code=trust)
-    with (kept or KeptBase()).borrow(key, load_base) as base:
-        yield _Loaded(device, mode, parameters, base, apply_kernels(base, spec.training.kernels, device))
+    with (KeptBase() if kept is None or changes_base else kept).borrow(key, load_base) as base:
+        if spec.training.fp8:
+            use_fp8(base)
+        yield _Loaded(device, mode, checked.parameters, base, apply_kernels(base, spec.training.kernels, device))
 
 
 def _train(
     spec: TrainSpec, prepared: AnyPrepared, heldout: Sequence[Any], emit: Emit, stop: Stop, *, loaded: _Loaded
 ) -> TrainOutcome:
     memory = probe.PeakMemory(loaded.device)
-    model = _add_adapter(spec, loaded, emit)
+    model = _open_model(spec, loaded, emit)
     if spec.checkpoint is None:
         _emit_answers(spec, prepared, model, emit, step=0)
     reporter = StepReporter(emit, stop, memory, spec.training.steps)
@@ -188,18 +196,25 @@ def _train(
     if reporter.validator is not None:
         reporter.validator.restore_best(len(reporter.losses))
     _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
-    _save(spec, prepared, model, emit)
-    take_off_adapter(model)
-    return _outcome(spec, reporter, memory)
+    folder = _save(spec, prepared, model, loaded.mode, emit)
+    if loaded.mode.name != "full":
+        take_off_adapter(model)
+    return _outcome(folder, reporter, memory)
 
 
-def _add_adapter(spec: TrainSpec, loaded: _Loaded, emit: Emit) -> Any:
-    """The base with the adapter to train: a new one, or the one that the spec starts from."""
+def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit) -> Any:
+    """What is trained: all weights, or the base's adapter: a new one, or the one that the spec starts from."""
     set_seed(spec.training.seed)
-    model = lora.add_lora(loaded.base, spec.lora)
-    if spec.initial_adapter is not None:
-        lora.set_weights(model, spec.initial_adapter, spec.lora)
-    require_free_space(spec.folders.run, 4 * _count_trainable(model) + _SAVE_MARGIN, "the adapter")
+    if loaded.mode.name == "full":
+        model = full.open_weights(loaded.base)
+    else:
+        model = lora.add_lora(loaded.base, spec.lora, spec.base)
+        if spec.initial_adapter is not None:
+            lora.set_weights(model, spec.initial_adapter, spec.lora)
+        lora.note_start(model, spec)
+    size = sum(weight.nbytes for weight in lora.trainable_weights(model).values())
+    what = "the model" if loaded.mode.name == "full" else "the adapter"
+    require_free_space(spec.folders.run, size + _SAVE_MARGIN, what)
     emit(_model_loaded(spec, model, loaded.parameters, loaded.mode, loaded.device))
     if loaded.device.kind == "cpu":
         emit(Notice(message=f"training on the CPU ({loaded.device.why}): fine for small models, slow for others"))
@@ -248,19 +263,21 @@ def _run(trainer: Any, checkpoint: Path | None) -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, emit: Emit) -> None:
+def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, mode: probe.Mode, emit: Emit) -> Path:
+    """Publish what was trained; returns its folder."""
     _require_finite(model)
     template = None if prepared.template.name == "tokenizer" else prepared.template.text
-    size = try_again(
-        lambda: lora.save_adapter(model, spec, template), "the save", emit, enabled=spec.training.oom_recovery
-    )
-    emit(AdapterSaved(path=str(spec.folders.adapter), bytes=size))
+    is_full = mode.name == "full"
+    write, folder = (full.save_model, spec.folders.model) if is_full else (lora.save_adapter, spec.folders.adapter)
+    size = try_again(lambda: write(model, spec, template), "the save", emit, enabled=spec.training.oom_recovery)
+    emit(AdapterSaved(path=str(folder), bytes=size))
+    return folder
 
 
-def _outcome(spec: TrainSpec, reporter: StepReporter, memory: probe.PeakMemory) -> TrainOutcome:
+def _outcome(folder: Path, reporter: StepReporter, memory: probe.PeakMemory) -> TrainOutcome:
     first, final = mean_ends(reporter.losses)
     return TrainOutcome(
-        adapter=spec.folders.adapter,
+        adapter=folder,
         steps=len(reporter.losses),
         first_loss=first,
         final_loss=final,

@@ -9,8 +9,13 @@ UserError
 ├── ModeError              CONFIG_MODE_UNSUPPORTED          4-bit training on a CPU
 ├── RemoteCodeError        CONFIG_TRUST_REMOTE_CODE_REQUIRED
 ├── ShapesUnknownError     INPUT_SHAPES_UNKNOWN             an estimate needs sizes that the config does not tell
-└── TargetModulesError     CONFIG_TARGET_MODULES            no layer has the given names
+├── SequenceTooLongError   CONFIG_SEQUENCE_TOO_LONG         rows longer than the model's positions
+├── Bf16Error              CONFIG_BF16_UNSUPPORTED          the card does not compute in bfloat16
+├── VocabularyError        INPUT_TOKENIZER_TOO_LARGE        the tokenizer has more tokens than the embedding
+└── TargetModulesError     CONFIG_TARGET_MODULES            no layer has the names, or it cannot carry an adapter
 RunFailedError
+├── FullModelTooLargeError RUNTIME_FULL_FT_MODEL_TOO_LARGE  all weights of so large a model cannot be trained
+├── Fp8Error               RUNTIME_FP8_UNSUPPORTED          the card, or torchao, cannot
 ├── GpuOutOfMemoryError    RUNTIME_GPU_OOM
 ├── OomExhaustedError      RUNTIME_OOM_RECOVERY_EXHAUSTED   not even one row fits
 ├── GpuTemperatureError    RUNTIME_GPU_TEMPERATURE_CRITICAL the card does not stay cool enough
@@ -81,12 +86,55 @@ class ShapesUnknownError(UserError):
     default_way_out = "Check the folder's config.json; `backprop models` lists models that are known to train."
 
 
+class SequenceTooLongError(UserError):
+    """Rows are longer than the model can tell positions apart."""
+
+    code = "CONFIG_SEQUENCE_TOO_LONG"
+    when = "A row has more tokens than the model's config has positions."
+    default_way_out = "Cut rows shorter: --max-seq-length 2048"
+
+
+class Bf16Error(UserError):
+    """The card does not compute in bfloat16."""
+
+    code = "CONFIG_BF16_UNSUPPORTED"
+    when = "dtype bfloat16 was asked for on a card older than Ampere, which only emulates it."
+    default_way_out = "Let the card decide: leave out --dtype."
+
+
+class VocabularyError(UserError):
+    """The tokenizer makes tokens that the model has no embedding for."""
+
+    code = "INPUT_TOKENIZER_TOO_LARGE"
+    when = "tokenizer.json has more tokens than the model's embedding has rows."
+    default_way_out = "Use the tokenizer that came with the model, or a model whose embedding was resized for it."
+
+
 class TargetModulesError(UserError):
-    """The adapter's target modules do not occur in the model."""
+    """The adapter's target modules do not occur in the model, or cannot carry an adapter."""
 
     code = "CONFIG_TARGET_MODULES"
-    when = "No layer of the model has any of the names given as target modules."
+    when = "No layer of the model has a name given as target module, or it is the embedding or the output layer."
     default_way_out = "Adapt all linear layers: --target-modules all-linear"
+
+
+class FullModelTooLargeError(RunFailedError):
+    """All weights of the model are too many to train."""
+
+    code = "RUNTIME_FULL_FT_MODEL_TOO_LARGE"
+    when = "mode full was asked for with a model of over 4 billion parameters."
+    default_way_out = (
+        "Train an adapter: --mode lora; or all weights of a smaller model: Qwen-3.5-4B, Phi-4-mini-3.8B, SmolLM3-3B, "
+        "Llama-3.2-3B or Llama-3.2-1B."
+    )
+
+
+class Fp8Error(RunFailedError):
+    """Matrices cannot be multiplied in 8-bit floats here."""
+
+    code = "RUNTIME_FP8_UNSUPPORTED"
+    when = "fp8 was asked for on a card older than Hopper, on a CPU, with a 4-bit base, or without torchao."
+    default_way_out = "Leave out --fp8."
 
 
 class GpuOutOfMemoryError(RunFailedError):

@@ -30,7 +30,7 @@ class Parts:
     device: Device
     mode: Mode
     model: Any
-    """The model with its adapter."""
+    """The model with its adapter, or with all its weights open."""
     tokenizer: PreTrainedTokenizerBase
     """Knows the padding token; the rows are tokens already."""
     splitter: StepSplitter
@@ -58,7 +58,7 @@ def common_arguments(parts: Parts) -> dict[str, Any]:
         "learning_rate": training.resolved_learning_rate,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": choose_optimizer(parts.mode),
+        "optim": choose_optimizer(training, parts.mode, parts.device),
         "seed": training.seed,
         "data_seed": training.seed,
         "use_cpu": not on_gpu,
@@ -107,8 +107,9 @@ class Guarded:
         training = parts.spec.training
         trainer.train_dataset = rows
         self.order = RowOrder(len(rows), training.seed, shuffled=training.curriculum == "none")
-        for weight in trainable_weights(parts.model).values():
-            weight.data = weight.data.float()  # TRL makes adapters on 4-bit bases bfloat16: small steps would be lost
+        if parts.mode.name != "full":
+            for weight in trainable_weights(parts.model).values():
+                weight.data = weight.data.float()  # TRL makes adapters on 4-bit bases bfloat16: small steps get lost
         self.splitter, self.reader = parts.splitter, parts.splitter.without_gradients()
         self.rate = lambda step: rate_factor(step, training)
         for callback in list(trainer.callback_handler.callbacks):

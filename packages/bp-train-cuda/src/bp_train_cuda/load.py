@@ -42,17 +42,21 @@ def read_config(base: Path, *, trust_remote_code: bool) -> Any:
     return config
 
 
-def count_parameters(config: Any, *, trust_remote_code: bool) -> int:
-    """Parameters of the model that ``config`` describes, without its weights.
+def sketch_model(config: Any, *, trust_remote_code: bool) -> Any:
+    """The model that ``config`` describes, without its weights: on torch's meta device.
 
     Raises:
         ModelLoadError: No causal language model has such a config.
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except _LOAD_ERRORS as error:
         raise ModelLoadError("the config describes no causal language model", cause=first_line(error)) from error
+
+
+def count_parameters(model: Any) -> int:
+    """Parameters of a model; tied ones once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -67,10 +71,9 @@ def measure_shapes(config: Mapping[str, Any]) -> Shapes:
     """
     try:
         built = AutoConfig.for_model(**config)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(built, trust_remote_code=False)
     except _LOAD_ERRORS as error:
         raise ModelLoadError("the config describes no causal language model", cause=first_line(error)) from error
+    model = sketch_model(built, trust_remote_code=False)
     head, text = model.get_output_embeddings(), built.get_text_config()
     found = Counter(
         (name.rsplit(".", 1)[-1], module.in_features, module.out_features)
@@ -94,18 +97,6 @@ def measure_shapes(config: Mapping[str, Any]) -> Shapes:
         others=parameters - embedding - sum(a.parameters for a in linears),
         tied=tied,
     )
-
-
-def measure_model(base: Path, device: Device, *, trust_remote_code: bool) -> int:
-    """Parameters of the model in ``base``, of which only the config is read, if ``device`` can train it.
-
-    Raises:
-        RemoteCodeError, ModelLoadError, GpuNotAvailableError: As `read_config`, `count_parameters`, `require_capable`.
-    """
-    config = read_config(base, trust_remote_code=trust_remote_code)
-    parameters = count_parameters(config, trust_remote_code=trust_remote_code)
-    require_capable(parameters, device)
-    return parameters
 
 
 def require_capable(parameters: int, device: Device) -> None:
@@ -142,18 +133,23 @@ def load_model(
         bnb_4bit_compute_dtype=compute,
     )
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             base,
             dtype=compute,
             quantization_config=quantization if mode.name == "qlora" else None,
             device_map={"": device.kind},
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            output_loading_info=True,
         )
     except torch.OutOfMemoryError:
         raise
     except _LOAD_ERRORS as error:
         raise ModelLoadError(f"the weights in {base} cannot be loaded", cause=first_line(error)) from error
+    if missing := sorted(found["missing_keys"]):
+        # transformers would draw them at random and go on.
+        raise ModelLoadError(f"the weights in {base} lack {len(missing)} tensors", cause=f"{missing[0]} is missing")
+    return model
 
 
 def build_tokenizer(base: Path, *, pad: str, eos: str) -> PreTrainedTokenizerFast:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, replace_lora_weights_loftq, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bp_runs.adapter import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, read_adapter_folder, write_manifest
 from bp_runs.errors import AdapterInvalidError, first_line
@@ -18,14 +19,21 @@ from bp_runs.spec import LoraSpec, TrainSpec
 from bp_train_cuda.errors import TargetModulesError
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
+_PISSA = "pissa_niter_16"  # the paper's fast decomposition, near the exact one
+_START = "start"
+"""Folder of the run for the adapter as it started, where it is taken off the result at the end."""
 
 _COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
-def add_lora(model: Any, spec: LoraSpec) -> Any:
+def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
     """Freeze ``model`` and put adapters on its linear layers: A (r, d_in) random, B (d_out, r) zero.
 
-    The adapters are float32 whatever the base's dtype. The seed must be set before.
+    The adapters are float32 whatever the base's dtype. The seed must be set before. With ``pissa`` B A is made of the
+    base's main directions, which are taken off the base in memory; with ``loftq`` of what its 4 bits have lost.
+
+    Args:
+        base: The folder that ``model`` was loaded from; for loftq, which reads the whole weights.
 
     Raises:
         TargetModulesError: No layer has any of the names.
@@ -37,11 +45,15 @@ def add_lora(model: Any, spec: LoraSpec) -> Any:
         lora_dropout=spec.dropout,
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
+        init_lora_weights=_PISSA if spec.init_lora_weights == "pissa" else True,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
+        if spec.init_lora_weights == "loftq":
+            replace_lora_weights_loftq(adapted, model_path=str(base))
+        return adapted
     except ValueError as error:
         known = sorted({name.rsplit(".", 1)[-1] for name, m in model.named_modules() if type(m).__name__ == "Linear"})
         raise TargetModulesError(
@@ -87,6 +99,13 @@ def set_weights(model: Any, adapter: Path, spec: LoraSpec) -> None:
         raise AdapterInvalidError(f"{adapter} and the run adapt other layers: {lacking} lacks {other}")
 
 
+def note_start(model: Any, spec: TrainSpec) -> None:
+    """Keep the adapter as it starts in the run's folder, where it does not start as no change."""
+    if spec.lora.init_lora_weights != "default":
+        model.peft_config["default"].init_lora_weights = True  # as the finished adapter is to be read
+        model.save_pretrained(spec.folders.run / _START, save_embedding_layers=False)
+
+
 def trainable_weights(model: Any) -> dict[str, Any]:
     """The parameters that training changes, by name; of a PEFT model: the adapter's."""
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
@@ -100,9 +119,12 @@ def save_adapter(model: Any, spec: TrainSpec, template: str | None) -> int:
         spec: Names the base and the folder.
         template: Jinja source to save where the base brings no chat template; None: the base has its own.
     """
-    folder = spec.folders.adapter
+    folder, start = spec.folders.adapter, spec.folders.run / _START
     with publish_folder(folder) as partial:
         model.save_pretrained(partial, save_embedding_layers=False)
+        if start.is_dir():
+            _take_off_start(partial, start)
+            shutil.rmtree(start)
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         _name_base(partial / CONFIG_FILE, spec)
         for name in _COPIED_FILES:
@@ -112,6 +134,26 @@ def save_adapter(model: Any, spec: TrainSpec, template: str | None) -> int:
             (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
         write_manifest(partial, run_id=spec.folders.run_id, base=spec.model.name)
     return (folder / WEIGHTS_FILE).stat().st_size
+
+
+def _take_off_start(adapter: Path, start: Path) -> None:
+    """Make an adapter for the base as it was: s (B A - B0 A0) = s [B, -B0] [A; A0], of twice the rank.
+
+    Args:
+        adapter: The finished adapter's folder; its files are replaced.
+        start: The folder of the adapter as it started, B0 A0.
+    """
+    weights, first = load_file(adapter / WEIGHTS_FILE), load_file(start / WEIGHTS_FILE)
+    joined = {
+        name: torch.cat([weight, first[name]]) if "lora_A" in name else torch.cat([weight, -first[name]], dim=1)
+        for name, weight in weights.items()
+    }
+    save_file({name: weight.contiguous() for name, weight in joined.items()}, adapter / WEIGHTS_FILE)
+    config = orjson.loads((adapter / CONFIG_FILE).read_bytes())
+    config["r"] *= 2
+    config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2  # keeps alpha / r, or alpha / sqrt(r)
+    config["init_lora_weights"] = True
+    (adapter / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
 
 
 def _name_base(file: Path, spec: TrainSpec) -> None:

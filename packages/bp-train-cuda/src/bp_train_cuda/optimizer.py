@@ -1,10 +1,15 @@
-"""Which optimizer a mode trains with."""
+"""Which optimizer a run trains with."""
 
 from __future__ import annotations
 
-from bp_train_cuda.probe import Mode
+from bp_runs.spec import TrainingSpec
+from bp_train_cuda.probe import Device, Mode
 
 
-def choose_optimizer(mode: Mode) -> str:
-    """AdamW by transformers' name: its two moments in 8 bits where the base is in 4, else in float32."""
-    return "adamw_8bit" if mode.name == "qlora" else "adamw_torch_fused"
+def choose_optimizer(spec: TrainingSpec, mode: Mode, device: Device) -> str:
+    """AdamW by transformers' name: as asked, else what the mode's memory wants."""
+    wanted: str = spec.optim
+    if wanted == "auto":
+        by_mode = {"qlora": "adamw_8bit", "full": "paged_adamw_8bit"} if device.kind == "cuda" else {}
+        wanted = by_mode.get(mode.name, "adamw_torch")
+    return "adamw_torch_fused" if wanted == "adamw_torch" else wanted

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from bp_train_cuda.errors import BitsandbytesError, ModeError
+from bp_train_cuda.errors import Bf16Error, BitsandbytesError, FullModelTooLargeError, ModeError
 from bp_train_cuda.estimate import WEIGHTS_SHARE
 
 CPU_PARAMETER_LIMIT = 1_000_000_000
+FULL_PARAMETER_LIMIT = 4_500_000_000
+"""What is sold as 4B has up to so many; weights and gradients take 4 bytes each, so 16 GiB hold little more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +46,25 @@ def choose_device() -> Device:
 
 
 def choose_dtype(wanted: Literal["auto", "float32", "bfloat16"], device: Device) -> torch.dtype:
-    """The base weights' dtype: as asked, else bfloat16 where the GPU computes in it, else float32."""
+    """The base weights' dtype: as asked, else bfloat16 where the GPU computes in it, else float32.
+
+    Raises:
+        Bf16Error: bfloat16 was asked for and the GPU only emulates it.
+    """
+    can = device.kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "bfloat16" and device.kind == "cuda" and not can:
+        raise Bf16Error(f"{device.label} does not compute in bfloat16")
     if wanted != "auto":
         dtype: torch.dtype = getattr(torch, wanted)
         return dtype
-    return torch.bfloat16 if device.kind == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if can else torch.float32
 
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """How the base is held while its adapter is trained."""
+    """How the base is held while its adapter is trained, or that it is trained itself."""
 
-    name: Literal["lora", "qlora"]
+    name: Literal["lora", "qlora", "full"]
     why: str
 
     @property
@@ -64,13 +73,19 @@ class Mode:
         return f"{self.name} ({self.why})"
 
 
-def choose_mode(wanted: Literal["auto", "lora", "qlora"], parameters: int, device: Device) -> Mode:
+def choose_mode(wanted: Literal["auto", "lora", "qlora", "full"], parameters: int, device: Device) -> Mode:
     """The mode as asked, else qlora where 16-bit weights would take over `WEIGHTS_SHARE` of the free GPU memory.
 
     Raises:
         ModeError: 4-bit weights on a CPU.
         BitsandbytesError: 4-bit weights without bitsandbytes.
+        FullModelTooLargeError: All weights of a model of over `FULL_PARAMETER_LIMIT` parameters.
     """
+    if wanted == "full" and parameters > FULL_PARAMETER_LIMIT:
+        raise FullModelTooLargeError(
+            f"the model has {parameters / 1e9:.1f} billion parameters; all weights of up to 4 billion can be trained",
+            details={"parameters": parameters, "limit": FULL_PARAMETER_LIMIT},
+        )
     need, free = 2 * parameters / 2**30, device.memory / 2**30
     too_large = device.kind == "cuda" and need > WEIGHTS_SHARE * free
     mode = Mode(

@@ -44,14 +44,14 @@ class CudaRail:
         return doctor.checks()
 
     def check(self, settings: Settings, folder: Path) -> None:
-        """Refuse a model that is too large for a CPU, unknown, or brings its own code unasked.
+        """Refuse a model that is too large, unknown, brings its own code, or cannot be trained as asked.
 
         Raises:
-            GpuNotAvailableError, RemoteCodeError, ModelLoadError: As `train`.
+            CodedError: As `bp_train_cuda.check.check_model`.
         """
-        from bp_train_cuda import load, probe
+        from bp_train_cuda import check
 
-        load.measure_model(folder, probe.choose_device(), trust_remote_code=settings.model.trust_remote_code)
+        check.check_model(settings, folder)
 
     def estimate(
         self,
@@ -91,13 +91,14 @@ class CudaRail:
             TrainingDivergedError: The loss is no longer finite.
             TrainingFailedError: The framework raised.
         """
-        from bp_train_cuda import engine, evaluation
+        from bp_train_cuda import check, engine, evaluation
 
         prepared = prepare_rows(spec)
         trained, heldout = evaluation.hold_out(prepared.rows, spec.training)
         emit(data_ready(spec, prepared, len(heldout)))
         if prepared.ledger.dropped:
             emit(Notice(message=f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}", level="warning"))
+        check.require_rows_fit(spec, prepared)
         return engine.train(spec, replace(prepared, rows=trained), heldout, emit, stop, kept=self._kept)
 
     def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:

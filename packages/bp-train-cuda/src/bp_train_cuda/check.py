@@ -1,0 +1,137 @@
+"""What is refused before any weight is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bp_runs.errors import InvalidSettingError
+from bp_runs.spec import LoraSpec, Settings, TrainSpec
+from bp_train_cuda import load, probe
+from bp_train_cuda.errors import BitsandbytesError, Fp8Error, SequenceTooLongError, TargetModulesError, VocabularyError
+from bp_train_cuda.rows import AnyPrepared
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A model that can be trained as asked."""
+
+    device: probe.Device
+    mode: probe.Mode
+    parameters: int
+
+
+def check_model(settings: Settings, base: Path) -> Checked:
+    """Look at the config in ``base`` alone.
+
+    Raises:
+        RemoteCodeError, ModelLoadError, GpuNotAvailableError: As `load.read_config`, `sketch_model`, `require_capable`.
+        ModeError, BitsandbytesError, FullModelTooLargeError, Bf16Error: As `probe.choose_mode` and `choose_dtype`.
+        Fp8Error: 8-bit floats are asked for and cannot be had.
+        TargetModulesError, InvalidSettingError: The adapter cannot be made on this model.
+    """
+    device, trust = probe.choose_device(), settings.model.trust_remote_code
+    config = load.read_config(base, trust_remote_code=trust)
+    sketch = load.sketch_model(config, trust_remote_code=trust)
+    parameters = load.count_parameters(sketch)
+    load.require_capable(parameters, device)
+    mode = probe.choose_mode(settings.training.mode, parameters, device)
+    probe.choose_dtype(settings.model.dtype, device)
+    require_optimizer(settings)
+    if settings.training.fp8:
+        require_fp8(device, mode)
+    if mode.name != "full":
+        require_targets(sketch, settings.lora)
+        require_start(settings.lora, mode)
+    return Checked(device, mode, parameters)
+
+
+def require_optimizer(settings: Settings) -> None:
+    """Refuse an 8-bit optimizer without the package that has it."""
+    if "8bit" in settings.training.optim and find_spec("bitsandbytes") is None:
+        raise BitsandbytesError(f"the optimizer {settings.training.optim} is bitsandbytes', which is not installed")
+
+
+def require_fp8(device: probe.Device, mode: probe.Mode) -> None:
+    """Refuse 8-bit floats where nothing computes in them."""
+    if device.kind != "cuda" or torch.cuda.get_device_capability(0) < (9, 0):
+        raise Fp8Error(f"{device.label} does not train in 8-bit floats")
+    if mode.name == "qlora":
+        raise Fp8Error("a 4-bit base is not multiplied in 8-bit floats", way_out="Choose one: --fp8 --mode lora")
+    if find_spec("torchao") is None:
+        raise Fp8Error("torchao is not installed", way_out="Install it: pip install torchao; or leave out --fp8.")
+
+
+def require_targets(model: Any, spec: LoraSpec) -> None:
+    """Refuse target modules that no layer is named after, each by itself, and layers that cannot carry an adapter.
+
+    The output layer's adapter would be passed over by the loss, which multiplies with its weight directly; and where it
+    is tied to the embedding, a merge would change both.
+    """
+    names = {name.rsplit(".", 1)[-1]: type(m).__name__ for name, m in model.named_modules() if not list(m.children())}
+    linear = sorted(name for name, kind in names.items() if kind in ("Linear", "Conv1D"))
+    ends = {_find_name(model, end) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    carries = [name for name in linear if name not in ends]
+    wanted = [name.strip() for name in spec.target_modules.split(",") if name.strip()]
+    for name in wanted or [""]:
+        if name.rsplit(".", 1)[-1] not in carries and wanted != [ALL_LINEAR]:
+            known = f"its layers that can carry an adapter: {', '.join(carries)}"
+            raise TargetModulesError(f"no layer that can carry an adapter is named {name!r}", cause=known)
+
+
+def require_start(spec: LoraSpec, mode: probe.Mode) -> None:
+    """Refuse a start of the adapter that its mode or form does not have."""
+    start = spec.init_lora_weights
+    if start == "loftq" and mode.name != "qlora":
+        raise InvalidSettingError("loftq makes up for what 4 bits lose", way_out="Add --mode qlora, or leave it out.")
+    if start == "pissa" and mode.name == "qlora":
+        raise InvalidSettingError(
+            "pissa changes the base's weights, which 4 bits cannot hold", way_out="Add --mode lora, or take loftq."
+        )
+    if start != "default" and spec.use_dora:
+        raise InvalidSettingError(f"{start} and DoRA cannot be had together", way_out="Leave one of them out.")
+
+
+def require_rows_fit(spec: TrainSpec, prepared: AnyPrepared) -> None:
+    """Refuse rows that the model has no positions or no embeddings for.
+
+    Raises:
+        SequenceTooLongError, VocabularyError: With the model's number and the rows'.
+    """
+    config = load.read_config(spec.base, trust_remote_code=spec.model.trust_remote_code).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and spec.model.max_seq_length > positions and (longest := _longest(prepared)) > positions:
+        raise SequenceTooLongError(
+            f"a row has {longest} tokens and the model has positions for {positions}",
+            way_out=f"Cut rows shorter: --max-seq-length {positions}",
+        )
+    if prepared.facts.vocab_size > config.vocab_size:
+        raise VocabularyError(
+            f"the tokenizer has {prepared.facts.vocab_size} tokens and the model's embedding {config.vocab_size} rows"
+        )
+
+
+def _longest(prepared: AnyPrepared) -> int:
+    """Tokens of the longest row or answer."""
+    from bp_data import JudgedRow, PairRow
+
+    longest = 0
+    for row in prepared.rows:
+        parts = (
+            (row.chosen, row.rejected)
+            if isinstance(row, PairRow)
+            else (row.row if isinstance(row, JudgedRow) else row,)
+        )
+        longest = max(longest, *(len(part.ids) for part in parts))
+    return longest
+
+
+def _find_name(model: Any, module: Any) -> str:
+    """The last part of a module's name; empty where the model has no such module."""
+    return next((name.rsplit(".", 1)[-1] for name, m in model.named_modules() if m is module), "")

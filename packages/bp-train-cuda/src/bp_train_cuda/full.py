@@ -1,0 +1,51 @@
+"""Training all weights of a model, and the model folder that comes out of it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from bp_runs.adapter import MODEL_SCHEMA, TOKENIZER_FILES, write_manifest
+from bp_runs.files import publish_folder
+from bp_runs.spec import TrainSpec
+
+CONFIG_FILE = "config.json"
+_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+def open_weights(model: Any) -> Any:
+    """Let training change every weight; tied ones stay one weight."""
+    model.requires_grad_(requires_grad=True)
+    return model
+
+
+def save_model(model: Any, spec: TrainSpec, template: str | None) -> int:
+    """Publish the model's folder: Hugging Face's layout, and ``run.json``; returns the weights' size in bytes.
+
+    The config is the base's own but for the weights' type, since training sets fields of its copy.
+
+    Args:
+        model: The trained model.
+        spec: Names the base and the folder.
+        template: As for `bp_train_cuda.lora.save_adapter`.
+    """
+    with publish_folder(spec.folders.model) as partial:
+        model.save_pretrained(partial)
+        _write_config(spec.base, partial, str(model.dtype).removeprefix("torch."))
+        for name in _COPIED_FILES:
+            if (spec.base / name).is_file():
+                shutil.copyfile(spec.base / name, partial / name)
+        if template is not None:
+            (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
+        write_manifest(partial, run_id=spec.folders.run_id, base=spec.model.name, schema=MODEL_SCHEMA)
+    return sum(file.stat().st_size for file in spec.folders.model.glob("*.safetensors"))
+
+
+def _write_config(base: Path, folder: Path, dtype: str) -> None:
+    config = orjson.loads((base / CONFIG_FILE).read_bytes())
+    config.pop("torch_dtype", None)  # the older name
+    config["dtype"] = dtype
+    (folder / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))

@@ -1,0 +1,243 @@
+"""All weights, starts of the adapter, optimizers, and what is refused before weights are loaded."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+from cuda_training import mean_loss, spec_for, train
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from bp_data import prepare, split_rows
+from bp_runs import Settings
+from bp_runs.adapter import MODEL_SCHEMA, changed_files, read_manifest
+from bp_runs.errors import InvalidSettingError
+from bp_runs.events import AdapterSaved, EvalDone, ModelLoaded, StepDone
+from bp_runs.spec import LoraSpec, ModelSpec, TrainingSpec
+from bp_train_cuda import CudaRail
+from bp_train_cuda.check import require_start
+from bp_train_cuda.errors import (
+    Bf16Error,
+    BitsandbytesError,
+    Fp8Error,
+    FullModelTooLargeError,
+    ModelLoadError,
+    SequenceTooLongError,
+    TargetModulesError,
+    VocabularyError,
+)
+from bp_train_cuda.lora import add_lora
+from bp_train_cuda.optimizer import choose_optimizer
+from bp_train_cuda.probe import Device, Mode, choose_dtype, choose_mode
+
+CPU, GPU = Device("cpu", "none", 1), Device("cuda", "a card", 16 * 2**30)
+
+
+def copy_model(source, target, **config):
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    changed = json.loads((source / "config.json").read_text()) | config
+    (target / "config.json").write_text(json.dumps(changed))
+    return target
+
+
+def test_all_weights_are_trained_and_saved_as_a_model(pico_model, chat_file, tmp_path):
+    change = {"mode": "full", "steps": 6, "learning_rate": 3e-3, "eval_share": 0.25, "eval_min_rows": 1}
+    outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "run", training=change))
+    assert outcome.final_loss < outcome.first_loss - 0.2
+    assert outcome.adapter == tmp_path / "run" / "model"
+    assert not (tmp_path / "run" / "lora").exists()
+    loaded = next(e for e in events if isinstance(e, ModelLoaded))
+    assert (loaded.trainable, loaded.mode) == (loaded.parameters, "full (as asked)")
+    before = load_file(pico_model / "model.safetensors")
+    after = load_file(outcome.adapter / "model.safetensors")
+    assert before.keys() == after.keys()  # the tied output layer is not saved beside the embedding
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert sum(e.bytes for e in events if isinstance(e, AdapterSaved)) > 4 * loaded.parameters
+    manifest = read_manifest(outcome.adapter)
+    assert (manifest["schema"], manifest["run_id"], manifest["base"]) == (
+        MODEL_SCHEMA,
+        "20260101-000000-abcdef",
+        str(pico_model),
+    )
+    assert changed_files(outcome.adapter) == []
+    config, base_config = (json.loads((f / "config.json").read_text()) for f in (outcome.adapter, pico_model))
+    assert config == base_config | {"dtype": "float32"}
+    assert (outcome.adapter / "tokenizer.json").read_bytes() == (pico_model / "tokenizer.json").read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(outcome.adapter)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_trained_model_is_a_base_itself(pico_model, chat_file, tmp_path):
+    first, _ = train(spec_for(pico_model, chat_file, tmp_path / "a", training={"mode": "full", "learning_rate": 3e-3}))
+    second, _ = train(spec_for(first.adapter, chat_file, tmp_path / "b", training={"steps": 1}))
+    assert second.first_loss < first.first_loss - 0.2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_weights_keep_their_type(pico_model, chat_file, tmp_path, dtype):
+    change = {"mode": "full", "steps": 2, "learning_rate": 1e-2}
+    outcome, _ = train(spec_for(pico_model, chat_file, tmp_path / "run", training=change, model={"dtype": dtype}))
+    weights = load_file(outcome.adapter / "model.safetensors")
+    assert {str(t.dtype) for t in weights.values()} == {f"torch.{dtype}"}
+
+
+def test_preferences_train_all_weights_from_the_untrained_model(pico_model, tmp_path):
+    rows = [{"prompt": f"who {i}", "chosen": "captain marlow", "rejected": "a lazy dog"} for i in range(6)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    change = {"mode": "full", "method": "dpo", "steps": 4, "batch_size": 6, "learning_rate": 1e-3, "warmup_steps": 0}
+    _, events = train(spec_for(pico_model, file, tmp_path / "run", training=change))
+    steps = [e for e in events if isinstance(e, StepDone)]
+    assert steps[0].loss == pytest.approx(0.6931, rel=1e-3)
+    assert steps[-1].metrics["margin"] > 0.1
+
+
+@pytest.mark.parametrize("rs", [False, True])
+def test_pissa_comes_out_as_an_adapter_for_the_base_as_it_was(pico_model, chat_file, tmp_path, rs):
+    lora = {"init_lora_weights": "pissa", "r": 4, "use_rslora": rs}
+    change = {"eval_share": 0.25, "eval_min_rows": 1, "eval_steps": 100, "keep": "last"}
+    outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "run", lora=lora, training=change))
+    assert outcome.final_loss < outcome.first_loss
+    config = json.loads((outcome.adapter / "adapter_config.json").read_text())
+    assert (config["r"], config["init_lora_weights"]) == (8, True)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir()) == ["lora"]
+    # What the trained model said of the held-out rows is what the base on disk says with the adapter, put on or merged.
+    measured = [e.loss for e in events if isinstance(e, EvalDone)][-1]
+    _, heldout = split_rows(prepare(chat_file, pico_model, 128).rows, 2, 42)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), outcome.adapter)
+    assert mean_loss(model, heldout) == pytest.approx(measured, rel=1e-5)
+    assert mean_loss(model.merge_and_unload(), heldout) == pytest.approx(measured, rel=1e-5)
+    plain, _ = train(
+        spec_for(pico_model, chat_file, tmp_path / "plain", lora={"r": 4}, training={**change, "steps": 1})
+    )
+    assert outcome.first_loss == pytest.approx(plain.first_loss, rel=1e-4)  # at its start it is the base
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PEFT starts loftq on a CUDA device only")
+def test_loftq_starts_nearer_to_the_whole_weights_than_4_bits_are(pico_model):
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    whole = load_file(pico_model / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    errors = {}
+    for start in ("default", "loftq"):
+        base = AutoModelForCausalLM.from_pretrained(pico_model, quantization_config=quantization, device_map="cuda")
+        model = add_lora(base, LoraSpec(r=8, init_lora_weights=start), pico_model)
+        layer = model.base_model.model.model.layers[0].mlp.down_proj
+        eye = torch.eye(whole.shape[1], device="cuda")
+        with torch.no_grad():
+            errors[start] = (layer(eye).T.cpu() - whole).norm()
+    assert errors["loftq"] < 0.9 * errors["default"]
+
+
+@pytest.mark.parametrize(
+    ("optim", "mode", "device", "expected"),
+    [
+        ("auto", "lora", GPU, "adamw_torch_fused"),
+        ("auto", "qlora", GPU, "adamw_8bit"),
+        ("auto", "full", GPU, "paged_adamw_8bit"),
+        ("auto", "full", CPU, "adamw_torch_fused"),
+        ("adamw_torch", "qlora", GPU, "adamw_torch_fused"),
+        ("adamw_8bit", "lora", CPU, "adamw_8bit"),
+    ],
+)
+def test_the_optimizer_follows_the_mode(optim, mode, device, expected):
+    assert choose_optimizer(TrainingSpec(optim=optim), Mode(mode, ""), device) == expected
+
+
+def test_an_8_bit_optimizer_trains(pico_model, chat_file, tmp_path):
+    outcome, _ = train(spec_for(pico_model, chat_file, tmp_path / "run", training={"optim": "adamw_8bit"}))
+    assert outcome.final_loss < outcome.first_loss
+
+
+def test_four_billion_is_the_most_that_full_takes():
+    assert choose_mode("full", 4_000_000_000, GPU).name == "full"
+    with pytest.raises(FullModelTooLargeError, match=r"7\.6 billion") as caught:
+        choose_mode("full", 7_600_000_000, GPU)
+    assert "--mode lora" in caught.value.way_out
+    assert "SmolLM3-3B" in caught.value.way_out
+
+
+def refused(base, **changes):
+    groups = {"model": ModelSpec, "lora": LoraSpec, "training": TrainingSpec}
+    CudaRail().check(Settings(**{g: groups[g](**c) for g, c in changes.items()}), base)
+
+
+def test_refused_before_weights_are_loaded(pico_model, tmp_path, monkeypatch):
+    base = copy_model(pico_model, tmp_path / "weightless")
+    (base / "model.safetensors").unlink()
+    refused(base)  # nothing needs the weights so far
+    with pytest.raises(TargetModulesError, match="'k_prog'") as caught:
+        refused(base, lora={"target_modules": "q_proj,k_prog"})
+    assert "k_proj" in caught.value.cause
+    for name in ("lm_head", "embed_tokens", "q_proj,lm_head", ""):
+        with pytest.raises(TargetModulesError):
+            refused(base, lora={"target_modules": name})
+    with pytest.raises(Fp8Error, match="cpu"):
+        refused(base, training={"fp8": True})
+    with pytest.raises(InvalidSettingError, match="loftq"):
+        refused(base, lora={"init_lora_weights": "loftq"})
+    with pytest.raises(InvalidSettingError, match="DoRA"):
+        refused(base, lora={"init_lora_weights": "pissa", "use_dora": True})
+    with pytest.raises(InvalidSettingError, match="pissa"):
+        require_start(LoraSpec(init_lora_weights="pissa"), Mode("qlora", ""))
+    monkeypatch.setattr("bp_train_cuda.check.find_spec", lambda name: None)
+    with pytest.raises(BitsandbytesError, match="paged_adamw_8bit"):
+        refused(base, training={"optim": "paged_adamw_8bit"})
+
+
+def test_bfloat16_is_refused_on_a_card_that_emulates_it(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation=True: including_emulation)
+    with pytest.raises(Bf16Error):
+        choose_dtype("bfloat16", GPU)
+    assert choose_dtype("auto", GPU) == torch.float32
+    assert choose_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+def test_rows_that_the_model_cannot_hold(pico_model, chat_file, tmp_path):
+    base = copy_model(pico_model, tmp_path / "short", max_position_embeddings=16)
+    with pytest.raises(SequenceTooLongError, match="16") as caught:
+        train(spec_for(base, chat_file, tmp_path / "a"))
+    assert "--max-seq-length 16" in caught.value.way_out
+    base = copy_model(pico_model, tmp_path / "small", vocab_size=300)
+    with pytest.raises(VocabularyError, match="300"):
+        train(spec_for(base, chat_file, tmp_path / "b"))
+
+
+def test_weights_that_lack_a_tensor_are_refused(pico_model, chat_file, tmp_path):
+    base = copy_model(pico_model, tmp_path / "hole")
+    weights = load_file(base / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelLoadError, match="lack") as caught:
+        train(spec_for(base, chat_file, tmp_path / "run"))
+    assert "up_proj" in caught.value.cause
+
+
+FAMILIES = {
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3_5": ("Qwen3_5TextConfig", {"head_dim": 16, "linear_num_value_heads": 4, "linear_num_key_heads": 2}),
+    "phi3": ("Phi3Config", {}),
+    "smollm3": ("SmolLM3Config", {}),
+}
+
+
+@pytest.mark.parametrize(("family", "mode"), list(product(FAMILIES, ["lora", "full"])))
+def test_each_family_trains(pico_model, chat_file, tmp_path, family, mode):
+    import transformers
+
+    name, special = FAMILIES[family]
+    kind = getattr(transformers, name)
+    config = kind(
+        vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2, **special,
+    )  # fmt: skip
+    base = copy_model(pico_model, tmp_path / family)
+    (base / "config.json").unlink()
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    outcome, _ = train(spec_for(base, chat_file, tmp_path / "run", training={"mode": mode, "steps": 5}))
+    assert outcome.final_loss < outcome.first_loss - 0.1
