@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from bp_data.asked import AnyPrepared
 from bp_runs.errors import InvalidSettingError
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
 from bp_train_cuda import load, probe
 from bp_train_cuda.errors import BitsandbytesError, Fp8Error, SequenceTooLongError, TargetModulesError, VocabularyError
-from bp_train_cuda.rows import AnyPrepared
 
 ALL_LINEAR = "all-linear"
 
