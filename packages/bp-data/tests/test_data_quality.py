@@ -384,3 +384,20 @@ def test_what_json_cannot_hold_is_left_out_and_an_old_list_goes(tmp_path):
     (tmp_path / "d.jsonl.rejected.jsonl").write_text("old")
     clean_file(tmp_path / "c.jsonl", tmp_path / "d.jsonl")
     assert not (tmp_path / "d.jsonl.rejected.jsonl").exists()
+
+
+def test_rows_of_a_folder_are_named_with_their_files(tmp_path):
+    for name, answer in (("a", "one"), ("b", "one"), ("c", "  ")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "Q", "completion": answer}) + "\n")
+    report = build_report(tmp_path, near=False)
+    assert (report.files, report.exact.rows, report.exact.files) == (3, (1,), ("b.jsonl",))
+    text = report_text(report)
+    assert "exact duplicates: 1 (rows b.jsonl:1)" in text
+    assert "row 1 repeats row 1 of a.jsonl" in text
+    assert "ROW_EMPTY_TURN: 1 (rows c.jsonl:1)" in text
+    assert "c.jsonl:1" in report_html(report)
+    rejected = [row for row in reject_duplicates(lambda: read_rows(tmp_path), near=False) if isinstance(row, Rejected)]
+    assert rejected[0].reason == "it is the same as row 1 of a.jsonl"
+    (tmp_path / "other.jsonl").write_text("")
+    (found,) = find_contamination(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert (found.source, found.of_source, found.kind) == ("b.jsonl", "a.jsonl", "exact")

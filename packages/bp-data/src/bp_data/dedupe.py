@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -40,6 +40,8 @@ class Duplicate:
         of: Place of the earlier row.
         of_number: Number of the earlier row.
         kind: ``exact``: the same texts but for blanks around them; ``near``: the same runs of words, mostly.
+        source: As in `Row`.
+        of_source: Of the earlier row.
     """
 
     place: int
@@ -47,6 +49,8 @@ class Duplicate:
     of: int
     of_number: int
     kind: Literal["exact", "near"]
+    source: str = field(default="", compare=False)
+    of_source: str = field(default="", compare=False)
 
 
 def row_text(row: Row) -> str:
@@ -99,6 +103,7 @@ class _Finder:
     def __init__(self, *, near: bool, threshold: float) -> None:
         self._exact: dict[bytes, int] = {}
         self._numbers: list[int] = []
+        self._sources: list[str] = []
         self._near = _near_index(threshold) if near else None
 
     def find(self, rows: Iterable[Row | Rejected]) -> Iterator[Duplicate]:
@@ -106,6 +111,7 @@ class _Finder:
         found: list[Duplicate] = []
         for place, row in enumerate(rows):
             self._numbers.append(row.number)
+            self._sources.append(row.source)
             if isinstance(row, Rejected):
                 continue
             earlier = self._exact.setdefault(exact_key(row), place)
@@ -130,7 +136,8 @@ class _Finder:
         return result
 
     def _duplicate(self, place: int, of: int, kind: Literal["exact", "near"]) -> Duplicate:
-        return Duplicate(place, self._numbers[place], of, self._numbers[of], kind)
+        numbers, sources = self._numbers, self._sources
+        return Duplicate(place, numbers[place], of, numbers[of], kind, sources[place], sources[of])
 
 
 def _near_index(threshold: float) -> Any:
@@ -156,7 +163,8 @@ def reject_duplicates(
             yield row
         else:
             what = "the same as" if duplicate.kind == "exact" else "nearly the same as"
-            reason = f"it is {what} row {duplicate.of_number}"
+            where = "" if duplicate.of_source == row.source else f" of {duplicate.of_source}"
+            reason = f"it is {what} row {duplicate.of_number}{where}"
             shown = excerpt(orjson.dumps(row.data, default=str))
             yield Rejected(row.number, RowFault.DUPLICATE, reason, row.source, shown)
 
@@ -169,11 +177,15 @@ class Contaminated:
         number: Of the row in the file that is looked at.
         of_number: Of the row in the other file.
         kind: As in `Duplicate`.
+        source: File of the row, as in `Row`.
+        of_source: File of the row in the other file.
     """
 
     number: int
     of_number: int
     kind: Literal["exact", "near"]
+    source: str = field(default="", compare=False)
+    of_source: str = field(default="", compare=False)
 
 
 def find_contamination(path: str | Path, other: str | Path, *, threshold: float = THRESHOLD) -> Iterator[Contaminated]:
@@ -184,18 +196,22 @@ def find_contamination(path: str | Path, other: str | Path, *, threshold: float 
     """
     exact: dict[bytes, int] = {}
     numbers: list[int] = []
+    sources: list[str] = []
     index = _near_index(threshold)
     for batch in _batches(read_rows(path)):
         for row, signature in batch:
-            exact.setdefault(exact_key(row), row.number)
+            exact.setdefault(exact_key(row), len(numbers))
             index.add(str(len(numbers)), signature)
             numbers.append(row.number)
+            sources.append(row.source)
     for batch in _batches(read_rows(other)):
         for row, signature in batch:
-            if (number := exact.get(exact_key(row))) is not None:
-                yield Contaminated(row.number, number, "exact")
-            elif alike := index.get_duplicates(signature):
-                yield Contaminated(row.number, numbers[min(map(int, alike))], "near")
+            kind: Literal["exact", "near"] = "exact"
+            place = exact.get(exact_key(row))
+            if place is None and (alike := index.get_duplicates(signature)):
+                place, kind = min(map(int, alike)), "near"
+            if place is not None:
+                yield Contaminated(row.number, numbers[place], kind, row.source, sources[place])
 
 
 def _batches(rows: Iterable[Row | Rejected]) -> Iterator[list[tuple[Row, Any]]]:

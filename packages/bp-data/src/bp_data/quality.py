@@ -16,7 +16,7 @@ from bp_data.dataset import load_source
 from bp_data.dedupe import Duplicate, find_contamination, find_duplicates, row_text
 from bp_data.errors import DatasetGateError
 from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Text
-from bp_data.files import sha256_data
+from bp_data.files import list_files, sha256_data
 from bp_data.formats import recognise
 from bp_data.read import read_rows
 from bp_data.template import ChatTemplate
@@ -74,11 +74,13 @@ class Found:
         count: How many there are.
         rows: Numbers of the first of them.
         example: What it looks like in the first one.
+        files: Of each of ``rows``, its file, as in `Row`.
     """
 
     count: int
     rows: tuple[int, ...]
     example: str = ""
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ class Report:
         outliers: Rows much longer or shorter than the others: beyond three interquartile ranges.
         personal: Hints of personal data and secrets, by kind; guesses by shape, to be looked at.
         contaminated: Rows of the file compared with that are in this one; None where none was given.
+        files: How many files were read.
     """
 
     path: str
@@ -122,6 +125,7 @@ class Report:
     outliers: Found
     personal: Mapping[str, Found]
     contaminated: Found | None = None
+    files: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data."""
@@ -187,16 +191,18 @@ class _Tally:
 
     count: int = 0
     rows: list[int] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     example: str = ""
 
-    def take(self, number: int, example: str = "") -> None:
+    def take(self, number: int, source: str, example: str = "") -> None:
         self.count += 1
         if len(self.rows) < _SHOWN:
             self.rows.append(number)
+            self.files.append(source)
         self.example = self.example or example
 
     def found(self) -> Found:
-        return Found(self.count, tuple(self.rows), self.example)
+        return Found(self.count, tuple(self.rows), self.example, tuple(self.files))
 
 
 @dataclass(slots=True)
@@ -209,7 +215,12 @@ class _Counts:
     personal: dict[str, _Tally] = field(default_factory=dict)
     lengths: array[int] = field(default_factory=lambda: array("i"))
     numbers: array[int] = field(default_factory=lambda: array("q"))
+    sources: list[str] = field(default_factory=list)
     trained: int = 0
+
+    def take_place(self, row: Row | TokenRow) -> None:
+        self.numbers.append(row.number)
+        self.sources.append(row.source)
 
 
 def build_report(
@@ -244,7 +255,9 @@ def build_report(
     if against is not None:
         tally = _Tally()
         for one in find_contamination(path, against):
-            tally.take(one.number, f"row {one.number} of {Path(against).name} is row {one.of_number} here ({one.kind})")
+            theirs, here = one.source or Path(against).name, f" of {one.of_source}" if path.is_dir() else ""
+            example = f"row {one.number} of {theirs} is row {one.of_number}{here} here ({one.kind})"
+            tally.take(one.number, one.source, example)
         contaminated = tally.found()
     return Report(
         path=str(path),
@@ -261,9 +274,10 @@ def build_report(
         exact=exact,
         near=similar,
         oddities={name: tally.found() for name, tally in sorted(counts.oddities.items())},
-        outliers=_outliers(counts.lengths, counts.numbers),
+        outliers=_outliers(counts),
         personal={name: tally.found() for name, tally in sorted(counts.personal.items())},
         contaminated=contaminated,
+        files=len(list_files(path)),
     )
 
 
@@ -273,32 +287,32 @@ def _look(rows: Iterable[Row | Rejected], counts: _Counts) -> Iterator[Row]:
         counts.rows += 1
         example = row if isinstance(row, Rejected) else recognise(row)
         if isinstance(example, Rejected):
-            counts.rejected.setdefault(example.code.value, _Tally()).take(example.number, example.reason)
+            counts.rejected.setdefault(example.code.value, _Tally()).take(example.number, row.source, example.reason)
         elif isinstance(row, Row):
             counts.formats[type(example).__name__.lower()] += 1
             if isinstance(example, Chat | Judged):
                 counts.turns[len((example if isinstance(example, Chat) else example.chat).messages)] += 1
             for name in find_oddities(example):
-                counts.oddities.setdefault(name, _Tally()).take(row.number, ODDITIES[name])
+                counts.oddities.setdefault(name, _Tally()).take(row.number, row.source)
             for name, example_text in find_personal(row_text(row)).items():
-                counts.personal.setdefault(name, _Tally()).take(row.number, example_text)
+                counts.personal.setdefault(name, _Tally()).take(row.number, row.source, example_text)
             yield row
 
 
 def _measure_characters(rows: Iterator[Row], counts: _Counts) -> None:
     for row in rows:
         counts.lengths.append(len(row_text(row)))
-        counts.numbers.append(row.number)
+        counts.take_place(row)
 
 
 def _measure_tokens(rows: Iterator[Row], counts: _Counts, tokenizer: Tokenizer, template: ChatTemplate) -> None:
     for result in Encoder(tokenizer, template).encode_rows(_as_chats(rows)):
         if isinstance(result, TokenRow):
             counts.lengths.append(len(result.ids))
-            counts.numbers.append(result.number)
+            counts.take_place(result)
             counts.trained += result.trained
         else:
-            counts.rejected.setdefault(result.code.value, _Tally()).take(result.number, result.reason)
+            counts.rejected.setdefault(result.code.value, _Tally()).take(result.number, result.source, result.reason)
 
 
 def _as_chats(rows: Iterator[Row]) -> Iterator[Row]:
@@ -340,24 +354,25 @@ def _summarise(lengths: array[int], unit: Literal["tokens", "characters"]) -> Le
     )
 
 
-def _outliers(lengths: array[int], numbers: array[int]) -> Found:
+def _outliers(counts: _Counts) -> Found:
     """Tukey's fences at three interquartile ranges, on at least 20 rows."""
-    if len(lengths) < 20:
+    if len(counts.lengths) < 20:
         return Found(0, ())
-    ordered = sorted(lengths)
+    ordered = sorted(counts.lengths)
     first, third = ordered[len(ordered) // 4], ordered[len(ordered) * 3 // 4]
     reach = 3 * max(third - first, 1)
     tally = _Tally()
-    for length, number in zip(lengths, numbers, strict=True):
+    for length, number, source in zip(counts.lengths, counts.numbers, counts.sources, strict=True):
         if not first - reach <= length <= third + reach:
-            tally.take(number, f"length {length}, where half of all are {first} to {third}")
+            tally.take(number, source, f"length {length}, where half of all are {first} to {third}")
     return tally.found()
 
 
 def _duplicates(duplicates: Iterable[Duplicate]) -> tuple[Found, Found]:
     tallies = {"exact": _Tally(), "near": _Tally()}
     for one in duplicates:
-        tallies[one.kind].take(one.number, f"row {one.number} repeats row {one.of_number}")
+        where = "" if one.source == one.of_source else f" of {one.of_source}"
+        tallies[one.kind].take(one.number, one.source, f"row {one.number} repeats row {one.of_number}{where}")
     return tallies["exact"].found(), tallies["near"].found()
 
 

@@ -17,14 +17,19 @@ def report_text(report: Report, *, width: int = 40) -> str:
     lines = [f"{report.path}: {report.rows:,} rows, {report.usable:,} usable"]
     lines += [f"  {name:<24} {value}" for name, value in facts(report)]
     for title, found in problems(report):
-        rows = ", ".join(map(str, found.rows[:8])) + (" …" if found.count > 8 else "")
-        lines.append(f"  {title}: {found.count:,} (rows {rows})")
+        lines.append(f"  {title}: {found.count:,} (rows {name_rows(found, 8, report.files)})")
         if found.example:
             lines.append(f"      {redact(found.example)}")
     if report.lengths.bins:
         lines.append(f"  rows by {report.lengths.unit}")
         lines += _histogram(report.lengths.bins, width)
     return "\n".join(lines)
+
+
+def name_rows(found: Found, most: int, files: int) -> str:
+    """The first rows by number, with the file before each where there are several."""
+    named = [f"{file}:{row}" if files > 1 else str(row) for file, row in zip(found.files, found.rows, strict=True)]
+    return ", ".join(named[:most]) + (" …" if found.count > min(most, len(named)) else "")
 
 
 def _histogram(bins: Sequence[tuple[int, int, int]], width: int) -> list[str]:
@@ -43,7 +48,8 @@ def _histogram(bins: Sequence[tuple[int, int, int]], width: int) -> list[str]:
 def facts(report: Report) -> list[tuple[str, str]]:
     """Names and values of the report's plain numbers."""
     lengths = report.lengths
-    found = [("kinds", ", ".join(f"{count:,} {name}" for name, count in report.formats.items()) or "none")]
+    found = [("files", f"{report.files:,}")] if report.files > 1 else []
+    found += [("kinds", ", ".join(f"{count:,} {name}" for name, count in report.formats.items()) or "none")]
     if lengths.bins:
         found += [
             (lengths.unit, f"{lengths.total:,} in all"),
@@ -94,7 +100,7 @@ def report_html(report: Report) -> str:
     rows = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts(report))
     found = "".join(
         f"<tr><td>{escape(title)}</td><td class=n>{one.count:,}</td>"
-        f"<td>{escape(', '.join(map(str, one.rows)))}{' …' if one.count > len(one.rows) else ''}"
+        f"<td>{escape(name_rows(one, len(one.rows), report.files))}"
         f"<br><small>{escape(redact(one.example))}</small></td></tr>"
         for title, one in problems(report)
     )
