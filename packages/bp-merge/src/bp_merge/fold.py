@@ -18,7 +18,7 @@ from typing import Self
 
 import numpy as np
 
-from bp_merge.adapter import LoraAdapter, LoraPair
+from bp_merge.adapter import LoraAdapter, LoraPair, PairsByName
 from bp_merge.errors import AdapterMismatchError
 from bp_merge.product import add_in_order
 from bp_merge.tensors import Dtype, Floats, TensorInfo, TensorReader, round_to
@@ -52,7 +52,7 @@ class FoldedModel:
         self._replaced = _match(base.tensors, adapter, adapter.replaced) if adapter else {}
         grown = {name: replace(base.tensors[name], shape=values.shape) for name, values in self._replaced.items()}
         self._tensors: Mapping[str, TensorInfo] = MappingProxyType({**base.tensors, **grown})
-        self._pairs = _match_pairs(self._tensors, adapter) if adapter else {}
+        self._pairs: Mapping[str, LoraPair] = _match_pairs(self._tensors, adapter) if adapter else {}
         self._rows = _match_rows(self._tensors, adapter) if adapter else {}
         self._added = _match(self._tensors, adapter, adapter.added) if adapter else {}
         self._otherwise = frozenset([*self._replaced, *self._rows, *self._added])
@@ -89,7 +89,7 @@ class FoldedModel:
     @property
     def pairs(self) -> Mapping[str, LoraPair]:
         """The adapter's pairs by the name of the base's tensor."""
-        return MappingProxyType(self._pairs)
+        return self._pairs
 
     @property
     def is_unchanged(self) -> bool:
@@ -132,10 +132,11 @@ class FoldedModel:
         return rows
 
 
-def _match_pairs(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter) -> dict[str, LoraPair]:
-    return {
-        _find(tensors, adapter, f"{module}.weight", pair.shape).name: pair for module, pair in adapter.modules.items()
+def _match_pairs(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter) -> PairsByName:
+    modules = {
+        _find(tensors, adapter, f"{module}.weight", pair.shape).name: module for module, pair in adapter.modules.items()
     }
+    return PairsByName(modules, adapter.modules.__getitem__)
 
 
 def _match(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter, values: Mapping[str, Floats]) -> dict[str, Floats]:
