@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import bp_export
 from backpropagate import Trainer, rails
 from backpropagate.cli.app import COMMANDS, build_app, run
 from backpropagate.cli.errors import load_codes
@@ -291,6 +292,7 @@ def test_info_names_rails_and_versions(fake, capsys):
     found = out(capsys, ["info"])
     assert found["rails"][0]["name"] == "fake"
     assert found["versions"]["backpropagate"]
+    assert found["kernels"] == bp_export.describe_kernels()
     assert run(["info"]) == 0
     assert "told so by the test" in capsys.readouterr().out
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from export_pico import export_adapter, write_base, write_lora
 
-from bp_export import QUANTIZATIONS, read_settings
+from bp_export import QUANTIZATIONS, describe_kernels, read_settings
 from bp_export.errors import ImportanceInvalidError
 from bp_merge import FoldedModel, TensorReader, decode, load_adapter, read_model_index
 
@@ -194,6 +194,7 @@ def test_progress_counts_up_to_the_end_and_the_hash_is_the_files(tmp_path):
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
     assert hashlib.sha256(outcome.path.read_bytes()).hexdigest() == outcome.sha256
+    assert outcome.kernels == describe_kernels()
 
 
 def test_settings_say_what_the_model_is(tmp_path):

@@ -10,6 +10,7 @@ from bp_merge import (
     AdapterUnfoldableError,
     FoldedModel,
     TensorReader,
+    TensorsInvalidError,
     compute_scale,
     load_adapter,
     read_model_index,
@@ -86,6 +87,19 @@ def test_fold_is_pefts_merge_bit_for_bit(tmp_path, dtype, settings):
             pieces = [model.read_rows(name, i, min(i + 37, expected.shape[0])) for i in range(0, expected.shape[0], 37)]
             assert np.array_equal(whole.view(np.uint32), expected.view(np.uint32)), name
             assert np.array_equal(np.concatenate(pieces).view(np.uint32), expected.view(np.uint32)), name
+
+
+def test_an_adapters_pairs_stay_in_its_file_until_they_are_asked_for(tmp_path):
+    write_case(tmp_path)
+    adapter = load_adapter(tmp_path / "lora")
+    assert adapter.modules["layers.0.q_proj"].shape == (4, 8)
+    other = load_adapter(tmp_path / "lora")
+    (tmp_path / "lora" / "adapter_model.safetensors").unlink()
+    assert list(other.modules) == ["layers.0.q_proj"]
+    with pytest.raises(TensorsInvalidError):
+        other.modules["layers.0.q_proj"]
+    # The last few are kept.
+    assert adapter.modules["layers.0.q_proj"].shape == (4, 8)
 
 
 def write_case(folder, *, module="layers.0.q_proj", a=(2, 8), b=(4, 2), base=(4, 8), key=None, fill=1.0, **config):

@@ -30,6 +30,7 @@ from bp_export.modelfile import write_ollama_adapter
 from bp_export.outputs import require_free_file, require_free_folder
 from bp_export.parity import is_verifiable, verify_gguf
 from bp_export.plan import GgufPlan, build_plan, read_config
+from bp_export.quantize import describe_kernels
 from bp_export.report import ParityReport
 from bp_export.stream import cut_plan, write_gguf, write_split
 from bp_export.vocab import TOKENIZER_FILE, read_vocabulary
@@ -59,6 +60,8 @@ class ExportOutcome:
     """Of the GGUF, of model.safetensors (or of its index, where there are shards), or of adapter_model.safetensors."""
     parity: ParityReport | None = None
     """How the GGUF compares with the model in llama.cpp; None where that was not asked for or cannot be tried here."""
+    kernels: str | None = None
+    """What quantized the GGUF (`describe_kernels`); None for the other formats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +171,9 @@ def export_adapter(
             )
     seconds = time.monotonic() - begun
     size = sum(size for size, _ in written)
-    return ExportOutcome(paths[0], format, asked.name, size, len(plan.tensors), seconds, written[0][1], parity)
+    return ExportOutcome(
+        paths[0], format, asked.name, size, len(plan.tensors), seconds, written[0][1], parity, describe_kernels()
+    )
 
 
 def plan_export(

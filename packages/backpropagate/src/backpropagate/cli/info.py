@@ -17,6 +17,8 @@ from bp_runs.redact import redact
 
 def info(*, json: Json = False) -> int:
     """Show versions, rails, the machine and paths: what a bug report needs."""
+    from bp_export import describe_kernels
+
     machine = system.describe_machine()
     versions = system.installed_versions()
     statuses = rails.all_rails()
@@ -25,6 +27,7 @@ def info(*, json: Json = False) -> int:
     if json:
         body = {
             "machine": machine,
+            "kernels": describe_kernels(),
             "versions": versions,
             "rails": [{"name": s.name, **asdict(s.probe)} for s in statuses],
             "home": str(home),
@@ -36,6 +39,7 @@ def info(*, json: Json = False) -> int:
     lines = [f"  {k:<9} {v}" for k, v in machine.items() if k != "memory"]
     if machine["memory"]:
         lines.append(f"  memory    {machine['memory'] / 2**30:.1f} GiB")
+    lines.append(f"  kernels   {describe_kernels()}, for the export's quantization")
     lines.append(f"  home      {home}")
     lines += ["settings", *(f"  {key} = {row['value']} ({row['source']})" for key, row in changed.items())]
     lines.append("rails")

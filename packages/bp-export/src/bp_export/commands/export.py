@@ -138,6 +138,7 @@ def _tell_outcome(outcome: ExportOutcome, registered: str | None, *, as_json: bo
         return
     kind = f"{outcome.format} {outcome.quantization or ''}".strip()
     size = f"{outcome.bytes / 2**20:,.1f} MiB, {outcome.tensors} tensors, {outcome.seconds:.1f} s"
+    size += f", {outcome.kernels} kernels" if outcome.kernels else ""
     tell(f"{outcome.path}\n  {kind}, {size}\n  sha256 {outcome.sha256}")
     for check in outcome.parity.checks if outcome.parity else ():
         tell(f"  {check.name:<11} {check.result:<8} {check.note}")
