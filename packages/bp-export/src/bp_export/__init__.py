@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from bp_export.export import ExportOutcome, Format, export_adapter, plan_export
     from bp_export.gguf import read_settings, read_stop_strings
     from bp_export.hub import Prepared, PushOutcome, prepare_push, push, read_token
+    from bp_export.measuring import Measured, measure_importance
     from bp_export.mixture import QUANTIZATIONS
     from bp_export.ollama import OllamaModel, ask_model, read_license, register_adapter, register_gguf, stream_answer
     from bp_export.ollamaserver import ListedModel, list_models, remove_model, require_ollama, takes_adapters
+    from bp_export.onloan import open_gguf
     from bp_export.parity import is_verifiable
     from bp_export.quantize import describe_kernels
     from bp_export.report import BOUNDS, Bound, ParityCheck, ParityReport
@@ -32,6 +34,7 @@ __all__ = [
     "ListedModel",
     "LlamaChat",
     "Manner",
+    "Measured",
     "OllamaModel",
     "OllamaTalk",
     "ParityCheck",
@@ -46,6 +49,8 @@ __all__ = [
     "export_adapter",
     "is_verifiable",
     "list_models",
+    "measure_importance",
+    "open_gguf",
     "open_talk",
     "plan_export",
     "prepare_push",
@@ -63,6 +68,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Measured": "measuring",
+    "measure_importance": "measuring",
+    "open_gguf": "onloan",
     "Prepared": "hub",
     "PushOutcome": "hub",
     "prepare_push": "hub",

@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "ollama": "register a GGUF or an adapter with Ollama, list its models, take one away",
         "chat": "talk to an adapter, a model folder, a GGUF or a model in Ollama",
         "push": "upload an adapter, a model folder or a GGUF to the Hub with a model card",
+        "imatrix": "measure an importance matrix on a text, for --imatrix",
     }
 )
 

@@ -26,7 +26,8 @@
     PartialError (bp_runs)
     └── ParityFailedError            PARTIAL_EXPORT_PARITY_FAILED         the GGUF does not say what the model says
     RunFailedError (bp_runs)
-    └── ChatFailedError              RUNTIME_CHAT_FAILED                  llama.cpp cannot load or run the file
+    ├── ChatFailedError              RUNTIME_CHAT_FAILED                  llama.cpp cannot load or run the file
+    └── MeasureFailedError           RUNTIME_MEASURE_FAILED               llama.cpp cannot be measured
 
 The adapter's own faults are bp_merge's and bp_runs', the disk's are bp_runs'.
 """
@@ -97,7 +98,7 @@ class ImportanceInvalidError(UserError):
 
     code = "INPUT_EXPORT_IMPORTANCE"
     when = "The importance matrix is missing or damaged, or was measured on another model."
-    default_way_out = "Measure one on this model with llama-imatrix, or leave it out."
+    default_way_out = "Measure one on this model: bp-export imatrix MODEL.gguf --text TEXT; or leave it out."
 
 
 class OutputTakenError(UserError):
@@ -224,3 +225,11 @@ class ChatFailedError(RunFailedError):
     default_way_out = (
         "Export the model again; if it fails again, try --quantization bf16 to see whether the type matters."
     )
+
+
+class MeasureFailedError(RunFailedError):
+    """An importance matrix cannot be measured."""
+
+    code = "RUNTIME_MEASURE_FAILED"
+    when = "llama.cpp cannot load or run the model, or the installed build of it is laid out otherwise than expected."
+    default_way_out = "Try another version of xllamacpp, or measure with llama.cpp's own llama-imatrix: --imatrix FILE"

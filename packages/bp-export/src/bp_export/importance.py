@@ -23,7 +23,7 @@ from bp_merge import Floats
 Importance: TypeAlias = Mapping[str, Floats]
 """By GGUF tensor name: (columns,)."""
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+SUMS, COUNTS = ".in_sum2", ".counts"
 _LARGEST_ENTRY = 2**24
 
 
@@ -62,8 +62,8 @@ def check_importance(importance: Importance, shapes: Mapping[str, tuple[int, ...
 
 def _read_gguf(path: Path) -> dict[str, Floats]:
     tensors = {tensor.name: np.array(tensor.data, np.float32) for tensor in GGUFReader(path).tensors}
-    names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
-    return {name: _divide(tensors[name + _SUMS].reshape(-1), tensors[name + _COUNTS].reshape(-1)) for name in names}
+    names = [name.removesuffix(SUMS) for name in tensors if name.endswith(SUMS)]
+    return {name: _divide(tensors[name + SUMS].reshape(-1), tensors[name + COUNTS].reshape(-1)) for name in names}
 
 
 def _divide(sums: Floats, counts: Floats) -> Floats:

@@ -7,16 +7,14 @@ that: no torch, the same arithmetic as what is exported, and disk for one copy o
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from bp_export.chat import LlamaChat
-from bp_export.errors import ChatTargetError
-from bp_export.export import export_adapter, find_own_type
 from bp_export.ollama import stream_answer
+from bp_export.onloan import open_gguf
 
 CONTEXT = 4096
 RESET, LEAVE = "/reset", "/bye"
@@ -87,24 +85,11 @@ def open_talk(
         ChatTargetError: There is nothing of that name.
         CodedError: As `bp_export.export_adapter` and `LlamaChat`.
     """
-    if target.is_file():
-        with LlamaChat(target, context=context) as chat:
-            yield chat
-        return
-    if not target.is_dir():
-        raise ChatTargetError(f"there is no file or folder {target}")
-    with tempfile.TemporaryDirectory(prefix="bp-chat-") as scratch:
-        made = export_adapter(
-            target,
-            output=Path(scratch) / "model.gguf",
-            quantization=quantization or find_own_type(target, base, dequantize=dequantize),
-            base=base,
-            dequantize=dequantize,
-            verify=False,
-            progress=progress,
-        )
-        with LlamaChat(made.path, context=context) as chat:
-            yield chat
+    with (
+        open_gguf(target, base=base, quantization=quantization, dequantize=dequantize, progress=progress) as path,
+        LlamaChat(path, context=context) as chat,
+    ):
+        yield chat
 
 
 def ask_once(talk: Talk, prompt: str, manner: Manner) -> Iterator[str]:

@@ -56,6 +56,12 @@ COMMANDS = (
         "backprop export ./output/lora --format gguf --quantization q4_k_m --ollama --ollama-name my-model",
     ),
     Command(
+        "imatrix",
+        "imatrix:imatrix",
+        "Measure an importance matrix on a text, for export --imatrix.",
+        "backprop imatrix ./output/lora --text calibration.txt",
+    ),
+    Command(
         "push",
         "push:push",
         "Upload an adapter, a merged model or a GGUF to the Hub, with a model card.",

@@ -89,6 +89,15 @@ class Merge(TypedDict):
     notes: list[str]
 
 
+class Imatrix(TypedDict):
+    """`backprop imatrix`."""
+
+    path: str
+    tensors: int
+    chunks: int
+    tokens: int
+
+
 class Push(TypedDict):
     """`backprop push`."""
 
@@ -488,6 +497,7 @@ DOCUMENTS: Mapping[str, type] = {
     "export": Export,
     "merge": Merge,
     "chat": Chat,
+    "imatrix": Imatrix,
     "push": Push,
     "push-plan": PushPlan,
     "ollama-register": OllamaRegister,

@@ -26,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bp-export",
         description="Export a LoRA adapter, or a model, without torch.",
-        epilog="Further commands, each with --help: bp-export ollama, bp-export chat, bp-export push. "
-        "A folder of such a name is ./chat.",
+        epilog="Further commands, each with --help: bp-export ollama, bp-export chat, bp-export push, "
+        "bp-export imatrix. A folder of such a name is ./chat.",
     )
     parser.add_argument("adapter", type=Path, help="a PEFT adapter folder, or a Hugging Face model folder")
     parser.add_argument("--format", choices=_FORMATS, default="gguf", help="default: gguf")
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", type=Path, help="the base model's folder (default: the one the adapter names)")
     parser.add_argument("--dequantize", action="store_true", help="unpack a base in 4 bits (bitsandbytes)")
     parser.add_argument("--pre", help="llama.cpp's name of the tokenizer's splitting rule, if it is not recognised")
-    parser.add_argument("--imatrix", type=Path, help="an importance matrix of llama-imatrix (GGUF or .dat)")
+    parser.add_argument("--imatrix", type=Path, help="an importance matrix (GGUF or .dat); see bp-export imatrix")
     parser.add_argument("--name", help="the name to write into the GGUF")
     parser.add_argument("--split-mib", type=int, help="most MiB of tensors a file; a larger GGUF becomes several")
     parser.add_argument("--ollama-base", help="for ollama-adapter: the base in Ollama, or a GGUF of it")

@@ -1,0 +1,51 @@
+"""A GGUF of whatever was made, for as long as it is needed: a GGUF as it stands, a folder as a file that goes again."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from bp_export.errors import ChatTargetError
+from bp_export.export import export_adapter, find_own_type
+
+
+@contextlib.contextmanager
+def open_gguf(
+    target: Path,
+    *,
+    base: Path | None = None,
+    quantization: str | None = None,
+    dequantize: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Path]:
+    """The path of a GGUF.
+
+    Args:
+        target: A GGUF, an adapter folder or a model folder.
+        base: The base's folder, where it is not the one that the adapter names.
+        quantization: What a folder becomes; by default the type of its base's weights.
+        dequantize: As `bp_export.export_adapter`.
+        progress: Called with bytes done and bytes in all while a folder becomes a file.
+
+    Raises:
+        ChatTargetError: There is nothing of that name.
+        CodedError: As `bp_export.export_adapter`.
+    """
+    if target.is_file():
+        yield target
+        return
+    if not target.is_dir():
+        raise ChatTargetError(f"there is no file or folder {target}")
+    with tempfile.TemporaryDirectory(prefix="bp-export-") as scratch:
+        made = export_adapter(
+            target,
+            output=Path(scratch) / "model.gguf",
+            quantization=quantization or find_own_type(target, base, dequantize=dequantize),
+            base=base,
+            dequantize=dequantize,
+            verify=False,
+            progress=progress,
+        )
+        yield made.path

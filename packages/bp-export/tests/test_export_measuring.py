@@ -1,0 +1,88 @@
+"""Importance matrices that are measured: sums of squares that NumPy computes too, and what a quantizer makes of them."""
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
+
+from bp_export.cli import main
+from bp_export.errors import ImportanceInvalidError, MeasureFailedError, OutputTakenError
+from bp_export.importance import read_importance
+from bp_export.measuring import measure_importance
+
+skip_without_llama_cpp()
+
+TEXT = "the cat sat on the mat and the dog ran; numbers 12 345 and words, words! " * 20
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("measured")
+    base = write_base(folder / "base", hidden=256, inner=512)
+    (folder / "text.txt").write_text(TEXT)
+    model = export_adapter(base, quantization="f32").path
+    measured = measure_importance(model, folder / "text.txt", folder / "matrix.gguf", chunk_tokens=64, chunks=3)
+    return {"folder": folder, "base": base, "model": model, "measured": measured}
+
+
+def test_the_first_layers_sums_are_those_of_the_normed_embeddings(made):
+    from tokenizers import Tokenizer
+
+    tensors = {t.name: np.array(t.data) for t in gguf.GGUFReader(made["model"]).tensors}
+    ids = Tokenizer.from_file(str(made["base"] / "tokenizer.json")).encode(TEXT).ids[: 3 * 64]
+    rows = tensors["token_embd.weight"][ids].astype(np.float64)
+    normed = rows / np.sqrt((rows**2).mean(axis=1, keepdims=True) + 1e-5) * tensors["blk.0.attn_norm.weight"]
+    expected = (normed**2).mean(axis=0)
+    for name in ("q", "k", "v"):
+        found = read_importance(made["measured"].path)[f"blk.0.attn_{name}.weight"]
+        assert np.allclose(found, expected, rtol=1e-4), name
+
+
+def test_every_weight_of_the_layers_is_measured_on_every_token(made):
+    found = {t.name: t.data for t in gguf.GGUFReader(made["measured"].path).tensors}
+    weights = [t for t in gguf.GGUFReader(made["model"]).tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    assert len(found) == 2 * len(weights) == 2 * made["measured"].tensors
+    for tensor in weights:
+        assert found[f"{tensor.name}.in_sum2"].shape == (1, tensor.shape[0])
+        assert float(found[f"{tensor.name}.counts"].reshape(-1)[0]) == made["measured"].tokens == 3 * 64
+
+
+def test_it_changes_what_is_quantized_and_its_weighted_error_falls(made):
+    matrix = read_importance(made["measured"].path)
+    errors = []
+    for importance in (None, made["measured"].path):
+        out = made["folder"] / f"{importance is None}.gguf"
+        export_adapter(made["base"], quantization="q4_k_s", importance=importance, output=out)
+        truth = {t.name: np.array(t.data) for t in gguf.GGUFReader(made["model"]).tensors}
+        rough = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(out).tensors}
+        errors.append(sum(float((np.square(rough[n] - truth[n]) * w).sum()) for n, w in matrix.items()))
+    assert errors[1] < errors[0]
+
+
+def test_from_an_adapter_by_the_command(made, tmp_path, capsys):
+    lora = write_lora(tmp_path / "lora", made["base"])
+    argv = ["imatrix", str(lora), "--text", str(made["folder"] / "text.txt"), "--chunk-tokens", "64", "--chunks", "1"]
+    assert main([*argv, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["path"], told["chunks"], told["tokens"]) == (str(tmp_path / "lora-imatrix.gguf"), 1, 64)
+    assert main([str(lora), "--quantization", "q4_k_m", "--imatrix", told["path"], "--no-verify"]) == 0
+    assert main(argv) == 1
+    assert "[INPUT_EXPORT_OUTPUT_TAKEN]" in capsys.readouterr().err
+    assert main([*argv, "--force"]) == 0
+
+
+def test_what_cannot_be_measured(made, tmp_path):
+    (tmp_path / "short.txt").write_text("the cat")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xff")
+    for text, word in (("short.txt", "shorter than"), ("bytes.txt", "cannot be read"), ("none.txt", "cannot be read")):
+        with pytest.raises(ImportanceInvalidError, match=word):
+            measure_importance(made["model"], tmp_path / text, tmp_path / "out.gguf")
+    whole = made["model"].read_bytes()
+    (tmp_path / "torn.gguf").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MeasureFailedError):
+        measure_importance(tmp_path / "torn.gguf", made["folder"] / "text.txt", tmp_path / "out.gguf")
+    with pytest.raises(OutputTakenError):
+        measure_importance(made["model"], made["folder"] / "text.txt", made["measured"].path)
+    assert not (tmp_path / "out.gguf").exists()
