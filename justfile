@@ -24,9 +24,9 @@ test:
 slow:
     uv run pytest -m slow -n 0
 
-# Data fuzzed by coverage for so many seconds a target: rows, files, masks, overflow.
+# Data fuzzed by coverage for so many seconds a target.
 fuzz seconds="900":
-    for target in rows files masks overflow; do \
+    for target in rows files masks compared overflow; do \
         uv run --with atheris python packages/bp-data/tests/fuzz_data.py $target -max_total_time={{seconds}} || exit 1; \
     done
 

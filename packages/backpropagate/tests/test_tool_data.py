@@ -135,3 +135,17 @@ def test_validate_reads_rows_as_the_method_does(place, capsys):
     assert "one for sft is wanted" in capsys.readouterr().err
     assert run(["validate", "p.jsonl", "--model", "./m", "--method", "dpo", "--min-tokens", "3"]) == 1
     assert "CONFIG_INVALID_SETTING" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["data", "preview", "d.jsonl", "--model", "./m", "--skip", "-1"],
+        ["data", "preview", "d.jsonl", "--model", "./m", "--max-seq-length", "1"],
+        ["data", "report", "d.jsonl", "--max-duplicates", "5"],
+        ["validate", "d.jsonl", "--model", "./m", "--rows", "-2"],
+    ],
+)
+def test_numbers_that_make_no_sense_are_told(place, capsys, argv):
+    assert run(argv) == 1
+    assert "[INPUT_COMMAND_LINE]" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
     uv run --with atheris python packages/bp-data/tests/fuzz_data.py masks -max_total_time=900
 
-The targets are rows, files, masks and overflow; the options are libFuzzer's, after a folder for the corpus where one is
+The targets are rows, files, masks, compared and overflow; the options are libFuzzer's, after a folder for the corpus where one is
 wanted. A failing input is printed and kept as a file ``crash-…``; what it stands for goes into the tests.
 """
 
@@ -26,10 +26,12 @@ def targets(folder):
     """Each target's strategy and check."""
     folder.joinpath("models").mkdir()
     encoders = tests.make_encoders(lambda family, template: make_model(folder / "models", family, template))
+    qwen = make_model(folder / "models", "chatml", tests.families.QWEN)
     return {
         "rows": (tests.MANY_ROWS, lambda rows: tests.check_rows(encoders, rows)),
         "files": (tests.FILES, lambda made: tests.check_file(folder, made)),
         "masks": (tests.CHATS, lambda chat: tests.check_masks(encoders, chat)),
+        "compared": (tests.COMPARED, lambda rows: tests.check_compared(folder, qwen, rows)),
         "overflow": (tests.LONG_ROWS, tests.check_overflow),
     }
 

@@ -17,11 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bp_data import (
+    PairRow,
     build_report,
     clean_file,
     load_template,
     load_tokenizer,
     prepare,
+    prepare_judged,
+    prepare_pairs,
     read_rows,
     report_html,
     report_text,
@@ -352,6 +355,40 @@ def test_only_answers_are_learnt_for_long(encoders, chat):
 @given(LONG_ROWS)
 def test_long_rows_lose_only_what_is_counted(made):
     check_overflow(made)
+
+
+ANSWERS = SCALARS | st.lists(TURN, max_size=3) | ANY
+COMPARED = st.lists(
+    st.fixed_dictionaries({}, optional={"prompt": ANSWERS, "chosen": ANSWERS, "rejected": ANSWERS, "tools": ANY})
+    | st.fixed_dictionaries({"prompt": ANSWERS, "completion": ANSWERS, "label": SCALARS})
+    | ROWS,
+    min_size=1,
+    max_size=5,
+)
+GOOD = [
+    {"prompt": "Q", "chosen": "A", "rejected": "B"},
+    {"prompt": "Q", "completion": "A", "label": True},
+    {"prompt": "Q", "completion": "B", "label": False},
+]
+
+
+def check_compared(folder, model, rows):
+    """No row is lost, two answers are never the same, and nothing of a prompt is learnt."""
+    path = folder / "compared.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*GOOD, *rows])), encoding="utf-8")
+    for read in (prepare_pairs, prepare_judged):
+        found = read(path, model, 64, on_bad_row="skip")
+        assert found.ledger.read == 3 + len(rows) == len(found.rows) + found.ledger.dropped
+        for row in found.rows:
+            parts = (row.chosen, row.rejected) if isinstance(row, PairRow) else (row.row,)
+            assert all(part.number == row.number and part.trained and len(part.ids) <= 64 for part in parts)
+            assert len({part.ids.tobytes() for part in parts}) == len(parts)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(COMPARED)
+def test_answers_are_pairs_or_a_reason(model, tmp_path_factory, rows):
+    check_compared(tmp_path_factory.getbasetemp(), model("chatml", families.QWEN), rows)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

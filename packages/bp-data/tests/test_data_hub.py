@@ -65,9 +65,13 @@ def fetched(tmp_path_factory):
         {**CHATS, "revision": "v9"},
         {"name": "owner/none"},
         {"name": "owner/gated"},
+        {**CHATS, "revision": fake_hub.OLD},
     ]
     with fake_hub.serve() as (url, seen):
         online = fetch_all(url, folder, asked)
+        before = len(seen)
+        online += fetch_all(url, folder, asked[-1:])
+        assert len(seen) == before, "a commit that is here is not asked for again"
     later = [CHATS, {**CHATS, "offline": True}, {"name": "owner/none"}, {"name": "owner/none", "offline": True}]
     return online, fetch_all("http://127.0.0.1:9", folder, later), seen
 
@@ -76,13 +80,14 @@ def test_a_split_of_the_hub_is_fetched_at_one_commit_and_read_by_our_readers(fet
     newest, old, german, test, *_ = fetched[0]
     assert newest == ["en", "train", fake_hub.NEW, [["en/train-0.jsonl", "new 0"], ["en/train-1.jsonl", "new 1"]]]
     assert old == ["en", "train", fake_hub.OLD, [["train-0.jsonl", "old"]]]
+    assert fetched[0][9] == fetched[0][10] == old
     assert german == ["de", "train", fake_hub.NEW, [["de.jsonl", "d"]]]
     assert test == ["en", "test", fake_hub.NEW, [["test.jsonl", "t"]]]
     assert not any("weights.bin" in path for path in fetched[2]), "only the split's files are fetched"
 
 
 def test_what_the_hub_does_not_have_is_told_with_what_it_has(fetched):
-    split, subset, revision, name, gated = fetched[0][4:]
+    split, subset, revision, name, gated = fetched[0][4:9]
     assert split[0] == subset[0] == "INPUT_DATASET_PART_UNKNOWN"
     assert "train, test" in split[1]
     assert split[2] == "Name one of them: --split train"

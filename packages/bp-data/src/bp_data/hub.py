@@ -108,6 +108,8 @@ def fetch_dataset(
                 f"there is no file {text}, nor a data set {text} fetched before; offline is on"
             )
         return known
+    if known is not None and known.commit == revision:
+        return known  # a commit never changes
     try:
         with _coded(text, revision):
             found = _from_hub(text, folder, subset, split, revision)

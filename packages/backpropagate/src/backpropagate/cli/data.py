@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 from rich.text import Text
 
@@ -22,6 +23,9 @@ from bp_runs.files import publish_bytes
 
 Output = Annotated[Path, Parameter(name=("--output", "-o"))]
 OnBadRow = Literal["fail", "skip"]
+Count = Annotated[int, Parameter(validator=Number(gte=0))]
+Length = Annotated[int | None, Parameter(validator=Number(gte=2))]
+Share = Annotated[float | None, Parameter(validator=Number(gte=0, lte=1))]
 
 
 def _model_folder(model: str | None) -> tuple[Path, int]:
@@ -35,9 +39,9 @@ def preview(
     *,
     part: Part | None = None,
     model: Model = None,
-    max_seq_length: int | None = None,
-    rows: int = 3,
-    skip: int = 0,
+    max_seq_length: Length = None,
+    rows: Count = 3,
+    skip: Count = 0,
     on_overflow: Literal["truncate", "drop", "split", "fail"] | None = None,
     json: Json = False,
 ) -> int:
@@ -105,16 +109,16 @@ def report(
     *,
     part: Part | None = None,
     model: Model = None,
-    max_seq_length: int | None = None,
+    max_seq_length: Length = None,
     against: str | None = None,
     near: bool = True,
     html: Path | None = None,
-    max_rejected: float | None = None,
-    max_duplicates: float | None = None,
-    max_overlong: float | None = None,
-    max_oddities: float | None = None,
-    max_personal: float | None = None,
-    max_contaminated: float | None = None,
+    max_rejected: Share = None,
+    max_duplicates: Share = None,
+    max_overlong: Share = None,
+    max_oddities: Share = None,
+    max_personal: Share = None,
+    max_contaminated: Share = None,
     min_rows: int | None = None,
     json: Json = False,
 ) -> int:

@@ -6,6 +6,7 @@ import inspect
 from typing import Annotated, Any
 
 from cyclopts import Parameter
+from cyclopts.validators import Number
 from rich.console import Console
 
 from backpropagate.cli.flags import Json, keyword, with_settings
@@ -56,7 +57,7 @@ def _tell(prepared: AnyPrepared, rows: int) -> None:
 
 
 _DATA = Parameter(help="The data file, a folder, or the name of a data set on the Hub.")
-_ROWS = Parameter(help="How many rows to show.")
+_ROWS = Parameter(help="How many rows to show.", validator=Number(gte=0))
 
 with_settings(
     validate,
