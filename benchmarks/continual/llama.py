@@ -37,7 +37,7 @@ class Llama:
     def __init__(self, config: Mapping, tensors: Mapping[str, np.ndarray], device: str, layers: int) -> None:
         self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
         self.device = device
-        self.w = {name: torch.from_numpy(value).to(device, self.dtype) for name, value in tensors.items()}
+        self.w = {name: torch.tensor(value, device=device, dtype=self.dtype) for name, value in tensors.items()}
         self.depth, self.layers = config["num_hidden_layers"], layers
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
         self.width = config["hidden_size"]

@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--profile", choices=("cpu", "gpu"), default="gpu")
     options = parser.parse_args()
     if options.profile == "cpu":
-        options.layers, options.epochs, options.tasks = options.layers or 6, 1, 3
+        options.layers, options.epochs, options.tasks = options.layers or 6, 2, 3
         options.share = min(options.share, 0.2)
     options.out.write_text(json.dumps(run(options)))
 

@@ -73,6 +73,16 @@ OTHERS = {
     "training.kto_beta": 0.5,
     "training.kto_desirable_weight": 2.0,
     "training.kto_undesirable_weight": 2.0,
+    "multirun.runs": 3,
+    "multirun.merge": "none",
+    "multirun.last_lr": 1.0,
+    "multirun.replay_share": 0.25,
+    "multirun.replay": "recent",
+    "multirun.heldout": 0.5,
+    "multirun.eval_gate": True,
+    "multirun.max_regression": 0.5,
+    "multirun.patience": 2,
+    "multirun.keep_adapters": "last",
 }
 
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from backpropagate.exporting import ExportResult
     from backpropagate.merging import merge_adapters
+    from backpropagate.multirun import MultiRunResult
     from backpropagate.trainer import Trainer, TrainResult
 
-__all__ = ["ExportResult", "TrainResult", "Trainer", "merge_adapters"]
+__all__ = ["ExportResult", "MultiRunResult", "TrainResult", "Trainer", "merge_adapters"]
 
 _HOMES = {
     "ExportResult": "backpropagate.exporting",
+    "MultiRunResult": "backpropagate.multirun",
     "TrainResult": "backpropagate.trainer",
     "Trainer": "backpropagate.trainer",
     "merge_adapters": "backpropagate.merging",

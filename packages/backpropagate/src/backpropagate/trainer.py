@@ -27,6 +27,7 @@ from bp_runs.spec import Settings, TrainSpec
 from bp_runs.store import RunStore
 
 if TYPE_CHECKING:
+    from backpropagate.multirun import MultiRunResult
     from bp_export import Format
 
 _log = logging.getLogger("backpropagate")
@@ -131,6 +132,58 @@ class Trainer:
             current_run.reset(token)
         self.last = TrainResult(run_id=writer.run_id, adapter=adapter, outcome=outcome, record=record)
         return self.last
+
+    def multi_run(
+        self,
+        data: str | Path | Sequence[str | Path] | None = None,
+        *,
+        resume: str | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        **flags: Any,
+    ) -> MultiRunResult:
+        """Train several runs, each from the one before, and leave their merged adapter at ``<output>/lora``.
+
+        Args:
+            data: One data file, which is cut into slices, or one for each run; default: the setting ``data.path``.
+            resume: Id, or a part of it, of a multi-run that did not end: go on with it as it was started.
+            on_event: Called with every event of the multi-run and of its runs.
+            **flags: Settings for it, over the Trainer's own: ``runs=3``, ``replay_share=0.05``.
+
+        Raises:
+            CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
+        """
+        from backpropagate.multirun import MultiRun, check_settings, read_settings
+
+        system.prepare_environment(os.environ)
+        paths = [data] if isinstance(data, str | Path) else list(data or [])
+        first = {"data": paths[0]} if paths else {}
+        resolved = self._resolve({**first, **flags})
+        store = RunStore(system.to_path(resolved.settings.training.output_dir))
+        store.require_own_adapter()
+        if resume is None:
+            wanted = check_settings(resolved.settings, len(paths))
+            sources = [
+                catalogue.find_rows(
+                    replace(wanted.data, path=str(path)), os.environ, offline=system.is_offline(os.environ)
+                )
+                for path in paths or [wanted.data.path]
+            ]
+        else:
+            resume = store.find(resume)
+            wanted = read_settings(store.load(resume))
+        self.settings = wanted
+        rail = self._rail or rails.choose_rail(wanted.training.backend)
+        flat = wanted.to_flat()
+        record = {k: {"value": flat[k], "source": v["source"]} for k, v in resolved.to_record().items()}
+        base = _find_base(rail, wanted)
+        stream = MultiRun(
+            store=store, rail=rail, base=base, wanted=wanted, record=record, command=self._command, show=on_event
+        )
+        result = stream.start([rows.path for rows in sources]) if resume is None else stream.resume(resume)
+        self.last = TrainResult(
+            run_id=result.run_id, adapter=result.adapter, outcome=result.outcome, record=result.record
+        )
+        return result
 
     def export(
         self,

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bp_runs.rail import EvalOutcome, KeepsBase, Part, Probe, Rail, Stop, TrainOutcome, keep_base
     from bp_runs.record import RunRecord
     from bp_runs.redact import redact, redact_data
-    from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, Settings, TrainingSpec, TrainSpec
+    from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, MultiRunSpec, RunFolders, Settings, TrainingSpec, TrainSpec
     from bp_runs.store import RunStore
     from bp_runs.writer import RunWriter
 
@@ -26,7 +26,16 @@ _HOMES = {
     "rail": ("EvalOutcome", "KeepsBase", "Part", "Probe", "Rail", "Stop", "TrainOutcome", "keep_base"),
     "record": ("RunRecord",),
     "redact": ("redact", "redact_data"),
-    "spec": ("DataSpec", "LoraSpec", "ModelSpec", "RunFolders", "Settings", "TrainSpec", "TrainingSpec"),
+    "spec": (
+        "DataSpec",
+        "LoraSpec",
+        "ModelSpec",
+        "MultiRunSpec",
+        "RunFolders",
+        "Settings",
+        "TrainSpec",
+        "TrainingSpec",
+    ),
     "store": ("RunStore",),
     "writer": ("RunWriter",),
 }
@@ -43,6 +52,7 @@ __all__ = [
     "KeepsBase",
     "LoraSpec",
     "ModelSpec",
+    "MultiRunSpec",
     "Part",
     "Probe",
     "Rail",

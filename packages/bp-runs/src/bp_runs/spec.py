@@ -204,6 +204,30 @@ class TrainingSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MultiRunSpec:
+    """Several runs, each going on from the one before; only `backprop multi-run` looks at it."""
+
+    runs: int = setting(5, "Runs, each on its own slice of the data; with several data files: one run a file.")
+    merge: Literal["slao", "none"] = setting(
+        "slao", "After each run: slao blends the adapter into those before (arXiv:2512.23017); none keeps the last."
+    )
+    last_lr: float = setting(
+        0.25, "Learning rate of the last run, as a share of the first's; those between lie on a line."
+    )
+    replay_share: float = setting(0.0, "Share of each run's rows that are drawn from earlier runs' rows.")
+    replay: Literal["recent", "random", "all"] = setting(
+        "random", "Rows that are replayed: of the run before, of any earlier one, or as many of every earlier one."
+    )
+    heldout: float = setting(0.1, "Share of each run's rows that only measure what is forgotten; 0: none.")
+    eval_gate: bool = setting(False, "Leave out a run whose merge makes the held-out loss worse.")
+    max_regression: float = setting(0.0, "How much worse, in nats, the gate lets the mean held-out loss become.")
+    patience: int = setting(0, "End after so many runs in a row without a lower mean held-out loss; 0: never.")
+    keep_adapters: Literal["all", "last", "none"] = setting(
+        "all", "Adapters of the single runs that stay, fine-tuned and merged; the result is kept always."
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFolders:
     """Where the run lives; made by the store, never by the user."""
 
@@ -236,6 +260,7 @@ class Settings:
     data: DataSpec = field(default_factory=DataSpec)
     lora: LoraSpec = field(default_factory=LoraSpec)
     training: TrainingSpec = field(default_factory=TrainingSpec)
+    multirun: MultiRunSpec = field(default_factory=MultiRunSpec)
 
     def to_flat(self) -> dict[str, Any]:
         """Settings by dotted key, in the order of this module."""

@@ -44,6 +44,12 @@ COMMANDS = (
         "backprop train --data my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct --steps 100",
     ),
     Command(
+        "multi-run",
+        "multi_run:multi_run",
+        "Train several runs in a row, each from the one before, and merge them without forgetting.",
+        "backprop multi-run --data my_data.jsonl --runs 5 --steps 100 --samples 1000",
+    ),
+    Command(
         "merge",
         "merge:merge",
         "Merge adapters of one base into one adapter.",

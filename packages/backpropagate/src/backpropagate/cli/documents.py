@@ -74,6 +74,32 @@ class Export(TypedDict):
     run_id: str | None
 
 
+class ScoreCardBody(TypedDict):
+    """losses[i][j]: held-out loss, in nats, on run j + 1's data after run i + 1."""
+
+    runs: list[str]
+    names: list[str]
+    losses: list[list[float]]
+    before_merge: list[float]
+    before_run: list[float]
+    average: float | None
+    backward_transfer: float | None
+    forgetting: float | None
+    merge_cost: float | None
+
+
+class MultiRun(TypedDict):
+    """`backprop multi-run`; runs: those that were merged, rejected: those that the gate left out."""
+
+    run_id: str
+    status: RunStatus
+    adapter: str
+    runs: list[str]
+    rejected: list[str]
+    score_card: ScoreCardBody
+    result: Outcome
+
+
 class Merge(TypedDict):
     """`backprop merge`; kept: share of the change's squared norm that the cut to rank kept."""
 
@@ -495,6 +521,7 @@ DOCUMENTS: Mapping[str, type] = {
     "train": Train,
     "quickstart": Quickstart,
     "export": Export,
+    "multi-run": MultiRun,
     "merge": Merge,
     "chat": Chat,
     "imatrix": Imatrix,

@@ -24,6 +24,8 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     # As the older tool spelled them.
     "lora.use_dora": ("--use-dora",),
     "lora.use_rslora": ("--use-rslora",),
+    "multirun.max_regression": ("--eval-max-regression",),
+    "multirun.heldout": ("--eval-heldout",),
 }
 
 Json = Annotated[
@@ -33,6 +35,10 @@ Output = Annotated[
     str | None,
     Parameter(name=("--output", "-o"), help="Output folder that holds the runs; default: the setting, ./output."),
 ]
+
+
+MULTI_RUN = tuple(key for key in all_settings() if key.startswith("multirun."))
+"""Settings that only `backprop multi-run` looks at."""
 
 
 def output_folder(flag: str | None) -> Path:
@@ -84,7 +90,7 @@ def _parameter(setting: Setting) -> inspect.Parameter:
 def _group(name: str) -> Group:
     """The panel of the help page that a group's flags stand in, in the order of the settings."""
     names = list(dict.fromkeys(key.partition(".")[0] for key in all_settings()))
-    title = {"lora": "LoRA"}.get(name, name.capitalize())
+    title = {"lora": "LoRA", "multirun": "Multi-run"}.get(name, name.capitalize())
     return Group(title, sort_key=names.index(name))
 
 

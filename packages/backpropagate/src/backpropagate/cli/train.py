@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from backpropagate.cli.flags import Json, keyword, with_settings
+from backpropagate.cli.flags import MULTI_RUN, Json, keyword, with_settings
 from backpropagate.cli.screen import open_screen, print_json
 from backpropagate.trainer import Trainer
 
@@ -36,4 +36,4 @@ def _tell_end(result: Any, output: str) -> None:
     print(f"            backprop show-run {result.run_id}{where}")  # noqa: T201
 
 
-with_settings(train, extra=[keyword("json", Json, default=False)])
+with_settings(train, leave_out=MULTI_RUN, extra=[keyword("json", Json, default=False)])

@@ -1,0 +1,206 @@
+"""Train, merge, measure, and again: several runs that each go on from the one before.
+
+    run i:  start from the stream's state → train on slice i → fold the adapter in → measure on every slice so far
+
+The multi-run is a run of its own: its folder keeps slices, state, score card and the merged adapter, which is what
+``<output>/lora`` becomes. Each training is a run too, with the multi-run as its parent. A crash costs the run that it
+happened in and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from backpropagate import catalogue, offline, stopping, system
+from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
+from backpropagate.logs import current_run
+from backpropagate.scorecard import ScoreCard
+from backpropagate.settings import all_settings, resolve
+from backpropagate.slices import PLAN_FILE, Slice, read_slices, write_slices
+from backpropagate.stream import JUDGED, SLICES, START, Progress, Stream, join_outcomes, read_progress
+from backpropagate.trainer import Watcher
+from bp_runs import keep_base, paths
+from bp_runs.errors import InterruptedRunError, InvalidSettingError
+from bp_runs.events import Emit, Event, Notice
+from bp_runs.rail import Rail, TrainOutcome
+from bp_runs.record import RunRecord
+from bp_runs.spec import MultiRunSpec, Settings
+from bp_runs.store import RunStore
+from bp_runs.writer import RunWriter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiRunResult:
+    """A multi-run that ended well, or was stopped with what was merged kept."""
+
+    run_id: str
+    adapter: Path
+    """``<output>/lora``; the run's own folder where it was stopped and a finished adapter stands there already."""
+    members: tuple[str, ...]
+    """Ids of the single runs that were taken in."""
+    rejected: tuple[str, ...]
+    """Ids of those that the gate left out."""
+    card: ScoreCard
+    outcome: TrainOutcome
+    record: RunRecord
+
+
+def check_settings(wanted: Settings, files: int) -> Settings:
+    """The settings with as many runs as there are data files, where these are several.
+
+    Raises:
+        InvalidSettingError: A setting that a stream of runs cannot have.
+        RunsAndRowsError: Another number of runs than of files was asked for.
+    """
+    multi = wanted.multirun
+    if multi.merge == "slao" and wanted.lora.use_dora:
+        raise InvalidSettingError(
+            "lora.use_dora is true and multirun.merge is slao, which cannot merge DoRA's magnitudes",
+            way_out="Leave out --lora-use-dora, or merge nothing: --merge none",
+        )
+    if not multi.heldout and (multi.eval_gate or multi.patience):
+        asked = "eval_gate is true" if multi.eval_gate else f"patience is {multi.patience}"
+        raise InvalidSettingError(
+            f"multirun.{asked} and multirun.heldout is 0: there would be nothing to measure on",
+            way_out="Hold out some rows: --heldout 0.1",
+        )
+    if files > 1 and multi.runs not in (files, MultiRunSpec().runs):
+        raise RunsAndRowsError(
+            f"there are {files} data files and {multi.runs} runs were asked for; with several files each is one run",
+            way_out="Leave out: --runs",
+        )
+    return replace(wanted, multirun=replace(multi, runs=files)) if files > 1 else wanted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultiRun:
+    """Starts a multi-run, or goes on with one."""
+
+    store: RunStore
+    """Its output folder's runs."""
+    rail: Rail
+    base: catalogue.BaseModel
+    wanted: Settings
+    """As `check_settings` gave them."""
+    record: Mapping[str, Mapping[str, Any]]
+    """The settings with their sources."""
+    command: Sequence[str]
+    """What was typed."""
+    show: Callable[[Event], None] | None
+    """Told every event of it and its members."""
+
+    def start(self, sources: Sequence[Path]) -> MultiRunResult:
+        """Cut the data into slices and carry out all runs.
+
+        Raises:
+            CodedError: Bad input, before anything is loaded; or what failed, recorded with the run that it failed in.
+        """
+        names = [str(source) for source in sources]
+        shown = {"value": names[0] if len(names) == 1 else names, "source": "flag"}
+        writer = self.store.start(
+            settings={**self.record, "data.path": shown},
+            rail=self.rail.name,
+            command=self.command,
+            versions=system.installed_versions(),
+            hardware=system.describe_machine(),
+            kind="multi-run",
+        )
+        return self._carry_out(writer, sources)
+
+    def resume(self, run_id: str) -> MultiRunResult:
+        """Go on with a multi-run that did not end: at the run that it was cut off in.
+
+        Raises:
+            MultiRunStateError: It is done, or another kind of run, or its files are missing or damaged.
+            CodedError: As `start`; another process works on it.
+        """
+        record = self.store.load(run_id)
+        if record.kind != "multi-run" or record.status == "completed":
+            why = "is done" if record.kind == "multi-run" else f"is a run of the kind {record.kind}, not multi-run"
+            raise MultiRunStateError(f"{run_id} {why}")
+        done = read_progress(self.store.folder(run_id)).done
+        return self._carry_out(self.store.reopen(run_id, from_step=done, checkpoint=None), None)
+
+    def _carry_out(self, writer: RunWriter, sources: Sequence[Path] | None) -> MultiRunResult:
+        emit = Watcher(writer.emit, self.show).emit
+        token = current_run.set(writer.run_id)
+        forbidden = system.is_network_forbidden(os.environ)
+        way_out = f"Go on with it: backprop multi-run --resume {writer.run_id}"
+        try:
+            with writer, stopping.on_interrupt() as stop, offline.forbid_network(wanted=forbidden):
+                stream = self._open_stream(writer, sources, emit)
+                with keep_base(self.rail):
+                    progress, stopped = stream.run_all(stop)
+                adapter, outcome = self._finish(stream, progress, stopped=stopped)
+                writer.finish(outcome)
+        except KeyboardInterrupt as error:
+            raise InterruptedRunError(f"the multi-run {writer.run_id} was cut off", way_out=way_out) from error
+        finally:
+            current_run.reset(token)
+        card = progress.card.to_dict()
+        return MultiRunResult(
+            run_id=writer.run_id,
+            adapter=adapter,
+            members=progress.members,
+            rejected=progress.rejected,
+            card=progress.card,
+            outcome=outcome,
+            record=self.store.update(writer.run_id, lambda record: record.result.update(score_card=card)),
+        )
+
+    def _open_stream(self, writer: RunWriter, sources: Sequence[Path] | None, emit: Emit) -> Stream:
+        return Stream(
+            store=self.store,
+            rail=self.rail,
+            base=self.base,
+            wanted=self.wanted,
+            record=self.record,
+            command=self.command,
+            folders=writer.folders,
+            slices=self._find_slices(writer.folders.run / SLICES, sources, emit),
+            emit=emit,
+            show=self.show,
+        )
+
+    def _find_slices(self, folder: Path, sources: Sequence[Path] | None, emit: Emit) -> list[Slice]:
+        """The plan: made now, or read where the multi-run goes on."""
+        if sources is not None:
+            return write_slices(folder, sources, self.wanted, lambda text: emit(Notice(message=text, level="warning")))
+        if not (folder / PLAN_FILE).is_file():
+            raise MultiRunStateError(f"{folder} is missing: the multi-run was cut off before its rows were chosen")
+        return read_slices(folder)
+
+    def _finish(self, stream: Stream, progress: Progress, *, stopped: bool) -> tuple[Path, TrainOutcome]:
+        """The merged adapter at ``<output>/lora``, and all runs' outcomes as one."""
+        folders = stream.folders
+        if not progress.members and stopped:
+            raise InterruptedRunError(
+                "the multi-run was stopped before its first run was merged",
+                way_out=f"Go on with it: backprop multi-run --resume {folders.run_id}",
+            )
+        if not progress.members:
+            raise MultiRunGateError(f"the gate left out all {len(progress.rejected)} runs")
+        for leftover in (START, JUDGED):
+            shutil.rmtree(folders.run / leftover, ignore_errors=True)
+        if self.wanted.multirun.keep_adapters == "none" and not stopped:
+            stream.drop_adapters((*progress.members, *progress.rejected))
+        outcome = join_outcomes(progress, folders.adapter, stopped=stopped)
+        if stopped and paths.adapter_folder(folders.output).exists():
+            return folders.adapter, outcome
+        return self.store.publish_adapter(folders.run_id), outcome
+
+
+def read_settings(record: RunRecord) -> Settings:
+    """The settings that a multi-run was started with, whatever the environment says now.
+
+    Raises:
+        InvalidSettingError, UnknownSettingError: Another version recorded what this one does not know.
+    """
+    known = all_settings()
+    flags = {known[k].short: v["value"] for k, v in record.settings.items() if k in known and k != "data.path"}
+    return resolve(flags).settings

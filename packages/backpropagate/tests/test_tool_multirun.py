@@ -1,0 +1,344 @@
+"""Several runs in a row: slices, the stream's arithmetic, gate, early end, crash and resume, on a rail without training."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backpropagate import Trainer, rails
+from backpropagate.cli.app import run
+from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
+from backpropagate.multirun import check_settings
+from backpropagate.scorecard import ScoreCard, card_html, card_text
+from backpropagate.slices import write_slices
+from bp_merge import blend, load_adapter, orthonormal_rows
+from bp_runs import Settings
+from bp_runs.errors import InvalidSettingError, TrainingDivergedError
+from bp_runs.events import Notice
+from bp_runs.spec import DataSpec, MultiRunSpec, TrainingSpec
+from bp_runs.store import RunStore
+from bp_runs.testing import FakeRail
+
+MODULE = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(60)))
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    return tmp_path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenRail(FakeRail):
+    """Remembers the specs that it was given, and keeps its base as told."""
+
+    seen: list = field(default_factory=list)
+
+    def train(self, spec, emit, stop):
+        start = spec.initial_adapter and load_adapter(spec.initial_adapter).modules[MODULE]
+        self.seen.append((spec, start))
+        return FakeRail.train(self, spec, emit, stop)
+
+
+def trainer(rail=None, **flags):
+    return Trainer("./m", output="o", rail=rail or FakeRail(), steps=3, lora_r=2, **flags)
+
+
+def tuned_of(store, run_id):
+    return load_adapter(store.folder(run_id) / "lora").modules[MODULE]
+
+
+def test_the_stream_is_slao(place):
+    rail = SeenRail()
+    result = trainer(rail).multi_run("d.jsonl", runs=4, last_lr=0.5, lr=1e-3)
+    store = RunStore(place / "o")
+    tuned = [tuned_of(store, member) for member in result.members]
+    merged = tuned[0].b
+    for i, pair in enumerate(tuned[1:], start=2):
+        merged = blend(merged, pair.b, i)
+    shipped = load_adapter(place / "o/lora").modules[MODULE]
+    assert result.adapter == Path("o/lora")
+    assert np.array_equal(shipped.b, merged)
+    assert np.array_equal(shipped.a, tuned[-1].a)
+    assert rail.seen[0][1] is None
+    for number in (1, 2, 3):
+        start = rail.seen[number][1]
+        assert np.array_equal(start.b, tuned[number - 1].b)
+        assert np.array_equal(start.a, orthonormal_rows(tuned[number - 1].a))
+    rates = [spec.training.learning_rate for spec, _ in rail.seen]
+    assert rates == pytest.approx([1e-3, 1e-3 * 5 / 6, 1e-3 * 4 / 6, 5e-4])
+    assert [spec.training.seed for spec, _ in rail.seen] == [42, 43, 44, 45]
+    card = result.card
+    assert [len(row) for row in card.losses] == [1, 2, 3, 4]
+    assert result.record.result["score_card"]["losses"] == [list(row) for row in card.losses]
+
+
+def test_runs_are_recorded_with_their_parent(place):
+    result = trainer().multi_run("d.jsonl", runs=2)
+    rows = {row["run_id"]: row for row in RunStore(place / "o").list_runs()}
+    assert rows[result.run_id]["kind"] == "multi-run"
+    assert [rows[member]["parent"] for member in result.members] == [result.run_id] * 2
+    assert {row["status"] for row in rows.values()} == {"completed"}
+    member = RunStore(place / "o").load(result.members[1])
+    assert member.settings["training.seed"] == {"value": 43, "source": "multi-run"}
+    assert result.record.result["steps"] == 6
+
+
+def test_trainer_exports_what_was_merged(place):
+    mine = trainer()
+    result = mine.multi_run("d.jsonl", runs=2)
+    exported = mine.export("lora", output="copy")
+    assert exported.run_id == result.run_id
+    assert (place / "copy/adapter_model.safetensors").read_bytes() == (
+        place / "o/lora/adapter_model.safetensors"
+    ).read_bytes()
+
+
+def settings(runs=3, samples=None, seed=1, **multi):
+    return Settings(
+        data=DataSpec(samples=samples), training=TrainingSpec(seed=seed), multirun=MultiRunSpec(runs=runs, **multi)
+    )
+
+
+def texts(file):
+    return [json.loads(line)["text"] for line in file.read_text().splitlines()]
+
+
+def test_slices_are_shuffled_disjoint_and_the_same_again(place):
+    for name in ("one", "two"):
+        made = write_slices(place / name, [place / "d.jsonl"], settings(samples=20, heldout=0.25), lambda _: None)
+    assert [(s.train, s.heldout) for s in made] == [(15, 5)] * 3
+    rows = [texts(place / "one" / name) for s in made for name in (s.train_file, s.heldout_file)]
+    flat = [row for part in rows for row in part]
+    assert sorted(flat) == sorted(f"row {i}" for i in range(60))
+    assert flat != sorted(flat, key=lambda t: int(t[4:]))
+    assert [(place / "one" / f.name).read_bytes() for f in sorted((place / "two").iterdir())] == [
+        f.read_bytes() for f in sorted((place / "two").iterdir())
+    ]
+    other = write_slices(place / "three", [place / "d.jsonl"], settings(samples=20, seed=2), lambda _: None)
+    assert texts(place / "three" / other[0].train_file) != texts(place / "one" / made[0].train_file)
+
+
+def test_slices_shrink_with_a_notice(place):
+    said = []
+    made = write_slices(place / "s", [place / "d.jsonl"], settings(runs=7, samples=1000), said.append)
+    assert [s.train + s.heldout for s in made] == [8] * 7
+    assert said == ["60 rows are fewer than 7 runs of 1000: each run has 8"]
+
+
+@pytest.mark.parametrize(("policy", "expected"), [("recent", {2}), ("random", {0, 1, 2}), ("all", {0, 1, 2})])
+def test_replayed_rows_come_from_earlier_runs_training_rows(place, policy, expected):
+    wanted = settings(runs=4, samples=15, heldout=0.2, replay_share=0.5, replay=policy)
+    made = write_slices(place / "s", [place / "d.jsonl"], wanted, lambda _: None)
+    assert [s.replayed for s in made] == [0, 12, 12, 12]
+    own = [set(texts(place / "s" / s.train_file)[:12]) for s in made]
+    last = texts(place / "s" / made[3].train_file)
+    assert set(last[:12]) == own[3]
+    owners = [{i for i in range(3) if row in own[i]} for row in last[12:]]
+    assert all(len(found) == 1 for found in owners)
+    found = {next(iter(owner)) for owner in owners}
+    assert found <= expected
+    if policy == "all":
+        assert sorted(next(iter(owner)) for owner in owners) == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def test_held_out_rows_are_trained_by_no_run(place):
+    (place / "r.jsonl").write_text('{"text": "same"}\n' * 20 + "".join(f'{{"text": "{i}"}}\n' for i in range(20)))
+    made = write_slices(place / "s", [place / "r.jsonl"], settings(runs=2, heldout=0.4), lambda _: None)
+    trained = {row for s in made for row in texts(place / "s" / s.train_file)}
+    assert not trained & {row for s in made for row in texts(place / "s" / s.heldout_file)}
+
+
+def test_one_file_a_run(place):
+    for number in range(3):
+        (place / f"w{number}.jsonl").write_text("".join(f'{{"text": "{number}-{i}"}}\n' for i in range(10)))
+    result = trainer().multi_run([f"w{n}.jsonl" for n in range(3)])
+    assert result.card.names == ("w0.jsonl", "w1.jsonl", "w2.jsonl")
+    assert result.record.settings["data.path"]["value"] == ["w0.jsonl", "w1.jsonl", "w2.jsonl"]
+    with pytest.raises(RunsAndRowsError, match="2 data files and 3 runs"):
+        trainer().multi_run(["w0.jsonl", "w1.jsonl"], runs=3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "error", "word"),
+    [
+        (3, {"runs": 5}, RunsAndRowsError, "3 rows, too few for 5 runs"),
+        (1, {"runs": 1}, RunsAndRowsError, "1 rows, too few for 1 runs"),
+        (0, {"runs": 1, "same": True}, RunsAndRowsError, "only rows that other rows repeat"),
+        (9, {"runs": 2, "lora_use_dora": True}, InvalidSettingError, "use_dora is true and multirun.merge is slao"),
+        (9, {"runs": 2, "heldout": 0.0, "eval_gate": True}, InvalidSettingError, "eval_gate is true and multirun.heldout is 0"),
+        (9, {"runs": 2, "heldout": 0.0, "patience": 2}, InvalidSettingError, "patience is 2"),
+        (9, {"runs": 0}, InvalidSettingError, "multirun.runs is 0"),
+        (9, {"last_lr": 0.0}, InvalidSettingError, "multirun.last_lr is 0.0"),
+        (9, {"replay_share": 1.0}, InvalidSettingError, "replay_share is 1.0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_a_stream(place, rows, flags, error, word):
+    same = flags.pop("same", False)
+    (place / "few.jsonl").write_text("".join(f'{{"text": "{0 if same else i}"}}\n' for i in range(rows or 8)))
+    with pytest.raises(error, match=word):
+        trainer().multi_run("few.jsonl", **flags)
+    assert not (place / "o/lora").exists()
+
+
+def test_runs_of_several_files_are_counted_by_them():
+    assert check_settings(Settings(), 3).multirun.runs == 3
+    assert check_settings(Settings(), 1).multirun.runs == 5
+
+
+class Judge:
+    """Losses by the run that an adapter comes from: merged adapters in turn as told, the base 9."""
+
+    def __init__(self, *merged):
+        self.merged = dict(enumerate(merged, start=1))
+        self.numbers = {}
+
+    def __call__(self, adapter, file):
+        if adapter is None:
+            return 9.0
+        if adapter.name == "lora" and (adapter.parent / "slices").exists():
+            return self.last
+        if adapter.name == "merged":
+            number = self.numbers.setdefault(adapter.parent.name, len(self.numbers) + 1)
+            self.last = self.merged[number]
+            return self.last
+        return 1.0
+
+
+def test_the_gate_leaves_a_run_out_without_a_trace(place):
+    rail = SeenRail(judge=Judge(5.0, 7.0, 4.0))
+    judge = rail.judge
+    result = trainer(rail).multi_run("d.jsonl", runs=1)
+    assert result.rejected == ()
+    judge.__init__(5.0, 7.0, 4.0)
+
+    def last_kept(adapter, file):
+        value = Judge.__call__(judge, adapter, file)
+        if value == 7.0:
+            judge.last = 5.0
+        return value
+
+    rail = SeenRail(judge=last_kept)
+    events = []
+    result = trainer(rail).multi_run("d.jsonl", runs=3, eval_gate=True, max_regression=0.5, on_event=events.append)
+    assert len(result.members) == 2
+    assert len(result.rejected) == 1
+    assert [list(row) for row in result.card.losses] == [[5.0], [4.0, 4.0]]
+    store = RunStore(place / "o")
+    first, third = (tuned_of(store, member) for member in result.members)
+    shipped = load_adapter(place / "o/lora").modules[MODULE]
+    assert np.array_equal(shipped.b, blend(first.b, third.b, 2))
+    assert np.array_equal(rail.seen[2][1].b, first.b)
+    assert any("the gate leaves run 2 out" in e.message for e in events if isinstance(e, Notice))
+
+
+def test_a_gate_that_lets_nothing_pass_ends_with_its_own_code(place):
+    rail = FakeRail(judge=lambda adapter, _: 1.0 if adapter is None else 2.0)
+    with pytest.raises(MultiRunGateError, match="all 2 runs"):
+        trainer(rail).multi_run("d.jsonl", runs=2, eval_gate=True)
+    assert not (place / "o/lora").exists()
+
+
+def test_it_ends_early_and_the_last_run_is_recorded(place):
+    rail = FakeRail(judge=lambda adapter, _: 3.0)
+    result = trainer(rail).multi_run("d.jsonl", runs=5, patience=2)
+    assert len(result.members) == len(result.card.losses) == 2
+    assert {r["run_id"] for r in RunStore(place / "o").list_runs()} == {result.run_id, *result.members}
+
+
+@pytest.mark.parametrize("merge", ["slao", "none"])
+def test_a_crash_in_the_fourth_run_goes_on_there(place, merge):
+    whole = trainer().multi_run("d.jsonl", runs=5, merge=merge)
+    expected = (place / "o/lora/adapter_model.safetensors").read_bytes()
+    trained = []
+
+    class Crashing(FakeRail):
+        def train(self, spec, emit, stop):
+            trained.append(spec.data.path)
+            if len(trained) == 4:
+                raise TrainingDivergedError("the loss is nan at step 2")
+            return FakeRail.train(self, spec, emit, stop)
+
+    with pytest.raises(TrainingDivergedError):
+        Trainer("./m", output="c", rail=Crashing(), steps=3, lora_r=2).multi_run("d.jsonl", runs=5, merge=merge)
+    assert not (place / "c/lora").exists()
+    [row] = [r for r in RunStore(place / "c").list_runs() if r["kind"] == "multi-run"]
+    assert row["status"] == "diverged"
+    (place / "d.jsonl").unlink()  # its rows are kept
+    rail = SeenRail()
+    result = Trainer("./m", output="c", rail=rail, lr=0.7).multi_run(resume=row["run_id"][-6:])
+    assert [Path(spec.data.path).name for spec, _ in rail.seen] == ["run-4.jsonl", "run-5.jsonl"]
+    assert (place / "c/lora/adapter_model.safetensors").read_bytes() == expected
+    assert result.card.losses == whole.card.losses
+    assert len(result.record.sessions) == 2
+    with pytest.raises(MultiRunStateError, match="is done"):
+        Trainer("./m", output="c", rail=rail).multi_run(resume=row["run_id"])
+    with pytest.raises(MultiRunStateError, match="not multi-run"):
+        Trainer("./m", output="c", rail=rail).multi_run(resume=result.members[0])
+
+
+@pytest.mark.parametrize(
+    ("policy", "kept"), [("all", [True, True, True]), ("last", [False, False, True]), ("none", [False] * 3)]
+)
+def test_adapters_of_single_runs_stay_by_policy(place, policy, kept):
+    result = trainer().multi_run("d.jsonl", runs=3, keep_adapters=policy)
+    folders = [RunStore(place / "o").folder(member) for member in result.members]
+    assert [(f / "lora").exists() for f in folders] == kept
+    assert [(f / "merged").exists() for f in folders] == kept
+    assert (place / "o/lora/adapter_model.safetensors").is_file()
+
+
+def test_a_stop_keeps_what_was_merged(place, monkeypatch):
+    stops = iter([False] * 7 + [True] * 9)
+
+    class Stopping(FakeRail):
+        def train(self, spec, emit, stop):
+            return FakeRail.train(self, spec, emit, lambda: next(stops))
+
+    result = trainer(Stopping()).multi_run("d.jsonl", runs=5)
+    assert result.outcome.stopped
+    assert result.record.status == "stopped"
+    assert len(result.members) >= 1
+    assert load_adapter(result.adapter).modules
+    resumed = trainer().multi_run(resume=result.run_id)
+    assert len(resumed.members) == 5
+
+
+def test_the_score_card_s_numbers():
+    card = ScoreCard()
+    for number, row in enumerate(([2.0], [2.5, 1.0], [2.2, 1.5, 3.0]), start=1):
+        card = card.add(f"r{number}", f"d{number}", row=row, tuned=row[-1] - 0.25, before=4.0)
+    assert card.average == pytest.approx((2.2 + 1.5 + 3.0) / 3)
+    assert card.backward_transfer == pytest.approx(((2.0 - 2.2) + (1.0 - 1.5)) / 2)
+    assert card.forgetting == pytest.approx(((2.2 - 2.0) + (1.5 - 1.0)) / 2)
+    assert card.merge_cost == pytest.approx(0.25)
+    assert ScoreCard.from_dict(json.loads(json.dumps(card.to_dict()))) == card
+    assert "forgetting +0.350" in card_text(card)
+    page = card_html(card, "A <b> run")
+    assert "A &lt;b&gt; run" in page
+    assert page.count("<td style") == 6
+    assert "http" not in page
+    assert card_text(ScoreCard()) == ""
+    assert ScoreCard().forgetting is None
+
+
+def test_the_command_line(place, capsys):
+    with rails.use(FakeRail()):
+        argv = ["multi-run", "--data", "d.jsonl", "--model", "./m", "--runs", "2", "--steps", "2", "--lora-r", "2"]
+        assert run([*argv, "--html", "card.html", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert len(told["runs"]) == len(told["score_card"]["losses"]) == 2
+        assert "<svg" in (place / "card.html").read_text()
+        assert run(argv) == 0
+        text = capsys.readouterr().out
+        assert "run 1 of 2: 27 rows" in text
+        assert "after run 2" in text
+        assert "backward transfer" in text
+        assert run(["multi-run", "--model", "./m", "--data", "d.jsonl", "--runs", "99"]) == 1
+        assert capsys.readouterr().err.startswith("[INPUT_MULTIRUN_ROWS]")
