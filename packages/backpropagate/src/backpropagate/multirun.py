@@ -57,11 +57,20 @@ def check_settings(wanted: Settings, files: int) -> Settings:
         InvalidSettingError: A setting that a stream of runs cannot have.
         RunsAndRowsError: Another number of runs than of files was asked for.
     """
-    multi = wanted.multirun
+    multi, start = wanted.multirun, wanted.lora.init_lora_weights
+    if wanted.training.mode == "full":
+        raise InvalidSettingError(
+            "training.mode is full, and a multi-run goes from adapter to adapter", way_out="Train adapters: --mode lora"
+        )
+    if start != "default":
+        raise InvalidSettingError(
+            f"lora.init_lora_weights is {start}, which changes the base that every run of a multi-run shares",
+            way_out="Leave out: --init-lora-weights",
+        )
     if multi.merge == "slao" and wanted.lora.use_dora:
         raise InvalidSettingError(
             "lora.use_dora is true and multirun.merge is slao, which cannot merge DoRA's magnitudes",
-            way_out="Leave out --lora-use-dora, or merge nothing: --merge none",
+            way_out="Leave out --use-dora, or merge nothing: --merge none",
         )
     if not multi.heldout and (multi.eval_gate or multi.patience):
         asked = "eval_gate is true" if multi.eval_gate else f"patience is {multi.patience}"
@@ -91,6 +100,8 @@ class MultiRun:
     """The settings with their sources."""
     command: Sequence[str]
     """What was typed."""
+    remarks: Sequence[Notice]
+    """What the user should know of the model."""
     show: Callable[[Event], None] | None
     """Told every event of it and its members."""
 
@@ -133,6 +144,8 @@ class MultiRun:
         way_out = f"Go on with it: backprop multi-run --resume {writer.run_id}"
         try:
             with writer, stopping.on_interrupt() as stop, offline.forbid_network(wanted=forbidden):
+                for remark in self.remarks:
+                    emit(remark)
                 stream = self._open_stream(writer, sources, emit)
                 with keep_base(self.rail):
                     progress, stopped = stream.run_all(stop)

@@ -6,6 +6,7 @@ Nothing here knows where the rows come from or what becomes of the result; see `
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -148,8 +149,9 @@ class Stream:
         )
         with writer:
             start = self._write_start(progress, state)
+            folders = replace(writer.folders, machine=system.program_home(os.environ))
             base = self.base
-            spec = TrainSpec.build(settings, writer.folders, base.folder, base.commit, rows=file, initial_adapter=start)
+            spec = TrainSpec.build(settings, folders, base.folder, base.commit, rows=file, initial_adapter=start)
             outcome = self.rail.train(spec, Watcher(writer.emit, self.show).emit, stop)
             writer.finish(outcome)
         return Trained(run_id=writer.run_id, plan=plan, outcome=outcome, before=before)

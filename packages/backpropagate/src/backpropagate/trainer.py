@@ -171,13 +171,21 @@ class Trainer:
         else:
             resume = store.find(resume)
             wanted = read_settings(store.load(resume))
-        self.settings = wanted
         rail = self._rail or rails.choose_rail(wanted.training.backend)
-        flat = wanted.to_flat()
-        record = {k: {"value": flat[k], "source": v["source"]} for k, v in resolved.to_record().items()}
         base = _find_base(rail, wanted)
+        settled, chosen = presets.settle_lora(
+            replace(resolved, settings=wanted), rail, base.folder, system.program_home(os.environ)
+        )
+        self.settings = wanted = settled.settings
         stream = MultiRun(
-            store=store, rail=rail, base=base, wanted=wanted, record=record, command=self._command, show=on_event
+            store=store,
+            rail=rail,
+            base=base,
+            wanted=wanted,
+            record=settled.to_record(),
+            command=self._command,
+            remarks=presets.remarks(wanted.model.name, chosen),
+            show=on_event,
         )
         result = stream.start([rows.path for rows in sources]) if resume is None else stream.resume(resume)
         self.last = TrainResult(
