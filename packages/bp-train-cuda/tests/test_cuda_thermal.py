@@ -3,9 +3,15 @@
 import types
 
 import pytest
+from cuda_training import spec_for, train
 
+from bp_runs.events import Notice, StepDone
+from bp_runs.spec import TrainingSpec
+from bp_train_cuda import CudaRail
 from bp_train_cuda.errors import GpuTemperatureError
-from bp_train_cuda.guards.thermal import Governor, Limits, NvmlSensor
+from bp_train_cuda.guards.thermal import Governor, Limits, NvmlSensor, find_sensor
+from bp_train_cuda.probe import Device
+from bp_train_cuda.watch import Watch, open_watch
 
 LIMITS = Limits.around(88)
 
@@ -110,3 +116,65 @@ def test_a_card_that_falls_silent_is_told_once():
         clock.now += 2
     assert governor.temperature is None
     assert [e.message for e in events] == ["the GPU's temperature can no longer be read: nothing watches it"]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Runs on this machine are watched by a fake card of the given temperatures, with a clock of its own."""
+
+    def watch(readings, save=lambda: None):
+        clock = Clock()
+
+        def opened(_spec, _device, emit, stop):
+            sensor = NvmlSensor(FakeNvml(readings=list(readings)), "card")
+            governor = Governor(sensor, LIMITS, emit, stop=stop, save=save, clock=clock, sleep=clock.sleep)
+            monkeypatch.setattr("bp_train_cuda.watch.Watch.look", lambda self: tick(clock, governor))
+            return Watch(governor)
+
+        monkeypatch.setattr("bp_train_cuda.engine.open_watch", opened)
+        return clock
+
+    def tick(clock, governor):
+        clock.now += 2
+        governor.look()
+
+    return watch
+
+
+def test_a_run_pauses_and_goes_on_and_its_steps_tell_the_temperature(pico_model, chat_file, tmp_path, watched):
+    clock = watched([60, 90, 85, 80, 70, 70, 70])
+    outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 4}))
+    assert outcome.steps == 4
+    assert states([e for e in events if isinstance(e, Notice) and "thermal" in e.details]) == ["pause", "resume"]
+    assert [e.temperature for e in events if isinstance(e, StepDone)] == [60, 80, 70, 70]
+    assert clock.slept == [2.0, 2.0]
+
+
+def test_a_run_saves_and_stops_where_the_card_is_too_hot(pico_model, chat_file, tmp_path, watched):
+    saved = []
+    watched([60, 60, 93], save=lambda: saved.append(True))
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 9})
+    events = []
+    with pytest.raises(GpuTemperatureError):
+        CudaRail().train(spec, events.append, lambda: False)
+    assert saved == [True]
+    assert len([e for e in events if isinstance(e, StepDone)]) == 3
+
+
+def test_a_cpu_is_not_watched_and_a_card_without_a_sensor_is_told_once(monkeypatch):
+    events = []
+    spec = TrainingSpec()
+    assert open_watch(spec, Device("cpu", "none", 1), events.append, lambda: False) == Watch()
+    assert events == []
+    monkeypatch.setattr("bp_train_cuda.guards.thermal.find_spec", lambda _: None)
+    card = Device("cuda", "a card", 1)
+    assert open_watch(spec, card, events.append, lambda: False).temperature is None
+    assert [e.message for e in events] == ["the GPU's temperature is not watched: nvidia-ml-py is not installed"]
+    assert open_watch(TrainingSpec(gpu_max_temp=0), card, events.append, lambda: False) == Watch()
+    assert len(events) == 1
+
+
+def test_a_machine_without_the_driver_has_no_sensor():
+    sensor, why = find_sensor()
+    assert sensor is None
+    assert why
