@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 import transformers
-from randommodel import SHAPES, write_model, write_rows
+from randommodel import write_model, write_rows
 
 from bp_runs import Settings, TrainSpec
 from bp_runs.errors import CodedError
 from bp_runs.events import Event, ModelLoaded, Notice, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail
-from bp_train_cuda.estimate import Load, estimate
+from bp_train_cuda.estimate import estimate, read_load
 from bp_train_cuda.guards.thermal import find_sensor
 from bp_train_cuda.shapes import read_shapes
 
@@ -78,7 +78,6 @@ MORE = (
     Case(shape="qwen2.5-1.5b", mode="full", batch=2),
     Case(shape="phi-4-mini", batch=2, seq=4096),
     Case(shape="llama-3.2-1b", mode="lora", batch=8, r=8),
-    Case(shape="mistral-7b", batch=1, accumulation=2, r=128),
 )
 
 
@@ -131,7 +130,8 @@ class Bench:
         case = self.shrink(case)
         events: list[Event] = []
         began = time.perf_counter()
-        outcome = CudaRail().train(self.spec(case, **training), events.append, lambda: False)
+        spec = self.spec(case, **training)
+        outcome = CudaRail().train(spec, events.append, lambda: False)
         steps = [e for e in events if isinstance(e, StepDone)]
         notices = [e for e in events if isinstance(e, Notice)]
         rehearsal = next((n.details["rehearsal"] for n in notices if "rehearsal" in n.details), None)
@@ -149,22 +149,22 @@ class Bench:
             "peak_gib": gib(peak),
             "reserved_gib": gib(torch.cuda.max_memory_reserved()) if ON_GPU else 0.0,
             "preflight_gib": gib(rehearsal["peak_bytes"]) if rehearsal else None,
-            "estimate": estimate_of(case, length),
+            "estimate": estimate_of(spec, case.mode, length),
+            "trained": next(e for e in events if isinstance(e, ModelLoaded)).trainable,
             "pieces": max((n.details["pieces"] for n in notices if "pieces" in n.details), default=1),
             "thermal": [[n.details["thermal"], n.details["temperature"]] for n in notices if "thermal" in n.details],
             "hottest": max((e.temperature for e in steps if e.temperature is not None), default=None),
         }
 
 
-def estimate_of(case: Case, length: int) -> dict[str, float]:
-    load = Load(
-        mode=case.mode, method=case.method, r=case.r, targets=case.targets, batch_size=case.batch, seq_length=length,
-        accumulates=case.accumulation > 1, checkpointing=ON_GPU,
-    )  # fmt: skip
-    found = estimate(read_shapes(SHAPES[case.shape]), load)
+def estimate_of(spec: TrainSpec, mode: str, length: int) -> dict[str, float]:
+    """What estimate-vram says of the same run, for rows of ``length`` tokens."""
+    load = replace(read_load(spec, mode), seq_length=length, checkpointing=ON_GPU)
+    found = estimate(read_shapes(json.loads((spec.base / "config.json").read_text())), load)
     return {
         "in_use_gib": gib(found.in_use),
         "needed_gib": gib(found.needed),
+        "paged_gib": gib(found.paged),
         **{k: gib(v) for k, v in found.parts.items()},
     }
 
@@ -227,40 +227,28 @@ def part_estimate(bench: Bench, _cap: float) -> dict[str, Any]:
 
 
 def part_thermal(bench: Bench, _cap: float) -> dict[str, Any]:
-    """Heat the card, then train with a limit below its temperature: it must pause, cool, go on and finish."""
+    """See how hot the card gets in a training, then train with a limit below that: it must pause, cool and go on."""
     sensor, why = find_sensor() if ON_GPU else (None, "no GPU")
     if sensor is None:
         return {"skipped": why}
-    idle, heated = sensor.read(), heat_up(sensor)
-    case = Case(shape="llama-3.2-1b", mode="lora", steps=6, gpu_max_temp=max(heated - 2, 30))
-    row = tell("thermal", bench.train(case))
+    idle = int(sensor.read() or 0)
+    case = Case(shape="qwen2.5-7b", batch=4, steps=16)
+    free = tell("thermal/free", bench.train(case, preflight="off"))
+    limit = min(free["hottest"] - 1, max(free["hottest"] - 3, idle + 9))  # it resumes 8 degrees lower
+    row = tell("thermal", bench.train(replace(case, gpu_max_temp=limit), preflight="off"))
     states = [state for state, _ in row["thermal"]]
     return {
-        "idle": idle,
-        "heated": heated,
-        "limit": case.gpu_max_temp,
-        "states": states,
-        "paused_and_went_on": {"pause", "resume"} <= set(states),
-        "steps": row["steps"],
-    }
-
-
-def heat_up(sensor: Any, seconds: float = 25.0) -> int:
-    """Multiply matrices for a while; the temperature then."""
-    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        for _ in range(50):
-            left @ right
-        torch.cuda.synchronize()
-    return int(sensor.read() or 0)
+        "idle": idle, "hottest_without_limit": free["hottest"], "limit": limit, "states": states, "steps": row["steps"],
+        "paused_and_went_on": {"pause", "resume"} <= set(states), "hottest": row["hottest"],
+        "seconds": [free["seconds"], row["seconds"]],
+    }  # fmt: skip
 
 
 def part_trl(bench: Bench, _cap: float) -> dict[str, Any]:
     """Ours and plain TRL + PEFT in turns, the same model, rows, settings and float32 adapters."""
     case = bench.shrink(Case(shape="qwen2.5-7b", batch=2, accumulation=2, steps=12))
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
-    for _ in range(3 if ON_GPU else 1):
+    for _ in range(2 if ON_GPU else 1):
         rows["ours"].append(tell("trl/ours", bench.train(case, preflight="off", kernels="none")))
         rows["trl"].append(tell("trl/trl", train_with_trl(bench, case)))
     rows["trl_bf16_adapters"] = [tell("trl/bf16", train_with_trl(bench, case, adapters=torch.bfloat16))]
@@ -362,8 +350,8 @@ def train_with_trl(bench: Bench, case: Case, adapters: torch.dtype = torch.float
 
 PARTS: Mapping[str, Callable[[Bench, float], dict[str, Any]]] = {
     "fit": part_fit,
-    "oom": part_oom,
     "estimate": part_estimate,
+    "oom": part_oom,
     "thermal": part_thermal,
     "trl": part_trl,
 }
@@ -410,6 +398,9 @@ def main() -> int:
             "transformers": transformers.__version__,
         },
     )
+    transformers.utils.logging.disable_progress_bar()
+    if options.scratch:
+        options.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         bench = Bench(Path(scratch), dry=options.dry or not ON_GPU)
         ends = {name: run_part(name, bench, options.cap_gib) for name in options.parts.split(",")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 from pathlib import Path
@@ -61,6 +62,7 @@ def write_model(folder: Path, shape: str) -> Path:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     del model
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return folder

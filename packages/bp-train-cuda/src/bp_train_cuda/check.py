@@ -65,7 +65,9 @@ def require_fp8(device: probe.Device, mode: probe.Mode) -> None:
     if mode.name == "qlora":
         raise Fp8Error("a 4-bit base is not multiplied in 8-bit floats", way_out="Choose one: --fp8 --mode lora")
     if find_spec("torchao") is None:
-        raise Fp8Error("torchao is not installed", way_out="Install it: pip install bp-train-cuda[fp8]; or leave out --fp8.")
+        raise Fp8Error(
+            "torchao is not installed", way_out="Install it: pip install bp-train-cuda[fp8]; or leave out --fp8."
+        )
 
 
 def require_targets(model: Any, spec: LoraSpec) -> None:

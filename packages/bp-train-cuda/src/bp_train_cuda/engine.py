@@ -33,6 +33,7 @@ from bp_train_cuda.fp8 import use_fp8
 from bp_train_cuda.guarded import Parts
 from bp_train_cuda.guards.fit import CardFit
 from bp_train_cuda.guards.oom import StepSplitter, try_again
+from bp_train_cuda.guards.optimizer import release_model
 from bp_train_cuda.kept import KeptBase, take_off_adapter
 from bp_train_cuda.kernels import apply_kernels
 from bp_train_cuda.loop import StepReporter
@@ -157,7 +158,10 @@ def _base(spec: TrainSpec, kept: KeptBase | None) -> Iterator[_Loaded]:
     with (KeptBase() if kept is None or changes_base else kept).borrow(key, load_base) as base:
         if spec.training.fp8:
             use_fp8(base)
-        yield _Loaded(device, mode, checked.parameters, base, apply_kernels(base, spec.training.kernels, device))
+        try:
+            yield _Loaded(device, mode, checked.parameters, base, apply_kernels(base, spec.training.kernels, device))
+        finally:
+            release_model(base)
 
 
 def _train(

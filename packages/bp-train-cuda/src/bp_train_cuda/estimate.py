@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal, cast
 
 from bp_runs.rail import MemoryEstimate
@@ -28,8 +29,9 @@ Mode = Literal["lora", "qlora", "full"]
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight; scales of 64 weights in 8 bits, of 256 scales in 32
 _TILE = (4096, 32768)  # tokens and words of the vocabulary that TRL projects at a time
 _ROWS = {"dpo": 2, "orpo": 2, "simpo": 2}  # a pair is two rows
-# Bytes that an optimizer keeps for a trained weight.
-_MOMENTS: Mapping[str, float] = {"lora": 8, "qlora": 2 + 8 / 256, "full": 2 + 8 / 256}
+_OPTIMIZERS: Mapping[str, str] = {"lora": "adamw_torch", "qlora": "adamw_8bit", "full": "paged_adamw_8bit"}
+"""What ``auto`` takes."""
+_8BIT = 2 + 8 / 256  # bytes a weight: two moments, and a float32 scale of each for 256 weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,9 @@ class Load:
     accumulates: bool = True
     """Whether gradients of earlier micro-batches lie there while the next one runs."""
     checkpointing: bool = True
+    optimizer: str = "auto"
+    fused: bool = False
+    """Whether Liger's kernels are used, which keep less of the feed-forward part."""
 
     @property
     def tokens(self) -> int:
@@ -73,6 +78,8 @@ def read_load(settings: Settings, mode: str, rows: int | None = None) -> Load:
         seq_length=settings.model.max_seq_length,
         accumulates=training.gradient_accumulation > 1,
         checkpointing=training.gradient_checkpointing,
+        optimizer=training.optim,
+        fused=training.kernels != "none" and all(find_spec(name) for name in ("triton", "liger_kernel")),
     )
 
 
@@ -95,10 +102,11 @@ def estimate(shapes: Shapes, load: Load, calibration: float = 1.0) -> MemoryEsti
     trained = shapes.parameters if full else trained
     size = 2 if full else 4  # bytes of a trained weight: adapters are float32
     gradients = size * trained
+    moments, paged = _weigh_moments(shapes, load, trained)
     lasting = {
         "weights": _weigh(shapes, load.mode),
         "adapter": 0 if full else size * trained,
-        "optimizer": 0 if full else int(_MOMENTS[load.mode] * trained),
+        "optimizer": 0 if paged else moments,
     }
     passing = _find_peak(shapes, load, adapted, gradients, trained)
     parts = {k: int(calibration * v) for k, v in {**lasting, **passing}.items()}
@@ -106,7 +114,7 @@ def estimate(shapes: Shapes, load: Load, calibration: float = 1.0) -> MemoryEsti
         mode=load.mode,
         parts=parts,
         beside=CONTEXT + int(FRAGMENTS * sum(parts.values())),
-        paged=int(_MOMENTS["full"] * trained) if full else 0,
+        paged=moments if paged else 0,
         parameters=shapes.parameters,
         trained=trained,
     )
@@ -127,6 +135,15 @@ def _weigh(shapes: Shapes, mode: Mode) -> int:
     return 2 * shapes.parameters
 
 
+def _weigh_moments(shapes: Shapes, load: Load, trained: int) -> tuple[int, bool]:
+    """Bytes of the optimizer's moments, and whether they may lie in system RAM."""
+    optimizer = _OPTIMIZERS[load.mode] if load.optimizer == "auto" else load.optimizer
+    if "8bit" not in optimizer:
+        return (4 if load.mode == "full" else 8) * trained, False  # two, of the weight's own type
+    embedding = shapes.vocabulary * shapes.hidden if load.mode == "full" else 0  # transformers keeps it in 32 bits
+    return int(_8BIT * (trained - embedding)) + 8 * embedding, optimizer.startswith("paged")
+
+
 def _find_peak(shapes: Shapes, load: Load, adapted: tuple[Linear, ...], gradients: int, trained: int) -> dict[str, int]:
     """The highest of the moments of a step at which memory can be highest, in bytes."""
     inputs = 2 * shapes.hidden * load.tokens * shapes.layers
@@ -138,27 +155,30 @@ def _find_peak(shapes: Shapes, load: Load, adapted: tuple[Linear, ...], gradient
         inputs = count_saved_bytes(shapes, load, adapted) * load.tokens * shapes.layers
         one_input = inputs // shapes.layers
     earlier = gradients if load.accumulates else 0
+    embedding = 2 * shapes.vocabulary * shapes.hidden if load.mode == "full" else 0
     moments = (
         {"gradients": earlier, "activations": inputs + layer},  # backward of the last layer
         {"gradients": gradients, "activations": one_input + layer},  # backward of the first layer
         {"gradients": earlier, "activations": inputs, "logits": head + cast},  # the head, and the way forward
-        {"gradients": gradients, "activations": 0},  # the optimizer's step
+        {"gradients": gradients + embedding, "activations": one_input},  # backward of the embedding
     )
     return max(moments, key=lambda moment: sum(moment.values()))
 
 
 def count_layer_bytes(shapes: Shapes, load: Load, adapted: tuple[Linear, ...]) -> int:
-    """Bytes a token needs in a layer while it is recomputed and differentiated."""
+    """Bytes a token needs in a layer while it is recomputed and differentiated.
+
+    PEFT's layers on a 16-bit base copy their input to float32 and back; those on a 4-bit base leave it to autocast.
+    """
     names = {a.name for a in adapted}
-    inner, hidden, queries = 12, 10, 4
-    if load.mode == "full":
-        hidden = 12
-    if names & {"down_proj"}:
-        inner, hidden = 14, 14
-    if names & {"o_proj", "out_proj"}:
-        queries, hidden = 6, max(hidden, 12)
-    if names & {"gate_proj", "up_proj", "gate_up_proj"}:
-        hidden = 24 if "down_proj" in names else 16
+    inner, hidden, queries = 10 if load.fused else 12, 12 if load.mode == "full" else 10, 4
+    if load.mode == "lora":
+        if "down_proj" in names:
+            inner, hidden = 14, 14
+        if names & {"o_proj", "out_proj"}:
+            queries, hidden = 6, max(hidden, 12)
+        if names & {"gate_proj", "up_proj", "gate_up_proj"}:
+            hidden = 24 if "down_proj" in names else 16
     return (
         inner * shapes.feed_forward
         + hidden * shapes.hidden
@@ -171,7 +191,7 @@ def count_layer_bytes(shapes: Shapes, load: Load, adapted: tuple[Linear, ...]) -
 def count_saved_bytes(shapes: Shapes, load: Load, adapted: tuple[Linear, ...]) -> int:
     """Bytes a token leaves in a layer for backward where nothing is recomputed."""
     share = len({a.name for a in adapted}) / max(1, len({a.name for a in shapes.linears}))
-    share = 1.0 if load.mode == "full" else share
+    share = 1.0 if load.mode == "full" else 0.0 if load.mode == "qlora" else share
     return int(
         (6 + 2 * share) * shapes.feed_forward
         + (8 + 10 * share) * shapes.hidden

@@ -6,6 +6,7 @@ method, so logits never exist whole; Liger's fused cross-entropy would take its 
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -43,6 +44,7 @@ def _find_obstacle(model_type: str, device: Device) -> str:
     for module, package in (("triton", "triton"), ("liger_kernel", "liger-kernel")):
         if find_spec(module) is None:
             return f"{package} is not installed"
+    logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns of every back-end that it does not find
     from liger_kernel.transformers import monkey_patch
 
     known = model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN

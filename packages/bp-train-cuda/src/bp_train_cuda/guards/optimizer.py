@@ -5,6 +5,7 @@ Also: an optimizer as it was before its first step.
 
 from __future__ import annotations
 
+import sys
 from types import MethodType
 from typing import Any
 
@@ -58,6 +59,25 @@ def count_moment_bytes(optimizer: Any) -> int:
     """Bytes that the optimizer keeps for its parameters."""
     tensors = (v for state in _raw(optimizer).state.values() for v in state.values() if torch.is_tensor(v))
     return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
+
+
+def release_model(model: Any) -> None:
+    """Let bitsandbytes forget ``model``: its one registry of overrides would keep the embedding's memory for ever.
+
+    transformers enters every embedding there when it makes an 8-bit optimizer, so that its moments stay in 32 bits. By
+    a weight's place in the optimizer the override would also pass to the next model's.
+    """
+    if "bitsandbytes" not in sys.modules:
+        return
+    from bitsandbytes.optim import GlobalOptimManager
+
+    registry: Any = GlobalOptimManager.get_instance()
+    ours = {id(module) for module in model.modules()}
+    kept = [entry for entry in registry.module_weight_config_triple if id(entry[0]) not in ours]
+    registry.module_weight_config_triple[:] = kept
+    registry.index2config.clear()
+    for weight in model.parameters():
+        registry.pid2config.pop(id(weight), None)
 
 
 def _raw(optimizer: Any) -> torch.optim.Optimizer:
