@@ -146,6 +146,15 @@ def test_folders_that_are_no_data_sets(tmp_path):
         fetch_dataset("owner/never", tmp_path / "kept", offline=True)
 
 
+def test_without_the_library_the_way_out_is_named(chats, tmp_path, monkeypatch):
+    for module in ("datasets", "datasets.data_files", "datasets.exceptions"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in (chats, "owner/chats"):
+        with pytest.raises(DatasetFormatUnsupportedError) as caught:
+            fetch_dataset(name, tmp_path / "kept", split="test")
+        assert "bp-data[hub]" in caught.value.way_out
+
+
 @pytest.mark.parametrize("name", ["owner/chats", "squad", "HuggingFaceH4/ultrachat_200k"])
 def test_names_of_data_sets(name):
     assert looks_like_hub_name(name)

@@ -415,6 +415,9 @@ def test_pairs_that_are_too_long_or_bad(chatml, write_lines):
     }
     with pytest.raises(DatasetInvalidError, match="line 1"):
         prepare_pairs(write_lines([long, PAIR]), chatml, 40, on_overflow="fail")
+    with pytest.raises(DatasetInvalidError, match="is wanted") as caught:
+        prepare_pairs(write_lines([qa(("Q", "A"))]), chatml, 40)
+    assert "--method" in caught.value.way_out
     with pytest.raises(DatasetInvalidError, match="the same"):
         prepare_pairs(write_lines([{**PAIR, "chosen": "bad"}]), chatml, 40)
     with pytest.raises(DatasetGateError, match="no row"):

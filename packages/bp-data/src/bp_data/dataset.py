@@ -364,6 +364,8 @@ def bad_row(
     way_out = None
     if bad.code is RowFault.CUT_AWAY:
         way_out = "Allow longer rows (--max-seq-length), or leave such rows out: --on-bad-row skip"
+    if bad.code is RowFault.WRONG_KIND:
+        way_out = "Train with the method that the row is for (--method), or leave such rows out: --on-bad-row skip"
     if bad.code is RowFault.OVERFLOW:
         way_out = "Allow longer rows (--max-seq-length), or choose what becomes of them: --on-overflow truncate"
     return DatasetInvalidError(message, way_out=way_out, details=details)
