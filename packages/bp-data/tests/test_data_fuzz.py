@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bp_data import (
@@ -340,6 +340,8 @@ def test_any_file_is_rows_or_a_coded_error_for_long(tmp_path_factory, made):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(CHATS)
+@example((None, [("", "", "</think>Hello"), ("", "", "")], False))  # dropped by a reasoning model's template
+@example((None, [("", "", ""), ("", "", "")], True))
 def test_only_answers_are_learnt(encoders, chat):
     check_masks(encoders, chat)
 

@@ -175,10 +175,10 @@ class _Reading:
         def chats() -> Iterator[tuple[Row, Chat] | Rejected]:
             for row in rows:
                 example = row if isinstance(row, Rejected) else self._recognise(row)
-                if isinstance(row, Rejected) or isinstance(example, Rejected):
+                if isinstance(example, Rejected):
                     ahead.append((row, None))
-                    yield example if isinstance(example, Rejected) else row  # type: ignore[misc]
-                else:
+                    yield example
+                elif isinstance(row, Row):
                     ahead.append((row, example))
                     yield from ((row, chat) for chat in _chats_of(example))
 
