@@ -1,6 +1,7 @@
 """All weights, starts of the adapter, optimizers, and what is refused before weights are loaded."""
 
 import json
+from importlib.util import find_spec
 from itertools import product
 
 import pytest
@@ -26,11 +27,14 @@ from bp_train_cuda.errors import (
     ModelLoadError,
     SequenceTooLongError,
     TargetModulesError,
+    UnslothError,
     VocabularyError,
 )
+from bp_train_cuda.fp8 import use_fp8
 from bp_train_cuda.lora import add_lora
 from bp_train_cuda.optimizer import choose_optimizer
 from bp_train_cuda.probe import Device, Mode, choose_dtype, choose_mode
+from bp_train_cuda.unsloth import require_unsloth
 
 CPU, GPU = Device("cpu", "none", 1), Device("cuda", "a card", 16 * 2**30)
 
@@ -85,15 +89,21 @@ def test_full_weights_keep_their_type(pico_model, chat_file, tmp_path, dtype):
     assert {str(t.dtype) for t in weights.values()} == {f"torch.{dtype}"}
 
 
-def test_preferences_train_all_weights_from_the_untrained_model(pico_model, tmp_path):
-    rows = [{"prompt": f"who {i}", "chosen": "captain marlow", "rejected": "a lazy dog"} for i in range(6)]
-    file = tmp_path / "pairs.jsonl"
+@pytest.mark.parametrize("method", ["dpo", "orpo", "simpo", "kto"])
+def test_methods_that_compare_train_all_weights(pico_model, tmp_path, method):
+    answers = {"chosen": "captain marlow", "rejected": "a lazy dog"}
+    rows = [{"prompt": f"who {i}", **answers} for i in range(6)]
+    if method == "kto":
+        rows = [{"prompt": f"who {i}", "completion": [*answers.values()][i % 2], "label": i % 2 == 0} for i in range(6)]
+    file = tmp_path / "answers.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    change = {"mode": "full", "method": "dpo", "steps": 4, "batch_size": 6, "learning_rate": 1e-3, "warmup_steps": 0}
+    change = {"mode": "full", "method": method, "steps": 4, "batch_size": 6, "learning_rate": 1e-3, "warmup_steps": 0}
     _, events = train(spec_for(pico_model, file, tmp_path / "run", training=change))
     steps = [e for e in events if isinstance(e, StepDone)]
-    assert steps[0].loss == pytest.approx(0.6931, rel=1e-3)
-    assert steps[-1].metrics["margin"] > 0.1
+    if method in ("dpo", "kto"):  # the untrained model is the reference
+        assert steps[0].loss == pytest.approx({"dpo": 0.6931, "kto": 0.5}[method], rel=1e-3)
+    assert steps[-1].loss < steps[0].loss
+    assert steps[-1].metrics["margin"] > steps[0].metrics["margin"] + 0.01
 
 
 @pytest.mark.parametrize("rs", [False, True])
@@ -186,6 +196,42 @@ def test_refused_before_weights_are_loaded(pico_model, tmp_path, monkeypatch):
     monkeypatch.setattr("bp_train_cuda.check.find_spec", lambda name: None)
     with pytest.raises(BitsandbytesError, match="paged_adamw_8bit"):
         refused(base, training={"optim": "paged_adamw_8bit"})
+
+
+def test_unsloth_is_refused_where_it_cannot_be(pico_model, monkeypatch):
+    if find_spec("unsloth") is None:
+        with pytest.raises(UnslothError, match="not installed"):
+            refused(pico_model, training={"engine": "unsloth"})
+    monkeypatch.setattr("bp_train_cuda.unsloth.find_spec", lambda name: object())
+    with pytest.raises(UnslothError, match="CUDA device"):
+        refused(pico_model, training={"engine": "unsloth"})
+    for change in ({"method": "dpo"}, {"mode": "full"}, {"fp8": True}):
+        with pytest.raises(InvalidSettingError, match=next(iter(change))):
+            require_unsloth(Settings(training=TrainingSpec(**change)), GPU)
+    require_unsloth(Settings(), GPU)
+
+
+def test_deterministic_holds_for_the_run_and_no_longer(pico_model, chat_file, tmp_path):
+    for wanted in (True, False):
+        seen = []
+        spec = spec_for(pico_model, chat_file, tmp_path / str(wanted), training={"deterministic": wanted, "steps": 1})
+        CudaRail().train(spec, lambda _: seen.append(torch.are_deterministic_algorithms_enabled()), lambda: False)
+        assert seen[-1] is wanted
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_float8_layers_are_all_but_the_output(pico_model):
+    pytest.importorskip("torchao")
+    model = AutoModelForCausalLM.from_pretrained(pico_model)
+    ids = torch.arange(3, 35)[None]
+    before = model(ids).logits
+    assert use_fp8(model, emulate=True) == 14
+    adapted = add_lora(model, LoraSpec(r=4))
+    loss = adapted(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+    change = (adapted(ids).logits - before).abs().max()
+    assert 0 < change < 0.2
 
 
 def test_bfloat16_is_refused_on_a_card_that_emulates_it(monkeypatch):

@@ -24,6 +24,7 @@ GateError
 ├── EvalGateError          RUNTIME_EVAL_GATE_REGRESSED  eval's gate said no
 └── MultiRunGateError      RUNTIME_MULTIRUN_GATE     the gate of a multi-run left out every run
 DependencyError
+├── TrackerMissingError    DEP_TRACKER_MISSING       a tracker was named that is not installed
 ├── EvalRailError          DEP_EVAL_UNSUPPORTED      the rail cannot look at single rows
 ├── OfflineError           DEP_OFFLINE               a connection was wanted although the network is forbidden
 ├── HubUnreachableError    DEP_HUB_UNREACHABLE       offline, or the Hub does not answer
@@ -237,3 +238,11 @@ class MultiRunStateError(StateError):
     code = "STATE_MULTIRUN_INVALID"
     when = "A multi-run was to go on, and its files are missing or damaged, it is another kind of run, or it is done."
     default_way_out = "See the runs: backprop list-runs; or start a new one: backprop multi-run"
+
+
+class TrackerMissingError(DependencyError):
+    """The tracker that was named is not installed."""
+
+    code = "DEP_TRACKER_MISSING"
+    when = "report_to names a tracker that is not installed."
+    default_way_out = "Install it, or train without: --report-to none"

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backpropagate import catalogue, offline, presets, rails, settings, stopping, system
+from backpropagate import catalogue, offline, presets, rails, settings, stopping, system, trackers
 from backpropagate.exporting import ExportResult, export_adapter
 from backpropagate.logs import current_run
 from bp_runs.errors import InterruptedRunError
@@ -100,6 +100,7 @@ class Trainer:
         rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
         store = RunStore(self.output)
+        following = trackers.choose_trackers(wanted.training.report_to, os.environ)
         store.require_own_adapter(result_name(resolved.to_record()))
         base = _find_base(rail, wanted)
         machine = system.program_home(os.environ)
@@ -113,10 +114,23 @@ class Trainer:
             hardware=system.describe_machine(),
         )
         token = current_run.set(writer.run_id)
-        watcher = Watcher(writer.emit, on_event)
+        followed = trackers.describe_run(
+            writer.run_id,
+            wanted.training.run_name,
+            wanted.to_flat(),
+            output=self.output,
+            offline=system.is_offline(os.environ),
+            environ=os.environ,
+        )
         forbidden = system.is_network_forbidden(os.environ)
         try:
-            with writer, stopping.on_interrupt() as stop, offline.forbid_network(wanted=forbidden):
+            with (
+                writer,
+                stopping.on_interrupt() as stop,
+                offline.forbid_network(wanted=forbidden),
+                trackers.follow(following, followed) as takers,
+            ):
+                watcher = Watcher(writer.emit, on_event, *takers)
                 for remark in presets.remarks(wanted.model.name, chosen):
                     watcher.emit(remark)
                 folders = replace(writer.folders, machine=machine)
@@ -236,11 +250,11 @@ class Trainer:
 
 
 class Watcher:
-    """Records every event, then shows it; a screen that fails is told of once and dropped, never the run."""
+    """Records every event, then shows it; a screen or tracker that fails is told of once and dropped, never the run."""
 
-    def __init__(self, record: Emit, show: Emit | None) -> None:
+    def __init__(self, record: Emit, *shows: Emit | None) -> None:
         self._record = record
-        self._show = show
+        self._shows = [show for show in shows if show is not None]
 
     def emit(self, event: Event) -> None:
         """Record and show one event.
@@ -249,13 +263,12 @@ class Watcher:
             CodedError: Recording failed, on a full disk for instance.
         """
         self._record(event)
-        if self._show is None:
-            return
-        try:
-            self._show(event)
-        except Exception:  # noqa: BLE001  # an edge: what a caller's callback or a closed terminal raises must not cost a run
-            self._show = None
-            _log.warning("on_event failed and is not called again; the run goes on", exc_info=True)
+        for show in list(self._shows):
+            try:
+                show(event)
+            except Exception:  # noqa: BLE001  # an edge: what a caller's callback or a closed terminal raises must not cost a run
+                self._shows.remove(show)
+                _log.warning("on_event failed and is not called again; the run goes on", exc_info=True)
 
 
 def _publish(store: RunStore, run_id: str, outcome: TrainOutcome) -> Path:

@@ -140,6 +140,10 @@ class TrainingSpec:
         "lora: 16- or 32-bit base; qlora: 4-bit base (nf4, arXiv:2305.14314), GPU only; full: all weights; "
         "auto: lora or qlora, by the memory.",
     )
+    engine: Literal["auto", "trl", "unsloth"] = setting(
+        "auto",
+        "What loads the model: trl, or unsloth with kernels of its own, for sft; auto: trl, which needs no more.",
+    )
     steps: int = setting(100, "Optimizer steps.")
     learning_rate: float | None = setting(
         None,
@@ -187,6 +191,13 @@ class TrainingSpec:
     )
     output_dir: str = setting("./output", "Output folder: adapter, runs and exports.")
     seed: int = setting(42, "Seed of rows' order, initial weights and dropout.")
+    report_to: Literal["auto", "none", "tensorboard", "mlflow", "wandb", "trackio"] = setting(
+        "auto", "Tracker that follows the run; auto: all that are installed, wandb only with WANDB_API_KEY."
+    )
+    run_name: str | None = setting(None, "The run's name in trackers; default: its id.")
+    deterministic: bool = setting(
+        False, "Take only computations that give the same bits each time, on a GPU too; slower."
+    )
     sample_prompts: tuple[str, ...] = setting((), "Prompts that are answered before and after training.")
     sample_tokens: int = setting(48, "Longest sample answer, in tokens.")
     dpo_beta: float = setting(0.1, "How closely dpo holds to the untrained model (arXiv:2305.18290).")

@@ -12,7 +12,7 @@ import torch
 from bp_data.asked import AnyPrepared
 from bp_runs.errors import InvalidSettingError
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
-from bp_train_cuda import load, probe
+from bp_train_cuda import load, probe, unsloth
 from bp_train_cuda.errors import BitsandbytesError, Fp8Error, SequenceTooLongError, TargetModulesError, VocabularyError
 
 ALL_LINEAR = "all-linear"
@@ -33,6 +33,7 @@ def check_model(settings: Settings, base: Path) -> Checked:
     Raises:
         RemoteCodeError, ModelLoadError, GpuNotAvailableError: As `load.read_config`, `sketch_model`, `require_capable`.
         ModeError, BitsandbytesError, FullModelTooLargeError, Bf16Error: As `probe.choose_mode` and `choose_dtype`.
+        UnslothError, InvalidSettingError: As `unsloth.require_unsloth`.
         Fp8Error: 8-bit floats are asked for and cannot be had.
         TargetModulesError, InvalidSettingError: The adapter cannot be made on this model.
     """
@@ -46,6 +47,8 @@ def check_model(settings: Settings, base: Path) -> Checked:
     require_optimizer(settings)
     if settings.training.fp8:
         require_fp8(device, mode)
+    if settings.training.engine == "unsloth":
+        unsloth.require_unsloth(settings, device)
     if mode.name != "full":
         require_targets(sketch, settings.lora)
         require_start(settings.lora, mode)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import constants as hub_constants
 from safetensors import SafetensorError
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, enable_full_determinism, set_seed
 from transformers.utils import logging as transformers_logging
 
 from bp_data import Prepared
@@ -23,8 +23,8 @@ from bp_runs.errors import CodedError, DiskFullError, TrainingDivergedError
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
 from bp_runs.rail import EvalOutcome, RowOutcome, Stop, TrainOutcome, mean_ends
-from bp_runs.spec import LoraSpec, TrainSpec
-from bp_train_cuda import check, full, load, lora, probe
+from bp_runs.spec import LoraSpec, TrainingSpec, TrainSpec
+from bp_train_cuda import check, full, load, lora, probe, unsloth
 from bp_train_cuda.answers import answer
 from bp_train_cuda.checkpoint import Checkpointer
 from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError, TrainingFailedError
@@ -65,7 +65,7 @@ def train(
     Raises:
         CodedError: As `bp_train_cuda.rail.CudaRail.train`.
     """
-    with _quiet_framework(), _base(spec, kept) as loaded:
+    with _quiet_framework(), _determinism(spec.training), _base(spec, kept) as loaded:
         return _train(spec, prepared, heldout, emit, stop, loaded=loaded)
 
 
@@ -131,8 +131,9 @@ def examine(
 
 
 def _as_read(spec: TrainSpec) -> TrainSpec:
-    """The spec with a mode in which a base is only read."""
-    return replace(spec, training=replace(spec.training, mode="lora")) if spec.training.mode == "full" else spec
+    """The spec with a mode and an engine by which a base is only read."""
+    mode = "lora" if spec.training.mode == "full" else spec.training.mode
+    return replace(spec, training=replace(spec.training, mode=mode, engine="trl", fp8=False))
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,8 @@ def _base(spec: TrainSpec, kept: KeptBase | None) -> Iterator[_Loaded]:
     changes_base = mode.name == "full" or spec.training.fp8 or spec.lora.init_lora_weights != "default"
     key = (spec.base.resolve(), spec.base_commit, mode.name, spec.model.dtype, trust, spec.training.kernels)
     load_base = partial(load.load_model, spec.base, device, mode, dtype=spec.model.dtype, trust_remote_code=trust)
+    if spec.training.engine == "unsloth":
+        load_base, changes_base = partial(unsloth.load_model, spec, device, mode), True
     with (KeptBase() if kept is None or changes_base else kept).borrow(key, load_base) as base:
         if spec.training.fp8:
             use_fp8(base)
@@ -212,7 +215,10 @@ def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit) -> Any:
     if loaded.mode.name == "full":
         model = full.open_weights(loaded.base)
     else:
-        model = lora.add_lora(loaded.base, spec.lora, spec.base)
+        if spec.training.engine == "unsloth":
+            model = unsloth.add_lora(loaded.base, spec.lora, seed=spec.training.seed)
+        else:
+            model = lora.add_lora(loaded.base, spec.lora, spec.base)
         if spec.initial_adapter is not None:
             lora.set_weights(model, spec.initial_adapter, spec.lora)
         lora.note_start(model, spec)
@@ -343,6 +349,21 @@ def _model_loaded(spec: TrainSpec, model: Any, parameters: int, mode: probe.Mode
 
 def _count_trainable(model: Any) -> int:
     return sum(weight.numel() for weight in lora.trainable_weights(model).values())
+
+
+@contextlib.contextmanager
+def _determinism(spec: TrainingSpec) -> Iterator[None]:
+    """While the context lasts, torch refuses whatever may give other bits the next time, where the spec wants that."""
+    if not spec.deterministic:
+        yield
+        return
+    before = (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+    enable_full_determinism(spec.seed)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 @contextlib.contextmanager

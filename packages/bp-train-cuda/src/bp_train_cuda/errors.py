@@ -4,6 +4,7 @@ DependencyError
 ├── GpuNotAvailableError   DEP_GPU_NOT_AVAILABLE            too large a model for a CPU
 ├── BitsandbytesError      DEP_BITSANDBYTES_MISSING         4-bit bases need it
 ├── KernelsError           DEP_KERNELS_UNUSABLE             fused kernels were asked for and cannot be had
+├── UnslothError           DEP_UNSLOTH_UNUSABLE             not installed, or it finds no GPU
 └── ModelLoadError         DEP_MODEL_LOAD_FAILED            the base model's files cannot be loaded
 UserError
 ├── ModeError              CONFIG_MODE_UNSUPPORTED          4-bit training on a CPU
@@ -49,6 +50,14 @@ class KernelsError(DependencyError):
     code = "DEP_KERNELS_UNUSABLE"
     when = "Liger's kernels were asked for and are not installed, do not know the model, or there is no GPU."
     default_way_out = "Install them: pip install liger-kernel; or let the rail choose: --kernels auto"
+
+
+class UnslothError(DependencyError):
+    """Unsloth cannot be used."""
+
+    code = "DEP_UNSLOTH_UNUSABLE"
+    when = "The engine unsloth was asked for where it is not installed, or does not import: it wants a GPU to do so."
+    default_way_out = "Train without it: --engine trl"
 
 
 class ModeError(UserError):
