@@ -1,7 +1,10 @@
 """Model presets, LoRA presets and estimates of memory, on the command line and in a run."""
 
 import json
+import re
+import shlex
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +14,10 @@ from backpropagate.presets import MODEL_PRESETS, find_preset, settle_lora
 from backpropagate.settings import resolve
 from bp_runs.events import Notice
 from bp_runs.rail import Probe
-from bp_runs.spec import LORA_PRESETS
+from bp_runs.spec import LORA_PRESETS, Settings
 from bp_runs.testing import FakeRail
 from bp_train_cuda import CudaRail
+from bp_train_cuda.guards.thermal import Limits
 
 GIB = 2**30
 
@@ -141,6 +145,17 @@ def test_the_table_grows_with_the_card(capsys):
         lengths = [length or 0 for length in row["longest"].values()]
         assert lengths == sorted(lengths)
     assert any(row["mode"] == "full" and row["longest"]["16"] for row in rows)
+
+
+def test_the_commands_of_the_page_on_memory_run(capsys):
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "memory.md").read_text(encoding="utf-8")
+    commands = [line for block in re.findall(r"^```bash\n(.*?)^```$", page, re.M | re.S) for line in block.splitlines()]
+    assert len(commands) == 3
+    for command in commands:
+        assert run(shlex.split(command)[1:]) == 0, command
+    limits = Limits.around(Settings().training.gpu_max_temp)
+    for degrees in (limits.warn, limits.pause, limits.resume, limits.critical):
+        assert f"{degrees} °C" in page
 
 
 def test_a_model_of_an_unknown_kind_is_measured_without_weights(tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from bp_runs.errors import ContractError
 from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_train_cuda.checkpoint import Checkpointer
-from bp_train_cuda.guards.oom import Batch, StepSplitter
+from bp_train_cuda.guards.oom import Batch, StepSplitter, try_again
 from bp_train_cuda.guards.optimizer import guard_optimizer
 from bp_train_cuda.lora import trainable_weights
 from bp_train_cuda.optimizer import choose_optimizer
@@ -190,7 +191,8 @@ class Guarded:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002  # transformers' names
         if self.checkpointer is not None:
-            self.checkpointer.save(self)
+            save = partial(self.checkpointer.save, self)
+            try_again(save, "a checkpoint", self.splitter.emit, enabled=self.splitter.enabled)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         if self.checkpointer is not None:
