@@ -45,9 +45,11 @@ def fetch_all(url, folder, asked):
     environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
     command = [sys.executable, "-c", FETCH, str(folder / "kept"), json.dumps(asked)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=True)
+    assert ("what was fetched before is used" in done.stderr) == (url == NOWHERE)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+NOWHERE = "http://127.0.0.1:9"
 CHATS = {"name": "owner/chats"}
 
 
@@ -73,7 +75,7 @@ def fetched(tmp_path_factory):
         online += fetch_all(url, folder, asked[-1:])
         assert len(seen) == before, "a commit that is here is not asked for again"
     later = [CHATS, {**CHATS, "offline": True}, {"name": "owner/none"}, {"name": "owner/none", "offline": True}]
-    return online, fetch_all("http://127.0.0.1:9", folder, later), seen
+    return online, fetch_all(NOWHERE, folder, later), seen
 
 
 def test_a_split_of_the_hub_is_fetched_at_one_commit_and_read_by_our_readers(fetched):
@@ -132,7 +134,13 @@ def test_a_folder_laid_out_like_a_data_set_has_splits_and_subsets(chats, tmp_pat
     with pytest.raises(DatasetPartUnknownError, match="no split 'dev'"):
         answers(subset="en", split="dev")
     (chats / "en" / "train-0.jsonl").write_text('{"prompt": "Q", "completion": "changed"}\n')
-    assert answers(subset="en") == ["changed", "en/train-1.jsonl.gz"], "a change is seen, nothing old is kept"
+    before = list((tmp_path / "kept" / "folders").iterdir())
+    assert answers(subset="en") == ["changed", "en/train-1.jsonl.gz"], "a change is seen"
+    (after,) = (tmp_path / "kept" / "folders").iterdir()
+    assert [after] != before, "nothing old is kept"
+    made = after.stat().st_mtime_ns
+    assert answers(subset="en") == ["changed", "en/train-1.jsonl.gz"]
+    assert after.stat().st_mtime_ns == made, "and what is read elsewhere is not made anew"
 
 
 def test_folders_that_are_no_data_sets(tmp_path):

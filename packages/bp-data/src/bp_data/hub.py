@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -30,8 +31,9 @@ from bp_data.errors import (
 )
 from bp_data.files import kind_of
 from bp_runs.errors import first_line
-from bp_runs.files import coded_disk_errors, publish_folder, publish_json
+from bp_runs.files import publish_folder, publish_json
 
+_log = logging.getLogger("bp_data")
 _NAME: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _MISSING: Final = "Install it: pip install 'bp-data[hub]'"
 # A split that is not named is the first of these that there is.
@@ -113,9 +115,10 @@ def fetch_dataset(
     try:
         with _coded(text, revision):
             found = _from_hub(text, folder, subset, split, revision)
-    except DatasetUnreachableError:
+    except DatasetUnreachableError as error:
         if known is None:
             raise
+        _log.warning("%s; what was fetched before is used, commit %s", error.message, known.commit)
         return known
     note.parent.mkdir(parents=True, exist_ok=True)
     publish_json(note, {**asdict(found), "path": str(found.path)})
@@ -125,23 +128,35 @@ def fetch_dataset(
 def _from_folder(local: Path, folder: Path, subset: str | None, split: str | None) -> HubData:
     chosen, files, split = _find_files(str(local), None, subset, split)
     paths = [Path(file) for file in files]
-    if len(paths) > 1:
-        with coded_disk_errors(folder):
-            paths = [_link_all(local, paths, folder / "folders" / _key(str(local), chosen, split))]
-    return HubData(paths[0], str(local), chosen, split, None)
+    path = paths[0] if len(paths) == 1 else _link_all(local, paths, folder / "folders", _key(str(local), chosen, split))
+    return HubData(path, str(local), chosen, split, None)
 
 
-def _link_all(local: Path, files: Sequence[Path], target: Path) -> Path:
-    """A folder with these files alone: hard links where the disk allows, else copies."""
-    shutil.rmtree(target, ignore_errors=True)
-    for file in files:
-        place = target / file.relative_to(local)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file, place)
-        except OSError:
-            shutil.copyfile(file, place)
+def _link_all(local: Path, files: Sequence[Path], parent: Path, name: str) -> Path:
+    """A folder with these files alone, as they are now: hard links where the disk allows, else copies.
+
+    Another process may be reading it, so it is made anew only where a file changed.
+    """
+    stats = [file.stat() for file in files]
+    state = _key("", *(f"{f} {s.st_size} {s.st_mtime_ns}" for f, s in zip(files, stats, strict=True)))
+    target = parent / f"{name}{state}"
+    if not target.is_dir():
+        with publish_folder(target) as partial:
+            for file in files:
+                place = partial / file.relative_to(local)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _link(file, place)
+        for old in parent.glob(f"{escape(name)}-*"):
+            if old != target:
+                shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _link(file: Path, place: Path) -> None:
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 def _from_hub(name: str, folder: Path, subset: str | None, split: str | None, revision: str | None) -> HubData:
