@@ -71,7 +71,7 @@ ALLOW_CODE_EVAL UI_QUIET UI_WORKDIR UI_PAYLOAD_DIR UI_REQUEST_LOG UI_CORS_EXTRA_
 UI_RATE_LIMIT_WS_PER_MIN UI_RATE_LIMIT_UPLOAD_PER_MIN UI_AUTH UI_AUTH_USER UI_AUTH_VERIFIER UI_LAUNCH_TOKEN UI_HOST_BIND
 UI_SHARE_HOST UI_PORT"""
 
-NOT_THERE_YET = {"multi-run", "resume", "replay", "runs", "diff-runs", "export-runs", "estimate-vram", "push",
+NOT_THERE_YET = {"multi-run", "estimate-vram", "push",
                  "ollama register", "ollama list", "ollama rm", "ollama shelf"}  # fmt: skip
 THERE = [*(c.name for c in COMMANDS), *GROUPS]
 
@@ -114,6 +114,8 @@ def test_an_old_flag_works_or_names_its_successor(command, capsys):
     for flag in OLD_FLAGS[command].split() + EVERYWHERE.split():
         if flag in known or flag in BEING_BUILT.split():
             continue
+        if command in GROUPS and flag == "--json":
+            continue  # its refusal is a JSON document then
         old = oldnames.find_flag(command, flag)
         assert old is not None, f"{command} {flag}"
         run([*command.split(), flag, "x"])

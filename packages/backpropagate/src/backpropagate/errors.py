@@ -8,6 +8,7 @@ UserError
 ├── DataMissingError       INPUT_DATA_MISSING        no data file was named
 ├── ModelNotFoundError     INPUT_MODEL_NOT_FOUND     no such folder, no such Hub model
 ├── ModelInvalidError      INPUT_MODEL_INVALID       a folder that is no Hugging Face model
+├── ResumeDiffersError     CONFIG_RESUME_DIFFERS     a run is to go on with other settings than its own
 ├── RailUnknownError       CONFIG_UNKNOWN_BACKEND    no rail has the name
 ├── JobNotFoundError       INPUT_JOB_NOT_FOUND       the queue has no such job
 ├── QueueBusyError         INPUT_QUEUE_BUSY          another process works through the queue
@@ -52,6 +53,14 @@ class SettingsFileError(UserError):
     code = "CONFIG_INVALID"
     when = "backpropagate.toml cannot be read or is not TOML."
     default_way_out = "Mend the file at the named line, or move it away."
+
+
+class ResumeDiffersError(UserError):
+    """A run was to go on with other settings than it began with."""
+
+    code = "CONFIG_RESUME_DIFFERS"
+    when = "A run was to go on, and a flag asks for something else than its record."
+    default_way_out = "Go on without the flags: backprop resume; or start anew: --no-resume"
 
 
 class CommandLineError(UserError):

@@ -63,6 +63,10 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
         "--hub-private": Old("Push afterwards: backprop push --repo OWNER/NAME --private"),
         "--no-model-card": Old("Leave it out.", "the card is written by `backprop push`, and only there"),
     },
+    "runs": dict.fromkeys(
+        ("--output", "--status", "--limit", "--json"), Old("List runs: backprop list-runs", "`runs` now changes runs")
+    ),
+    "diff-runs": {"--format": Old("As JSON: backprop diff-runs A B --json")},
     "resume": {"--data": Old("Train anew on other data: backprop train --data FILE", "a resumed run keeps its data")},
     "eval": {
         "--vs": Old("Compare with another adapter: --against RUN"),

@@ -19,15 +19,19 @@ import msgspec
 from backpropagate import oldnames
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
 from bp_runs.errors import InvalidSettingError
+from bp_runs.record import RunRecord
+from bp_runs.redact import MASK
 from bp_runs.spec import LORA_PRESETS, LoraSpec, Settings, short_name
 
 ENV_PREFIX = "BACKPROPAGATE_"
 TOML_FILE = "backpropagate.toml"
-Source = Literal["flag", "env", "toml", "preset", "default"]
+Source = Literal["flag", "env", "toml", "preset", "default", "record", "override"]
+"""record and override: of a run that goes on or is done again, and what was changed of it."""
 
 # Environment names of the program itself, which are no settings of a run.
 PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "LOG_FILE", "OFFLINE", "DEBUG"})
 
+_PATHS = ("model.name", "data.path")
 _TRACE_SEQ_LENGTH = 8192  # tokens; reasoning is long
 
 
@@ -173,6 +177,49 @@ def _expand_model(name: str) -> str:
 
     found = find_preset(name)
     return name if found is None else found.model
+
+
+def from_record(record: RunRecord, overrides: Mapping[str, Any] | None = None) -> Resolved:
+    """The settings of a recorded run, so that it can go on or be done again from any folder.
+
+    A relative path that was meant from the run's own working folder is led there. What was taken by default and not
+    overridden stays a default, so that a changed method brings its own learning rate.
+
+    Args:
+        overrides: By any name of a setting: values that take the record's place, as text or as they are.
+
+    Raises:
+        UnknownSettingError: An override names no setting; or the record has one that this version does not know.
+        InvalidSettingError: A value cannot be used, or was a secret and is masked in the record.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = dict.fromkeys(all_settings(), "default")
+    for name, raw in (overrides or {}).items():
+        setting = find_setting(name)
+        values[setting.key] = _convert(setting, raw, "override")
+        sources[setting.key] = "override"
+    for key, entry in record.settings.items():
+        setting = find_setting(key)
+        follows = (key == "training.learning_rate" and entry["source"] == "default") or (
+            entry["source"] == "preset" and "lora.preset" in values
+        )
+        if key in values or follows:
+            continue
+        if MASK in str(entry["value"]):
+            raise InvalidSettingError(f"{key} holds a secret, which the record of {record.run_id} does not keep")
+        values[key] = _convert(setting, _anchored(key, entry["value"], record.cwd), "record")
+        sources[key] = entry["source"] if entry["source"] in ("default", "preset") else "record"
+    if sources["lora.preset"] == "override" and values["lora.preset"] in LORA_PRESETS:
+        _fill_lora(values, sources, values["lora.preset"])
+    return Resolved(_check(_build(values)), MappingProxyType(sources))
+
+
+def _anchored(key: str, value: Any, cwd: str) -> Any:
+    """A path that stands where the run was started, and perhaps not from here."""
+    if key not in _PATHS or not value or Path(value).is_absolute():
+        return value
+    there = Path(cwd) / value
+    return str(there) if Path(cwd) != Path.cwd() and there.exists() else value
 
 
 def _from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bp_runs.errors import PathUnusableError
+from bp_runs.rail import Probe
 
 OURS = ("backpropagate", "bp-runs", "bp-data", "bp-merge", "bp-export", "bp-train-cuda", "bp-train-mlx")
 THEIRS = (
@@ -53,6 +54,11 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory": _memory_bytes(),
     }
+
+
+def describe_device(probe: Probe) -> dict[str, Any]:
+    """What a rail trains on, and the bytes of memory that were free when the run began."""
+    return {"device": probe.device, "device_facts": probe.why, "device_memory": probe.memory}
 
 
 def _memory_bytes() -> int | None:

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backpropagate import catalogue, offline, presets, rails, settings, stopping, system, trackers
+from backpropagate import catalogue, offline, presets, rails, resuming, settings, stopping, system, trackers
 from backpropagate.exporting import ExportResult, export_adapter
 from backpropagate.logs import current_run
-from bp_runs.errors import InterruptedRunError
+from bp_runs.errors import ContractError, InterruptedRunError, ResumeChangedError, ResumeNotFoundError
 from bp_runs.events import Emit, Event
 from bp_runs.paths import result_name
 from bp_runs.rail import Rail, TrainOutcome
 from bp_runs.record import RunRecord
 from bp_runs.spec import Settings, TrainSpec
 from bp_runs.store import RunStore
+from bp_runs.writer import RunWriter
 
 if TYPE_CHECKING:
     from backpropagate.multirun import MultiRunResult
@@ -88,31 +90,122 @@ class Trainer:
 
         Args:
             data: The data: a file, a folder or a Hub data set; default: the setting ``data.path``.
+                With the setting ``resume`` unset, an unfinished run of the same settings goes on.
             on_event: Called with every event of the run, after it is recorded.
             **flags: Settings for this run, over the Trainer's own.
 
         Raises:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
         """
-        system.prepare_environment(os.environ)
         resolved = self._resolve({"data": data, **flags})
-        self.settings = wanted = resolved.settings
+        self.settings = resolved.settings
+        store = RunStore(self.output)
+        going_on = self._choose(store, resolved)
+        if going_on is None:
+            return self._train(store, resolved, on_event)
+        try:
+            return self._train(store, going_on.resolved, on_event, going_on)
+        except ResumeChangedError as error:
+            if resolved.settings.training.resume:
+                raise
+            _log.warning("the run %s cannot go on, a new one begins: %s", going_on.record.run_id, error.cause)
+            return self._train(store, resolved, on_event)
+
+    def resume(
+        self,
+        run: str | None = None,
+        *,
+        take_over: bool = False,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> TrainResult:
+        """Go on with an unfinished run or multi-run by its record; a run from its newest whole checkpoint.
+
+        Args:
+            run: Its id or a part of it; None: the newest unfinished one.
+            take_over: Go on although the record says that another machine works on it.
+            on_event: Called with every event, after it is recorded.
+
+        Raises:
+            ResumeNotFoundError: There is none, or it cannot go on.
+            ResumeChangedError: Its data, template or model has changed; the run is left as it stood.
+            CodedError: As `train`.
+        """
+        store = RunStore(self.output)
+        record = resuming.find_record(store, run)
+        if record.kind == "multi-run":
+            self.multi_run(resume=record.run_id, on_event=on_event)
+            if self.last is None:
+                raise ContractError("a multi-run has left no result")
+            return self.last
+        going_on = resuming.prepare(store, record)
+        return self._train(store, going_on.resolved, on_event, going_on, take_over=take_over)
+
+    def replay(
+        self,
+        run: str,
+        *,
+        overrides: Mapping[str, Any] | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> TrainResult:
+        """Do a recorded run again as a new one, its child, with some settings changed.
+
+        Args:
+            run: Its id or a part of it.
+            overrides: By any name of a setting: ``{"lr": 1e-4, "lora.r": "8"}``.
+            on_event: Called with every event, after it is recorded.
+
+        Raises:
+            CodedError: As `train`; or an override that names no setting.
+        """
+        store = RunStore(self.output)
+        record = store.load(run)
+        if record.kind != "train" or any(entry["source"] == "import" for entry in record.settings.values()):
+            raise ResumeNotFoundError(f"the record of the run {record.run_id} has not all that it was made with")
+        return self._train(store, settings.from_record(record, overrides), on_event, parent=record.run_id)
+
+    def _choose(self, store: RunStore, resolved: settings.Resolved) -> resuming.GoingOn | None:
+        """The run that the setting ``resume`` means; None to begin a new one."""
+        wanted = resolved.settings.training.resume
+        if wanted is None:
+            return resuming.find_same(store, resolved)
+        if not wanted:
+            return None
+        record = resuming.find_record(store, None)
+        if record.kind != "train":
+            line = resume_line(record.run_id, store.output)
+            raise ResumeNotFoundError(f"the newest unfinished run, {record.run_id}, is a multi-run", way_out=line)
+        found = resuming.prepare(store, record)
+        resuming.require_same(resolved, found.resolved, found.record.run_id)
+        return found
+
+    def _train(
+        self,
+        store: RunStore,
+        resolved: settings.Resolved,
+        on_event: Callable[[Event], None] | None,
+        going_on: resuming.GoingOn | None = None,
+        *,
+        parent: str | None = None,
+        take_over: bool = False,
+    ) -> TrainResult:
+        system.prepare_environment(os.environ)
+        wanted = resolved.settings
         rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
-        store = RunStore(self.output)
         following = trackers.choose_trackers(wanted.training.report_to, os.environ)
         store.require_own_adapter(result_name(resolved.to_record()))
         base = _find_base(rail, wanted)
-        machine = system.program_home(os.environ)
-        resolved, chosen = presets.settle_lora(resolved, rail, base.folder, machine)
+        machine, remarks = system.program_home(os.environ), []
+        if going_on is None:
+            if parent is None:
+                resolved, chosen = presets.settle_lora(resolved, rail, base.folder, machine)
+                remarks = presets.remarks(wanted.model.name, chosen)
+            writer = self._start(store, resolved, rail, parent)
+        else:
+            remarks = going_on.notices(system.installed_versions())
+            writer = _reopen(store, going_on, take_over=take_over)
         self.settings = wanted = resolved.settings
-        writer = store.start(
-            settings=resolved.to_record(),
-            rail=rail.name,
-            command=self._command,
-            versions=system.installed_versions(),
-            hardware=system.describe_machine(),
-        )
+        checkpoint = going_on.checkpoint.path if going_on and going_on.checkpoint else None
         token = current_run.set(writer.run_id)
         followed = trackers.describe_run(
             writer.run_id,
@@ -131,21 +224,38 @@ class Trainer:
                 trackers.follow(following, followed) as takers,
             ):
                 watcher = Watcher(writer.emit, on_event, *takers)
-                for remark in presets.remarks(wanted.model.name, chosen):
+                for remark in remarks:
                     watcher.emit(remark)
                 folders = replace(writer.folders, machine=machine)
                 spec = TrainSpec.build(
-                    wanted, folders, base.folder, base.commit, rows=rows.path, rows_commit=rows.commit
+                    wanted,
+                    folders,
+                    base.folder,
+                    base.commit,
+                    rows=rows.path,
+                    rows_commit=rows.commit,
+                    checkpoint=checkpoint,
                 )
                 outcome = rail.train(spec, watcher.emit, stop)
                 adapter = _publish(store, writer.run_id, outcome)
                 record = writer.finish(outcome)
         except KeyboardInterrupt as error:
-            raise InterruptedRunError(f"the run {writer.run_id} was cut off") from error
+            way_out = f"Go on where it stopped: {resume_line(writer.run_id, store.output)}"
+            raise InterruptedRunError(f"the run {writer.run_id} was cut off", way_out=way_out) from error
         finally:
             current_run.reset(token)
         self.last = TrainResult(run_id=writer.run_id, adapter=adapter, outcome=outcome, record=record)
         return self.last
+
+    def _start(self, store: RunStore, resolved: settings.Resolved, rail: Rail, parent: str | None) -> RunWriter:
+        return store.start(
+            settings=resolved.to_record(),
+            rail=rail.name,
+            command=self._command,
+            versions=system.installed_versions(),
+            hardware=system.describe_machine() | system.describe_device(rail.probe()),
+            parent=(parent, "replay") if parent else None,
+        )
 
     def multi_run(
         self,
@@ -269,6 +379,21 @@ class Watcher:
             except Exception:  # noqa: BLE001  # an edge: what a caller's callback or a closed terminal raises must not cost a run
                 self._shows.remove(show)
                 _log.warning("on_event failed and is not called again; the run goes on", exc_info=True)
+
+
+def resume_line(run_id: str, output: Path) -> str:
+    """The command that goes on with a run."""
+    return f"backprop resume {run_id}{where(output)}"
+
+
+def where(output: Path) -> str:
+    """The flag that names an output folder other than the default one, with a space before it."""
+    return "" if output == Path("output") else f" --output {shlex.quote(str(output))}"
+
+
+def _reopen(store: RunStore, going_on: resuming.GoingOn, *, take_over: bool) -> RunWriter:
+    name = going_on.checkpoint.path.name if going_on.checkpoint else None
+    return store.reopen(going_on.record.run_id, from_step=going_on.step, checkpoint=name, take_over=take_over)
 
 
 def _publish(store: RunStore, run_id: str, outcome: TrainOutcome) -> Path:

@@ -18,8 +18,8 @@ from bp_runs.paths import RECORD_FILE
 from bp_runs.process import process_birth
 from bp_runs.redact import redact_data
 
-Relation = Literal["replay", "member", "import"]
-"""To its parent: run again with its settings; one run of a multi-run; taken over from another tool's history."""
+Relation = Literal["replay", "member"]
+"""To its parent: done again with its settings; one run of a multi-run."""
 
 
 def utc_now() -> str:

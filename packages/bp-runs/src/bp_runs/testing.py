@@ -193,7 +193,8 @@ def _build_weights(spec: TrainSpec, width: int) -> bytes:
 
 
 def _model_loaded(spec: TrainSpec) -> ModelLoaded:
-    digest = hashlib.sha256(spec.model.name.encode()).hexdigest()
+    config = spec.base / "config.json"
+    digest = hashlib.sha256(config.read_bytes() if config.is_file() else spec.model.name.encode()).hexdigest()
     return ModelLoaded(
         name=spec.model.name,
         revision=spec.base_commit,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock, Timeout
 
 from bp_runs import paths
+from bp_runs.adapter import WEIGHTS_FILE
 from bp_runs.errors import CodedError, RecordInvalidError, ResumeChangedError, RunActiveError, RunStatus
 from bp_runs.events import CheckpointSaved, DataReady, Event, ModelLoaded, Resumed
 from bp_runs.files import sha256_file
@@ -81,8 +82,10 @@ class RunWriter:
     def finish(self, outcome: TrainOutcome) -> RunRecord:
         """Record a run that ended well, or was stopped by the user with its adapter kept."""
         self._record.result = outcome.to_dict()
-        weights = outcome.adapter / "adapter_model.safetensors"
-        artifact = {"at": utc_now(), "kind": "adapter", "path": str(outcome.adapter), "sha256": sha256_file(weights)}
+        weights = outcome.adapter / WEIGHTS_FILE  # a whole model has its hashes in its own run.json
+        digest = {"sha256": sha256_file(weights)} if weights.is_file() else {}
+        kind = "adapter" if digest else "model"
+        artifact = {"at": utc_now(), "kind": kind, "path": str(outcome.adapter), **digest}
         self._end("stopped" if outcome.stopped else "completed", artifact)
         return self._record
 

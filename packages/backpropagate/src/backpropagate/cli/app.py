@@ -137,6 +137,40 @@ COMMANDS = (
         "backprop show-run 20261123 --output ./output",
     ),
     Command(
+        "resume",
+        "resume:resume",
+        "Go on with an unfinished run, as if it had not been cut off.",
+        "backprop resume 20261123 --output ./output",
+    ),
+    Command(
+        "replay",
+        "resume:replay",
+        "Do a run again as a new one, with some settings changed.",
+        "backprop replay 20261123 --override lr=1e-4 --override lora.r=8",
+    ),
+    Command(
+        "diff-runs",
+        "diff_runs:diff_runs",
+        "Show what is different between two runs.",
+        "backprop diff-runs 9f2c1a 77b0de",
+    ),
+    Command(
+        "export-runs",
+        "export_runs:export_runs",
+        "Write all runs of an output folder as one file.",
+        "backprop export-runs --format csv --to runs.csv",
+    ),
+    Command("runs rm", "runs:rm", "Delete runs with their adapters and checkpoints.", "backprop runs rm 9f2c1a 77b0de"),
+    Command("runs tag", "runs:tag", "Give a run tags, or take them away.", "backprop runs tag 9f2c1a good pirate"),
+    Command("runs note", "runs:note", "Write a note to a run.", 'backprop runs note 9f2c1a "the one that we ship"'),
+    Command("runs protect", "runs:protect", "Keep a checkpoint for good.", "backprop runs protect 9f2c1a --step 200"),
+    Command(
+        "runs import",
+        "runs:import_",
+        "Take over the runs of backpropagate 1.x.",
+        "backprop runs import ./old-output/run_history.json",
+    ),
+    Command(
         "queue add",
         "queue:add",
         "Put a command at the end of the queue, checked now and run later.",
@@ -182,6 +216,7 @@ COMMANDS = (
 # Commands of two words stand together under the first.
 GROUPS = {
     "data": "Look at data files, and split, clean or convert them.",
+    "runs": "Remove, tag and annotate runs, protect their checkpoints, import older ones.",
     "queue": "Several runs in a night, one after the other.",
     "config": "Look at the settings and where they come from.",
     "ollama": "Register models with the Ollama that runs here, list them, take them away.",

@@ -10,23 +10,36 @@ from backpropagate.cli.screen import print_json
 from bp_runs.errors import RunStatus
 from bp_runs.store import RunStore
 
-_HEADS = ("run", "status", "started (UTC)", "steps", "loss", "model", "data")
+_HEADS = ("run", "status", "started (UTC)", "steps", "loss", "model", "data", "tags")
 
 
-def list_runs(*, output: Output = None, status: RunStatus | None = None, limit: int = 20, json: Json = False) -> int:
+def list_runs(
+    *,
+    output: Output = None,
+    status: RunStatus | None = None,
+    tag: str | None = None,
+    limit: int = 20,
+    json: Json = False,
+) -> int:
     """List the runs of an output folder, newest first.
 
     Parameters
     ----------
     status: str
         Only runs that ended so.
+    tag: str
+        Only runs with this tag.
     limit: int
         At most so many; 0: all.
     """
-    rows = [r for r in RunStore(output_folder(output)).list_runs() if status in (None, r["status"])]
+    rows = RunStore(output_folder(output)).list_runs()
+    rows = [r for r in rows if status in (None, r["status"]) and (tag is None or tag in r["tags"])]
     shown = rows[:limit] if limit else rows
     if json:
         print_json("list-runs", {"runs": shown, "total": len(rows)})
+        return 0
+    if not rows and (status or tag):
+        print(f"no such runs in {output_folder(output)}; see all: backprop list-runs")  # noqa: T201
         return 0
     if not rows:
         print(f"no runs in {output_folder(output)}; start one: backprop train --data my_data.jsonl")  # noqa: T201
@@ -44,11 +57,20 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["run_id"],
         row["status"],
         started,
-        str(row["steps"] or ""),
+        _steps(row),
         loss,
         Path(row["model"] or "").name,
         Path(row["data"] or "").name,
+        " ".join(row["tags"]),
     )
+
+
+def _steps(row: dict[str, Any]) -> str:
+    """``20``, or ``7/20`` where it did not come to its end."""
+    done, asked = row["steps"], row["steps_asked"]
+    if row["status"] == "completed" or asked is None:
+        return str(done or "")
+    return f"{done or 0}/{asked}"
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

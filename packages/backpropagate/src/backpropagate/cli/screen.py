@@ -10,7 +10,17 @@ from typing import Any, Protocol, Self
 
 import orjson
 
-from bp_runs.events import AdapterSaved, DataReady, EvalDone, Event, ModelLoaded, Notice, SampleAnswer, StepDone
+from bp_runs.events import (
+    AdapterSaved,
+    CheckpointSaved,
+    DataReady,
+    EvalDone,
+    Event,
+    ModelLoaded,
+    Notice,
+    SampleAnswer,
+    StepDone,
+)
 from bp_runs.redact import redact_data
 
 _PLAIN_LINES = 10
@@ -134,6 +144,8 @@ def describe(event: Event, *, since: float) -> str:
             )
         case AdapterSaved():
             return f"  adapter   {event.bytes / 2**20:,.1f} MiB saved"
+        case CheckpointSaved():
+            return f"  saved     step {event.step}: {event.bytes / 2**20:,.1f} MiB in {event.seconds:.1f} s"
         case Notice():
             return f"  {event.level:<9} {event.message}"
         case SampleAnswer():

@@ -7,6 +7,9 @@ from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.screen import loss_plot, print_json
+from backpropagate.resuming import UNFINISHED
+from backpropagate.trainer import resume_line
+from bp_runs.checkpoint import Checkpoint, CheckpointFolder
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 
@@ -22,40 +25,78 @@ def show_run(run: str, *, output: Output = None, json: Json = False) -> int:
     store = RunStore(output_folder(output))
     record = store.load(run)
     metrics = store.read_metrics(record.run_id)
+    checkpoints = CheckpointFolder(store.folder(record.run_id)).read()
     if json:
-        print_json("show-run", {"record": record.to_dict(), "metrics": metrics})
-    else:
-        print("\n".join(_lines(record, metrics)))  # noqa: T201
+        told = [_checkpoint(found) for found in checkpoints]
+        print_json("show-run", {"record": record.to_dict(), "metrics": metrics, "checkpoints": told})
+        return 0
+    lines = [*_asked(record), *_went(record, metrics), *(_checkpoint_line(found) for found in checkpoints)]
+    if record.status in UNFINISHED:
+        lines.append(f"  go on     {resume_line(record.run_id, store.output)}")
+    changed = {k: v for k, v in record.settings.items() if v["source"] != "default"}
+    lines += [f"  set       {k} = {v['value']} ({v['source']})" for k, v in changed.items()]
+    if plot := loss_plot([m["loss"] for m in metrics if m.get("event") == "step" and m.get("loss") is not None]):
+        lines += ["", plot]
+    print("\n".join(lines))  # noqa: T201
     return 0
 
 
-def _lines(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
-    seconds = record.result.get("seconds")
+def _asked(record: RunRecord) -> list[str]:
+    """What was asked, when and where."""
     lines = [
         f"run {record.run_id}: {record.status}",
         f"  started   {record.created_at}   ended {record.ended_at or 'not yet'}",
         f"  rail      {record.rail} on {record.host} (pid {record.pid})",
     ]
+    lines += [f"  went on   {s['at']} from step {s['from_step']} (pid {s['pid']})" for s in record.sessions[1:]]
+    if record.parent:
+        lines.append(f"  parent    {record.parent['run_id']} ({record.parent['relation']})")
+    if record.tags:
+        lines.append(f"  tags      {', '.join(record.tags)}")
+    if record.note:
+        lines.append(f"  note      {record.note}")
     if record.command:
         lines.append(f"  command   {shlex.join(record.command)}")
     if record.model:
         lines.append(f"  model     {record.model['name']} ({record.model['dtype']} on {record.model['device']})")
-    if record.data:
-        d = record.data
-        counts = f"{d['read']} read = {d['trained']} trained + {d['truncated']} truncated + {d['dropped']} dropped"
-        lines.append(f"  data      {d['path']}: {counts}")
-    if record.result:
-        r = record.result
-        lines.append(
-            f"  result    {r['steps']} steps in {seconds:.0f} s, loss {r['first_loss']:.3f} → {r['final_loss']:.3f}"
-        )
-        if r.get("eval_loss") is not None:
-            lines.append(f"  validation loss {r['eval_loss']:.3f}, the lowest, after step {r['best_step']}")
+    return lines
+
+
+def _went(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
+    """How it went and ended; an imported record has less to tell."""
+    lines = []
+    data, result = record.data, record.result
+    if data:
+        counts = ("read", "trained", "truncated", "dropped")
+        told = "{} read = {} trained + {} truncated + {} dropped".format(*(data.get(name, "?") for name in counts))
+        lines.append(f"  data      {data['path']}: {told}" if "read" in data else f"  data      {data['path']}")
+    if result:
+        losses = f"{_number(result['first_loss'])} → {_number(result['final_loss'])}"
+        lines.append(f"  result    {result['steps']} steps in {_number(result['seconds'], 0)} s, loss {losses}")
+        if result.get("eval_loss") is not None:
+            best = f"the lowest, after step {result['best_step']}"
+            lines.append(f"  validation loss {_number(result['eval_loss'])}, {best}")
+    else:
+        done = next((m for m in reversed(metrics) if m.get("event") == "step"), record.progress)
+        if done.get("step"):
+            loss = "not finite" if done.get("loss") is None else _number(done["loss"])
+            lines.append(f"  so far    step {done['step']} of {done.get('steps', '?')}, loss {loss}")
     if record.error:
         lines.append(f"  error     [{record.error['code']}]: {record.error['message']}")
         lines.append(f"  do        {record.error['way_out']}")
-    lines += [f"  {a['kind']:<9} {a['path']}" for a in record.artifacts]
-    changed = {k: v for k, v in record.settings.items() if v["source"] != "default"}
-    lines += [f"  set       {k} = {v['value']} ({v['source']})" for k, v in changed.items()]
-    plot = loss_plot([m["loss"] for m in metrics if m.get("event") == "step" and m.get("loss") is not None])
-    return [*lines, "", plot] if plot else lines
+    return lines + [f"  {artifact['kind']:<9} {artifact['path']}" for artifact in record.artifacts]
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "?" if value is None else f"{value:.{digits}f}"
+
+
+def _checkpoint(found: Checkpoint) -> dict[str, Any]:
+    names = ("step", "saved_at", "reason", "score", "bytes")
+    return {**{n: getattr(found, n) for n in names}, "path": str(found.path), "protected": found.is_protected}
+
+
+def _checkpoint_line(found: Checkpoint) -> str:
+    kept = ", protected" if found.is_protected else ""
+    score = "" if found.score is None else f", validation loss {found.score:.3f}"
+    return f"  saved     step {found.step}, {found.bytes / 2**20:,.1f} MiB ({found.reason}{score}{kept})"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from backpropagate.cli.flags import MULTI_RUN, Json, keyword, with_settings
 from backpropagate.cli.screen import open_screen, print_json
-from backpropagate.trainer import Trainer
+from backpropagate.trainer import Trainer, TrainResult, resume_line, where
 
 
 def train(**flags: Any) -> int:
@@ -19,21 +20,31 @@ def train(**flags: Any) -> int:
         if plot := screen.plot():
             screen.say(f"\n{plot}\n")
     if as_json:
-        body = {"run_id": result.run_id, "status": result.record.status, "adapter": str(result.adapter)}
-        print_json("train", {**body, "result": result.outcome.to_dict()})
+        print_json("train", document(result))
     else:
-        _tell_end(result, str(trainer.output))
+        tell_end(result, trainer.output)
     return 130 if result.outcome.stopped else 0
 
 
-def _tell_end(result: Any, output: str) -> None:
+def document(result: TrainResult) -> dict[str, Any]:
+    """What a training says under ``--json``."""
+    body = {"run_id": result.run_id, "status": result.record.status, "adapter": str(result.adapter)}
+    return {**body, "result": result.outcome.to_dict()}
+
+
+def tell_end(result: TrainResult, output: Path) -> None:
+    """How a training ended, and what to type next."""
     outcome = result.outcome
     done = f"stopped after {outcome.steps} steps" if outcome.stopped else f"{outcome.steps} steps"
-    print(f"  run       {result.run_id}: {done}, loss {outcome.first_loss:.3f} → {outcome.final_loss:.3f}")  # noqa: T201
-    print(f"  saved     {result.adapter}")  # noqa: T201
-    where = "" if output == "./output" else f" --output {output}"
-    print(f"  next      backprop export {result.adapter} --format gguf --quantization q4_k_m")  # noqa: T201
-    print(f"            backprop show-run {result.run_id}{where}")  # noqa: T201
+    lines = [
+        f"  run       {result.run_id}: {done}, loss {outcome.first_loss:.3f} → {outcome.final_loss:.3f}",
+        f"  saved     {result.adapter}",
+        f"  next      backprop export {result.adapter} --format gguf --quantization q4_k_m",
+        f"            backprop show-run {result.run_id}{where(output)}",
+    ]
+    if outcome.stopped:
+        lines.insert(2, f"  go on     {resume_line(result.run_id, output)}")
+    print("\n".join(lines))  # noqa: T201
 
 
 with_settings(train, leave_out=MULTI_RUN, extra=[keyword("json", Json, default=False)])

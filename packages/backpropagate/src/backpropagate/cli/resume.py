@@ -1,0 +1,78 @@
+"""`backprop resume` and `backprop replay`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from backpropagate.cli.flags import Json, Output, output_folder
+from backpropagate.cli.screen import open_screen, print_json
+from backpropagate.cli.train import document, tell_end
+from backpropagate.errors import CommandLineError
+from backpropagate.trainer import Trainer
+
+
+def resume(
+    run: str | None = None,
+    *,
+    output: Output = None,
+    take_over: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
+) -> int:
+    """Go on with an unfinished run, as if it had not been cut off.
+
+    Parameters
+    ----------
+    run: str
+        The run's id, or a part of it that only one run has; default: the newest unfinished run.
+    take_over: bool
+        Go on although the record says that a process of another machine works on the run.
+    """
+    trainer = _trainer(output)
+    with open_screen(as_json=json) as screen:
+        result = trainer.resume(run, take_over=take_over, on_event=screen.show)
+    if json:
+        print_json("resume", document(result))
+    else:
+        tell_end(result, trainer.output)
+    return 130 if result.outcome.stopped else 0
+
+
+def replay(
+    run: str,
+    *,
+    output: Output = None,
+    override: Annotated[list[str] | None, Parameter(negative="")] = None,
+    json: Json = False,
+) -> int:
+    """Do a run again as a new one, with the settings of its record.
+
+    Parameters
+    ----------
+    run: str
+        The run's id, or a part of it that only one run has.
+    override: list[str]
+        A setting that is to be another, as key=value: lr=1e-4, lora.r=8. Can be given several times.
+    """
+    pairs = [_split(text) for text in override or []]
+    trainer = _trainer(output)
+    with open_screen(as_json=json) as screen:
+        result = trainer.replay(run, overrides=dict(pairs), on_event=screen.show)
+    if json:
+        print_json("replay", document(result))
+    else:
+        tell_end(result, trainer.output)
+    return 130 if result.outcome.stopped else 0
+
+
+def _trainer(output: str | None) -> Trainer:
+    return Trainer(command=["backprop", *sys.argv[1:]], output=output_folder(output))
+
+
+def _split(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise CommandLineError(f"--override {text!r} is not key=value", way_out="Write it so: --override lr=1e-4")
+    return key.strip(), value

@@ -1,0 +1,161 @@
+"""Which run goes on, from which checkpoint, with which settings; and the settings of a run that is done again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backpropagate.errors import ResumeDiffersError
+from backpropagate.settings import Resolved, from_record
+from bp_runs.checkpoint import Checkpoint, CheckpointFolder
+from bp_runs.errors import CheckpointInvalidError, CodedError, ResumeNotFoundError
+from bp_runs.events import Notice
+from bp_runs.record import RunRecord
+from bp_runs.spec import Settings
+from bp_runs.store import RunStore
+
+UNFINISHED = ("interrupted", "stopped", "failed")
+"""Statuses of runs that can go on; one that diverged would do so again."""
+
+_LOOKED_AT = 50  # newest runs of the folder among which the same command is looked for
+_OF_THE_CALL = ("training.resume", "training.output_dir", "training.report_to", "training.run_name")
+
+
+@dataclass(frozen=True, slots=True)
+class GoingOn:
+    """An unfinished run and where it goes on."""
+
+    record: RunRecord
+    checkpoint: Checkpoint | None
+    """None: it was cut off before its first one, and begins again."""
+    damaged: Mapping[str, str]
+    """Newer checkpoints that are not whole, and what is wrong with them."""
+    resolved: Resolved
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return self.checkpoint.step if self.checkpoint else 0
+
+    def notices(self, versions: Mapping[str, str]) -> list[Notice]:
+        """What the user should know before it goes on."""
+        where = f"from step {self.step}" if self.checkpoint else "from the beginning: it has no checkpoint"
+        found = [Notice(message=f"the run {self.record.run_id} goes on {where}; to start anew: --no-resume")]
+        for name, wrong in self.damaged.items():
+            found.append(Notice(message=f"the checkpoint {name} is passed over: {wrong}", level="warning"))
+        changed = {n: f"{v} → {versions.get(n)}" for n, v in self.record.versions.items() if versions.get(n) != v}
+        if changed:
+            told = ", ".join(f"{name} {change}" for name, change in changed.items())
+            message = f"other versions than the run began with, so the rest may differ in the last bits: {told}"
+            found.append(Notice(message=message, level="warning", details=changed))
+        return found
+
+
+def find_record(store: RunStore, partial_id: str | None) -> RunRecord:
+    """The named run or multi-run, or the newest one that can go on.
+
+    Raises:
+        ResumeNotFoundError: There is none, or it cannot go on.
+        RunNotFoundError, RecordInvalidError: As `RunStore.load`.
+    """
+    record = store.load(partial_id) if partial_id else _newest(store)
+    if record.parent and record.parent.get("relation") == "member":
+        raise ResumeNotFoundError(
+            f"the run {record.run_id} is one of the multi-run {record.parent['run_id']} and does not go on alone",
+            way_out=f"Go on with all of it: backprop resume {record.parent['run_id']}",
+        )
+    if record.status == "diverged":
+        raise ResumeNotFoundError(
+            f"the run {record.run_id} diverged and would do so again",
+            way_out=f"Run it again with a lower rate: backprop replay {record.run_id} --override lr=5e-5",
+        )
+    if record.status == "completed":
+        raise ResumeNotFoundError(
+            f"the run {record.run_id} is finished",
+            way_out=f"Run it again with other settings: backprop replay {record.run_id} --override steps=200",
+        )
+    return record
+
+
+def prepare(store: RunStore, record: RunRecord) -> GoingOn:
+    """Where an unfinished run goes on, and with what.
+
+    Raises:
+        CheckpointInvalidError: It has checkpoints, and none is whole.
+        UnknownSettingError, InvalidSettingError: As `backpropagate.settings.from_record`.
+    """
+    checkpoint, damaged = CheckpointFolder(store.folder(record.run_id)).newest_whole()
+    return GoingOn(record, checkpoint, damaged, from_record(record))
+
+
+def find_same(store: RunStore, resolved: Resolved) -> GoingOn | None:
+    """The newest run of the same settings, where it is unfinished and has a whole checkpoint."""
+    wanted = resolved.settings
+    for row in store.list_runs()[:_LOOKED_AT]:
+        if (row["model"], row["data"], row["kind"]) != (wanted.model.name, wanted.data.path, "train"):
+            continue
+        try:
+            record = store.load(row["run_id"])
+            recorded = from_record(record)
+        except CodedError:
+            continue
+        if (record.parent or {}).get("relation") == "member":
+            continue
+        if not differences(wanted, recorded.settings):
+            return _with_checkpoint(store, record) if record.status in UNFINISHED else None
+    return None
+
+
+def require_same(resolved: Resolved, recorded: Resolved, run_id: str) -> None:
+    """Refuse flags that ask for something else than the run's record.
+
+    Raises:
+        ResumeDiffersError: Which ones, with both values.
+    """
+    changed = {
+        key: values
+        for key, values in differences(resolved.settings, recorded.settings).items()
+        if resolved.sources[key] == "flag"
+    }
+    if changed:
+        told = ", ".join(f"{key} is {now} and was {before}" for key, (now, before) in changed.items())
+        overrides = " ".join(f"--override {key}={now}" for key, (now, _) in changed.items())
+        raise ResumeDiffersError(
+            f"the run {run_id} was begun with other settings",
+            cause=told,
+            way_out=f"Go on without these flags, or run it anew with them: backprop replay {run_id} {overrides}",
+        )
+
+
+def differences(now: Settings, before: Settings) -> dict[str, tuple[Any, Any]]:
+    """Settings that decide what is trained and are not alike: both values by dotted key."""
+    old, new = _comparable(before), _comparable(now)
+    chosen = ("lora.r", "lora.target_modules") if now.lora.preset == before.lora.preset == "auto" else ()
+    return {key: (new[key], old[key]) for key in new if new[key] != old[key] and key not in chosen}
+
+
+def _comparable(settings: Settings) -> dict[str, Any]:
+    flat = settings.to_flat() | {"training.learning_rate": settings.training.resolved_learning_rate}
+    for key in ("model.name", "data.path"):
+        if Path(flat[key]).exists():
+            flat[key] = str(Path(flat[key]).resolve())
+    return {key: value for key, value in flat.items() if key not in _OF_THE_CALL}
+
+
+def _newest(store: RunStore) -> RunRecord:
+    for row in store.list_runs():
+        if row["status"] in UNFINISHED:
+            record = store.load(row["run_id"])
+            if (record.parent or {}).get("relation") != "member":
+                return record
+    raise ResumeNotFoundError(f"no unfinished run in {store.output}")
+
+
+def _with_checkpoint(store: RunStore, record: RunRecord) -> GoingOn | None:
+    try:
+        found = prepare(store, record)
+    except CheckpointInvalidError:
+        return None
+    return found if found.checkpoint else None

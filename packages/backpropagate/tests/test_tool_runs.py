@@ -1,0 +1,316 @@
+"""Runs from the command line: going on, doing again, comparing, exporting, changing; on the fake rail."""
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from backpropagate import Trainer, rails
+from backpropagate.cli.app import run
+from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.errors import ResumeChangedError, TrainingDivergedError
+from bp_runs.events import StepDone
+from bp_runs.store import RunStore
+from bp_runs.testing import FakeRail
+
+TRAIN = ["train", "--data", "d.jsonl", "--model", "./m", "--steps", "20", "--save-steps", "7"]
+STORE = RunStore(Path("output"))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder with a data file and a model folder that the fake rail does not look into."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text("{}")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"")
+    with rails.use(FakeRail()):
+        yield tmp_path
+
+
+def out(capsys, argv) -> dict:
+    status = run([*argv, "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert status == 0, document
+    return document
+
+
+def refused(capsys, argv) -> dict:
+    assert run([*argv, "--json"]) != 0
+    return json.loads(capsys.readouterr().out)["error"]
+
+
+class Cut(BaseException):
+    """What nobody catches, as a kill."""
+
+
+def cut_at(step, **flags):
+    """A run that is cut off after ``step``, as an interrupted one at the next look."""
+
+    def on_event(event):
+        if isinstance(event, StepDone) and event.step == step:
+            raise Cut
+
+    flags = {"data": "d.jsonl", "model": "./m", "steps": 20, "save_steps": 7} | flags
+    with pytest.raises(Cut):
+        Trainer(**flags).train(on_event=on_event)
+    run_id = STORE.list_runs()[0]["run_id"]
+    STORE.update(run_id, lambda record: (setattr(record, "status", "interrupted"), setattr(record, "error", None)))
+    return run_id
+
+
+def losses(run_id):
+    return [(e["step"], e["loss"]) for e in STORE.read_metrics(run_id) if e["event"] == "step"]
+
+
+CURVE = [(step, 4 / (step + 1)) for step in range(1, 21)]
+
+
+@pytest.mark.parametrize("how", [["resume"], ["resume", "RUN"], TRAIN, [*TRAIN, "--resume"]])
+def test_a_run_that_was_cut_off_goes_on(place, capsys, how):
+    run_id = cut_at(9, lora_r=4) if how[0] == "resume" else cut_at(9)
+    done = out(capsys, [run_id[-6:] if word == "RUN" else word for word in how])
+    assert (done["run_id"], done["status"], done["result"]["steps"]) == (run_id, "completed", 20)
+    assert losses(run_id) == CURVE
+    record = STORE.load(run_id)
+    assert [(s["from_step"], (s["checkpoint"] or "")[:11]) for s in record.sessions] == [(0, ""), (7, "step-000007")]
+    assert record.setting("lora.r") == (4 if how[0] == "resume" else record.setting("lora.r"))
+    assert len(STORE.list_runs()) == 1
+
+
+@pytest.mark.parametrize("change", [["--no-resume"], ["--lr", "1e-5"], ["--lora-r", "3"]])
+def test_another_command_begins_a_new_run(place, capsys, change):
+    run_id = cut_at(9)
+    assert out(capsys, [*TRAIN, *change])["run_id"] != run_id
+    assert STORE.load(run_id).status == "interrupted"
+
+
+def test_a_finished_run_is_not_gone_on_with_by_itself(place, capsys):
+    first = out(capsys, TRAIN)["run_id"]
+    assert out(capsys, TRAIN)["run_id"] != first
+
+
+def test_resume_takes_the_record_and_no_other_settings(place, capsys):
+    run_id = cut_at(9, lora_r=4, lr=1e-3, method="dpo")
+    error = refused(capsys, [*TRAIN, "--lora-r", "8", "--resume"])
+    assert error["code"] == "CONFIG_RESUME_DIFFERS"
+    assert "lora.r is 8 and was 4" in error["cause"]
+    assert "--override lora.r=8" in error["way_out"]
+    done = out(capsys, ["train", "--resume"])
+    assert done["run_id"] == run_id
+    settings = STORE.load(run_id).settings
+    assert settings["lora.r"] == {"value": 4, "source": "flag"}
+    assert settings["training.method"]["value"] == "dpo"
+
+
+def test_resume_from_another_folder_finds_the_data(place, capsys, monkeypatch, tmp_path):
+    run_id = cut_at(9)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert out(capsys, ["resume", "--output", "../output"])["run_id"] == run_id
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_begins_again_under_its_id(place, capsys):
+    run_id = cut_at(3)
+    assert out(capsys, ["resume"])["run_id"] == run_id
+    assert losses(run_id) == CURVE
+
+
+@pytest.mark.parametrize("automatic", [False, True])
+def test_changed_data_stops_resume_and_begins_anew_by_itself(place, capsys, automatic):
+    run_id = cut_at(9)
+    before = STORE.load(run_id)
+    (place / "d.jsonl").write_text('{"text": "c"}\n{"text": "d"}\n')
+    if automatic:
+        assert out(capsys, TRAIN)["run_id"] != run_id
+    else:
+        error = refused(capsys, ["resume"])
+        assert error["code"] == "INPUT_RESUME_CHANGED"
+        assert "sha256" in error["cause"]
+    assert STORE.load(run_id) == before
+
+
+def test_a_changed_model_is_refused(place):
+    run_id = cut_at(9)
+    STORE.update(run_id, lambda record: record.model.update(config_sha256="other"))
+    with pytest.raises(ResumeChangedError, match="base model changed"):
+        Trainer().resume(run_id)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_told(place, capsys):
+    run_id = cut_at(16)
+    newest = CheckpointFolder(STORE.folder(run_id)).read()[0].path
+    (newest / "weights.bin").write_bytes(b"x")
+    assert run(["resume"]) == 0
+    text = capsys.readouterr().out
+    assert f"the checkpoint {newest.name} is passed over: weights.bin is not what was saved" in text
+    assert "goes on from step 7" in text
+    assert losses(run_id) == CURVE
+
+
+def test_no_whole_checkpoint_has_its_code(place, capsys):
+    run_id = cut_at(9)
+    for checkpoint in CheckpointFolder(STORE.folder(run_id)).read():
+        (checkpoint.path / "manifest.json").unlink()
+    assert refused(capsys, ["resume"])["code"] == "STATE_CHECKPOINT_INVALID"
+    assert out(capsys, TRAIN)["run_id"] != run_id, "the same command is not stopped by it"
+
+
+def test_what_cannot_go_on_says_why(place, capsys):
+    assert refused(capsys, ["resume"])["code"] == "INPUT_RESUME_NOT_FOUND"
+    done = out(capsys, TRAIN)["run_id"]
+    assert "is finished" in refused(capsys, ["resume", done])["message"]
+    with rails.use(FakeRail(fail_at=9, failure=TrainingDivergedError("loss is nan"))):
+        assert run([*TRAIN, "--lr", "1"]) == 2
+    capsys.readouterr()
+    diverged = STORE.list_runs()[0]["run_id"]
+    error = refused(capsys, ["resume", diverged])
+    assert "diverged" in error["message"]
+    assert "replay" in error["way_out"]
+    assert refused(capsys, ["resume", "zzz"])["code"] == "INPUT_RUN_NOT_FOUND"
+
+
+def test_ctrl_c_once_saves_and_says_how_to_go_on(place, capsys):
+    def interrupt(event):
+        if isinstance(event, StepDone) and event.step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    result = Trainer(data="d.jsonl", model="./m", steps=20).train(on_event=interrupt)
+    assert (result.record.status, result.outcome.steps) == ("stopped", 5)
+    assert [c.reason for c in CheckpointFolder(STORE.folder(result.run_id)).read()] == ["stop"]
+    assert run(["show-run", result.run_id]) == 0
+    assert f"backprop resume {result.run_id}" in capsys.readouterr().out
+    assert out(capsys, ["resume"])["result"]["steps"] == 20
+    assert losses(result.run_id) == CURVE
+
+
+def test_replay_does_it_again_as_a_child(place, capsys):
+    first = out(capsys, [*TRAIN, "--lora-r", "4", "--sample-prompt", "hi"])["run_id"]
+    second = out(capsys, ["replay", first, "--override", "lr=1e-3", "--override", "lora.alpha=3"])["run_id"]
+    record = STORE.load(second)
+    assert record.parent == {"run_id": first, "relation": "replay"}
+    assert record.settings["training.learning_rate"] == {"value": 1e-3, "source": "override"}
+    assert record.settings["lora.r"] == {"value": 4, "source": "record"}
+    assert record.settings["training.seed"] == {"value": 42, "source": "default"}
+    assert record.setting("training.sample_prompts") == ["hi"]
+    found = out(capsys, ["diff-runs", first, second])
+    assert found["settings"] == {"lora.alpha": [None, 3.0], "training.learning_rate": [2e-4, 1e-3]}
+    assert (found["data"], found["first_different_step"]) == ({}, None)
+    assert [step for step, *_ in found["curve"]] == [1, 3, 5, 7, 9, 12, 14, 16, 18, 20]
+    assert run(["diff-runs", first, second]) == 0
+    assert "equal at every step" in capsys.readouterr().out
+
+
+def test_a_replay_with_another_method_brings_its_own_rate(place, capsys):
+    first = out(capsys, TRAIN)["run_id"]
+    second = out(capsys, ["replay", first, "--override", "method=orpo"])["run_id"]
+    assert STORE.load(second).setting("training.learning_rate") < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "code"),
+    [("lr", "INPUT_COMMAND_LINE"), ("learning=3", "CONFIG_UNKNOWN_SETTING"), ("lora_r=many", "CONFIG_INVALID_SETTING")],
+)
+def test_a_wrong_override_is_refused(place, capsys, override, code):
+    first = out(capsys, TRAIN)["run_id"]
+    assert refused(capsys, ["replay", first, "--override", override])["code"] == code
+    assert len(STORE.list_runs()) == 1
+
+
+def test_runs_are_exported(place, capsys):
+    ids = [out(capsys, [*TRAIN, "--lora-r", r])["run_id"] for r in ("3", "4")]
+    assert out(capsys, ["export-runs", "--to", "all.jsonl", "--metrics"])["runs"] == 2
+    lines = [json.loads(line) for line in (place / "all.jsonl").read_text().splitlines()]
+    assert [line["run_id"] for line in lines] == ids
+    assert lines[0]["schema"] == "backpropagate.exported-run/1"
+    assert sum(e["event"] == "step" for e in lines[1]["metrics"]) == 20
+    out(capsys, ["export-runs", "--format", "csv", "--to", "all.csv", "--status", "completed"])
+    rows = list(csv.DictReader((place / "all.csv").read_text().splitlines()))
+    assert [(row["run_id"], row["lora.r"], row["steps"]) for row in rows] == [(ids[0], "3", "20"), (ids[1], "4", "20")]
+    assert run(["export-runs"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_tags_notes_and_removal(place, capsys):
+    first, second = (out(capsys, TRAIN)["run_id"] for _ in range(2))
+    assert out(capsys, ["runs", "tag", first, "good", "pirate"])["tags"] == ["good", "pirate"]
+    assert out(capsys, ["runs", "tag", first, "good", "--remove"])["tags"] == ["pirate"]
+    assert [r["run_id"] for r in out(capsys, ["list-runs", "--tag", "pirate"])["runs"]] == [first]
+    assert out(capsys, ["runs", "note", first, "the one we ship"])["note"] == "the one we ship"
+    assert run(["show-run", first]) == 0
+    text = capsys.readouterr().out
+    assert "the one we ship" in text
+    assert "pirate" in text
+    assert refused(capsys, ["runs", "rm", first, "zzz"])["code"] == "INPUT_RUN_NOT_FOUND"
+    assert out(capsys, ["runs", "rm", first])["removed"] == [first]
+    assert [r["run_id"] for r in out(capsys, ["list-runs"])["runs"]] == [second]
+    assert not STORE.folder(first).exists()
+    assert (place / "output/lora/adapter_config.json").exists()
+
+
+def test_a_protected_checkpoint_stays(place, capsys):
+    run_id = cut_at(9, keep_checkpoints=1)
+    assert out(capsys, ["runs", "protect", run_id, "--step", "7"])["step"] == 7
+    out(capsys, ["resume"])
+    shown = out(capsys, ["show-run", run_id])["checkpoints"]
+    assert [(c["step"], c["protected"]) for c in shown] == [(14, False), (7, True)]
+    assert refused(capsys, ["runs", "protect", run_id, "--step", "8"])["code"] == "STATE_CHECKPOINT_INVALID"
+
+
+OLD = [
+    {
+        "run_id": "3f2a9c", "timestamp": "2026-05-01T10:00:00", "started_at": "2026-05-01T10:00:00",
+        "completed_at": "2026-05-01T11:00:00", "status": "completed", "session_kind": "single_run",
+        "model_name": "Qwen/Qwen2.5-7B-Instruct", "dataset_info": "pirates.jsonl", "dataset_hash": "0123456789abcdef",
+        "hyperparameters": {"lora_r": 16, "lora_alpha": 32, "learning_rate": 2e-4, "block_order": "random"},
+        "steps": 100, "final_loss": 0.5, "loss_history": [3.0, 1.0, 0.5], "duration_seconds": 3600.0,
+        "export_paths": ["out/model.gguf"], "schema_version": "1.0",
+    },
+    {"run_id": "77b0de", "timestamp": "2026-05-02T10:00:00", "status": "completed", "model_name": "m", "steps": 30,
+     "hyperparameters": {}, "final_loss": 0.0, "loss_history": [3.0, 9.0, float("nan")]},
+    {"run_id": "masked", "timestamp": "2026-05-03T10:00:00", "status": "completed", "final_loss": 0.0, "loss_history": [3.0, 9.0]},
+    {"run_id": "failed", "timestamp": "2026-05-04T10:00:00", "status": "failed", "failure_reason": "CUDA out of memory"},
+]  # fmt: skip
+
+
+def test_the_older_tool_s_history_is_imported_once(place, capsys):
+    (place / "output").mkdir()
+    (place / "output/run_history.json").write_text(json.dumps(OLD))
+    done = out(capsys, ["runs", "import"])
+    assert done["imported"] == ["3f2a9c", "77b0de", "masked", "failed"]
+    rows = {r["run_id"]: (r["status"], r["final_loss"]) for r in out(capsys, ["list-runs"])["runs"]}
+    assert rows == {
+        "3f2a9c": ("completed", 0.5),
+        "77b0de": ("diverged", None),
+        "masked": ("diverged", None),
+        "failed": ("failed", None),
+    }
+    assert out(capsys, ["runs", "import"])["known"] == done["imported"]
+    assert json.dumps(json.loads((place / "output/run_history.older.json").read_text())) == json.dumps(OLD)
+    shown = out(capsys, ["show-run", "3f2a9c"])
+    assert shown["record"]["settings"]["lora.alpha"] == {"value": 32, "source": "import"}
+    assert shown["record"]["settings"]["block_order"]["value"] == "random"
+    assert [m["loss"] for m in shown["metrics"]] == [3.0, 1.0, 0.5]
+    for run_id in rows:
+        assert run(["show-run", run_id]) == 0
+    capsys.readouterr()
+    assert refused(capsys, ["replay", "3f2a9c"])["code"] == "INPUT_RESUME_NOT_FOUND"
+    out(capsys, ["runs", "rm", *rows])
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"runs": []}', "[3]", '[{"run_id": "../up"}]'])
+def test_a_file_that_is_no_history_is_refused(place, capsys, content):
+    (place / "h.json").write_text(content)
+    assert refused(capsys, ["runs", "import", "h.json"])["code"] == "INPUT_HISTORY_INVALID"
+    assert refused(capsys, ["runs", "import"])["code"] == "INPUT_HISTORY_INVALID"
+
+
+def test_an_older_history_is_never_overwritten_by_a_run(place, capsys):
+    (place / "output").mkdir()
+    (place / "output/run_history.json").write_text(json.dumps(OLD))
+    out(capsys, TRAIN)
+    assert (place / "output/run_history.older.json").exists()
+    assert len(out(capsys, ["runs", "import"])["imported"]) == 4

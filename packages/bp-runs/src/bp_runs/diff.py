@@ -1,0 +1,94 @@
+"""What is different between two runs: what was asked, with what, and how it went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from bp_runs.events import StepDone
+from bp_runs.record import RunRecord
+
+Pair = tuple[Any, Any]
+"""A value of the one run and of the other; None where one has none."""
+
+_DATA = (
+    "path",
+    "sha256",
+    "template",
+    "template_sha256",
+    "read",
+    "trained",
+    "truncated",
+    "dropped",
+    "heldout",
+    "tokens",
+)
+_MODEL = ("name", "revision", "config_sha256", "parameters", "trainable", "mode", "dtype", "device")
+_RESULT = ("steps", "first_loss", "final_loss", "eval_loss", "best_step", "tokens", "seconds", "peak_memory")
+_POINTS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunDiff:
+    """Differences by name, and the curves side by side."""
+
+    runs: tuple[str, str]
+    status: Pair
+    settings: dict[str, Pair]
+    data: dict[str, Pair]
+    model: dict[str, Pair]
+    versions: dict[str, Pair]
+    hardware: dict[str, Pair]
+    result: dict[str, Pair]
+    """Of both runs, different or not."""
+    curve: list[tuple[int, float | None, float | None]]
+    """Step and both losses, in nats, at up to ten steps that both have."""
+    first_different_step: int | None
+    """From here on the losses are not equal; None: they are, as far as both go."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def diff_runs(
+    one: RunRecord, other: RunRecord, events: Sequence[Mapping[str, Any]], other_events: Sequence[Mapping[str, Any]]
+) -> RunDiff:
+    """Compare two records and their events, as `RunStore.read_metrics` gives them."""
+    losses, others = read_losses(events), read_losses(other_events)
+    common = sorted(losses.keys() & others.keys())
+    values = ({k: v["value"] for k, v in record.settings.items()} for record in (one, other))
+    return RunDiff(
+        runs=(one.run_id, other.run_id),
+        status=(one.status, other.status),
+        settings=_differences(*values),
+        data=_differences(_chosen(one.data, _DATA), _chosen(other.data, _DATA)),
+        model=_differences(_chosen(one.model, _MODEL), _chosen(other.model, _MODEL)),
+        versions=_differences(one.versions, other.versions),
+        hardware=_differences(one.hardware, other.hardware),
+        result={name: (one.result.get(name), other.result.get(name)) for name in _RESULT},
+        curve=[(step, losses[step], others[step]) for step in _spread(common)],
+        first_different_step=next((step for step in common if losses[step] != others[step]), None),
+    )
+
+
+def read_losses(events: Sequence[Mapping[str, Any]]) -> dict[int, float | None]:
+    """The training loss by step, in nats; None where it was not finite."""
+    return {event["step"]: event.get("loss") for event in events if event.get("event") == StepDone.kind}
+
+
+def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Pair]:
+    names = sorted(one.keys() | other.keys())
+    return {name: (one.get(name), other.get(name)) for name in names if one.get(name) != other.get(name)}
+
+
+def _chosen(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: values[name] for name in names if name in values}
+
+
+def _spread(steps: Sequence[int]) -> list[int]:
+    """At most ten of them, the first and the last among them."""
+    if len(steps) <= _POINTS:
+        return list(steps)
+    return [steps[round(place * (len(steps) - 1) / (_POINTS - 1))] for place in range(_POINTS)]
