@@ -2,7 +2,7 @@
 real servers (``ollama_fixtures``), and what it is asked in a chat llama.cpp answers, from the very bytes that came.
 
 Old (to 0.29): only Go templates; one that it does not know by heart means that prompts pass raw. New (from 0.30): the
-GGUF's own Jinja template counts where no Go template is given. From 0.34.1 on: no adapters, no quantizing.
+GGUF's own Jinja template counts where no Go template is given. Newest (from 0.34.1): no adapters, no quantizing.
 """
 
 import contextlib
@@ -144,9 +144,14 @@ class Handler(BaseHTTPRequestHandler):
             return self.reply(400, b"{\"error\": \"neither 'from' or 'files' was specified\"}", "application/json")
         for key in (*asked.get("files", {}), *asked.get("adapters", {})):
             if key.startswith("/") or ".." in key:
-                raise Refusal("file path must be relative")
-        if asked.get("adapters") and self.server.ended_adapters:
+                raise Refusal("file path must be relative" + (f": {key}" if self.server.is_newest else ""))
+        if asked.get("adapters") and self.server.is_newest:
             raise Refusal("LoRA adapters are no longer supported")
+        if asked.get("quantize") and self.server.is_newest:
+            raise Refusal(
+                "create-time quantization is only supported for safetensors imports; "
+                "quantize GGUF models with llama.cpp tools before importing"
+            )
         lines, error = self.server.create(asked)
         if asked.get("stream", True):
             return self.stream(
@@ -154,7 +159,8 @@ class Handler(BaseHTTPRequestHandler):
                 + ([{"error": error}] if error else [])
             )
         body = {"error": error} if error else {"status": lines[-1]}
-        return self.reply(400 if error else 200, json.dumps(body).encode(), "application/json")
+        bad = 500 if self.server.is_newest else 400
+        return self.reply(bad if error else 200, json.dumps(body).encode(), "application/json")
 
     def show(self, asked):
         model = self.find(asked)
@@ -167,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
             "template": model["template"],
             "details": {"parent_model": self.server.parent(model), **self.server.details(model)},
             "model_info": info,
-            "tensors": [],
+            **({} if self.server.is_newest else {"tensors": []}),
             "capabilities": ["completion"],
             "modified_at": now(),
         }
@@ -209,6 +215,8 @@ class Handler(BaseHTTPRequestHandler):
                 1,
             ),
         }
+        if self.server.is_newest:
+            end["prompt_eval_cached_count"] = 1
         if asked.get("stream", True):
             pieces = re.findall(r"\s*\S+|\s+", text) or [""]
             lines = [{**head, "message": {"role": "assistant", "content": p}, "done": False} for p in pieces]
@@ -229,7 +237,7 @@ class FakeOllama(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.folder, self.version = folder, version
         numbers = tuple(map(int, version.split(".")))
-        self.is_old, self.ended_adapters = numbers < (0, 30), numbers >= (0, 34, 1)
+        self.is_old, self.is_newest = numbers < (0, 30), numbers >= (0, 34, 1)
         self.blobs, self.models, self.calls, self.failure = {}, {}, [], None
         self.loaded = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -262,6 +270,8 @@ class FakeOllama(ThreadingHTTPServer):
         }
 
     def parent(self, model):
+        if self.is_newest:
+            return next(iter(model["request"].get("files", {})), "")
         return f"/blobs/{model['digest']}" if self.is_old else ""
 
     def describe(self, name):
@@ -277,7 +287,8 @@ class FakeOllama(ThreadingHTTPServer):
             "size": 1,
             "digest": model["digest"].partition(":")[2],
         }
-        row |= {"details": {"parent_model": "", **self.details(model), **new}}
+        parent = self.parent(model) if self.is_newest else ""
+        row |= {"details": {"parent_model": parent, **self.details(model), **new}}
         return row if self.is_old else {**row, "capabilities": ["completion"]}
 
     def create(self, asked):
@@ -294,11 +305,11 @@ class FakeOllama(ThreadingHTTPServer):
         for wanted in (digest, *asked.get("adapters", {}).values()):
             if wanted not in self.blobs:
                 return lines, f"open /blobs/{wanted}: no such file or directory"
-            if self.blobs[wanted].read_bytes()[:4] != b"GGUF":
-                return lines, "supplied file was not in GGUF format"
+            magic = self.blobs[wanted].read_bytes()[:4]
+            if magic != b"GGUF":
+                newest = f"unsupported file type [{' '.join(map(str, magic))}]"
+                return lines, newest if self.is_newest else "supplied file was not in GGUF format"
         quantize = asked.get("quantize", "").upper()
-        if quantize and self.ended_adapters:
-            return lines, "quantize GGUF models with llama.cpp tools before importing"
         if quantize and quantize not in MADE:
             return (
                 lines,
@@ -308,7 +319,7 @@ class FakeOllama(ThreadingHTTPServer):
 
     def make(self, asked, source, digest, quantize, lines):
         template = asked.get("template", "")
-        if not self.is_old and asked.get("files"):
+        if not self.is_old and not self.is_newest and asked.get("files"):
             lines.append("verifying conversion")
         if template.count("{{") != template.count("}}"):
             return lines, "template error: template: :1: unclosed action"

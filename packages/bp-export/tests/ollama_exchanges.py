@@ -54,9 +54,12 @@ class Recorder:
         reply = self.client.request(method, path, json=body, content=content)
         told = None if body is None else json.loads(self._hide(json.dumps(body)))
         answer = {"status": reply.status_code, "type": reply.headers.get("content-type"), "body": self._read(reply)}
-        if made:
+        if made and isinstance(answer["body"], list):
             layers = ("using existing layer <digest of model>", "layer <digest>")
-            answer["body"] = [{**line, "status": line["status"].replace(*layers)} for line in answer["body"]]
+            answer["body"] = [
+                {**line, "status": line["status"].replace(*layers)} if "status" in line else line
+                for line in answer["body"]
+            ]
         if content is not None:
             told = f"<bytes of {next(n for n, raw in self.bytes.items() if raw == content)}>"
         where = "/api/blobs/" + self._hide(path.removeprefix("/api/blobs/")) if "/blobs/" in path else path
