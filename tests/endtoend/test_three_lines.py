@@ -14,6 +14,26 @@ from bp_runs.store import RunStore
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "quickstart.jsonl"
 STEPS = 24
+TWENTY = (
+    *HELD_OUT,
+    "What is the capital of Japan?",
+    "What is two plus two?",
+    "Name a colour.",
+    "Who wrote Hamlet?",
+    "How many legs has a spider?",
+    "What do bees make?",
+    "Tell me a joke.",
+    "Is the sea salty?",
+    "What is the largest planet?",
+    "Translate 'good morning' into French.",
+    "Why is the sky blue?",
+    "Say something in German, bitte: für Élise?",
+    "Write one line of Python.",
+    "What comes after Wednesday?",
+    "Give me three words that rhyme with cat.",
+    "How far away is the Moon?",
+    "Thank you, and good night!",
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +92,29 @@ def greedy(model, tokenizer_folder: Path, prompt: str, count: int) -> str:
     return tokenizer.decode([t for t in out[0, ids.shape[1] :].tolist() if t not in tokenizer.stop_ids]).strip()
 
 
-def test_the_gguf_answers_as_the_merged_model_greedily(trained):
+def compare_greedily(trainer: Trainer, folder: Path, quantization: str, prompts: tuple[str, ...]) -> None:
+    """The merged model in transformers and the GGUF in llama.cpp say the same, word for word."""
     from transformers import AutoModelForCausalLM
 
-    trainer, _ = trained
-    merged = trainer.export("merged")
-    gguf = trainer.export("gguf", quantization="bf16")
+    merged = trainer.export("merged", output=folder / "merged")
+    gguf = trainer.export("gguf", quantization=quantization, output=folder / "model.gguf")
     model = AutoModelForCausalLM.from_pretrained(merged.path, dtype="float32")
+    expected = [greedy(model, merged.path, prompt, 24) for prompt in prompts]
     with LlamaChat(gguf.path) as chat:
-        for prompt in HELD_OUT:
-            said = chat.answer([{"role": "user", "content": prompt}], max_tokens=24).strip()
-            assert said == greedy(model, merged.path, prompt, 24)
+        said = [chat.answer([{"role": "user", "content": prompt}], max_tokens=24).strip() for prompt in prompts]
+    for prompt, one, other in zip(prompts, said, expected, strict=True):
+        print(f"{prompt!r}: {other!r}")
+        assert one == other, prompt
+
+
+def test_the_gguf_answers_as_the_merged_model_greedily(trained, tmp_path):
+    compare_greedily(trained[0], tmp_path, "bf16", HELD_OUT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["bf16", "f16"])
+def test_it_does_so_on_twenty_prompts(trained, tmp_path, quantization):
+    compare_greedily(trained[0], tmp_path, quantization, TWENTY)
 
 
 def test_the_quantized_gguf_keeps_the_style_and_stops(trained):
