@@ -1,12 +1,17 @@
 """What the export command adds to bp-export: the base found, Ollama looked for first, all formats reached."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from backpropagate.cli.app import run
+from backpropagate.cli.errors import load_codes
 from backpropagate.exporting import export_adapter
+from bp_export import BOUNDS
 from bp_export.errors import OllamaRegistrationError
 from bp_merge import read_model_index, write_tensors
 
@@ -90,3 +95,38 @@ def test_ollama_commands_say_how_to_start_it(adapter, monkeypatch, capsys):
         assert run(["ollama", *words]) == 2
         assert "ollama serve" in capsys.readouterr().err
     assert run(["chat", "x", "--ollama", "--prompt", "hi"]) == 2
+
+
+def test_a_dry_run_plans_and_writes_nothing(tmp_path, adapter, capsys):
+    assert run(["export", str(adapter), "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["bytes"] == sum(tensor["bytes"] for tensor in plan["tensors"])
+    assert sum(tensor["is_changed"] for tensor in plan["tensors"]) == 4
+    assert run(["export", str(adapter), "--dry-run", "--format", "merged"]) == 1
+    assert run(["export", str(adapter), "--dry-run"]) == 0
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "export.md"
+
+
+def test_the_page_on_export_has_the_gates_bounds():
+    cells = re.findall(r"\| ([a-z0-9_, ]+) \| ([0-9.]+) \| (\d+) % ", PAGE.read_text())
+    told = {name: (float(nats), int(share) / 100) for names, nats, share in cells for name in names.split(", ")}
+    assert told == {name: (bound.divergence, bound.agreement) for name, bound in BOUNDS.items()}
+
+
+def test_the_page_on_export_names_flags_and_codes_that_exist(capsys):
+    text = PAGE.read_text()
+    lines = [
+        line.split("#")[0] for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
+    ]
+    commands = [shlex.split(line) for line in lines if line.startswith("backprop")]
+    assert len(commands) > 10
+    for words in commands:
+        name = words[1:3] if words[1] == "ollama" else words[1:2]
+        assert run([*name, "--help"]) == 0
+        known = capsys.readouterr().out
+        for flag in [word for word in words if word.startswith("--")]:
+            assert flag in known, (name, flag)
+    assert set(re.findall(r"`((?:INPUT|DEP|PARTIAL)_[A-Z_]+)`", text)) <= set(load_codes())

@@ -17,7 +17,9 @@ from bp_export.errors import (
     QuantizationUnknownError,
 )
 from bp_merge import AdapterMismatchError, TensorsInvalidError
+from bp_runs.adapter import write_manifest
 from bp_runs.errors import AdapterInvalidError, DiskFullError
+from bp_runs.fingerprint import fingerprint_base
 
 
 class Usage(NamedTuple):
@@ -115,6 +117,36 @@ def test_an_adapter_of_another_base(tmp_path, base, modules, word):
     other = write_lora(tmp_path / "other", base, modules=modules)
     expect(AdapterMismatchError, word, other)
     expect(AdapterMismatchError, word, other, format="merged")
+
+
+@pytest.mark.parametrize("format", ["gguf", "merged"])
+def test_a_base_of_the_same_shapes_that_is_another(tmp_path, base, lora, format):
+    other, packed = write_base(tmp_path / "other", seed=5), write_base(tmp_path / "f32", dtype="F32")
+    export_adapter(lora, base=other, quantization="q8_0")  # there is no word of its base in this adapter
+    write_manifest(lora, run_id="r", base=str(base), base_folder=base)
+    expect(AdapterMismatchError, "not the base that the adapter was trained on", lora, base=other, format=format)
+    assert fingerprint_base(packed) != fingerprint_base(base)  # other values, since bf16 rounded them
+    shutil.copytree(base, tmp_path / "moved")
+    assert export_adapter(lora, base=tmp_path / "moved", format=format, output=tmp_path / "out").path.exists()
+
+
+def test_shards_that_are_missing(base, lora):
+    shards = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    write_json(base / "model.safetensors.index.json", shards)
+    expect(TensorsInvalidError, "model-00001-of-00002", lora)
+
+
+def test_a_torn_header(base, lora):
+    whole = (base / "model.safetensors").read_bytes()
+    for torn in (whole[:100], b"\xff" * 8 + whole[8:], whole[:8] + b"{" * 64 + whole[72:]):
+        (base / "model.safetensors").write_bytes(torn)
+        expect(TensorsInvalidError, "whole|damaged", lora)
+
+
+@pytest.mark.parametrize("r", [0, -1, "8", None])
+def test_a_rank_that_is_none(lora, r):
+    change_json(lora / "adapter_config.json", r=r)
+    expect(AdapterInvalidError, "rank", lora)
 
 
 def test_an_adapter_on_a_head_that_a_tied_model_would_drop(tmp_path):

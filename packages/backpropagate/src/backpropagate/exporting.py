@@ -114,6 +114,36 @@ def export_adapter(
     return ExportResult(outcome=outcome, ollama=registered, run_id=run_id)
 
 
+def plan_export(
+    adapter: Path,
+    format: bp_export.Format,
+    *,
+    quantization: str,
+    output: Path | None = None,
+    base: str | None = None,
+    pre: str | None = None,
+    importance: Path | None = None,
+    dequantize: bool = False,
+) -> bp_export.ExportPlan:
+    """What `export_adapter` would write as GGUF; nothing is written.
+
+    Raises:
+        CodedError: As `export_adapter`; InvalidSettingError for another format.
+    """
+    if format != "gguf":
+        raise InvalidSettingError(f"--dry-run plans GGUF files, not {format!r}", way_out="Add: --format gguf")
+    return bp_export.plan_export(
+        adapter,
+        output=output,
+        quantization=quantization,
+        base=find_base_folder(adapter, base),
+        pre=pre,
+        name=_name_after(read_adapter_folder(adapter)),
+        importance=importance,
+        dequantize=dequantize,
+    )
+
+
 def find_base_folder(source: Path, base: str | None) -> Path | None:
     """Where an adapter's base is on this machine, fetched where it is not; None for what is no adapter.
 

@@ -34,8 +34,8 @@ from bp_export.quantize import describe_kernels
 from bp_export.report import ParityReport
 from bp_export.stream import cut_plan, write_gguf, write_split
 from bp_export.vocab import TOKENIZER_FILE, read_vocabulary
-from bp_merge import FoldedModel, LoraAdapter, load_adapter, open_model
-from bp_runs.adapter import CONFIG_FILE, read_adapter_folder
+from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter, load_adapter, open_model
+from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.files import require_folder, require_free_space
 
 Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
@@ -295,6 +295,13 @@ def _read_source(folder: Path, base: Path | None, name: str | None, *, dequantiz
             f"the base model {where} is not a folder on this machine", details={"base": adapter.folder.base}
         )
     _require_unpacked(read_config(where), where, dequantize=dequantize)
+    if is_other_base(folder, where):
+        raise AdapterMismatchError(
+            f"{where} is not the base that the adapter was trained on: its norms are others",
+            cause=f"the adapter names {adapter.folder.base} as its base",
+            way_out="Name that one: --base FOLDER. "
+            f"If you are sure of this one, take base_fingerprint out of {folder / MANIFEST_FILE}.",
+        )
     tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else where
     return _Source(where, adapter, tokenizer, name or _name_after(adapter.folder.base))
 

@@ -3,7 +3,7 @@
     adapter_config.json          PEFT's settings: base, r, lora_alpha, target_modules, …
     adapter_model.safetensors    lora_A (r, d_in) and lora_B (d_out, r) of each adapted module
     tokenizer.json, chat_template.jinja, …   as trained
-    run.json                     {"schema", "run_id", "base", "files": {name: sha256}}
+    run.json                     {"schema", "run_id", "base", "base_fingerprint", "files": {name: sha256}}
 
 Every rail writes it; merge and export read only it.
 """
@@ -19,6 +19,7 @@ import orjson
 
 from bp_runs.errors import AdapterInvalidError
 from bp_runs.files import publish_json, sha256_file
+from bp_runs.fingerprint import fingerprint_base
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -96,16 +97,31 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
 
 
 def write_manifest(
-    path: Path, *, run_id: str, base: str, origin: Mapping[str, Any] | None = None, schema: str = MANIFEST_SCHEMA
+    path: Path,
+    *,
+    run_id: str,
+    base: str,
+    base_folder: Path | None = None,
+    origin: Mapping[str, Any] | None = None,
+    schema: str = MANIFEST_SCHEMA,
 ) -> None:
     """Write ``run.json`` into a finished adapter's or model's folder: the run's id and every file's SHA-256.
 
     Args:
+        base_folder: Where the base is, whose fingerprint tells it from others of the same shapes.
         origin: For adapters that were not trained but made of others: how, and of which.
     """
     files = {p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file() and p.name != MANIFEST_FILE}
-    manifest = {"schema": schema, "run_id": run_id, "base": base, "files": files}
+    manifest: dict[str, Any] = {"schema": schema, "run_id": run_id, "base": base, "files": files}
+    if base_folder is not None and (fingerprint := fingerprint_base(base_folder)):
+        manifest["base_fingerprint"] = fingerprint
     publish_json(path / MANIFEST_FILE, manifest if origin is None else {**manifest, "origin": dict(origin)})
+
+
+def is_other_base(path: Path, base_folder: Path) -> bool:
+    """Whether an adapter folder names the fingerprint of another base than a folder's; False where either has none."""
+    recorded, found = read_manifest(path).get("base_fingerprint"), fingerprint_base(base_folder)
+    return recorded is not None and found is not None and recorded != found
 
 
 def changed_files(path: Path) -> list[str]:

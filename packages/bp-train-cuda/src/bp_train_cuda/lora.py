@@ -132,7 +132,7 @@ def save_adapter(model: Any, spec: TrainSpec, template: str | None) -> int:
                 shutil.copyfile(spec.base / name, partial / name)
         if template is not None:
             (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
-        write_manifest(partial, run_id=spec.folders.run_id, base=spec.model.name)
+        write_manifest(partial, run_id=spec.folders.run_id, base=spec.model.name, base_folder=spec.base)
     return (folder / WEIGHTS_FILE).stat().st_size
 
 

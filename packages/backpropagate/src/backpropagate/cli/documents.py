@@ -115,6 +115,27 @@ class Merge(TypedDict):
     notes: list[str]
 
 
+class PlannedTensor(TypedDict):
+    """A tensor of a GGUF that is planned."""
+
+    name: str
+    source: str | None
+    type: str
+    shape: list[int]
+    bytes: int
+    is_changed: bool
+
+
+class ExportPlan(TypedDict):
+    """`backprop export --dry-run`."""
+
+    path: str
+    tensors: list[PlannedTensor]
+    bytes: int
+    free_bytes: int
+    seconds: float
+
+
 class Imatrix(TypedDict):
     """`backprop imatrix`."""
 
@@ -603,6 +624,7 @@ DOCUMENTS: Mapping[str, type] = {
     "multi-run": MultiRun,
     "merge": Merge,
     "chat": Chat,
+    "export-plan": ExportPlan,
     "imatrix": Imatrix,
     "push": Push,
     "push-plan": PushPlan,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, Self, TypeAlias
 
 from cyclopts import Parameter
 
+import bp_export
 from backpropagate.cli.flags import Json, output_folder
 from backpropagate.cli.screen import print_json
-from backpropagate.exporting import ExportResult, export_adapter
+from backpropagate.exporting import ExportResult, export_adapter, plan_export
 
 Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
 Quantization: TypeAlias = Literal[
@@ -46,6 +48,7 @@ def export(
     ollama: Annotated[bool, Parameter(negative="")] = False,
     ollama_name: str | None = None,
     dequantize: Annotated[bool, Parameter(negative="")] = False,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
     force: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> int:
@@ -80,10 +83,24 @@ def export(
         Name in Ollama; given alone it registers too. Default: the file's name.
     dequantize: bool
         Unpack a base in 4 bits (bitsandbytes), instead of asking for the original.
+    dry_run: bool
+        Say what a GGUF would hold, its size and about how long it takes, and write nothing.
     force: bool
         Replace an earlier export, and a model of that name in Ollama.
     """
     folder = output_folder(None) / "lora" if adapter is None else adapter
+    if dry_run:
+        plan = plan_export(
+            folder,
+            format,
+            quantization=quantization,
+            output=output,
+            base=base,
+            pre=pre,
+            importance=imatrix,
+            dequantize=dequantize,
+        )
+        return _tell_plan(plan, as_json=json)
     with _Bytes(is_shown=sys.stdout.isatty() and not json) as bar:
         result = export_adapter(
             folder,
@@ -106,6 +123,18 @@ def export(
         print_json("export", result.to_dict())
     else:
         _tell_end(result, folder)
+    return 0
+
+
+def _tell_plan(plan: bp_export.ExportPlan, *, as_json: bool) -> int:
+    if as_json:
+        print_json("export-plan", {**asdict(plan), "path": str(plan.path)})
+        return 0
+    for tensor in plan.tensors:
+        mark = "+" if tensor.is_changed else " "
+        print(f"  {mark} {tensor.name:<32} {tensor.type:<6} {'x'.join(map(str, tensor.shape)):>16}")  # noqa: T201
+    print(f"  plan      {plan.path}: {len(plan.tensors)} tensors, {plan.bytes / 2**20:,.1f} MiB")  # noqa: T201
+    print(f"  room      {plan.free_bytes / 2**20:,.0f} MiB are free; about {plan.seconds:.0f} s")  # noqa: T201
     return 0
 
 
