@@ -130,7 +130,7 @@ def test_estimate_vram_adds_up(capsys):
 
 @pytest.mark.parametrize(
     "change",
-    [["--batch-size", "4"], ["--max-seq-length", "4096"], ["--lora-r", "64"], ["--lora-use-dora"], ["--method", "dpo"]],
+    [["--batch-size", "4"], ["--max-seq-length", "4096"], ["--lora-r", "64"], ["--use-dora"], ["--method", "dpo"]],
 )
 def test_more_of_anything_needs_more(capsys, change):
     plain = document(capsys, "estimate-vram", "smollm3-3b", "--vram", "16", "--mode", "qlora")

@@ -34,7 +34,7 @@ def estimate_vram(
     lora_preset: str | None = None,
     lora_r: int | None = None,
     target_modules: str | None = None,
-    lora_use_dora: bool | None = None,
+    use_dora: bool | None = None,
     batch_size: int | None = None,
     gradient_accumulation: int | None = None,
     max_seq_length: int | None = None,
@@ -59,7 +59,7 @@ def estimate_vram(
         Rank of the adapter.
     target_modules: str
         Adapted layers, as for train.
-    lora_use_dora: bool
+    use_dora: bool
         DoRA.
     batch_size: int
         Rows in a micro-batch.
@@ -72,7 +72,7 @@ def estimate_vram(
     """
     flags: dict[str, Any] = {
         "model": model, "mode": mode, "method": method, "lora_preset": lora_preset, "lora_r": lora_r,
-        "target_modules": target_modules, "lora_use_dora": lora_use_dora, "batch_size": batch_size,
+        "target_modules": target_modules, "use_dora": use_dora, "batch_size": batch_size,
         "gradient_accumulation": gradient_accumulation, "max_seq_length": max_seq_length,
     }  # fmt: skip
     wanted = resolve(flags, os.environ, Path(TOML_FILE))
