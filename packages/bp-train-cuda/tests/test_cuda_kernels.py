@@ -7,7 +7,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 
 from bp_train_cuda.errors import KernelsError
-from bp_train_cuda.kernels import apply_kernels
+from bp_train_cuda.kernels import apply_kernels, require_kernels
 from bp_train_cuda.probe import Device
 
 CPU, GPU = Device("cpu", "none", 1), Device("cuda", "a card", 1)
@@ -45,7 +45,8 @@ def test_they_are_put_into_a_model_that_liger_knows(liger):
 def test_why_not(liger, kind, device, reason):
     assert reason in apply_kernels(model(kind), "auto", device)
     with pytest.raises(KernelsError, match=reason):
-        apply_kernels(model(kind), "liger", device)
+        require_kernels(kind, "liger", device)
+    require_kernels(kind, "auto", device)
     assert liger == []
 
 

@@ -14,6 +14,7 @@ from bp_runs.errors import InvalidSettingError
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
 from bp_train_cuda import load, probe, unsloth
 from bp_train_cuda.errors import BitsandbytesError, Fp8Error, SequenceTooLongError, TargetModulesError, VocabularyError
+from bp_train_cuda.kernels import require_kernels
 
 ALL_LINEAR = "all-linear"
 
@@ -34,7 +35,7 @@ def check_model(settings: Settings, base: Path) -> Checked:
         RemoteCodeError, ModelLoadError, GpuNotAvailableError: As `load.read_config`, `sketch_model`, `require_capable`.
         ModeError, BitsandbytesError, FullModelTooLargeError, Bf16Error: As `probe.choose_mode` and `choose_dtype`.
         UnslothError, InvalidSettingError: As `unsloth.require_unsloth`.
-        Fp8Error: 8-bit floats are asked for and cannot be had.
+        Fp8Error, KernelsError: 8-bit floats, or fused kernels, are asked for and cannot be had.
         TargetModulesError, InvalidSettingError: The adapter cannot be made on this model.
     """
     device, trust = probe.choose_device(), settings.model.trust_remote_code
@@ -45,6 +46,7 @@ def check_model(settings: Settings, base: Path) -> Checked:
     mode = probe.choose_mode(settings.training.mode, parameters, device)
     probe.choose_dtype(settings.model.dtype, device)
     require_optimizer(settings)
+    require_kernels(str(config.model_type), settings.training.kernels, device)
     if settings.training.fp8:
         require_fp8(device, mode)
     if settings.training.engine == "unsloth":

@@ -17,16 +17,8 @@ Kernels = Literal["auto", "none", "liger"]
 
 
 def apply_kernels(model: Any, wanted: Kernels, device: Device) -> str:
-    """Put Liger's kernels into ``model``, before it gets an adapter; returns what was done, or why nothing.
-
-    Raises:
-        KernelsError: They were asked for and cannot be used.
-    """
-    if wanted == "none":
-        return "no fused kernels: as asked"
-    why_not = _find_obstacle(str(model.config.model_type), device)
-    if why_not and wanted == "liger":
-        raise KernelsError(f"Liger's kernels cannot be used: {why_not}")
+    """Put Liger's kernels into ``model``, before it gets an adapter; returns what was done, or why nothing."""
+    why_not = "as asked" if wanted == "none" else _find_obstacle(str(model.config.model_type), device)
     if why_not:
         return f"no fused kernels: {why_not}"
     from liger_kernel.transformers import monkey_patch
@@ -35,6 +27,17 @@ def apply_kernels(model: Any, wanted: Kernels, device: Device) -> str:
         model=model, fused_linear_cross_entropy=False, cross_entropy=False
     )
     return "Liger's kernels for norms, positions and feed-forward"
+
+
+def require_kernels(model_type: str, wanted: Kernels, device: Device) -> None:
+    """Refuse kernels that were asked for and cannot be had, before anything is loaded.
+
+    Raises:
+        KernelsError: Why not.
+    """
+    why_not = _find_obstacle(model_type, device) if wanted == "liger" else ""
+    if why_not:
+        raise KernelsError(f"Liger's kernels cannot be used: {why_not}")
 
 
 def _find_obstacle(model_type: str, device: Device) -> str:

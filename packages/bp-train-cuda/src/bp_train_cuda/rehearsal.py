@@ -45,6 +45,8 @@ class Rehearsed:
     """Of the longest batch, padding included."""
     save_bytes: int
     """Of one checkpoint: trained weights and the optimizer's moments."""
+    validated: bool
+    """Whether there are rows to validate on, so that this was rehearsed too."""
 
 
 class Rehearsal(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for a strict check
@@ -112,7 +114,8 @@ def rehearse(trainer: Any, device: Device, validator: Validator | None) -> Rehea
         torch.cuda.reset_peak_memory_stats()
     rows, tokens = len(next(iter(batch.values()))), int(batch["input_ids"].numel())
     trained = sum(weight.nbytes for weight in trainable_weights(trainer.model).values())
-    return Rehearsed(peak=peak, rows=rows, tokens=tokens, save_bytes=trained + moments)
+    save = trained + moments
+    return Rehearsed(peak=peak, rows=rows, tokens=tokens, save_bytes=save, validated=validator is not None)
 
 
 def _accumulate(trainer: Any, batch: Mapping[str, torch.Tensor]) -> None:
@@ -160,9 +163,10 @@ def _tell(found: Rehearsed, device: Device) -> Notice:
     on_gpu = device.kind == "cuda"
     total = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
     peak = f"at most {found.peak / 2**30:.2f} of {total / 2**30:.1f} GiB in use; " if on_gpu else ""
+    steps = "an optimizer step and a validation" if found.validated else "and an optimizer step"
     message = (
-        f"rehearsed the longest batch ({found.rows} × {found.tokens // found.rows} tokens), an optimizer step and a "
-        f"validation: {peak}a checkpoint takes {found.save_bytes / 2**20:,.1f} MiB"
+        f"rehearsed the longest batch ({found.rows} × {found.tokens // found.rows} tokens), {steps}: "
+        f"{peak}a checkpoint takes {found.save_bytes / 2**20:,.1f} MiB"
     )
     details = {"peak_bytes": found.peak, "save_bytes": found.save_bytes, "rows": found.rows, "tokens": found.tokens}
     return Notice(message=message, details={"rehearsal": details})
