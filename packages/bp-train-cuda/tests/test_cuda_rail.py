@@ -22,6 +22,7 @@ from bp_train_cuda import CudaRail
 from bp_train_cuda.batches import RowSet, pad_rows
 from bp_train_cuda.errors import (
     BitsandbytesError,
+    DriverTooOldError,
     GpuNotAvailableError,
     ModeError,
     ModelLoadError,
@@ -304,6 +305,17 @@ def test_large_models_are_refused_on_a_cpu_before_loading(pico_model, chat_file,
         CudaRail().check(Settings(), base)
     with pytest.raises(GpuNotAvailableError, match="billion"):
         train(spec_for(base, chat_file, tmp_path / "run"))
+
+
+def test_a_driver_that_is_too_old_is_named(pico_model, chat_file, tmp_path, monkeypatch):
+    def refuse():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update it.")
+
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    base = copy_model(pico_model, tmp_path / "large", hidden_size=4096, intermediate_size=16384, num_hidden_layers=8)
+    with pytest.raises(DriverTooOldError, match="driver is too old for CUDA"):
+        CudaRail().check(Settings(), base)
+    assert "driver is too old" in CudaRail().probe().why
 
 
 def test_models_with_their_own_code_are_refused(pico_model, chat_file, tmp_path):

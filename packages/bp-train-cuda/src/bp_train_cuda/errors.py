@@ -2,6 +2,7 @@
 
 DependencyError
 ├── GpuNotAvailableError   DEP_GPU_NOT_AVAILABLE            too large a model for a CPU
+├── DriverTooOldError      DEP_GPU_DRIVER_TOO_OLD           there is a card, and its driver does not know this CUDA
 ├── BitsandbytesError      DEP_BITSANDBYTES_MISSING         4-bit bases need it
 ├── KernelsError           DEP_KERNELS_UNUSABLE             fused kernels were asked for and cannot be had
 ├── UnslothError           DEP_UNSLOTH_UNUSABLE             not installed, or it finds no GPU
@@ -34,6 +35,17 @@ class GpuNotAvailableError(DependencyError):
     code = "DEP_GPU_NOT_AVAILABLE"
     when = "A model of over 1 billion parameters was to be trained where no CUDA device can be used."
     default_way_out = "Use a machine with an NVIDIA card and its driver, or a model under 1 billion parameters."
+
+
+class DriverTooOldError(DependencyError):
+    """The card's driver is older than the CUDA that torch is built for."""
+
+    code = "DEP_GPU_DRIVER_TOO_OLD"
+    when = (
+        "A model of over 1 billion parameters was to be trained on a card whose driver is older than torch's CUDA; "
+        "smaller ones train on the CPU then."
+    )
+    default_way_out = "Update the NVIDIA driver and restart; or install a torch built for an older CUDA."
 
 
 class BitsandbytesError(DependencyError):

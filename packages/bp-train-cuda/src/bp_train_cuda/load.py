@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from bp_runs.errors import first_line
-from bp_train_cuda.errors import GpuNotAvailableError, ModelLoadError, RemoteCodeError
+from bp_train_cuda.errors import DriverTooOldError, GpuNotAvailableError, ModelLoadError, RemoteCodeError
 from bp_train_cuda.probe import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
 from bp_train_cuda.shapes import Linear, Shapes
 
@@ -104,9 +104,11 @@ def require_capable(parameters: int, device: Device) -> None:
 
     Raises:
         GpuNotAvailableError: Over `CPU_PARAMETER_LIMIT` parameters and no CUDA device.
+        DriverTooOldError: The same, and there is a card whose driver is too old.
     """
     if device.kind == "cpu" and parameters > CPU_PARAMETER_LIMIT:
-        raise GpuNotAvailableError(
+        kind = DriverTooOldError if device.driver_too_old else GpuNotAvailableError
+        raise kind(
             f"the model has {parameters / 1e9:.1f} billion parameters and there is only a CPU: {device.why}",
             details={"parameters": parameters, "limit": CPU_PARAMETER_LIMIT},
         )

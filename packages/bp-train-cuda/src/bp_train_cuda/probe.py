@@ -27,6 +27,8 @@ class Device:
     """Bytes free for training now."""
     card: str = "cpu"
     """The card's name and its memory, by which it is remembered."""
+    driver_too_old: bool = False
+    """Whether there is a card that only an older CUDA can use."""
 
     @property
     def label(self) -> str:
@@ -41,8 +43,21 @@ def choose_device() -> Device:
         free, total = torch.cuda.mem_get_info(0)
         name = torch.cuda.get_device_name(0)
         return Device("cuda", f"{name}, SM {major}.{minor}", free, f"{name} {total / 2**30:.1f} GiB")
+    too_old = _has_old_driver()
     why = "no CUDA device" if torch.backends.cuda.is_built() else "this torch is built without CUDA"
-    return Device("cpu", why, psutil.virtual_memory().available)
+    why = f"the NVIDIA driver is too old for CUDA {torch.version.cuda}" if too_old else why
+    return Device("cpu", why, psutil.virtual_memory().available, driver_too_old=too_old)
+
+
+def _has_old_driver() -> bool:
+    """Whether CUDA refuses to start because of the driver's age; torch tells by the text of its error alone."""
+    if not torch.backends.cuda.is_built():
+        return False
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return "too old" in str(error)
+    return False
 
 
 def choose_dtype(wanted: Literal["auto", "float32", "bfloat16"], device: Device) -> torch.dtype:
