@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 import tempfile
 
 import pytest
@@ -119,3 +120,11 @@ def test_what_cannot_be_talked_to(made, tmp_path):
         pass
     with open_talk(made["gguf"], context=256) as talk, pytest.raises(ChatFailedError):
         list(ask_once(talk, "the cat " * 400, SHORT))
+
+
+def test_without_llama_cpp_it_is_said_before_a_file_is_made(made, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    for argv in (["chat", str(made["lora"])], ["imatrix", str(made["lora"]), "--text", __file__]):
+        assert main(argv) == 2
+        assert "pip install 'bp-export[verify]'" in capsys.readouterr().err

@@ -31,7 +31,7 @@ from bp_export.errors import ImportanceInvalidError, LlamaCppMissingError, Measu
 from bp_export.gguf import read_settings
 from bp_export.importance import COUNTS, SUMS
 from bp_export.outputs import require_free_file
-from bp_export.serving import is_installed
+from bp_export.serving import require_installed
 from bp_merge import Floats
 from bp_runs.files import publish_bytes, require_folder
 
@@ -81,8 +81,7 @@ def measure_importance(
         LlamaCppMissingError: xllamacpp is not installed, or exports no C functions on this platform.
         MeasureFailedError: llama.cpp cannot load or run the model, or is built in a way that is not known.
     """
-    if not is_installed():
-        raise LlamaCppMissingError("xllamacpp is not installed")
+    require_installed()
     read_settings(model)
     try:
         text.read_text(encoding="utf-8")

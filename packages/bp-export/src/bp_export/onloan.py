@@ -1,4 +1,4 @@
-"""A GGUF of whatever was made, for as long as it is needed: a GGUF as it stands, a folder as a file that goes again."""
+"""A GGUF of whatever was made, for llama.cpp to run: a GGUF as it stands, a folder as a file that goes again."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bp_export.errors import ChatTargetError
 from bp_export.export import export_adapter, find_own_type
+from bp_export.serving import require_installed
 
 
 @contextlib.contextmanager
@@ -30,9 +31,11 @@ def open_gguf(
         progress: Called with bytes done and bytes in all while a folder becomes a file.
 
     Raises:
+        LlamaCppMissingError: llama.cpp is not installed, so that nothing could run it.
         ChatTargetError: There is nothing of that name.
         CodedError: As `bp_export.export_adapter`.
     """
+    require_installed()
     if target.is_file():
         yield target
         return

@@ -40,8 +40,7 @@ class LlamaServer:
     """
 
     def __init__(self, path: Path, context: int, *, adapter: Path | None = None) -> None:
-        if not is_installed():
-            raise LlamaCppMissingError("xllamacpp is not installed")
+        require_installed()
         self._process = subprocess.Popen(  # noqa: S603  # our own module in our own interpreter
             [sys.executable, "-m", "bp_export.serving", str(path), str(context), *([str(adapter)] if adapter else [])],
             stdin=subprocess.PIPE,
@@ -137,6 +136,16 @@ def is_installed() -> bool:
         return find_spec("xllamacpp") is not None
     except ImportError:
         return False
+
+
+def require_installed() -> None:
+    """Refuse before the work begins.
+
+    Raises:
+        LlamaCppMissingError: llama.cpp cannot be imported.
+    """
+    if not is_installed():
+        raise LlamaCppMissingError("xllamacpp is not installed")
 
 
 def serve(path: str, context: int, adapter: str | None = None) -> None:
