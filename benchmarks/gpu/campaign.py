@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -132,6 +133,7 @@ class Bench:
         began = time.perf_counter()
         spec = self.spec(case, **training)
         outcome = CudaRail().train(spec, events.append, lambda: False)
+        shutil.rmtree(spec.folders.run)
         steps = [e for e in events if isinstance(e, StepDone)]
         notices = [e for e in events if isinstance(e, Notice)]
         rehearsal = next((n.details["rehearsal"] for n in notices if "rehearsal" in n.details), None)

@@ -78,8 +78,13 @@ class Rehearsal(TrainerCallback):  # type: ignore[misc]  # transformers is not t
         if state.global_step or not is_due(self._spec, self._device):
             return
         self.found = rehearse(self._trainer(), self._device, self._validator())
-        saves = self._spec.training.keep_checkpoints + 1
-        require_free_space(self._spec.folders.run, saves * self.found.save_bytes, f"{saves} checkpoints")
+        training = self._spec.training
+        saves = training.keep_checkpoints + 1 if training.save_steps else 1  # one where the run is stopped
+        require_free_space(
+            self._spec.folders.run,
+            saves * self.found.save_bytes,
+            "a checkpoint" if saves == 1 else f"{saves} checkpoints",
+        )
         self._emit(_tell(self.found, self._device))
 
 
