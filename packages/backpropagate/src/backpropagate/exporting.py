@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import bp_export
 from backpropagate import catalogue, system
 from bp_export.errors import ParityFailedError
-from bp_runs.adapter import CONFIG_FILE, AdapterFolder, read_adapter_folder
+from bp_runs.adapter import CONFIG_FILE, read_adapter_folder, read_manifest
 from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError
 from bp_runs.store import RunStore
 
@@ -60,10 +60,10 @@ def export_adapter(
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportResult:
-    """Export an adapter folder.
+    """Export an adapter folder, or the folder of a model of which all weights were trained.
 
     Args:
-        adapter: The adapter folder.
+        adapter: The adapter's or model's folder.
         base: Overrides the base model that the adapter names: a folder or Hub id.
         importance: An importance matrix for the quantizers: a file of llama-imatrix.
         split_bytes: Most bytes of tensors a file; a larger GGUF becomes several.
@@ -83,7 +83,7 @@ def export_adapter(
         raise InvalidSettingError(f"Ollama takes GGUF files, not {format!r}", way_out="Add: --format gguf")
     if wants_ollama and split_bytes is not None:
         raise InvalidSettingError("Ollama takes one file, and this would be several", way_out="Leave out: --split-mib")
-    folder = read_adapter_folder(adapter)
+    base_name, run_id = _read_origin(adapter)
     if wants_ollama:
         bp_export.require_ollama(ollama_host(os.environ), name=ollama_name, force=force)
     base_folder = None if format in ("lora", "mlx") else find_base_folder(adapter, base)
@@ -95,7 +95,7 @@ def export_adapter(
             quantization=quantization,
             base=base_folder,
             pre=pre,
-            name=_name_after(folder),
+            name=_name_after(base_name, run_id),
             importance=importance,
             split_bytes=split_bytes,
             ollama_base=ollama_base,
@@ -105,9 +105,9 @@ def export_adapter(
             progress=progress,
         )
     except ParityFailedError as error:
-        _note_in_run(adapter, folder.run_id, {"kind": format, "quantization": quantization, **error.details})
+        _note_in_run(adapter, run_id, {"kind": format, "quantization": quantization, **error.details})
         raise
-    run_id, context = _note_in_run(adapter, folder.run_id, _build_artifact(outcome))
+    run_id, context = _note_in_run(adapter, run_id, _build_artifact(outcome))
     registered = (ollama_name or outcome.path.stem) if wants_ollama else None
     if registered is not None:
         bp_export.register_gguf(outcome.path, registered, host=ollama_host(os.environ), context=context, force=force)
@@ -138,7 +138,7 @@ def plan_export(
         quantization=quantization,
         base=find_base_folder(adapter, base),
         pre=pre,
-        name=_name_after(read_adapter_folder(adapter)),
+        name=_name_after(*_read_origin(adapter)),
         importance=importance,
         dequantize=dequantize,
     )
@@ -162,9 +162,22 @@ def find_base_folder(source: Path, base: str | None) -> Path | None:
     return catalogue.find_model(base or folder.base, revision=revision, offline=offline).folder
 
 
-def _name_after(folder: AdapterFolder) -> str | None:
+def _read_origin(source: Path) -> tuple[str, str | None]:
+    """The base's name and the run's id of an adapter folder, or of a model's.
+
+    Raises:
+        AdapterInvalidError: It is neither.
+    """
+    if not (source / CONFIG_FILE).is_file() and (source / "config.json").is_file():
+        manifest = read_manifest(source)
+        return str(manifest.get("base", source.name)), manifest.get("run_id")
+    folder = read_adapter_folder(source)
+    return folder.base, folder.run_id
+
+
+def _name_after(base: str, run_id: str | None) -> str | None:
     """The base's name and the end of the run's id, so that one run's export never replaces another's."""
-    return f"{PurePath(folder.base).name}-{folder.run_id[-6:]}" if folder.run_id else None
+    return f"{PurePath(base).name}-{run_id[-6:]}" if run_id else None
 
 
 def ollama_host(environ: Mapping[str, str]) -> str | None:

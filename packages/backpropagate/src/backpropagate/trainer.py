@@ -21,7 +21,7 @@ from backpropagate.exporting import ExportResult, export_adapter
 from backpropagate.logs import current_run
 from bp_runs.errors import ContractError, InterruptedRunError, ResumeChangedError, ResumeNotFoundError
 from bp_runs.events import Emit, Event
-from bp_runs.paths import result_name
+from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, result_name
 from bp_runs.rail import Rail, TrainOutcome
 from bp_runs.record import RunRecord
 from bp_runs.spec import Settings, TrainSpec
@@ -328,7 +328,7 @@ class Trainer:
         force: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> ExportResult:
-        """Export the newest adapter of the output folder.
+        """Export the newest adapter of the output folder, or in mode full the newest model.
 
         Args:
             format: One of `bp_export.Format`: ``gguf``, ``merged``, ``lora`` …
@@ -342,7 +342,8 @@ class Trainer:
         Raises:
             CodedError: Bad input or a failed export; nothing half-written is left.
         """
-        adapter = self.last.adapter if self.last else self.output / "lora"
+        name = MODEL_NAME if self.settings.training.mode == "full" else ADAPTER_NAME
+        adapter = self.last.adapter if self.last else self.output / name
         return export_adapter(
             adapter,
             format,

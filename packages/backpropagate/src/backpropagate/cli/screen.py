@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import orjson
@@ -21,6 +22,7 @@ from bp_runs.events import (
     SampleAnswer,
     StepDone,
 )
+from bp_runs.paths import MODEL_NAME
 from bp_runs.redact import redact_data
 
 _PLAIN_LINES = 10
@@ -139,11 +141,11 @@ def describe(event: Event, *, since: float) -> str:
         case StepDone():
             return f"  step      {event.step}/{event.steps}  {_facts(event)}  {time.monotonic() - since:,.0f} s"
         case EvalDone():
-            return (
-                f"  eval      step {event.step}: validation loss {event.loss:.3f}{', the best' if event.best else ''}"
-            )
+            best = ", the best" if event.best else ""
+            return f"  eval      step {event.step}: validation loss {event.loss:.3f}{_sides(event)}{best}"
         case AdapterSaved():
-            return f"  adapter   {event.bytes / 2**20:,.1f} MiB saved"
+            kind = "model" if Path(event.path).name == MODEL_NAME else "adapter"
+            return f"  {kind:<9} {event.bytes / 2**20:,.1f} MiB saved"
         case CheckpointSaved():
             return f"  saved     step {event.step}: {event.bytes / 2**20:,.1f} MiB in {event.seconds:.1f} s"
         case Notice():
@@ -158,9 +160,13 @@ def describe(event: Event, *, since: float) -> str:
 def _facts(event: StepDone) -> str:
     heat = "" if event.temperature is None else f"  {event.temperature:.0f} °C"
     return (
-        f"loss {event.loss:.3f}  lr {event.learning_rate:.1e}  "
+        f"loss {event.loss:.3f}{_sides(event)}  lr {event.learning_rate:.1e}  "
         f"{event.tokens_per_second:,.0f} tok/s  {event.memory_bytes / 2**30:.1f} GiB{heat}"
     )
+
+
+def _sides(event: StepDone | EvalDone) -> str:
+    return "".join(f"  {name} {value:.2f}" for name, value in event.metrics.items())
 
 
 def _is_told(event: StepDone) -> bool:
