@@ -21,6 +21,7 @@ from bp_export.errors import (
     PushRepoTakenError,
     PushSourceError,
 )
+from bp_export.origin import find_origin, write_train_command
 from bp_runs.adapter import write_manifest
 from bp_runs.events import DataReady, ModelLoaded, StepDone
 from bp_runs.rail import TrainOutcome
@@ -153,6 +154,20 @@ def test_an_adapter_goes_there_whole_with_card_and_picture(hub, trained):
     )
     assert "/private/" not in card
     assert str(trained["base"].parent) not in card
+
+
+def test_what_comes_from_the_hub_is_named_with_its_commit(trained):
+    record = find_origin(trained["adapter"]).record
+    record.settings["model.name"]["value"], record.model["revision"] = "Qwen/Qwen2.5-0.5B", "c0ffee"
+    record.settings["data.path"]["value"], record.data["revision"] = "someone/rows", "dada"
+    record.settings["training.resume"] = {"value": True, "source": "flag"}
+    command = write_train_command(record)
+    assert command.startswith(
+        "backprop train --model Qwen/Qwen2.5-0.5B --data someone/rows --revision c0ffee --data-revision dada "
+    )
+    assert "resume" not in command
+    record.kind = "multi-run"
+    assert write_train_command(record) is None
 
 
 def test_a_gguf_finds_its_run_and_tells_its_parity(hub, trained):

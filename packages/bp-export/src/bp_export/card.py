@@ -118,7 +118,7 @@ def _write_data(facts: CardFacts) -> Iterator[str]:
         return
     counts = [f"{data.get(key, 0)} {key}" for key in ("read", "trained", "truncated", "dropped", "heldout")]
     rows = [
-        ("file", f"`{PurePath(str(data.get('path', ''))).name}`"),
+        ("name", f"`{data.get('path') if data.get('revision') else PurePath(str(data.get('path', ''))).name}`"),
         ("SHA-256", f"`{data.get('sha256')}`"),
         ("rows", ", ".join(counts).replace("heldout", "held out")),
         ("tokens", f"{data.get('tokens'):,}, of which {data.get('trained_tokens'):,} carry loss"),
@@ -144,13 +144,12 @@ def _write_training(facts: CardFacts) -> Iterator[str]:
 
 
 def _list_machine(origin: Origin) -> Iterator[tuple[str, str]]:
-    record = origin.record
-    yield "mode", f"{record.model.get('mode')}, {record.model.get('dtype')}"
-    yield "parameters", f"{record.model.get('parameters'):,}, of which {record.model.get('trainable'):,} trained"
-    device = str(record.model.get("device", ""))
-    yield "device", device
-    found = [f"{name} {record.versions[name]}" for name in _PACKAGES if name in record.versions]
-    yield "versions", ", ".join(found)
+    model, versions = origin.record.model, origin.record.versions
+    if model:
+        yield "mode", f"{model.get('mode')}, {model.get('dtype')}"
+        yield "parameters", f"{model.get('parameters'):,}, of which {model.get('trainable'):,} trained"
+        yield "device", str(model.get("device"))
+    yield "versions", ", ".join(f"{name} {versions[name]}" for name in _PACKAGES if name in versions)
 
 
 def _write_parity(facts: CardFacts) -> Iterator[str]:
@@ -181,7 +180,7 @@ def list_commands(facts: CardFacts) -> Iterator[str]:
         yield train
         if facts.kind == "gguf":
             yield f"backprop export ./output/lora --quantization {facts.artifact.get('quantization') or 'q4_k_m'}"
-        elif facts.kind == "merged":
+        elif facts.kind == "merged" and facts.artifact:  # and not trained as it stands
             yield "backprop export ./output/lora --format merged"
 
 

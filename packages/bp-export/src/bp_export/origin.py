@@ -15,8 +15,8 @@ from bp_runs.record import RunRecord
 from bp_runs.spec import Settings, short_name
 from bp_runs.store import RunStore
 
-# Where things were, which says nothing of what was done.
-_PLACES = ("model.name", "model.revision", "data.path", "training.output_dir")
+# Where things were and how it was begun, which says nothing of what was learned.
+_PLACES = ("model.name", "model.revision", "data.path", "data.revision", "training.output_dir", "training.resume")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A flag for one of several, where the setting is all of them.
 _SINGULAR: Mapping[str, str] = {"training.sample_prompts": "--sample-prompt"}
@@ -70,10 +70,11 @@ def write_train_command(record: RunRecord) -> str | None:
     if record.kind != "train":
         return None
     data, model = str(record.setting("data.path") or ""), str(record.setting("model.name") or "")
-    where = model if is_hub_id(model) else f"./{PurePath(model).name}"
-    words = ["backprop", "train", "--model", where, "--data", PurePath(data).name]
-    if commit := record.model.get("revision") or record.setting("model.revision"):
-        words += ["--revision", str(commit)]
+    commits = {"--revision": record.model.get("revision"), "--data-revision": record.data.get("revision")}
+    where = model if commits["--revision"] or is_hub_id(model) else f"./{PurePath(model).name}"
+    rows = data if commits["--data-revision"] else PurePath(data).name
+    words = ["backprop", "train", "--model", where, "--data", rows]
+    words += [word for flag, commit in commits.items() if commit for word in (flag, str(commit))]
     for key, value in list_changes(record).items():
         words += _to_words(key, value)
     return shlex.join(words)
