@@ -11,7 +11,7 @@ from transformers import LlamaModel
 from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
 from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError
 from bp_train_cuda.guards.oom import split_batch
-from bp_train_cuda.guards.optimizer import guard_optimizer
+from bp_train_cuda.guards.optimizer import forget_moments, guard_optimizer
 
 
 class Scarce:
@@ -75,6 +75,34 @@ def test_the_same_weights_as_without_it(pico_model, chat_file, tmp_path, monkeyp
     assert steps[0] == steps[1]
     losses = [[e.loss for e in all_events if isinstance(e, StepDone)] for all_events in (calm_events, events)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_a_step_after_a_rehearsal_is_finished_once_too(monkeypatch):
+    """The rehearsal's step is forgotten: what is counted afterwards begins at none."""
+    AdamW = pytest.importorskip("bitsandbytes").optim.AdamW8bit
+
+    def steps(guarded):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(8, 600)) for _ in range(4)]
+        starts = [weight.detach().clone() for weight in weights]
+        optimizer = AdamW(weights, lr=0.1)
+        if guarded:
+            guard_optimizer(optimizer, lambda _: None)
+        for step in range(3):
+            for weight in weights:
+                weight.grad = torch.randn(8, 600, generator=torch.Generator().manual_seed(step))
+            with monkeypatch.context() as patch:
+                if guarded and step == 2:
+                    patch.setattr(AdamW, "update_step", fail_at(3, AdamW.update_step))
+                optimizer.step()
+            if step == 0:
+                forget_moments(optimizer)
+                for weight, start in zip(weights, starts, strict=True):
+                    weight.data.copy_(start)
+        return weights
+
+    for one, other in zip(steps(guarded=True), steps(guarded=False), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,15 @@ from __future__ import annotations
 import sys
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
 from bp_runs.events import Emit
 from bp_train_cuda.guards.oom import try_again
+
+_updates: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
+"""Steps that guarded optimizers have done: asking the GPU for it at each step would make the CPU wait."""
 
 
 def guard_optimizer(optimizer: torch.optim.Optimizer, emit: Emit, *, enabled: bool = True) -> None:
@@ -23,14 +27,11 @@ def guard_optimizer(optimizer: torch.optim.Optimizer, emit: Emit, *, enabled: bo
     parameter's moments, at its first step, or the next parameter's.
     """
     plain = type(optimizer).step
-    done: int | None = None
 
     def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
-        nonlocal done
-        if done is None:
-            done = _count_updates(self)
-        result = try_again(lambda: _step_rest(self, plain, done or 0, closure), "the optimizer step", emit)
-        done += 1
+        done = _updates[self] if self in _updates else _count_updates(self)
+        result = try_again(lambda: _step_rest(self, plain, done, closure), "the optimizer step", emit)
+        _updates[self] = done + 1
         return result
 
     if enabled and "step" not in vars(optimizer):
@@ -43,6 +44,7 @@ def forget_moments(optimizer: Any) -> None:
 
     It is not thrown away: bitsandbytes never frees its paged memory.
     """
+    _updates.pop(_raw(optimizer), None)
     for state in _raw(optimizer).state.values():
         for name, value in state.items():
             if not torch.is_tensor(value):
