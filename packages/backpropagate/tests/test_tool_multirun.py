@@ -344,3 +344,41 @@ def test_the_command_line(place, capsys):
         assert "backward transfer" in text
         assert run(["multi-run", "--model", "./m", "--data", "d.jsonl", "--runs", "99"]) == 1
         assert capsys.readouterr().err.startswith("[INPUT_MULTIRUN_ROWS]")
+
+
+def test_show_run_tells_the_score_card_and_lists_the_parents(place, capsys):
+    result = trainer().multi_run("d.jsonl", runs=2)
+    assert run(["show-run", result.run_id, "--output", "o"]) == 0
+    text = capsys.readouterr().out
+    assert "held-out loss on the data of" in text
+    assert "after step None" not in text
+
+
+def test_the_page_s_commands_work(place, capsys):
+    """docs/how-to/multi-run.md, command by command."""
+    page = (Path(__file__).parents[3] / "docs/how-to/multi-run.md").read_text()
+    commands = [
+        line for block in page.split("```bash\n")[1:] for line in block.partition("```")[0].splitlines() if line
+    ]
+    assert len(commands) >= 6
+    for name in ("my_data", "week1", "week2", "week3"):
+        (place / f"{name}.jsonl").write_text("".join(f'{{"text": "{name} {i}"}}\n' for i in range(40)))
+    with rails.use(FakeRail()):
+        cut_off(place)
+        for command in commands:
+            argv = command.replace("RUN_ID", RunStore(place / "output").list_runs()[-1]["run_id"]).split()
+            extra = ["--model", "./m", "--lora-r", "2"] if argv[1] == "multi-run" and "--resume" not in argv else []
+            assert run([*argv[1:], *extra]) == 0, (command, capsys.readouterr().err)
+
+
+def cut_off(place):
+    """A multi-run that failed in its second run."""
+
+    class Failing(FakeRail):
+        def train(self, spec, emit, stop):
+            if spec.data.path.endswith("run-2.jsonl"):
+                raise TrainingDivergedError("the loss is nan")
+            return FakeRail.train(self, spec, emit, stop)
+
+    with pytest.raises(TrainingDivergedError):
+        Trainer("./m", rail=Failing(), steps=2, lora_r=2).multi_run("my_data.jsonl", runs=3)

@@ -28,6 +28,8 @@ class Method:
     """Options of `MergeOptions` that act."""
     density: float = 1.0
     """Default of that option."""
+    on_factors: bool = True
+    """Whether it never forms a whole change of a weight."""
     ranks: Literal["largest", "sum", "same"] = "largest"
     """Rank of the result: the inputs' largest, their sum, or theirs, which must be the same."""
 
@@ -40,9 +42,18 @@ METHODS = MappingProxyType(
             Method("slao", "arXiv:2512.23017", slao.merge, (), ranks="same"),
             Method("linear", "arXiv:2203.05482", linear.merge, (*_WEIGHTED, "rank")),
             Method("cat", "PEFT, add_weighted_adapter", cat.merge, _WEIGHTED, ranks="sum"),
-            Method("ties", "arXiv:2306.01708", ties.merge, (*_WEIGHTED, "density", "rank"), density=0.2),
-            Method("dare", "arXiv:2311.03099", dare.merge, (*_WEIGHTED, "density", "rank", "seed"), density=0.5),
-            Method("magmax", "arXiv:2407.06322", magmax.merge, ("scale", "rank")),
+            Method(
+                "ties", "arXiv:2306.01708", ties.merge, (*_WEIGHTED, "density", "rank"), density=0.2, on_factors=False
+            ),
+            Method(
+                "dare",
+                "arXiv:2311.03099",
+                dare.merge,
+                (*_WEIGHTED, "density", "rank", "seed"),
+                density=0.5,
+                on_factors=False,
+            ),
+            Method("magmax", "arXiv:2407.06322", magmax.merge, ("scale", "rank"), on_factors=False),
         )
     }
 )
