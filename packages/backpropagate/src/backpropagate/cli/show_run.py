@@ -7,13 +7,10 @@ from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.screen import loss_plot, print_json
-<<<<<<< HEAD
 from backpropagate.resuming import UNFINISHED
+from backpropagate.scorecard import ScoreCard, card_text
 from backpropagate.trainer import resume_line
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
-=======
-from backpropagate.scorecard import ScoreCard, card_text
->>>>>>> be43ee0 (Merging works on several layers at a time, each on one core; a page on multi-runs and merging; show-run tells the score card)
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 
@@ -63,7 +60,6 @@ def _asked(record: RunRecord) -> list[str]:
         lines.append(f"  command   {shlex.join(record.command)}")
     if record.model:
         lines.append(f"  model     {record.model['name']} ({record.model['dtype']} on {record.model['device']})")
-<<<<<<< HEAD
     return lines
 
 
@@ -78,29 +74,16 @@ def _went(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
     if result:
         losses = f"{_number(result['first_loss'])} → {_number(result['final_loss'])}"
         lines.append(f"  result    {result['steps']} steps in {_number(result['seconds'], 0)} s, loss {losses}")
-        if result.get("eval_loss") is not None:
+        if result.get("best_step") is not None:
             best = f"the lowest, after step {result['best_step']}"
             lines.append(f"  validation loss {_number(result['eval_loss'])}, {best}")
+        if result.get("score_card"):
+            lines.append(card_text(ScoreCard.from_dict(result["score_card"])))
     else:
         done = next((m for m in reversed(metrics) if m.get("event") == "step"), record.progress)
         if done.get("step"):
             loss = "not finite" if done.get("loss") is None else _number(done["loss"])
             lines.append(f"  so far    step {done['step']} of {done.get('steps', '?')}, loss {loss}")
-=======
-    if record.data:
-        d = record.data
-        counts = f"{d['read']} read = {d['trained']} trained + {d['truncated']} truncated + {d['dropped']} dropped"
-        lines.append(f"  data      {d['path']}: {counts}")
-    if record.result:
-        r = record.result
-        lines.append(
-            f"  result    {r['steps']} steps in {seconds:.0f} s, loss {r['first_loss']:.3f} → {r['final_loss']:.3f}"
-        )
-        if r.get("best_step") is not None:
-            lines.append(f"  validation loss {r['eval_loss']:.3f}, the lowest, after step {r['best_step']}")
-        if r.get("score_card"):
-            lines.append(card_text(ScoreCard.from_dict(r["score_card"])))
->>>>>>> be43ee0 (Merging works on several layers at a time, each on one core; a page on multi-runs and merging; show-run tells the score card)
     if record.error:
         lines.append(f"  error     [{record.error['code']}]: {record.error['message']}")
         lines.append(f"  do        {record.error['way_out']}")
