@@ -14,6 +14,7 @@ UserError
 ├── QueueBusyError         INPUT_QUEUE_BUSY          another process works through the queue
 ├── EvalDataError          INPUT_EVAL_DATA           no rows to compare two models on
 ├── ShellUnknownError      INPUT_SHELL_UNKNOWN       completion for a shell that cannot be told
+├── SeveralProcessesError  CONFIG_SEVERAL_PROCESSES  torchrun or accelerate started more than one
 └── OldNameError           INPUT_OLD_NAME            a command, flag or variable of the older tool; says the new one
 StateError
 ├── QueueInvalidError      STATE_QUEUE_INVALID       the queue's file is damaged
@@ -255,3 +256,11 @@ class TrackerMissingError(DependencyError):
     code = "DEP_TRACKER_MISSING"
     when = "report_to names a tracker that is not installed."
     default_way_out = "Install it, or train without: --report-to none"
+
+
+class SeveralProcessesError(UserError):
+    """More than one training process was started."""
+
+    code = "CONFIG_SEVERAL_PROCESSES"
+    when = "torchrun or accelerate launch started several processes; one run trains on one GPU so far."
+    default_way_out = "Start it without torchrun; choose the card with CUDA_VISIBLE_DEVICES=0"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
+from backpropagate.errors import SeveralProcessesError
 from bp_runs.errors import PathUnusableError
 from bp_runs.rail import Probe
 
@@ -76,6 +77,17 @@ def program_home(environ: Mapping[str, str]) -> Path:
 def is_offline(environ: Mapping[str, str]) -> bool:
     """Whether the user forbade the network, by our variable or the Hub's."""
     return is_network_forbidden(environ) or environ.get("HF_HUB_OFFLINE", "").lower() in _TRUTHS
+
+
+def require_one_process(environ: Mapping[str, str]) -> None:
+    """Refuse to be one of several training processes: each would train and record a run of its own.
+
+    Raises:
+        SeveralProcessesError: torchrun or accelerate started more than one.
+    """
+    count = environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1:
+        raise SeveralProcessesError(f"{count} processes were started, and one trains")
 
 
 def is_network_forbidden(environ: Mapping[str, str]) -> bool:

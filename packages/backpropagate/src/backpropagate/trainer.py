@@ -192,6 +192,7 @@ class Trainer:
         wanted = resolved.settings
         rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
+        system.require_one_process(os.environ)
         following = trackers.choose_trackers(wanted.training.report_to, os.environ)
         store.require_own_adapter(result_name(resolved.to_record()))
         base = _find_base(rail, wanted)

@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import torch
 from datasets import Dataset as ListDataset
 from torch.utils.data import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from bp_data import IGNORED, TokenRow
 from bp_runs.spec import TrainingSpec
-from bp_train_cuda.guarded import Guarded, Parts, common_arguments
+from bp_train_cuda.guarded import Guarded, Parts, build_arguments
 from bp_train_cuda.guards.oom import Batch
 
 
@@ -219,7 +219,7 @@ def build_comparing(kind: type[Comparing], parts: Parts, rows: Sequence[Any]) ->
     answers = AnswerSet(rows, kind.unpack)
     trainer = kind(
         model=parts.model,
-        args=SFTConfig(**common_arguments(parts), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        args=build_arguments(parts),
         train_dataset=ListDataset.from_list([{"input_ids": [0], "labels": [0]}]),  # TRL wants its kind
         data_collator=pad_answers(parts.pad_id),
         processing_class=parts.tokenizer,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig
 
 from bp_runs.errors import ContractError
 from bp_runs.spec import TrainingSpec, TrainSpec
@@ -48,33 +49,37 @@ class Parts:
         return int(self.tokenizer.pad_token_id)
 
 
-def common_arguments(parts: Parts) -> dict[str, Any]:
-    """What all methods tell transformers: report nowhere, save nothing, log each step; the rail does the rest."""
+def build_arguments(parts: Parts) -> SFTConfig:
+    """What all methods tell TRL: report nowhere, save nothing, log each step, leave our rows alone; on one GPU."""
     training, on_gpu = parts.spec.training, parts.device.kind == "cuda"
-    return {
-        "output_dir": str(parts.spec.folders.run),
-        "max_steps": training.steps,
-        "per_device_train_batch_size": training.batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation,
-        "learning_rate": training.resolved_learning_rate,
-        "weight_decay": training.weight_decay,
-        "max_grad_norm": training.max_grad_norm,
-        "optim": choose_optimizer(training, parts.mode, parts.device),
-        "seed": training.seed,
-        "data_seed": training.seed,
-        "use_cpu": not on_gpu,
-        "bf16": parts.bf16,
-        "gradient_checkpointing": training.gradient_checkpointing and on_gpu,
-        "remove_unused_columns": False,
-        "dataloader_num_workers": 0,
-        "dataloader_pin_memory": on_gpu,
-        "logging_steps": 1,
-        "logging_nan_inf_filter": False,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "push_to_hub": False,
-    }
+    found = SFTConfig(
+        output_dir=str(parts.spec.folders.run),
+        max_steps=training.steps,
+        per_device_train_batch_size=training.batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation,
+        learning_rate=training.resolved_learning_rate,
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optim=choose_optimizer(training, parts.mode, parts.device),
+        seed=training.seed,
+        data_seed=training.seed,
+        use_cpu=not on_gpu,
+        bf16=parts.bf16,
+        gradient_checkpointing=training.gradient_checkpointing and on_gpu,
+        remove_unused_columns=False,
+        dataloader_num_workers=0,
+        dataloader_pin_memory=on_gpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        save_strategy="no",
+        push_to_hub=False,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    found._n_gpu = min(1, found.n_gpu)  # noqa: SLF001  # else transformers spreads one process over all cards it sees
+    return found
 
 
 class Guarded:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from bp_data import Prepared
 from bp_train_cuda.batches import PackSet, RowSet, join_packs, pad_rows
-from bp_train_cuda.guarded import Guarded, Parts, common_arguments
+from bp_train_cuda.guarded import Guarded, Parts, build_arguments
 from bp_train_cuda.guards.oom import Batch
 
 
@@ -36,7 +36,7 @@ def build_trainer(parts: Parts, prepared: Prepared) -> Guarded:
     packs = PackSet(rows, rows.lengths(), prepared.max_seq_length) if parts.spec.training.packing else None
     trainer = _Trainer(
         model=parts.model,
-        args=SFTConfig(**common_arguments(parts), max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        args=build_arguments(parts),
         train_dataset=Dataset.from_list([{k: list(v) for k, v in RowSet(rows)[0].items()}]),  # TRL wants its kind
         data_collator=join_packs if packs else pad_rows(parts.pad_id),
         processing_class=parts.tokenizer,
