@@ -38,6 +38,10 @@ kernels:
 docs:
     uv run python docs/reference/generate.py
 
+# Ten user stories on the real small model, and their page in the handbook.
+stories:
+    uv run python docs/tutorials/record.py
+
 # The handbook as a site in docs/_site; a broken link or a page without a place stops it.
 docs-site:
     uv run --group docs sphinx-build -n -W --keep-going -q docs docs/_site

@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 
+from backpropagate import oldnames
 from backpropagate.cli.app import COMMANDS, run
 from backpropagate.cli.documents import DOCUMENTS, build_schema
 from backpropagate.cli.errors import load_codes
@@ -120,6 +121,22 @@ def build_schemas() -> str:
     return "\n".join(lines) + "\n"
 
 
+def build_old_names() -> str:
+    """What replaced the names of backpropagate 1.x."""
+    lines = ["# Old names\n\nCommands, flags and variables of backpropagate 1.x that have changed; the others work.\n"]
+    lines += [_NOTE + "## Commands and flags\n", "| was | now | why |", "| --- | --- | --- |"]
+    lines += [f"| `backprop {name}` | {old.now} | {old.why or ''} |" for name, old in oldnames.COMMANDS.items()]
+    for command, flags in oldnames.FLAGS.items():
+        lines += [f"| `{command} {flag}` | {old.now} | {old.why or ''} |" for flag, old in flags.items()]
+    lines += ["\n## Variables\n\n`BACKPROPAGATE_` stands before each.\n", "| was | now | why |", "| --- | --- | --- |"]
+    for name, key in oldnames.RENAMED_ENV.items():
+        lines.append(f"| `{name}` | still works; now `{key.replace('.', '__').upper()}` | |")
+    known = {setting.env.removeprefix("BACKPROPAGATE_") for setting in all_settings().values()}
+    for name, old in oldnames.GONE_ENV.items():
+        lines += [f"| `{name}` | {old.now} | {old.why or ''} |"] if name not in known else []
+    return "\n".join(lines) + "\n"
+
+
 def _schema_text(kind: str) -> str:
     return json.dumps(build_schema(kind), indent=2, ensure_ascii=False) + "\n"
 
@@ -129,6 +146,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "settings.md": build_settings,
     "cli.md": build_cli,
     "json.md": build_schemas,
+    "old-names.md": build_old_names,
     "memory.md": build_memory,
     **{f"schemas/{kind}.json": partial(_schema_text, kind) for kind in DOCUMENTS},
 }

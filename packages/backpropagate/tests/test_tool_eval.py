@@ -81,9 +81,11 @@ def test_losses_are_weighed_by_tokens():
     assert (found.base, found.tuned) == (pytest.approx(1.2), pytest.approx(1.0))
 
 
-def test_one_row_tells_nothing():
+def test_few_rows_tell_nothing():
     found = compare_losses(rows([2.0]), rows([1.0]))
-    assert (found.verdict, found.high) == ("no clear difference", float("inf"))
+    assert (found.verdict, found.high) == ("too few rows", float("inf"))
+    assert compare_losses(rows([2.0] * 7), rows([1.0] * 7)).verdict == "too few rows"
+    assert compare_losses(rows([2.0] * 8), rows([1.0] * 8)).verdict == "better"
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():

@@ -16,12 +16,14 @@ from typing import Any, Literal
 
 from bp_runs.rail import RowOutcome
 
-Verdict = Literal["better", "worse", "no clear difference"]
+Verdict = Literal["better", "worse", "no clear difference", "too few rows"]
 Metric = Callable[[str, str], float]
 """Takes an answer and its reference; 0 is wrong and 1 is right."""
 
 RESAMPLES = 2000
 _LEVEL = 0.95
+_FEWEST_ROWS = 8
+"""A bootstrap of fewer rows draws the same few samples again and again, and its interval is too narrow."""
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -76,6 +78,7 @@ def _compare(
     low, high = _interval(base, tuned, weights, seed)
     down, up = ("better", "worse") if lower else ("worse", "better")
     verdict = down if high < 0 else up if low > 0 else "no clear difference"
+    verdict = verdict if len(base) >= _FEWEST_ROWS else "too few rows"
     return Difference(
         name=name,
         base=_mean(base, weights),

@@ -189,7 +189,7 @@ class OldNameError(UserError):
 
     code = "INPUT_OLD_NAME"
     when = "A command, flag or variable of backpropagate 1.x was used that works differently here."
-    default_way_out = "See the table of old names: docs/how-to/migrate.md"
+    default_way_out = "See the table of old names: docs/reference/old-names.md"
 
 
 class OfflineError(DependencyError):

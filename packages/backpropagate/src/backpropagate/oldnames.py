@@ -23,6 +23,7 @@ class Old:
 _NO_PAGE = Old("Watch runs in the terminal: backprop train --help", "this version has no web page yet")
 
 COMMANDS: Mapping[str, Old] = {
+    "ollama shelf": Old("List them: backprop ollama list"),
     "ui": _NO_PAGE,
     "generate": Old(
         "Talk to it: backprop chat ./output/lora", "chat talks to adapters, merged models, GGUFs and Ollama"
@@ -47,10 +48,17 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
         "--block-writeback": _BLOCK,
         "--block-freeze-embeddings": _BLOCK,
         "--no-unsloth": Old("Leave it out.", "Unsloth is used only when asked for: --engine unsloth"),
+        "--report-to": Old("Leave it out.", "runs are in output/runs; no tracker is told in this version"),
+        "--run-name": Old("Leave it out.", "a run's name is its id"),
         "--ui-run-dir": Old("Leave it out.", "every run's events are in its folder: output/runs/RUN/metrics.jsonl"),
     },
     "multi-run": {
         "--no-4bit": _NO_4BIT,
+        "--ties-trim": Old("Merge afterwards: backprop merge A B --method ties --density 0.2"),
+        "--dare-drop-rate": Old("Merge afterwards: backprop merge A B --method dare"),
+        "--dare-seed": Old("Merge afterwards: backprop merge A B --method dare --seed 0"),
+        "--drift-gate": Old("Gate on what counts, the held-out loss: --eval-gate"),
+        "--drift-threshold": Old("Gate on what counts, the held-out loss: --eval-gate"),
         "--merge-mode": Old("Choose how to merge: --merge slao"),
         "--merge-strategy": Old("Choose how to merge: --merge slao"),
     },
@@ -101,7 +109,20 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
         "--max-errors": Old("Count all bad rows: --on-bad-row skip"),
         "--max-samples": Old("Leave it out.", "the whole file is read; memory stays flat"),
     },
-    "push": {"--token": _TOKEN, "--token-file": _TOKEN},
+    "push": {
+        "--token": _TOKEN,
+        "--include-base": Old("Export first, then push that: backprop export --format merged"),
+        "--hub-revision": Old("Leave it out.", "the main branch is written"),
+        "--hub-commit-message": Old("Say it: --message TEXT"),
+    },
+    "estimate-vram": {
+        "--vram-gb": Old("Say it: --vram 16"),
+        "--full-ft-offload": _OFFLOAD,
+        "--no-4bit": _NO_4BIT,
+        "--no-gradient-checkpointing": Old("Leave it out.", "estimates count with recomputed activations"),
+        "--calibrate": Old("Leave it out.", "training itself remembers what fitted on the card"),
+        "--no-calibration": Old("Leave it out.", "estimates are computed from the model's shapes"),
+    },
     "ollama register": {"--modelfile": Old("Leave it out.", "it never did anything; the GGUF carries its template")},
     "info": {
         "--error-codes": Old("List them: backprop errors"),
@@ -124,6 +145,7 @@ RENAMED_ENV: Mapping[str, str] = {
     "TRAINING__GRADIENT_ACCUMULATION_STEPS": "training.gradient_accumulation",
     "TRAINING__LR_SCHEDULER_TYPE": "training.scheduler",
     "DATA__DATASET_NAME": "data.path",
+    "DATA__DATASET_SPLIT": "data.split",
     "DATA__PACKING": "training.packing",
     "DATA__MIN_TRACE_TOKENS": "data.trace_min_tokens",
     "DATA__MAX_TRACE_TOKENS": "data.trace_max_tokens",
@@ -136,17 +158,13 @@ _NONE = Old("Unset it.", "there is nothing to choose any more")
 GONE_ENV: Mapping[str, Old] = {
     "MODEL__LOAD_IN_4BIT": Old("BACKPROPAGATE_TRAINING__MODE=qlora, or lora for 16 bits", "it never did anything"),
     "LORA__USE_GRADIENT_CHECKPOINTING": Old("BACKPROPAGATE_TRAINING__GRADIENT_CHECKPOINTING=true"),
-    "LORA__INIT_LORA_WEIGHTS": Old("Give the flag: backprop train --help"),
     "TRAINING__BF16": Old("BACKPROPAGATE_MODEL__DTYPE=bfloat16"),
     "TRAINING__FP16": Old("BACKPROPAGATE_MODEL__DTYPE=bfloat16, or float32", "float16 loses small gradients"),
-    "TRAINING__FP8": Old("Give the flag: backprop train --help"),
-    "TRAINING__OPTIM": Old("Unset it.", "8-bit Adam comes with 4-bit bases, else AdamW"),
     "TRAINING__LOGGING_STEPS": Old("Unset it.", "every step is recorded"),
     "TRAINING__NUM_TRAIN_EPOCHS": _INERT,
     "TRAINING__WARMUP_RATIO": Old("BACKPROPAGATE_TRAINING__WARMUP_STEPS=5", "it never did anything"),
     "TRAINING__OVERWRITE_OUTPUT_DIR": _INERT,
     "DATA__MAX_SAMPLES": Old("BACKPROPAGATE_DATA__SAMPLES=1000, or unset it for all rows"),
-    "DATA__DATASET_SPLIT": Old("Write the split out as a file, or see: backprop train --help"),
     "DATA__TEXT_COLUMN": Old("Name the column text.", "the format is found row by row"),
     "DATA__SHUFFLE": Old("BACKPROPAGATE_TRAINING__CURRICULUM=length keeps an order", "rows are shuffled by the seed"),
     "DATA__CHAT_FORMAT": Old("Unset it.", "the tokenizer's own chat template is used, and no other"),

@@ -14,6 +14,9 @@ _SECRETS = (
     re.compile(_START + r"sk-(?:[A-Za-z0-9]+-)*[A-Za-z0-9_-]{16,}"),  # OpenAI, Anthropic, OpenRouter …
     re.compile(_START + r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"),  # AWS key id
     re.compile(r"(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,})"),
+    re.compile(_START + r"gl(?:pat|dt|rt|cbt|ptt|soat)-[A-Za-z0-9_-]{20,}"),  # GitLab
+    re.compile(_START + r"xox[abeoprs]-[A-Za-z0-9-]{10,}"),  # Slack
+    re.compile(_START + r"AIza[A-Za-z0-9_-]{35}"),  # Google
     re.compile(r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"),  # JWT
 )
 _BEARER = re.compile(
@@ -43,10 +46,15 @@ def redact_data(data: Any) -> Any:
     if isinstance(data, str):
         return redact(data)
     if isinstance(data, dict):
-        return {
-            k: MASK if v and isinstance(v, str) and _SECRET_KEY.match(str(k)) else redact_data(v)
-            for k, v in data.items()
-        }
+        return {_redact_key(k): _redact_value(k, v) for k, v in data.items()}
     if isinstance(data, list | tuple):
         return [redact_data(v) for v in data]
     return data
+
+
+def _redact_key(key: Any) -> Any:
+    return redact(key) if isinstance(key, str) else key
+
+
+def _redact_value(key: Any, value: Any) -> Any:
+    return MASK if value and isinstance(value, str) and _SECRET_KEY.match(str(key)) else redact_data(value)

@@ -1,0 +1,98 @@
+"""The handbook is whole: links lead somewhere, every page has its place, and the recipes run."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from backpropagate.cli.app import COMMANDS, build_app, run
+
+ROOT = Path(__file__).parents[3]
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.rglob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("packages/*/README.md")])
+PAGES = [page for page in PAGES if "_site" not in page.parts]
+
+
+def strip_code(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", strip_code_blocks(page.read_text(encoding="utf-8")), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def strip_code_blocks(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", strip_code(page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(file), f"{page.name} links to {target}"
+
+
+def test_every_page_has_its_place_in_the_navigation():
+    index = (DOCS / "index.md").read_text(encoding="utf-8")
+    placed = set()
+    for block in re.findall(r"```\{toctree\}\n(.*?)```", index, flags=re.DOTALL):
+        for line in block.splitlines():
+            if line and not line.startswith(":"):
+                found = list(DOCS.glob(f"{line}.md"))
+                assert found, f"the navigation names {line}"
+                placed |= set(found)
+    pages = {page for page in DOCS.rglob("*.md") if "_site" not in page.parts} - {DOCS / "index.md"}
+    assert pages == placed
+
+
+FENCE = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+
+
+def command_lines(page: Path) -> list[str]:
+    lines = [line for block in FENCE.findall(page.read_text(encoding="utf-8")) for line in block.splitlines()]
+    return [re.sub(r"\s+#.*$", "", line.strip()).removeprefix("uv run ") for line in lines]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_commands_of_the_handbook_are_valid_command_lines(page):
+    app = build_app()
+    for line in command_lines(page):
+        if line.startswith("backprop ") and "…" not in line:
+            words = [word for word in shlex.split(line)[1:] if word not in {"--offline", "--verbose"}]
+            app.parse_args(words, exit_on_error=False, print_error=False)
+
+
+def test_every_command_is_in_the_reference():
+    text = (DOCS / "reference/cli.md").read_text(encoding="utf-8")
+    for command in COMMANDS:
+        assert f"## backprop {command.name}\n" in text
+
+
+@pytest.fixture
+def kitchen(tmp_path, monkeypatch, pico_model):
+    """The folder that the recipes speak of."""
+    rows = (ROOT / "examples/quickstart.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "my_data.jsonl").write_text("\n".join(rows[:30]) + "\n", encoding="utf-8")
+    (tmp_path / "heldout.jsonl").write_text("\n".join(rows[30:40]) + "\n", encoding="utf-8")
+    pairs = [{"prompt": f"who {i}", "chosen": "aye", "rejected": "no"} for i in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    toml = f'[model]\nname = "{pico_model.as_posix()}"\nmax_seq_length = 128\n[training]\nlearning_rate = 5e-3\n'
+    (tmp_path / "backpropagate.toml").write_text(toml, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BACKPROPAGATE_HOME", str(tmp_path / "home"))
+
+
+def test_the_recipes_run(kitchen, capsys):
+    typed = [line for line in command_lines(DOCS / "how-to/recipes.md") if line.startswith("backprop ")]
+    assert len(typed) >= 10
+    for line in typed:
+        status = run(shlex.split(line)[1:])
+        assert status == 0, f"{line}\n{capsys.readouterr().err}"
