@@ -17,8 +17,6 @@ from bp_runs.testing import FakeRail
 ROOT = Path(__file__).parents[3]
 # What cannot be brought about here: a broken GPU package, a missing dependency of ours.
 BEYOND = {"DEP_KERNELS_UNUSABLE", "DEP_HUB_MISSING"}
-# Their tests come with their commands.
-BEYOND |= {"INPUT_HISTORY_INVALID", "INPUT_RESUME_NOT_FOUND"}
 
 
 def test_every_code_is_met_by_a_test():

@@ -48,8 +48,6 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
         "--block-writeback": _BLOCK,
         "--block-freeze-embeddings": _BLOCK,
         "--no-unsloth": Old("Leave it out.", "Unsloth is used only when asked for: --engine unsloth"),
-        "--report-to": Old("Leave it out.", "runs are in output/runs; no tracker is told in this version"),
-        "--run-name": Old("Leave it out.", "a run's name is its id"),
         "--ui-run-dir": Old("Leave it out.", "every run's events are in its folder: output/runs/RUN/metrics.jsonl"),
     },
     "multi-run": {
