@@ -1,19 +1,34 @@
-"""Exported tensors against stored hashes of files that were llama_model_quantize's; see `make_golden.py`."""
+"""Exported tensors against stored hashes of files that the reference programs made alike; see `make_golden.py`."""
 
 import json
 
 import pytest
 from export_pico import export_adapter
+from golden_models import MODELS, write_model
+from golden_models import QUANTIZATIONS as ASKED
 from make_golden import CASES, GOLDEN, hash_tensors, write_stable_base
 
 from bp_export import QUANTIZATIONS
+
+STORED = json.loads(GOLDEN.read_text())
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_tensors_have_the_stored_hashes(tmp_path, name):
     base = write_stable_base(tmp_path, name)
-    stored = json.loads(GOLDEN.read_text())[name]
+    stored = STORED["plain"][name]
     assert set(stored) == set(QUANTIZATIONS) - {"f32", "f16"}
     for quantization, expected in stored.items():
         path = export_adapter(base, quantization=quantization, output=tmp_path / f"{quantization}.gguf").path
+        assert hash_tensors(path) == expected, quantization
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_architectures_tensors_are_the_chains(tmp_path, name):
+    """PEFT's merge, llama.cpp's converter and llama_model_quantize made the same, when the hashes were stored."""
+    lora = write_model(tmp_path, name)
+    stored = STORED["architectures"][name]
+    assert set(stored) == set(ASKED)
+    for quantization, expected in stored.items():
+        path = export_adapter(lora, quantization=quantization, output=tmp_path / f"{quantization}.gguf").path
         assert hash_tensors(path) == expected, quantization

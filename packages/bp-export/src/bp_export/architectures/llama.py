@@ -59,15 +59,19 @@ class LlamaArchitecture(Architecture):
     def _build_frequencies(self) -> Floats:
         """Factors on the wavelengths, (head / 2,): Llama 3.1's scaling (``_compute_llama3_parameters``, transformers).
 
-        Short waves stay, long ones are stretched by ``factor``, those between are blended.
+        Short waves stay, long ones are stretched by ``factor``, those between are blended. Bit for bit the converter's,
+        which computes in torch's float32: there a number over a tensor is the tensor's reciprocal times the number, and
+        a power agrees with float64's, rounded.
         """
         factor = self._read_rope_number("factor")
         low, high = self._read_rope_number("low_freq_factor"), self._read_rope_number("high_freq_factor")
         context = self._read_rope_number("original_max_position_embeddings")
+        one = np.float32(1)
         exponents = np.arange(0, self.head_width, 2, dtype=np.float32) / np.float32(self.head_width)
-        frequencies = np.float32(1.0) / np.float32(self._read_rope_number("rope_theta")) ** exponents
-        waves = np.float32(2 * math.pi) / frequencies
-        smooth = (np.float32(context) / waves - np.float32(low)) / np.float32(high - low)
-        blended = np.float32(1) / ((np.float32(1) - smooth) / np.float32(factor) + smooth)
+        powers = np.float64(self._read_rope_number("rope_theta")) ** exponents.astype(np.float64)
+        frequencies = one / powers.astype(np.float32)
+        waves = one / frequencies * np.float32(2 * math.pi)
+        smooth = (one / waves * np.float32(context) - np.float32(low)) / np.float32(high - low)
+        blended = one / ((one - smooth) / np.float32(factor) + smooth)
         stretched = np.where(waves > context / low, np.float32(factor), blended)
-        return np.where(waves < context / high, np.float32(1), stretched).astype(np.float32)
+        return np.where(waves < context / high, one, stretched).astype(np.float32)

@@ -1,0 +1,99 @@
+"""One pico model of every architecture for the golden table, from stored settings and shapes: neither torch nor transformers.
+
+`golden_models.json` holds each model's config.json and the shapes of its tensors, as transformers saved them; the
+weights, and those of an adapter on all linears, come from a bit generator's raw stream, which NumPy promises to keep.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from export_pico import write_json, write_tokenizer
+
+from bp_merge import write_tensors
+
+FILE = Path(__file__).with_name("golden_models.json")
+ROWS = 320  # of the embedding
+QUANTIZATIONS = ("bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k")
+
+# transformers' class, and what its config is told beside COMMON.
+COMMON = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "vocab_size": ROWS,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_FACTORS = {"long_factor": [1.0 + i / 3 for i in range(24)], "short_factor": [1.0 + i / 9 for i in range(24)]}
+_LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, **_FACTORS}
+_LLAMA_3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
+_DELTA = {
+    "head_dim": 64,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_hidden_layers": 4,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+}
+_GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16}
+MODELS = {
+    "llama": ("Llama", {"tie_word_embeddings": False}),
+    "llama3": ("Llama", {"rope_parameters": {**_LLAMA_3, "original_max_position_embeddings": 128}}),
+    "mistral": ("Mistral", {"head_dim": 64, "sliding_window": None}),
+    "smollm3": ("SmolLM3", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
+    "qwen35": ("Qwen3_5", _DELTA),
+    "phi3": ("Phi3", {}),
+    "phi4-mini": (
+        "Phi3",
+        {
+            "rope_parameters": {**_LONG, "original_max_position_embeddings": 256},
+            "original_max_position_embeddings": 256,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma2": ("Gemma2", _GEMMA),
+    "gemma3": ("Gemma3", {**_GEMMA, "num_hidden_layers": 7}),
+}
+
+
+def write_model(folder: Path, name: str) -> Path:
+    """The model and its adapter, in folders of their own; returns the adapter's."""
+    stored = json.loads(FILE.read_text())[name]
+    base, lora = folder / "base", folder / "lora"
+    write_tokenizer(base)
+    write_json(base / "config.json", stored["config"])
+    raw = np.random.PCG64(7)
+    write_tensors(
+        base / "model.safetensors", {n: draw(raw, shape) for n, shape in stored["tensors"].items()}, dtype="BF16"
+    )
+    lora.mkdir()
+    pairs = {}
+    for tensor, shape in stored["tensors"].items():
+        if "proj" in tensor and len(shape) == 2:
+            stem = f"base_model.model.{tensor.removesuffix('.weight')}"
+            pairs[f"{stem}.lora_A.weight"], pairs[f"{stem}.lora_B.weight"] = (
+                draw(raw, (8, shape[1])),
+                draw(raw, (shape[0], 8)),
+            )
+    write_tensors(lora / "adapter_model.safetensors", pairs)
+    targets = sorted({name.split(".")[-3] for name in pairs})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 8, "lora_alpha": 16, "bias": "none"}
+    write_json(
+        lora / "adapter_config.json", {**config, "base_model_name_or_path": str(base), "target_modules": targets}
+    )
+    return lora
+
+
+def draw(raw: np.random.PCG64, shape: tuple[int, ...]) -> np.ndarray:
+    """Weights between -1/16 and 1/16."""
+    bits = raw.random_raw(int(np.prod(shape))) >> np.uint64(40)
+    return ((bits.astype(np.float32) / np.float32(2**24) - np.float32(0.5)) / 8).reshape(shape)
