@@ -34,6 +34,14 @@ fuzz seconds="900":
 kernels:
     uv run pytest -m slow -n 0 packages/bp-export/tests/test_export_kernels.py
 
+# The slow test of a model of 7 billion weights: 5 GB of disk, a minute of one core.
+large:
+    uv run pytest -m slow -n 0 packages/bp-export/tests/test_export_large.py
+
+# One pass against the chain merge, save, convert, quantize; `converter` is the folder of llama.cpp's converter.
+bench-export converter:
+    uv run python benchmarks/export.py --chain {{converter}}
+
 # Generated reference pages.
 docs:
     uv run python docs/reference/generate.py

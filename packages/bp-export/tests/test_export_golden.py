@@ -4,11 +4,12 @@ import json
 
 import pytest
 from export_pico import export_adapter
-from golden_models import MODELS, write_model
+from golden_models import FILE, MODELS, write_model
 from golden_models import QUANTIZATIONS as ASKED
 from make_golden import CASES, GOLDEN, hash_tensors, write_stable_base
 
 from bp_export import QUANTIZATIONS
+from bp_export.architectures import ARCHITECTURES
 
 STORED = json.loads(GOLDEN.read_text())
 
@@ -32,3 +33,10 @@ def test_every_architectures_tensors_are_the_chains(tmp_path, name):
     for quantization, expected in stored.items():
         path = export_adapter(lora, quantization=quantization, output=tmp_path / f"{quantization}.gguf").path
         assert hash_tensors(path) == expected, quantization
+
+
+def test_no_architecture_is_left_out():
+    models = json.loads(FILE.read_text())
+    covered = {ARCHITECTURES[models[name]["config"]["architectures"][0]] for name in MODELS}
+    assert covered == set(ARCHITECTURES.values())
+    assert set(STORED["architectures"]) == set(MODELS) == set(models)

@@ -91,7 +91,7 @@ def compare(x, kind, name, others=("numpy", *TARGETS)):
         if other == "numpy":
             found = quantize_rows(x, kind, engine="numpy")
         elif kind in engines._COMPILED:
-            found = engines._quantize_compiled(x, kind, TARGETS.index(other))
+            found = engines.quantize_compiled(x, kind, TARGETS.index(other))
         else:
             continue
         wrong = np.flatnonzero((found.reshape(expected.shape) != expected).any(axis=1))

@@ -74,8 +74,17 @@ def quantize_rows(
         return rows.reshape(-1).view(np.uint8)
     engine = engine or choose_engine(kind, is_weighted=weights is not None)
     if engine == "compiled":
-        return _quantize_compiled(rows, kind, len(TARGETS) - 1)
+        return quantize_compiled(rows, kind, len(TARGETS) - 1)
     return _quantize_with_ggml(rows, kind, weights) if engine == "ggml" else _quantize_in_numpy(rows, kind)
+
+
+def quantize_compiled(rows: Floats, kind: TensorType, target: int) -> Bytes:
+    """`quantize_rows` by the compiled kernels for the target `TARGETS[target]`, of the types that they have."""
+    if kind == TensorType.BF16:
+        return np.frombuffer(encode(rows, "BF16"), np.uint8)
+    out = np.empty(rows.shape[0] * compute_row_bytes(kind, rows.shape[1]), np.uint8)
+    _kernels.quantize(_BITS[kind], rows, out, target)
+    return out
 
 
 def is_finite(rows: Floats) -> bool:
@@ -104,14 +113,6 @@ def describe_kernels() -> str:
     """What quantizes to 4, 5 and 6 bits here, in words: ``compiled (avx512)``, ``ggml`` or ``numpy``."""
     engine = choose_engine(TensorType.Q4_K)
     return f"compiled ({TARGETS[-1]})" if engine == "compiled" else engine
-
-
-def _quantize_compiled(rows: Floats, kind: TensorType, target: int) -> Bytes:
-    if kind == TensorType.BF16:
-        return np.frombuffer(encode(rows, "BF16"), np.uint8)
-    out = np.empty(rows.shape[0] * compute_row_bytes(kind, rows.shape[1]), np.uint8)
-    _kernels.quantize(_BITS[kind], rows, out, target)
-    return out
 
 
 def _quantize_in_numpy(rows: Floats, kind: TensorType) -> Bytes:
