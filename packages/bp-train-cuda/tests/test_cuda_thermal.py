@@ -1,11 +1,15 @@
 """A fake NVML drives the governor: warn, pause, resume, emergency; a blind one costs a notice and no run."""
 
 import types
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from cuda_training import spec_for, train
+from safetensors.torch import load_file
 
-from bp_runs.events import Notice, StepDone
+from bp_runs.events import CheckpointSaved, Notice, StepDone
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda import CudaRail
 from bp_train_cuda.errors import GpuTemperatureError
@@ -122,12 +126,12 @@ def test_a_card_that_falls_silent_is_told_once():
 def watched(monkeypatch):
     """Runs on this machine are watched by a fake card of the given temperatures, with a clock of its own."""
 
-    def watch(readings, save=lambda: None):
+    def watch(readings):
         clock = Clock()
 
         def opened(_spec, _device, emit, stop):
             sensor = NvmlSensor(FakeNvml(readings=list(readings)), "card")
-            governor = Governor(sensor, LIMITS, emit, stop=stop, save=save, clock=clock, sleep=clock.sleep)
+            governor = Governor(sensor, LIMITS, emit, stop=stop, clock=clock, sleep=clock.sleep)
             monkeypatch.setattr("bp_train_cuda.watch.Watch.look", lambda self: tick(clock, governor))
             return Watch(governor)
 
@@ -150,15 +154,21 @@ def test_a_run_pauses_and_goes_on_and_its_steps_tell_the_temperature(pico_model,
     assert clock.slept == [2.0, 2.0]
 
 
-def test_a_run_saves_and_stops_where_the_card_is_too_hot(pico_model, chat_file, tmp_path, watched):
-    saved = []
-    watched([60, 60, 93], save=lambda: saved.append(True))
-    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 9})
+def test_a_run_that_gets_too_hot_is_saved_and_goes_on_from_there(pico_model, chat_file, tmp_path, watched):
+    calm, _ = train(spec_for(pico_model, chat_file, tmp_path / "calm", training={"steps": 5}))
+    watched([60, 60, 93])
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 5})
     events = []
     with pytest.raises(GpuTemperatureError):
         CudaRail().train(spec, events.append, lambda: False)
-    assert saved == [True]
     assert len([e for e in events if isinstance(e, StepDone)]) == 3
+    (saved,) = [e for e in events if isinstance(e, CheckpointSaved)]
+    assert (saved.step, saved.reason) == (3, "temperature")
+    watched([60])
+    outcome, _ = train(replace(spec, checkpoint=Path(saved.path)))
+    expected = load_file(calm.adapter / "adapter_model.safetensors")
+    found = load_file(outcome.adapter / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_cpu_is_not_watched_and_a_card_without_a_sensor_is_told_once(monkeypatch):

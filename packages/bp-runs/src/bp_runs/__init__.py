@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from bp_runs.adapter import AdapterFolder, read_adapter_folder
     from bp_runs.errors import CodedError, ContractError, registered_codes
     from bp_runs.events import Emit, Event
-    from bp_runs.rail import EvalOutcome, KeepsBase, Part, Probe, Rail, Stop, TrainOutcome, keep_base
+    from bp_runs.rail import (
+        Estimates,
+        EvalOutcome,
+        KeepsBase,
+        MemoryEstimate,
+        Part,
+        Probe,
+        Rail,
+        Stop,
+        TrainOutcome,
+        keep_base,
+    )
     from bp_runs.record import RunRecord
     from bp_runs.redact import redact, redact_data
     from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, MultiRunSpec, RunFolders, Settings, TrainingSpec, TrainSpec
@@ -23,7 +34,30 @@ _HOMES = {
     "adapter": ("AdapterFolder", "read_adapter_folder"),
     "errors": ("CodedError", "ContractError", "registered_codes"),
     "events": ("Emit", "Event"),
-    "rail": ("EvalOutcome", "KeepsBase", "Part", "Probe", "Rail", "Stop", "TrainOutcome", "keep_base"),
+    "rail": (
+        "Estimates",
+        "EvalOutcome",
+        "KeepsBase",
+        "MemoryEstimate",
+        "Part",
+        "Probe",
+        "Rail",
+        "Stop",
+        "TrainOutcome",
+        "keep_base",
+    ),
+    "rail": (
+        "Estimates",
+        "EvalOutcome",
+        "KeepsBase",
+        "MemoryEstimate",
+        "Part",
+        "Probe",
+        "Rail",
+        "Stop",
+        "TrainOutcome",
+        "keep_base",
+    ),
     "record": ("RunRecord",),
     "redact": ("redact", "redact_data"),
     "spec": (
@@ -47,10 +81,12 @@ __all__ = [
     "ContractError",
     "DataSpec",
     "Emit",
+    "Estimates",
     "EvalOutcome",
     "Event",
     "KeepsBase",
     "LoraSpec",
+    "MemoryEstimate",
     "ModelSpec",
     "MultiRunSpec",
     "Part",
