@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaModel
 
 from bp_data import prepare_judged, prepare_pairs
+from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import InvalidSettingError
 from bp_runs.events import DataReady, EvalDone, Notice, StepDone
 from bp_train_cuda.methods.kto import join_prompt
@@ -203,3 +206,33 @@ def test_an_answer_goes_under_another_prompt(judged_file, pico_model):
     assert joined.ids.tolist() == [*mine.ids[:split], *other.ids[start:]]
     assert [*joined.mask] == [0] * split + [*other.mask[start:]]
     assert len(join_prompt(mine, other, split + 1).ids) == split + 1
+
+
+def test_a_rehearsal_leaves_no_trace_in_the_metrics(files, pico_model, tmp_path):
+    runs = {
+        preflight: steps(train(spec("dpo", files, pico_model, tmp_path / preflight, preflight=preflight))[1])
+        for preflight in ("off", "on")
+    }
+    assert [(e.loss, e.metrics) for e in runs["on"]] == [(e.loss, e.metrics) for e in runs["off"]]
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "pissa"])
+def test_a_run_that_is_cut_off_goes_on_with_what_it_started_from(files, chat_file, pico_model, tmp_path, method):
+    lora = {"init_lora_weights": "pissa"} if method == "pissa" else {}
+    change = {"steps": 6, "batch_size": 3, "save_steps": 3, "learning_rate": 3e-3}
+    if method != "pissa":
+        change["method"] = method
+    file = files.get(method, chat_file)
+    whole, _ = train(spec_for(pico_model, file, tmp_path / "whole", training=change, lora=lora))
+    cut = spec_for(pico_model, file, tmp_path / "cut", training=change, lora=lora)
+
+    def stop_after_four(seen=[]):
+        seen.append(1)
+        return len(seen) >= 4
+
+    train(cut, stop=stop_after_four)
+    shutil.rmtree(cut.folders.adapter)
+    newest, _ = CheckpointFolder(cut.folders.run).newest_whole()
+    resumed, _ = train(replace(cut, checkpoint=newest.path))
+    name = "adapter_model.safetensors"
+    assert (resumed.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()

@@ -136,11 +136,15 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
         """The method's loss."""
         raise NotImplementedError
 
+    def rows_to_meet(self) -> int:
+        """Rows that the steps will visit, where the method asks what the untrained model says of them."""
+        visits = self.spec.steps * self.spec.batch_size * self.spec.gradient_accumulation
+        return min(visits, len(self.train_dataset)) if self.needs_reference else 0
+
     def meet_rows(self) -> None:
-        """Measure what the untrained model says of the rows that the steps will visit."""
-        if self.needs_reference:
-            visits = self.spec.steps * self.spec.batch_size * self.spec.gradient_accumulation
-            self.train_dataset.reference = self.measure_reference(self.train_dataset, self.order.first(visits))
+        """Measure what the untrained model says of those rows."""
+        if count := self.rows_to_meet():
+            self.train_dataset.reference = self.measure_reference(self.train_dataset, self.order.first(count))
 
     def heldout_set(self, rows: Sequence[Any]) -> AnswerSet:
         """Held-out rows, with what the model as it is now says of them where the method needs that."""

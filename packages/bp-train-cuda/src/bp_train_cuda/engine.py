@@ -197,7 +197,7 @@ def _train(
         is_stopping=lambda: reporter.stopped,
     )
     reporter.watch.save_before_end(partial(trainer.checkpointer.save_now, trainer, "temperature"))
-    _run(trainer, spec.checkpoint)
+    _run(trainer, spec.checkpoint, emit)
     reporter.validate_stopped()
     fit.remember(parts.splitter.halvings, memory.read())
     if reporter.validator is not None:
@@ -267,8 +267,10 @@ def _build_validator(parts: Parts, trainer: Any, heldout: Sequence[Any], emit: E
     )
 
 
-def _run(trainer: Any, checkpoint: Path | None) -> None:
+def _run(trainer: Any, checkpoint: Path | None, emit: Emit) -> None:
     """The loop, from its first step or the checkpoint's to its last. A rehearsal goes before it."""
+    if count := trainer.rows_to_meet():
+        emit(Notice(message=f"asking the untrained model about {count} rows first"))
     trainer.meet_rows()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 

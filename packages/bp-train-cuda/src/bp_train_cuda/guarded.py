@@ -148,6 +148,10 @@ class Guarded:
         """The method's metrics over the micro-batches since the last call; to be asked once a step."""
         return {}
 
+    def rows_to_meet(self) -> int:
+        """How many rows `meet_rows` will run through the model."""
+        return 0
+
     def meet_rows(self) -> None:
         """Measure what the method needs to know of the rows under the model as it starts; before the first step."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count, islice
 
 import torch
 from torch.utils.data import Sampler
@@ -33,8 +32,8 @@ class RowOrder(Sampler[int]):  # type: ignore[misc]  # torch is not typed for a 
         return iter(self._places(self._epoch))
 
     def first(self, places: int) -> list[int]:
-        """The first so many places that are visited, over as many epochs as that takes."""
-        return list(islice((place for epoch in count() for place in self._places(epoch)), places))
+        """The first so many places that are visited; all of them where there are no more."""
+        return self._places(0)[:places]
 
     def _places(self, epoch: int) -> list[int]:
         if not self._shuffled:
