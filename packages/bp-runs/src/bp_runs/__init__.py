@@ -46,18 +46,6 @@ _HOMES = {
         "TrainOutcome",
         "keep_base",
     ),
-    "rail": (
-        "Estimates",
-        "EvalOutcome",
-        "KeepsBase",
-        "MemoryEstimate",
-        "Part",
-        "Probe",
-        "Rail",
-        "Stop",
-        "TrainOutcome",
-        "keep_base",
-    ),
     "record": ("RunRecord",),
     "redact": ("redact", "redact_data"),
     "spec": (
