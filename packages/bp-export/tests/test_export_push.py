@@ -183,7 +183,9 @@ def test_a_gguf_finds_its_run_and_tells_its_parity(hub, trained):
         assert word in card, word
 
 
-def test_what_nobody_recorded_says_so(hub, tmp_path):
+def test_what_nobody_recorded_says_so(hub, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    monkeypatch.chdir(tmp_path)  # whose card is nobody's business
     base = write_base(tmp_path / "base")
     lora = write_lora(tmp_path / "lora", base)
     config = json.loads((lora / "adapter_config.json").read_text())
@@ -195,6 +197,9 @@ def test_what_nobody_recorded_says_so(hub, tmp_path):
     assert "loss.png" not in hub.repos["me/found"]
     push(base, "me/model", token=TOKEN)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(hub.repos["me/model"])
+    assert "license:" not in hub.repos["me/model"]["README.md"].decode()
+    push(export_adapter(base, quantization="q8_0").path, "me/gguf", token=TOKEN)
+    assert "license:" not in hub.repos["me/gguf"]["README.md"].decode()
 
 
 def test_what_is_there_is_replaced_only_by_force(hub, trained, tmp_path, capsys):

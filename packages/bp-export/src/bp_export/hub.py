@@ -80,7 +80,7 @@ def prepare_push(
     names = (*shipment.files, _CARD, *([PICTURE] if picture else []))
     artifact = _find_artifact(origin, source) if origin else {}
     named = _find_base_name(source, shipment, origin)
-    license = _find_license(source, shipment, base or Path(named))
+    license = _find_license(source, shipment, base or (Path(named) if named else source))
     if license.id is None and ask_license is not None and is_hub_id(named):
         license = ask_license(named)
     facts = CardFacts(repo, shipment.kind, named, license, origin, names, picture is not None, artifact)
@@ -187,7 +187,7 @@ def _find_base_name(source: Path, shipment: Shipment, origin: Origin | None) -> 
 
 def _find_license(source: Path, shipment: Shipment, base: Path) -> License:
     """The base's licence: from its folder, or as an exported GGUF remembers it."""
-    found = read_license(base)
+    found = read_license(base) if base.is_dir() else License(None, None, None)
     if shipment.kind != "gguf" or found.id:
         return found
     settings = read_settings(source)

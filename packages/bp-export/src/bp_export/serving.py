@@ -25,6 +25,7 @@ from bp_export.errors import ChatFailedError, LlamaCppMissingError
 
 _QUIET = -1
 _END = "[DONE]"
+_MORE_ROOM = "Give it more room: --context 8192; or begin anew with /reset."
 _LAST_WORDS = 500  # characters of stderr that an error carries
 _WAIT_SECONDS = 10.0
 _ANSWER_SECONDS = 600.0
@@ -125,7 +126,8 @@ def _coded() -> Iterator[None]:
     except urllib.error.HTTPError as error:
         with error:
             words = error.read()[:500].decode(errors="replace")
-        raise ChatFailedError("llama.cpp could not answer", cause=words) from error
+        way_out = _MORE_ROOM if "context size" in words else None
+        raise ChatFailedError("llama.cpp could not answer", cause=words, way_out=way_out) from error
     except (OSError, ValueError, HTTPException) as error:
         raise ChatFailedError("llama.cpp could not answer", cause=str(error)) from error
 
