@@ -41,6 +41,7 @@ large:
 # One pass against the chain merge, save, convert, quantize; `converter` is the folder of llama.cpp's converter.
 bench-export converter:
     uv run python benchmarks/export.py --chain {{converter}}
+
 # The contract tests against a real Ollama: OLLAMA_HOST=127.0.0.1:11434 just ollama
 ollama:
     uv run pytest -m ollama -n 0 packages/bp-export/tests
