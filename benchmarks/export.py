@@ -42,7 +42,6 @@ from pathlib import Path
 from bp_export import export_adapter
 folder = Path(sys.argv[1])
 threads = int(sys.argv[3])
-(folder / "one.gguf").unlink(missing_ok=True)
 export_adapter(folder / "lora", quantization=sys.argv[2], output=folder / "one.gguf", threads=threads, verify=False)
 """
 MERGE = """
@@ -110,8 +109,9 @@ def run_round(folder: Path, chain: str | None) -> dict[str, dict[str, float]]:
     found = {}
     one = folder / "one.gguf"
     for name in QUANTIZATIONS:
-        found[f"one pass {name}"] = measure_written(measure(ONE_PASS, folder, name, "1"), one)
-        found[f"two cores {name}"] = measure_written(measure(ONE_PASS, folder, name, "2", cores=2), one)
+        for step, cores in (("one pass", 1), ("two cores", 2)):
+            one.unlink(missing_ok=True)
+            found[f"{step} {name}"] = measure_written(measure(ONE_PASS, folder, name, str(cores), cores=cores), one)
     if chain:
         shutil.rmtree(folder / "merged", ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
