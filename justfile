@@ -65,3 +65,11 @@ docs-site:
 # Start-up times as ratios, in one run.
 bench-start:
     uv run python benchmarks/start.py
+
+# The run store's costs with 10,000 runs, and what recording a step costs.
+bench-runs:
+    uv run python benchmarks/runs.py
+
+# Kills: 200 of a real training, and one between any two system calls of a run's end.
+kills:
+    uv run pytest -m slow -n 0 packages/bp-train-cuda/tests/test_cuda_kills.py packages/bp-runs/tests
