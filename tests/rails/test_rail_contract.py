@@ -155,3 +155,22 @@ def test_a_rail_that_cannot_be_imported_is_listed_with_its_error(monkeypatch):
     [status] = rails.all_rails()
     assert not status.probe.usable
     assert "libcudart" in status.probe.why
+
+
+def test_rows_one_by_one_say_what_all_of_them_say(rail, spec):
+    """`examine` and `evaluate` measure the same thing, and the rows come in the same order with and without adapter."""
+    from bp_runs.rail import ExaminesRows
+
+    if not isinstance(rail, ExaminesRows):
+        pytest.skip("this rail cannot look at single rows")
+    outcome = rail.train(spec, lambda _: None, lambda: False)
+    base = rail.examine(spec, None, lambda _: None, answers=2, answer_tokens=4)
+    tuned = rail.examine(spec, outcome.adapter, lambda _: None, answers=2, answer_tokens=4)
+    assert [(row.tokens, row.prompt, row.reference) for row in base] == [
+        (row.tokens, row.prompt, row.reference) for row in tuned
+    ]
+    assert [row.answer is not None for row in tuned] == [True, True] + [False] * 6
+    mean = sum(row.loss * row.tokens for row in tuned) / sum(row.tokens for row in tuned)
+    if rail.name != "fake":  # whose losses are made up
+        assert mean == pytest.approx(rail.evaluate(spec, outcome.adapter, lambda _: None).loss, rel=1e-4)
+    assert mean < sum(row.loss * row.tokens for row in base) / sum(row.tokens for row in base)

@@ -186,3 +186,22 @@ def test_every_command_of_the_table_can_be_imported():
         for word in command.name.split():
             found = found[word]
         assert callable(found.default_command)
+
+
+def test_help_loads_nothing_that_only_commands_and_errors_need():
+    """What help costs must not grow with what commands need: see docs/log/2026-11-24-command-line.md."""
+    code = "from backpropagate.cli.app import run; run(['--help']); import sys; print('\\nLOADED', *sys.modules)"
+    done = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.rpartition("LOADED ")[2].split())
+    late = {
+        "msgspec",
+        "orjson",
+        "httpx",
+        "bp_runs.rail",
+        "bp_runs.store",
+        "backpropagate.settings",
+        "backpropagate.cli.screen",
+    }
+    assert not loaded & late
+    assert {name for name in loaded if name.startswith("backpropagate.cli.")} <= {
+        "backpropagate.cli.app", "backpropagate.cli.failing", "backpropagate.cli.switches"}  # fmt: skip

@@ -6,11 +6,13 @@ import os
 import platform
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backpropagate.errors import SeveralProcessesError
 from bp_runs.errors import PathUnusableError
-from bp_runs.rail import Probe
+
+if TYPE_CHECKING:
+    from bp_runs.rail import Probe
 
 OURS = ("backpropagate", "bp-runs", "bp-data", "bp-merge", "bp-export", "bp-train-cuda", "bp-train-mlx")
 THEIRS = (

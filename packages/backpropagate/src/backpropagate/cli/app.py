@@ -12,7 +12,6 @@ from cyclopts import App, CycloptsError
 
 from backpropagate import system
 from backpropagate.cli.failing import prepare_process, report_bug, report_error, set_up_logs
-from backpropagate.cli.refusing import explain
 from backpropagate.cli.switches import environment, overview, take_switches
 from backpropagate.offline import forbid_network
 from bp_runs.errors import CodedError, InterruptedRunError, PathUnusableError
@@ -282,6 +281,8 @@ def _run(argv: Sequence[str], *, as_json: bool) -> int:
     try:
         result = _call(argv)
     except CycloptsError as error:
+        from backpropagate.cli.refusing import explain
+
         return report_error(explain(error, [command.name for command in COMMANDS]), as_json=as_json)
     except CodedError as error:
         return report_error(error, as_json=as_json)

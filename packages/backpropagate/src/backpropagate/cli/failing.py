@@ -12,7 +12,6 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 from backpropagate import system
-from backpropagate.cli.screen import print_json
 from bp_runs.errors import CodedError, RunFailedError
 from bp_runs.redact import redact
 
@@ -46,6 +45,8 @@ def _raise_interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 def report_error(error: CodedError, *, as_json: bool) -> int:
     """Tell a coded error, on stdout as JSON where the user asked for JSON; returns its exit status."""
     if as_json:
+        from backpropagate.cli.screen import print_json
+
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a stdout that nobody reads any more
             print_json("error", {"error": error.to_dict()})
         return error.exit_status
