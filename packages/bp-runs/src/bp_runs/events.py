@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 
@@ -15,7 +15,7 @@ class Event:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the event's kind under ``event``."""
-        return {"event": self.kind, **asdict(self)}
+        return {"event": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
