@@ -47,7 +47,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("quantization", ["f16", "q8_0", "q4_k_m"])
 def test_a_right_file_passes_and_nothing_is_left(folder, quantization):
     before = set(folder.iterdir())
-    outcome = export_adapter(folder / "lora", quantization=quantization, output=folder / "x.gguf", verify=True)
+    outcome = export_adapter(
+        folder / "lora", quantization=quantization, output=folder / f"right-{quantization}.gguf", verify=True
+    )
     assert set(folder.iterdir()) - before <= {outcome.path}
     report = outcome.parity
     found = {check.name: check for check in report.checks}
