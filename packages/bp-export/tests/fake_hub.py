@@ -50,13 +50,15 @@ class Handler(BaseHTTPRequestHandler):
         self.server.calls.append(f"GET {path}")
         parts = path.split("/")
         repo = "/".join(parts[3:5])
-        if path == "/api/models/base/known":
+        if path in ("/api/models/base/known", "/api/models/base/listed"):
+            name = path.removeprefix("/api/models/")
+            license = "apache-2.0" if name == "base/known" else ["mit", "apache-2.0"]
             return self.reply(
                 200,
                 {
-                    "id": "base/known",
-                    "modelId": "base/known",
-                    "cardData": {"license": "apache-2.0"},
+                    "id": name,
+                    "modelId": name,
+                    "cardData": {"license": license},
                     "tags": [],
                     "siblings": [],
                 },

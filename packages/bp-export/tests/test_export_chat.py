@@ -2,8 +2,11 @@
 
 import io
 import json
+import os
+import signal
 import sys
 import tempfile
+import time
 
 import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
@@ -12,6 +15,7 @@ from fake_ollama import serve
 from bp_export import LlamaChat, Manner, ask_once, converse, open_talk, register_gguf
 from bp_export.cli import main
 from bp_export.errors import ChatFailedError, ChatTargetError
+from bp_export.serving import LlamaServer
 
 skip_without_llama_cpp()
 
@@ -110,6 +114,14 @@ def test_what_was_said_is_kept_until_reset_and_a_stopped_answer_was_not_said():
         ["Be kind.", "c"],
     ]
     assert "".join(shown) == "you said a\nyou said \nyou said b\nyou said c\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal to a single process")
+def test_ctrl_c_of_a_terminal_reaches_the_server_too_and_leaves_it_alive(made):
+    with LlamaServer(made["gguf"], 512) as server:
+        os.kill(server._process.pid, signal.SIGINT)
+        time.sleep(0.3)
+        assert server.post("/tokenize", {"content": QUESTION})["tokens"]
 
 
 def test_what_cannot_be_talked_to(made, tmp_path):

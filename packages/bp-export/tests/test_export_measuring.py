@@ -85,4 +85,10 @@ def test_what_cannot_be_measured(made, tmp_path):
         measure_importance(tmp_path / "torn.gguf", made["folder"] / "text.txt", tmp_path / "out.gguf")
     with pytest.raises(OutputTakenError):
         measure_importance(made["model"], made["folder"] / "text.txt", made["measured"].path)
+    with pytest.raises(OutputTakenError, match="read for it"):
+        measure_importance(made["model"], made["folder"] / "text.txt", made["model"], force=True)
+    assert made["model"].read_bytes() == whole
+    for asked in ({"chunk_tokens": 15}, {"chunk_tokens": 0}, {"chunks": 0}):
+        with pytest.raises(ImportanceInvalidError, match="one chunk or more"):
+            measure_importance(made["model"], made["folder"] / "text.txt", tmp_path / "out.gguf", **asked)
     assert not (tmp_path / "out.gguf").exists()

@@ -20,7 +20,12 @@ from bp_export import (
     takes_adapters,
 )
 from bp_export.cli import main
-from bp_export.errors import AdapterFormatError, OllamaNameTakenError, OllamaRegistrationError
+from bp_export.errors import (
+    AdapterFormatError,
+    OllamaNameTakenError,
+    OllamaRegistrationError,
+    QuantizationUnknownError,
+)
 from bp_export.ollama import FIRST_QUESTION
 from bp_merge import AdapterMismatchError
 
@@ -253,3 +258,15 @@ def test_the_command_registers_and_keeps_the_file_when_that_fails(ollama, tmp_pa
     assert main([*arguments, "--force"]) == 2
     assert "[DEP_OLLAMA_REGISTRATION_FAILED]" in capsys.readouterr().err
     assert (tmp_path / "base-q8_0.gguf").is_file()
+
+
+def test_one_of_several_files_is_not_registered(ollama, tmp_path, capsys):
+    base = write_base(tmp_path / "base")
+    with pytest.raises(QuantizationUnknownError, match="no bytes"):
+        export_adapter(base, split_bytes=0)
+    first = export_adapter(base, quantization="bf16", split_bytes=2**14, verify=False).path
+    with pytest.raises(OllamaRegistrationError, match="one of several"):
+        register_gguf(first, "pico-parts", host=ollama.url)
+    with pytest.raises(SystemExit):
+        main([str(base), "--split-mib", "1", "--ollama-name", "pico-parts", "--ollama-host", ollama.url])
+    assert "--split-mib makes several" in capsys.readouterr().err

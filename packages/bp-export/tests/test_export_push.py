@@ -231,6 +231,16 @@ def test_secrets_stay_here(hub, trained, tmp_path):
     assert "notes.txt" not in prepare_push(trained["gguf"], "me/pico").shipment.files
 
 
+@pytest.mark.parametrize(("base", "told"), [("base/listed", "mit"), ("base/x..y", None)])
+def test_a_base_with_several_licences_or_an_impossible_name_stops_no_push(hub, tmp_path, base, told):
+    adapter = write_lora(tmp_path / "lora", write_base(tmp_path / "pico-base"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    write_json(adapter / "adapter_config.json", {**config, "base_model_name_or_path": base})
+    push(adapter, "me/pico", token=TOKEN)
+    card = hub.repos["me/pico"]["README.md"].decode()
+    assert ('license: "mit"' in card) == (told == "mit")
+
+
 @pytest.mark.parametrize("repo", ["no slash", "me/" + "x" * 200, "me/a/b", "pico", "me/-x", "me/x..y"])
 def test_names_that_the_hub_does_not_take_are_refused_at_once(hub, trained, repo):
     with pytest.raises(PushRepoInvalidError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ class License:
 def read_license(folder: Path) -> License:
     """The licence of a model's folder; all None where its card does not say."""
     head = _read_head(folder)
-    return License(*(_to_text(head.get(key)) for key in ("license", "license_name", "license_link")))
+    return build_license(head.get, "license", "license_name", "license_link")
+
+
+def build_license(read: Callable[[str], Any], *keys: str) -> License:
+    """The licence from what somebody wrote down under the keys of id, name and link."""
+    return License(*(_to_text(read(key)) for key in keys))
 
 
 def _read_head(folder: Path) -> dict[str, Any]:

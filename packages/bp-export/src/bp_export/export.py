@@ -134,6 +134,10 @@ def export_adapter(
     if format in ("lora", "mlx"):
         return _export_folder(adapter, format, output, name, force=force, begun=begun)
     asked = read_quantization(quantization)
+    if split_bytes is not None and split_bytes < 1:
+        raise QuantizationUnknownError(
+            "files of no bytes cannot be written", way_out="Say how many MiB a file may have: --split-mib 2048"
+        )
     verify = _decide_to_verify(verify)
     source = _read_source(adapter, base, name, dequantize=dequantize)
     with FoldedModel(open_model(source.base, dequantize=dequantize), source.adapter) as model:
@@ -151,7 +155,7 @@ def export_adapter(
         groups = cut_plan(plan, split_bytes) if split_bytes else [list(plan.tensors)]
         paths = [name_split(target, i, len(groups)) for i in range(1, len(groups) + 1)] if len(groups) > 1 else [target]
         for path in paths:
-            require_free_file(path, force=force)
+            require_free_file(path, force=force, sources=[importance] if importance else [])
         require_folder(target.parent)
         require_free_space(target.parent, plan.disk_bytes, f"the {asked.name} GGUF")
         if len(groups) > 1:

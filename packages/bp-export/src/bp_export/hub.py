@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bp_export.card import PICTURE, CardFacts, build_card
-from bp_export.cardhead import License, read_license
+from bp_export.cardhead import License, build_license, read_license
 from bp_export.errors import (
     HubMissingError,
     PushDeniedError,
@@ -190,8 +190,7 @@ def _find_license(source: Path, shipment: Shipment, base: Path) -> License:
     found = read_license(base) if base.is_dir() else License(None, None, None)
     if shipment.kind != "gguf" or found.id:
         return found
-    settings = read_settings(source)
-    return License(*(settings.get(f"general.license{part}") for part in ("", ".name", ".link")))
+    return build_license(read_settings(source).get, *(f"general.license{part}" for part in ("", ".name", ".link")))
 
 
 def _ask_license(api: Any, base: str) -> License:
@@ -199,9 +198,9 @@ def _ask_license(api: Any, base: str) -> License:
     try:
         with _coded():
             card = api.model_info(base).card_data or {}
-    except (PushDeniedError, PushNetworkError, PushRefusedError):
+    except (PushDeniedError, PushNetworkError, PushRefusedError, PushRepoInvalidError):
         return License(None, None, None)
-    return License(*(card.get(key) for key in ("license", "license_name", "license_link")))
+    return build_license(card.get, "license", "license_name", "license_link")
 
 
 def _load_hub() -> Any:

@@ -75,19 +75,24 @@ def measure_importance(
         force: Whether an earlier matrix may be replaced.
 
     Raises:
-        OutputTakenError: Something stands at the output.
-        ImportanceInvalidError: The text cannot be read, or is shorter than a chunk.
+        OutputTakenError: Something stands at the output, or it is the model itself.
+        ImportanceInvalidError: The text cannot be read, or is shorter than a chunk; or chunks are too short or too few.
         ChatFailedError: The model is no GGUF.
         LlamaCppMissingError: xllamacpp is not installed, or exports no C functions on this platform.
         MeasureFailedError: llama.cpp cannot load or run the model, or is built in a way that is not known.
     """
     require_installed()
+    if chunk_tokens < _LEAST_VECTORS or (chunks is not None and chunks < 1):
+        raise ImportanceInvalidError(
+            f"a matrix is measured on one chunk or more, each of {_LEAST_VECTORS} tokens or more",
+            way_out=f"Leave out --chunks, or say: --chunk-tokens {CHUNK_TOKENS}",
+        )
     read_settings(model)
     try:
         text.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ImportanceInvalidError(f"{text} cannot be read as text", cause=str(error)) from error
-    require_free_file(output, force=force)
+    require_free_file(output, force=force, sources=[model])
     require_folder(output.parent)
     asked = {"model": str(model), "text": str(text), "chunk_tokens": chunk_tokens, "chunks": chunks}
     with tempfile.TemporaryDirectory(prefix="bp-export-") as scratch:
@@ -278,6 +283,8 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
     ctypes.memmove(ctypes.byref(params), struct.pack("<3I", size, size, size), 12)
     ctypes.memmove(ctypes.byref(params, place), bytes(ctypes.c_void_p(ctypes.cast(callback, ctypes.c_void_p).value)), 8)
     context = library.llama_init_from_model(model, params)
+    if not context:
+        return {"problem": "failed", "words": f"llama.cpp has no room for chunks of {size} tokens"}
     vocab = library.llama_model_get_vocab(model)
     bos = library.llama_vocab_bos(vocab) if library.llama_vocab_get_add_bos(vocab) else None
     tokens = _tokenize(library, vocab, Path(asked["text"]).read_bytes())

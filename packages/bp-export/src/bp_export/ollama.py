@@ -97,6 +97,10 @@ def register_gguf(
     settings = read_settings(path)
     if settings.get("general.type") == "adapter":
         raise _refuse_bare_adapter(path)
+    if settings.get("split.count", 1) > 1:
+        raise OllamaRegistrationError(
+            f"{path} is one of several files, and Ollama takes one", way_out="Export it again without --split-mib."
+        )
     system = _find_system(settings) if system is None else system
     words = tuple(stop if stop is not None else read_stop_strings(settings))
     asked = _build_request(name, words, context, system, license or _find_license(settings))

@@ -34,12 +34,13 @@ def require_free_folder(path: Path, *, force: bool, sources: Sequence[Path]) -> 
         raise OutputTakenError(f"{path} is no export's folder", way_out="Name another folder: --output ./other")
 
 
-def require_free_file(path: Path, *, force: bool) -> None:
+def require_free_file(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> None:
     """Refuse an output file that would replace something.
 
     Args:
         path: The GGUF.
         force: Whether an earlier GGUF may be replaced.
+        sources: Files that are read for it, which are never replaced.
 
     Raises:
         OutputTakenError: Why not.
@@ -50,6 +51,8 @@ def require_free_file(path: Path, *, force: bool) -> None:
         return
     if not force:
         raise OutputTakenError(f"{path} exists")
+    if path.resolve() in [source.resolve() for source in sources]:
+        raise OutputTakenError(f"{path} is read for it", way_out="Name another file: --output ./other.gguf")
     with path.open("rb") as file:
         if file.read(len(MAGIC)) not in (MAGIC, b""):
             raise OutputTakenError(f"{path} exists and is no GGUF", way_out="Name another file: --output ./model.gguf")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -48,8 +49,13 @@ class LlamaServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        self.address: str = self._read_address(path)
-        """``http://127.0.0.1:port``."""
+        try:
+            self.address: str = self._read_address(path)
+            """``http://127.0.0.1:port``."""
+        except KeyboardInterrupt:  # loading takes long, and Ctrl-C does not end it by itself
+            self._process.kill()
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -152,6 +158,8 @@ def require_installed() -> None:
 
 def serve(path: str, context: int, adapter: str | None = None) -> None:
     """Load, tell the address, and wait for the end of standard input."""
+    # A terminal sends Ctrl-C to this process too, where it stops an answer and not the conversation.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         import xllamacpp  # an extra, and a large library
     except ImportError as error:

@@ -110,7 +110,7 @@ def export(
             base=base,
             pre=pre,
             importance=imatrix,
-            split_bytes=split_mib * 2**20 if split_mib else None,
+            split_bytes=None if split_mib is None else split_mib * 2**20,
             ollama_base=ollama_base,
             verify=verify,
             ollama=ollama,

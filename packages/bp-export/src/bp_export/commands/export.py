@@ -62,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
     wants_ollama = options.ollama or options.ollama_name is not None
     if wants_ollama and options.format != "gguf":
         build_parser().error("--ollama needs --format gguf")
+    if wants_ollama and options.split_mib is not None:
+        build_parser().error("--ollama takes one file, and --split-mib makes several")
     if options.dry_run and options.format != "gguf":
         build_parser().error("--dry-run needs --format gguf")
     if options.dry_run:
@@ -88,7 +90,7 @@ def _export(options: argparse.Namespace, *, wants_ollama: bool) -> tuple[ExportO
         pre=options.pre,
         name=options.name,
         importance=options.imatrix,
-        split_bytes=options.split_mib * 2**20 if options.split_mib else None,
+        split_bytes=None if options.split_mib is None else options.split_mib * 2**20,
         ollama_base=options.ollama_base,
         dequantize=options.dequantize,
         force=options.force,
