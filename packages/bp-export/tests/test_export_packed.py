@@ -101,6 +101,11 @@ def test_what_is_packed_otherwise_or_not_whole_is_refused(tmp_path, base):
             export_adapter(lora, dequantize=True)
     write_json(base / "config.json", config)
     tensors = safetensors.load_file(base / "model.safetensors")
+    for end in (".absmax", ".quant_map", ".nested_absmax"):
+        torn = {n: t[:-1].clone() if n.endswith("q_proj.weight" + end) else t for n, t in tensors.items()}
+        safetensors.save_file(torn, base / "model.safetensors")
+        with pytest.raises(TensorsInvalidError, match="q_proj"):
+            export_adapter(lora, dequantize=True)
     for end in (".absmax", ".nested_quant_map"):
         lacking = {name: value for name, value in tensors.items() if not name.endswith("q_proj.weight" + end)}
         safetensors.save_file(lacking, base / "model.safetensors")

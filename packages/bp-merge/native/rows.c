@@ -21,6 +21,7 @@
 
 enum { BASE_NONE, BASE_BF16, BASE_F32 };
 #define WIDEST 64 /* columns of the largest tile */
+#define MOST_RANK (1 << 24) /* far above any; what is computed from it then fits */
 
 /* (b @ a) * scale: b (rows, rank), a (rank, columns); the sum over the rank goes in `parts` parts of `step` terms, and
  * the last takes what is left.
@@ -124,7 +125,8 @@ static PyObject *add(PyObject *module, PyObject *arguments)
         return NULL;
     long long rank = change.rank, size = dtype == BASE_BF16 ? 2 : 4;
     int is_right = index >= 0 && index < count_targets() && dtype >= BASE_NONE && dtype <= BASE_F32 && rank > 0 &&
-                   b.len % (4 * rank) == 0 && a.len % (4 * rank) == 0 && change.parts > 0 && change.step > 0 &&
+                   rank <= MOST_RANK && b.len % (4 * rank) == 0 && a.len % (4 * rank) == 0 && change.parts > 0 &&
+                   change.parts <= rank && change.step > 0 && change.step <= rank &&
                    change.step * (change.parts - 1) < rank;
     if (is_right) {
         change.rows = b.len / (4 * rank);

@@ -90,7 +90,13 @@ def test_every_bfloat16_and_its_neighbours_round_alike(monkeypatch, target):
 
 
 @pytest.mark.skipif(not TARGETS, reason="not compiled, or no fused multiply-adds here")
-@pytest.mark.parametrize("wrong", [{"dtype": 3}, {"step": 0}, {"parts": 5}, {"target": 9}, {"out": 5}, {"base": 3}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"dtype": 3}, {"step": 0}, {"parts": 5}, {"target": 9}, {"out": 5}, {"base": 3}),
+        *({"rank": 2**62}, {"step": 2**62, "parts": 5}),
+    ],
+)
 def test_the_compiled_rows_refuse_what_does_not_fit(wrong):
     right = {
         "base": 6,

@@ -129,16 +129,21 @@ class PackedReader(TensorReader):
         try:
             state = json.loads(self._read_whole(state_name))
             shape, dtype = tuple(int(n) for n in state["shape"]), _DTYPES[str(state["dtype"])]
-            codes, block = self._raw[name], int(state["blocksize"])
-            ends = (
-                ".absmax",
-                ".quant_map",
-                *((".nested_absmax", ".nested_quant_map") if "nested_blocksize" in state else ()),
-            )
-            whole = all(name + end in self._raw for end in ends) and block > 0
-        except (ValueError, KeyError, TypeError) as error:
+            codes, sizes = self._raw[name], _list_sizes(state, math.prod(shape))
+            found = {end: self._raw[name + end].stop - self._raw[name + end].start for end in sizes}
+        except (ValueError, KeyError, TypeError, ZeroDivisionError) as error:
             raise TensorsInvalidError(f"{name} is packed in a way that is not known", cause=str(error)) from error
-        count = math.prod(shape)
-        if state.get("quant_type") not in _KINDS or not whole or codes.stop - codes.start != (count + 1) // 2:
+        if state.get("quant_type") not in _KINDS or found != sizes:
             raise TensorsInvalidError(f"{name} is packed in a way that is not known, or its parts are not all there")
         return _Packed(codes, state, TensorInfo(name, dtype, shape, codes.file, codes.start))
+
+
+def _list_sizes(state: Mapping[str, Any], count: int) -> dict[str, int]:
+    """Bytes of the codes and of each sidecar that ``count`` packed weights have, by the end of its name."""
+    blocks = -(-count // int(state["blocksize"]))
+    sizes = {"": (count + 1) // 2, ".absmax": 4 * blocks, ".quant_map": 4 * 16}
+    if "nested_blocksize" not in state:
+        return sizes
+    float(state["nested_offset"])
+    groups = -(-blocks // int(state["nested_blocksize"]))
+    return sizes | {".absmax": blocks, ".nested_absmax": 4 * groups, ".nested_quant_map": 4 * 256}
