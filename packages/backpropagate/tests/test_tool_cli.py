@@ -317,6 +317,13 @@ def test_ollama_s_own_variable_names_the_server(given, address):
     assert ollama_host({"OLLAMA_HOST": given}) == address
 
 
+@pytest.mark.parametrize("given", ["box:many", "box:99999", "ftp://box", "http://[::1"])
+def test_what_is_no_address_of_ollama_is_refused(given, monkeypatch, capsys):
+    monkeypatch.setenv("OLLAMA_HOST", given)
+    assert run(["ollama", "list"]) == 1
+    assert "OLLAMA_HOST cannot be" in capsys.readouterr().err
+
+
 def test_an_export_survives_a_record_that_cannot_be_written(place, fake, capsys):
     out(capsys, [*TRAIN, "--steps", "2"])
     (place / "output/.run_history.lock").unlink()

@@ -247,7 +247,7 @@ def test_tags_notes_and_removal(place, capsys):
     assert "the one we ship" in text
     assert "pirate" in text
     assert refused(capsys, ["runs", "rm", first, "zzz"])["code"] == "INPUT_RUN_NOT_FOUND"
-    assert out(capsys, ["runs", "rm", first])["removed"] == [first]
+    assert out(capsys, ["runs", "rm", first, first])["removed"] == [first]
     assert [r["run_id"] for r in out(capsys, ["list-runs"])["runs"]] == [second]
     assert not STORE.folder(first).exists()
     assert (place / "output/lora/adapter_config.json").exists()

@@ -27,6 +27,7 @@ from bp_export.errors import (
     QuantizationUnknownError,
 )
 from bp_export.ollama import FIRST_QUESTION
+from bp_export.ollamaserver import is_local
 from bp_merge import AdapterMismatchError
 
 skip_without_llama_cpp()
@@ -270,3 +271,11 @@ def test_one_of_several_files_is_not_registered(ollama, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(base), "--split-mib", "1", "--ollama-name", "pico-parts", "--ollama-host", ollama.url])
     assert "--split-mib makes several" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("server", "here"),
+    [("http://0.0.0.0:11434", True), ("http://[::1]:1", True), ("http://localhost", True), ("http://10.0.0.1", False)],
+)
+def test_no_proxy_is_asked_for_this_machine(server, here):
+    assert is_local(server) is here

@@ -181,12 +181,21 @@ def _name_after(base: str, run_id: str | None) -> str | None:
 
 
 def ollama_host(environ: Mapping[str, str]) -> str | None:
-    """Ollama's own variable ``OLLAMA_HOST`` as an address; None where it is not set."""
+    """Ollama's own variable ``OLLAMA_HOST`` as an address; None where it is not set.
+
+    Raises:
+        InvalidSettingError: It is none.
+    """
     host = environ.get("OLLAMA_HOST", "").strip()
     if not host:
         return None
-    parts = urlsplit(host if "://" in host else f"http://{host}")
-    port = parts.port or ({"http": 80, "https": 443}[parts.scheme] if "://" in host else 11434)
+    try:
+        parts = urlsplit(host if "://" in host else f"http://{host}")
+        port = parts.port or ({"http": 80, "https": 443}[parts.scheme] if "://" in host else 11434)
+    except (ValueError, KeyError) as error:
+        raise InvalidSettingError(
+            f"OLLAMA_HOST cannot be {host!r}", cause=str(error), way_out="Say: OLLAMA_HOST=127.0.0.1:11434"
+        ) from error
     name = parts.hostname or "127.0.0.1"
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # noqa: S104  # listening everywhere includes here
     return f"{parts.scheme}://{f'[{name}]' if ':' in name else name}:{port}"

@@ -122,9 +122,10 @@ def is_local(server: str) -> bool:
     """Whether an address is this machine's own, which no proxy can reach."""
     name = urlsplit(server).hostname or ""
     try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+        address = ipaddress.ip_address(name)
     except ValueError:
-        return False
+        return name == "localhost"
+    return address.is_loopback or address.is_unspecified
 
 
 def require_name(name: str) -> None:

@@ -26,7 +26,7 @@ def rm(*runs: str, output: Output = None, json: Json = False) -> int:
         Ids, or parts that only one run has.
     """
     store = RunStore(output_folder(output))
-    found = [store.find(run) for run in runs]  # all of them, before the first is gone
+    found = list(dict.fromkeys(store.find(run) for run in runs))  # all of them, before the first is gone
     for run_id in found:
         store.remove(run_id)
     _tell("runs-rm", {"removed": found}, f"  removed   {', '.join(found) or 'nothing'}", json=json)
