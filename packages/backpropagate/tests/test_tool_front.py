@@ -129,6 +129,18 @@ def test_offline_refuses_every_connection_that_leaves_the_machine():
         free.connect(("192.0.2.1", 9))  # sends nothing; outside of the context nothing is refused
 
 
+def test_offline_no_proxy_on_this_machine_leads_out(monkeypatch):
+    import httpx
+
+    proxy = "http://127.0.0.1:9"
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    with forbid_network():
+        assert "HTTPS_PROXY" not in os.environ
+        with pytest.raises(OfflineError):
+            httpx.get("https://huggingface.co", timeout=5)
+    assert os.environ["HTTPS_PROXY"] == proxy
+
+
 @pytest.mark.parametrize(("host", "here"), [("localhost", True), ("127.3.2.1", True), ("::1", True), ("fe80::1%eth0", False),
                                             ("0.0.0.0", True), ("huggingface.co", False), ("10.0.0.1", False)])  # fmt: skip
 def test_what_is_local(host, here):

@@ -2,12 +2,14 @@
 
 CPython tells of every look-up and connection before it happens (PEP 578, audit events ``socket.*``). While offline, one
 that does not stay on this machine raises instead. Loopback and Unix sockets are free: Ollama and the page of
-`backprop ui` live there. Code that makes system calls without Python's sockets is not seen; nothing of ours does.
+`backprop ui` live there. A proxy may live there too and lead out, so the environment names none meanwhile. Code that
+makes system calls without Python's sockets is not seen; nothing of ours does.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from backpropagate.errors import OfflineError
 
 _EVENTS = frozenset({"socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname"})
 _LOCAL_NAMES = frozenset({"", "localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback"})
+_PROXIES = frozenset({"http_proxy", "https_proxy", "all_proxy", "ftp_proxy"})
 _forbidding: list[bool] = []
 
 
@@ -32,11 +35,13 @@ def forbid_network(*, wanted: bool = True) -> Iterator[None]:
         yield
         return
     _install_hook()
+    proxies = {name: os.environ.pop(name) for name in list(os.environ) if name.lower() in _PROXIES}
     _forbidding.append(True)
     try:
         yield
     finally:
         _forbidding.pop()
+        os.environ.update(proxies)
 
 
 @cache
