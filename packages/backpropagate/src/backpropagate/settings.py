@@ -14,8 +14,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-import msgspec
-
 from backpropagate import oldnames
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
 from bp_runs.errors import InvalidSettingError
@@ -280,6 +278,8 @@ def _convert(setting: Setting, raw: Any, source: Source) -> Any:
         raw = [part.strip() for part in raw.split("|") if part.strip()]
     if isinstance(raw, Path):
         raw = str(raw)
+    import msgspec  # only where something is set: commands start without it
+
     try:
         return msgspec.convert(raw, setting.type, strict=source == "toml")
     except msgspec.ValidationError as error:

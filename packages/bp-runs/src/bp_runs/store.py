@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from filelock import FileLock, Timeout
 
 from bp_runs import index, paths
 from bp_runs.adapter import MANIFEST_SCHEMA, MODEL_SCHEMA, read_manifest
@@ -264,6 +263,8 @@ class RunStore:
         record = read_record(self.folder(run_id))
         if record.status != "running" or record.host != platform.node():
             return record  # this machine knows nothing of another's processes
+        from filelock import FileLock, Timeout  # a list of runs that are done needs none
+
         lock = FileLock(self.folder(run_id) / paths.LOCK_FILE)
         try:
             with lock.acquire(timeout=0):
@@ -291,6 +292,8 @@ class RunStore:
 @contextlib.contextmanager
 def _coded_lock(file: Path) -> Iterator[None]:
     """Hold a file lock, or give up with a coded error; a new lock each time, since a fork must not inherit one."""
+    from filelock import FileLock, Timeout
+
     lock = FileLock(file, timeout=_LOCK_SECONDS)
     try:
         with coded_disk_errors(file):

@@ -7,8 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from filelock import FileLock, Timeout
-
 from bp_runs import paths
 from bp_runs.adapter import WEIGHTS_FILE
 from bp_runs.errors import CodedError, RecordInvalidError, ResumeChangedError, RunActiveError, RunStatus
@@ -37,6 +35,8 @@ class RunWriter:
     """
 
     def __init__(self, store: RunStore, folder: Path, record: RunRecord, before: RunRecord | None = None) -> None:
+        from filelock import FileLock, Timeout
+
         self._store = store
         self._record = record
         self._before = before
