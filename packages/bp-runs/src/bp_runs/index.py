@@ -36,7 +36,7 @@ def read_rows(output: Path) -> tuple[list[Row], bool]:
     known = _read_index(output)
     rows = _current(output, known)
     is_whole = known == {run_id: row for run_id, row in rows.items() if _is_readable(row)}
-    return [_public(row) for row in rows.values()], is_whole
+    return _take_off_stamps(rows), is_whole
 
 
 def put_row(output: Path, record: RunRecord) -> None:
@@ -60,7 +60,7 @@ def rebuild(output: Path) -> list[Row]:
     """Make the index anew, from the folders where it does not agree with them. The caller holds the store's lock."""
     rows = _current(output, _read_index(output))
     write_rows(output, rows.values())
-    return [_public(row) for row in rows.values()]
+    return _take_off_stamps(rows)
 
 
 def write_rows(output: Path, rows: Iterable[Row]) -> None:
@@ -128,8 +128,10 @@ def _is_readable(row: Row) -> bool:
     return bool(row["error"] != RecordInvalidError.code)
 
 
-def _public(row: Row) -> Row:
-    return {name: value for name, value in row.items() if name != _STAMP}
+def _take_off_stamps(rows: Mapping[str, Row]) -> list[Row]:
+    for row in rows.values():
+        del row[_STAMP]
+    return list(rows.values())
 
 
 def _stamp(output: Path, run_id: str) -> list[int]:
