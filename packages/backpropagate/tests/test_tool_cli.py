@@ -111,7 +111,16 @@ class TwiceInterruptingRail(InterruptingRail):
 no_signals = pytest.mark.skipif(os.name == "nt", reason="os.kill ends the process on Windows")
 
 
+@pytest.fixture
+def _at_a_terminal():
+    """Ctrl-C acts; a shell lets what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @no_signals
+@pytest.mark.usefixtures("_at_a_terminal")
 def test_ctrl_c_twice_ends_at_once_and_is_recorded(place, capsys):
     with rails.use(TwiceInterruptingRail()):
         assert run([*TRAIN, "--steps", "50", "--json"]) == 130
