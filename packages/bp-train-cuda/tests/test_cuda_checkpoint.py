@@ -161,6 +161,31 @@ def test_the_policy_keeps_the_last_and_the_best(pico_model, chat_file, tmp_path)
     assert outcome.best_step
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells mapped files on Linux only")
+def test_no_file_of_the_checkpoint_stays_open(pico_model, chat_file, tmp_path):
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 8, "save_steps": 4, **EVAL})
+    train(spec)
+    maps = []
+    go_on(spec, lambda event: isinstance(event, StepDone) and maps.append(Path("/proc/self/maps").read_text()))
+    assert maps
+    assert not [line for found in maps for line in found.splitlines() if str(spec.folders.run) in line]
+
+
+def test_a_save_that_is_tried_again_keeps_its_reason(pico_model, chat_file, tmp_path, monkeypatch):
+    save_file_, tries = checkpoint.save_file, []
+
+    def scarce(*arguments):
+        tries.append(1)
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        save_file_(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", scarce)
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 4})
+    _, events = train(spec, stop=lambda: True)
+    assert [(e.step, e.reason) for e in events if isinstance(e, CheckpointSaved)] == [(1, "stop")]
+
+
 @pytest.mark.parametrize("damage", ["rank", "state", "file"])
 def test_a_checkpoint_of_another_model_or_version_is_refused(pico_model, chat_file, tmp_path, damage):
     spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"save_steps": 3})

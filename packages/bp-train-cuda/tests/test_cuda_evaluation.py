@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from bp_data import prepare, split_rows
 from bp_runs.events import DataReady, EvalDone, StepDone
+from bp_runs.spec import TrainingSpec
+from bp_train_cuda.evaluation import Validator
 
 EVAL = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 2, "batch_size": 2}
 
@@ -91,3 +93,22 @@ def test_few_rows_are_not_held_out(pico_model, chat_file, tmp_path, change):
     assert outcome.eval_loss is None
     assert next(e for e in events if isinstance(e, DataReady)).heldout == 0
     assert len([e for e in events if isinstance(e, StepDone)]) == 2
+
+
+def test_a_loss_that_is_not_finite_is_never_the_best():
+    found = iter([float("nan"), 2.0])
+    rows = [{"labels": torch.ones(1, 2, dtype=torch.long)}]
+    model = torch.nn.Linear(1, 1)
+    model.device = torch.device("cpu")
+    validator = Validator(
+        model,
+        rows,
+        TrainingSpec(),
+        lambda _: None,
+        measure=lambda _: {"loss": next(found), "count": 1},
+        collate=lambda items: items[0],
+    )
+    validator.visit(1)
+    assert (validator.best_loss, validator.best) == (None, {})
+    validator.visit(2)
+    assert (validator.best_loss, validator.best_step) == (2.0, 2)

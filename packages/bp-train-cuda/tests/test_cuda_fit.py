@@ -7,7 +7,7 @@ import pytest
 from cuda_training import spec_for, train
 from test_cuda_oom import Scarce
 
-from bp_runs.events import Notice
+from bp_runs.events import AdapterSaved, Notice, SampleAnswer
 from bp_train_cuda.fit import FITTED_FILE, FitMemory, Fitted, describe_load
 
 GIB = 2**30
@@ -75,3 +75,15 @@ def test_the_next_run_begins_where_this_one_ended(pico_model, chat_file, tmp_pat
     _, second = run("second")
     assert second == ["micro-batches of 8 rows run in 4 pieces, which is what fitted this card before"]
     assert scarce.hits == 0
+
+
+def test_a_home_that_cannot_be_written_costs_no_adapter(pico_model, chat_file, tmp_path, monkeypatch):
+    (tmp_path / "home").write_text("a file")
+    training = {"steps": 2, "batch_size": 8, "sample_prompts": ("who are you",)}
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training=training)
+    Scarce(monkeypatch, 2, "forward")
+    outcome, events = train(replace(spec, folders=replace(spec.folders, machine=tmp_path / "home")))
+    assert (outcome.adapter / "adapter_model.safetensors").is_file()
+    assert [e for e in events if isinstance(e, Notice) and "could not be written down" in e.message]
+    last = [e for e in events if isinstance(e, AdapterSaved | SampleAnswer)]
+    assert [type(e) for e in last[-2:]] == [AdapterSaved, SampleAnswer]  # an answer that fails costs no adapter either

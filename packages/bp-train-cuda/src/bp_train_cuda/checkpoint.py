@@ -121,8 +121,6 @@ class Checkpointer:
             DiskFullError, OutputNotWritableError: The earlier checkpoints stay.
         """
         step = int(trainer.state.global_step)
-        reason: Reason = self._asked or "schedule"
-        self._asked, self._last_step = None, step
         save_checkpoint(
             self._spec,
             self._emit,
@@ -130,9 +128,10 @@ class Checkpointer:
             rail="cuda",
             step=step,
             need=self._need(trainer),
-            reason=reason,
+            reason=self._asked or "schedule",
             score=self._validation.loss_after(step) if self._validation else None,
         )
+        self._asked, self._last_step = None, step
 
     def restore(self) -> None:
         """Put the weights of the spec's checkpoint into the model, and give every part what it remembered.
@@ -153,7 +152,8 @@ class Checkpointer:
         for name, part in self._parts.items():
             part.restore_state(state[name])
         if self._validation and (folder / BEST_FILE).is_file():
-            self._validation.best = load_file(folder / BEST_FILE)
+            # Copies: loaded tensors keep their file mapped, and Windows would not let it be pruned.
+            self._validation.best = {name: weight.clone() for name, weight in load_file(folder / BEST_FILE).items()}
 
     def _need(self, trainer: Any) -> int:
         tensors = [*trainable_weights(self._model).values(), *_tensors(trainer.optimizer.state)]

@@ -55,7 +55,7 @@ def train(
     *,
     kept: KeptBase | None = None,
 ) -> TrainOutcome:
-    """Load, train, answer the sample prompts, save.
+    """Load, train, save, answer the sample prompts.
 
     Args:
         prepared: The rows to train on.
@@ -199,11 +199,11 @@ def _train(
     reporter.watch.save_before_end(partial(trainer.checkpointer.save_now, trainer, "temperature"))
     _run(trainer, spec.checkpoint, emit)
     reporter.validate_stopped()
-    fit.remember(parts.splitter.halvings, memory.read())
     if reporter.validator is not None:
         reporter.validator.restore_best(len(reporter.losses))
+    folder = _save(spec, prepared, model, loaded.mode, emit)  # before all that may still fail
+    fit.remember(parts.splitter.halvings, memory.read())
     _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
-    folder = _save(spec, prepared, model, loaded.mode, emit)
     if loaded.mode.name != "full":
         take_off_adapter(model)
     return _outcome(folder, reporter, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -82,7 +83,7 @@ class Validator:
         """Validate after ``step``; True when training has stopped helping for ``early_stop`` visits in a row."""
         loss, tokens, metrics = self.measure()
         self._last_step, self._last_loss = step, loss
-        is_best = self.best_loss is None or loss < self.best_loss
+        is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if is_best:
             self.best_loss, self.best_step, self._since_best = loss, step, 0
             self.best = {n: p.detach().cpu().clone() for n, p in trainable_weights(self._model).items()}

@@ -143,17 +143,21 @@ def _take_off_start(adapter: Path, start: Path) -> None:
         adapter: The finished adapter's folder; its files are replaced.
         start: The folder of the adapter as it started, B0 A0.
     """
-    weights, first = load_file(adapter / WEIGHTS_FILE), load_file(start / WEIGHTS_FILE)
-    joined = {
-        name: torch.cat([weight, first[name]]) if "lora_A" in name else torch.cat([weight, -first[name]], dim=1)
-        for name, weight in weights.items()
-    }
-    save_file({name: weight.contiguous() for name, weight in joined.items()}, adapter / WEIGHTS_FILE)
+    save_file(_join_start(adapter / WEIGHTS_FILE, start / WEIGHTS_FILE), adapter / WEIGHTS_FILE)
     config = orjson.loads((adapter / CONFIG_FILE).read_bytes())
     config["r"] *= 2
     config["lora_alpha"] *= 2**0.5 if config["use_rslora"] else 2  # keeps alpha / r, or alpha / sqrt(r)
     config["init_lora_weights"] = True
     (adapter / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
+
+
+def _join_start(weights_file: Path, start_file: Path) -> dict[str, torch.Tensor]:
+    """A and B joined with the start's. Nothing of the files stays mapped: Windows would not let them be replaced."""
+    weights, first = load_file(weights_file), load_file(start_file)
+    return {
+        name: torch.cat([weight, first[name]]) if "lora_A" in name else torch.cat([weight, -first[name]], dim=1)
+        for name, weight in weights.items()
+    }
 
 
 def _name_base(file: Path, spec: TrainSpec) -> None:

@@ -126,7 +126,9 @@ def rehearse(trainer: Any, device: Device, validator: Validator | None) -> Rehea
 def _accumulate(trainer: Any, batch: Mapping[str, torch.Tensor]) -> None:
     """Gradients of two micro-batches where the loop adds some up, else of one."""
     count = min(2, trainer.args.gradient_accumulation_steps)
-    batches, items = trainer.get_batch_samples(iter([dict(batch) for _ in range(count)]), count, trainer.args.device)
+    # On the device, as the loop's loader gives them: kto looks at a micro-batch before transformers moves it.
+    ready = [trainer._prepare_inputs(dict(batch)) for _ in range(count)]  # noqa: SLF001
+    batches, items = trainer.get_batch_samples(iter(ready), count, trainer.args.device)
     trainer.current_gradient_accumulation_steps = count
     for micro_batch in batches:
         trainer.training_step(trainer.model_wrapped, micro_batch, items)

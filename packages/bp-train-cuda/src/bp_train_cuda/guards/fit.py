@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import orjson
 
+from bp_runs.errors import DiskFullError, OutputNotWritableError, first_line
 from bp_runs.events import Emit, Notice
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.errors import ShapesUnknownError
@@ -60,7 +61,11 @@ class CardFit:
             estimated=_estimate(self._spec, self._mode, rows) if on_gpu else 0,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        self._memory.remember(self._load, fitted)
+        try:
+            self._memory.remember(self._load, fitted)
+        except (OSError, DiskFullError, OutputNotWritableError) as error:
+            message = "what fitted this card could not be written down; the next run finds out anew"
+            self._emit(Notice(message=message, level="warning", details={"reason": first_line(error)}))
 
 
 def _estimate(spec: TrainSpec, mode: str, rows: int) -> int:
