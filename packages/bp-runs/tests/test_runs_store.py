@@ -1,11 +1,13 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import orjson
 import pytest
 from fake_runs import fake_run
+from filelock import FileLock
 
 from bp_runs import paths
 from bp_runs.adapter import changed_files, read_adapter_folder
@@ -17,8 +19,10 @@ from bp_runs.errors import (
     RunNotFoundError,
     TrainingDivergedError,
 )
+from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
+from bp_runs.writer import RunWriter
 
 
 def test_a_run_is_recorded_from_start_to_end(tmp_path):
@@ -255,3 +259,14 @@ def test_a_changed_adapter_file_is_noticed(tmp_path):
     weights = tmp_path / "out" / "lora" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert changed_files(weights.parent) == ["adapter_model.safetensors"]
+
+
+def test_a_new_run_waits_for_whoever_looks_at_it(tmp_path):
+    store = RunStore(tmp_path)
+    store.add_finished(RunRecord(run_id="20260101-000000-abcdef"), [])
+    folder = store.folder("20260101-000000-abcdef")
+    look = FileLock(folder / paths.LOCK_FILE, thread_local=False)
+    look.acquire()
+    threading.Timer(0.2, look.release).start()
+    with RunWriter(store, folder, RunRecord(run_id="20260101-000000-abcdef")) as writer:
+        writer.fail(TrainingDivergedError("x"))

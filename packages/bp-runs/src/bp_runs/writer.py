@@ -42,7 +42,7 @@ class RunWriter:
         self._before = before
         self._lock = FileLock(folder / paths.LOCK_FILE)
         try:
-            self._lock.acquire(timeout=_LOOK_SECONDS if before else 0)
+            self._lock.acquire(timeout=_LOOK_SECONDS)
         except Timeout as error:
             raise RunActiveError(f"another process works on the run {record.run_id}") from error
         cache = paths.cache_folder(store.output)
