@@ -12,9 +12,11 @@ from backpropagate import Trainer, presets
 from backpropagate.cli.app import run
 from backpropagate.presets import MODEL_PRESETS, find_preset, settle_lora
 from backpropagate.settings import resolve
+from bp_runs.errors import InterruptedRunError
 from bp_runs.events import Notice
 from bp_runs.rail import Probe
 from bp_runs.spec import LORA_PRESETS, Settings
+from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
 from bp_train_cuda import CudaRail
 from bp_train_cuda.guards.thermal import Limits
@@ -111,6 +113,24 @@ def test_a_run_records_the_preset_and_warns_of_the_licence(pico_model, chat_file
     notices = [e.message for e in events if isinstance(e, Notice)]
     assert any("research only" in message for message in notices)
     assert any(message.startswith("the LoRA preset quality") for message in notices)
+
+
+def test_a_multi_run_goes_on_with_the_ranks_that_it_began_with(pico_model, tmp_path):
+    class CutOff(Card):
+        def train(self, spec, emit, stop):
+            if spec.data.path.endswith("run-2.jsonl"):
+                raise KeyboardInterrupt
+            return FakeRail.train(self, spec, emit, stop)
+
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(60)))
+    place = {"output": tmp_path / "out", "steps": 1, "lora_preset": "auto", "merge": "none"}
+    with pytest.raises(InterruptedRunError) as cut:
+        Trainer(str(pico_model), rail=CutOff(memory=16 * GIB), **place).multi_run(tmp_path / "d.jsonl", runs=3)
+    assert f"--output {tmp_path / 'out'}" in cut.value.way_out
+    trainer = Trainer(str(pico_model), rail=Card(memory=1), **place)
+    result = trainer.multi_run(resume=re.search(r"resume (\S+)", cut.value.way_out)[1])
+    store = RunStore(tmp_path / "out")
+    assert [store.load(member).setting("lora.r") for member in result.members] == [256] * 3
 
 
 def test_estimate_vram_adds_up(capsys):

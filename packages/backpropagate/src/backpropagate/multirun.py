@@ -23,7 +23,7 @@ from backpropagate.scorecard import ScoreCard
 from backpropagate.settings import all_settings, resolve
 from backpropagate.slices import PLAN_FILE, Slice, read_slices, write_slices
 from backpropagate.stream import JUDGED, SLICES, START, Progress, Stream, join_outcomes, read_progress
-from backpropagate.trainer import Watcher
+from backpropagate.trainer import Watcher, resume_line
 from bp_runs import keep_base, paths
 from bp_runs.errors import InterruptedRunError, InvalidSettingError
 from bp_runs.events import Emit, Event, Notice
@@ -141,7 +141,7 @@ class MultiRun:
         emit = Watcher(writer.emit, self.show).emit
         token = current_run.set(writer.run_id)
         forbidden = system.is_network_forbidden(os.environ)
-        way_out = f"Go on with it: backprop multi-run --resume {writer.run_id}"
+        way_out = f"Go on with it: {resume_line(writer.run_id, self.store.output)}"
         try:
             with writer, stopping.on_interrupt() as stop, offline.forbid_network(wanted=forbidden):
                 for remark in self.remarks:
@@ -194,7 +194,7 @@ class MultiRun:
         if not progress.members and stopped:
             raise InterruptedRunError(
                 "the multi-run was stopped before its first run was merged",
-                way_out=f"Go on with it: backprop multi-run --resume {folders.run_id}",
+                way_out=f"Go on with it: {resume_line(folders.run_id, folders.output)}",
             )
         if not progress.members:
             raise MultiRunGateError(f"the gate left out all {len(progress.rejected)} runs")

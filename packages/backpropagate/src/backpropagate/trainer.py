@@ -298,9 +298,9 @@ class Trainer:
             wanted = read_settings(store.load(resume))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
         base = _find_base(rail, wanted)
-        settled, chosen = presets.settle_lora(
-            replace(resolved, settings=wanted), rail, base.folder, system.program_home(os.environ)
-        )
+        settled, chosen = replace(resolved, settings=wanted), ""
+        if resume is None:  # else ranks stay what they were, whatever is free on the card now
+            settled, chosen = presets.settle_lora(settled, rail, base.folder, system.program_home(os.environ))
         self.settings = wanted = settled.settings
         stream = MultiRun(
             store=store,
