@@ -72,6 +72,26 @@ def write_pico_tokenizer(folder: Path) -> int:
     return core.get_vocab_size()
 
 
+@pytest.fixture
+def write_letters():
+    """Writes a folder with a tokenizer of single bytes and ChatML's special tokens, and an empty config."""
+
+    def write(folder: Path, template: str) -> None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        folder.mkdir()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        core = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[]))
+        core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+        core.save(str(folder / "tokenizer.json"))
+        config = {"eos_token": "<|im_end|>", "chat_template": template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text("{}")
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def pico_model(tmp_path_factory) -> Path:
     """A random Llama: two layers, hidden 64, tied embeddings, in a Hugging Face folder."""

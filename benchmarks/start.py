@@ -3,7 +3,7 @@
     uv run python benchmarks/start.py [--runs 9] [--json]
 
 Cases: `backprop --help`, `import backpropagate`, `import cyclopts` (what a help page costs at least), and
-`backprop list-runs` and `show-run` in a folder of 10,000 recorded runs.
+`backprop list-runs` and `show-run` in the folder of 10,000 recorded runs that `runs.py` writes.
 """
 
 from __future__ import annotations
@@ -17,32 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bp_runs import paths
-from bp_runs.record import RunRecord, write_record
-from bp_runs.store import RunStore
-
-RUNS = 10_000
-
-
-def fill(output: Path) -> str:
-    """Write 10,000 finished runs and their index; returns the last id."""
-    run_id = ""
-    for number in range(RUNS):
-        run_id = f"20260101-{number:06d}-{number:06x}"
-        folder = paths.run_folder(output, run_id)
-        folder.mkdir(parents=True)
-        record = RunRecord(
-            run_id=run_id,
-            status="completed",
-            rail="cuda",
-            settings={"model.name": {"value": "owner/model", "source": "flag"}},
-            result={"steps": 100, "first_loss": 3.0, "final_loss": 1.0, "seconds": 60.0},
-        )
-        # Straight to the disk: 10,000 fsyncs are not what is measured here.
-        (folder / "run.json").write_text(json.dumps(record.to_dict()))
-    RunStore(output).rebuild_index()
-    write_record(paths.run_folder(output, run_id), record)
-    return run_id
+from runs import fill
 
 
 def measure(cases: dict[str, list[str]], runs: int) -> dict[str, list[float]]:

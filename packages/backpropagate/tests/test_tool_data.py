@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from backpropagate.cli.app import run
 
@@ -14,18 +13,10 @@ CHATML = (
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, write_letters):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "m"
-    folder.mkdir()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    core.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": "<|im_end|>", "chat_template": CHATML}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "config.json").write_text("{}")
+    write_letters(folder, CHATML)
     (folder / "model.safetensors").write_bytes(b"")
     rows = [{"prompt": f"Q{n}", "completion": f"Answer {n}"} for n in range(9)]
     rows += [rows[0], {"foo": 1}, {"prompt": "Q", "completion": "long " * 50}]

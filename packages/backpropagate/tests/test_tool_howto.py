@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from backpropagate.cli.app import run
 from backpropagate.cli.errors import load_codes
@@ -26,17 +25,9 @@ TEMPLATE = (
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, write_letters):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "model"
-    folder.mkdir()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    core.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    core.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "chat_template": TEMPLATE}))
-    (folder / "config.json").write_text("{}")
+    write_letters(tmp_path / "model", TEMPLATE)
     (tmp_path / "my_data.jsonl").write_text("".join(line + "\n" for kind, line in ROWS if kind == "sft"))
     (tmp_path / "test.jsonl").write_text('{"question": "Who wrote this test?", "answer": "Somebody else."}\n')
     return tmp_path

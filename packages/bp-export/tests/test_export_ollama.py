@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
@@ -279,3 +282,12 @@ def test_one_of_several_files_is_not_registered(ollama, tmp_path, capsys):
 )
 def test_no_proxy_is_asked_for_this_machine(server, here):
     assert is_local(server) is here
+
+
+@pytest.mark.parametrize("host", ["box:many", "box:99999"])
+def test_a_variable_of_ollama_that_is_no_address_is_told_as_one(host):
+    """Its client reads the variable when it is imported, so that only a new process shows it."""
+    command = [sys.executable, "-c", "import sys; from bp_export.cli import main; sys.exit(main(['ollama', 'list']))"]
+    done = subprocess.run(command, env={**os.environ, "OLLAMA_HOST": host}, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("[CONFIG_INVALID_SETTING]: OLLAMA_HOST cannot be read as an address")

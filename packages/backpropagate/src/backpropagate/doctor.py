@@ -153,8 +153,7 @@ def check_llama_cpp() -> Finding:
 def check_ollama(environ: Mapping[str, str]) -> Finding:
     """Whether Ollama answers."""
     try:
-        host = ollama_host(environ)  # before Ollama's client, which reads it at import
-        version = bp_export.require_ollama(host)
+        version = bp_export.require_ollama(ollama_host(environ))
     except CodedError as error:
         return Finding(state="warning", message=f"does not answer: {error.message}", fix=error.way_out)
     return Finding(state="ok", message=f"version {version} answers")

@@ -85,8 +85,7 @@ def export_adapter(
         raise InvalidSettingError("Ollama takes one file, and this would be several", way_out="Leave out: --split-mib")
     base_name, run_id = _read_origin(adapter)
     if wants_ollama:
-        host = ollama_host(os.environ)  # before Ollama's client, which reads it at import
-        bp_export.require_ollama(host, name=ollama_name, force=force)
+        bp_export.require_ollama(ollama_host(os.environ), name=ollama_name, force=force)
     base_folder = None if format in ("lora", "mlx") else find_base_folder(adapter, base)
     try:
         outcome = bp_export.export_adapter(

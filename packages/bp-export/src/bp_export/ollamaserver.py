@@ -13,9 +13,16 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx
-from ollama import Client, ResponseError
 
 from bp_export.errors import OllamaNameTakenError, OllamaRegistrationError
+from bp_runs.errors import InvalidSettingError
+
+try:
+    from ollama import Client, ResponseError
+except ValueError as error:  # at its import the client reads a variable that we take as an argument
+    raise InvalidSettingError(
+        "OLLAMA_HOST cannot be read as an address", cause=str(error), way_out="Say: OLLAMA_HOST=127.0.0.1:11434"
+    ) from error
 
 DEFAULT_HOST = "http://127.0.0.1:11434"
 _SECONDS, _LOOK_SECONDS = 600.0, 10.0

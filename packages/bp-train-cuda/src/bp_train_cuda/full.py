@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from bp_runs.adapter import MODEL_SCHEMA, TOKENIZER_FILES, write_manifest
+from bp_runs.adapter import MODEL_SCHEMA, write_manifest
 from bp_runs.files import publish_folder
 from bp_runs.spec import TrainSpec
+from bp_train_cuda.lora import copy_tokenizer
 
 CONFIG_FILE = "config.json"
-_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def open_weights(model: Any) -> Any:
@@ -35,11 +34,7 @@ def save_model(model: Any, spec: TrainSpec, template: str | None) -> int:
     with publish_folder(spec.folders.model) as partial:
         model.save_pretrained(partial)
         _write_config(spec.base, partial, str(model.dtype).removeprefix("torch."))
-        for name in _COPIED_FILES:
-            if (spec.base / name).is_file():
-                shutil.copyfile(spec.base / name, partial / name)
-        if template is not None:
-            (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
+        copy_tokenizer(spec.base, partial, template)
         write_manifest(partial, run_id=spec.folders.run_id, base=spec.model.name, schema=MODEL_SCHEMA)
     return sum(file.stat().st_size for file in spec.folders.model.glob("*.safetensors"))
 

@@ -127,13 +127,18 @@ def save_adapter(model: Any, spec: TrainSpec, template: str | None) -> int:
             shutil.rmtree(start)
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         _name_base(partial / CONFIG_FILE, spec)
-        for name in _COPIED_FILES:
-            if (spec.base / name).is_file():
-                shutil.copyfile(spec.base / name, partial / name)
-        if template is not None:
-            (partial / "chat_template.jinja").write_text(template, encoding="utf-8")
+        copy_tokenizer(spec.base, partial, template)
         write_manifest(partial, run_id=spec.folders.run_id, base=spec.model.name, base_folder=spec.base)
     return (folder / WEIGHTS_FILE).stat().st_size
+
+
+def copy_tokenizer(base: Path, folder: Path, template: str | None) -> None:
+    """Put the base's tokenizer and generation settings beside trained weights, and ``template`` where it has none."""
+    for name in _COPIED_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, folder / name)
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def _take_off_start(adapter: Path, start: Path) -> None:

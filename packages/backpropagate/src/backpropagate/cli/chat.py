@@ -66,9 +66,8 @@ def chat(
     wanted = target or str(output_folder(None) / "lora")
     manner = bp_export.Manner(system, max_tokens, temperature, seed)
     if ollama:
-        host = ollama_host(os.environ)  # before Ollama's client, which reads it at import
         opened: contextlib.AbstractContextManager[bp_export.Talk] = contextlib.nullcontext(
-            bp_export.OllamaTalk(wanted, host)
+            bp_export.OllamaTalk(wanted, ollama_host(os.environ))
         )
     else:
         opened = bp_export.open_talk(

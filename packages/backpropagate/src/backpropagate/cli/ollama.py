@@ -59,8 +59,7 @@ def register(
 
 def list_(*, json: Json = False) -> int:
     """List the models of the Ollama that runs here (OLLAMA_HOST)."""
-    host = ollama_host(os.environ)  # before Ollama's client, which reads it at import
-    models = bp_export.list_models(host)
+    models = bp_export.list_models(ollama_host(os.environ))
     if json:
         print_json("ollama-list", {"models": [asdict(model) for model in models]})
     for model in () if json else models:
@@ -76,8 +75,7 @@ def rm(name: str, *, json: Json = False) -> int:
     name: str
         Its name in Ollama.
     """
-    host = ollama_host(os.environ)
-    bp_export.remove_model(name, host)
+    bp_export.remove_model(name, ollama_host(os.environ))
     if json:
         print_json("ollama-rm", {"removed": name})
     else:
