@@ -235,9 +235,9 @@ def part_thermal(bench: Bench, _cap: float) -> dict[str, Any]:
     if sensor is None:
         return {"skipped": why}
     idle = int(sensor.read() or 0)
-    case = Case(shape="qwen2.5-7b", batch=4, steps=16)
+    case = Case(shape="qwen2.5-7b", batch=4, steps=24)
     free = tell("thermal/free", bench.train(replace(case, gpu_max_temp=105), preflight="off"))
-    limit = min(free["hottest"] - 1, max(free["hottest"] - 3, idle + 9))  # it resumes 8 degrees lower
+    limit = min(free["hottest"] - 1, max(free["hottest"] - 5, idle + 9))  # it resumes 8 degrees lower
     row = tell("thermal", bench.train(replace(case, gpu_max_temp=limit), preflight="off"))
     states = [state for state, _ in row["thermal"]]
     return {
