@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,11 @@ def _own_surroundings(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _json_documents_keep_their_schemas(monkeypatch):
-    """Whatever a test lets `backprop … --json` print is held to the published JSON Schema of its kind."""
+    """What `backprop … --json` prints in a test is one document, held to the published JSON Schema of its kind."""
     from backpropagate.cli import screen
 
     build = screen.build_document
+    printed: list[str] = []
 
     def checked(kind, body):
         import jsonschema
@@ -43,9 +45,22 @@ def _json_documents_keep_their_schemas(monkeypatch):
 
         document = build(kind, body)
         jsonschema.validate(orjson.loads(orjson.dumps(document, default=str)), build_schema(kind))
+        printed.append(kind)
         return document
 
     monkeypatch.setattr(screen, "build_document", checked)
+    app = sys.modules.get("backpropagate.cli.app")
+    if app is None:
+        return
+    carry_out = app._run
+
+    def one_document(argv, *, as_json):
+        printed.clear()
+        status = carry_out(argv, as_json=as_json)
+        assert len(printed) <= 1, f"{argv} printed {printed}"
+        return status
+
+    monkeypatch.setattr(app, "_run", one_document)
 
 
 def write_pico_tokenizer(folder: Path) -> int:

@@ -248,7 +248,7 @@ def test_every_json_document_has_a_schema_and_every_command_prints_one():
                     flagged.add(file.stem)
                 else:
                     flagged.add(file.stem)
-    assert printed <= set(DOCUMENTS), "describe the document in backpropagate/cli/documents.py"
+    assert printed <= set(DOCUMENTS), "describe the document in backpropagate/cli/documents"
     silent = {command.name for command in COMMANDS if command.target.partition(":")[0] not in flagged}
     assert not silent, f"no --json: {silent}"
     for kind in DOCUMENTS:

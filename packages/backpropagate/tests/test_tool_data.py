@@ -63,12 +63,17 @@ def test_preview_in_colours(place, capsys, monkeypatch):
 
 def test_report_as_json_text_page_and_gate(place, capsys):
     report = told(capsys, ["data", "report", "d.jsonl", "--model", "./m", "--max-seq-length", "64", "--html", "r.html"])
+    assert report["gate"] is None
     assert (report["rows"], report["usable"], report["exact"]["count"], report["overlong"]) == (12, 11, 1, 1)
     assert "exact duplicates" in (place / "r.html").read_text()
     assert run(["data", "report", "d.jsonl", "--max-duplicates", "0.5", "--min-rows", "3"]) == 0
     assert "12 rows, 11 usable" in capsys.readouterr().out
     assert run(["data", "report", "d.jsonl", "--max-duplicates", "0"]) == 65
     assert "INPUT_DATASET_VALIDATION_FAILED" in capsys.readouterr().err
+    assert run(["data", "report", "d.jsonl", "--max-duplicates", "0", "--min-rows", "3", "--json"]) == 65
+    gate = json.loads(capsys.readouterr().out)["gate"]  # one document
+    assert gate == {"passed": False, "broken": ["duplicates: 1 of 12 rows are 8.33%, and 0.00% is the most"]}
+    assert told(capsys, ["data", "report", "d.jsonl", "--min-rows", "3"])["gate"] == {"passed": True, "broken": []}
     assert run(["data", "report", "d.jsonl", "--max-overlong", "0"]) == 1
     assert run(["data", "report", "d.jsonl", "--max-contaminated", "0"]) == 1
     against = told(capsys, ["data", "report", "d.jsonl", "--against", "d.jsonl"]) if capsys.readouterr() else {}

@@ -16,7 +16,9 @@ from backpropagate.cli.painting import legend, paint
 from backpropagate.cli.screen import print_json
 from backpropagate.cli.sources import Model, Part, find_file, resolve_settings, tokenizer_folder
 from bp_data import Limits, build_report, check_limits, clean_file, convert_file, preview_file, report_html, report_text
+from bp_data.errors import DatasetGateError
 from bp_data.preview import PreviewedRow
+from bp_data.quality import Report
 from bp_data.rewrite import Format, Rewritten, split_file
 from bp_runs.errors import InvalidSettingError
 from bp_runs.files import publish_bytes
@@ -164,10 +166,6 @@ def report(
     found = replace(found, path=file)
     if html is not None:
         publish_bytes(html, report_html(found).encode())
-    if json:
-        print_json("data-report", found.to_dict())
-    else:
-        Console(highlight=False).print(Text(report_text(found)), soft_wrap=True)
     limits = Limits(
         rejected=max_rejected,
         duplicates=max_duplicates,
@@ -177,9 +175,24 @@ def report(
         contaminated=max_contaminated,
         min_rows=min_rows,
     )
-    if any(value is not None for value in asdict(limits).values()):
-        check_limits(found, limits)
+    refusal = _refusal(found, limits)
+    if json:
+        asked = any(value is not None for value in asdict(limits).values())
+        gate = {"passed": refusal is None, "broken": refusal.details["broken"] if refusal else []} if asked else None
+        print_json("data-report", {**found.to_dict(), "gate": gate})
+        return refusal.exit_status if refusal else 0
+    Console(highlight=False).print(Text(report_text(found)), soft_wrap=True)
+    if refusal is not None:
+        raise refusal
     return 0
+
+
+def _refusal(found: Report, limits: Limits) -> DatasetGateError | None:
+    try:
+        check_limits(found, limits)
+    except DatasetGateError as error:
+        return error
+    return None
 
 
 def split(

@@ -1,0 +1,84 @@
+"""Documents of commands that look at data files or write new ones."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class Drop(TypedDict):
+    """A row that is not trained on."""
+
+    row: int
+    code: str
+    reason: str
+
+
+class Validate(TypedDict):
+    """`backprop validate`: read = trained + truncated + dropped."""
+
+    data: str
+    sha256: str
+    read: int
+    trained: int
+    truncated: int
+    dropped: int
+    tokens: int
+    trained_tokens: int
+    rejected: list[Drop]
+
+
+class Piece(TypedDict):
+    """Text of neighbouring tokens that share a fate."""
+
+    text: str
+    trained: bool
+    special: bool
+    truncated: bool
+
+
+class PreviewRow(TypedDict):
+    """A row, piece by piece."""
+
+    row: int
+    tokens: int
+    trained_tokens: int
+    rejected: dict[str, str] | None
+    pieces: list[Piece]
+
+
+class DataPreview(TypedDict):
+    """`backprop data preview`."""
+
+    data: str
+    rows: list[PreviewRow]
+
+
+class DataGate(TypedDict):
+    """Whether all limits hold, and each one that does not."""
+
+    passed: bool
+    broken: list[str]
+
+
+class DataReport(TypedDict):
+    """`backprop data report`; gate: null where no limit was named."""
+
+    path: str
+    rows: int
+    usable: int
+    rejected: dict[str, Any]
+    formats: dict[str, int]
+    exact: dict[str, Any]
+    near: dict[str, Any]
+    lengths: dict[str, Any]
+    gate: DataGate | None
+
+
+class DataRewritten(TypedDict):
+    """`backprop data split`, `clean` and `convert`: rows written by file."""
+
+    read: int
+    written: dict[str, int]
+    dropped: int
+    dropped_by_code: dict[str, int]
+    rejected: str | None

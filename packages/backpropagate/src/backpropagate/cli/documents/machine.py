@@ -1,0 +1,94 @@
+"""Documents of commands about settings, errors and the machine; and the one of every failure."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class SettingRow(TypedDict):
+    """One setting."""
+
+    key: str
+    value: Any
+    source: str
+    default: Any
+    help: str
+    choices: list[str]
+    flags: list[str]
+    variable: str
+
+
+class ConfigShow(TypedDict):
+    """`backprop config show`."""
+
+    file: str | None
+    settings: list[SettingRow]
+
+
+class RailRow(TypedDict):
+    """A rail and what it says of this machine."""
+
+    name: str
+    usable: bool
+    why: str
+    device: str
+    memory: int | None
+
+
+class Info(TypedDict):
+    """`backprop info`."""
+
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    rails: list[RailRow]
+    home: str
+    offline: bool
+    settings: dict[str, Any]
+
+
+class CheckRow(TypedDict):
+    """What one check found."""
+
+    name: str
+    state: str
+    message: str
+    fix: str | None
+
+
+class Doctor(TypedDict):
+    """`backprop doctor`; failed: names of the checks without which training does not work."""
+
+    checks: list[CheckRow]
+    failed: list[str]
+
+
+class ErrorRow(TypedDict):
+    """A code of the catalogue."""
+
+    code: str
+    when: str
+    way_out: str
+    exit_status: int
+
+
+class Errors(TypedDict):
+    """`backprop errors`."""
+
+    errors: list[ErrorRow]
+
+
+class ErrorBody(TypedDict):
+    """What went wrong."""
+
+    code: str
+    message: str
+    cause: str | None
+    way_out: str
+    exit_status: int
+    details: dict[str, Any]
+
+
+class Error(TypedDict):
+    """What every command prints instead of its own document when it fails."""
+
+    error: ErrorBody

@@ -1,0 +1,109 @@
+"""Documents of commands that bring a model to others: export, push, chat, Ollama."""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+
+class Export(TypedDict):
+    """`backprop export`."""
+
+    path: str
+    format: str
+    quantization: str | None
+    bytes: int
+    tensors: int
+    seconds: float
+    sha256: str
+    parity: dict[str, Any] | None
+    ollama: str | None
+    run_id: str | None
+
+
+class PlannedTensor(TypedDict):
+    """A tensor of a GGUF that is planned."""
+
+    name: str
+    source: str | None
+    type: str
+    shape: list[int]
+    bytes: int
+    is_changed: bool
+
+
+class ExportPlan(TypedDict):
+    """`backprop export --dry-run`."""
+
+    path: str
+    tensors: list[PlannedTensor]
+    bytes: int
+    free_bytes: int
+    seconds: float
+
+
+class Imatrix(TypedDict):
+    """`backprop imatrix`."""
+
+    path: str
+    tensors: int
+    chunks: int
+    tokens: int
+
+
+class Push(TypedDict):
+    """`backprop push`."""
+
+    repo: str
+    url: str
+    commit: str
+    files: list[str]
+    bytes: int
+    run_id: str | None
+
+
+class PushPlan(TypedDict):
+    """`backprop push --dry-run`."""
+
+    repo: str
+    files: list[str]
+    card: str
+
+
+class Chat(TypedDict):
+    """`backprop chat --prompt`."""
+
+    target: str
+    prompt: str
+    answer: str
+
+
+class OllamaRegister(TypedDict):
+    """`backprop ollama register`."""
+
+    name: str
+    host: str
+    version: str
+    template: str
+    stop: list[str]
+    is_raw: bool
+    answer: str | None
+
+
+class OllamaRow(TypedDict):
+    """A model that Ollama has."""
+
+    name: str
+    bytes: int
+    digest: str
+
+
+class OllamaList(TypedDict):
+    """`backprop ollama list`."""
+
+    models: list[OllamaRow]
+
+
+class OllamaRemoved(TypedDict):
+    """`backprop ollama rm`."""
+
+    removed: str

@@ -1,0 +1,104 @@
+"""Documents of commands that train, and of what they need."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from bp_runs.errors import RunStatus
+
+
+class Outcome(TypedDict):
+    """How a training ended; losses in nats, seconds of the loop alone."""
+
+    adapter: str
+    steps: int
+    first_loss: float
+    final_loss: float
+    tokens: int
+    seconds: float
+    peak_memory: int
+    stopped: bool
+    eval_loss: float | None
+    best_step: int | None
+
+
+class Train(TypedDict):
+    """`backprop train`, `resume` and `replay`."""
+
+    run_id: str
+    status: RunStatus
+    adapter: str
+    result: Outcome
+
+
+class SaidAnswer(TypedDict):
+    """One prompt answered before the training, after it, and by the GGUF."""
+
+    prompt: str
+    before: str
+    after: str
+    gguf: str
+
+
+class Quickstart(TypedDict):
+    """`backprop quickstart`."""
+
+    run_id: str
+    status: RunStatus
+    adapter: str
+    gguf: str
+    result: Outcome
+    answers: list[SaidAnswer]
+    losses: list[float]
+    seconds: dict[str, float]
+
+
+class ModelRow(TypedDict):
+    """A base model; needed: bytes by mode for 2 rows of 2,048 tokens at rank 16, empty where no rail can say."""
+
+    name: str
+    model: str
+    licence: str
+    restriction: str
+    note: str
+    parameters: int | None
+    needed_bytes: dict[str, int]
+
+
+class Models(TypedDict):
+    """`backprop models`."""
+
+    models: list[ModelRow]
+
+
+class EstimateVram(TypedDict):
+    """`backprop estimate-vram`; in use: the highest sum of the parts at one time."""
+
+    model: str
+    mode: str
+    parameters: int
+    trained: int
+    parts_bytes: dict[str, int]
+    in_use_bytes: int
+    beside_bytes: int
+    needed_bytes: int
+    paged_bytes: int
+    memory_bytes: int | None
+    fits: bool | None
+    measured_runs: int
+
+
+class LongestRow(TypedDict):
+    """Longest rows in tokens by a card's GiB, for one way to train."""
+
+    model: str
+    mode: str
+    preset: str
+    longest: dict[str, int | None]
+
+
+class EstimateVramTable(TypedDict):
+    """`backprop estimate-vram --table`."""
+
+    cards_gib: list[int]
+    rows: list[LongestRow]
