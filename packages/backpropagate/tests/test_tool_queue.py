@@ -7,10 +7,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from backpropagate import jobs
+from backpropagate import working
 from backpropagate.cli.app import run
 from backpropagate.errors import JobNotFoundError, QueueBusyError, QueueInvalidError
 from backpropagate.jobs import Queue
@@ -76,8 +78,8 @@ def test_offline_stays_with_the_job(queue, capsys):
 
 RUNNER = """
 import os, signal
-from backpropagate import jobs
-jobs._run = lambda job, log: os.kill(os.getpid(), signal.SIGKILL)
+from backpropagate import jobs, working
+working.run_job = lambda queue, job: os.kill(os.getpid(), signal.SIGKILL)
 jobs.Queue.of_home(os.environ).run(lambda *_: None)
 """
 
@@ -96,6 +98,126 @@ def test_a_job_that_was_cut_off_is_tried_once_more_and_then_given_up(queue, tmp_
     [first, second] = queue.jobs()
     assert (first.state, second.state) == ("lost", "done")
     assert [job.id for job in ended] == [2]
+
+
+class SlowOllama(ThreadingHTTPServer):
+    """Counts who asks, and answers when it is told to: `backprop ollama list` is a job that lasts so long."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Slow)
+        self.asked, self.answer = 0, threading.Event()
+
+    def wait_for(self, asked):
+        until = time.monotonic() + 30
+        while self.asked < asked:
+            assert time.monotonic() < until, "the job did not start"
+            time.sleep(0.02)
+
+
+class _Slow(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked += 1
+        self.server.answer.wait(60)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"models": []}')
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    with SlowOllama() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OLLAMA_HOST", f"http://127.0.0.1:{server.server_port}")
+        yield server
+        server.answer.set()
+        server.shutdown()
+
+
+def run_and_kill_the_runner(slow) -> None:
+    """What a closed terminal leaves: a job at work, and nobody who waits for it."""
+    runner = subprocess.Popen([sys.executable, "-m", "backpropagate", "queue", "run"], stdout=subprocess.DEVNULL)
+    slow.wait_for(1)
+    runner.kill()
+    runner.wait()
+
+
+def run_aside(queue) -> tuple[threading.Thread, list]:
+    """The queue's work in a thread, and what it says."""
+    told = []
+    thread = threading.Thread(target=queue.run, args=(lambda what, job: told.append((what, job.id)),))
+    thread.start()
+    return thread, told
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is Unix's")
+def test_a_job_that_outlives_its_runner_is_waited_for_and_not_started_twice(queue, tmp_path, slow, capsys):
+    queue.add(["ollama", "list"], tmp_path, {})
+    queue.add(["errors"], tmp_path, {})
+    run_and_kill_the_runner(slow)
+    [job, _] = queue.jobs()
+    assert not queue.is_run()
+    assert queue.is_at_work(job)
+    assert run(["queue", "list"]) == 0
+    assert "running  backprop ollama list" in capsys.readouterr().out
+    assert run(["queue", "rm", "1"]) == 1
+    assert "job 1 is running" in capsys.readouterr().err
+    thread, told = run_aside(queue)
+    time.sleep(0.6)
+    assert thread.is_alive()
+    assert slow.asked == 1
+    slow.answer.set()
+    thread.join(30)
+    assert told == [("found at work", 1), ("ended", 1), ("started", 2), ("ended", 2)]
+    assert [(job.state, job.tries) for job in queue.jobs()] == [("done", 1), ("done", 1)]
+    assert slow.asked == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is Unix's")
+@pytest.mark.parametrize(("kill", "asked", "state"), [(signal.SIGKILL, 2, "done"), (signal.SIGINT, 1, "stopped")])
+def test_what_ends_a_job_without_a_runner_is_known_to_the_next_one(queue, tmp_path, slow, kill, asked, state):
+    queue.add(["ollama", "list"], tmp_path, {})
+    run_and_kill_the_runner(slow)
+    [job] = queue.jobs()
+    os.kill(job.pid, kill)
+    thread, _ = run_aside(queue)
+    slow.wait_for(asked)
+    slow.answer.set()
+    thread.join(30)
+    [job] = queue.jobs()
+    assert (job.state, job.tries, slow.asked) == (state, asked, asked)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is Unix's")
+def test_a_process_that_its_runner_had_only_just_started_keeps_the_job(queue, tmp_path, slow):
+    """The next runner looked before the job's process held the lock, and has put the job back in line."""
+    job = queue.add(["ollama", "list"], tmp_path, {})
+    queue._take()
+    first = subprocess.Popen(working.command_of(queue, job), stdout=subprocess.DEVNULL)
+    slow.wait_for(1)
+    with queue._edit() as jobs:
+        jobs[0] = replace(jobs[0], state="waiting")
+    thread, told = run_aside(queue)
+    until = time.monotonic() + 30
+    while ("found at work", 1) not in told:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert slow.asked == 1
+    slow.answer.set()
+    thread.join(30)
+    assert first.wait() == 0
+    assert told == [("started", 1), ("found at work", 1), ("ended", 1)]
+    assert (queue.jobs()[0].state, queue.jobs()[0].pid) == ("done", first.pid)
+
+
+def test_a_process_that_comes_too_late_runs_nothing(queue, tmp_path):
+    job = queue.add(["errors"], tmp_path, {})
+    assert working.work(queue, job.id) == working.TURNED_AWAY
+    assert queue.jobs() == [job]
 
 
 def test_one_process_at_a_time_works_through_it_and_others_may_add(queue, tmp_path):
@@ -163,7 +285,7 @@ DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C reaches the whole group there")
 @pytest.mark.parametrize(("code", "presses", "said"), [(TRAPPED, 1, b"saved\n"), (DEAF, 2, b"")])
 def test_ctrl_c_lets_the_job_save_and_twice_ends_it(code, presses, said):
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, **jobs._OWN_GROUP)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, **working.OWN_GROUP)
     assert child.stdout.readline() == b"ready\n"
 
     def press():
@@ -175,7 +297,7 @@ def test_ctrl_c_lets_the_job_save_and_twice_ends_it(code, presses, said):
     try:
         presser = threading.Thread(target=press)
         presser.start()
-        status = jobs._wait(child)
+        status = working.wait(child)
         presser.join()
     finally:
         signal.signal(signal.SIGINT, before)

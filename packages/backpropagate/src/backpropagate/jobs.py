@@ -1,7 +1,8 @@
 """The queue: command lines that wait for the night, and how each went.
 
-One file, ``<home>/queue/queue.json``, always whole; one log a job beside it. A job runs in a process of its own, so
-whatever ends it (an error, the kernel's OOM killer, a crash of a driver) ends neither the queue nor its file.
+One file, ``<home>/queue/queue.json``, always whole; one log and one lock a job beside it. A job runs in a process of
+its own (`backpropagate.working`), so whatever ends it (an error, the kernel's OOM killer, a crash of a driver) ends
+neither the queue nor its file, and whatever ends the queue's process ends no job.
 """
 
 from __future__ import annotations
@@ -9,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 from filelock import FileLock, Timeout
@@ -30,7 +29,10 @@ State: TypeAlias = Literal["waiting", "running", "done", "failed", "stopped", "l
 
 MOST_TRIES = 2
 """A job that takes the machine down with it must not do so every morning."""
-_STOPPED = 130
+STOPPED = 130
+_POLL_SECONDS = 0.2
+LOOK_SECONDS = 1.0
+"""Patience for a lock that another process may hold only to see whether it is held."""
 _SCHEMA = "backpropagate.queue/1"
 
 
@@ -48,6 +50,8 @@ class Job:
     added_at: str
     state: State = "waiting"
     tries: int = 0
+    pid: int | None = None
+    """The process that works at it, or did."""
     started_at: str | None = None
     ended_at: str | None = None
     exit_status: int | None = None
@@ -103,9 +107,10 @@ class Queue:
             found = next((job for job in jobs if job.id == number), None)
             if found is None:
                 raise JobNotFoundError(f"there is no job {number}")
-            if found.state == "running" and self.is_run():
+            if found.state == "running" and (self.is_run() or self.is_at_work(found)):
                 raise JobNotFoundError(f"job {number} is running", way_out="Stop it first: Ctrl-C where the queue runs")
             jobs.remove(found)
+            self._lock_file(number).unlink(missing_ok=True)
         return found
 
     def remove_ended(self) -> int:
@@ -118,11 +123,18 @@ class Queue:
 
     def is_run(self) -> bool:
         """Whether some process works through the queue now."""
-        try:
-            with self._runner.acquire(timeout=0):
-                return False
-        except (Timeout, OSError):
-            return True
+        return _is_held(self._runner)
+
+    def is_at_work(self, job: Job) -> bool:
+        """Whether the job's process lives, started by whoever works through the queue now or by one that is gone."""
+        return self._lock_file(job.id).exists() and _is_held(self.lock_of(job.id))
+
+    def lock_of(self, number: int) -> FileLock:
+        """What the job's process holds for as long as it lives."""
+        return FileLock(self._lock_file(number))
+
+    def _lock_file(self, number: int) -> Path:
+        return self.folder / f".job-{number}.lock"
 
     def log_of(self, job: Job) -> Path:
         """Where the job's output goes."""
@@ -131,42 +143,84 @@ class Queue:
     def run(self, say: Callable[[str, Job], None]) -> list[Job]:
         """Work through the queue until nothing waits, jobs added meanwhile included; returns the jobs that were run.
 
-        A job that was running when its process or the machine went down is tried once more. Ctrl-C lets the running
-        job save and end, and then stops; jobs that wait stay.
+        A job that was running when its process or the machine went down is tried once more; one that has outlived
+        whoever worked through the queue before is waited for. Ctrl-C lets the running job save and end, and then
+        stops; jobs that wait stay.
 
         Args:
-            say: Told ``started`` and ``ended`` with the job.
+            say: Told ``started``, ``found at work`` and ``ended`` with the job.
 
         Raises:
             QueueBusyError: Another process works through it.
         """
         with coded_disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
+        from backpropagate.working import run_job
+
         try:
-            self._runner.acquire(timeout=0)
+            self._runner.acquire(timeout=LOOK_SECONDS)
         except Timeout as error:
             raise QueueBusyError(f"another process works through {self._file}") from error
         try:
-            self._settle()
             ended: list[Job] = []
-            while (job := self._take()) is not None:
+            for job in self.jobs():
+                if job.state == "running":
+                    ended += self._settle(job, say)
+            while not (ended and ended[-1].state == "stopped") and (job := self._take()) is not None:
                 say("started", job)
-                ended.append(self._note(_run(job, self.log_of(job))))
-                say("ended", ended[-1])
-                if ended[-1].state == "stopped":
-                    break
+                done = run_job(self, job)
+                if done is None:
+                    ended += self._settle(job, say)
+                    continue
+                ended.append(self.note(done))
+                say("ended", done)
             return ended
         finally:
             self._runner.release()
 
-    def _settle(self) -> None:
-        """Jobs that a runner left behind wait again, or are given up."""
+    def begin(self, number: int, pid: int) -> Job | None:
+        """Called by a job's process, which holds the job's lock: the job, or None where it is not to be run."""
         with self._edit() as jobs:
             for place, job in enumerate(jobs):
-                if job.state == "running":
-                    lost = job.tries >= MOST_TRIES
-                    error = f"its process vanished {job.tries} times" if lost else None
-                    jobs[place] = replace(job, state="lost" if lost else "waiting", ended_at=utc_now(), error=error)
+                if job.id == number and job.state == "running":
+                    jobs[place] = replace(job, pid=pid)
+                    return jobs[place]
+        return None
+
+    def _settle(self, job: Job, say: Callable[[str, Job], None]) -> list[Job]:
+        """Wait for a job that another runner left behind.
+
+        Returns it where it has come to its end; where its process vanished it waits again, or is given up.
+        """
+        if self.is_at_work(job):
+            say("found at work", job)
+            self._wait_for(job)
+        with self._edit() as jobs:
+            for place, found in enumerate(jobs):
+                if found.id != job.id:
+                    continue
+                if found.state != "running":
+                    say("ended", found)
+                    return [found]
+                lost = found.tries >= MOST_TRIES
+                error = f"its process vanished {found.tries} times" if lost else None
+                jobs[place] = replace(found, state="lost" if lost else "waiting", ended_at=utc_now(), error=error)
+        return []
+
+    def _wait_for(self, job: Job) -> None:
+        """Until the job's process is gone; the first Ctrl-C is handed on to it, so that it saves."""
+        asked = False
+        while True:
+            try:
+                with self.lock_of(job.id).acquire(poll_interval=_POLL_SECONDS):
+                    return
+            except KeyboardInterrupt:
+                pid = next((found.pid for found in self.jobs() if found.id == job.id), None)
+                if asked or pid is None or os.name == "nt":
+                    raise
+                asked = True
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGINT)
 
     def _take(self) -> Job | None:
         with self._edit() as jobs:
@@ -177,9 +231,10 @@ class Queue:
                     return begun
         return None
 
-    def _note(self, ended: Job) -> Job:
+    def note(self, ended: Job) -> Job:
+        """Write down how a job ended."""
         with self._edit() as jobs:
-            jobs[:] = [ended if job.id == ended.id else job for job in jobs]
+            jobs[:] = [replace(ended, pid=job.pid) if job.id == ended.id else job for job in jobs]
         return ended
 
     @contextlib.contextmanager
@@ -192,69 +247,28 @@ class Queue:
             publish_json(self._file, {"schema": _SCHEMA, "jobs": [asdict(job) for job in jobs]})
 
 
+def _is_held(lock: FileLock) -> bool:
+    try:
+        with lock.acquire(timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
+
+
 class _File(msgspec.Struct):
     """The queue's file."""
 
     jobs: list[Job]
 
 
-def _run(job: Job, log: Path) -> Job:
-    """Run a job to its end in a process of its own."""
-    command = [sys.executable, "-m", "backpropagate", *job.argv]
-    environ = {**_without_settings(os.environ), **job.environ}
-    with log.open("ab") as out:
-        out.write(f"--- {utc_now()} backprop {' '.join(job.argv)}\n".encode())
-        out.flush()
-        begin = out.tell()
-        try:
-            child = subprocess.Popen(  # noqa: S603  # our own program, and the words that the user gave it
-                command, cwd=job.cwd, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out, **_OWN_GROUP
-            )
-        except OSError as error:
-            return _end(job, 1, f"cannot start in {job.cwd}: {error.strerror}")
-        status = _wait(child)
-    return _end(job, status, None if status in (0, _STOPPED) else _told_error(log, begin))
-
-
-# A group of its own: Ctrl-C at the terminal reaches us, and we hand it on once.
-_OWN_GROUP: dict[str, Any] = {"start_new_session": True} if os.name != "nt" else {}
-
-
-def _wait(child: subprocess.Popen[bytes]) -> int:
-    """The exit status; the first Ctrl-C lets the job save, the second one ends it."""
-    asked = False
-    while True:
-        try:
-            status = child.wait()
-            return _STOPPED if asked and status != 0 else status
-        except KeyboardInterrupt:
-            if asked:
-                child.kill()
-            elif _OWN_GROUP:
-                child.send_signal(signal.SIGINT)
-            asked = True
-
-
-def _end(job: Job, status: int, error: str | None) -> Job:
-    state: State = "done" if status == 0 else "stopped" if status == _STOPPED else "failed"
+def end_of(job: Job, status: int, error: str | None) -> Job:
+    """The job as it ended, by the exit status of its process."""
+    state: State = "done" if status == 0 else "stopped" if status == STOPPED else "failed"
     if error is None and status < 0:
         error = f"ended by signal {-status}"
     return replace(job, state=state, exit_status=status, ended_at=utc_now(), error=error and redact(error))
 
 
-def _told_error(log: Path, begin: int) -> str | None:
-    """The last line of the log that starts with a code."""
-    with log.open("rb") as file:
-        file.seek(max(begin, log.stat().st_size - 2**16))
-        lines = file.read().decode(errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line.startswith("[") and "]: " in line), None)
-
-
 def settings_in(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that are settings, which a job keeps; the home stays whoever's runs the queue."""
     return {k: v for k, v in environ.items() if k.startswith("BACKPROPAGATE_") and k != "BACKPROPAGATE_HOME"}
-
-
-def _without_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    kept = settings_in(environ)
-    return {k: v for k, v in environ.items() if k not in kept}

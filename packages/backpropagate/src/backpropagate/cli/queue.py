@@ -75,6 +75,9 @@ def _say(queue: Queue, what: str, job: Job) -> None:
     if what == "started":
         print(f"  job {job.id}     backprop {shlex.join(job.argv)}", flush=True)  # noqa: T201
         return
+    if what == "found at work":
+        print(f"  job {job.id}     is still at work, begun at {job.started_at}; waiting for it", flush=True)  # noqa: T201
+        return
     told = f": {job.error}" if job.error else ""
     print(f"            {job.state}{told}; log: {queue.log_of(job)}", flush=True)  # noqa: T201
 
@@ -87,7 +90,8 @@ def list_(*, json: Json = False) -> int:
         print_json("queue-list", {"jobs": [_body(job) for job in jobs], "running": is_run})
         return 0
     for job in jobs:
-        state = "cut off" if job.state == "running" and not is_run else job.state
+        is_gone = job.state == "running" and not is_run and not queue.is_at_work(job)
+        state = "cut off" if is_gone else job.state
         print(f"  {job.id:>3}  {state:<8} backprop {shlex.join(job.argv)}  ({job.cwd})")  # noqa: T201
         if job.error:
             print(f"       {job.error}; log: {queue.log_of(job)}")  # noqa: T201
@@ -126,6 +130,7 @@ def _body(job: Job) -> dict[str, Any]:
         "cwd": job.cwd,
         "state": job.state,
         "tries": job.tries,
+        "pid": job.pid,
         "added_at": job.added_at,
         "started_at": job.started_at,
         "ended_at": job.ended_at,

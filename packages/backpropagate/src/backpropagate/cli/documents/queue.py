@@ -13,6 +13,7 @@ class JobRow(TypedDict):
     cwd: str
     state: str
     tries: int
+    pid: int | None
     added_at: str
     started_at: str | None
     ended_at: str | None
