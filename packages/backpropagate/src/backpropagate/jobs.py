@@ -163,9 +163,9 @@ class Queue:
             raise QueueBusyError(f"another process works through {self._file}") from error
         try:
             ended: list[Job] = []
-            for job in self.jobs():
-                if job.state == "running":
-                    ended += self._settle(job, say)
+            for left in self.jobs():
+                if left.state == "running":
+                    ended += self._settle(left, say)
             while not (ended and ended[-1].state == "stopped") and (job := self._take()) is not None:
                 say("started", job)
                 done = run_job(self, job)
