@@ -69,17 +69,21 @@ FITS = (
     Case(shape="llama-3.2-3b", mode="full", steps=10),
     Case(shape="smollm3-3b", mode="full", steps=10),
 )
-# With those of FITS twelve configurations and more, for estimate-vram.
+# With those of FITS seventeen configurations, for estimate-vram.
 MORE = (
     Case(shape="qwen2.5-7b", seq=8192),
+    Case(shape="qwen2.5-7b", seq=16384),
     Case(shape="qwen2.5-7b", batch=2, accumulation=2, r=64),
     Case(shape="llama-3.2-3b", mode="lora", batch=2),
     Case(shape="llama-3.2-3b", mode="lora", batch=2, accumulation=2, r=256),
     Case(shape="smollm3-3b", batch=4, targets="q_proj,v_proj"),
+    Case(shape="smollm3-3b", mode="lora", seq=8192, targets="q_proj,v_proj"),
     Case(shape="qwen2.5-1.5b", mode="lora", batch=4, r=64),
     Case(shape="qwen2.5-1.5b", mode="full", batch=2),
     Case(shape="phi-4-mini", batch=2, seq=4096),
     Case(shape="llama-3.2-1b", mode="lora", batch=8, r=8),
+    Case(shape="qwen2.5-3b", seq=12288),
+    Case(shape="mistral-7b", seq=4096, targets="q_proj,v_proj"),
 )
 
 
@@ -102,6 +106,10 @@ class Bench:
     def model(self, shape: str) -> Path:
         folder = self._scratch / shape
         return folder if (folder / "config.json").is_file() else write_model(folder, shape)
+
+    def drop(self, shape: str) -> None:
+        """Remove a model that no later part needs; all of them would take 60 GB of disk."""
+        shutil.rmtree(self._scratch / shape, ignore_errors=True)
 
     def rows(self, case: Case) -> Path:
         file = self._scratch / f"{case.shape}-{case.seq}.jsonl"
@@ -126,14 +134,18 @@ class Bench:
         )
         return TrainSpec.build(settings, RunFolders(run_id="bench", output=self._scratch, run=run), base)
 
-    def train(self, case: Case, **training: Any) -> dict[str, Any]:
-        """Train once, from a clean allocator, and tell what was seen."""
+    def train(self, case: Case, *, most_seconds: float = float("inf"), **training: Any) -> dict[str, Any]:
+        """Train once, from a clean allocator, and tell what was seen.
+
+        Args:
+            most_seconds: Then it is asked to stop; a pause ends too.
+        """
         clean()
         case = self.shrink(case)
         events: list[Event] = []
         began = time.perf_counter()
         spec = self.spec(case, **training)
-        outcome = CudaRail().train(spec, events.append, lambda: False)
+        outcome = CudaRail().train(spec, events.append, lambda: time.perf_counter() - began > most_seconds)
         shutil.rmtree(spec.folders.run)
         steps = [e for e in events if isinstance(e, StepDone)]
         notices = [e for e in events if isinstance(e, Notice)]
@@ -210,6 +222,7 @@ def part_estimate(bench: Bench, _cap: float) -> dict[str, Any]:
     """Estimate and preflight against the measured peak, over all cases."""
     for case in MORE:
         bench.runs[case.name] = tell("estimate", bench.train(case))
+    bench.drop("mistral-7b")
     off = {}
     for name, row in bench.runs.items():
         if row["peak_gib"]:
@@ -238,7 +251,7 @@ def part_thermal(bench: Bench, _cap: float) -> dict[str, Any]:
     case = Case(shape="qwen2.5-7b", batch=4, steps=24)
     free = tell("thermal/free", bench.train(replace(case, gpu_max_temp=105), preflight="off"))
     limit = min(free["hottest"] - 1, max(free["hottest"] - 5, idle + 9))  # it resumes 8 degrees lower
-    row = tell("thermal", bench.train(replace(case, gpu_max_temp=limit), preflight="off"))
+    row = tell("thermal", bench.train(replace(case, gpu_max_temp=limit), most_seconds=180, preflight="off"))
     states = [state for state, _ in row["thermal"]]
     return {
         "idle": idle, "hottest_without_limit": free["hottest"], "limit": limit, "states": states, "steps": row["steps"],

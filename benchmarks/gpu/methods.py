@@ -1,15 +1,19 @@
 """Every method in every mode on a real card, with random weights of a real shape: does it run, does it learn, what does it take.
 
     uv run python benchmarks/gpu/methods.py --shape qwen2.5-1.5b --seq 1024 --batch 2 --steps 6
+    uv run python benchmarks/gpu/methods.py --only special              the cases of one mode or method, see --help
+    uv run python benchmarks/gpu/methods.py --dry                       a pico model on a CPU
 
 Prints one JSON object a line: method, mode, what was special, first and last loss, peak GiB, or the error. A case that
 fails is a line too. LoftQ and float8 need a card at all, Unsloth needs to be installed: their lines are the point here.
+One case is longer: 50 steps of kto, whose reference point is measured anew in each micro-batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import tempfile
 from pathlib import Path
@@ -31,6 +35,7 @@ SPECIAL = (
     ("sft", "qlora", {"engine": "unsloth"}, {}),
     ("sft", "lora", {}, {"use_dora": True}),
     ("sft", "lora", {"deterministic": True}, {}),
+    ("kto", "lora", {"steps": 50}, {}),
 )
 
 
@@ -39,18 +44,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
     parser.add_argument("--model", type=Path, help="use this folder instead of random weights")
-    parser.add_argument("--modes", default="lora,qlora,full")
+    parser.add_argument("--only", default="lora,qlora,full,special", help="of these, joined by commas; also methods")
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--dry", action="store_true", help="a pico model: does the script work")
     options = parser.parse_args()
+    if options.dry:
+        options.shape, options.seq, options.steps = "pico", 128, 2
     with tempfile.TemporaryDirectory() as scratch:
         base = options.model or write_model(Path(scratch) / "model", options.shape)
-        cases = [(method, mode, {}, {}) for mode in options.modes.split(",") for method in METHODS]
-        for number, (method, mode, training, lora) in enumerate([*cases, *SPECIAL]):
+        for number, (method, mode, training, lora) in enumerate(choose_cases(set(options.only.split(",")))):
             file = write_answers(Path(scratch) / f"{method}.jsonl", method, 4 * options.batch, options.seq)
             told = {"method": method, "mode": mode, **training, **lora}
             print(json.dumps({**told, **run(Path(scratch) / str(number), base, file, told, options)}), flush=True)
+
+
+def choose_cases(wanted: set[str]) -> list[tuple[str, str, dict, dict]]:
+    """Those whose mode is wanted, of the wanted methods where any is named; and the special ones."""
+    modes, methods = wanted - {"special"} - set(METHODS), wanted & set(METHODS)
+    plain = [(method, mode, {}, {}) for mode in ("lora", "qlora", "full") for method in METHODS]
+    if methods:
+        return [case for case in (*plain, *SPECIAL) if case[0] in methods and (not modes or case[1] in modes)]
+    return [*(case for case in plain if case[1] in modes), *(SPECIAL if "special" in wanted else ())]
 
 
 def write_answers(file: Path, method: str, rows: int, tokens: int) -> Path:
@@ -85,7 +101,7 @@ def run(folder: Path, base: Path, file: Path, told: dict, options: argparse.Name
         data=DataSpec(path=str(file)),
         lora=LoraSpec(**lora),
         training=TrainingSpec(
-            steps=options.steps, batch_size=options.batch, learning_rate=1e-4, warmup_steps=1, **training
+            **{"steps": options.steps, **training}, batch_size=options.batch, learning_rate=1e-4, warmup_steps=1
         ),
     )
     spec = TrainSpec.build(settings, RunFolders(run_id="gpu", output=folder, run=folder), base)
@@ -97,11 +113,12 @@ def run(folder: Path, base: Path, file: Path, told: dict, options: argparse.Name
         outcome = CudaRail().train(spec, events.append, lambda: False)
     except CodedError as error:
         return {"error": str(error), "cause": error.cause}
-    last = [event for event in events if isinstance(event, StepDone)][-1]
+    steps = [event for event in events if isinstance(event, StepDone)]
     return {
         "first": round(outcome.first_loss, 4),
         "last": round(outcome.final_loss, 4),
-        "metrics": {name: round(value, 3) for name, value in last.metrics.items()},
+        "metrics": {name: round(value, 3) for name, value in steps[-1].metrics.items()},
+        "finite": all(math.isfinite(e.loss) and math.isfinite(e.grad_norm or 0.0) for e in steps),
         "peak_gib": round(outcome.peak_memory / 2**30, 2),
         "seconds": round(outcome.seconds, 1),
     }
