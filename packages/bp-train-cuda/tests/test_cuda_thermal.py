@@ -24,6 +24,7 @@ class FakeNvml(types.SimpleNamespace):
     """NVML's two names that we use; the card's temperatures come one a reading, None fails as a lost card does."""
 
     NVML_TEMPERATURE_GPU = 0
+    NVML_TEMPERATURE_THRESHOLD_SHUTDOWN = 0
 
     class NVMLError(Exception):
         pass
@@ -34,6 +35,12 @@ class FakeNvml(types.SimpleNamespace):
         if value is None:
             raise self.NVMLError
         return value
+
+    def nvmlDeviceGetTemperatureThreshold(self, device, kind):
+        assert (device, kind) == ("card", 0)
+        if self.shutdown is None:
+            raise self.NVMLError
+        return self.shutdown
 
 
 class Clock:
@@ -48,10 +55,10 @@ class Clock:
         self.now += seconds
 
 
-def governed(readings, *, stop=lambda: False, save=lambda: None):
+def governed(readings, *, limits=LIMITS, stop=lambda: False, save=lambda: None):
     events, clock = [], Clock()
     sensor = NvmlSensor(FakeNvml(readings=list(readings)), "card")
-    governor = Governor(sensor, LIMITS, events.append, stop=stop, save=save, clock=clock, sleep=clock.sleep)
+    governor = Governor(sensor, limits, events.append, stop=stop, save=save, clock=clock, sleep=clock.sleep)
     return governor, events, clock
 
 
@@ -94,6 +101,22 @@ def test_a_hot_card_between_the_limits_does_not_flicker():
         governor.end_step()
         clock.now += 2
     assert states(events) == ["pause", "resume", "warn"]
+
+
+def test_a_limit_far_below_a_loaded_card_pauses_and_is_no_emergency():
+    governor, events, _ = governed([67, 60, 52, 67, 54], limits=Limits.around(62))
+    governor.end_step()
+    governor.end_step()
+    assert states(events) == ["pause", "resume"]
+
+
+@pytest.mark.parametrize(
+    ("pause", "shutdown", "critical"),
+    [(88, None, 93), (60, None, 93), (90, None, 95), (88, 104, 101), (88, 90, 89), (60, 0, 93)],
+)
+def test_what_is_critical_is_the_cards_affair(pause, shutdown, critical):
+    told = NvmlSensor(FakeNvml(shutdown=shutdown), "card").read_shutdown()
+    assert Limits.around(pause, told).critical == critical
 
 
 def test_one_that_does_not_cool_ends_the_run_with_its_work_saved():

@@ -71,4 +71,4 @@ def _open_governor(spec: TrainingSpec, emit: Emit, stop: Stop) -> Governor | Non
     if sensor is None:
         emit(Notice(message=f"the GPU's temperature is not watched: {why}"))
         return None
-    return Governor(sensor, Limits.around(spec.gpu_max_temp), emit, stop=stop)
+    return Governor(sensor, Limits.around(spec.gpu_max_temp, sensor.read_shutdown()), emit, stop=stop)

@@ -17,6 +17,8 @@ from bp_train_cuda.errors import GpuTemperatureError
 _READ_EVERY = 1.0  # seconds; a card needs several to get a degree hotter
 _REST = 2.0  # seconds between two looks at a resting card
 _PATIENCE = 900.0  # seconds; a card that has not cooled by then has a fault that waiting does not mend
+_CRITICAL = 93  # degrees Celsius, where a card does not say at what it switches itself off
+_BELOW_SHUTDOWN = 3  # degrees; a save takes seconds
 
 
 class Sensor(Protocol):
@@ -39,9 +41,14 @@ class Limits:
     critical: int
 
     @classmethod
-    def around(cls, pause: int) -> Limits:
-        """Warn 5 degrees below ``pause``, resume 8 below it, and take 5 above it for an emergency."""
-        return cls(warn=pause - 5, pause=pause, resume=pause - 8, critical=pause + 5)
+    def around(cls, pause: int, shutdown: int | None = None) -> Limits:
+        """Warn 5 degrees below ``pause`` and resume 8 below it.
+
+        What is an emergency is the card's affair and not the user's: 3 degrees before it switches itself off
+        (``shutdown``), else 93. A low ``pause`` does not move it: a loaded card gets up to 10 degrees hotter in a step.
+        """
+        critical = max(_CRITICAL, pause + 5) if shutdown is None else max(shutdown - _BELOW_SHUTDOWN, pause + 1)
+        return cls(warn=pause - 5, pause=pause, resume=pause - 8, critical=critical)
 
 
 class Governor:
@@ -162,6 +169,14 @@ class NvmlSensor:
         """Degrees Celsius of the GPU's core."""
         try:
             return int(self._nvml.nvmlDeviceGetTemperature(self._device, self._nvml.NVML_TEMPERATURE_GPU))
+        except self._nvml.NVMLError:
+            return None
+
+    def read_shutdown(self) -> int | None:
+        """Degrees Celsius at which the card switches itself off; None where it does not say."""
+        kind = self._nvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN
+        try:
+            return int(self._nvml.nvmlDeviceGetTemperatureThreshold(self._device, kind)) or None
         except self._nvml.NVMLError:
             return None
 
