@@ -232,6 +232,11 @@ def test_a_light_start(code):
     assert not loaded_by(code) & HEAVY
 
 
+def test_a_list_of_runs_starts_with_what_it_needs():
+    listed = loaded_by("from backpropagate.cli.app import run; run(['list-runs', '--output', 'no-such-folder'])")
+    assert not listed & {"msgspec", "filelock", "rich", "hashlib", "tomllib", "difflib", "bp_runs.writer", "bp_data"}
+
+
 def test_every_json_document_has_a_schema_and_every_command_prints_one():
     from backpropagate.cli.app import COMMANDS
     from backpropagate.cli.documents import DOCUMENTS, build_schema

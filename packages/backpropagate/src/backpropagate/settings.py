@@ -5,8 +5,6 @@ A setting is a field of `bp_runs.Settings`; nothing here lists them a second tim
 
 from __future__ import annotations
 
-import difflib
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
@@ -252,6 +250,8 @@ def _from_env(environ: Mapping[str, str]) -> dict[str, Any]:
 def _from_toml(file: Path | None) -> dict[str, Any]:
     if file is None or not file.is_file():
         return {}
+    import tomllib  # only where there is a file: commands start without it
+
     try:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -268,6 +268,8 @@ def _from_toml(file: Path | None) -> dict[str, Any]:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """``; did you mean 'x'?`` for the known name nearest to ``name``; empty where none is near."""
+    import difflib
+
     match = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
 
@@ -278,7 +280,9 @@ def _convert(setting: Setting, raw: Any, source: Source) -> Any:
         raw = [part.strip() for part in raw.split("|") if part.strip()]
     if isinstance(raw, Path):
         raw = str(raw)
-    import msgspec  # only where something is set: commands start without it
+    if type(raw) is setting.type:
+        return raw
+    import msgspec  # only where something must be read: commands start without it
 
     try:
         return msgspec.convert(raw, setting.type, strict=source == "toml")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -150,7 +149,7 @@ class CheckpointFolder:
                 fsync_folder(self.path.parent)
             self._sweep()
             self._make_room(need)
-            name = f"step-{step:06d}-{secrets.token_hex(3)}"
+            name = f"step-{step:06d}-{os.urandom(3).hex()}"
             partial = self.path / f".{name}.partial"
             partial.mkdir()
             try:

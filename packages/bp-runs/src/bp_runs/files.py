@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -156,7 +154,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 def _beside(path: Path, kind: str) -> Path:
     """A hidden name beside ``path`` that nobody else uses."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.{kind}")
 
 
 def _recover(path: Path) -> None:
@@ -201,5 +199,7 @@ def fsync_file(path: Path) -> None:
 
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in blocks."""
+    import hashlib  # most commands hash nothing
+
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

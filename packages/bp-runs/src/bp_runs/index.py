@@ -28,14 +28,15 @@ _JOURNAL_SHARE = 8
 _STAMP = "stamp"
 
 Row = dict[str, Any]
-_ROW_KEYS = RunRecord(run_id="").to_summary().keys()
+_ROW_KEYS = RunRecord(run_id="").to_summary().keys() | {_STAMP}
 
 
 def read_rows(output: Path) -> tuple[list[Row], bool]:
     """A row for every run folder, in the order of their ids, and whether the index has all that can be read."""
     known = _read_index(output)
     rows = _current(output, known)
-    is_whole = known == {run_id: row for run_id, row in rows.items() if _is_readable(row)}
+    kept = sum(known.get(run_id) is row for run_id, row in rows.items())
+    is_whole = len(known) == kept == sum(map(_is_readable, rows.values()))
     return _take_off_stamps(rows), is_whole
 
 
@@ -45,7 +46,7 @@ def put_row(output: Path, record: RunRecord) -> None:
     Raises:
         DiskFullError, OutputNotWritableError: The record is written all the same, and the next look finds it.
     """
-    row = {**record.to_summary(), _STAMP: _stamp(output, record.run_id)}
+    row = {**record.to_summary(), _STAMP: _stamp(f"{output}/runs/{record.run_id}/{paths.RECORD_FILE}")}
     index, journal = paths.index_file(output), paths.journal_file(output)
     size = _size(index)
     if size < _WRITTEN_WHOLE or _size(journal) * _JOURNAL_SHARE > size:
@@ -95,8 +96,9 @@ def older_histories(output: Path) -> list[Path]:
 def _current(output: Path, known: Mapping[str, Row]) -> dict[str, Row]:
     """Rows by id: the known ones whose stamps hold, the others read from the records."""
     rows = {}
+    runs = str(paths.runs_folder(output))
     for run_id in run_ids(output):
-        stamp = _stamp(output, run_id)
+        stamp = _stamp(f"{runs}/{run_id}/{paths.RECORD_FILE}")
         row = known.get(run_id)
         rows[run_id] = row if row and row[_STAMP] == stamp else _read_row(output, run_id) | {_STAMP: stamp}
     return rows
@@ -114,14 +116,14 @@ def _read_index(output: Path) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     with contextlib.suppress(OSError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
         found = orjson.loads(paths.index_file(output).read_bytes())["runs"]
-        rows = {row["run_id"]: row for row in found if row.keys() > _ROW_KEYS}
+        rows = {row["run_id"]: row for row in found if row.keys() >= _ROW_KEYS}
     with contextlib.suppress(OSError):
         for line in paths.journal_file(output).read_bytes().splitlines():
             with contextlib.suppress(orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
                 row = orjson.loads(line)
-                if row.keys() > _ROW_KEYS:
+                if row.keys() >= _ROW_KEYS:
                     rows[row["run_id"]] = row
-    return {run_id: row for run_id, row in rows.items() if _STAMP in row}
+    return rows
 
 
 def _is_readable(row: Row) -> bool:
@@ -134,10 +136,10 @@ def _take_off_stamps(rows: Mapping[str, Row]) -> list[Row]:
     return list(rows.values())
 
 
-def _stamp(output: Path, run_id: str) -> list[int]:
-    """Time and size of the run's record; they change with every publication of it, whatever the clock does."""
+def _stamp(record: str) -> list[int]:
+    """Time and size of a run's record; they change with every publication of it, whatever the clock does."""
     try:
-        found = os.stat(f"{output}/runs/{run_id}/{paths.RECORD_FILE}")  # noqa: PTH116  # ten thousand Paths take their time
+        found = os.stat(record)  # noqa: PTH116  # ten thousand Paths take their time
     except OSError:
         return [0, 0, 0]
     return [found.st_mtime_ns, found.st_size, found.st_ino]

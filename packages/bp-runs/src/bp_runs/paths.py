@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ CHECKPOINTS = "checkpoints"
 
 def new_run_id(now: datetime | None = None) -> str:
     """A new id, sortable by time: ``20261123-153412-9f2c1a`` (UTC, six random hex digits)."""
-    return f"{(now or datetime.now(UTC)):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    return f"{(now or datetime.now(UTC)):%Y%m%d-%H%M%S}-{os.urandom(3).hex()}"
 
 
 def runs_folder(output: Path) -> Path:

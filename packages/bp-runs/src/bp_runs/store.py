@@ -8,13 +8,13 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from bp_runs import index, paths
-from bp_runs.adapter import MANIFEST_SCHEMA, MODEL_SCHEMA, read_manifest
 from bp_runs.errors import (
     CodedError,
     OutputLockedError,
@@ -30,7 +30,9 @@ from bp_runs.metrics import read_events, read_progress
 from bp_runs.process import process_birth
 from bp_runs.record import Relation, RunRecord, read_record, utc_now, write_record
 from bp_runs.redact import redact_data
-from bp_runs.writer import RunWriter
+
+if TYPE_CHECKING:
+    from bp_runs.writer import RunWriter
 
 _LOCK_SECONDS = 30.0
 
@@ -79,6 +81,8 @@ class RunStore:
             hardware=dict(hardware or {}),
         )
         record.begin_session(from_step=0, checkpoint=None)
+        from bp_runs.writer import RunWriter  # a list of runs needs none
+
         return RunWriter(self, self._create(record), record)
 
     def reopen(self, run_id: str, *, from_step: int, checkpoint: str | None, take_over: bool = False) -> RunWriter:
@@ -104,6 +108,8 @@ class RunStore:
             )
         before = copy.deepcopy(record)
         record.begin_session(from_step=from_step, checkpoint=checkpoint)
+        from bp_runs.writer import RunWriter
+
         return RunWriter(self, self.folder(run_id), record, before)
 
     def add_finished(self, record: RunRecord, events: Sequence[Mapping[str, Any]]) -> None:
@@ -147,6 +153,8 @@ class RunStore:
         Raises:
             OutputTakenError: It holds files and none of ours.
         """
+        from bp_runs.adapter import MANIFEST_SCHEMA, MODEL_SCHEMA, read_manifest
+
         place, ours = self.output / name, (MANIFEST_SCHEMA, MODEL_SCHEMA)
         if place.is_dir() and (not any(place.iterdir()) or read_manifest(place).get("schema") in ours):
             return
@@ -166,7 +174,7 @@ class RunStore:
         if not is_whole:
             with contextlib.suppress(CodedError):
                 self.rebuild_index()
-        return sorted(rows, key=lambda row: (row["created_at"], row["run_id"]), reverse=True)
+        return sorted(rows, key=itemgetter("created_at", "run_id"), reverse=True)
 
     def find(self, partial_id: str) -> str:
         """The one run id that starts with ``partial_id``, or ends with it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -304,13 +305,17 @@ def _run(argv: Sequence[str], *, as_json: bool) -> int:
 def _call(argv: Sequence[str]) -> object:
     if not argv:
         return _tell_next_steps()
-    return build_app()(
-        ["config", "show"] if list(argv) == ["config"] else list(argv),
-        exit_on_error=False,
-        print_error=False,
-        result_action="return_value",
-        help_on_error=False,
-    )
+    words = ["config", "show"] if list(argv) == ["config"] else list(argv)
+    command, bound, _ = build_app().parse_args(words, exit_on_error=False, print_error=False, help_on_error=False)
+    _end_start()
+    return command(*bound.args, **bound.kwargs)
+
+
+def _end_start() -> None:
+    """Collect garbage from now on, see `backpropagate.cli.main`; what is there by now stays, and is not searched."""
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def _tell_next_steps() -> int:
@@ -322,6 +327,6 @@ def _tell_next_steps() -> int:
 
 
 def main() -> None:
-    """Entry point of the console scripts."""
+    """Carry out the process's own command line and leave with its exit status."""
     prepare_process()
     sys.exit(run(sys.argv[1:]))
