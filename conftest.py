@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -61,6 +62,21 @@ def _json_documents_keep_their_schemas(monkeypatch):
         return status
 
     monkeypatch.setattr(app, "_run", one_document)
+
+
+@pytest.fixture
+def own_logs():
+    """The log handlers that a command installs are gone after the test."""
+    root, before = logging.getLogger(), logging.getLogger().handlers[:]
+    names = ("", "backpropagate", "bp_runs", "bp_data", "bp_merge", "bp_export", "bp_train_cuda", "bp_train_mlx")
+    levels = {name: logging.getLogger(name).level for name in names}
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers[:] = before
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    logging.captureWarnings(capture=False)
 
 
 def write_pico_tokenizer(folder: Path) -> int:

@@ -89,20 +89,7 @@ def test_switches_change_the_environment_for_one_command_only(monkeypatch):
     assert "A_C" not in os.environ
 
 
-@pytest.fixture
-def _log_handlers():
-    root, before, level = logging.getLogger(), logging.getLogger().handlers[:], logging.getLogger().level
-    ours = logging.getLogger("backpropagate").level
-    yield
-    for handler in root.handlers:
-        handler.close()
-    root.handlers[:] = before
-    root.setLevel(level)
-    logging.getLogger("backpropagate").setLevel(ours)
-    logging.captureWarnings(capture=False)
-
-
-@pytest.mark.usefixtures("_log_handlers")
+@pytest.mark.usefixtures("own_logs")
 def test_log_switches_act(tmp_path, capsys):
     assert run(["errors", "--log-level", "INFO", "--log-format", "json", "--log-file", str(tmp_path / "l.jsonl")]) == 0
     capsys.readouterr()

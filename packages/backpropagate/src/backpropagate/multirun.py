@@ -18,7 +18,7 @@ from typing import Any
 
 from backpropagate import catalogue, offline, stopping, system
 from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
-from backpropagate.logs import current_run
+from backpropagate.logs import follow_run
 from backpropagate.scorecard import ScoreCard
 from backpropagate.settings import all_settings, resolve
 from backpropagate.slices import PLAN_FILE, Slice, read_slices, write_slices
@@ -139,11 +139,15 @@ class MultiRun:
 
     def _carry_out(self, writer: RunWriter, sources: Sequence[Path] | None) -> MultiRunResult:
         emit = Watcher(writer.emit, self.show).emit
-        token = current_run.set(writer.run_id)
         forbidden = system.is_network_forbidden(os.environ)
         way_out = f"Go on with it: {resume_line(writer.run_id, self.store.output)}"
         try:
-            with writer, stopping.on_interrupt() as stop, offline.forbid_network(wanted=forbidden):
+            with (
+                follow_run(writer.run_id),
+                writer,
+                stopping.on_interrupt() as stop,
+                offline.forbid_network(wanted=forbidden),
+            ):
                 for remark in self.remarks:
                     emit(remark)
                 stream = self._open_stream(writer, sources, emit)
@@ -152,9 +156,9 @@ class MultiRun:
                 adapter, outcome = self._finish(stream, progress, stopped=stopped)
                 writer.finish(outcome)
         except KeyboardInterrupt as error:
-            raise InterruptedRunError(f"the multi-run {writer.run_id} was cut off", way_out=way_out) from error
-        finally:
-            current_run.reset(token)
+            raise InterruptedRunError(
+                f"the multi-run {writer.run_id} was cut off", way_out=way_out, details={"run_id": writer.run_id}
+            ) from error
         card = progress.card.to_dict()
         return MultiRunResult(
             run_id=writer.run_id,

@@ -17,6 +17,7 @@ import orjson
 
 from backpropagate import catalogue, system
 from backpropagate.errors import MultiRunStateError
+from backpropagate.logs import follow_run
 from backpropagate.scorecard import ScoreCard
 from backpropagate.slices import Slice
 from backpropagate.trainer import Watcher
@@ -147,7 +148,7 @@ class Stream:
             hardware=system.describe_machine(),
             parent=(self.folders.run_id, "member"),
         )
-        with writer:
+        with follow_run(writer.run_id), writer:
             start = self._write_start(progress, state)
             folders = replace(writer.folders, machine=system.program_home(os.environ))
             base = self.base

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from backpropagate import catalogue, offline, presets, rails, resuming, settings, stopping, system, trackers
 from backpropagate.exporting import ExportResult, export_adapter
-from backpropagate.logs import current_run
+from backpropagate.logs import follow_run, log_event
 from bp_runs.errors import ContractError, InterruptedRunError, ResumeChangedError, ResumeNotFoundError
 from bp_runs.events import Emit, Event
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, result_name
@@ -207,7 +207,6 @@ class Trainer:
             writer = _reopen(store, going_on, take_over=take_over)
         self.settings = wanted = resolved.settings
         checkpoint = going_on.checkpoint.path if going_on and going_on.checkpoint else None
-        token = current_run.set(writer.run_id)
         followed = trackers.describe_run(
             writer.run_id,
             wanted.training.run_name,
@@ -219,6 +218,7 @@ class Trainer:
         forbidden = system.is_network_forbidden(os.environ)
         try:
             with (
+                follow_run(writer.run_id),
                 writer,
                 stopping.on_interrupt() as stop,
                 offline.forbid_network(wanted=forbidden),
@@ -242,9 +242,9 @@ class Trainer:
                 record = writer.finish(outcome)
         except KeyboardInterrupt as error:
             way_out = f"Go on where it stopped: {resume_line(writer.run_id, store.output)}"
-            raise InterruptedRunError(f"the run {writer.run_id} was cut off", way_out=way_out) from error
-        finally:
-            current_run.reset(token)
+            raise InterruptedRunError(
+                f"the run {writer.run_id} was cut off", way_out=way_out, details={"run_id": writer.run_id}
+            ) from error
         self.last = TrainResult(run_id=writer.run_id, adapter=adapter, outcome=outcome, record=record)
         return self.last
 
@@ -362,7 +362,10 @@ class Trainer:
 
 
 class Watcher:
-    """Records every event, then shows it; a screen or tracker that fails is told of once and dropped, never the run."""
+    """Records and logs every event, then shows it.
+
+    A screen or tracker that fails is told of once and dropped; the run goes on.
+    """
 
     def __init__(self, record: Emit, *shows: Emit | None) -> None:
         self._record = record
@@ -375,6 +378,7 @@ class Watcher:
             CodedError: Recording failed, on a full disk for instance.
         """
         self._record(event)
+        log_event(event)
         for show in list(self._shows):
             try:
                 show(event)

@@ -43,12 +43,20 @@ def _raise_interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def report_error(error: CodedError, *, as_json: bool) -> int:
-    """Tell a coded error, on stdout as JSON where the user asked for JSON; returns its exit status."""
+    """Tell a coded error, on stdout as JSON where the user asked for JSON; returns its exit status.
+
+    Where logs are JSON lines, it is one of them.
+    """
     if as_json:
         from backpropagate.cli.screen import print_json
 
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a stdout that nobody reads any more
             print_json("error", {"error": error.to_dict()})
+        return error.exit_status
+    if os.environ.get("BACKPROPAGATE_LOG_FORMAT", "").lower() == "json":
+        from backpropagate.logs import error_line
+
+        _tell(sys.stderr, error_line(error))
         return error.exit_status
     lines = [str(error)]
     if error.cause:

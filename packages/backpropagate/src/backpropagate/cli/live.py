@@ -16,6 +16,7 @@ from rich.text import Text
 
 from backpropagate.cli.screen import describe, loss_plot, spark
 from bp_runs.events import EvalDone, Event, Notice, StepDone
+from bp_runs.redact import redact
 
 _RECENT_STEPS = 20
 """The time left is told from so many steps: a pause long ago says nothing about the next one."""
@@ -52,7 +53,7 @@ class LiveScreen:
                 self._validation = event
                 self._evals.append(event)
             case Notice() if event.details and self._live is not None:
-                self._guards.append(event.message)
+                self._guards.append(redact(event.message))
         if line := describe(event, since=self._began):
             self.say(line)
         self._draw()

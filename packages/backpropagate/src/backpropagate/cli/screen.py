@@ -23,7 +23,7 @@ from bp_runs.events import (
     StepDone,
 )
 from bp_runs.paths import MODEL_NAME
-from bp_runs.redact import redact_data
+from bp_runs.redact import redact, redact_data
 
 _PLAIN_LINES = 10
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -123,7 +123,11 @@ class PlainScreen:
 
 
 def describe(event: Event, *, since: float) -> str:
-    """An event in one line; empty for events that have nothing to say."""
+    """An event in one line, redacted; empty for events that have nothing to say."""
+    return redact(_line(event, since))
+
+
+def _line(event: Event, since: float) -> str:
     match event:
         case DataReady():
             lost = f", {event.truncated} truncated, {event.dropped} dropped" if event.truncated or event.dropped else ""
