@@ -1,9 +1,11 @@
 """The whole stream benchmark on one GPU: a grid of learning rates, then three seeds in two orders, side by side.
 
-    python benchmarks/continual/run_all.py --data stream.npz --model model.pack --out FOLDER [--seeds 3] [any of stream.py]
+    python benchmarks/continual/run_all.py --data stream.npz --model model.pack --out FOLDER [--seeds 3] [--rates 5e-4 …]
+        [any of stream.py]
 
 The rate is the one with which sequential LoRA learns each task best (its mean R[j][j], seed 0, order 1), the same for
-every arm, so that none is favoured. Prints the tables, and what SLAO and seq reach over the grid.
+every arm, so that none is favoured. Prints the tables, and what SLAO and seq reach over the grid. With ``--rates``
+nothing is chosen: all seeds and orders at each of them, one rate after the other.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from table import build_table, learning_accuracy, measures
+from table import SCORES, build_pairs, build_table, learning_accuracy, measures
 
 GRID = (5e-4, 1e-3, 2e-3)
+GRID_COLUMNS = (("seq", "LA"), ("seq", "AA"), ("slao", "AA"), ("slao_no_qr", "AA"), ("joint", "AA"))
 
 
 def start(
@@ -51,30 +54,41 @@ def finish(started: list[tuple[Path, subprocess.Popen]]) -> list[dict]:
     return found
 
 
+def choose_rate(options: argparse.Namespace, rest: list[str]) -> tuple[float, dict]:
+    """The grid's rate with the highest learning accuracy, and its run."""
+    grid = finish([start(options, rest, seed=0, order=1, lr=lr) for lr in GRID])
+    known = [(arm, name) for arm, name in GRID_COLUMNS if arm in grid[0]["R"]]
+    print("\n| learning rate | " + " | ".join(f"{name} {arm}" for arm, name in known))
+    print("| --- |" + " --- |" * len(known))
+    for lr, result in zip(GRID, grid, strict=True):
+        cells = [f"{100 * measures(result, arm, 0)[name]:.1f}" for arm, name in known]
+        print(f"| {lr:g} | {' | '.join(cells)} |")
+    best = max(range(len(GRID)), key=lambda place: learning_accuracy(grid[place]))
+    print(f"\nchosen: {GRID[best]:g}\n", flush=True)
+    return GRID[best], grid[best]
+
+
+def tell(results: list[dict]) -> None:
+    for score in SCORES:
+        print(build_table(results, score), build_pairs(results, score), sep="\n\n", end="\n\n", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rates", type=float, nargs="+", default=[], help="learning rates; default: chosen by a grid")
     options, rest = parser.parse_known_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    grid = finish([start(options, rest, seed=0, order=1, lr=lr) for lr in GRID])
-    best = max(range(len(GRID)), key=lambda place: learning_accuracy(grid[place]))
-    print(
-        "\n| learning rate | LA seq | AA seq | AA slao | AA slao_no_qr | AA joint |\n| --- | --- | --- | --- | --- | --- |"
-    )
-    for lr, result in zip(GRID, grid, strict=True):
-        cells = [
-            100 * measures(result, arm, 0)[name]
-            for arm, name in (("seq", "LA"), ("seq", "AA"), ("slao", "AA"), ("slao_no_qr", "AA"), ("joint", "AA"))
-        ]
-        print(f"| {lr:g} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
-    print(f"\nchosen: {GRID[best]:g}\n", flush=True)
-    others = [(s, o) for s in range(options.seeds) for o in (1, 2) if (s, o) != (0, 1)]
-    results = [grid[best], *finish([start(options, rest, seed=s, order=o, lr=GRID[best]) for s, o in others])]
-    for score in ("free", "ranked"):
-        print(build_table(results, score), end="\n\n", flush=True)
+    runs = [(seed, order) for seed in range(options.seeds) for order in (1, 2)]
+    for lr in options.rates:
+        print(f"learning rate {lr:g}", flush=True)
+        tell(finish([start(options, rest, seed=s, order=o, lr=lr) for s, o in runs]))
+    if not options.rates:
+        lr, first = choose_rate(options, rest)
+        tell([first, *finish([start(options, rest, seed=s, order=o, lr=lr) for s, o in runs[1:]])])
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
 """One seed and one order of the stream benchmark: tasks learnt one after the other by every arm, measured after each.
 
-    python benchmarks/continual/stream.py --data stream.npz --model model.pack --out s0o1.json --seed 0 --order 1
+    python benchmarks/continual/stream.py --data stream.npz --model model.pack --out s0o1.json --seed 0 --order 1 \\
+        [--arms seq slao slao_no_qr]
 
 All arms that train are trained in one forward and backward, each on its own rows with its own adapter, so that they see
 the same random numbers and cost little. The merges are bp-merge's own functions. Needs torch, NumPy, bp-merge, bp-runs.
 
-    arm            trained as                                   shipped after task i
-    seq            from its last adapter                        its adapter
-    ema            seq                                          A and B blended with 1/√i
-    slao_no_qr     seq                                          the last A, B blended with 1/√i
-    magmax         seq                                          the largest entry of seq's changes, cut to rank 4 r
-    slao           A orthonormal, B the last fine-tuned         the last A, B blended with 1/√i
-    slao_merged_b  A orthonormal, B the merged                  the last A, B blended with 1/√i
-    mean, cat      from nothing each task (independent)         mean of changes, cut to rank r; exact
-    ties_20, _50   independent                                  TIES of density .2, .5, cut to rank 4 r
-    replay         as seq, 5 % of rows from earlier tasks       its adapter
-    joint          as seq, rows of all tasks at every step      its adapter (upper bound)
+    arm              trained as                                 shipped after task i
+    seq              from its last adapter                      its adapter
+    ema              seq                                        A and B blended with 1/√i
+    slao_no_qr       seq                                        the last A, B blended with 1/√i
+    magmax           seq                                        the largest entry of seq's changes, cut to rank 4 r
+    slao             A orthonormal, B the last fine-tuned       the last A, B blended with 1/√i
+    slao_preserving  A orthonormal, R moved into both B's       the last A, B blended with 1/√i
+    slao_merged_b    A orthonormal, B the merged                the last A, B blended with 1/√i
+    mean, cat        from nothing each task (independent)       mean of changes, cut to rank r; exact
+    ties_20, _50     independent                                TIES of density .2, .5, cut to rank 4 r
+    olora            r more ranks a task, the earlier frozen,   its adapter, of rank r i
+                     the new A's rows held orthogonal to theirs (O-LoRA, arXiv:2310.14152)
+    replay           as seq, 5 % of rows from earlier tasks     its adapter
+    joint            as seq, rows of all tasks at every step    its adapter (upper bound)
 """
 
 from __future__ import annotations
@@ -31,14 +35,27 @@ import numpy as np
 import torch
 from llama import SCALE, Adapters, Llama
 from pack_model import read_folder, read_pack
+from table import ARMS
 from torch.nn import functional
 
-from bp_merge import METHODS, LoraPair, ModulePlan, blend, orthonormal_rows
+from bp_merge import METHODS, LoraPair, ModulePlan, blend, factor_rows
 
-CHAINS = ("seq", "slao", "slao_merged_b", "independent", "replay", "joint")
-"""Trainings; the other arms are merges of their results."""
 R = 8
 REPLAY = 0.05
+ORTHOGONAL = 0.5
+"""O-LoRA's factor on the sum of |A_earlier A_newᵀ|; an absolute sum, as in its authors' code (lambda_1)."""
+TURNED = ("slao", "slao_preserving", "slao_merged_b")
+"""Chains that begin a task with orthonormal rows of A."""
+UNMERGED = ("seq", "replay", "joint", "olora")
+"""Arms that ship what they trained."""
+MERGED = {
+    "mean": ("linear", 1, {}),
+    "cat": ("cat", 0, {}),
+    "ties_20": ("ties", 4, {"density": 0.2}),
+    "ties_50": ("ties", 4, {"density": 0.5}),
+    "magmax": ("magmax", 4, {}),
+}
+"""Arms that are merges of all adapters so far: method, the result's rank in times r, options."""
 Factors = tuple[np.ndarray, np.ndarray, np.ndarray]
 """a (layers, 2, r, d_in), q (layers, d_q, r), v (layers, d_v, r) of one adapter."""
 
@@ -91,8 +108,19 @@ def draw_start(model: Llama, seed: int) -> Factors:
     return a.astype("f4"), np.zeros((model.layers, d_q, R), "f4"), np.zeros((model.layers, d_v, R), "f4")
 
 
-def orthonormal(a: np.ndarray) -> np.ndarray:
-    return np.stack([[orthonormal_rows(x) for x in layer] for layer in a])
+def turn(adapter: Factors, b: Factors, *, preserving: bool) -> Factors:
+    """The adapter's A with orthonormal rows, beside the B's of ``b``; preserving: what A loses goes into those."""
+    found = [[factor_rows(a) for a in layer] for layer in adapter[0]]
+    rows = np.stack([[q for _, q in layer] for layer in found])
+    if not preserving:
+        return rows, *b[1:]
+    moved = (np.stack([x @ layer[kind][0] for x, layer in zip(b[1 + kind], found, strict=True)]) for kind in (0, 1))
+    return rows, *moved  # type: ignore[return-value]
+
+
+def grow(adapter: Factors, fresh: Factors) -> Factors:
+    """An adapter with another one's ranks behind its own."""
+    return np.concatenate([adapter[0], fresh[0]], 2), *(np.concatenate([adapter[n], fresh[n]], 2) for n in (1, 2))  # type: ignore[return-value]
 
 
 def blend_all(merged: Factors, tuned: Factors, i: int, *, with_a: bool) -> Factors:
@@ -130,12 +158,27 @@ def stack(adapters: list[Factors], device: str) -> Adapters:
     return Adapters(*(torch.from_numpy(p).to(device) for p in parts))
 
 
+def find_overlap(a: torch.Tensor, frozen: int) -> torch.Tensor:
+    """Sum of |A_earlier A_newᵀ| over an arm's modules, where the first ``frozen`` of the ranks are the earlier ones."""
+    return (a[..., :frozen, :] @ a[..., frozen:, :].transpose(-1, -2)).abs().sum()
+
+
 def train(
-    model: Llama, rows: Rows, starts: list[Factors], order: list[np.ndarray], lr: float, batch: int
+    model: Llama,
+    rows: Rows,
+    starts: list[Factors],
+    frozen: list[int],
+    order: list[np.ndarray],
+    lr: float,
+    batch: int,
 ) -> tuple[list[Factors], float]:
-    """Every chain from its start over its own rows, AdamW afresh, constant rate, each chain's gradient clipped to 1."""
+    """Every chain from its start over its own rows, AdamW afresh, constant rate, each chain's gradient clipped to 1.
+
+    Of each chain the first ``frozen`` ranks stay, and later ones pay for overlapping with them.
+    """
     arms, steps = len(starts), len(order[0]) // batch
     adapters = stack(starts, model.device)
+    held = [(arm, count) for arm, count in enumerate(frozen) if count]
     for tensor in adapters.tensors:
         tensor.requires_grad_()
     optimizer = torch.optim.AdamW(adapters.tensors, lr=lr, weight_decay=0.0)
@@ -145,8 +188,13 @@ def train(
         now = places[:, step * batch : (step + 1) * batch].reshape(-1)
         logits = model.answer(enter(model, rows, now), rows.is_text[now], adapters, arms)
         loss = functional.cross_entropy(logits, rows.answer[now], reduction="sum") / batch  # a mean within each arm
+        loss = loss + sum(ORTHOGONAL * find_overlap(adapters.a[arm], count) for arm, count in held)
         optimizer.zero_grad()
         loss.backward()
+        for arm, count in held:
+            adapters.a.grad[arm, :, :, :count] = 0  # type: ignore[index]
+            for b in (adapters.q, adapters.v):
+                b.grad[arm, :, :, :count] = 0  # type: ignore[index]
         norms = sum(t.grad.flatten(1).square().sum(1) for t in adapters.tensors).sqrt()  # type: ignore[union-attr]
         factor = 1.0 / norms.clamp(min=1.0)
         for tensor in adapters.tensors:
@@ -155,8 +203,9 @@ def train(
     if model.device == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begun
-    parts = [t.detach().cpu().numpy() for t in adapters.tensors]
-    return [(parts[0][i], parts[1][i], parts[2][i]) for i in range(arms)], seconds
+    a, q, v = (t.detach().cpu().numpy() for t in adapters.tensors)
+    ranks = [start[0].shape[2] for start in starts]
+    return [(a[i, :, :, :n], q[i, ..., :n], v[i, ..., :n]) for i, n in enumerate(ranks)], seconds
 
 
 @torch.no_grad()
@@ -206,28 +255,31 @@ def run(options: argparse.Namespace) -> dict:
     rng = np.random.default_rng(1000 + options.seed)
     first = draw_start(model, options.seed)
     zero = measure(model, rows, [first], labels, options.chunk)[0]
-    tuned: dict[str, Factors] = dict.fromkeys(CHAINS, first)
+    chains = list(dict.fromkeys(ARMS[arm] for arm in options.arms))
+    tuned: dict[str, Factors] = dict.fromkeys(chains, first)
     shipped: dict[str, Factors] = {}
-    past: dict[str, list[Factors]] = {"seq": [], "independent": []}
-    result: dict = {"zero_shot": zero.tolist(), "R": {}, "before_merge": {}, "train_seconds": 0.0}
+    past: dict[str, list[Factors]] = {chain: [] for chain in chains}
+    result: dict = {"zero_shot": zero.tolist(), "R": {}, "before_merge": {}, "at_switch": {}, "train_seconds": 0.0}
     for i, task in enumerate(sequence, start=1):
-        starts = dict(tuned)
-        if i > 1:
-            starts["slao"] = orthonormal(tuned["slao"][0]), *tuned["slao"][1:]
-            starts["slao_merged_b"] = orthonormal(tuned["slao_merged_b"][0]), *shipped["slao_merged_b"][1:]
-            starts["independent"] = draw_start(model, options.seed + 100 * i)
+        starts, frozen = begin(tuned, shipped, draw_start(model, options.seed + 100 * i), i)
+        # The last shipped B's through the A's that this task starts from.
+        switched = [("at_switch", c, (starts[c][0], *shipped[c][1:])) for c in TURNED if c in shipped]
         seen = order_rows(rows, sequence[: i - 1], task, options.epochs, rng)
-        order = [seen[chain] if chain in seen else seen["own"] for chain in CHAINS]
-        trained, seconds = train(model, rows, [starts[c] for c in CHAINS], order, options.lr, options.batch)
+        order = [seen[chain] if chain in seen else seen["own"] for chain in chains]
+        lists = [starts[c] for c in chains], [frozen.get(c, 0) for c in chains]
+        trained, seconds = train(model, rows, *lists, order, options.lr, options.batch)
         result["train_seconds"] += seconds
-        tuned = dict(zip(CHAINS, trained, strict=True))
-        shipped = ship(tuned, shipped, past, i)
-        names = [*shipped, *(f"{name}*" for name in ("slao", "slao_merged_b", "seq", "independent"))]
-        before = [tuned[name.removesuffix("*")] for name in names[len(shipped) :]]
-        scores = measure(model, rows, [*shipped.values(), *before], labels, options.chunk)
-        for name, score in zip(names, scores, strict=True):
-            where = result["before_merge" if name.endswith("*") else "R"]
-            where.setdefault(name.removesuffix("*"), []).append(score[sequence].tolist())
+        tuned = dict(zip(chains, trained, strict=True))
+        for chain in chains:
+            past[chain].append(tuned[chain])
+        shipped = {arm: ship(arm, past[ARMS[arm]], shipped, i) for arm in options.arms}
+        merged = list(dict.fromkeys(ARMS[arm] for arm in options.arms if arm not in UNMERGED))
+        measured = [("R", arm, adapter) for arm, adapter in shipped.items()]
+        measured += [("before_merge", chain, tuned[chain]) for chain in merged]
+        measured += switched
+        scores = measure(model, rows, [adapter for _, _, adapter in measured], labels, options.chunk)
+        for (where, name, _), score in zip(measured, scores, strict=True):
+            result[where].setdefault(name, []).append(score[sequence].tolist())
         print(
             f"task {i} ({tasks[task]['name']}): {seconds:.0f} s of training, {time.perf_counter() - begun:.0f} s in all",
             flush=True,
@@ -238,27 +290,34 @@ def run(options: argparse.Namespace) -> dict:
             "machine": machine, "torch": torch.__version__, "seconds": time.perf_counter() - begun}  # fmt: skip
 
 
-def ship(
-    tuned: dict[str, Factors], before: dict[str, Factors], past: dict[str, list[Factors]], i: int
-) -> dict[str, Factors]:
-    """What each arm would ship after task i."""
-    for name, adapters in past.items():
-        adapters.append(tuned[name])
-    chains = {"ema": "seq", "slao_no_qr": "seq", "slao": "slao", "slao_merged_b": "slao_merged_b"}
-    found = {name: tuned[name] for name in ("seq", "replay", "joint")}
-    for arm, chain in chains.items():
-        found[arm] = tuned[chain] if i == 1 else blend_all(before[arm], tuned[chain], i, with_a=arm == "ema")
-    several = past["independent"]
-    merged = {
-        "mean": ("linear", several, R, {}),
-        "cat": ("cat", several, R * i, {}),
-        "ties_20": ("ties", several, 4 * R, {"density": 0.2}),
-        "ties_50": ("ties", several, 4 * R, {"density": 0.5}),
-        "magmax": ("magmax", past["seq"], 4 * R, {}),
-    }
-    for arm, (method, adapters, rank, plan) in merged.items():
-        found[arm] = adapters[0] if i == 1 else merge_by(method, adapters, rank, **plan)
-    return found
+def begin(
+    tuned: dict[str, Factors], shipped: dict[str, Factors], fresh: Factors, i: int
+) -> tuple[dict[str, Factors], dict[str, int]]:
+    """What each chain starts task i from, and how many of its ranks stay as they are."""
+    starts, frozen = dict(tuned), {}
+    if i == 1:
+        return starts, frozen
+    for chain in TURNED:
+        if chain in starts:
+            b = shipped[chain] if chain == "slao_merged_b" else tuned[chain]
+            starts[chain] = turn(tuned[chain], b, preserving=chain == "slao_preserving")
+    if "slao_preserving" in shipped:
+        shipped["slao_preserving"] = turn(tuned["slao_preserving"], shipped["slao_preserving"], preserving=True)
+    if "independent" in starts:
+        starts["independent"] = fresh
+    if "olora" in starts:
+        starts["olora"], frozen["olora"] = grow(tuned["olora"], fresh), tuned["olora"][0].shape[2]
+    return starts, frozen
+
+
+def ship(arm: str, adapters: list[Factors], before: dict[str, Factors], i: int) -> Factors:
+    """What an arm would ship after task i, from its chain's adapters so far and from what the arms shipped before."""
+    if arm in UNMERGED or i == 1:
+        return adapters[-1]
+    if arm in MERGED:
+        method, times, plan = MERGED[arm]
+        return merge_by(method, adapters, R * (times or i), **plan)
+    return blend_all(before[arm], adapters[-1], i, with_a=arm == "ema")
 
 
 def main() -> None:
@@ -275,8 +334,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=0, help="adapters in the last so many layers; 0: in all")
     parser.add_argument("--share", type=float, default=1.0, help="of the rows")
     parser.add_argument("--chunk", type=int, default=64, help="test rows at a time")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
     parser.add_argument("--profile", choices=("cpu", "gpu"), default="gpu")
     options = parser.parse_args()
+    options.arms = list(dict.fromkeys(["seq", *options.arms]))  # all are compared with it
     if options.profile == "cpu":
         options.layers, options.epochs, options.tasks = options.layers or 6, 2, 3
         options.share = min(options.share, 0.2)

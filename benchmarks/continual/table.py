@@ -1,4 +1,4 @@
-"""The stream's results as tables: mean ± sample SD over seeds and orders, and paired differences from seq.
+"""The stream's results as tables: mean ± sample SD over seeds and orders, and paired differences.
 
 python benchmarks/continual/table.py results/*.json
 """
@@ -12,6 +12,14 @@ from pathlib import Path
 import numpy as np
 
 SCORES = {"free": 0, "ranked": 1}
+ARMS = {
+    "seq": "seq", "replay": "replay", "joint": "joint", "ema": "seq", "slao_no_qr": "seq", "slao": "slao",
+    "slao_preserving": "slao_preserving", "slao_merged_b": "slao_merged_b", "olora": "olora", "mean": "independent",
+    "cat": "independent", "ties_20": "independent", "ties_50": "independent", "magmax": "seq",
+}  # fmt: skip
+"""Arms of the stream, each with the chain of trainings whose adapters it ships or merges."""
+PAIRS = (("slao_no_qr", "slao"), ("slao_preserving", "slao"), ("slao_preserving", "slao_no_qr"))
+"""Arms to compare run by run, beside each arm with seq."""
 
 
 def measures(result: dict, arm: str, score: int) -> dict[str, float]:
@@ -22,8 +30,7 @@ def measures(result: dict, arm: str, score: int) -> dict[str, float]:
     last = r[-1]
     found = {"AA": last.mean(), "BWT": (last - diagonal)[:-1].mean(), "LA": diagonal.mean()}
     found["forgetting"] = np.mean([r[j:-1, j].max() - last[j] for j in range(count - 1)])
-    chain = {"ema": "seq", "slao_no_qr": "seq", "magmax": "seq", "mean": "independent", "cat": "independent",
-             "ties_20": "independent", "ties_50": "independent"}.get(arm, arm)  # fmt: skip
+    chain = ARMS[arm]
     if chain in result["before_merge"]:
         before = np.array(result["before_merge"][chain])[:, :, score]
         found["merge cost"] = (np.diagonal(before) - diagonal).mean()
@@ -53,6 +60,16 @@ def build_table(results: list[dict], score: str) -> str:
     return "\n".join(lines)
 
 
+def build_pairs(results: list[dict], score: str) -> str:
+    """One line for each of `PAIRS` that the runs hold: the differences of AA, run by run, in points."""
+    lines = []
+    for one, other in PAIRS:
+        if {one, other} <= results[0]["R"].keys():
+            found = [measures(r, one, SCORES[score])["AA"] - measures(r, other, SCORES[score])["AA"] for r in results]
+            lines.append(f"{score}: {one} - {other}: {spread(found)}: {', '.join(f'{100 * d:.1f}' for d in found)}")
+    return "\n".join(lines)
+
+
 def learning_accuracy(result: dict) -> float:
     """Of seq, free: what the learning rate is chosen by."""
     return measures(result, "seq", SCORES["free"])["LA"]
@@ -63,11 +80,11 @@ def main() -> None:
     first = results[0]
     print(f"{len(results)} runs on {first['machine']}, torch {first['torch']}: {first['options']}\n")
     for score in SCORES:
-        print(build_table(results, score), end="\n\n")
+        print(build_table(results, score), build_pairs(results, score), sep="\n\n", end="\n\n")
     for order in sorted({r["options"]["order"] for r in results}):
         some = [r for r in results if r["options"]["order"] == order]
         print(f"order {order}: {', '.join(some[0]['tasks'])}; AA (free)", end="")
-        for arm in ("seq", "slao", "slao_no_qr", "joint"):
+        for arm in [name for name in ("seq", "slao", "slao_no_qr", "joint") if name in some[0]["R"]]:
             print(f"  {arm} {spread([measures(r, arm, 0)['AA'] for r in some])}", end="")
         print()
 

@@ -13,7 +13,7 @@ from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndR
 from backpropagate.multirun import check_settings
 from backpropagate.scorecard import ScoreCard, card_html, card_text
 from backpropagate.slices import write_slices
-from bp_merge import blend, load_adapter, orthonormal_rows
+from bp_merge import blend, factor_rows, load_adapter
 from bp_runs import Settings
 from bp_runs.errors import InvalidSettingError, TrainingDivergedError
 from bp_runs.events import Notice
@@ -54,23 +54,28 @@ def tuned_of(store, run_id):
     return load_adapter(store.folder(run_id) / "lora").modules[MODULE]
 
 
-def test_the_stream_is_slao(place):
+@pytest.mark.parametrize("qr", ["off", "on", "preserving"])
+def test_the_stream_is_slao(place, qr):
     rail = SeenRail()
-    result = trainer(rail).multi_run("d.jsonl", runs=4, last_lr=0.5, lr=1e-3)
+    flags = {} if qr == "off" else {"slao_qr": qr}
+    result = trainer(rail).multi_run("d.jsonl", runs=4, last_lr=0.5, lr=1e-3, **flags)
     store = RunStore(place / "o")
     tuned = [tuned_of(store, member) for member in result.members]
+    assert rail.seen[0][1] is None
     merged = tuned[0].b
     for i, pair in enumerate(tuned[1:], start=2):
+        start, before = rail.seen[i - 1][1], tuned[i - 2]
+        lost, rows = factor_rows(before.a)
+        if qr == "preserving":
+            merged = merged @ lost
+        assert np.array_equal(start.b, before.b @ lost if qr == "preserving" else before.b)
+        assert np.array_equal(start.a, before.a if qr == "off" else rows)
+        assert np.allclose(start.delta(), before.delta(), rtol=0, atol=1e-6) is (qr != "on")
         merged = blend(merged, pair.b, i)
     shipped = load_adapter(place / "o/lora").modules[MODULE]
     assert result.adapter == Path("o/lora")
     assert np.array_equal(shipped.b, merged)
     assert np.array_equal(shipped.a, tuned[-1].a)
-    assert rail.seen[0][1] is None
-    for number in (1, 2, 3):
-        start = rail.seen[number][1]
-        assert np.array_equal(start.b, tuned[number - 1].b)
-        assert np.array_equal(start.a, orthonormal_rows(tuned[number - 1].a))
     rates = [spec.training.learning_rate for spec, _ in rail.seen]
     assert rates == pytest.approx([1e-3, 1e-3 * 5 / 6, 1e-3 * 4 / 6, 5e-4])
     assert [spec.training.seed for spec, _ in rail.seen] == [42, 43, 44, 45]
@@ -254,9 +259,11 @@ def test_it_ends_early_and_the_last_run_is_recorded(place):
     assert {r["run_id"] for r in RunStore(place / "o").list_runs()} == {result.run_id, *result.members}
 
 
-@pytest.mark.parametrize("merge", ["slao", "none"])
-def test_a_crash_in_the_fourth_run_goes_on_there(place, merge):
-    whole = trainer().multi_run("d.jsonl", runs=5, merge=merge)
+@pytest.mark.parametrize(
+    "flags", [{"merge": "slao"}, {"slao_qr": "on"}, {"slao_qr": "preserving"}, {"merge": "none"}], ids=str
+)
+def test_a_crash_in_the_fourth_run_goes_on_there(place, flags):
+    whole = trainer().multi_run("d.jsonl", runs=5, **flags)
     expected = (place / "o/lora/adapter_model.safetensors").read_bytes()
     trained = []
 
@@ -268,7 +275,7 @@ def test_a_crash_in_the_fourth_run_goes_on_there(place, merge):
             return FakeRail.train(self, spec, emit, stop)
 
     with pytest.raises(TrainingDivergedError):
-        Trainer("./m", output="c", rail=Crashing(), steps=3, lora_r=2).multi_run("d.jsonl", runs=5, merge=merge)
+        Trainer("./m", output="c", rail=Crashing(), steps=3, lora_r=2).multi_run("d.jsonl", runs=5, **flags)
     assert not (place / "c/lora").exists()
     [row] = [r for r in RunStore(place / "c").list_runs() if r["kind"] == "multi-run"]
     assert row["status"] == "diverged"

@@ -10,6 +10,7 @@ from merge_pico import SHAPES, draw_factors, write_adapter, write_drawn
 
 from bp_merge import (
     blend,
+    factor_rows,
     load_adapter,
     merge_adapters,
     orthonormal_rows,
@@ -96,7 +97,8 @@ def test_a_break_between_runs_changes_no_bit(tmp_path):
     write_state(tmp_path / "state.safetensors", state)
     again = read_state(tmp_path / "state.safetensors", stream="s")
     assert (again.i, again.scales) == (3, state.scales)
-    for one, other in ((state.next_start(), again.next_start()), *((s.fold(folders[3]).merged_adapter(),) * 2 for s in (state,))):  # fmt: skip
+    for qr in (True, False):
+        one, other = state.next_start(qr=qr), again.next_start(qr=qr)
         assert all(np.array_equal(one[name], other[name]) for name in one)
     last, resumed = (s.fold(folders[3]).merged_adapter() for s in (state, again))
     assert all(np.array_equal(last[name], resumed[name]) for name in last)
@@ -105,7 +107,7 @@ def test_a_break_between_runs_changes_no_bit(tmp_path):
 def test_the_next_run_starts_from_the_tuned_b_and_ships_the_merged_one(tmp_path):
     folders = [write_drawn(tmp_path / str(i), i, dtype="BF16") for i in range(2)]
     state = start_stream("s", folders[0]).fold(folders[1])
-    for name, tensors in (("start", state.next_start()), ("merged", state.merged_adapter())):
+    for name, tensors in (("start", state.next_start(qr=True)), ("merged", state.merged_adapter())):
         write_adapter_like(folders[1], tmp_path / name, tensors, run_id="r", origin={"method": "slao"})
     start, merged, tuned = (load_adapter(tmp_path / name).modules for name in ("start", "merged", "1"))
     for module in SHAPES:
@@ -113,6 +115,26 @@ def test_the_next_run_starts_from_the_tuned_b_and_ships_the_merged_one(tmp_path)
         assert np.abs(start[module].a @ start[module].a.T - np.eye(4)).max() < 1e-5
         assert np.array_equal(merged[module].a, tuned[module].a)
         assert not np.array_equal(merged[module].b, tuned[module].b)
+
+
+def test_a_turn_gives_orthonormal_rows_and_changes_no_weight(tmp_path):
+    """Both changes of the weights stay to 1e-6, where the paper's start alters them; twice is as good as once."""
+    folders = [write_drawn(tmp_path / str(i), i) for i in range(3)]
+    state = start_stream("s", folders[0]).fold(folders[1])
+    turned = state.turn()
+    again = turned.turn()
+    for module in SHAPES:
+        a, q = state.a[module], turned.a[module]
+        assert np.abs(q @ q.T - np.eye(4)).max() < 1e-6
+        assert np.array_equal(turned.next_start(qr=False)[f"base_model.model.{module}.lora_A.weight"], q)
+        for before, after in ((state.tuned, turned.tuned), (state.merged, turned.merged)):
+            expected = before[module].astype(np.float64) @ a
+            assert np.abs(after[module] @ q - expected).max() < 1e-6 * np.abs(expected).max()
+            assert np.abs(before[module] @ q - expected).max() > 0.1 * np.abs(expected).max()
+            assert np.abs(again.merged[module] - turned.merged[module]).max() < 1e-5
+        b = draw_factors(2)[module][1]
+        merged = turned.fold(folders[2]).merged[module]
+        assert np.abs(merged - blend(state.merged[module] @ factor_rows(a)[0], b, 3)).max() < 1e-6
 
 
 @pytest.mark.parametrize(

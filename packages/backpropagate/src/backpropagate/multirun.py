@@ -220,4 +220,7 @@ def read_settings(record: RunRecord) -> Settings:
     """
     known = all_settings()
     flags = {known[k].short: v["value"] for k, v in record.settings.items() if k in known and k != "data.path"}
+    flags.setdefault(
+        known["multirun.slao_qr"].short, "on"
+    )  # a record without it is of a time with the paper's form only
     return resolve(flags).settings

@@ -104,6 +104,8 @@ class Stream:
         state = self._restore(progress)
         for plan in self.slices[progress.done :]:
             self.emit(Notice(message=self._announce(plan)))
+            if state is not None and self.wanted.multirun.slao_qr == "preserving":
+                state = state.turn()
             shipped = self.folders.adapter if progress.members else None
             before = self._judge(plan, shipped) if plan.heldout else None
             trained = self._train(plan, progress, state, stop, before=before)
@@ -170,7 +172,7 @@ class Stream:
         if progress.tuned is None:
             return None
         tuned = Path(progress.tuned)
-        if state is None:
+        if state is None or self.wanted.multirun.slao_qr == "off":
             return tuned
         return self._write_part("start", self.folders.run / START, tuned, state)
 
@@ -231,7 +233,8 @@ class Stream:
         """An adapter of the stream's state with the settings and tokenizer of a fine-tuned one."""
         from bp_merge import write_adapter_like
 
-        tensors = state.next_start() if part == "start" else state.merged_adapter()
+        qr = self.wanted.multirun.slao_qr == "on"
+        tensors = state.next_start(qr=qr) if part == "start" else state.merged_adapter()
         origin = {"method": "slao", "part": part, "i": state.i}
         write_adapter_like(tuned, place, tensors, run_id=self.folders.run_id, origin=origin)
         return place

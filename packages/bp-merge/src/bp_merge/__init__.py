@@ -20,7 +20,7 @@ from bp_merge.merge import MergeOutcome, merge_adapters, write_adapter_like
 from bp_merge.methods import METHODS, Method, find_method
 from bp_merge.options import MergeOptions, ModulePlan
 from bp_merge.packed import PackedReader, open_model
-from bp_merge.slao import SlaoState, blend, orthonormal_rows, read_state, start_stream, write_state
+from bp_merge.slao import SlaoState, blend, factor_rows, orthonormal_rows, read_state, start_stream, write_state
 from bp_merge.source import AdapterSource, require_alike
 from bp_merge.tensors import (
     Dtype,
@@ -71,6 +71,7 @@ __all__ = [
     "cut_product",
     "decode",
     "encode",
+    "factor_rows",
     "find_method",
     "fold_rows",
     "load_adapter",

@@ -1,7 +1,9 @@
 """SLAO: one adapter for a stream of trainings (Qiao and Mahdavi, arXiv:2512.23017), with the state between them.
 
 A is (r, d_in), B is (d_out, r). Run 1 is plain LoRA. Run i ≥ 2 starts from ``A = Qᵀ`` of the reduced QR of the last
-fine-tuned Aᵀ, columns of Q times the signs of R's diagonal, and from the last **fine-tuned** B, and trains both. Then
+fine-tuned Aᵀ, columns of Q times the signs of R's diagonal, and from the last **fine-tuned** B, and trains both. (Two
+other starts: the fine-tuned A itself, with which less was forgotten in docs/log/2026-11-24-continual.md, and Qᵀ with R
+moved into both B's.) Then
 
     A_merged = A_tuned        B_merged = B_merged + (B_tuned - B_merged) / √i
 
@@ -34,11 +36,19 @@ STATE_SCHEMA = "backpropagate.slao/1"
 _TUNED, _MERGED = "B_tuned", "B_merged"
 
 
-def orthonormal_rows(a: Floats) -> Floats:
-    """``Qᵀ`` of the reduced QR of ``aᵀ``, with R's diagonal made positive: (r, d_in), float32."""
+def factor_rows(a: Floats) -> tuple[Floats, Floats]:
+    """L (r, r) and Q (r, d_in), float32, with ``a = L @ Q``, orthonormal rows of Q, and L's diagonal from 0 on.
+
+    Q is the Qᵀ of the reduced QR of ``aᵀ`` and L its Rᵀ, both with the signs of R's diagonal, where 0 counts as +1.
+    """
     q, r = np.linalg.qr(a.T.astype(np.float32))
     signs = np.where(np.diagonal(r) < 0, np.float32(-1), np.float32(1))
-    return np.ascontiguousarray((q * signs).T)
+    return np.ascontiguousarray(r.T * signs), np.ascontiguousarray((q * signs).T)
+
+
+def orthonormal_rows(a: Floats) -> Floats:
+    """The Q of `factor_rows`."""
+    return factor_rows(a)[1]
 
 
 def blend(merged: Floats, tuned: Floats, i: int) -> Floats:
@@ -93,9 +103,25 @@ class SlaoState:
             self.scales,
         )
 
-    def next_start(self) -> dict[str, Floats]:
-        """Tensors of the adapter that the next run starts from, by PEFT's names."""
-        return _name_tensors({module: orthonormal_rows(a) for module, a in self.a.items()}, self.tuned)
+    def next_start(self, *, qr: bool) -> dict[str, Floats]:
+        """Tensors of the adapter that the next run starts from, by PEFT's names.
+
+        Args:
+            qr: Whether A gets orthonormal rows, as in the paper. With the same B's that changes what the adapter does,
+                and what the merged one will do once the next A has taken its A's place.
+        """
+        a = {module: orthonormal_rows(a) for module, a in self.a.items()} if qr else self.a
+        return _name_tensors(a, self.tuned)
+
+    def turn(self) -> SlaoState:
+        """The same two changes of the weights with orthonormal rows of A: of A = L Q the L goes into both B's.
+
+        Not the paper's. ``B @ A = (B @ L) @ Q`` holds for the fine-tuned and the merged B, since they share their A.
+        """
+        factors = {module: factor_rows(a) for module, a in self.a.items()}
+        turned = [{m: b @ factors[m][0] for m, b in values.items()} for values in (self.tuned, self.merged)]
+        a = _freeze({module: q for module, (_, q) in factors.items()})
+        return SlaoState(self.stream, self.i, a, _freeze(turned[0]), _freeze(turned[1]), self.scales)
 
     def merged_adapter(self) -> dict[str, Floats]:
         """Tensors of the merged adapter, by PEFT's names."""
