@@ -224,8 +224,8 @@ class MultiRunSpec:
     )
     slao_qr: Literal["off", "on", "preserving"] = setting(
         "off",
-        "Start of a run under slao: off goes on from the last adapter as it is; on makes A's rows orthonormal, which is "
-        "the paper's form; preserving does so and moves what A loses into B, so that the adapter's effect stays.",
+        "Start of a run under slao: off goes on from the last adapter as it is; on makes A's rows orthonormal, which "
+        "is the paper's form; preserving does so and moves what A loses into B, so that the adapter's effect stays.",
     )
     last_lr: float = setting(
         0.25, "Learning rate of the last run, as a share of the first's; those between lie on a line."
