@@ -16,6 +16,7 @@ from gguf import GGUFType, GGUFWriter, Keys
 from bp_export.architectures import Architecture
 from bp_export.errors import AdapterFormatError
 from bp_export.gguf import GgufStream, add_tensor
+from bp_export.outputs import write_mark
 from bp_export.quantize import TensorType
 from bp_merge import Floats, FoldedModel, LoraAdapter, LoraPair, write_tensors
 from bp_runs.files import publish_folder, publish_json, sha256_file
@@ -110,6 +111,7 @@ def write_mlx_adapter(adapter: LoraAdapter, output: Path) -> tuple[int, int, str
     with publish_folder(output) as folder:
         write_tensors(folder / MLX_WEIGHTS, tensors)
         publish_json(folder / MLX_CONFIG, config)
+        write_mark(folder, "mlx")
     size = sum(file.stat().st_size for file in output.iterdir())
     return len(tensors), size, sha256_file(output / MLX_WEIGHTS)
 

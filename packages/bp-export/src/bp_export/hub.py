@@ -78,7 +78,7 @@ def prepare_push(
     shipment, origin = gather(source), find_origin(source)
     picture = _draw(origin)
     names = (*shipment.files, _CARD, *([PICTURE] if picture else []))
-    artifact = _find_artifact(origin, source) if origin else {}
+    artifact = origin.find_artifact(source) if origin else {}
     named = _find_base_name(source, shipment, origin)
     license = _find_license(source, shipment, base or (Path(named) if named else source))
     if license.id is None and ask_license is not None and is_hub_id(named):
@@ -172,11 +172,6 @@ def _draw(origin: Origin | None) -> bytes | None:
         return draw_loss(origin.losses) if origin else None
     except ImportError as error:
         raise HubMissingError("Pillow is not installed", cause=str(error)) from error
-
-
-def _find_artifact(origin: Origin, source: Path) -> dict[str, Any]:
-    place = source.resolve()
-    return next((a for a in origin.artifacts if Path(str(a.get("path", ""))).resolve() == place), {})
 
 
 def _find_base_name(source: Path, shipment: Shipment, origin: Origin | None) -> str:

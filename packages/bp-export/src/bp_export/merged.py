@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from bp_export.outputs import MARK_FILE, write_mark
 from bp_export.plan import grow_vocabulary, read_config
 from bp_merge import FoldedModel, TensorInfo, build_header, encode, read_index
 from bp_runs.adapter import TOKENIZER_FILES, AdapterFolder
@@ -70,6 +71,7 @@ def write_merged(
         if grown != config:
             publish_json(folder / "config.json", grown)
         _copy_files(tokenizer, folder, TOKENIZER_FILES)
+        write_mark(folder, "merged")
     main = output / (_INDEX_FILE if len(shards) > 1 else next(iter(shards)))
     return sum(file.stat().st_size for file in output.iterdir()), sha256_file(main)
 
@@ -85,13 +87,14 @@ def copy_adapter(adapter: AdapterFolder, output: Path) -> tuple[int, int, str]:
         DiskFullError, OutputNotWritableError: As named; no folder is left.
     """
     tensors = read_index(adapter.weights)
-    files = [file for file in adapter.path.iterdir() if file.is_file()]
+    files = [file for file in adapter.path.iterdir() if file.is_file() and file.name != MARK_FILE]
     size = sum(file.stat().st_size for file in files)
     require_folder(output.parent)
     require_free_space(output.parent, size, "the adapter's copy")
     with publish_folder(output) as folder:
         for file in files:
             shutil.copyfile(file, folder / file.name)
+        write_mark(folder, "lora")
     return len(tensors), size, sha256_file(output / adapter.weights.name)
 
 

@@ -21,6 +21,7 @@ from gguf import GGUFReader
 from bp_export.adapter import write_gguf_adapter
 from bp_export.architectures import Architecture
 from bp_export.errors import AdapterFormatError
+from bp_export.outputs import write_mark
 from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter
 from bp_runs.files import publish_folder, publish_json, sha256_file
 
@@ -91,6 +92,7 @@ def write_ollama_adapter(
                 "stop": list(stop),
             },
         )
+        write_mark(folder, "ollama-adapter")
     return tensors, sum(file.stat().st_size for file in output.iterdir()), sha256
 
 

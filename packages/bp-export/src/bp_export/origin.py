@@ -35,6 +35,11 @@ class Origin:
         """What was exported from the run."""
         return self.record.artifacts
 
+    def find_artifact(self, path: Path) -> Mapping[str, Any]:
+        """What the record says of an export at ``path``; empty where it names none there."""
+        place = path.resolve()
+        return next((artifact for artifact in self.artifacts if _is_at(artifact, place)), {})
+
 
 def find_origin(path: Path) -> Origin | None:
     """The run of an adapter folder, or of an export that a run's record names; None where there is none nearby.

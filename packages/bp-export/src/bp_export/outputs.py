@@ -1,16 +1,31 @@
-"""Whether an output may stand where it is asked for: nothing is replaced unasked, and never what no export wrote."""
+"""Whether an output may stand where it is asked for: nothing is replaced unasked, and never what no export wrote.
+
+Every folder that an export writes holds ``export.json``, {"schema", "format", "files": [names]}. A folder without it
+may be a model that somebody downloaded or trained, whatever else is in it.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from bp_export.errors import OutputTakenError
 from bp_export.gguf import MAGIC
-from bp_runs.adapter import CONFIG_FILE
+from bp_export.origin import find_origin
+from bp_runs.files import publish_json, sha256_file
 
-# One of them is in every folder that an export writes.
-_MARKS = (CONFIG_FILE, "config.json", "Modelfile")
+MARK_FILE = "export.json"
+MARK_SCHEMA = "backpropagate.export/1"
+_ELSEWHERE = "Name another folder: --output ./other; or take this one away yourself."
+# What file browsers leave in any folder.
+_LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+
+
+def write_mark(folder: Path, format: str) -> None:
+    """Note in a finished folder, not yet in its place, that an export wrote it, and what."""
+    files = sorted(path.name for path in folder.iterdir())
+    publish_json(folder / MARK_FILE, {"schema": MARK_SCHEMA, "format": format, "files": files})
 
 
 def require_free_folder(path: Path, *, force: bool, sources: Sequence[Path]) -> None:
@@ -30,8 +45,28 @@ def require_free_folder(path: Path, *, force: bool, sources: Sequence[Path]) -> 
         raise OutputTakenError(f"{path} holds what is to be exported", way_out="Name another folder: --output ./other")
     if not force:
         raise OutputTakenError(f"{path} exists and is not empty")
-    if not any((path / mark).is_file() for mark in _MARKS):
-        raise OutputTakenError(f"{path} is no export's folder", way_out="Name another folder: --output ./other")
+    written = _read_mark(path)
+    if written is None and not _is_recorded(path):
+        raise OutputTakenError(f"{path} is no export's folder", way_out=_ELSEWHERE)
+    there = {entry.name for entry in path.iterdir()} - _LITTER - {MARK_FILE}
+    if written is not None and (added := sorted(there - written)):
+        raise OutputTakenError(f"{path} holds {added[0]}, which no export wrote", way_out=_ELSEWHERE)
+
+
+def _read_mark(folder: Path) -> set[str] | None:
+    """Names of what an export wrote there; None where none did."""
+    try:
+        mark = json.loads((folder / MARK_FILE).read_bytes())
+        return {str(name) for name in mark["files"]} if mark["schema"] == MARK_SCHEMA else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_recorded(folder: Path) -> bool:
+    """Whether a run's record names the folder as an export, and its weights: before there were marks."""
+    origin = find_origin(folder)
+    digest = origin.find_artifact(folder).get("sha256") if origin else None
+    return digest is not None and any(sha256_file(file) == digest for file in folder.iterdir() if file.is_file())
 
 
 def require_free_file(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> None:
