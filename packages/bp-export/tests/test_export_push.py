@@ -22,7 +22,7 @@ from bp_export.errors import (
     PushSourceError,
 )
 from bp_export.origin import find_origin, write_train_command
-from bp_runs.adapter import write_manifest
+from bp_runs.adapter import changed_files, read_adapter_folder, read_manifest, write_manifest
 from bp_runs.events import DataReady, ModelLoaded, StepDone
 from bp_runs.rail import TrainOutcome
 from bp_runs.spec import Settings
@@ -229,6 +229,75 @@ def test_secrets_stay_here(hub, trained, tmp_path):
         push(trained["adapter"], "me/pico", token=TOKEN)
     assert hub.repos == {}
     assert "notes.txt" not in prepare_push(trained["gguf"], "me/pico").shipment.files
+
+
+HOMES = ("/home/ada-lovelace/models", "/Users/ada-lovelace", r"C:\Users\ada-lovelace\models", "/root/models")
+
+
+def test_no_folder_of_this_machine_goes_along(hub, trained, tmp_path):
+    """Everything that is uploaded is searched, whoever wrote it."""
+    merged = export_adapter(trained["adapter"], format="merged", output=tmp_path / "merged").path
+    for folder, name in ((trained["adapter"], "tokenizer_config.json"), (merged, "config.json")):
+        told = json.loads((folder / name).read_text()) if (folder / name).is_file() else {}
+        told |= {"_name_or_path": str(tmp_path / "x"), "notes": [f"made in {home} today" for home in HOMES]}
+        write_json(folder / name, {**told, "files": list(HOMES)})
+    write_manifest(trained["adapter"], run_id=trained["run_id"], base=str(trained["base"]), origin=merged_of(tmp_path))
+    for name, source in (("lora", trained["adapter"]), ("gguf", trained["gguf"]), ("merged", merged)):
+        push(source, f"me/{name}", token=TOKEN)
+    for repo, files in hub.repos.items():
+        for name, data in files.items():
+            for word in (str(tmp_path), tmp_path.name, "lovelace", "/root"):
+                assert word.encode() not in data, (repo, name, word)
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    for name, data in hub.repos["me/lora"].items():
+        (shipped / name).write_bytes(data)
+    assert read_adapter_folder(shipped).base == "pico-base"
+    assert changed_files(shipped) == []
+    assert read_manifest(shipped)["origin"]["adapters"] == ["week-1", "week-2"]
+    assert "--base ./pico-base" in hub.repos["me/lora"]["README.md"].decode()
+    assert json.loads((trained["adapter"] / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        trained["base"]
+    ), "the folder itself stays as it is"
+
+
+def merged_of(folder):
+    return {"method": "linear", "adapters": [str(folder / "week-1"), "../clients/week-2"]}
+
+
+@pytest.mark.parametrize(
+    ("named", "base", "told"),
+    [
+        ("/cache/hub/models--me--pico/snapshots/0123abc", None, "me/pico"),
+        ("/models/pico", "me/pico-base", "me/pico-base"),
+        ("me/pico", None, "me/pico"),
+        (r"D:\models\pico", None, "pico"),
+    ],
+)
+def test_the_base_is_told_by_a_name_that_others_know(tmp_path, named, base, told, caplog):
+    lora = write_lora(tmp_path / "lora", write_base(tmp_path / "base"))
+    config = json.loads((lora / "adapter_config.json").read_text())
+    write_json(lora / "adapter_config.json", {**config, "base_model_name_or_path": named})
+    prepared = prepare_push(lora, "me/tuned", base=base)
+    sent = prepared.shipment.contents["adapter_config.json"]
+    sent = sent if isinstance(sent, bytes) else (lora / "adapter_config.json").read_bytes()
+    assert json.loads(sent) == {**config, "base_model_name_or_path": told}
+    assert (f'base_model: "{told}"' in prepared.card) == ("/" in told)
+    assert ("name its Hub id" in caplog.text) == ("/" not in told)
+    with pytest.raises(PushSourceError, match="no folder and no Hub id"):
+        prepare_push(lora, "me/tuned", base="no such folder")
+
+
+def test_a_gguf_that_names_a_folder_is_refused(tmp_path):
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    writer.add_string("quantize.imatrix.file", "/home/ada-lovelace/matrix.dat")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(PushSourceError, match=r"quantize\.imatrix\.file"):
+        prepare_push(tmp_path / "x.gguf", "me/x")
 
 
 @pytest.mark.parametrize(("base", "told"), [("base/listed", "mit"), ("base/x..y", None)])

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 from bp_export.cardhead import License
 from bp_export.origin import Origin, is_hub_id, list_changes, write_train_command
+from bp_export.places import hide_homes
 from bp_runs.redact import redact
 
 Kind: TypeAlias = Literal["adapter", "merged", "gguf"]
@@ -39,7 +40,7 @@ class CardFacts:
     """``owner/name``."""
     kind: Kind
     base: str
-    """As the adapter or the run names it: a Hub id, or a folder, of which only the name is told."""
+    """Its Hub id, or a folder's name."""
     license: License
     """The base's."""
     origin: Origin | None
@@ -56,7 +57,7 @@ class CardFacts:
     @property
     def base_name(self) -> str:
         """How the base is called in words."""
-        return self.base_id or PurePath(self.base).name or "an unnamed model"
+        return self.base or "an unnamed model"
 
 
 def build_card(facts: CardFacts) -> str:
@@ -72,7 +73,7 @@ def build_card(facts: CardFacts) -> str:
         *_write_reproduce(facts),
         *_write_license(facts),
     ]
-    return redact("\n\n".join(parts)) + "\n"
+    return redact(hide_homes("\n\n".join(parts))) + "\n"
 
 
 def _write_head(facts: CardFacts) -> Iterator[str]:
@@ -104,10 +105,20 @@ def _write_use(facts: CardFacts) -> Iterator[str]:
             "python", f'from transformers import pipeline\n\nchat = pipeline("text-generation", "{facts.repo}")'
         )
     else:
-        load = f'AutoPeftModelForCausalLM.from_pretrained("{facts.repo}")'
-        yield _fence("python", f"from peft import AutoPeftModelForCausalLM\n\nmodel = {load}")
+        yield _fence("python", _write_loading(facts))
         yield "Or as one file for Ollama, without torch:"
-        yield _fence("bash", f"pip install bp-export\nhf download {facts.repo} --local-dir adapter\nbp-export adapter")
+        base = "" if facts.base_id else f" --base ./{facts.base}"
+        lines = ("pip install bp-export", f"hf download {facts.repo} --local-dir adapter", f"bp-export adapter{base}")
+        yield _fence("bash", "\n".join(lines))
+
+
+def _write_loading(facts: CardFacts) -> str:
+    if facts.base_id:
+        load = f'AutoPeftModelForCausalLM.from_pretrained("{facts.repo}")'
+        return f"from peft import AutoPeftModelForCausalLM\n\nmodel = {load}"
+    imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM"
+    base = f'AutoModelForCausalLM.from_pretrained("./{facts.base}")  # which is not on the Hub by that name'
+    return f'{imports}\n\nbase = {base}\nmodel = PeftModel.from_pretrained(base, "{facts.repo}")'
 
 
 def _write_data(facts: CardFacts) -> Iterator[str]:

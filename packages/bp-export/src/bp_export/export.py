@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from bp_export.mixture import Quantization, read_quantization
 from bp_export.modelfile import write_ollama_adapter
 from bp_export.outputs import require_free_file, require_free_folder
 from bp_export.parity import is_verifiable, verify_gguf
+from bp_export.places import tell_model
 from bp_export.plan import GgufPlan, build_plan, read_config
 from bp_export.quantize import describe_kernels
 from bp_export.report import ParityReport
@@ -329,7 +329,4 @@ def _require_unpacked(config: Mapping[str, Any], folder: Path, *, dequantize: bo
 
 def _name_after(base: str) -> str:
     """The last part of a Hub id or path, and that it was tuned; a folder of the Hub's cache counts as its id."""
-    parts = [part for part in base.replace(os.sep, "/").split("/") if part]
-    if len(parts) > 2 and parts[-2] == "snapshots":
-        parts = parts[-3].split("--")
-    return f"{parts[-1] if parts else 'model'}-tuned"
+    return f"{tell_model(base).rpartition('/')[2] or 'model'}-tuned"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,14 +24,17 @@ from bp_export.errors import (
     PushRefusedError,
     PushRepoInvalidError,
     PushRepoTakenError,
+    PushSourceError,
 )
 from bp_export.gguf import read_settings
 from bp_export.origin import Origin, find_origin, is_hub_id
 from bp_export.picture import draw_loss
-from bp_export.shipment import Shipment, gather
+from bp_export.places import has_hub_form, tell_model
+from bp_export.shipment import Shipment, clean_settings, gather
 from bp_runs.adapter import read_adapter_folder
 from bp_runs.errors import first_line
 
+_log = logging.getLogger(__name__)
 _CARD = "README.md"
 _UNSEEN = (".gitattributes",)  # every repository begins with it
 _DENIED, _MISSING = (401, 403), 404
@@ -61,18 +65,19 @@ class Prepared:
 
 
 def prepare_push(
-    source: Path, repo: str, *, base: Path | None = None, ask_license: Callable[[str], License] | None = None
+    source: Path, repo: str, *, base: Path | str | None = None, ask_license: Callable[[str], License] | None = None
 ) -> Prepared:
     """Gather the files and write the card; nothing is uploaded.
 
     Args:
         source: An adapter folder, a model folder or a GGUF.
         repo: ``owner/name``.
-        base: The base's folder, whose card names its licence; by default the one that the adapter names.
+        base: The base's Hub id, which is told instead of a folder of this machine, or its folder, whose card names its
+            licence; by default the one that the adapter names.
         ask_license: Finds out the licence of a base that is only known by its Hub id.
 
     Raises:
-        PushSourceError: As `gather`.
+        PushSourceError: As `gather`; or ``base`` is neither a folder nor a Hub id.
         HubMissingError: Pillow is not installed, and there is a loss to draw.
     """
     shipment, origin = gather(source), find_origin(source)
@@ -80,18 +85,19 @@ def prepare_push(
     names = (*shipment.files, _CARD, *([PICTURE] if picture else []))
     artifact = origin.find_artifact(source) if origin else {}
     named = _find_base_name(source, shipment, origin)
-    license = _find_license(source, shipment, base or (Path(named) if named else source))
-    if license.id is None and ask_license is not None and is_hub_id(named):
-        license = ask_license(named)
-    facts = CardFacts(repo, shipment.kind, named, license, origin, names, picture is not None, artifact)
-    return Prepared(shipment, build_card(facts), picture, origin)
+    told = _tell_base(named, base, origin)
+    license = _find_license(source, shipment, Path(base or named or source))
+    if license.id is None and ask_license is not None and is_hub_id(told):
+        license = ask_license(told)
+    facts = CardFacts(repo, shipment.kind, told, license, origin, names, picture is not None, artifact)
+    return Prepared(clean_settings(shipment, told), build_card(facts), picture, origin)
 
 
 def push(
     source: Path,
     repo: str,
     *,
-    base: Path | None = None,
+    base: Path | str | None = None,
     private: bool = False,
     force: bool = False,
     revision: str | None = None,
@@ -156,8 +162,7 @@ def read_token(file: Path | None) -> str | None:
 
 
 def _list_files(prepared: Prepared) -> dict[str, str | bytes]:
-    files: dict[str, str | bytes] = {name: str(path) for name, path in prepared.shipment.files.items()}
-    files[_CARD] = prepared.card.encode()
+    files = {**prepared.shipment.contents, _CARD: prepared.card.encode()}
     return files | ({PICTURE: prepared.picture} if prepared.picture else {})
 
 
@@ -178,6 +183,23 @@ def _find_base_name(source: Path, shipment: Shipment, origin: Origin | None) -> 
     if shipment.kind == "adapter":
         return read_adapter_folder(source).base
     return str(origin.record.setting("model.name") or "") if origin else ""
+
+
+def _tell_base(named: str, base: Path | str | None, origin: Origin | None) -> str:
+    """The base's Hub id, from whoever knows it; else the last part of its folder.
+
+    Raises:
+        PushSourceError: ``base`` is neither a folder nor a Hub id.
+    """
+    if base is not None and not Path(base).is_dir() and not has_hub_form(str(base)):
+        raise PushSourceError(f"the base {base} is no folder and no Hub id", way_out="Name it: --base owner/name")
+    recorded = str(origin.record.setting("model.name") or "") if origin else ""
+    told = [tell_model(str(name)) for name in (base or "", named, recorded)]
+    if found := next((name for name in told if is_hub_id(name)), None):
+        return found
+    if named:
+        _log.warning("the base is told as %s, which only you know; name its Hub id: --base owner/name", told[1])
+    return told[1]
 
 
 def _find_license(source: Path, shipment: Shipment, base: Path) -> License:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
+from bp_export.places import has_hub_form
 from bp_runs.adapter import read_manifest
 from bp_runs.errors import CodedError
 from bp_runs.record import RunRecord
@@ -17,7 +17,6 @@ from bp_runs.store import RunStore
 
 # Where things were and how it was begun, which says nothing of what was learned.
 _PLACES = ("model.name", "model.revision", "data.path", "data.revision", "training.output_dir", "training.resume")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # A flag for one of several, where the setting is all of them.
 _SINGULAR: Mapping[str, str] = {"training.sample_prompts": "--sample-prompt"}
 
@@ -62,7 +61,7 @@ def find_origin(path: Path) -> Origin | None:
 
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is ``owner/name``, and not a folder."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return has_hub_form(name) and not Path(name).exists()
 
 
 def write_train_command(record: RunRecord) -> str | None:

@@ -1,14 +1,22 @@
-"""What of an adapter, a model folder or a GGUF goes to the Hub: known files only, and none with a secret in it."""
+"""What of an adapter, a model folder or a GGUF goes to the Hub: known files, without secrets and folders of a machine.
+
+Settings files are uploaded without the folders that they name; a GGUF, which cannot be changed in passing, is refused.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from bp_export.card import Kind
 from bp_export.errors import PushSourceError
-from bp_export.gguf import MAGIC
+from bp_export.gguf import MAGIC, read_settings
+from bp_export.places import hide_homes, hide_places, is_place, tell_model
 from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILES, WEIGHTS_FILE, read_adapter_folder
 from bp_runs.redact import redact
 
@@ -16,7 +24,8 @@ _ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # A token in a text of prose or of a vocabulary is none: only settings are searched.
-_SEARCHED = (CONFIG_FILE, MANIFEST_FILE, "config.json", "generation_config.json", "tokenizer_config.json")
+# The manifest comes last, since it holds the others' hashes.
+_SEARCHED = (CONFIG_FILE, "config.json", "generation_config.json", "tokenizer_config.json", MANIFEST_FILE)
 _SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
@@ -26,19 +35,31 @@ class Shipment:
 
     kind: Kind
     files: dict[str, Path]
+    cleaned: Mapping[str, bytes] = field(default_factory=dict)
+    """What is uploaded instead of a file, where that names a machine's folders."""
+
+    @property
+    def contents(self) -> dict[str, str | bytes]:
+        """What is uploaded by each name: a path, or bytes."""
+        return {name: self.cleaned.get(name, str(path)) for name, path in self.files.items()}
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
-        return sum(path.stat().st_size for path in self.files.values())
+        """Of all that is uploaded."""
+        return sum(
+            len(self.cleaned[name]) if name in self.cleaned else path.stat().st_size
+            for name, path in self.files.items()
+        )
 
 
 def gather(source: Path) -> Shipment:
     """The files of something that training or an export wrote.
 
     Raises:
-        PushSourceError: It is nothing of that sort, or a settings file holds what looks like a secret.
+        PushSourceError: It is nothing of that sort, a settings file holds what looks like a secret, or a GGUF names a
+            machine's folder.
         AdapterInvalidError: It is an adapter that is not whole.
+        ChatFailedError: It is a GGUF that cannot be read.
     """
     shipment = _gather(source)
     for name, path in shipment.files.items():
@@ -46,7 +67,49 @@ def gather(source: Path) -> Shipment:
             raise PushSourceError(
                 f"{path} holds what looks like a secret", way_out="Take it out of the file, and replace the secret."
             )
+        if shipment.kind == "gguf":
+            _require_no_place(path)
     return shipment
+
+
+def clean_settings(shipment: Shipment, base: str) -> Shipment:
+    """The shipment with settings files that name no folder of a machine, and the base by the name that others know.
+
+    Args:
+        base: What the adapter's settings and its ``run.json`` say of the base.
+    """
+    cleaned: dict[str, bytes] = {}
+    for name in (name for name in _SEARCHED if name in shipment.files):
+        text = shipment.files[name].read_text(encoding="utf-8", errors="replace")
+        try:
+            told = json.loads(text)
+        except ValueError:
+            continue  # whoever loads it is going to hear of that
+        if (clean := _clean(name, told, base, cleaned)) != told:
+            cleaned[name] = (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
+    return replace(shipment, cleaned=cleaned)
+
+
+def _clean(name: str, told: Any, base: str, cleaned: Mapping[str, bytes]) -> Any:
+    clean = hide_places(told)
+    if name == CONFIG_FILE:
+        clean["base_model_name_or_path"] = base
+    elif name == MANIFEST_FILE:
+        clean["base"] = base
+        digests = {other: hashlib.sha256(data).hexdigest() for other, data in cleaned.items()}
+        clean["files"] = {other: digests.get(other, digest) for other, digest in clean.get("files", {}).items()}
+        if isinstance(origin := clean.get("origin"), dict):
+            origin["adapters"] = [tell_model(str(path)) for path in origin.get("adapters", [])]
+    return clean
+
+
+def _require_no_place(file: Path) -> None:
+    for key, value in read_settings(file).items():
+        if isinstance(value, str) and (is_place(value) or hide_homes(value) != value):
+            raise PushSourceError(
+                f"{file} names a folder of a machine as {key}: {value[:200]}",
+                way_out="Export the model again with bp-export, which writes none, and push that.",
+            )
 
 
 def _gather(source: Path) -> Shipment:

@@ -20,7 +20,7 @@ def push(
     source: Path | None = None,
     *,
     repo: str,
-    base: Path | None = None,
+    base: str | None = None,
     private: Annotated[bool, Parameter(negative="")] = False,
     force: Annotated[bool, Parameter(negative="")] = False,
     revision: str | None = None,
@@ -39,8 +39,8 @@ def push(
         An adapter folder, a model folder or a GGUF; default: lora in the output folder of the settings.
     repo: str
         owner/name; it is made where it does not exist.
-    base: Path
-        The base's folder, whose card names the licence, where it is not the one that the adapter names.
+    base: str
+        The base's Hub id, or its folder, whose card names the licence; default: the one that the adapter names.
     private: bool
         Make a new repository private.
     force: bool

@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=Path, help="an adapter folder, a model folder or a GGUF")
     parser.add_argument("--repo", required=True, help="owner/name; it is made where it does not exist")
-    parser.add_argument("--base", type=Path, help="the base's folder, whose card names the licence")
+    parser.add_argument("--base", help="the base's Hub id, or its folder, whose card names the licence")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--force", action="store_true", help="replace files of the repository by a new commit")
     parser.add_argument("--revision", help="the branch (default: the main one)")
