@@ -102,6 +102,8 @@ class MultiRun:
     """What was typed."""
     remarks: Sequence[Notice]
     """What the user should know of the model."""
+    followers: Sequence[str]
+    """Trackers of its runs."""
     show: Callable[[Event], None] | None
     """Told every event of it and its members."""
 
@@ -182,6 +184,7 @@ class MultiRun:
             slices=self._find_slices(writer.folders.run / SLICES, sources, emit),
             emit=emit,
             show=self.show,
+            followers=self.followers,
         )
 
     def _find_slices(self, folder: Path, sources: Sequence[Path] | None, emit: Emit) -> list[Slice]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from backpropagate import catalogue, system
+from backpropagate import catalogue, system, trackers
 from backpropagate.errors import MultiRunStateError
 from backpropagate.logs import follow_run
 from backpropagate.scorecard import ScoreCard
@@ -93,6 +93,8 @@ class Stream:
     slices: Sequence[Slice]
     emit: Emit
     show: Callable[[Event], None] | None
+    followers: Sequence[str]
+    """Trackers of the single runs."""
 
     def run_all(self, stop: Stop) -> tuple[Progress, bool]:
         """Carry out what is not done yet; the progress then, and whether a stop was asked for.
@@ -150,14 +152,29 @@ class Stream:
             hardware=system.describe_machine(),
             parent=(self.folders.run_id, "member"),
         )
-        with follow_run(writer.run_id), writer:
+        watcher = Watcher(writer.emit, self.show)
+        followed = self._describe(writer.run_id, plan, flat)
+        with follow_run(writer.run_id), writer, trackers.follow(self.followers, followed, watcher):
             start = self._write_start(progress, state)
             folders = replace(writer.folders, machine=system.program_home(os.environ))
             base = self.base
             spec = TrainSpec.build(settings, folders, base.folder, base.commit, rows=file, initial_adapter=start)
-            outcome = self.rail.train(spec, Watcher(writer.emit, self.show).emit, stop)
+            outcome = self.rail.train(spec, watcher.emit, stop)
             writer.finish(outcome)
         return Trained(run_id=writer.run_id, plan=plan, outcome=outcome, before=before)
+
+    def _describe(self, run_id: str, plan: Slice, settings: Mapping[str, Any]) -> trackers.Tracked:
+        """What trackers are told of a single run."""
+        name = self.wanted.training.run_name
+        return trackers.describe_run(
+            run_id,
+            f"{name}-{plan.number}" if name else None,
+            settings,
+            output=self.store.output,
+            offline=system.is_offline(os.environ),
+            environ=os.environ,
+            group=self.folders.run_id,
+        )
 
     def _settings_for(self, plan: Slice, name: str, training: TrainingSpec) -> tuple[Settings, Path]:
         """The settings for one of a slice's files, which is read whole; documents are split as if read themselves."""

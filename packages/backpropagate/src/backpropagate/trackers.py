@@ -1,12 +1,14 @@
 """Trackers that follow a run: found where they are installed, told the run's id, settings and numbers.
 
 They read the events that every rail emits. Each is imported only where it is used. ``auto`` takes those that write to
-this machine, and wandb only where its key is in the environment, since it sends the numbers away.
+this machine, and wandb only where its key is in the environment, since it sends the numbers away. A run that goes on
+goes on in the entry that it had. Whatever a tracker raises costs the tracker and never the run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -15,10 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from backpropagate.errors import TrackerMissingError
-from bp_runs.events import Emit, EvalDone, Event, StepDone
+from bp_runs.errors import first_line
+from bp_runs.events import Emit, EvalDone, Event, Notice, StepDone
 from bp_runs.redact import redact_data
 
 PROJECT = "backpropagate"
+_log = logging.getLogger("backpropagate")
 
 
 class Tracker(Protocol):
@@ -44,15 +48,27 @@ class Tracked:
     output: Path
     offline: bool
     environ: Mapping[str, str]
+    done: int | None = None
+    """Steps after which it goes on; None: it begins."""
+    group: str | None = None
+    """The multi-run that it is one of."""
+
+    @property
+    def entry(self) -> str:
+        """A name that no other run has, for trackers that know runs by nothing else."""
+        return self.name if self.name == self.run_id else f"{self.name}-{self.run_id}"
 
 
 class Tensorboard:
-    """Event files under ``<output>/tensorboard/<name>``."""
+    """Event files under ``<output>/tensorboard/<entry>``."""
 
     def __init__(self, run: Tracked) -> None:
         from tensorboard.summary import Writer
 
-        self._writer = Writer(str(run.output / "tensorboard" / run.name))
+        folder = str(run.output / "tensorboard" / run.entry)
+        if run.done is not None:
+            _take_back(folder, run.done)
+        self._writer = Writer(folder)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """One scalar a number."""
@@ -64,17 +80,35 @@ class Tensorboard:
         self._writer.close()
 
 
+def _take_back(folder: str, done: int) -> None:
+    """Tell TensorBoard that the steps after ``done`` are done again: what was written of them does not count."""
+    from tensorboard.compat.proto.event_pb2 import Event as Entry
+    from tensorboard.compat.proto.event_pb2 import SessionLog
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(folder)
+    writer.add_event(Entry(step=done + 1, session_log=SessionLog(status=SessionLog.START)))
+    writer.close()
+
+
 class Mlflow:
-    """A run in the store that MLFLOW_TRACKING_URI names, else in ``<output>/mlflow.db``."""
+    """A run in the store that MLFLOW_TRACKING_URI names, else in ``<output>/mlflow.db``; found again by its tag."""
 
     def __init__(self, run: Tracked) -> None:
         mlflow = import_module("mlflow")  # of either distribution, the small one too
 
         if not run.environ.get("MLFLOW_TRACKING_URI"):
             mlflow.set_tracking_uri(f"sqlite:///{(run.output / 'mlflow.db').resolve().as_posix()}")
-        mlflow.set_experiment(run.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
-        mlflow.start_run(run_name=run.name, tags={"run_id": run.run_id})
-        mlflow.log_params({key: str(value)[:500] for key, value in run.settings.items()})
+        experiment = mlflow.set_experiment(run.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT))
+        before = mlflow.search_runs(
+            [experiment.experiment_id], f"tags.run_id = '{run.run_id}'", max_results=1, output_format="list"
+        )
+        if before:
+            mlflow.start_run(run_id=before[0].info.run_id)
+        else:
+            group = {"group": run.group} if run.group else {}
+            mlflow.start_run(run_name=run.name, tags={"run_id": run.run_id, **group})
+            mlflow.log_params({key: str(value)[:500] for key, value in run.settings.items()})
         self._mlflow = mlflow
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -95,7 +129,9 @@ class Wandb:
         self._run = wandb.init(
             project=run.environ.get("WANDB_PROJECT", PROJECT),
             id=run.run_id,
+            resume=None if run.done is None else "allow",
             name=run.name,
+            group=run.group,
             config=dict(run.settings),
             dir=str(run.output),
             mode="offline" if run.offline else None,
@@ -117,8 +153,13 @@ class Trackio:
         import trackio
 
         self._trackio = trackio
-        config = {**run.settings, "run_id": run.run_id}
-        trackio.init(project=run.environ.get("TRACKIO_PROJECT", PROJECT), name=run.name, config=config)
+        trackio.init(
+            project=run.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=run.entry,
+            group=run.group,
+            config={**run.settings, "run_id": run.run_id},
+            resume="never" if run.done is None else "allow",
+        )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """All numbers of a step at once."""
@@ -155,30 +196,76 @@ def choose_trackers(wanted: str, environ: Mapping[str, str]) -> list[str]:
     return [wanted]
 
 
+class Watching(Protocol):
+    """What a run's events go through: see `backpropagate.trainer.Watcher`."""
+
+    def emit(self, event: Event) -> None:
+        """Record and show one event."""
+        ...
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        ...
+
+    def add(self, show: Emit) -> None:
+        """Show events to one more."""
+        ...
+
+
 @contextmanager
-def follow(names: list[str], run: Tracked) -> Iterator[list[Emit]]:
-    """Open the trackers for a run; yields one taker of events for each, and closes them at the end."""
-    opened = [TRACKERS[name](run) for name in names]
+def follow(names: Sequence[str], run: Tracked, watcher: Watching) -> Iterator[None]:
+    """Open the trackers for a run, let ``watcher`` show them its events, and close them at the end."""
+    followers = [_Follower(name, run, watcher) for name in names]
+    for follower in followers:
+        watcher.add(follower.take)
     failed = True
     try:
-        yield [_taker(tracker) for tracker in opened]
+        yield
         failed = False
     finally:
-        for tracker in opened:
-            tracker.close(failed=failed)
+        for follower in followers:
+            follower.close(failed=failed)
+
+
+class _Follower:
+    """One tracker, told of a run until it fails; that it did is told once."""
+
+    def __init__(self, name: str, run: Tracked, watcher: Watching) -> None:
+        self._name = name
+        self._watcher = watcher
+        self._tracker: Tracker | None = None
+        self._has_failed = False
+        with self._forgiven(watcher.emit):
+            self._tracker = TRACKERS[name](run)
+
+    def take(self, event: Event) -> None:
+        values = numbers_of(event)
+        if values and self._tracker is not None and not self._has_failed:
+            with self._forgiven(self._watcher.emit):
+                self._tracker.log(event.step, values)  # type: ignore[attr-defined]  # events with numbers have a step
+
+    def close(self, *, failed: bool) -> None:
+        """End its entry; the run's record may be closed by now, so a failure is only shown."""
+        if self._tracker is not None:
+            with self._forgiven(self._watcher.show):
+                self._tracker.close(failed=failed)
+
+    @contextmanager
+    def _forgiven(self, tell: Emit) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  # an edge: a tracker may raise anything, and must not cost a run
+            message = f"the tracker {self._name} failed and is told no more; the run goes on"
+            _log.warning(message, exc_info=True, extra={"told": True})
+            if self._has_failed:
+                return
+            self._has_failed = True
+            tell(Notice(message=message, level="warning", details={"tracker": self._name, "reason": first_line(error)}))
 
 
 def describe_run(run_id: str, name: str | None, settings: Mapping[str, Any], **where: Any) -> Tracked:
     """What trackers are told of a run; secrets are masked."""
     return Tracked(run_id=run_id, name=name or run_id, settings=redact_data(dict(settings)), **where)
-
-
-def _taker(tracker: Tracker) -> Emit:
-    def take(event: Event) -> None:
-        if values := numbers_of(event):
-            tracker.log(event.step, values)  # type: ignore[attr-defined]  # events with numbers have a step
-
-    return take
 
 
 def numbers_of(event: Event) -> dict[str, float]:

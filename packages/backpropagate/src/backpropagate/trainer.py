@@ -193,7 +193,7 @@ class Trainer:
         rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
         system.require_one_process(os.environ)
-        following = trackers.choose_trackers(wanted.training.report_to, os.environ)
+        followers = trackers.choose_trackers(wanted.training.report_to, os.environ)
         store.require_own_adapter(result_name(resolved.to_record()))
         base = _find_base(rail, wanted)
         machine, remarks = system.program_home(os.environ), []
@@ -211,10 +211,12 @@ class Trainer:
             writer.run_id,
             wanted.training.run_name,
             wanted.to_flat(),
-            output=self.output,
+            output=store.output,
             offline=system.is_offline(os.environ),
             environ=os.environ,
+            done=going_on.step if going_on else None,
         )
+        watcher = Watcher(writer.emit, on_event)
         forbidden = system.is_network_forbidden(os.environ)
         try:
             with (
@@ -222,9 +224,8 @@ class Trainer:
                 writer,
                 stopping.on_interrupt() as stop,
                 offline.forbid_network(wanted=forbidden),
-                trackers.follow(following, followed) as takers,
+                trackers.follow(followers, followed, watcher),
             ):
-                watcher = Watcher(writer.emit, on_event, *takers)
                 for remark in remarks:
                     watcher.emit(remark)
                 folders = replace(writer.folders, machine=machine)
@@ -297,6 +298,7 @@ class Trainer:
             resume = store.find(resume)
             wanted = read_settings(store.load(resume))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
+        followers = trackers.choose_trackers(wanted.training.report_to, os.environ)
         base = _find_base(rail, wanted)
         settled, chosen = replace(resolved, settings=wanted), ""
         if resume is None:  # else ranks stay what they were, whatever is free on the card now
@@ -310,6 +312,7 @@ class Trainer:
             record=settled.to_record(),
             command=self._command,
             remarks=presets.remarks(wanted.model.name, chosen),
+            followers=followers,
             show=on_event,
         )
         result = stream.start([rows.path for rows in sources]) if resume is None else stream.resume(resume)
@@ -362,14 +365,15 @@ class Trainer:
 
 
 class Watcher:
-    """Records and logs every event, then shows it.
-
-    A screen or tracker that fails is told of once and dropped; the run goes on.
-    """
+    """Records and logs every event, then shows it; a screen that fails is dropped, and the run goes on."""
 
     def __init__(self, record: Emit, *shows: Emit | None) -> None:
         self._record = record
         self._shows = [show for show in shows if show is not None]
+
+    def add(self, show: Emit) -> None:
+        """Show events to one more."""
+        self._shows.append(show)
 
     def emit(self, event: Event) -> None:
         """Record and show one event.
@@ -379,6 +383,10 @@ class Watcher:
         """
         self._record(event)
         log_event(event)
+        self.show(event)
+
+    def show(self, event: Event) -> None:
+        """Show one event without recording it, for when the record is closed."""
         for show in list(self._shows):
             try:
                 show(event)
