@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 
@@ -59,6 +60,32 @@ def test_a_failed_swap_brings_the_old_folder_back(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="broken"), files.publish_folder(target) as partial:
         (partial / "w").write_text("new")
     assert (target / "w").read_text() == "old"
+
+
+@pytest.mark.parametrize("refusals", [3, 99])
+def test_windows_is_asked_again_while_somebody_reads(tmp_path, monkeypatch, refusals):
+    waits, asked = [], []
+    real = os.replace
+
+    def busy(source, goal):
+        asked.append(source)
+        if len(asked) <= refusals:
+            raise PermissionError(errno.EACCES, "The process cannot access the file", str(source))
+        real(source, goal)
+
+    with files.publish_folder(tmp_path / "lora") as partial:
+        (partial / "w").write_text("old")
+    monkeypatch.setattr(files, "_IS_WINDOWS", True)
+    monkeypatch.setattr(files.time, "sleep", waits.append)
+    monkeypatch.setattr(os, "replace", busy)
+    refused = pytest.raises(OutputNotWritableError) if refusals > 50 else contextlib.nullcontext()
+    with refused, files.publish_folder(tmp_path / "lora") as partial:
+        (partial / "w").write_text("new")
+    assert waits == sorted(waits)
+    assert sum(waits) < 5
+    assert len(waits) == min(refusals, 13)
+    monkeypatch.setattr(os, "replace", real)
+    assert (tmp_path / "lora" / "w").read_text() == ("old" if refusals > 50 else "new")
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):

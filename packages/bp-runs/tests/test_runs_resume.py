@@ -3,15 +3,17 @@
 import os
 import platform
 from dataclasses import replace
+from pathlib import Path
 
 import orjson
 import pytest
 from fake_runs import fake_run
 
 from bp_runs import migrations, paths
-from bp_runs.errors import InterruptedRunError, RecordNewerError, ResumeChangedError, RunActiveError
-from bp_runs.events import DataReady, StepDone
+from bp_runs.errors import DiskFullError, InterruptedRunError, RecordNewerError, ResumeChangedError, RunActiveError
+from bp_runs.events import DataReady, ModelLoaded, Notice, SampleAnswer, StepDone
 from bp_runs.process import process_birth
+from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord, read_record, write_record
 from bp_runs.store import RunStore
 
@@ -19,6 +21,14 @@ DATA = DataReady(
     path="d", sha256="a", template="t", template_sha256="b", read=1, trained=1, truncated=0, dropped=0, tokens=3,
     trained_tokens=2,
 )  # fmt: skip
+
+
+MODEL = ModelLoaded(
+    name="m", revision=None, config_sha256="c", parameters=1, trainable=1, mode="lora", dtype="float32", device="cpu",
+)  # fmt: skip
+OUTCOME = TrainOutcome(
+    adapter=Path("lora"), steps=5, first_loss=1.0, final_loss=1.0, tokens=5, seconds=1.0, peak_memory=1, stopped=True
+)
 
 
 def step(number, loss=1.0):
@@ -69,6 +79,46 @@ def test_changed_data_leaves_the_run_as_it_stood(tmp_path):
     assert caught.value.details["sha256"] == {"before": "a", "now": "other"}
     assert store.load(run_id) == before
     assert len([e for e in store.read_metrics(run_id) if e["event"] == "data"]) == 1
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+@pytest.mark.parametrize("refusal", ["data", "model", "error", "interrupt"])
+def test_a_resumption_that_is_refused_leaves_no_trace(tmp_path, refusal):
+    store = RunStore(tmp_path)
+    with store.start(settings={}, rail="fake") as run:
+        run.emit(DATA)
+        run.emit(MODEL)
+        for number in range(1, 6):
+            run.emit(step(number))
+        run.finish(OUTCOME)
+    before = files(store.folder(run.run_id)), store.list_runs()
+    other = {"data": replace(DATA, read=2), "model": replace(MODEL, config_sha256="other")}
+    error = {"error": DiskFullError("x"), "interrupt": KeyboardInterrupt()}.get(refusal, ResumeChangedError("x"))
+    with pytest.raises(type(error)), store.reopen(run.run_id, from_step=3, checkpoint="c") as again:
+        again.emit(Notice(message="it goes on"))
+        again.emit(other.get(refusal, DATA))
+        again.emit(other.get(refusal, MODEL) if refusal == "model" else Notice(message="other versions"))
+        raise error
+    assert (files(store.folder(run.run_id)), store.list_runs()) == before
+    with store.reopen(run.run_id, from_step=3, checkpoint="c") as again:
+        again.emit(MODEL)
+        again.emit(DATA)
+        again.emit(step(4))
+    assert [e["event"] for e in store.read_metrics(run.run_id)][-4:] == ["resumed", "model", "data", "step"]
+    assert [e["step"] for e in store.read_metrics(run.run_id) if e["event"] == "step"] == [1, 2, 3, 4]
+
+
+def test_a_run_that_begins_again_answers_again(tmp_path):
+    store = RunStore(tmp_path)
+    answer = SampleAnswer(step=0, prompt="who", answer="me")
+    with store.start(settings={}, rail="fake") as run:
+        run.emit(answer)
+    with store.reopen(run.run_id, from_step=0, checkpoint=None) as run:
+        run.emit(answer)
+    assert [e["event"] for e in store.read_metrics(run.run_id)] == ["resumed", "sample"]
 
 
 def test_only_one_process_works_on_a_run(tmp_path):

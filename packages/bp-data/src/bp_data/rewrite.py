@@ -24,7 +24,7 @@ from bp_data.ledger import Ledger
 from bp_data.quality import find_personal
 from bp_data.read import read_rows
 from bp_runs.errors import ContractError, OutputTakenError
-from bp_runs.files import coded_disk_errors, fsync_folder
+from bp_runs.files import coded_disk_errors, fsync_folder, rename
 
 Format: TypeAlias = Literal["messages", "conversations", "alpaca", "prompt-completion", "text", "preference", "kto"]
 
@@ -223,7 +223,7 @@ def _publish_lines(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            rename(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         fsync_folder(path.parent)

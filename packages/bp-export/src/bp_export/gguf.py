@@ -20,7 +20,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter, Keys
 
 from bp_export.errors import ChatFailedError
 from bp_export.quantize import TensorType
-from bp_runs.files import coded_disk_errors, fsync_folder
+from bp_runs.files import coded_disk_errors, fsync_folder, rename
 
 MAGIC = b"GGUF"
 # llama-quantize sets these two anew, which moves them to the end, in this order.
@@ -95,7 +95,7 @@ class GgufStream:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._partial, self._path)
+            rename(self._partial, self._path)
             fsync_folder(self._path.parent)
         return self._bytes, self._digest.hexdigest()
 

@@ -27,7 +27,15 @@ import orjson
 from bp_runs import paths
 from bp_runs.errors import CheckpointInvalidError
 from bp_runs.events import CheckpointSaved, Emit
-from bp_runs.files import coded_disk_errors, fsync_file, fsync_folder, publish_bytes, require_free_space, sha256_file
+from bp_runs.files import (
+    coded_disk_errors,
+    fsync_file,
+    fsync_folder,
+    publish_bytes,
+    rename,
+    require_free_space,
+    sha256_file,
+)
 from bp_runs.record import utc_now
 from bp_runs.spec import TrainSpec
 
@@ -167,7 +175,7 @@ class CheckpointFolder:
                     "files": _settle_files(partial),
                 }
                 _write_manifest(partial, manifest)
-                os.replace(partial, self.path / name)
+                rename(partial, self.path / name)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
             fsync_folder(self.path)
@@ -221,7 +229,7 @@ class CheckpointFolder:
         """Out of sight in one step, so that a kill leaves no half of it to be found."""
         gone = folder.with_name(f".{folder.name}.old")
         with coded_disk_errors(folder):
-            os.replace(folder, gone)
+            rename(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
     def _sweep(self) -> None:

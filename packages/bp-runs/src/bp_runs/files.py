@@ -15,7 +15,8 @@ import orjson
 
 from bp_runs.errors import DiskFullError, OutputNotWritableError
 
-_WINDOWS_TRIES = 20
+_IS_WINDOWS = os.name == "nt"
+_WAITS = tuple(0.01 * 1.5**turn for turn in range(13))  # seconds; 3.9 in all
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
 
@@ -72,13 +73,29 @@ def require_free_space(folder: Path, need: int, what: str) -> None:
 
 def fsync_folder(folder: Path) -> None:
     """Make a rename inside ``folder`` durable; a no-op where folders cannot be opened (Windows)."""
-    if os.name == "nt":
+    if _IS_WINDOWS:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def rename(source: Path, target: Path) -> None:
+    """`os.replace` of a file or folder.
+
+    Windows refuses it while anybody reads: a virus scanner, an indexer, a process that looks at the runs. There it is
+    tried again, with longer and longer waits, for some four seconds.
+    """
+    for wait in _WAITS if _IS_WINDOWS else ():
+        try:
+            os.replace(source, target)
+        except PermissionError:
+            time.sleep(wait)
+        else:
+            return
+    os.replace(source, target)
 
 
 def publish_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -98,7 +115,7 @@ def publish_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
                 file.flush()
                 if durable:
                     os.fsync(file.fileno())
-            _replace(partial, path)
+            rename(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         if durable:
@@ -117,7 +134,7 @@ def publish_file(path: Path) -> Iterator[Path]:
         try:
             yield partial
             fsync_file(partial)
-            _replace(partial, path)
+            rename(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         fsync_folder(path.parent)
@@ -161,32 +178,20 @@ def _recover(path: Path) -> None:
     """Undo what a process left that was killed between its two renames."""
     for old in sorted(path.parent.glob(f".{path.name}.*.old")):
         if not path.exists():
-            os.replace(old, path)
+            rename(old, path)
     for kind in ("old", "partial"):
         for leftover in path.parent.glob(f".{path.name}.*.{kind}"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _replace(source: Path, target: Path) -> None:
-    """`os.replace`; on Windows it is tried for a second, since any reader of ``target`` blocks it there."""
-    for _ in range(_WINDOWS_TRIES if os.name == "nt" else 0):
-        try:
-            os.replace(source, target)
-        except PermissionError:
-            time.sleep(0.05)
-        else:
-            return
-    os.replace(source, target)
-
-
 def _swap_in(partial: Path, path: Path, old: Path) -> None:
     if path.exists():
-        os.replace(path, old)
+        rename(path, old)
     try:
-        os.replace(partial, path)
+        rename(partial, path)
     except OSError:
         if old.exists():
-            os.replace(old, path)
+            rename(old, path)
         raise
     fsync_folder(path.parent)
 

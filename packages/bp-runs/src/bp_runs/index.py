@@ -19,7 +19,7 @@ import orjson
 
 from bp_runs import paths
 from bp_runs.errors import RecordInvalidError
-from bp_runs.files import coded_disk_errors, publish_bytes
+from bp_runs.files import coded_disk_errors, publish_bytes, rename
 from bp_runs.record import RunRecord, read_record
 
 INDEX_SCHEMA = "backpropagate.run_history/2"
@@ -166,4 +166,4 @@ def _set_older_aside(index: Path) -> None:
     names = (f"run_history.older{n or ''}.json" for n in range(1000))
     free = next(index.with_name(name) for name in names if not index.with_name(name).exists())
     with coded_disk_errors(index):
-        os.replace(index, free)
+        rename(index, free)

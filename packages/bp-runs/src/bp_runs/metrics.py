@@ -64,7 +64,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         if event is None:
             continue
         if event.get("event") == Resumed.kind:
-            events = [e for e in events if e.get("event") not in _OF_A_STEP or e["step"] <= event["step"]]
+            kept = event["step"] if event.get("checkpoint") else -1  # begun again: not even the first answers stay
+            events = [e for e in events if e.get("event") not in _OF_A_STEP or e["step"] <= kept]
         events.append(event)
     return events
 

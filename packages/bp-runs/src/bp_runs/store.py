@@ -25,7 +25,7 @@ from bp_runs.errors import (
     RunActiveError,
     RunNotFoundError,
 )
-from bp_runs.files import coded_disk_errors, publish_folder, require_folder
+from bp_runs.files import coded_disk_errors, publish_folder, rename, require_folder
 from bp_runs.metrics import read_events, read_progress
 from bp_runs.process import process_birth
 from bp_runs.record import Relation, RunRecord, read_record, utc_now, write_record
@@ -131,7 +131,7 @@ class RunStore:
                 raise RunActiveError(f"the run {run_id} is going on in process {record.pid} on {record.host}")
         gone = folder.with_name(f".{run_id}.removed")
         with self._locked(), coded_disk_errors(folder):
-            os.replace(folder, gone)
+            rename(folder, gone)
             index.rebuild(self.output)
         shutil.rmtree(gone, ignore_errors=True)
 
@@ -263,7 +263,7 @@ class RunStore:
             new.mkdir()
             (new / paths.METRICS_FILE).write_bytes(events)
             write_record(new, record)
-            os.replace(new, folder)
+            rename(new, folder)
         return folder
 
     def _settle(self, run_id: str) -> RunRecord:

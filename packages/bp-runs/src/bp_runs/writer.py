@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from bp_runs import paths
 from bp_runs.adapter import WEIGHTS_FILE
 from bp_runs.errors import CodedError, RecordInvalidError, ResumeChangedError, RunActiveError, RunStatus
-from bp_runs.events import CheckpointSaved, DataReady, Event, ModelLoaded, Resumed
+from bp_runs.events import CheckpointSaved, DataReady, Event, ModelLoaded, Notice, Resumed
 from bp_runs.files import sha256_file
 from bp_runs.metrics import MetricsFile, read_progress
 from bp_runs.rail import TrainOutcome
@@ -31,7 +31,8 @@ class RunWriter:
     """Writes one run while it happens; a context manager that records how it ended.
 
     Leaving it by an error records that error; leaving it without `finish` is a failure too. Of a run that goes on,
-    data and model must be what they were: else it is left as it stood before.
+    data and model must be what they were. Until both have been compared its events are held back, and an error leaves
+    it as it stood before.
     """
 
     def __init__(self, store: RunStore, folder: Path, record: RunRecord, before: RunRecord | None = None) -> None:
@@ -48,10 +49,11 @@ class RunWriter:
         cache = paths.cache_folder(store.output)
         self.folders = RunFolders(run_id=record.run_id, output=store.output, run=folder, cache=cache)
         self._metrics = MetricsFile(folder / paths.METRICS_FILE)
+        self._held: list[tuple[str, Event]] = []
+        self._compared: set[type[Event]] = set()
         self._save()
-        if before:
-            session = record.sessions[-1]
-            self.emit(Resumed(step=session["from_step"], checkpoint=session["checkpoint"]))
+        if before and not (before.data or before.model):  # nothing to compare: cut off early, or a multi-run
+            self._go_on()
 
     @property
     def run_id(self) -> str:
@@ -65,11 +67,29 @@ class RunWriter:
             ResumeChangedError: The run goes on, and its data or model are not what they were.
             DiskFullError: No room for the line.
         """
+        if self._before is None:
+            self._take(utc_now(), event)
+            return
         if isinstance(event, DataReady):
-            _require_same("data", self._record.data, event.to_dict(), _SAME_DATA)
+            _require_same("data", self._before.data, event.to_dict(), _SAME_DATA)
         elif isinstance(event, ModelLoaded):
-            _require_same("base model", self._record.model, event.to_dict(), _SAME_MODEL)
-        self._metrics.add(utc_now(), event)
+            _require_same("base model", self._before.model, event.to_dict(), _SAME_MODEL)
+        self._held.append((utc_now(), event))
+        self._compared.add(type(event))
+        if self._compared >= {DataReady, ModelLoaded} or not isinstance(event, DataReady | ModelLoaded | Notice):
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """From here on the run is no longer what it was before."""
+        session = self._record.sessions[-1]
+        self._before = None
+        self._take(utc_now(), Resumed(step=session["from_step"], checkpoint=session["checkpoint"]))
+        for at, event in self._held:
+            self._take(at, event)
+        self._held.clear()
+
+    def _take(self, at: str, event: Event) -> None:
+        self._metrics.add(at, event)
         if isinstance(event, ModelLoaded):
             self._record.model = event.to_dict()
             self._save()
@@ -81,6 +101,8 @@ class RunWriter:
 
     def finish(self, outcome: TrainOutcome) -> RunRecord:
         """Record a run that ended well, or was stopped by the user with its adapter kept."""
+        if self._before:
+            self._go_on()
         self._record.result = outcome.to_dict()
         weights = outcome.adapter / WEIGHTS_FILE  # a whole model has its hashes in its own run.json
         digest = {"sha256": sha256_file(weights)} if weights.is_file() else {}
@@ -90,8 +112,8 @@ class RunWriter:
         return self._record
 
     def fail(self, error: BaseException) -> RunRecord:
-        """Record a run that ended by ``error``."""
-        if isinstance(error, ResumeChangedError) and self._before:
+        """Record a run that ended by ``error``; one that has not gone on yet is left as it stood."""
+        if self._before:
             self._record = self._before
             self._close()
         elif isinstance(error, CodedError):

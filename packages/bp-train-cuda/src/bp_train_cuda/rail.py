@@ -95,7 +95,8 @@ class CudaRail:
 
         prepared = prepare_rows(spec)
         trained, heldout = evaluation.hold_out(prepared.rows, spec.training)
-        emit(data_ready(spec, prepared, len(heldout)))
+        emit(data_ready(spec, prepared, len(heldout)))  # refused where the run goes on and the data has changed
+        prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
         if prepared.ledger.dropped:
             emit(Notice(message=f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}", level="warning"))
         check.require_rows_fit(spec, prepared)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from bp_runs.events import DataReady
-from bp_runs.paths import REJECTED_FILE
 from bp_runs.spec import TrainSpec
 
 if TYPE_CHECKING:
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def prepare_rows(spec: TrainSpec) -> AnyPrepared:
-    """Read, tokenize and mask the data file for ``spec.training.method``; rejected rows are written down.
+    """Read, tokenize and mask the data file for ``spec.training.method``.
 
     Raises:
         InvalidSettingError, DataError, DatasetGateError: As `bp_data.prepare_asked`.
@@ -21,9 +20,7 @@ def prepare_rows(spec: TrainSpec) -> AnyPrepared:
     from bp_data import prepare_asked
 
     cache = spec.folders.cache and spec.folders.cache / "tokens"
-    prepared = prepare_asked(spec, spec.rows_path, spec.base, cache=cache)
-    prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
-    return prepared
+    return prepare_asked(spec, spec.rows_path, spec.base, cache=cache)
 
 
 def data_ready(spec: TrainSpec, prepared: AnyPrepared, heldout: int) -> DataReady:
