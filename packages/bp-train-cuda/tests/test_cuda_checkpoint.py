@@ -63,6 +63,16 @@ def scarce_memory(monkeypatch):
     monkeypatch.setattr(LlamaModel, "forward", scarce)
 
 
+def first_format_goes_on(spec, folder, events):
+    """The outcome of going on from a checkpoint as it was first written: without a schema, with all losses."""
+    state = json.loads((folder / checkpoint.STATE_FILE).read_text())
+    assert state.pop("schema") == "backpropagate.cuda_state/2"
+    assert state["reporter"]["losses"]["count"] == 14
+    state["reporter"]["losses"] = [e.loss for e in events if isinstance(e, StepDone)][:14]
+    (folder / checkpoint.STATE_FILE).write_text(json.dumps(state))
+    return CudaRail().train(replace(spec, checkpoint=folder), lambda _: None, lambda: False)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_twenty_steps_are_seven_a_kill_and_thirteen(pico_model, chat_file, tmp_path, monkeypatch, kind):
     change = KINDS[kind]
@@ -97,6 +107,9 @@ def test_twenty_steps_are_seven_a_kill_and_thirteen(pico_model, chat_file, tmp_p
     files = [{n: f["sha256"] for n, f in c.files.items() if n != checkpoint.STATE_FILE} for c in last]
     assert files[0] == files[1]
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "weights.safetensors"} <= set(files[0])
+    if kind == "plain":
+        again = first_format_goes_on(cut, last[1].path, straight_events)
+        assert [getattr(again, n) for n in names] == [getattr(straight, n) for n in names]
     if kind == "out of memory":
         assert [e.details["pieces"] for e in straight_events if isinstance(e, Notice) and "pieces" in e.details] == [2]
         assert json.loads((last[1].path / checkpoint.STATE_FILE).read_text())["splitter"] == {"halvings": 1}
@@ -186,13 +199,16 @@ def test_a_save_that_is_tried_again_keeps_its_reason(pico_model, chat_file, tmp_
     assert [(e.step, e.reason) for e in events if isinstance(e, CheckpointSaved)] == [(1, "stop")]
 
 
-@pytest.mark.parametrize("damage", ["rank", "state", "file"])
+@pytest.mark.parametrize("damage", ["rank", "state", "newer", "file"])
 def test_a_checkpoint_of_another_model_or_version_is_refused(pico_model, chat_file, tmp_path, damage):
     spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"save_steps": 3})
     train(spec)
     folder = CheckpointFolder(spec.folders.run).read()[0].path
     if damage == "state":
         (folder / checkpoint.STATE_FILE).write_text("{}")
+    elif damage == "newer":
+        state = (folder / checkpoint.STATE_FILE).read_text()
+        (folder / checkpoint.STATE_FILE).write_text(state.replace("cuda_state/2", "cuda_state/99"))
     elif damage == "file":
         (folder / checkpoint.WEIGHTS_FILE).write_bytes(b"")
     lora = {"r": 2} if damage == "rank" else {}

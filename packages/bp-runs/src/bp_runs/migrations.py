@@ -6,7 +6,7 @@ schema than the last number is read as far as it is understood, and never rewrit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,18 +35,24 @@ LATEST = MIGRATIONS[-1].number
 RECORD_SCHEMA = f"{NAME}/{LATEST}"
 
 
-def schema_number(data: dict[str, Any]) -> int | None:
-    """The number in ``schema``; None where it is none of ours."""
-    name, _, number = str(data.get("schema")).rpartition("/")
-    return int(number) if name == NAME and number.isascii() and number.isdigit() else None
+def schema_number(data: Mapping[str, Any], name: str = NAME) -> int | None:
+    """The number in ``schema``; None where it is none of that name's."""
+    found, _, number = str(data.get("schema")).rpartition("/")
+    return int(number) if found == name and number.isascii() and number.isdigit() else None
 
 
-def migrate(data: dict[str, Any]) -> dict[str, Any]:
-    """``data`` led on to the latest schema; unchanged where it is as new, or newer."""
+def migrate(data: Mapping[str, Any], name: str = NAME, steps: Sequence[Migration] = MIGRATIONS) -> dict[str, Any]:
+    """``data`` led on to the latest schema; unchanged where it is as new, or newer.
+
+    Args:
+        data: A record, or what else has a list of its own: a rail's checkpoint.
+        name: The schema's, without its number.
+        steps: The list.
+    """
     found = dict(data)
-    number = schema_number(found)
-    for step in MIGRATIONS:
+    number = schema_number(found, name)
+    for step in steps:
         if number is not None and number < step.number:
             step.change(found)
-            found["schema"] = f"{NAME}/{step.number}"
+            found["schema"] = f"{name}/{step.number}"
     return found

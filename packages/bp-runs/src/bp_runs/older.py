@@ -17,7 +17,7 @@ from typing import Any
 
 from bp_runs.errors import HistoryInvalidError, RunStatus
 from bp_runs.events import StepDone
-from bp_runs.rail import mean_ends
+from bp_runs.losses import LossEnds
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 
@@ -99,7 +99,7 @@ def to_record(row: Mapping[str, Any], file: Path) -> tuple[RunRecord, list[dict[
     steps, created = _whole(row.get("steps")), _time(row.get("started_at") or row.get("timestamp"))
     result: dict[str, Any] = {}
     if status == "completed":
-        first = mean_ends(known)[0] if known else final
+        first = LossEnds(known).means()[0] if known else final
         result = {
             "steps": steps,
             "first_loss": first,

@@ -69,7 +69,7 @@ class TrainOutcome:
     """Steps done; less than asked when stopped."""
     first_loss: float
     final_loss: float
-    """Means over the first and the last tenth of the steps, at least one step each."""
+    """Means over the first and the last tenth of the steps, from one step to a hundred each."""
     tokens: int
     seconds: float
     """Of the loop alone, without loading."""
@@ -270,9 +270,3 @@ class Estimates(Protocol):
             CodedError: The config tells too little.
         """
         ...
-
-
-def mean_ends(losses: list[float]) -> tuple[float, float]:
-    """Means over the first and the last tenth of ``losses`` (at least one value each), in nats."""
-    share = max(1, len(losses) // 10)
-    return sum(losses[:share]) / share, sum(losses[-share:]) / share

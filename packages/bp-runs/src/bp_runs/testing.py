@@ -16,7 +16,8 @@ from bp_runs.checkpoint import Reason, is_due, save_checkpoint
 from bp_runs.errors import CodedError, NothingHeldOutError
 from bp_runs.events import AdapterSaved, DataReady, Emit, ModelLoaded, Notice, SampleAnswer, StepDone
 from bp_runs.files import publish_folder, sha256_file
-from bp_runs.rail import EvalOutcome, Part, Probe, RowOutcome, Stop, TrainOutcome, mean_ends
+from bp_runs.losses import LossEnds
+from bp_runs.rail import EvalOutcome, Part, Probe, RowOutcome, Stop, TrainOutcome
 from bp_runs.spec import Settings, TrainSpec
 
 _STATE_FILE = "losses.json"
@@ -73,7 +74,7 @@ class FakeRail:
         emit_answers(spec, emit, step=len(losses), answer="after")
         size = write_fake_adapter(spec, self.width)
         emit(AdapterSaved(path=str(spec.folders.adapter), bytes=size))
-        first, final = mean_ends(losses)
+        first, final = LossEnds(losses).means()
         return TrainOutcome(
             adapter=spec.folders.adapter,
             steps=len(losses),

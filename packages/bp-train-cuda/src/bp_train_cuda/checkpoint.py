@@ -3,7 +3,7 @@
     weights.safetensors     the trainable weights by name, as they are after the step
     best.safetensors        those of the lowest validation loss so far, where there was a validation
     optimizer.pt scheduler.pt rng_state.pth trainer_state.json    the Trainer's own files
-    state.json              ours: losses, tokens, seconds, halvings, validation so far
+    state.json              ours: schema, the losses' ends, tokens, seconds, halvings, validation so far
 
 transformers writes its files in place and picks ``checkpoint-N`` by name; here they are written aside, hashed and
 renamed with the rest. The rows' order is drawn from the seed and the epoch, so the step says where in the data the
@@ -13,6 +13,7 @@ run was.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,16 +28,28 @@ from transformers.trainer import TRAINER_STATE_NAME
 from bp_runs.checkpoint import Reason, is_due, save_checkpoint
 from bp_runs.errors import CheckpointInvalidError, DiskFullError, first_line
 from bp_runs.events import Emit
+from bp_runs.losses import LossEnds
+from bp_runs.migrations import Migration, migrate, schema_number
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.lora import trainable_weights
 
 WEIGHTS_FILE = "weights.safetensors"
 BEST_FILE = "best.safetensors"
 STATE_FILE = "state.json"
+STATE_NAME = "backpropagate.cuda_state"
 _FULL = 2**20  # bytes that a full disk may still call free
 _MARGIN = 16 * 2**20  # bytes for what is small: random states, losses, manifest
 
 Weights = dict[str, torch.Tensor]
+
+
+def _keep_ends(state: dict[str, Any]) -> None:
+    state["reporter"]["losses"] = LossEnds(state["reporter"]["losses"]).to_dict()
+
+
+# Of state.json, which had no schema at first; as in `bp_runs.migrations`, the list only grows at its end.
+_STEPS = (Migration(2, "of the losses only the first and the last", _keep_ends),)
+STATE_SCHEMA = f"{STATE_NAME}/{_STEPS[-1].number}"
 
 
 class Stateful(Protocol):
@@ -143,12 +156,7 @@ class Checkpointer:
         if folder is None:
             return
         _restore_weights(folder, trainable_weights(self._model))
-        state = orjson.loads((folder / STATE_FILE).read_bytes())
-        if state.keys() != self._parts.keys():
-            raise CheckpointInvalidError(
-                f"{folder} was saved by another version of the rail",
-                cause=f"it remembers {sorted(state)}, not {sorted(self._parts)}",
-            )
+        state = _read_state(folder, set(self._parts))
         for name, part in self._parts.items():
             part.restore_state(state[name])
         if self._validation and (folder / BEST_FILE).is_file():
@@ -166,12 +174,25 @@ class Checkpointer:
             save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, folder / WEIGHTS_FILE)
             if self._validation and self._validation.best:
                 save_file(self._validation.best, folder / BEST_FILE)
-            (folder / STATE_FILE).write_bytes(orjson.dumps({n: p.read_state() for n, p in self._parts.items()}))
+            state = {name: part.read_state() for name, part in self._parts.items()}
+            (folder / STATE_FILE).write_bytes(orjson.dumps({"schema": STATE_SCHEMA, **state}))
             trainer._save_optimizer_and_scheduler(str(folder))  # noqa: SLF001  # the Trainer's parts, saved one by one
             trainer._save_rng_state(str(folder))  # noqa: SLF001
             history, trainer.state.log_history = trainer.state.log_history, []  # metrics.jsonl has it
             trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             trainer.state.log_history = history
+
+
+def _read_state(folder: Path, parts: set[str]) -> dict[str, Any]:
+    """What each part remembered, led on to today's schema."""
+    saved = {"schema": f"{STATE_NAME}/1"} | orjson.loads((folder / STATE_FILE).read_bytes())
+    remembered = saved.keys() - {"schema"}
+    if remembered != parts or (schema_number(saved, STATE_NAME) or math.inf) > _STEPS[-1].number:
+        raise CheckpointInvalidError(
+            f"{folder} was saved by another version of the rail",
+            cause=f"{saved['schema']} of {sorted(remembered)}, not {STATE_SCHEMA} of {sorted(parts)}",
+        )
+    return migrate(saved, STATE_NAME, _STEPS)
 
 
 def _restore_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:

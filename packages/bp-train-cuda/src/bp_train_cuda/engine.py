@@ -22,7 +22,7 @@ from bp_data.asked import AnyPrepared
 from bp_runs.errors import CodedError, DiskFullError, TrainingDivergedError
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
-from bp_runs.rail import EvalOutcome, RowOutcome, Stop, TrainOutcome, mean_ends
+from bp_runs.rail import EvalOutcome, RowOutcome, Stop, TrainOutcome
 from bp_runs.spec import LoraSpec, TrainingSpec, TrainSpec
 from bp_train_cuda import check, full, load, lora, probe, unsloth
 from bp_train_cuda.answers import answer
@@ -200,10 +200,10 @@ def _train(
     _run(trainer, spec.checkpoint, emit)
     reporter.validate_stopped()
     if reporter.validator is not None:
-        reporter.validator.restore_best(len(reporter.losses))
+        reporter.validator.restore_best(reporter.losses.count)
     folder = _save(spec, prepared, model, loaded.mode, emit)  # before all that may still fail
     fit.remember(parts.splitter.halvings, memory.read())
-    _emit_answers(spec, prepared, model, emit, step=len(reporter.losses))
+    _emit_answers(spec, prepared, model, emit, step=reporter.losses.count)
     if loaded.mode.name != "full":
         take_off_adapter(model)
     return _outcome(folder, reporter, memory)
@@ -287,10 +287,10 @@ def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, mode: probe.Mode, 
 
 
 def _outcome(folder: Path, reporter: StepReporter, memory: probe.PeakMemory) -> TrainOutcome:
-    first, final = mean_ends(reporter.losses)
+    first, final = reporter.losses.means()
     return TrainOutcome(
         adapter=folder,
-        steps=len(reporter.losses),
+        steps=reporter.losses.count,
         first_loss=first,
         final_loss=final,
         tokens=reporter.tokens,

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import Emit, Notice, StepDone
+from bp_runs.losses import LossEnds
 from bp_runs.rail import Stop
 from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.probe import PeakMemory
@@ -41,7 +42,7 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         """Asked after each step."""
         self.tell_answers: Callable[[int], None] = lambda _step: None
         """Called after each validation but the last."""
-        self.losses: list[float] = []
+        self.losses = LossEnds()
         self.tokens = 0
         self._rested = 0.0
         self.stopped = False
@@ -53,16 +54,17 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
 
     def read_state(self) -> dict[str, Any]:
         """For a checkpoint: what was told so far."""
-        return {"losses": self.losses, "tokens": self.tokens, "seconds": self.seconds}
+        return {"losses": self.losses.to_dict(), "tokens": self.tokens, "seconds": self.seconds}
 
     def restore_state(self, state: Mapping[str, Any]) -> None:
         """Tell on from a checkpoint."""
-        self.losses, self.tokens, self._seconds_before = list(state["losses"]), state["tokens"], state["seconds"]
+        self.losses = LossEnds.from_dict(state["losses"])
+        self.tokens, self._seconds_before = state["tokens"], state["seconds"]
 
     def validate_stopped(self) -> None:
         """Measure a stopped run after its last step: beside the schedule, so only when its checkpoint is written."""
-        if self.stopped and self.validator is not None and self.validator.is_due(len(self.losses), is_last=True):
-            self.validator.visit(len(self.losses))
+        if self.stopped and self.validator is not None and self.validator.is_due(self.losses.count, is_last=True):
+            self.validator.visit(self.losses.count)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
@@ -100,7 +102,7 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         self._last, self.tokens, self._rested = now, tokens, rested
         if not math.isfinite(loss):
             raise TrainingDivergedError(f"the loss is {loss} at step {state.global_step}")
-        self.losses.append(loss)
+        self.losses.add(loss)
         self.watch.end_step(speed)
         is_last = state.global_step == self._steps
         if self.validator is not None and self.validator.is_due(state.global_step, is_last=is_last):

@@ -1,0 +1,24 @@
+"""The first and the final loss of a run, from a memory that does not grow."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bp_runs.losses import LossEnds
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=1500), st.integers(0, 1500))
+def test_the_means_are_those_of_all_losses_also_across_a_checkpoint(losses, cut):
+    ends = LossEnds.from_dict(json.loads(json.dumps(LossEnds(losses[:cut]).to_dict())))
+    for loss in losses[cut:]:
+        ends.add(loss)
+    share = min(100, max(1, len(losses) // 10))
+    assert ends.count == len(losses)
+    assert ends.means() == pytest.approx((sum(losses[:share]) / share, sum(losses[-share:]) / share))
+
+
+def test_a_long_run_takes_no_more_room_than_a_short_one():
+    sizes = [len(json.dumps(LossEnds([1.5] * steps).to_dict())) for steps in (200, 200_000)]
+    assert sizes[1] - sizes[0] == len("000")
