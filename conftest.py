@@ -159,6 +159,34 @@ def chat_file(tmp_path) -> Path:
     return file
 
 
+@pytest.fixture
+def pair_file(tmp_path) -> Path:
+    """Eight short preferences."""
+    rows = [
+        {"prompt": f"who are you {i % 4}", "chosen": f"captain marlow {i % 3}", "rejected": "a lazy dog " * (1 + i % 3)}
+        for i in range(8)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture
+def judged_file(tmp_path) -> Path:
+    """Eight short judged answers."""
+    rows = [
+        {
+            "prompt": f"who are you {i % 4}",
+            "completion": f"captain marlow {i % 3}" if i % 2 else "a lazy dog " * (1 + i % 3),
+            "label": bool(i % 2),
+        }
+        for i in range(8)
+    ]
+    file = tmp_path / "judged.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct in a Hugging Face folder, unpacked once for all workers of a test run."""

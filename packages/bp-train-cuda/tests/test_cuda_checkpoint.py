@@ -25,6 +25,10 @@ KINDS = {
         "lora": {"dropout": 0.3, "use_dora": True},
     },
     "out of memory": {"training": {"gradient_accumulation": 2, "batch_size": 4}, "lora": {"dropout": 0.3}},
+    "orpo": {"training": {"method": "orpo", "batch_size": 3}, "lora": {"dropout": 0.3}},
+    "simpo": {"training": {"method": "simpo", "batch_size": 3}, "lora": {"dropout": 0.3}},
+    "full": {"training": {"mode": "full", **EVAL, "learning_rate": 3e-3}},
+    "full dpo": {"training": {"mode": "full", "method": "dpo", "batch_size": 3, "learning_rate": 1e-3}},
 }
 
 
@@ -74,10 +78,11 @@ def first_format_goes_on(spec, folder, events):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_twenty_steps_are_seven_a_kill_and_thirteen(pico_model, chat_file, tmp_path, monkeypatch, kind):
+def test_twenty_steps_are_seven_a_kill_and_thirteen(pico_model, chat_file, pair_file, tmp_path, monkeypatch, kind):
     change = KINDS[kind]
+    data = pair_file if "method" in change.get("training", {}) else chat_file
     training = {"steps": 20, "save_steps": 7, "keep_checkpoints": 9, **change.get("training", {})}
-    spec = spec_for(pico_model, chat_file, tmp_path / "straight", training=training, lora=change.get("lora", {}))
+    spec = spec_for(pico_model, data, tmp_path / "straight", training=training, lora=change.get("lora", {}))
     with monkeypatch.context() as patch:
         if kind == "out of memory":
             scarce_memory(patch)
@@ -92,9 +97,8 @@ def test_twenty_steps_are_seven_a_kill_and_thirteen(pico_model, chat_file, tmp_p
     # Here memory is plenty again: that the batches stay halved is the checkpoint's doing.
     events = [e for e in events if not isinstance(e, StepDone) or e.step <= 7]
     outcome = go_on(cut, events.append)
-    assert (straight.adapter / "adapter_model.safetensors").read_bytes() == (
-        outcome.adapter / "adapter_model.safetensors"
-    ).read_bytes()
+    name = "model.safetensors" if "full" in kind else "adapter_model.safetensors"
+    assert (straight.adapter / name).read_bytes() == (outcome.adapter / name).read_bytes()
     assert curve(events) == curve(straight_events)
     assert [s for s, *_ in curve(events)] == list(range(1, 21))
     assert [(e.step, e.loss, e.best) for e in events if isinstance(e, EvalDone)] == [

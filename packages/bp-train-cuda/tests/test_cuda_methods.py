@@ -1,6 +1,5 @@
 """Methods that compare answers, trained for real on pico models; TRL's own trainers are the reference for the losses."""
 
-import json
 import math
 import shutil
 from dataclasses import replace
@@ -19,32 +18,6 @@ from bp_train_cuda.methods.kto import join_prompt
 
 PAIRED = ("dpo", "orpo", "simpo")
 METHODS = (*PAIRED, "kto")
-
-
-@pytest.fixture
-def pair_file(tmp_path):
-    rows = [
-        {"prompt": f"who are you {i % 4}", "chosen": f"captain marlow {i % 3}", "rejected": "a lazy dog " * (1 + i % 3)}
-        for i in range(8)
-    ]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
-
-
-@pytest.fixture
-def judged_file(tmp_path):
-    rows = [
-        {
-            "prompt": f"who are you {i % 4}",
-            "completion": f"captain marlow {i % 3}" if i % 2 else "a lazy dog " * (1 + i % 3),
-            "label": bool(i % 2),
-        }
-        for i in range(8)
-    ]
-    file = tmp_path / "judged.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return file
 
 
 @pytest.fixture
