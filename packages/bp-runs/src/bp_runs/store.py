@@ -26,6 +26,7 @@ from bp_runs.errors import (
     RunNotFoundError,
 )
 from bp_runs.files import coded_disk_errors, publish_folder, rename, require_folder
+from bp_runs.locks import acquire
 from bp_runs.metrics import read_events, read_progress
 from bp_runs.process import process_birth
 from bp_runs.record import Relation, RunRecord, read_record, utc_now, write_record
@@ -245,8 +246,14 @@ class RunStore:
         with self._locked():
             return index.rebuild(self.output)
 
-    def _locked(self) -> contextlib.AbstractContextManager[None]:
-        return _coded_lock(self.output / ".run_history.lock")
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the output folder; a new lock each time, since a fork must not inherit one."""
+        lock = acquire(self.output / ".run_history.lock", _LOCK_SECONDS)
+        try:
+            yield
+        finally:
+            lock.release()
 
     def _publish(self, record: RunRecord) -> None:
         write_record(self.folder(record.run_id), record)
@@ -271,19 +278,26 @@ class RunStore:
         record = read_record(self.folder(run_id))
         if record.status != "running" or record.host != platform.node():
             return record  # this machine knows nothing of another's processes
-        from filelock import FileLock, Timeout  # a list of runs that are done needs none
-
-        lock = FileLock(self.folder(run_id) / paths.LOCK_FILE)
         try:
-            with lock.acquire(timeout=0):
-                record = read_record(self.folder(run_id))
-                if record.status == "running" and not self._lives(record):
-                    self._interrupt(record)
-        except Timeout:
-            pass
-        except (OSError, NotImplementedError, OutputNotWritableError, RecordNewerError):
-            if not self._lives(record):  # nothing can be locked or written here, but told
-                record.status = "interrupted"
+            lock = acquire(self.folder(run_id) / paths.LOCK_FILE, 0)
+        except OutputLockedError:
+            return record
+        except (OSError, OutputNotWritableError):
+            return self._told(record)
+        try:
+            record = read_record(self.folder(run_id))
+            if record.status == "running" and not self._lives(record):
+                self._interrupt(record)
+        except (OSError, OutputNotWritableError, RecordNewerError):
+            return self._told(record)
+        finally:
+            lock.release()
+        return record
+
+    def _told(self, record: RunRecord) -> RunRecord:
+        """The record as it would be, where nothing can be locked or written."""
+        if not self._lives(record):
+            record.status = "interrupted"
         return record
 
     def _interrupt(self, record: RunRecord) -> None:
@@ -295,23 +309,6 @@ class RunStore:
     @staticmethod
     def _lives(record: RunRecord) -> bool:
         return record.process_started is not None and process_birth(record.pid) == record.process_started
-
-
-@contextlib.contextmanager
-def _coded_lock(file: Path) -> Iterator[None]:
-    """Hold a file lock, or give up with a coded error; a new lock each time, since a fork must not inherit one."""
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(file, timeout=_LOCK_SECONDS)
-    try:
-        with coded_disk_errors(file):
-            lock.acquire()
-    except Timeout as error:
-        raise OutputLockedError(f"{file} has been held for {_LOCK_SECONDS:.0f} seconds") from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

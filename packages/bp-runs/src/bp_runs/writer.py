@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 from bp_runs import paths
 from bp_runs.adapter import WEIGHTS_FILE
-from bp_runs.errors import CodedError, RecordInvalidError, ResumeChangedError, RunActiveError, RunStatus
+from bp_runs.errors import (
+    CodedError,
+    OutputLockedError,
+    RecordInvalidError,
+    ResumeChangedError,
+    RunActiveError,
+    RunStatus,
+)
 from bp_runs.events import CheckpointSaved, DataReady, Event, ModelLoaded, Notice, Resumed
 from bp_runs.files import sha256_file
+from bp_runs.locks import acquire
 from bp_runs.metrics import MetricsFile, read_progress
 from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord, utc_now
@@ -36,15 +44,12 @@ class RunWriter:
     """
 
     def __init__(self, store: RunStore, folder: Path, record: RunRecord, before: RunRecord | None = None) -> None:
-        from filelock import FileLock, Timeout
-
         self._store = store
         self._record = record
         self._before = before
-        self._lock = FileLock(folder / paths.LOCK_FILE)
         try:
-            self._lock.acquire(timeout=_LOOK_SECONDS)
-        except Timeout as error:
+            self._lock = acquire(folder / paths.LOCK_FILE, _LOOK_SECONDS)
+        except OutputLockedError as error:
             raise RunActiveError(f"another process works on the run {record.run_id}") from error
         cache = paths.cache_folder(store.output)
         self.folders = RunFolders(run_id=record.run_id, output=store.output, run=folder, cache=cache)
