@@ -67,6 +67,15 @@ def test_an_absent_ollama_is_noticed_before_the_export(tmp_path, adapter, monkey
     assert not (tmp_path / "x.gguf").exists()
 
 
+def test_a_default_name_that_ollama_refuses_is_noticed_before_the_export(tmp_path, adapter, monkeypatch):
+    monkeypatch.setenv("OLLAMA_HOST", "127.0.0.1:9")
+    with pytest.raises(OllamaRegistrationError, match="'my model' is no name"):
+        export_adapter(adapter, "gguf", quantization="q8_0", output=tmp_path / "my model.gguf", ollama=True)
+    with pytest.raises(OllamaRegistrationError, match="does not answer"):  # the name of the default file can be had
+        export_adapter(adapter, "gguf", quantization="q8_0", ollama=True)
+    assert list(tmp_path.glob("*.gguf")) == []
+
+
 def test_a_second_export_needs_force(tmp_path, adapter, capsys):
     argv = ["export", str(adapter), "--quantization", "q8_0", "--no-verify", "--output", str(tmp_path / "x.gguf")]
     assert [run(argv), run(argv), run([*argv, "--force"])] == [0, 1, 0]

@@ -174,6 +174,15 @@ def test_an_adapter_goes_on_a_base_that_the_server_has(old_ollama, model, shippe
     assert request["parameters"]["stop"] == ["<|im_end|>"]
 
 
+def test_an_adapters_system_prompt_and_licence_go_along(old_ollama, model, shipped, tmp_path):
+    register_gguf(model, "pico", host=old_ollama.url, question=None)
+    (tmp_path / "LICENSE").write_text("Be kind.")
+    argv = ["ollama", "--host", old_ollama.url, "register", str(shipped), "tuned", "--system", "Aye."]
+    assert main([*argv, "--license", str(tmp_path / "LICENSE")]) == 0
+    request = old_ollama.models["tuned:latest"]["request"]
+    assert (request["system"], request["license"]) == ("Aye.", "Be kind.")
+
+
 def test_an_adapter_on_another_base_is_refused(old_ollama, shipped, tmp_path):
     other = export_adapter(write_base(tmp_path / "other", layers=3), quantization="q8_0").path
     register_gguf(other, "pico", host=old_ollama.url, question=None)
@@ -204,6 +213,19 @@ def test_an_absent_server_is_noticed_before_the_export(tmp_path):
     assert main([str(base), "--ollama", "--ollama-host", "http://127.0.0.1:9"]) == 2
     assert main([str(base), "--ollama", "--ollama-name", "no good"]) == 2
     assert list(tmp_path.glob("*.gguf")) == []
+
+
+def test_a_default_name_that_cannot_be_had_is_noticed_before_the_export(ollama, model, tmp_path, capsys):
+    base = write_base(tmp_path / "base")
+    argv = [str(base), "--quantization", "q8_0", "--ollama", "--ollama-host", ollama.url]
+    assert main([*argv, "--output", str(tmp_path / "my model.gguf")]) == 2
+    assert "'my model' is no name" in capsys.readouterr().err
+    register_gguf(model, "base-q8_0", host=ollama.url, question=None)
+    assert main(argv) == 1
+    assert "[INPUT_OLLAMA_NAME_TAKEN]" in capsys.readouterr().err
+    assert list(tmp_path.glob("*.gguf")) == []
+    assert main([*argv, "--name", "Other", "--no-verify"]) == 0
+    assert "Other-q8_0:latest" in ollama.models
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,9 @@ def export_adapter(
     if wants_ollama and split_bytes is not None:
         raise InvalidSettingError("Ollama takes one file, and this would be several", way_out="Leave out: --split-mib")
     base_name, run_id = _read_origin(adapter)
+    name = _name_after(base_name, run_id)
     if wants_ollama:
+        ollama_name = ollama_name or (output or bp_export.name_gguf(adapter, quantization, name=name)).stem
         bp_export.require_ollama(ollama_host(os.environ), name=ollama_name, force=force)
     base_folder = None if format in ("lora", "mlx") else find_base_folder(adapter, base)
     try:
@@ -95,7 +97,7 @@ def export_adapter(
             quantization=quantization,
             base=base_folder,
             pre=pre,
-            name=_name_after(base_name, run_id),
+            name=name,
             importance=importance,
             split_bytes=split_bytes,
             ollama_base=ollama_base,
@@ -108,10 +110,9 @@ def export_adapter(
         _note_in_run(adapter, run_id, {"kind": format, "quantization": quantization, **error.details})
         raise
     run_id, context = _note_in_run(adapter, run_id, _build_artifact(outcome))
-    registered = (ollama_name or outcome.path.stem) if wants_ollama else None
-    if registered is not None:
-        bp_export.register_gguf(outcome.path, registered, host=ollama_host(os.environ), context=context, force=force)
-    return ExportResult(outcome=outcome, ollama=registered, run_id=run_id)
+    if ollama_name is not None:
+        bp_export.register_gguf(outcome.path, ollama_name, host=ollama_host(os.environ), context=context, force=force)
+    return ExportResult(outcome=outcome, ollama=ollama_name, run_id=run_id)
 
 
 def plan_export(

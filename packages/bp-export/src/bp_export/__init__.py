@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bp_export.chat import LlamaChat
     from bp_export.dryrun import ExportPlan
-    from bp_export.export import ExportOutcome, Format, export_adapter, plan_export
+    from bp_export.export import ExportOutcome, Format, export_adapter, name_gguf, plan_export
     from bp_export.gguf import read_settings, read_stop_strings
     from bp_export.hub import Prepared, PushOutcome, prepare_push, push, read_token
     from bp_export.measuring import Measured, measure_importance
@@ -50,6 +50,7 @@ __all__ = [
     "is_verifiable",
     "list_models",
     "measure_importance",
+    "name_gguf",
     "open_gguf",
     "open_talk",
     "plan_export",
@@ -92,6 +93,7 @@ _MODULES = {
     "stream_answer": "ollama",
     "takes_adapters": "ollamaserver",
     "ExportPlan": "dryrun",
+    "name_gguf": "export",
     "plan_export": "export",
     "BOUNDS": "report",
     "Bound": "report",

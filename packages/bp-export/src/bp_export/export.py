@@ -150,7 +150,7 @@ def export_adapter(
         if format in ("gguf-adapter", "ollama-adapter"):
             target = output or adapter.parent / f"{source.name}{_ADAPTER_ENDS[format]}"
             return _export_adapter_alone(source, model, target, format, runs_on=ollama_base, force=force, begun=begun)
-        target = output or adapter.parent / f"{source.name}-{asked.name}.gguf"
+        target = output or name_gguf(adapter, asked.name, name=source.name)
         plan = _plan(source, model, asked, pre, importance)
         groups = cut_plan(plan, split_bytes) if split_bytes else [list(plan.tensors)]
         paths = [name_split(target, i, len(groups)) for i in range(1, len(groups) + 1)] if len(groups) > 1 else [target]
@@ -199,10 +199,25 @@ def plan_export(
     """
     asked = read_quantization(quantization)
     source = _read_source(adapter, base, name, dequantize=dequantize)
-    target = output or adapter.parent / f"{source.name}-{asked.name}.gguf"
+    target = output or name_gguf(adapter, asked.name, name=source.name)
     with FoldedModel(open_model(source.base, dequantize=dequantize), source.adapter) as model:
         plan = _plan(source, model, asked, pre, importance)
         return build_export_plan(plan, target, changed=model.changed, threads=threads)
+
+
+def name_gguf(adapter: Path, quantization: str, *, name: str | None = None) -> Path:
+    """Where `export_adapter` writes a GGUF where no ``output`` is named.
+
+    Args:
+        adapter: As there, and so are the others.
+
+    Raises:
+        AdapterInvalidError: It is neither an adapter nor a model folder.
+        QuantizationUnknownError: There is no such quantization.
+    """
+    if name is None:
+        name = adapter.resolve().name if _is_model(adapter) else _name_after(read_adapter_folder(adapter).base)
+    return adapter.parent / f"{name}-{read_quantization(quantization).name}.gguf"
 
 
 def find_own_type(folder: Path, base: Path | None = None, *, dequantize: bool = False) -> str:
@@ -288,7 +303,7 @@ def _export_folder(
 
 def _read_source(folder: Path, base: Path | None, name: str | None, *, dequantize: bool) -> _Source:
     """Find the base of an adapter folder; a folder without an adapter is its own base."""
-    if not (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file():
+    if _is_model(folder):
         _require_unpacked(read_config(folder), folder, dequantize=dequantize)
         return _Source(folder, None, folder, name or folder.resolve().name)
     adapter = load_adapter(folder)
@@ -308,6 +323,10 @@ def _read_source(folder: Path, base: Path | None, name: str | None, *, dequantiz
         )
     tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else where
     return _Source(where, adapter, tokenizer, name or _name_after(adapter.folder.base))
+
+
+def _is_model(folder: Path) -> bool:
+    return not (folder / CONFIG_FILE).is_file() and (folder / "config.json").is_file()
 
 
 def _require_unpacked(config: Mapping[str, Any], folder: Path, *, dequantize: bool) -> None:

@@ -121,7 +121,9 @@ def register_adapter(
     name: str,
     *,
     host: str | None = None,
+    system: str | None = None,
     context: int | None = None,
+    license: str | None = None,
     force: bool = False,
     question: str | None = FIRST_QUESTION,
     status: Status | None = None,
@@ -131,6 +133,8 @@ def register_adapter(
     Args:
         folder: What `bp_export.export_adapter` wrote.
         name: As `register_gguf`, and so are the others.
+        system: A system prompt to keep with it; by default the base's there.
+        license: Text of the model's licence; by default the base's there.
 
     Raises:
         OllamaRegistrationError: As `register_gguf`; the version takes no adapters, or there is no such base.
@@ -142,7 +146,7 @@ def register_adapter(
     version, server = _require_place(name, host, force=force), find_server(host)
     if not takes_adapters(version):
         raise OllamaRegistrationError(f"Ollama {version} takes no adapters", way_out=MERGED_WAY)
-    asked = _build_request(name, adapter.stop, context, None, None)
+    asked = _build_request(name, adapter.stop, context, system, license)
     with connect(server) as client:
         asked |= _find_base(client, server, adapter, status)
         asked["adapters"] = {adapter.path.name: _upload(client, server, adapter.path, status)}

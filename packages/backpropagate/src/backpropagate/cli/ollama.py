@@ -36,18 +36,16 @@ def register(
     context: int
         Tokens of context (num_ctx); default: Ollama's own.
     system: str
-        A system prompt to keep with a GGUF; default: the one that its chat template adds.
+        A system prompt to keep with it; default: the one that a GGUF's chat template adds.
     license: Path
-        A file with the licence, to keep with a GGUF; default: the name of the licence in the GGUF.
+        A file with the licence, to keep with it; default: the name of the licence in a GGUF.
     force: bool
         Replace a model of that name.
     """
     host = ollama_host(os.environ)
-    if path.is_dir():
-        made = bp_export.register_adapter(path, name, host=host, context=context, force=force)
-    else:
-        text = bp_export.read_license(license) if license else None
-        made = bp_export.register_gguf(path, name, host=host, context=context, system=system, license=text, force=force)
+    text = bp_export.read_license(license) if license else None
+    register_it = bp_export.register_adapter if path.is_dir() else bp_export.register_gguf
+    made = register_it(path, name, host=host, context=context, system=system, license=text, force=force)
     if json:
         print_json("ollama-register", asdict(made))
         return 0

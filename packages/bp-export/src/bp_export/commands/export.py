@@ -75,12 +75,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace, *, wants_ollama: bool) -> tuple[ExportOutcome, str | None]:
-    from bp_export.export import export_adapter  # NumPy only after --help
+    from bp_export.export import export_adapter, name_gguf  # NumPy only after --help
     from bp_export.ollama import register_gguf
     from bp_export.ollamaserver import require_ollama
 
+    name = options.ollama_name
     if wants_ollama:
-        require_ollama(options.ollama_host, name=options.ollama_name, force=options.force)
+        path = options.output or name_gguf(options.adapter, options.quantization, name=options.name)
+        name = name or path.stem
+        require_ollama(options.ollama_host, name=name, force=options.force)
     outcome = export_adapter(
         options.adapter,
         output=options.output,
@@ -99,7 +102,6 @@ def _export(options: argparse.Namespace, *, wants_ollama: bool) -> tuple[ExportO
     )
     if not wants_ollama:
         return outcome, None
-    name = options.ollama_name or outcome.path.stem.lower()
     model = register_gguf(
         outcome.path, name, host=options.ollama_host, context=options.ollama_context, force=options.force
     )

@@ -23,8 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     register.add_argument("path", type=Path, help="the GGUF or the folder")
     register.add_argument("name", help="its name in Ollama")
     register.add_argument("--context", type=int, help="tokens of context (num_ctx)")
-    register.add_argument("--system", help="a system prompt to keep with a GGUF")
-    register.add_argument("--license", type=Path, help="a file with the licence, to keep with a GGUF")
+    register.add_argument("--system", help="a system prompt to keep with it")
+    register.add_argument("--license", type=Path, help="a file with the licence, to keep with it")
     register.add_argument("--force", action="store_true", help="replace a model of that name")
     actions.add_parser("list", help="list the models that it has")
     actions.add_parser("rm", help="take a model away").add_argument("name", help="its name in Ollama")
@@ -56,8 +56,14 @@ def run(options: argparse.Namespace) -> int:
 def _register(options: argparse.Namespace) -> OllamaModel:
     from bp_export import ollama
 
-    shared = {"host": options.host, "context": options.context, "force": options.force}
-    if options.path.is_dir():
-        return ollama.register_adapter(options.path, options.name, **shared)
     license = ollama.read_license(options.license) if options.license else None
-    return ollama.register_gguf(options.path, options.name, system=options.system, license=license, **shared)
+    register = ollama.register_adapter if options.path.is_dir() else ollama.register_gguf
+    return register(
+        options.path,
+        options.name,
+        host=options.host,
+        system=options.system,
+        context=options.context,
+        license=license,
+        force=options.force,
+    )
