@@ -124,6 +124,44 @@ def test_ctrl_c_of_a_terminal_reaches_the_server_too_and_leaves_it_alive(made):
         assert server.post("/tokenize", {"content": QUESTION})["tokens"]
 
 
+TALKATIVE = """
+import os, socket, threading, types
+
+class CommonParams:
+    def __init__(self):
+        self.model, self.cpuparams, self.cpuparams_batch = (types.SimpleNamespace() for _ in range(3))
+
+class Server:
+    def __init__(self, params):
+        print("a line on standard output", flush=True)
+        os.write(2, b"word " * 100_000 + b"loaded")
+        if params.model.path == "bad":
+            self.die("no tensors")
+        socket_ = socket.create_server(("127.0.0.1", 0))
+        self.listening_address = f"http://127.0.0.1:{socket_.getsockname()[1]}"
+        threading.Thread(target=lambda: (socket_.accept(), self.die("no room")), daemon=True).start()
+
+    def die(self, words):
+        os.write(2, b"word " * 100_000 + words.encode())
+        os._exit(9)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_child_that_says_much_is_not_held_up_and_its_last_words_are_told(tmp_path, monkeypatch):
+    """In place of llama.cpp: something that floods both pipes, and dies as it loads or as it answers."""
+    (tmp_path / "xllamacpp.py").write_text(TALKATIVE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with LlamaServer("good", 256) as server, pytest.raises(ChatFailedError, match="could not answer") as caught:
+        server.post("/tokenize", {})
+    assert "ended with status 9" in caught.value.cause
+    assert caught.value.cause.endswith("no room")
+    with pytest.raises(ChatFailedError, match="cannot load bad") as caught:
+        LlamaServer("bad", 256)
+    assert caught.value.cause.endswith("no tensors")
+    assert len(caught.value.cause) < 1000
+
+
 def test_what_cannot_be_talked_to(made, tmp_path):
     with pytest.raises(ChatTargetError, match="no file or folder"), open_talk(tmp_path / "none"):
         pass

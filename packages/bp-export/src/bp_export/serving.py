@@ -15,20 +15,21 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from bp_export.draining import Drain
 from bp_export.errors import ChatFailedError, LlamaCppMissingError
 
 _QUIET = -1
 _END = "[DONE]"
 _MORE_ROOM = "Give it more room: --context 8192; or begin anew with /reset."
 _LAST_WORDS = 500  # characters of stderr that an error carries
-_WAIT_SECONDS = 10.0
+_WAIT_SECONDS, _LAST_SECONDS = 10.0, 1.0
 _ANSWER_SECONDS = 600.0
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -49,6 +50,7 @@ class LlamaServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+        self._words = Drain(self._process.stderr) if self._process.stderr else None
         try:
             self.address: str = self._read_address(path)
             """``http://127.0.0.1:port``."""
@@ -71,7 +73,7 @@ class LlamaServer:
         Raises:
             ChatFailedError: It answers with an error, or not at all.
         """
-        with _coded(), self._open(path, body) as reply:
+        with self._coded(), self._open(path, body) as reply:
             return json.loads(reply.read())
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[Any]:
@@ -82,7 +84,7 @@ class LlamaServer:
         Raises:
             ChatFailedError: It answers with an error, or breaks off.
         """
-        with _coded(), self._open(path, {**body, "stream": True}) as reply:
+        with self._coded(), self._open(path, {**body, "stream": True}) as reply:
             for line in reply:
                 kind, _, data = line.decode().partition(":")
                 if kind == "error":
@@ -100,7 +102,7 @@ class LlamaServer:
 
     def close(self) -> None:
         """Unload the model."""
-        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 stream.close()
         try:
@@ -108,34 +110,42 @@ class LlamaServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._read_last_words()
 
     def _read_address(self, path: Path) -> str:
         line = b"" if self._process.stdout is None else self._process.stdout.readline()
         told = json.loads(line) if line.startswith(b"{") else {}
         if "address" in told:
             return str(told["address"])
-        words = told.get("error") or self._read_last_words()
+        words = told.get("error") or self._read_last_words() or "it died without a word"
         self.close()
         if told.get("missing"):
             raise LlamaCppMissingError("xllamacpp is not installed", cause=words)
         raise ChatFailedError(f"llama.cpp cannot load {path}", cause=words)
 
     def _read_last_words(self) -> str:
-        raw = b"" if self._process.stderr is None else self._process.stderr.read()
-        return raw.decode(errors="replace").strip()[-_LAST_WORDS:] or "it died without a word"
+        """What a process that is ending said at last; empty where it said nothing."""
+        return self._words.wait(_LAST_SECONDS)[-_LAST_WORDS:] if self._words else ""
 
+    @contextlib.contextmanager
+    def _coded(self) -> Iterator[None]:
+        try:
+            yield
+        except urllib.error.HTTPError as error:
+            with error:
+                words = error.read()[:500].decode(errors="replace")
+            way_out = _MORE_ROOM if "context size" in words else None
+            raise ChatFailedError("llama.cpp could not answer", cause=words, way_out=way_out) from error
+        except (OSError, ValueError, HTTPException) as error:
+            raise ChatFailedError("llama.cpp could not answer", cause=self._explain(error)) from error
 
-@contextlib.contextmanager
-def _coded() -> Iterator[None]:
-    try:
-        yield
-    except urllib.error.HTTPError as error:
-        with error:
-            words = error.read()[:500].decode(errors="replace")
-        way_out = _MORE_ROOM if "context size" in words else None
-        raise ChatFailedError("llama.cpp could not answer", cause=words, way_out=way_out) from error
-    except (OSError, ValueError, HTTPException) as error:
-        raise ChatFailedError("llama.cpp could not answer", cause=str(error)) from error
+    def _explain(self, error: Exception) -> str:
+        """The error, and where the process died of it its last words."""
+        try:
+            status = self._process.wait(_LAST_SECONDS)
+        except subprocess.TimeoutExpired:
+            return str(error)
+        return f"{error}; llama.cpp ended with status {status}: {self._read_last_words() or 'without a word'}"
 
 
 def is_installed() -> bool:
@@ -158,12 +168,13 @@ def require_installed() -> None:
 
 def serve(path: str, context: int, adapter: str | None = None) -> None:
     """Load, tell the address, and wait for the end of standard input."""
+    tell = _take_stdout()
     # A terminal sends Ctrl-C to this process too, where it stops an answer and not the conversation.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         import xllamacpp  # an extra, and a large library
     except ImportError as error:
-        _tell({"error": str(error), "missing": True})
+        tell({"error": str(error), "missing": True})
         return
     params = xllamacpp.CommonParams()
     params.model.path = path
@@ -181,9 +192,9 @@ def serve(path: str, context: int, adapter: str | None = None) -> None:
     try:
         server = xllamacpp.Server(params)
     except (RuntimeError, ValueError, OSError) as error:
-        _tell({"error": str(error)})
+        tell({"error": str(error)})
         return
-    _tell({"address": server.listening_address})
+    tell({"address": server.listening_address})
     sys.stdin.buffer.read()
 
 
@@ -194,9 +205,16 @@ def _build_adapter(xllamacpp: Any, path: str) -> Any:
     return adapter
 
 
-def _tell(what: dict[str, object]) -> None:
-    sys.stdout.write(json.dumps(what) + "\n")
-    sys.stdout.flush()
+def _take_stdout() -> Callable[[Mapping[str, object]], None]:
+    """What prints to standard output from now on prints to standard error, but for what is told in lines of JSON."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+
+    def tell(what: Mapping[str, object]) -> None:
+        out.write(json.dumps(what) + "\n")
+        out.flush()
+
+    return tell
 
 
 if __name__ == "__main__":
