@@ -1,6 +1,8 @@
 """Importance matrices that are measured: sums of squares that NumPy computes too, and what a quantizer makes of them."""
 
 import json
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -71,6 +73,59 @@ def test_from_an_adapter_by_the_command(made, tmp_path, capsys):
     assert main(argv) == 1
     assert "[INPUT_EXPORT_OUTPUT_TAKEN]" in capsys.readouterr().err
     assert main([*argv, "--force"]) == 0
+
+
+# In a process of its own: a second ggml beside the reference quantizer's would abort this one.
+TENSORS = """
+import ctypes
+import sys
+import bp_export.measuring as measuring
+
+library = measuring._load_library()
+pointer, number = ctypes.c_void_p, ctypes.c_int64
+class Params(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_size_t), ("place", pointer), ("no_alloc", ctypes.c_bool)]
+for name, arguments in (
+    ("ggml_init", [Params]),
+    ("ggml_new_tensor_2d", [pointer, ctypes.c_int, number, number]),
+    ("ggml_transpose", [pointer, pointer]),
+    ("ggml_mul_mat", [pointer, pointer, pointer]),
+    ("ggml_set_name", [pointer, ctypes.c_char_p]),
+    ("ggml_backend_cpu_init", []),
+    ("ggml_backend_alloc_ctx_tensors", [pointer, pointer]),
+):
+    getattr(library, name).restype, getattr(library, name).argtypes = pointer, arguments
+context = library.ggml_init(Params(2**20, None, True))
+weight, values, wide = (library.ggml_new_tensor_2d(context, 0, *s) for s in ((32, 4), (32, 16), (16, 32)))
+turned = library.ggml_transpose(context, wide)
+product = library.ggml_mul_mat(context, weight, values)
+library.ggml_backend_alloc_ctx_tensors(context, library.ggml_backend_cpu_init())
+collector = measuring._Collector(library)
+collector._add("blk.0.attn_q.weight", values)
+print(list(collector.sums))
+try:
+    collector._add("blk.0.attn_k.weight", turned)
+except measuring._Unknown as error:
+    print(error)
+
+sys.unraisablehook = collector.note
+call = measuring._CALLBACK(collector)
+library.ggml_set_name(weight, b"blk.0.attn_q.weight")
+print(call(product, True, None), collector.failure)
+library.ggml_set_name(weight, b"blk.0.\\xff.weight")
+call(product, True, None)  # answers nothing that is defined
+print(call(product, True, None), type(collector.failure).__name__)
+"""
+
+
+def test_a_turned_input_is_not_taken_for_rows_and_no_error_of_a_callback_is_lost():
+    done = subprocess.run([sys.executable, "-c", TENSORS], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == [
+        "['blk.0.attn_q.weight']",
+        "the input of blk.0.attn_k.weight does not lie in one piece",
+        "True None",
+        "False UnicodeDecodeError",
+    ]
 
 
 def test_what_cannot_be_measured(made, tmp_path):

@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from gguf import GGUFWriter
@@ -34,6 +34,9 @@ from bp_export.outputs import require_free_file
 from bp_export.serving import require_installed
 from bp_merge import Floats
 from bp_runs.files import publish_bytes, require_folder
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 CHUNK_TOKENS = 512
 _LEAST_VECTORS = 16
@@ -132,19 +135,21 @@ class _Collector:
 
     library: ctypes.CDLL
     sums: Sums = field(default_factory=dict)
-    failure: str = ""
+    failure: BaseException | None = None
 
     def __call__(self, tensor: int, is_asked: bool, _: Any) -> bool:
-        try:
-            weight, values = self._find_product(tensor)
-            if not weight:
-                return not is_asked
-            if not is_asked:
-                self._add(weight, values)
-        except _Unknown as error:
-            self.failure = str(error)
+        if self.failure is not None:
             return False
+        weight, values = self._find_product(tensor)
+        if not weight:
+            return not is_asked
+        if not is_asked:
+            self._add(weight, values)
         return True
+
+    def note(self, what: UnraisableHookArgs) -> None:
+        """Keep what a call raised, for C cannot pass it on; the next call then stops the evaluation."""
+        self.failure = self.failure or what.exc_value
 
     def _find_product(self, tensor: int) -> tuple[str, int]:
         """The weight's name and the address of its input; an empty name for what does not count."""
@@ -167,7 +172,7 @@ class _Collector:
     def _add(self, weight: str, tensor: int) -> None:
         columns, vectors, _ = self._read_shape(tensor)
         values = np.empty((vectors, columns), np.float32)
-        if self.library.ggml_nbytes(tensor) != values.nbytes:
+        if not self.library.ggml_is_contiguous(tensor) or self.library.ggml_nbytes(tensor) != values.nbytes:
             raise _Unknown(f"the input of {weight} does not lie in one piece")
         self.library.ggml_backend_tensor_get(tensor, values.ctypes.data, 0, values.nbytes)
         sums, count = self.sums.get(weight, (np.zeros(columns, np.float32), 0))
@@ -201,6 +206,7 @@ def _load_library() -> ctypes.CDLL:
         ("ggml_get_name", ctypes.c_char_p, [pointer]),
         ("ggml_nelements", ctypes.c_int64, [pointer]),
         ("ggml_nbytes", ctypes.c_size_t, [pointer]),
+        ("ggml_is_contiguous", ctypes.c_bool, [pointer]),
         ("ggml_backend_tensor_get", None, [pointer, pointer, ctypes.c_size_t, ctypes.c_size_t]),
         ("ggml_backend_load_all", None, []),
         ("llama_log_set", None, [_LOG, pointer]),
@@ -252,7 +258,8 @@ def _cut(tokens: list[int], size: int, chunks: int | None, bos: int | None) -> I
         yield chunk if bos is None else [bos, *chunk[1:]]
 
 
-def _decode(library: ctypes.CDLL, context: int, chunk: list[int]) -> None:
+def _decode(library: ctypes.CDLL, context: int, chunk: list[int]) -> bool:
+    """Whether llama.cpp could evaluate the chunk."""
     count = len(chunk)
     tokens, places = (ctypes.c_int32 * count)(*chunk), (ctypes.c_int32 * count)(*range(count))
     zero = (ctypes.c_int32 * 1)(0)
@@ -263,8 +270,7 @@ def _decode(library: ctypes.CDLL, context: int, chunk: list[int]) -> None:
     parts = (ctypes.cast(part, ctypes.c_void_p) for part in (tokens, places, counts, sequences, wanted))
     first, *rest = parts
     library.llama_memory_clear(library.llama_get_memory(context), True)
-    if library.llama_decode(context, _Batch(count, first, None, *rest)) != 0:
-        raise _Unknown("llama.cpp could not evaluate a chunk")
+    return bool(library.llama_decode(context, _Batch(count, first, None, *rest)) == 0)
 
 
 def _measure(asked: dict[str, Any]) -> dict[str, Any]:
@@ -277,7 +283,7 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
     if not model:
         return {"problem": "failed", "words": f"llama.cpp cannot load {asked['model']}"}
     collector, size = _Collector(library), int(asked["chunk_tokens"])
-    callback = _CALLBACK(collector)
+    callback, sys.unraisablehook = _CALLBACK(collector), collector.note
     params = library.llama_context_default_params()
     place = _find_callback(params)
     ctypes.memmove(ctypes.byref(params), struct.pack("<3I", size, size, size), 12)
@@ -290,10 +296,12 @@ def _measure(asked: dict[str, Any]) -> dict[str, Any]:
     tokens = _tokenize(library, vocab, Path(asked["text"]).read_bytes())
     done = 0
     for chunk in _cut(tokens, size, asked["chunks"], bos):
-        _decode(library, context, chunk)
+        is_done = _decode(library, context, chunk)
+        if collector.failure is not None:
+            raise collector.failure
+        if not is_done:
+            raise _Unknown("llama.cpp could not evaluate a chunk")
         done += 1
-        if collector.failure:
-            raise _Unknown(collector.failure)
     if not done:
         return {"problem": "short"}
     write_importance(Path(asked["output"]), collector.sums, done, size, Path(asked["text"]).name)
