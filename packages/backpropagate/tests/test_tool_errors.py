@@ -1,6 +1,8 @@
 """The catalogue of errors: every code is met by some test, and each can be explained."""
 
+import errno
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ from filelock import FileLock
 from backpropagate import catalogue, rails
 from backpropagate.cli.app import run
 from backpropagate.cli.errors import load_codes
-from backpropagate.errors import HubAccessError, RailUnusableError
-from bp_runs.errors import OutputLockedError
+from backpropagate.errors import HubAccessError, HubUnreachableError, RailUnusableError
+from bp_runs.errors import DiskFullError, OutputLockedError, OutputNotWritableError
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
 
@@ -55,6 +57,26 @@ def test_a_gated_model_names_the_licence(monkeypatch):
     with pytest.raises(HubAccessError, match="a/b is gated") as caught:
         catalogue.find_model("a/b")
     assert "hf auth login" in caught.value.way_out
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFullError),
+        (PermissionError(errno.EACCES, "Permission denied"), OutputNotWritableError),
+        (socket.gaierror(-2, "Name or service not known"), HubUnreachableError),
+        (ConnectionResetError(104, "Connection reset by peer"), HubUnreachableError),
+    ],
+)
+def test_a_full_disk_is_no_fault_of_the_network(monkeypatch, raised, told):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(told):
+        catalogue.find_model("a/b")
 
 
 def test_an_output_folder_that_another_process_holds(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
@@ -77,6 +78,7 @@ class _Answers(BaseHTTPRequestHandler):
         if kind == "paths-info":
             return self._json([])
         if kind == "resolve":
+            time.sleep(self.server.delay)
             return self._file(commit, inner)
         siblings = [{"rfilename": path} for path in FILES[commit]]
         return self._json({"id": "owner/chats", "sha": commit, "siblings": siblings, "private": False, "gated": False})
@@ -110,10 +112,10 @@ def _entries(commit):
 
 
 @contextlib.contextmanager
-def serve():
-    """The address, and the paths that were asked for."""
+def serve(delay=0.0):
+    """The address, and the paths that were asked for; a file takes ``delay`` seconds."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Answers)
-    server.asked = []
+    server.asked, server.delay = [], delay
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from bp_data.errors import (
     DatasetPartUnknownError,
     DatasetUnreachableError,
 )
+from bp_data.hub import _prune
 
 pytest.importorskip("datasets")
 _spec = importlib.util.spec_from_file_location("bp_data_fake_hub", Path(__file__).with_name("fake_hub.py"))
@@ -105,6 +107,55 @@ def test_without_the_hub_what_was_fetched_is_used_and_the_rest_is_an_error(fetch
     assert kept == offline == fetched[0][0]
     assert unreachable[0] == unknown[0] == "DEP_DATASET_UNREACHABLE"
     assert "offline" in unknown[1]
+
+
+# Two processes that have everything imported before the first of them asks.
+TWICE = """
+import os, sys
+from pathlib import Path
+import bp_data.hub, datasets, huggingface_hub
+
+child = os.fork()
+found = bp_data.hub.fetch_dataset("owner/chats", Path(sys.argv[1]))
+names = sorted(file.name for file in found.path.rglob("*.jsonl"))
+print(found.commit, names, flush=True)
+if child:
+    sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no fork")
+def test_two_processes_that_want_the_same_fetch_it_once(tmp_path):
+    with fake_hub.serve(delay=1.0) as (url, _):
+        environ = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", TWICE, str(tmp_path / "kept")],
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == 2 * [f"{fake_hub.NEW} ['train-0.jsonl', 'train-1.jsonl']"]
+    assert "another process fetches chats; waiting for it" in done.stderr
+    (fetched,) = (tmp_path / "kept" / "hub").iterdir()
+    assert fetched.name.endswith(fake_hub.NEW)
+
+
+def test_of_many_commits_the_ones_used_last_stay(tmp_path, caplog):
+    caplog.set_level("INFO", "bp_data")
+    now, day = time.time(), 24 * 3600
+    commits = [tmp_path / f"chats-key-{i}" for i in range(5)]
+    for age, folder in zip((9, 3, 2, 0.5, 9), commits, strict=True):
+        write(folder, "train.jsonl", "x" * 2**20)
+        os.utime(folder, (now - age * day,) * 2)
+    _prune(commits[0], tmp_path.glob("chats-key-*"))
+    assert {folder.name for folder in tmp_path.iterdir()} == {"chats-key-0", "chats-key-3"}, "the one in use is young"
+    assert "chats-key-1, 1.0 MiB" in caplog.text
+    write(commits[1], "train.jsonl", "x")
+    _prune(commits[1], tmp_path.glob("chats-key-*"))
+    assert len(list(tmp_path.iterdir())) == 3, "what was used within a day may be in use"
 
 
 def write(folder, name, text):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import socket
+import ssl
 
 import pytest
 
@@ -337,6 +339,28 @@ def test_the_hubs_refusals(hub, trained, monkeypatch):
         push(trained["adapter"], "me/pico", token=TOKEN)
     with pytest.raises(PushNetworkError):
         push(trained["adapter"], "me/pico", token=TOKEN, endpoint="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (PermissionError(13, "Permission denied"), PushSourceError),
+        (FileNotFoundError(2, "No such file"), PushSourceError),
+        (socket.gaierror(-2, "Name or service not known"), PushNetworkError),
+        (TimeoutError("timed out"), PushNetworkError),
+        (ssl.SSLError("certificate"), PushNetworkError),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_network(raised, told, hub, trained, monkeypatch):
+    from huggingface_hub import HfApi
+
+    def fail(*args, **kwargs):
+        raise raised
+
+    monkeypatch.setattr(HfApi, "create_commit", fail)
+    with pytest.raises(told) as caught:
+        push(trained["adapter"], "me/pico", token=TOKEN)
+    assert str(raised) in caught.value.cause
 
 
 def test_the_card_alone(hub, trained, capsys):

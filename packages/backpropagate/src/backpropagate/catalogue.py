@@ -18,6 +18,7 @@ from backpropagate.system import program_home, to_path
 from bp_data import DatasetNotFoundError, fetch_dataset, looks_like_hub_name
 from bp_data.hub import network_errors
 from bp_runs.errors import InvalidSettingError, first_line
+from bp_runs.files import coded_disk_errors
 from bp_runs.spec import DataSpec
 
 TOKENIZER: Literal["tokenizer"] = "tokenizer"
@@ -59,6 +60,7 @@ def find_model(
     Raises:
         ModelNotFoundError, ModelInvalidError: No such folder or Hub model, or not a Hugging Face model.
         HubUnreachableError, HubAccessError: The Hub does not answer, or refuses.
+        DiskFullError, OutputNotWritableError: The cache cannot hold it.
     """
     folder = to_path(name)
     if folder.is_dir():
@@ -88,21 +90,19 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, with_code: bool) -> BaseModel:
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
 
-    failures: tuple[type[Exception], ...] = (*network_errors(), OSError)
     wanted = [p for p in _WANTED if need == WHOLE or p != "*.safetensors"] + (["*.py"] if with_code else [])
     try:
-        folder = Path(
-            snapshot_download(
+        with coded_disk_errors(Path(constants.HF_HUB_CACHE)):
+            found = snapshot_download(
                 name,
                 revision=revision,
                 allow_patterns=wanted,
                 ignore_patterns=list(_UNWANTED),
                 local_files_only=offline,
             )
-        )
     except hub.GatedRepoError as error:
         raise HubAccessError(f"{name} is gated", cause=first_line(error)) from error
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
@@ -111,9 +111,9 @@ def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, wit
     except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         why = "offline mode is on" if offline else "the Hub does not answer"
         raise HubUnreachableError(f"{name} is not in the local cache, and {why}") from error
-    except failures as error:
+    except network_errors() as error:
         raise HubUnreachableError(f"{name} could not be fetched", cause=first_line(error)) from error
-    return BaseModel(require_model_folder(folder, need), folder.name)
+    return BaseModel(require_model_folder(Path(found), need), Path(found).name)
 
 
 @dataclass(frozen=True, slots=True)

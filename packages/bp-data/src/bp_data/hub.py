@@ -13,7 +13,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import socket
+import ssl
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from glob import escape
 from pathlib import Path
@@ -30,14 +33,18 @@ from bp_data.errors import (
     DatasetUnreachableError,
 )
 from bp_data.files import kind_of
-from bp_runs.errors import first_line
-from bp_runs.files import publish_folder, publish_json
+from bp_runs.errors import OutputLockedError, first_line
+from bp_runs.files import coded_disk_errors, publish_folder, publish_json
+from bp_runs.locks import acquire
 
 _log = logging.getLogger("bp_data")
 _NAME: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _MISSING: Final = "Install it: pip install 'bp-data[hub]'"
 # A split that is not named is the first of these that there is.
 _USUAL_SPLITS: Final = ("train", "train_sft", "training")
+# Of one split: the commits used last stay, and those that somebody may still be reading.
+_KEPT_COMMITS: Final = 2
+_FRESH_SECONDS: Final = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +147,16 @@ def _link_all(local: Path, files: Sequence[Path], parent: Path, name: str) -> Pa
     stats = [file.stat() for file in files]
     state = _key("", *(f"{f} {s.st_size} {s.st_mtime_ns}" for f, s in zip(files, stats, strict=True)))
     target = parent / f"{name}{state}"
-    if not target.is_dir():
-        with publish_folder(target) as partial:
-            for file in files:
-                place = partial / file.relative_to(local)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                _link(file, place)
-        for old in parent.glob(f"{escape(name)}-*"):
-            if old != target:
-                shutil.rmtree(old, ignore_errors=True)
+    with _one_at_a_time(parent.parent, name):
+        if not target.is_dir():
+            with publish_folder(target) as partial:
+                for file in files:
+                    place = partial / file.relative_to(local)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    _link(file, place)
+            for old in parent.glob(f"{escape(name)}-*"):
+                if old != target:
+                    shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -165,15 +173,46 @@ def _from_hub(name: str, folder: Path, subset: str | None, split: str | None, re
     commit = HfApi().dataset_info(name, revision=revision).sha or ""
     subset, files, split = _find_files(name, commit, subset, split)
     wanted = [file.split(f"@{commit}/", 1)[-1] for file in files]
-    target = folder / "hub" / f"{_key(name, subset, split)}-{commit}"
-    if not target.is_dir():
-        with publish_folder(target) as partial:
-            snapshot_download(
-                name, repo_type="dataset", revision=commit, allow_patterns=[*map(escape, wanted)], local_dir=partial
-            )
-            shutil.rmtree(partial / ".cache", ignore_errors=True)
+    parent, key = folder / "hub", _key(name, subset, split)
+    target = parent / f"{key}-{commit}"
+    with _one_at_a_time(folder, key):
+        if not target.is_dir():
+            with publish_folder(target) as partial:
+                snapshot_download(
+                    name, repo_type="dataset", revision=commit, allow_patterns=[*map(escape, wanted)], local_dir=partial
+                )
+                shutil.rmtree(partial / ".cache", ignore_errors=True)
+        _prune(target, parent.glob(f"{escape(key)}-*"))
     path = target / wanted[0] if len(wanted) == 1 else target
     return HubData(path, name, subset, split, commit)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path, key: str) -> Iterator[None]:
+    """A lock: whoever comes second waits, and then finds what the first one fetched."""
+    file = folder / "locks" / f"{key}.lock"
+    with coded_disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = acquire(file, 0)
+    except OutputLockedError:
+        _log.warning("another process fetches %s; waiting for it", key.rpartition("-")[0])
+        lock = acquire(file, -1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prune(used: Path, commits: Iterable[Path]) -> None:
+    """Note that a commit was used, and remove old ones of the same split."""
+    os.utime(used)
+    by_age = sorted(commits, key=lambda commit: commit.stat().st_mtime, reverse=True)
+    for old in by_age[_KEPT_COMMITS:]:
+        if old.stat().st_mtime < time.time() - _FRESH_SECONDS:
+            size = sum(file.stat().st_size for file in old.rglob("*") if file.is_file())
+            _log.info("removing %s, %.1f MiB: newer commits are here", old, size / 2**20)
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _find_files(name: str, commit: str | None, subset: str | None, split: str | None) -> tuple[str, list[str], str]:
@@ -226,11 +265,11 @@ def _key(*parts: str | None) -> str:
 
 
 def network_errors() -> tuple[type[Exception], ...]:
-    """What the Hub's client raises where the network fails, whichever HTTP library it was built on."""
+    """What the Hub's client raises where the network fails, whichever HTTP library it was built on; no disk's error."""
     from huggingface_hub.errors import HfHubHTTPError
 
     library = next(base for base in HfHubHTTPError.__bases__ if base is not OSError and issubclass(base, Exception))
-    return (HfHubHTTPError, library)
+    return (HfHubHTTPError, library, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 
 
 @contextlib.contextmanager
@@ -243,7 +282,7 @@ def _coded(name: str, revision: str | None = None) -> Iterator[None]:
         from huggingface_hub import errors as hub
     except ImportError as error:
         raise DatasetFormatUnsupportedError("data sets by name need the datasets library", way_out=_MISSING) from error
-    unreachable: tuple[type[Exception], ...] = (hub.LocalEntryNotFoundError, ConnectionError, *network_errors())
+    unreachable: tuple[type[Exception], ...] = (hub.LocalEntryNotFoundError, *network_errors())
     what = f"{name} at revision {revision}" if revision else name
     try:
         yield

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import socket
+import ssl
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -242,13 +244,18 @@ def _coded() -> Iterator[None]:
         raise _explain(error) from error
     except _list_network_errors() as error:
         raise PushNetworkError("the Hub does not answer", cause=first_line(error)) from error
+    except OSError as error:
+        raise PushSourceError(
+            "a file cannot be read", cause=str(error), way_out="Make it readable, or export it again; then push again."
+        ) from error
     except (ValueError, RuntimeError) as error:  # what the library makes of answers that it does not expect
         raise PushRefusedError("the upload failed", cause=first_line(error.__cause__ or error)) from error
 
 
 def _list_network_errors() -> tuple[type[Exception], ...]:
     """The system's, and what the library's HTTP client raises: httpx, or httpx2 since its version 2."""
-    return (OSError, *(sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules))
+    clients = (sys.modules[name].HTTPError for name in ("httpx", "httpx2") if name in sys.modules)
+    return (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError, *clients)
 
 
 def _explain(error: Any) -> PushDeniedError | PushRefusedError:

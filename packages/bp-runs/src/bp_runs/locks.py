@@ -22,7 +22,7 @@ def acquire(file: Path, seconds: float) -> BaseFileLock:
     the file stands in, which names its process and is taken over when that is gone; one of another machine is not.
 
     Args:
-        seconds: How long to wait for whoever holds it; 0: not at all.
+        seconds: How long to wait for whoever holds it; 0: not at all, negative: as long as it takes.
 
     Raises:
         OutputLockedError: It is held.
