@@ -10,7 +10,7 @@ import pytest
 from backpropagate import Trainer, rails
 from backpropagate.cli.app import run
 from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
-from backpropagate.multirun import check_settings
+from backpropagate.multirun import check_settings, read_settings
 from backpropagate.scorecard import ScoreCard, card_html, card_text
 from backpropagate.slices import write_slices
 from bp_merge import blend, factor_rows, load_adapter
@@ -290,6 +290,13 @@ def test_a_crash_in_the_fourth_run_goes_on_there(place, flags):
         Trainer("./m", output="c", rail=rail).multi_run(resume=row["run_id"])
     with pytest.raises(MultiRunStateError, match="not multi-run"):
         Trainer("./m", output="c", rail=rail).multi_run(resume=result.members[0])
+
+
+def test_a_record_without_the_switch_goes_on_in_the_papers_form(place):
+    record = trainer().multi_run("d.jsonl", runs=2).record
+    assert read_settings(record).multirun.slao_qr == "off"
+    del record.settings["multirun.slao_qr"]
+    assert read_settings(record).multirun.slao_qr == "on"
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,6 @@ def read_settings(record: RunRecord) -> Settings:
     """
     known = all_settings()
     flags = {known[k].short: v["value"] for k, v in record.settings.items() if k in known and k != "data.path"}
-    flags.setdefault(
-        known["multirun.slao_qr"].short, "on"
-    )  # a record without it is of a time with the paper's form only
+    # A record that does not say is of a time that knew the paper's form only.
+    flags.setdefault(known["multirun.slao_qr"].short, "on")
     return resolve(flags).settings
