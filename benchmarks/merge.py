@@ -46,7 +46,7 @@ with AdapterSource(folder / "a") as a, AdapterSource(folder / "b") as b, publish
             pair, _ = a.read(module), b.read(module)
             writer.write(f"base_model.model.{module}.lora_A.weight", pair.a)
             writer.write(f"base_model.model.{module}.lora_B.weight", pair.b)
-    write_manifest(partial, run_id="copy", base="base")
+    write_manifest(partial, run_id="copy", base="base", known={"adapter_model.safetensors": writer.sha256})
 """
 MERGE = """
 import sys

@@ -62,10 +62,10 @@ class Llama:
     def answer(self, hidden: torch.Tensor, is_text: torch.Tensor, adapters: Adapters | None, arms: int) -> torch.Tensor:
         """Logits (n, vocabulary) of the token after the last one, in float32; row i belongs to arm i // (n / arms)."""
         place = self._place(is_text)
-        for number in range(self.layers):
-            hidden = self._layer(self.depth - self.layers + number, hidden, place, adapters, arms)
-        last = self._norm(hidden[:, -1], "model.norm.weight")
-        return (last @ self.w["model.embed_tokens.weight"].T).float()
+        for number in range(self.depth - self.layers, self.depth):
+            hidden = self._layer(number, hidden, place, adapters, arms, last=1 if number == self.depth - 1 else 0)
+        final = self._norm(hidden[:, -1], "model.norm.weight")
+        return (final @ self.w["model.embed_tokens.weight"].T).float()
 
     def _place(self, is_text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Who may look at whom (n, 1, T, T), and rotary cosines and sines (T, head_dim); only distances matter there."""
@@ -80,8 +80,9 @@ class Llama:
         return functional.rms_norm(x.float(), (self.width,), eps=self.eps).to(self.dtype) * self.w[name]
 
     def _layer(
-        self, number: int, hidden: torch.Tensor, place: tuple, adapters: Adapters | None, arms: int
+        self, number: int, hidden: torch.Tensor, place: tuple, adapters: Adapters | None, arms: int, last: int = 0
     ) -> torch.Tensor:
+        """One layer; ``last``: only of so many positions at the end, which the others are looked at for."""
         mask, cos, sin = place
         stem = f"model.layers.{number}."
         x = self._norm(hidden, f"{stem}input_layernorm.weight")
@@ -98,6 +99,7 @@ class Llama:
             t * cos + torch.cat([-t[..., self.head_dim // 2 :], t[..., : self.head_dim // 2]], -1) * sin for t in (q, k)
         )
         k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
+        q, mask, hidden = q[:, :, -last:], mask[:, :, -last:], hidden[:, -last:]
         seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
         hidden = hidden + seen @ self.w[f"{stem}self_attn.o_proj.weight"].T
         x = self._norm(hidden, f"{stem}post_attention_layernorm.weight")

@@ -44,6 +44,8 @@ R = 8
 REPLAY = 0.05
 ORTHOGONAL = 0.5
 """O-LoRA's factor on the sum of |A_earlier A_newᵀ|; an absolute sum, as in its authors' code (lambda_1)."""
+CPU_ARMS = ("seq", "joint", "slao_no_qr", "slao", "mean", "ties_20")
+"""Arms of the CPU profile: four chains of trainings."""
 TURNED = ("slao", "slao_preserving", "slao_merged_b")
 """Chains that begin a task with orthonormal rows of A."""
 UNMERGED = ("seq", "replay", "joint", "olora")
@@ -68,6 +70,7 @@ class Rows:
     """(n, T, d) below the adapters; where all layers have adapters, embeddings are looked up from ``ids``."""
     ids: torch.Tensor
     is_text: torch.Tensor
+    lengths: np.ndarray
     answer: torch.Tensor
     """The label's token."""
     task: np.ndarray
@@ -87,18 +90,33 @@ def load_rows(model: Llama, data: np.lib.npyio.NpzFile, tasks: list[dict], share
     answer = [tasks[t]["ids"][k] for t, k in zip(data["task"][chosen], data["label"][chosen], strict=True)]
     on = model.device
     tensors = (torch.from_numpy(ids).to(on), torch.from_numpy(is_text).to(on), torch.tensor(answer, device=on))
-    hidden = torch.empty(0)
+    rows = Rows(torch.empty(0), tensors[0], tensors[1], lengths[chosen], tensors[2], data["task"][chosen],
+                data["is_test"][chosen].astype(bool))  # fmt: skip
     if model.layers < model.depth:
-        with torch.no_grad():
-            hidden = torch.cat(
-                [model.lower(tensors[0][i : i + 64], tensors[1][i : i + 64]) for i in range(0, len(chosen), 64)]
-            )
-    return Rows(hidden, *tensors, data["task"][chosen], data["is_test"][chosen].astype(bool))
+        rows.hidden = find_hidden(model, rows)
+    return rows
 
 
-def enter(model: Llama, rows: Rows, places: torch.Tensor) -> torch.Tensor:
-    """What goes into the layers with adapters."""
-    return rows.hidden[places] if len(rows.hidden) else model.w["model.embed_tokens.weight"][rows.ids[places]]
+@torch.no_grad()
+def find_hidden(model: Llama, rows: Rows, chunk: int = 64) -> torch.Tensor:
+    """Every row's states below the layers with adapters (n, T, d), rows of like length together."""
+    hidden = torch.zeros(*rows.ids.shape, model.width, dtype=model.dtype, device=model.device)
+    order = np.argsort(rows.lengths)
+    for places in np.split(order, range(chunk, len(order), chunk)):
+        width = rows.lengths[places].max()
+        hidden[places, -width:] = model.lower(rows.ids[places, -width:], rows.is_text[places, -width:])
+    return hidden
+
+
+def enter(model: Llama, rows: Rows, places: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What goes into the layers with adapters, as wide as the longest of the rows; which of it is text; the answers."""
+    width = rows.lengths[places].max()
+    where = torch.from_numpy(places).to(model.device)
+    if len(rows.hidden):
+        hidden = rows.hidden[where, -width:]
+    else:
+        hidden = model.w["model.embed_tokens.weight"][rows.ids[where, -width:]]
+    return hidden, rows.is_text[where, -width:], rows.answer[where]
 
 
 def draw_start(model: Llama, seed: int) -> Factors:
@@ -182,12 +200,12 @@ def train(
     for tensor in adapters.tensors:
         tensor.requires_grad_()
     optimizer = torch.optim.AdamW(adapters.tensors, lr=lr, weight_decay=0.0)
-    places = torch.from_numpy(np.stack([o[: steps * batch] for o in order])).to(model.device)
+    places = np.stack([o[: steps * batch] for o in order])
     begun = time.perf_counter()
     for step in range(steps):
-        now = places[:, step * batch : (step + 1) * batch].reshape(-1)
-        logits = model.answer(enter(model, rows, now), rows.is_text[now], adapters, arms)
-        loss = functional.cross_entropy(logits, rows.answer[now], reduction="sum") / batch  # a mean within each arm
+        hidden, is_text, right = enter(model, rows, places[:, step * batch : (step + 1) * batch].reshape(-1))
+        logits = model.answer(hidden, is_text, adapters, arms)
+        loss = functional.cross_entropy(logits, right, reduction="sum") / batch  # a mean within each arm
         loss = loss + sum(ORTHOGONAL * find_overlap(adapters.a[arm], count) for arm, count in held)
         optimizer.zero_grad()
         loss.backward()
@@ -214,12 +232,13 @@ def measure(model: Llama, rows: Rows, adapters: list[Factors], labels: list[list
     found = np.zeros((len(adapters), len(labels), 3))
     stacked = stack(adapters, model.device)
     for task, ids in enumerate(labels):
-        places = torch.from_numpy(np.flatnonzero((rows.task == task) & rows.is_test)).to(model.device)
+        places = np.flatnonzero((rows.task == task) & rows.is_test)
+        places = places[np.argsort(rows.lengths[places], kind="stable")]  # rows of like length together
         options = torch.tensor(ids, device=model.device)
-        for part in places.split(chunk):
-            repeated = part.repeat(len(adapters))
-            logits = model.answer(enter(model, rows, repeated), rows.is_text[repeated], stacked, len(adapters))
-            right, logits = rows.answer[part], logits.view(len(adapters), len(part), -1)
+        for part in np.split(places, range(chunk, len(places), chunk)):
+            hidden, is_text, right = enter(model, rows, part)
+            repeated = hidden.repeat(len(adapters), 1, 1), is_text.repeat(len(adapters), 1)
+            logits = model.answer(*repeated, stacked, len(adapters)).view(len(adapters), len(part), -1)
             free = logits.argmax(-1) == right
             ranked = options[logits[..., options].argmax(-1)] == right
             loss = functional.cross_entropy(logits.flatten(0, 1), right.repeat(len(adapters)), reduction="none")
@@ -284,6 +303,7 @@ def run(options: argparse.Namespace) -> dict:
             f"task {i} ({tasks[task]['name']}): {seconds:.0f} s of training, {time.perf_counter() - begun:.0f} s in all",
             flush=True,
         )
+    result["cpu_seconds"] = time.process_time()
     told = {k: v if isinstance(v, int | float) else str(v) for k, v in vars(options).items()}
     machine = torch.cuda.get_device_name(0) if device == "cuda" else platform.processor() or platform.machine()
     return {**result, "zero_shot": zero[sequence].tolist(), "tasks": [tasks[t]["name"] for t in sequence], "options": told,
@@ -327,20 +347,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--order", type=int, choices=(1, 2), default=1, help="1: tasks as built; 2: reversed")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, help="default: 1e-3; in the CPU profile, with its few steps, 2e-3")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--tasks", type=int, default=4, help="only the first so many")
     parser.add_argument("--layers", type=int, default=0, help="adapters in the last so many layers; 0: in all")
     parser.add_argument("--share", type=float, default=1.0, help="of the rows")
     parser.add_argument("--chunk", type=int, default=64, help="test rows at a time")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS), metavar="ARM")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), metavar="ARM", help=f"some of: {', '.join(ARMS)}")
     parser.add_argument("--profile", choices=("cpu", "gpu"), default="gpu")
     options = parser.parse_args()
-    options.arms = list(dict.fromkeys(["seq", *options.arms]))  # all are compared with it
-    if options.profile == "cpu":
-        options.layers, options.epochs, options.tasks = options.layers or 6, 2, 3
+    is_small = options.profile == "cpu"
+    if is_small:
+        options.layers, options.tasks = options.layers or 6, min(options.tasks, 3)
         options.share = min(options.share, 0.2)
+    options.lr = options.lr or (2e-3 if is_small else 1e-3)
+    arms = options.arms or (CPU_ARMS if is_small else list(ARMS))
+    options.arms = list(dict.fromkeys(["seq", *arms]))  # all are compared with it
     options.out.write_text(json.dumps(run(options)))
 
 

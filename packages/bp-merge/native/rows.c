@@ -22,6 +22,10 @@
 enum { BASE_NONE, BASE_BF16, BASE_F32 };
 #define WIDEST 64 /* columns of the largest tile */
 #define MOST_RANK (1 << 24) /* far above any; what is computed from it then fits */
+#define MOST_PARTS 64 /* factors in one Gram matrix */
+#define MOST_GRAM (1 << 14) /* their ranks together */
+#define PACK_ROWS 128 /* of a long side at a time: a tile of them stays in the nearest cache */
+#define SUM_ROWS 2048 /* of a long side, summed in float32 */
 
 /* (b @ a) * scale: b (rows, rank), a (rank, columns); the sum over the rank goes in `parts` parts of `step` terms, and
  * the last takes what is left.
@@ -32,6 +36,14 @@ struct change {
     long long rows, rank, columns, step, parts;
 };
 
+/* Factors of one length, side by side: each (length, rank of it) where they are tall, else (rank of it, length). */
+struct stack {
+    const float *values[MOST_PARTS];
+    long long ranks[MOST_PARTS], rank, length;
+    int parts, is_tall;
+};
+
+typedef void gram_function(const struct stack *, float *, double *);
 typedef void add_function(const struct change *, const void *, int, float *, float *);
 typedef void decode_function(const uint16_t *, long long, float *);
 typedef void encode_function(const float *, long long, uint16_t *);
@@ -79,17 +91,18 @@ typedef void encode_function(const float *, long long, uint16_t *);
 
 static const struct target {
     const char *name;
+    gram_function *gram;
     add_function *add;
     decode_function *decode;
     encode_function *encode;
 } TARGETS[] = {
 #ifdef __x86_64__
-    {"avx2", add_avx2, decode_avx2, encode_avx2},
-    {"avx512", add_avx512, decode_avx512, encode_avx512},
+    {"avx2", gram_avx2, add_avx2, decode_avx2, encode_avx2},
+    {"avx512", gram_avx512, add_avx512, decode_avx512, encode_avx512},
 #elif defined(__aarch64__)
-    {"neon", add_neon, decode_neon, encode_neon},
+    {"neon", gram_neon, add_neon, decode_neon, encode_neon},
 #endif
-    {NULL, NULL, NULL, NULL},
+    {NULL, NULL, NULL, NULL, NULL},
 };
 
 static int count_targets(void)
@@ -151,6 +164,63 @@ static PyObject *add(PyObject *module, PyObject *arguments)
     return scratch ? Py_NewRef(Py_None) : PyErr_NoMemory();
 }
 
+/* The stacked factors' Gram matrix into out, which is zero; 0 where the sizes disagree, -1 where memory is short. */
+static int fill_gram(struct stack *stack, const Py_buffer *parts, const Py_buffer *out, int index)
+{
+    if (index < 0 || index >= count_targets() || stack->length <= 0 || stack->length > MOST_RANK)
+        return 0;
+    for (int i = 0; i < stack->parts; i++) {
+        if (parts[i].len == 0 || parts[i].len % (4 * stack->length) != 0)
+            return 0;
+        stack->values[i] = parts[i].buf;
+        stack->rank += stack->ranks[i] = parts[i].len / (4 * stack->length);
+    }
+    const long long rank = stack->rank, wide = (rank + WIDEST - 1) / WIDEST * WIDEST;
+    if (rank > MOST_GRAM || out->len != 8 * rank * rank)
+        return 0;
+    float *scratch = malloc((wide + 2 * PACK_ROWS) * wide * sizeof *scratch);
+    if (scratch == NULL)
+        return -1;
+    double *sums = out->buf;
+    Py_BEGIN_ALLOW_THREADS
+    TARGETS[index].gram(stack, scratch, sums);
+    for (long long p = 0; p < rank; p++)
+        for (long long q = 0; q < p; q++)
+            sums[p * rank + q] = sums[q * rank + p];
+    Py_END_ALLOW_THREADS
+    free(scratch);
+    return 1;
+}
+
+/* gram(parts, length, is_tall, out, target): parts is a tuple of float32 factors, out float64 zeros. */
+static PyObject *gram(PyObject *module, PyObject *arguments)
+{
+    Py_buffer out, parts[MOST_PARTS];
+    PyObject *factors;
+    struct stack stack = {0};
+    int index, taken = 0;
+    if (!PyArg_ParseTuple(arguments, "O!Lpw*i", &PyTuple_Type, &factors, &stack.length, &stack.is_tall, &out, &index))
+        return NULL;
+    Py_ssize_t count = PyTuple_Size(factors);
+    int is_right = count > 0 && count <= MOST_PARTS;
+    for (; is_right && taken < count; taken++)
+        if (PyObject_GetBuffer(PyTuple_GetItem(factors, taken), &parts[taken], PyBUF_C_CONTIGUOUS) < 0)
+            break;
+    int done = -2;
+    if (!is_right)
+        done = 0;
+    else if (taken == count) {
+        stack.parts = taken;
+        done = fill_gram(&stack, parts, &out, index);
+    }
+    while (taken > 0)
+        PyBuffer_Release(&parts[--taken]);
+    PyBuffer_Release(&out);
+    if (done == 0)
+        return refuse();
+    return done > 0 ? Py_NewRef(Py_None) : done == -1 ? PyErr_NoMemory() : NULL;
+}
+
 /* Both ways between bfloat16 and float32; `is_wide` tells which of the two is the source. */
 static PyObject *convert(PyObject *arguments, int is_wide)
 {
@@ -180,6 +250,7 @@ static PyObject *encode(PyObject *module, PyObject *arguments) { return convert(
 
 static PyMethodDef METHODS[] = {
     {"add", add, METH_VARARGS, "Rows of a base with a low-rank change added."},
+    {"gram", gram, METH_VARARGS, "The Gram matrix of factors side by side."},
     {"decode", decode, METH_VARARGS, "bfloat16 as float32."},
     {"encode", encode, METH_VARARGS, "float32 rounded to bfloat16, ties to even."},
     {NULL, NULL, 0, NULL},

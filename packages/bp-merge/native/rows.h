@@ -128,6 +128,83 @@ static void N(add)(const struct change *change, const void *base, int dtype, flo
         N(add_rows)(change, base, BASE_NONE, scratch, out);
 }
 
+/* Columns of the stacked factors, 4 of them from `column` on, at the rows of the long side from `first` on: a panel,
+ * (count, 4), with zeros behind the rank.
+ */
+INLINE void N(fill_panel)(const struct stack *stack, long long column, long long first, long long count, float *panel)
+{
+    const float *from[4] = {NULL};
+    long long start = 0, step[4] = {0};
+    for (int part = 0; part < stack->parts; start += stack->ranks[part++])
+        for (int i = 0; i < 4; i++) {
+            long long r = column + i - start, own = stack->ranks[part];
+            if (r >= 0 && r < own) {
+                from[i] = stack->values[part] + (stack->is_tall ? first * own + r : r * stack->length + first);
+                step[i] = stack->is_tall ? own : 1;
+            }
+        }
+    if (stack->is_tall && from[3] && from[3] == from[0] + 3 && step[3] == step[0]) /* side by side in one factor */
+        for (long long k = 0; k < count; k++)
+            memcpy(panel + 4 * k, from[0] + k * step[0], 4 * sizeof *panel);
+    else
+        for (long long k = 0; k < count; k++)
+            for (int i = 0; i < 4; i++)
+                panel[4 * k + i] = from[i] ? from[i][k * step[i]] : 0;
+}
+
+/* All panels of some rows of the long side, (wide / 4, count, 4), and the same as tiles, (wide / TILE, count, TILE). */
+static void N(pack)(const struct stack *stack, long long wide, long long first, long long count, float *panels,
+                    float *tiles)
+{
+    for (long long column = 0; column < wide; column += 4, panels += 4 * count) {
+        float *tile = tiles + column / TILE * TILE * count + column % TILE;
+        N(fill_panel)(stack, column, first, count, panels);
+        for (long long k = 0; k < count; k++)
+            memcpy(tile + k * TILE, panels + 4 * k, 4 * sizeof *panels);
+    }
+}
+
+/* sums (4 rows, TILE columns of `wide`) += the products of a panel and a tile, summed over `count`. */
+INLINE void N(add_products)(const float *panel, const float *tile, long long count, float *sums, long long wide)
+{
+    FLOATS sum[4][WIDTH];
+    UNROLLED for (int i = 0; i < 4; i++)
+        UNROLLED for (int v = 0; v < WIDTH; v++)
+            sum[i][v] = (FLOATS){0};
+    for (long long k = 0; k < count; k++)
+        UNROLLED for (int i = 0; i < 4; i++) {
+            FLOATS factor = (FLOATS){0} + panel[k * 4 + i];
+            UNROLLED for (int v = 0; v < WIDTH; v++)
+                sum[i][v] = N(fuse)(factor, N(load)(tile + k * TILE + v * LANES), sum[i][v]);
+        }
+    UNROLLED for (int i = 0; i < 4; i++)
+        UNROLLED for (int v = 0; v < WIDTH; v++) {
+            float *place = sums + i * wide + v * LANES;
+            N(store)(N(load)(place) + sum[i][v], place);
+        }
+}
+
+/* The upper triangle of the stacked factors' Gram matrix, (rank, rank): float32 within SUM_ROWS, float64 across. */
+static void N(gram)(const struct stack *stack, float *scratch, double *out)
+{
+    const long long rank = stack->rank, wide = (rank + TILE - 1) / TILE * TILE;
+    float *sums = scratch, *panels = sums + wide * wide, *tiles = panels + wide * PACK_ROWS;
+    for (long long start = 0; start < stack->length; start += SUM_ROWS) {
+        long long stop = stack->length - start < SUM_ROWS ? stack->length : start + SUM_ROWS;
+        memset(sums, 0, wide * wide * sizeof *sums);
+        for (long long first = start; first < stop; first += PACK_ROWS) {
+            long long count = stop - first < PACK_ROWS ? stop - first : PACK_ROWS;
+            N(pack)(stack, wide, first, count, panels, tiles);
+            for (long long q = 0; q < wide; q += TILE)
+                for (long long p = 0; p < q + TILE; p += 4)
+                    N(add_products)(panels + p * count, tiles + q * count, count, sums + p * wide + q, wide);
+        }
+        for (long long p = 0; p < rank; p++)
+            for (long long q = p; q < rank; q++)
+                out[p * rank + q] += sums[p * wide + q];
+    }
+}
+
 static void N(decode)(const uint16_t *source, long long count, float *out)
 {
     for (; count >= LANES; count -= LANES, source += LANES, out += LANES)

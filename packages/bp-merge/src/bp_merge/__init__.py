@@ -15,7 +15,7 @@ from bp_merge.errors import (
     TensorsInvalidError,
 )
 from bp_merge.fold import FoldedModel, fold_rows
-from bp_merge.lowrank import Product, cut_matrix, cut_product
+from bp_merge.lowrank import Product, Term, cut_matrix, cut_product, cut_sum
 from bp_merge.merge import MergeOutcome, merge_adapters, write_adapter_like
 from bp_merge.methods import METHODS, Method, find_method
 from bp_merge.options import MergeOptions, ModulePlan
@@ -64,11 +64,13 @@ __all__ = [
     "TensorReader",
     "TensorStreamWriter",
     "TensorsInvalidError",
+    "Term",
     "blend",
     "build_header",
     "compute_scale",
     "cut_matrix",
     "cut_product",
+    "cut_sum",
     "decode",
     "encode",
     "factor_rows",

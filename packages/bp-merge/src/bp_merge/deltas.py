@@ -8,6 +8,7 @@ import numpy as np
 
 from bp_merge.adapter import LoraPair
 from bp_merge.tensors import Floats
+from bp_merge.thin import sum_products
 
 _BLOCK = 8 * 2**20  # weights
 
@@ -21,8 +22,7 @@ def iter_blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 def read_block(pair: LoraPair, start: int, stop: int) -> Floats:
     """Rows of ``scale * b @ a``: (stop - start, d_in)."""
-    block: Floats = np.multiply(pair.b[start:stop], np.float32(pair.scale)) @ pair.a
-    return block
+    return sum_products([(np.multiply(pair.b[start:stop], np.float32(pair.scale)), pair.a)])
 
 
 def merge_blocks(pairs: Sequence[LoraPair], merge: Callable[[int, list[Floats]], Floats]) -> Floats:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bp_merge.adapter import LoraPair
-from bp_merge.lowrank import Product, cut_product
+from bp_merge.lowrank import Product, Term, cut_sum
 from bp_merge.options import ModulePlan
 from bp_merge.tensors import Floats
 
@@ -25,5 +25,8 @@ def stack_factors(pairs: Sequence[LoraPair], weights: Sequence[float]) -> tuple[
 
 def merge(pairs: Sequence[LoraPair], plan: ModulePlan) -> Product:
     """The nearest product of the plan's rank to the weighted sum."""
-    b, a = stack_factors(pairs, plan.weights)
-    return Product(a, b) if a.shape[0] == plan.rank else cut_product(b, a, plan.rank)
+    if sum(pair.a.shape[0] for pair in pairs) == plan.rank:
+        b, a = stack_factors(pairs, plan.weights)
+        return Product(a, b)
+    terms = [Term(w * pair.scale, pair.b, pair.a) for w, pair in zip(plan.weights, pairs, strict=True)]
+    return cut_sum(terms, plan.rank)

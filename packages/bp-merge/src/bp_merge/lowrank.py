@@ -10,15 +10,14 @@ P, so what rounding does to the Gram matrices moves the choice of directions a l
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bp_merge.tensors import Floats
-
-Doubles: TypeAlias = NDArray[np.float64]
+from bp_merge.thin import Doubles, compute_gram, sum_products
 
 _EXACT = 1024
 """Shorter side up to which a whole matrix gets an exact SVD."""
@@ -29,7 +28,8 @@ _WELL = 3e-2
 """Share of the largest pivot that the smallest must reach where Gram matrices are summed in float32."""
 _LARGE = 2**18
 """Values of a factor from which speed counts."""
-_BLOCK = 2048
+_CLEAR = 1e-8
+"""Share of the largest eigenvalue from which one is no rounding error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,42 +44,57 @@ class Product:
     """Share of the change's squared norm that the cut to rank r kept."""
 
 
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One of several products to be added: ``weight * b @ a``."""
+
+    weight: float
+    b: Floats
+    """(d_out, r)"""
+    a: Floats
+    """(r, d_in)"""
+
+
 def cut_product(b: Floats, a: Floats, rank: int) -> Product:
     """The nearest product of ``rank`` to ``b @ a``, which is never formed: (d_out, R), (R, d_in), R ≥ rank.
 
     A of the result has orthonormal rows (zero ones where ``b @ a`` has a lower rank).
     """
-    factor, inverse = _factor_rows(a)
-    core = factor.T @ _gram(b.T, quick=b.size > _LARGE) @ factor
+    return cut_sum([Term(1.0, b, a)], rank)
+
+
+def cut_sum(terms: Sequence[Term], rank: int) -> Product:
+    """As `cut_product` of the terms' sum, whose factors need not be put side by side; R is the sum of their ranks."""
+    bs, ranks = [term.b for term in terms], [term.a.shape[0] for term in terms]
+    weights = np.repeat([term.weight for term in terms], ranks)[:, None]
+    gram = weights * compute_gram(bs, is_tall=True, quick=sum(b.size for b in bs) > _LARGE) * weights.T
+    factor, inverse = _factor_rows([term.a for term in terms])
+    core = factor.T @ gram @ factor
     values, vectors = np.linalg.eigh((core + core.T) / 2)  # ascending
     values = np.maximum(values, 0.0)
-    top = vectors[:, ::-1][:, :rank]
     total = float(values.sum())
-    kept = float(values[::-1][:rank].sum()) / total if total else 1.0
-    cut_b = b @ (factor @ top).astype(np.float32)
-    cut_a = (top.T @ inverse).astype(np.float32) @ a
-    return Product(_pad(cut_a, rank, 0), _pad(cut_b, rank, 1), kept)
+    values, top = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    into_b = factor @ top
+    # Of an eigenvector L⁻ᵀ v = G L v / value, which saves the inverse where the value is no rounding error.
+    is_clear = inverse is None and values[-1] > _CLEAR * values[0]
+    into_a = (gram @ into_b / values).T if is_clear else top.T @ (np.linalg.inv(factor) if inverse is None else inverse)
+    cuts = np.cumsum(ranks)[:-1]
+    parts_b = np.split((weights * into_b).astype(np.float32), cuts)
+    parts_a = np.split(into_a.astype(np.float32), cuts, axis=1)
+    cut_b = sum_products([(b, part) for b, part in zip(bs, parts_b, strict=True)])
+    cut_a = sum_products([(part, term.a) for part, term in zip(parts_a, terms, strict=True)])
+    return Product(_pad(cut_a, rank, 0), _pad(cut_b, rank, 1), float(values.sum()) / total if total else 1.0)
 
 
-def _gram(rows: Floats, *, quick: bool = False) -> Doubles:
-    """``rows @ rows.T`` in float64; quick: products in float32, and only their sums over blocks in float64."""
-    total = np.zeros((rows.shape[0], rows.shape[0]))
-    for start in range(0, rows.shape[1], _BLOCK):
-        part: Any = rows[:, start : start + _BLOCK]
-        part = part if quick else part.astype(np.float64)
-        total += part @ part.T  # NumPy sees the symmetry and computes one half
-    return total
-
-
-def _factor_rows(a: Floats) -> tuple[Any, Any]:
-    """As `_factor_gram` of ``a``'s Gram matrix; the quick one where that is good enough for it."""
-    if a.size > _LARGE:
+def _factor_rows(parts: Sequence[Floats]) -> tuple[Any, Any]:
+    """As `_factor_gram` of the stacked rows' Gram matrix; of the quick one, without the inverse, where that will do."""
+    if sum(part.size for part in parts) > _LARGE:
         with contextlib.suppress(np.linalg.LinAlgError):
-            factor = np.linalg.cholesky(_gram(a, quick=True))
+            factor = np.linalg.cholesky(compute_gram(parts, is_tall=False, quick=True))
             diagonal = np.diagonal(factor)
             if diagonal.min() > _WELL * diagonal.max():
-                return factor, np.linalg.inv(factor)
-    return _factor_gram(_gram(a))
+                return factor, None
+    return _factor_gram(compute_gram(parts, is_tall=False, quick=False))
 
 
 def _factor_gram(gram: Doubles) -> tuple[Any, Any]:
@@ -127,7 +142,7 @@ def _find_range(delta: Floats, width: int) -> Floats:
 def _orthonormal(columns: Floats) -> Floats:
     """Orthonormal columns that span the same: Cholesky twice, which is as good as QR."""
     for _ in range(2):
-        _, inverse = _factor_gram(_gram(np.ascontiguousarray(columns.T)))
+        _, inverse = _factor_gram(compute_gram([columns], is_tall=True, quick=False))
         columns = columns @ inverse.T.astype(np.float32)
     return columns
 
@@ -136,4 +151,4 @@ def _pad(values: Any, rank: int, axis: int) -> Floats:
     """Zeros up to ``rank`` along an axis, in memory row by row."""
     width = [(0, 0), (0, 0)]
     width[axis] = (0, rank - values.shape[axis])
-    return np.ascontiguousarray(np.pad(values, width))
+    return np.ascontiguousarray(np.pad(values, width) if width[axis][1] else values)

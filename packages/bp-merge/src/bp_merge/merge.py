@@ -103,7 +103,8 @@ def merge_adapters(
             with TensorStreamWriter(partial / WEIGHTS_FILE, shapes) as writer:
                 kept = _write_products(sources, chosen, plans, writer, progress)
             config = _build_config(sources[0], plans, base)
-            _finish(partial, sources[0].path, config, run_id, _origin(chosen, options, adapters))
+            known = {WEIGHTS_FILE: writer.sha256}
+            _finish(partial, sources[0].path, config, run_id, _origin(chosen, options, adapters), known=known)
     return MergeOutcome(
         path=output,
         method=chosen.name,
@@ -247,13 +248,22 @@ def _origin(method: Method, options: MergeOptions, adapters: Sequence[Path]) -> 
     return {"method": method.name, "adapters": [str(path) for path in adapters], "run_ids": runs, "options": told}
 
 
-def _finish(partial: Path, model: Path, config: Mapping[str, Any], run_id: str, origin: Mapping[str, Any]) -> None:
+def _finish(
+    partial: Path,
+    model: Path,
+    config: Mapping[str, Any],
+    run_id: str,
+    origin: Mapping[str, Any],
+    *,
+    known: Mapping[str, str] | None = None,
+) -> None:
     """Settings, tokenizer and manifest beside the weights."""
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name in _COPIED:
         if (model / name).is_file():
             shutil.copyfile(model / name, partial / name)
-    write_manifest(partial, run_id=run_id, base=str(config["base_model_name_or_path"]), origin=origin)
+    base = str(config["base_model_name_or_path"])
+    write_manifest(partial, run_id=run_id, base=base, origin=origin, known=known)
 
 
 def _compare_templates(adapters: Sequence[Path]) -> Iterator[str]:

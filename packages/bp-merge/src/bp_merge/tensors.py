@@ -9,6 +9,7 @@ Not here: integer and FP8 tensors, which have no place in an adapter's arithmeti
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import threading
@@ -260,7 +261,10 @@ def _read_into(file: FileIO, raw: Raw) -> int:
 
 
 def decode(raw: bytes | memoryview | Raw, dtype: Dtype) -> Floats:
-    """Little-endian bytes of a dtype as a new, writable float32 vector; exact for all three dtypes."""
+    """Little-endian bytes of a dtype as a writable float32 vector; exact for all three dtypes.
+
+    New, but for writable float32 bytes, which are used as they are.
+    """
     source = np.frombuffer(raw, np.uint8)
     if dtype == "BF16" and ROWS is not None:
         out = np.empty(source.size // 2, np.float32)
@@ -268,6 +272,8 @@ def decode(raw: bytes | memoryview | Raw, dtype: Dtype) -> Floats:
         return out
     if dtype == "BF16":
         return (source.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if dtype == "F32" and source.flags.writeable:
+        return source.view("<f4").astype(np.float32, copy=False)
     return source.view("<f2" if dtype == "F16" else "<f4").astype(np.float32)
 
 
@@ -280,7 +286,7 @@ def encode(values: Floats, dtype: Dtype) -> memoryview:
     if dtype == "BF16":
         return _to_bf16_bits(values).astype("<u2").reshape(-1).view(np.uint8).data
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(values.astype("<f2" if dtype == "F16" else "<f4")).reshape(-1).view(np.uint8).data
+        return np.ascontiguousarray(values, "<f2" if dtype == "F16" else "<f4").reshape(-1).view(np.uint8).data
 
 
 def round_to(values: Floats, dtype: Dtype) -> Floats:
@@ -351,9 +357,19 @@ class TensorStreamWriter:
     def __init__(self, path: Path, tensors: Mapping[str, tuple[Dtype, tuple[int, ...]]]) -> None:
         self._path = path
         self._left = dict(tensors)
+        self._hash = hashlib.sha256()
         with coded_disk_errors(path):
             self._file = path.open("wb")
-            self._file.write(build_header(tensors, {"format": "pt"}))
+            self._append(build_header(tensors, {"format": "pt"}))
+
+    @property
+    def sha256(self) -> str:
+        """Of what has been written, which saves reading it again."""
+        return self._hash.hexdigest()
+
+    def _append(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
 
     def write(self, name: str, values: Floats) -> None:
         """Append the next tensor, rounded to its dtype.
@@ -365,7 +381,7 @@ class TensorStreamWriter:
         if (name, values.shape) != (wanted, shape):
             raise ContractError(f"{name} {values.shape} was written where {wanted} {shape} goes")
         with coded_disk_errors(self._path):
-            self._file.write(encode(values, dtype))
+            self._append(encode(values, dtype))
         del self._left[name]
 
     def __enter__(self) -> Self:

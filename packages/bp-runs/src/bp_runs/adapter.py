@@ -104,14 +104,17 @@ def write_manifest(
     base_folder: Path | None = None,
     origin: Mapping[str, Any] | None = None,
     schema: str = MANIFEST_SCHEMA,
+    known: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``run.json`` into a finished adapter's or model's folder: the run's id and every file's SHA-256.
 
     Args:
         base_folder: Where the base is, whose fingerprint tells it from others of the same shapes.
         origin: For adapters that were not trained but made of others: how, and of which.
+        known: SHA-256 of files by name, where they were computed while these were written.
     """
-    files = {p.name: sha256_file(p) for p in sorted(path.iterdir()) if p.is_file() and p.name != MANIFEST_FILE}
+    names = sorted(p.name for p in path.iterdir() if p.is_file() and p.name != MANIFEST_FILE)
+    files = {name: (known or {}).get(name) or sha256_file(path / name) for name in names}
     manifest: dict[str, Any] = {"schema": schema, "run_id": run_id, "base": base, "files": files}
     if base_folder is not None and (fingerprint := fingerprint_base(base_folder)):
         manifest["base_fingerprint"] = fingerprint
