@@ -151,6 +151,11 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(place, capsys):
     assert f"the checkpoint {newest.name} is passed over: weights.bin is not what was saved" in text
     assert "goes on from step 7" in text
     assert losses(run_id) == CURVE
+    told = out(capsys, ["show-run", run_id])
+    assert told["damaged"] == {newest.name: "weights.bin is not what was saved"}
+    assert newest.name not in str(told["checkpoints"])
+    assert run(["show-run", run_id]) == 0
+    assert f"damaged   the checkpoint {newest.name}: weights.bin is not" in capsys.readouterr().out
 
 
 def test_no_whole_checkpoint_has_its_code(place, capsys):

@@ -66,7 +66,10 @@ def test_a_run_that_goes_on_keeps_its_id_and_its_curve(tmp_path):
     steps = [(e["step"], e["loss"]) for e in store.read_metrics(run_id) if e["event"] == "step"]
     assert steps == [(1, 11.0), (2, 12.0), (3, 13.0), (4, 1.0)]
     sessions = store.load(run_id).sessions
-    assert [(s["from_step"], s["checkpoint"]) for s in sessions] == [(0, None), (3, "step-3")]
+    assert [(s["from_step"], s["checkpoint"], s.get("status")) for s in sessions] == [
+        (0, None, "interrupted"),
+        (3, "step-3", None),
+    ]
     assert {s["pid"] for s in sessions} == {os.getpid()}
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_training import spec_for, train
+from odd_disks import small_disk
 from safetensors.torch import save_file
-from test_runs_checkpoint import small_disk
 from transformers import LlamaModel
 
 from bp_runs.checkpoint import CheckpointFolder

@@ -7,6 +7,7 @@ trainer.export("gguf", quantization="q4_k_m")
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from backpropagate import catalogue, offline, presets, rails, resuming, settings, stopping, system, trackers
 from backpropagate.exporting import ExportResult, export_adapter
 from backpropagate.logs import follow_run, log_event
-from bp_runs.errors import ContractError, InterruptedRunError, ResumeChangedError, ResumeNotFoundError
+from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.errors import CodedError, ContractError, InterruptedRunError, ResumeChangedError, ResumeNotFoundError
 from bp_runs.events import Emit, Event
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, result_name
 from bp_runs.rail import Rail, TrainOutcome
@@ -407,7 +409,10 @@ def where(output: Path) -> str:
 
 def _reopen(store: RunStore, going_on: resuming.GoingOn, *, take_over: bool) -> RunWriter:
     name = going_on.checkpoint.path.name if going_on.checkpoint else None
-    return store.reopen(going_on.record.run_id, from_step=going_on.step, checkpoint=name, take_over=take_over)
+    writer = store.reopen(going_on.record.run_id, from_step=going_on.step, checkpoint=name, take_over=take_over)
+    with contextlib.suppress(CodedError):  # where it cannot be noted, it is told all the same
+        CheckpointFolder(writer.folders.run).note_damage(going_on.damaged)
+    return writer
 
 
 def _publish(store: RunStore, run_id: str, outcome: TrainOutcome) -> Path:

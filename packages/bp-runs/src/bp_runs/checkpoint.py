@@ -4,6 +4,7 @@
     manifest.json    {"schema", "run_id", "rail", "step", "sequence", "saved_at", "reason", "score", "facts",
                       "files": {name: {"sha256", "bytes"}}, "sha256": of all this}
     protected        empty; the checkpoint is never pruned
+    damaged          what was found wrong with its files; it counts no more, and goes when a newer one is damaged
 
 A save writes into a hidden folder, hashes and fsyncs every file, writes the manifest, fsyncs the folder and renames it.
 Until then the earlier ones stay. Which one is the newest is told by the manifests' ``sequence``, never by a name or a
@@ -41,8 +42,9 @@ from bp_runs.spec import TrainSpec
 
 MANIFEST_FILE = "manifest.json"
 PROTECTED_FILE = "protected"
+DAMAGED_FILE = "damaged"
 CHECKPOINT_SCHEMA = "backpropagate.checkpoint/1"
-_NOT_HASHED = (MANIFEST_FILE, PROTECTED_FILE)
+_NOT_HASHED = (MANIFEST_FILE, PROTECTED_FILE, DAMAGED_FILE)
 
 Reason = Literal["schedule", "stop", "temperature", "asked"]
 """Every so many steps; the user stopped the run; the card is too hot; somebody asked."""
@@ -105,9 +107,30 @@ class CheckpointFolder:
         self._keep = max(1, keep)
 
     def read(self) -> list[Checkpoint]:
-        """Checkpoints whose manifests hold, newest first."""
-        found = [read_manifest(folder) for folder in self._folders()]
-        return sorted((c for c in found if c is not None), key=lambda c: c.sequence, reverse=True)
+        """Checkpoints whose manifests hold, newest first; without those that are known to be damaged."""
+        return [c for c in self._with_manifests() if not (c.path / DAMAGED_FILE).exists()]
+
+    def read_damaged(self) -> dict[str, str]:
+        """What is known to be wrong, by folder name: a manifest that does not hold, or what `note_damage` noted."""
+        manifests = {c.path: c for c in self._with_manifests()}
+        found = {f.name: "its manifest is damaged" for f in self._folders() if f not in manifests}
+        for folder in manifests:
+            with contextlib.suppress(OSError):
+                found[folder.name] = (folder / DAMAGED_FILE).read_text(encoding="utf-8", errors="replace")
+        return found
+
+    def note_damage(self, damaged: Mapping[str, str]) -> None:
+        """Let what `newest_whole` found wrong be known, so that no whole checkpoint is pruned for a damaged one.
+
+        Raises:
+            DiskFullError, OutputNotWritableError: It cannot be noted.
+        """
+        for checkpoint in self._with_manifests():
+            note, wrong = checkpoint.path / DAMAGED_FILE, damaged.get(checkpoint.path.name)
+            if wrong is not None and not note.exists():
+                publish_bytes(note, wrong.encode())
+            elif wrong is None:
+                note.unlink(missing_ok=True)
 
     def newest_whole(self) -> tuple[Checkpoint | None, dict[str, str]]:
         """The newest checkpoint whose every byte is what was saved, and what is wrong with those after it, by name.
@@ -118,11 +141,12 @@ class CheckpointFolder:
         Raises:
             CheckpointInvalidError: There are some, and none is whole.
         """
-        known = self.read()
-        damaged = {f.name: "its manifest is damaged" for f in self._folders() if f not in {c.path for c in known}}
-        for checkpoint in known:
+        known, damaged = self.read(), self.read_damaged()
+        mended = [c for c in self._with_manifests() if c.path.name in damaged]  # perhaps, from a backup
+        for checkpoint in (*known, *mended):
             wrong = checkpoint.damage()
             if wrong is None:
+                damaged.pop(checkpoint.path.name, None)
                 return checkpoint, damaged
             damaged[checkpoint.path.name] = wrong
         if damaged:
@@ -145,8 +169,8 @@ class CheckpointFolder:
         """Yield an empty folder to write into; when the context is left without an error it is a checkpoint.
 
         Args:
-            need: Bytes that the files will take, about; looked for on the disk first. Where they are missing, older
-                checkpoints go before their time, but never the newest whole one.
+            need: Bytes that the files will take, about; looked for on the disk first. Where they are missing, damaged
+                checkpoints go, then older ones before their time, but never the newest whole one.
 
         Raises:
             DiskFullError, OutputNotWritableError: Nothing is left of the attempt, and the earlier ones stay.
@@ -181,16 +205,17 @@ class CheckpointFolder:
             fsync_folder(self.path)
         self.prune()
 
-    def prune(self, *, keep: int | None = None) -> None:
-        """Remove what the policy does not keep: last ones, the best, protected ones."""
+    def prune(self) -> None:
+        """Remove what the policy does not keep: the last ones, the best, protected ones; and one damaged for a look."""
         whole = self.read()
-        kept = {c.path for c in whole[: keep or self._keep]} | {c.path for c in whole if c.is_protected}
+        kept = {c.path for c in whole[: self._keep]} | {c.path for c in whole if c.is_protected}
         scored = [c for c in whole if c.score is not None]
-        if scored and keep is None:
+        if scored:
             kept.add(min(scored, key=lambda c: (c.score, -c.sequence)).path)
         for checkpoint in whole:
             if checkpoint.path not in kept:
                 self._remove(checkpoint.path)
+        self._remove_damaged(leave=1)
 
     def protect(self, step: int) -> Checkpoint:
         """Keep the newest checkpoint of ``step`` for good.
@@ -213,10 +238,22 @@ class CheckpointFolder:
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def _with_manifests(self) -> list[Checkpoint]:
+        found = [read_manifest(folder) for folder in self._folders()]
+        return sorted((c for c in found if c is not None), key=lambda c: c.sequence, reverse=True)
+
     def _next_sequence(self) -> int:
-        return 1 + max((c.sequence for c in self.read()), default=0)
+        return 1 + max((c.sequence for c in self._with_manifests()), default=0)
+
+    def _remove_damaged(self, *, leave: int) -> None:
+        """Names begin with the step; one that the user protects is the user's to remove."""
+        names = sorted(name for name in self.read_damaged() if not (self.path / name / PROTECTED_FILE).exists())
+        for name in names[: len(names) - leave]:
+            self._remove(self.path / name)
 
     def _make_room(self, need: int) -> None:
+        if shutil.disk_usage(self.path).free < need:
+            self._remove_damaged(leave=0)
         if shutil.disk_usage(self.path).free < need:
             with contextlib.suppress(CheckpointInvalidError):
                 newest, _ = self.newest_whole()

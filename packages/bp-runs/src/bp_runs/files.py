@@ -18,7 +18,16 @@ from bp_runs.errors import DiskFullError, OutputNotWritableError
 _IS_WINDOWS = os.name == "nt"
 _WAITS = tuple(0.01 * 1.5**turn for turn in range(13))  # seconds; 3.9 in all
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+_DENIED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EBUSY,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
 
 
 @contextlib.contextmanager

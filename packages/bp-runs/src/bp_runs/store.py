@@ -17,6 +17,7 @@ import orjson
 from bp_runs import index, paths
 from bp_runs.errors import (
     CodedError,
+    DiskFullError,
     OutputLockedError,
     OutputNotWritableError,
     OutputTakenError,
@@ -133,7 +134,7 @@ class RunStore:
         gone = folder.with_name(f".{run_id}.removed")
         with self._locked(), coded_disk_errors(folder):
             rename(folder, gone)
-            index.rebuild(self.output)
+            _write_index(index.rebuild, self.output)
         shutil.rmtree(gone, ignore_errors=True)
 
     def update(self, run_id: str, change: Callable[[RunRecord], None]) -> RunRecord:
@@ -257,7 +258,7 @@ class RunStore:
 
     def _publish(self, record: RunRecord) -> None:
         write_record(self.folder(record.run_id), record)
-        index.put_row(self.output, record)
+        _write_index(index.put_row, self.output, record)
 
     def _create(self, record: RunRecord, events: bytes = b"") -> Path:
         """Make the run's folder with its record in it, so that no folder without a record is ever seen."""
@@ -309,6 +310,12 @@ class RunStore:
     @staticmethod
     def _lives(record: RunRecord) -> bool:
         return record.process_started is not None and process_birth(record.pid) == record.process_started
+
+
+def _write_index(write: Callable[..., object], *arguments: Any) -> None:
+    """The folders are the truth: an index that cannot be written costs no run, and the next look does without it."""
+    with contextlib.suppress(DiskFullError, OutputNotWritableError):
+        write(*arguments)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from itertools import pairwise
 from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
@@ -26,12 +27,15 @@ def show_run(run: str, *, output: Output = None, json: Json = False) -> int:
     store = RunStore(output_folder(output))
     record = store.load(run)
     metrics = store.read_metrics(record.run_id)
-    checkpoints = CheckpointFolder(store.folder(record.run_id)).read()
+    folder = CheckpointFolder(store.folder(record.run_id))
+    checkpoints, damaged = folder.read(), folder.read_damaged()
     if json:
         told = [_checkpoint(found) for found in checkpoints]
-        print_json("show-run", {"record": record.to_dict(), "metrics": metrics, "checkpoints": told})
+        body = {"record": record.to_dict(), "metrics": metrics, "checkpoints": told, "damaged": damaged}
+        print_json("show-run", body)
         return 0
     lines = [*_asked(record), *_went(record, metrics), *(_checkpoint_line(found) for found in checkpoints)]
+    lines += [f"  damaged   the checkpoint {name}: {wrong}" for name, wrong in damaged.items()]
     if record.status in UNFINISHED:
         lines.append(f"  go on     {resume_line(record.run_id, store.output)}")
     changed = {k: v for k, v in record.settings.items() if v["source"] != "default"}
@@ -49,7 +53,9 @@ def _asked(record: RunRecord) -> list[str]:
         f"  started   {record.created_at}   ended {record.ended_at or 'not yet'}",
         f"  rail      {record.rail} on {record.host} (pid {record.pid})",
     ]
-    lines += [f"  went on   {s['at']} from step {s['from_step']} (pid {s['pid']})" for s in record.sessions[1:]]
+    for before, session in pairwise(record.sessions):
+        ended = f"; it was {before['status']}" if "status" in before else ""
+        lines.append(f"  went on   {session['at']} from step {session['from_step']} (pid {session['pid']}){ended}")
     if record.parent:
         lines.append(f"  parent    {record.parent['run_id']} ({record.parent['relation']})")
     if record.tags:

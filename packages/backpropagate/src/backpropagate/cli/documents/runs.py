@@ -74,11 +74,12 @@ class SavedCheckpoint(TypedDict):
 
 
 class ShowRun(TypedDict):
-    """`backprop show-run`."""
+    """`backprop show-run`; damaged: what is wrong with checkpoints that count no more, by their folders' names."""
 
     record: Record
     metrics: list[dict[str, Any]]
     checkpoints: list[SavedCheckpoint]
+    damaged: dict[str, str]
 
 
 class DiffRuns(TypedDict):
