@@ -62,6 +62,10 @@ stories:
 docs-site:
     uv run --group docs sphinx-build -n -W --keep-going -q docs docs/_site
 
+# Every line of the handbook's pages typed as it stands, on pico models; a few minutes.
+handbook:
+    uv run pytest -m "slow or not slow" -n 0 tests/endtoend/test_typed.py
+
 # Start-up times as ratios, in one run.
 bench-start:
     uv run python benchmarks/start.py

@@ -1,13 +1,12 @@
-"""The handbook is whole: links lead somewhere, every page has its place, and the recipes run."""
+"""The handbook is whole: links lead somewhere, every page has its place, and commands are command lines."""
 
-import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from backpropagate.cli.app import COMMANDS, build_app, run
+from backpropagate.cli.app import COMMANDS, build_app
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -74,25 +73,3 @@ def test_every_command_is_in_the_reference():
     text = (DOCS / "reference/cli.md").read_text(encoding="utf-8")
     for command in COMMANDS:
         assert f"## backprop {command.name}\n" in text
-
-
-@pytest.fixture
-def kitchen(tmp_path, monkeypatch, pico_model):
-    """The folder that the recipes speak of."""
-    rows = (ROOT / "examples/quickstart.jsonl").read_text(encoding="utf-8").splitlines()
-    (tmp_path / "my_data.jsonl").write_text("\n".join(rows[:30]) + "\n", encoding="utf-8")
-    (tmp_path / "heldout.jsonl").write_text("\n".join(rows[30:40]) + "\n", encoding="utf-8")
-    pairs = [{"prompt": f"who {i}", "chosen": "aye", "rejected": "no"} for i in range(6)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-    toml = f'[model]\nname = "{pico_model.as_posix()}"\nmax_seq_length = 128\n[training]\nlearning_rate = 5e-3\n'
-    (tmp_path / "backpropagate.toml").write_text(toml, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BACKPROPAGATE_HOME", str(tmp_path / "home"))
-
-
-def test_the_recipes_run(kitchen, capsys):
-    typed = [line for line in command_lines(DOCS / "how-to/recipes.md") if line.startswith("backprop ")]
-    assert len(typed) >= 10
-    for line in typed:
-        status = run(shlex.split(line)[1:])
-        assert status == 0, f"{line}\n{capsys.readouterr().err}"

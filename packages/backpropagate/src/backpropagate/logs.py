@@ -51,7 +51,8 @@ def follow_run(run_id: str) -> Iterator[None]:
         _log.error("the run fails: %s", error, extra={"told": True, "data": {"error": error.to_dict()}})
         raise
     except BaseException as error:
-        _log.error("the run is cut off: %s", type(error).__name__, exc_info=error, extra={"told": True})
+        trace = error if isinstance(error, Exception) else None  # of a bug; Ctrl-C needs none
+        _log.error("the run is cut off: %s", type(error).__name__, exc_info=trace, extra={"told": True})
         raise
     finally:
         _runs_going_on.remove(run_id)

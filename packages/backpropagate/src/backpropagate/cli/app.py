@@ -163,7 +163,7 @@ COMMANDS = (
     Command("runs rm", "runs:rm", "Delete runs with their adapters and checkpoints.", "backprop runs rm 9f2c1a 77b0de"),
     Command("runs tag", "runs:tag", "Give a run tags, or take them away.", "backprop runs tag 9f2c1a good pirate"),
     Command("runs note", "runs:note", "Write a note to a run.", 'backprop runs note 9f2c1a "the one that we ship"'),
-    Command("runs protect", "runs:protect", "Keep a checkpoint for good.", "backprop runs protect 9f2c1a --step 200"),
+    Command("runs protect", "runs:protect", "Keep a checkpoint for good.", "backprop runs protect 9f2c1a --step 50"),
     Command(
         "runs import",
         "runs:import_",

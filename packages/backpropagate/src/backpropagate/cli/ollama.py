@@ -60,8 +60,11 @@ def list_(*, json: Json = False) -> int:
     models = bp_export.list_models(ollama_host(os.environ))
     if json:
         print_json("ollama-list", {"models": [asdict(model) for model in models]})
-    for model in () if json else models:
+        return 0
+    for model in models:
         print(f"  {model.name:<40} {model.bytes / 2**20:>10,.0f} MiB  {model.digest[:12]}")  # noqa: T201
+    if not models:
+        print("  Ollama has no models; give it one: backprop export ./output/lora --ollama-name my-model")  # noqa: T201
     return 0
 
 
