@@ -338,3 +338,56 @@ def test_the_commands_of_the_page_on_runs_run(place, capsys):
         if words == ["backprop", "runs", "import"]:
             continue  # there is none in ./output
         assert run(words[1:]) == 0, capsys.readouterr().err
+
+
+@pytest.fixture
+def hub(place, monkeypatch):
+    """A model of the Hub in this machine's cache, whose branch main can be moved; the network is off."""
+    from huggingface_hub import constants
+
+    cache = place / "hub" / "models--owner--m"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def move(commit):
+        snapshot = cache / "snapshots" / commit
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / "config.json").write_text(json.dumps({"made": commit[0]}))
+        (snapshot / "model.safetensors").write_bytes(b"")
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / "main").write_text(commit)
+        return commit
+
+    return move
+
+
+@pytest.mark.parametrize("how", ["resume", "automatic", "replay", "replay of another model"])
+def test_a_run_goes_on_with_the_commit_of_its_base_though_the_branch_has_moved(hub, how):
+    old = hub("a" * 40)
+    run_id = cut_at(9, model="owner/m")
+    new = hub("b" * 40)
+    done = {
+        "resume": lambda: Trainer().resume(run_id),
+        "automatic": lambda: Trainer("owner/m").train("d.jsonl", steps=20, save_steps=7),
+        "replay": lambda: Trainer().replay(run_id),
+        "replay of another model": lambda: Trainer().replay(run_id, overrides={"model.revision": "main"}),
+    }[how]()
+    assert STORE.load(done.run_id).model["revision"] == (new if "another" in how else old)
+    assert (done.run_id == run_id) == ("replay" not in how)
+    assert STORE.load(done.run_id).setting("model.revision") == ("main" if "another" in how else None)
+
+
+def test_a_multi_run_goes_on_with_the_commit_of_its_base(hub):
+    (Path("d.jsonl")).write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(60)))
+    old = hub("a" * 40)
+
+    def on_event(event):
+        if isinstance(event, StepDone) and len(STORE.list_runs()) == 3:
+            raise Cut
+
+    with pytest.raises(Cut):
+        Trainer("owner/m", steps=3).multi_run("d.jsonl", runs=2, on_event=on_event)
+    hub("b" * 40)
+    whole = [row["run_id"] for row in STORE.list_runs() if row["kind"] == "multi-run"]
+    result = Trainer("owner/m", steps=3).multi_run(resume=whole[0])
+    assert [STORE.load(member).model["revision"] for member in result.members] == [old, old]

@@ -226,3 +226,10 @@ def read_settings(record: RunRecord) -> Settings:
     # A record that does not say is of a time that knew the paper's form only.
     flags.setdefault(known["multirun.slao_qr"].short, "on")
     return resolve(flags).settings
+
+
+def first_member(store: RunStore, run_id: str) -> RunRecord | None:
+    """The record of the first run of a multi-run, which names the base; None where none has ended yet."""
+    progress = read_progress(store.folder(run_id))
+    known = (*progress.members, *progress.rejected)
+    return store.load(min(known)) if known else None

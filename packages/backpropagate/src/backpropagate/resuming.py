@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,26 @@ def find_same(store: RunStore, resolved: Resolved) -> GoingOn | None:
         if not differences(wanted, recorded.settings):
             return _with_checkpoint(store, record) if record.status in UNFINISHED else None
     return None
+
+
+def pin(wanted: Settings, record: RunRecord | None) -> Settings:
+    """``wanted`` with the Hub's commits that the recorded run was made of, where it asks for the same model and data.
+
+    A branch may have moved since; what the record does not know stays as it is asked for.
+    """
+    if record is None:
+        return wanted
+    model, data = (found and found.get("revision") for found in (record.model, record.data))
+    if model and _asks_alike(wanted, record, "model.name", "model.revision"):
+        wanted = replace(wanted, model=replace(wanted.model, revision=model))
+    if data and _asks_alike(wanted, record, "data.path", "data.revision"):
+        wanted = replace(wanted, data=replace(wanted.data, revision=data))
+    return wanted
+
+
+def _asks_alike(wanted: Settings, record: RunRecord, *keys: str) -> bool:
+    flat = wanted.to_flat()
+    return all(flat[key] == record.setting(key) for key in keys)
 
 
 def require_same(resolved: Resolved, recorded: Resolved, run_id: str) -> None:

@@ -163,7 +163,7 @@ class Trainer:
         record = store.load(run)
         if record.kind != "train" or any(entry["source"] == "import" for entry in record.settings.values()):
             raise ResumeNotFoundError(f"the record of the run {record.run_id} has not all that it was made with")
-        return self._train(store, settings.from_record(record, overrides), on_event, parent=record.run_id)
+        return self._train(store, settings.from_record(record, overrides), on_event, parent=record)
 
     def _choose(self, store: RunStore, resolved: settings.Resolved) -> resuming.GoingOn | None:
         """The run that the setting ``resume`` means; None to begin a new one."""
@@ -187,17 +187,18 @@ class Trainer:
         on_event: Callable[[Event], None] | None,
         going_on: resuming.GoingOn | None = None,
         *,
-        parent: str | None = None,
+        parent: RunRecord | None = None,
         take_over: bool = False,
     ) -> TrainResult:
         system.prepare_environment(os.environ)
         wanted = resolved.settings
-        rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
+        asked = resuming.pin(wanted, going_on.record if going_on else parent)
+        rows = catalogue.find_rows(asked.data, os.environ, offline=system.is_offline(os.environ))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
         system.require_one_process(os.environ)
         followers = trackers.choose_trackers(wanted.training.report_to, os.environ)
         store.require_own_adapter(result_name(resolved.to_record()))
-        base = _find_base(rail, wanted)
+        base = _find_base(rail, asked)
         machine, remarks = system.program_home(os.environ), []
         if going_on is None:
             if parent is None:
@@ -251,14 +252,14 @@ class Trainer:
         self.last = TrainResult(run_id=writer.run_id, adapter=adapter, outcome=outcome, record=record)
         return self.last
 
-    def _start(self, store: RunStore, resolved: settings.Resolved, rail: Rail, parent: str | None) -> RunWriter:
+    def _start(self, store: RunStore, resolved: settings.Resolved, rail: Rail, parent: RunRecord | None) -> RunWriter:
         return store.start(
             settings=resolved.to_record(),
             rail=rail.name,
             command=self._command,
             versions=system.installed_versions(),
             hardware=system.describe_machine() | system.describe_device(rail.probe()),
-            parent=(parent, "replay") if parent else None,
+            parent=(parent.run_id, "replay") if parent else None,
         )
 
     def multi_run(
@@ -280,7 +281,7 @@ class Trainer:
         Raises:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
         """
-        from backpropagate.multirun import MultiRun, check_settings, read_settings
+        from backpropagate.multirun import MultiRun, check_settings, first_member, read_settings
 
         system.prepare_environment(os.environ)
         paths = [data] if isinstance(data, str | Path) else list(data or [])
@@ -289,7 +290,7 @@ class Trainer:
         store = RunStore(system.to_path(resolved.settings.training.output_dir))
         store.require_own_adapter()
         if resume is None:
-            wanted = check_settings(resolved.settings, len(paths))
+            wanted = pinned = check_settings(resolved.settings, len(paths))
             sources = [
                 catalogue.find_rows(
                     replace(wanted.data, path=str(path)), os.environ, offline=system.is_offline(os.environ)
@@ -299,9 +300,10 @@ class Trainer:
         else:
             resume = store.find(resume)
             wanted = read_settings(store.load(resume))
+            pinned = resuming.pin(wanted, first_member(store, resume))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
         followers = trackers.choose_trackers(wanted.training.report_to, os.environ)
-        base = _find_base(rail, wanted)
+        base = _find_base(rail, pinned)
         settled, chosen = replace(resolved, settings=wanted), ""
         if resume is None:  # else ranks stay what they were, whatever is free on the card now
             settled, chosen = presets.settle_lora(settled, rail, base.folder, system.program_home(os.environ))
