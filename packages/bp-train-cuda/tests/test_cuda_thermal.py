@@ -9,7 +9,7 @@ import torch
 from cuda_training import spec_for, train
 from safetensors.torch import load_file
 
-from bp_runs.events import CheckpointSaved, Notice, StepDone
+from bp_runs.events import CheckpointSaved, EvalDone, Notice, StepDone
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda import CudaRail
 from bp_train_cuda.errors import GpuTemperatureError
@@ -128,6 +128,31 @@ def test_one_that_does_not_cool_ends_the_run_with_its_work_saved():
     assert sum(clock.slept) == pytest.approx(900, abs=2)
 
 
+def test_a_step_waits_a_quarter_of_an_hour_and_not_each_of_its_micro_batches():
+    governor, events, clock = governed([90])
+    for _ in range(4):
+        governor.look()
+        clock.now += 2
+    with pytest.raises(GpuTemperatureError, match="15 minutes"):
+        governor.end_step()
+    assert sum(clock.slept) == pytest.approx(900, abs=2)
+    assert states(events) == ["pause"]
+
+
+def test_a_card_that_cools_late_ends_nothing_and_is_given_as_long_again():
+    governor, _, clock = governed([90] * 451 + [70])  # one look, and one every two seconds for a quarter of an hour
+    governor.look()
+    clock.now += 2
+    governor.look()
+    governor.end_step()
+    assert governor.temperature == 70
+    governor._sensor._nvml.readings = [90]
+    clock.now += 2
+    with pytest.raises(GpuTemperatureError, match="15 minutes"):
+        governor.end_step()
+    assert sum(clock.slept) == pytest.approx(1800, abs=4)
+
+
 def test_a_stop_request_ends_a_pause():
     asked = iter([False, False, True, True, True])
     governor, events, clock = governed([90], stop=lambda: next(asked))
@@ -192,6 +217,25 @@ def test_a_run_that_gets_too_hot_is_saved_and_goes_on_from_there(pico_model, cha
     expected = load_file(calm.adapter / "adapter_model.safetensors")
     found = load_file(outcome.adapter / "adapter_model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_emergency_comes_after_the_steps_validation_and_never_after_the_last_step(
+    pico_model, chat_file, tmp_path, watched
+):
+    training = {"steps": 4, "eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 2, "early_stop": 0}
+    calm, told = train(spec_for(pico_model, chat_file, tmp_path / "calm", training=training))
+    expected = [(e.step, e.loss) for e in told if isinstance(e, EvalDone)]
+    watched([60, 60, 95])  # two micro-batches, then a batch of the validation
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training=training)
+    events = []
+    with pytest.raises(GpuTemperatureError):
+        CudaRail().train(spec, events.append, lambda: False)
+    (saved,) = [e for e in events if isinstance(e, CheckpointSaved)]
+    assert saved.step == 2
+    watched([60, 60, 95])  # likewise after the last step
+    outcome, rest = train(replace(spec, checkpoint=Path(saved.path)))
+    assert [(e.step, e.loss) for e in (*events, *rest) if isinstance(e, EvalDone)] == expected
+    assert (outcome.steps, outcome.eval_loss) == (4, calm.eval_loss)
 
 
 def test_a_cpu_is_not_watched_and_a_card_without_a_sensor_is_told_once(monkeypatch):

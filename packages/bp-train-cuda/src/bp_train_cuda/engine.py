@@ -188,6 +188,7 @@ def _train(
     reporter.tell_answers = lambda step: _emit_answers(spec, prepared, model, emit, step=step)
     if len(heldout):
         reporter.validator = _build_validator(parts, trainer, heldout, emit)
+        reporter.validator.look = reporter.watch.look
     trainer.checkpointer = Checkpointer(
         spec,
         emit,

@@ -63,6 +63,8 @@ class Validator:
         # A generator of its own: a DataLoader draws a number at each start, and training's draws must not move.
         own = torch.Generator()
         self._loader = DataLoader(rows, batch_size=spec.batch_size, collate_fn=collate, generator=own)
+        self.look: Callable[[], None] = lambda: None
+        """Called before each batch, when the card may have to rest."""
         self.best: dict[str, torch.Tensor] = {}
         """The best weights so far, on the CPU."""
         self._since_best = 0
@@ -130,6 +132,7 @@ class Validator:
         try:
             with torch.no_grad():
                 for batch in batches:
+                    self.look()
                     on_device = {name: value.to(self._model.device) for name, value in batch.items()}
                     sums.update(self._measure_batch(on_device))
                     tokens += int((batch["labels"][..., 1:] >= 0).sum())

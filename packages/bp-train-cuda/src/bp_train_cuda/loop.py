@@ -103,7 +103,6 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         if not math.isfinite(loss):
             raise TrainingDivergedError(f"the loss is {loss} at step {state.global_step}")
         self.losses.add(loss)
-        self.watch.end_step(speed)
         is_last = state.global_step == self._steps
         if self.validator is not None and self.validator.is_due(state.global_step, is_last=is_last):
             if self.validator.visit(state.global_step) and not is_last:
@@ -111,4 +110,6 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
                 self._emit(Notice(message=f"stopped early at step {state.global_step}: validation no longer improves"))
             elif not is_last:
                 self.tell_answers(state.global_step)
-            self._last = time.perf_counter()
+            self._last, self._rested = time.perf_counter(), self.watch.rested
+        if not (is_last or control.should_training_stop):
+            self.watch.end_step(speed)  # may end the run, so it comes after all that belongs to the step

@@ -16,7 +16,7 @@ from bp_train_cuda.errors import GpuTemperatureError
 
 _READ_EVERY = 1.0  # seconds; a card needs several to get a degree hotter
 _REST = 2.0  # seconds between two looks at a resting card
-_PATIENCE = 900.0  # seconds; a card that has not cooled by then has a fault that waiting does not mend
+_PATIENCE = 900.0  # seconds in a step; a card that has not cooled by then has a fault that waiting does not mend
 _CRITICAL = 93  # degrees Celsius, where a card does not say at what it switches itself off
 _BELOW_SHUTDOWN = 3  # degrees; a save takes seconds
 
@@ -81,6 +81,7 @@ class Governor:
         self._sleep = sleep
         self._read_at = float("-inf")
         self._is_warned = self._is_blind = False
+        self._waited_in_vain = False  # in this step, at whose end that is told
         self.temperature: int | None = None
         """At the last look, in degrees Celsius."""
         self.hottest: int | None = None
@@ -89,7 +90,7 @@ class Governor:
 
     def look(self) -> None:
         """Look at the card, at most once a second, and rest where it is too hot; for the moment before each batch."""
-        if self._clock() - self._read_at < _READ_EVERY:
+        if self._waited_in_vain or self._clock() - self._read_at < _READ_EVERY:
             return
         now = self._read()
         if now is not None:
@@ -115,9 +116,10 @@ class Governor:
             return
         if now >= self._limits.critical:
             self._give_up(f"the GPU is at {now} °C, and {self._limits.critical} °C is critical")
-        self._consider(now)
-        after = self.temperature
-        if after is not None and after >= self._limits.pause and not self._stop():
+        if not self._waited_in_vain:
+            self._consider(now)
+        after, in_vain, self._waited_in_vain = self.temperature, self._waited_in_vain, False
+        if in_vain and after is not None and after >= self._limits.pause and not self._stop():
             self._give_up(f"the GPU is still at {after} °C after a pause of {_PATIENCE / 60:.0f} minutes")
 
     def _rest(self, now: int) -> None:
@@ -132,6 +134,7 @@ class Governor:
             now = seen
         took = self._clock() - began
         self.rested += took
+        self._waited_in_vain = took >= _PATIENCE
         if now <= limits.resume:
             self._tell(f"the GPU has cooled to {now} °C in {took:.0f} s: training goes on", "resume", now, level="info")
 
