@@ -4,8 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from cuda_training import spec_for, train
 from test_cuda_oom import Scarce
+from transformers import LlamaModel
 
 from bp_runs.events import AdapterSaved, Notice, SampleAnswer
 from bp_train_cuda.fit import FITTED_FILE, FitMemory, Fitted, describe_load
@@ -75,6 +77,36 @@ def test_the_next_run_begins_where_this_one_ended(pico_model, chat_file, tmp_pat
     _, second = run("second")
     assert second == ["micro-batches of 8 rows run in 4 pieces, which is what fitted this card before"]
     assert scarce.hits == 0
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_packs_are_remembered_in_their_pieces_too(pico_model, chat_file, tmp_path, monkeypatch, batch):
+    """A pack is one row of the micro-batch, and is cut between the rows that lie in it."""
+    forward, longest = LlamaModel.forward, []
+
+    def scarce(model, *args, **kwargs):
+        tokens = kwargs["input_ids"].numel()
+        longest.append(tokens)
+        if torch.is_grad_enabled() and tokens > 40 * batch:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(model, *args, **kwargs)
+
+    def run(name):
+        training = {"steps": 2, "batch_size": batch, "packing": True}
+        spec = spec_for(pico_model, chat_file, tmp_path / name, training=training)
+        spec = replace(spec, folders=replace(spec.folders, machine=tmp_path / "machine"))
+        longest.clear()
+        _, events = train(spec)
+        return [e.message for e in events if isinstance(e, Notice) and "pieces" in e.details], max(longest)
+
+    monkeypatch.setattr(LlamaModel, "forward", scarce)
+    first, most = run("first")
+    assert most > 40 * batch
+    assert "out of GPU memory" in first[0]
+    second, most = run("second")
+    assert most <= 40 * batch
+    pieces = 2 ** len(first)
+    assert second == [f"micro-batches of {batch} packs run in {pieces} pieces, which is what fitted this card before"]
 
 
 def test_a_home_that_cannot_be_written_costs_no_adapter(pico_model, chat_file, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from transformers import LlamaModel
 from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
 from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError
 from bp_train_cuda.guards.oom import split_batch
-from bp_train_cuda.guards.optimizer import forget_moments, guard_optimizer
+from bp_train_cuda.guards.optimizer import forget_moments, guard_optimizer, keep_paged
 
 
 class Scarce:
@@ -221,7 +221,15 @@ def fail_at(call, plain):
     return sometimes
 
 
-@pytest.mark.parametrize("kind", ["torch", "bitsandbytes"])
+def make_optimizer(kind, weights):
+    if kind == "fused":
+        return torch.optim.AdamW(weights, lr=0.1, fused=True)
+    name = {"8bit": "AdamW8bit", "paged": "PagedAdamW8bit"}[kind]
+    return getattr(pytest.importorskip("bitsandbytes").optim, name)(weights, lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("kind", ["fused", "8bit", "paged"])
 @pytest.mark.parametrize("call", [1, 2, 5, 6, 9])
 def test_an_optimizer_step_is_finished_once_for_each_weight(monkeypatch, kind, call):
     """Moments are made one by one in the first step; the weights that were stepped before the lack are not stepped twice."""
@@ -229,10 +237,7 @@ def test_an_optimizer_step_is_finished_once_for_each_weight(monkeypatch, kind, c
     def steps(guarded):
         torch.manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(8, 600)) for _ in range(4)]
-        if kind == "torch":
-            optimizer = torch.optim.AdamW(weights, lr=0.1, fused=True)
-        else:
-            optimizer = pytest.importorskip("bitsandbytes").optim.AdamW8bit(weights, lr=0.1)
+        optimizer = make_optimizer(kind, weights)
         events = []
         if guarded:
             guard_optimizer(optimizer, events.append)
@@ -252,3 +257,82 @@ def test_an_optimizer_step_is_finished_once_for_each_weight(monkeypatch, kind, c
     assert len(events) == (1 if call <= 8 else 0)  # two moments for each of four weights
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("kind", ["fused", "8bit", "paged"])
+@pytest.mark.parametrize("call", [1, 2, 3, 4])
+def test_a_weight_that_lags_behind_is_not_stepped_twice(monkeypatch, kind, call):
+    """Weights that had no gradient at first have had fewer steps than the first one when memory runs out."""
+
+    def steps(guarded):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(8, 600)) for _ in range(4)]
+        optimizer = make_optimizer(kind, weights)
+        if guarded:
+            guard_optimizer(optimizer, lambda _: None)
+        for step in range(4):
+            for weight in weights[: 1 if step < 2 else 4 if step == 2 else 3]:
+                weight.grad = torch.randn(8, 600, generator=torch.Generator().manual_seed(step))
+            with monkeypatch.context() as patch:
+                if guarded and step == 2:
+                    patch.setattr(torch, "zeros_like", fail_at(call, torch.zeros_like))
+                optimizer.step()
+            optimizer.zero_grad()
+        return weights
+
+    for one, other in zip(steps(guarded=True), steps(guarded=False), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_an_optimizer_that_computes_aside_is_not_tried_again(monkeypatch, foreach):
+    """It may have changed the moments and not yet the weight; a run that ends is better than one that goes on wrongly."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], foreach=foreach)
+    guard_optimizer(optimizer, lambda _: None)
+    weight.grad = torch.ones(3)
+    monkeypatch.setattr(torch, "zeros_like", fail_at(1, torch.zeros_like))
+    with pytest.raises(torch.OutOfMemoryError):
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_paged_moments_are_loaded_into_paged_memory(tmp_path):
+    paged = pytest.importorskip("bitsandbytes").optim.PagedAdamW8bit
+
+    class Noted(paged):
+        """As on a GPU, it hands out memory of its own for moments; here that is only noted."""
+
+        def get_state_buffer(self, *args, **kwargs):
+            self.made = [*getattr(self, "made", []), super().get_state_buffer(*args, **kwargs)]
+            return self.made[-1]
+
+    def begin():
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(8, size)) for size in (600, 4)]
+        return weights, Noted(weights, lr=0.1)
+
+    def step(weights, optimizer, number):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
+        optimizer.step()
+
+    straight, optimizer = begin()
+    for number in range(4):
+        step(straight, optimizer, number)
+        if number == 1:
+            torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+            half = [weight.detach().clone() for weight in straight]
+    resumed, optimizer = begin()
+    keep_paged(optimizer)
+    for weight, value in zip(resumed, half, strict=True):
+        weight.data.copy_(value)
+    optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    own = {id(buffer) for buffer in optimizer.made}
+    moments = [state[name] for state in optimizer.state.values() for name in ("state1", "state2")]
+    assert len(moments) == 4
+    assert all(id(moment) in own for moment in moments)
+    for number in (2, 3):
+        step(resumed, optimizer, number)
+    assert all(torch.equal(one, other) for one, other in zip(resumed, straight, strict=True))

@@ -29,7 +29,8 @@ class Fitted:
     """What one training took of a card."""
 
     rows: int | None
-    """The most that ran at once where more did not fit; None: all that were asked for fitted."""
+    """The most that ran at once where more did not fit, eighths of packs with packing; None: all that were asked for
+    fitted."""
     free: int
     """Bytes free on the card when the run began."""
     peak: int
@@ -62,7 +63,11 @@ class FitMemory:
         self._card = known[0] if len(known) == 1 else ""
 
     def recall(self, load: str, batch_size: int, free: int, *, most: int) -> int:
-        """Halvings to begin with, at most ``most``: 0 where nothing is known, or the card has more room than then."""
+        """Halvings to begin with, at most ``most``: 0 where nothing is known, or the card has more room than then.
+
+        Args:
+            batch_size: Rows of a micro-batch, or what it is counted in for `Fitted.rows`.
+        """
         found = self._read().get(load)
         if found is None or found.rows is None or free > _MORE_ROOM * found.free:
             return 0

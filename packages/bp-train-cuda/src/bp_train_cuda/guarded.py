@@ -17,7 +17,7 @@ from bp_runs.errors import ContractError
 from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_train_cuda.checkpoint import Checkpointer
 from bp_train_cuda.guards.oom import Batch, StepSplitter, try_again
-from bp_train_cuda.guards.optimizer import guard_optimizer
+from bp_train_cuda.guards.optimizer import guard_optimizer, keep_paged
 from bp_train_cuda.lora import trainable_weights
 from bp_train_cuda.optimizer import choose_optimizer
 from bp_train_cuda.order import RowOrder
@@ -174,6 +174,7 @@ class Guarded:
         made = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         trainer: Any = self
         guard_optimizer(trainer.optimizer, self.splitter.emit, enabled=self.splitter.enabled)
+        keep_paged(trainer.optimizer)
         return made
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:  # noqa: ARG002  # TRL's name

@@ -36,13 +36,20 @@ class CardFit:
         """Halvings to begin with, told to the user where there are any."""
         if not self._spec.training.oom_recovery:
             return 0
-        rows = self._spec.training.batch_size
-        found = self._memory.recall(self._load, rows, self._device.memory, most=HALVINGS)
+        training = self._spec.training
+        found = self._memory.recall(self._load, self._parts, self._device.memory, most=HALVINGS)
         if found:
-            pieces = min(rows, 2**found)
-            message = f"micro-batches of {rows} rows run in {pieces} pieces, which is what fitted this card before"
+            pieces = min(self._parts, 2**found)
+            what = f"{training.batch_size} {'packs' if training.packing else 'rows'}"
+            message = f"micro-batches of {what} run in {pieces} pieces, which is what fitted this card before"
             self._emit(Notice(message=message, details={"pieces": pieces}))
         return found
+
+    @property
+    def _parts(self) -> int:
+        """Into how many parts a micro-batch can be cut: its rows; packed ones lie together, many to a pack."""
+        training = self._spec.training
+        return training.batch_size * (2**HALVINGS if training.packing else 1)
 
     def remember(self, halvings: int, peak: int) -> None:
         """Write down how many rows fitted at once; on a GPU also what they took.
@@ -53,12 +60,14 @@ class CardFit:
         on_gpu = self._device.kind == "cuda"
         if not on_gpu and not halvings:
             return
-        rows = -(-self._spec.training.batch_size // 2**halvings)
+        training = self._spec.training
+        rows = -(-training.batch_size // 2**halvings)
+        is_whole = not training.packing or training.batch_size >= 2**halvings  # else less than a pack ran at once
         fitted = Fitted(
-            rows=rows if halvings else None,
+            rows=-(-self._parts // 2**halvings) if halvings else None,
             free=self._device.memory,
             peak=peak if on_gpu else 0,
-            estimated=_estimate(self._spec, self._mode, rows) if on_gpu else 0,
+            estimated=_estimate(self._spec, self._mode, rows) if on_gpu and is_whole else 0,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         try:

@@ -1,6 +1,6 @@
 """An optimizer step that runs out of memory is finished: no parameter is left out, none is updated twice.
 
-Also: an optimizer as it was before its first step.
+Also: an optimizer as it was before its first step, and moments that lie where they lay before a resumption.
 """
 
 from __future__ import annotations
@@ -15,28 +15,44 @@ import torch
 from bp_runs.events import Emit
 from bp_train_cuda.guards.oom import try_again
 
-_updates: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
-"""Steps that guarded optimizers have done: asking the GPU for it at each step would make the CPU wait."""
+Updates = dict[torch.nn.Parameter, int]
+
+_updates: WeakKeyDictionary[torch.optim.Optimizer, Updates] = WeakKeyDictionary()
+"""How often guarded optimizers have updated each parameter: asking the GPU at each step would make the CPU wait."""
 
 
 def guard_optimizer(optimizer: torch.optim.Optimizer, emit: Emit, *, enabled: bool = True) -> None:
     """Make ``optimizer.step`` go on after a lack of memory, as `bp_train_cuda.guards.oom.try_again`.
 
-    The optimizer must count each parameter's updates under ``step`` in its state, and update a parameter in place once
-    it has counted: so do torch's fused AdamW and the optimizers of bitsandbytes. Memory runs out where they make a
-    parameter's moments, at its first step, or the next parameter's.
+    For optimizers that count each parameter's updates under ``step`` in its state and update it in place, without a
+    need of memory, once they have counted: torch's fused AdamW and those of bitsandbytes. Memory runs out where they
+    make a parameter's moments, at its first step, or the next parameter's. Others, which may have changed the moments
+    and not yet the weight, are left as they are: a lack of memory ends their step.
     """
     plain = type(optimizer).step
 
     def step(self: torch.optim.Optimizer, closure: Any = None) -> Any:
-        done = _updates[self] if self in _updates else _count_updates(self)
-        result = try_again(lambda: _step_rest(self, plain, done, closure), "the optimizer step", emit)
-        _updates[self] = done + 1
+        if self not in _updates:
+            _updates[self] = _read_all_updates(self)
+        before = _updates[self]
+        updated = [p for p in _parameters(self) if p.grad is not None]
+        result = try_again(lambda: _step_rest(self, plain, before, closure), "the optimizer step", emit)
+        for parameter in updated:
+            before[parameter] += 1
         return result
 
-    if enabled and "step" not in vars(optimizer):
+    if enabled and "step" not in vars(optimizer) and _updates_in_place(optimizer):
         # A bound method, since torch's schedulers wrap what stands behind one.
         optimizer.step = MethodType(step, optimizer)
+
+
+def keep_paged(optimizer: torch.optim.Optimizer) -> None:
+    """Make ``optimizer.load_state_dict`` put moments where the optimizer itself makes them.
+
+    bitsandbytes moves what it loads to the GPU, paged moments too: those of a fully trained 3B model take 6 GiB there.
+    """
+    if getattr(optimizer, "is_paged", False):
+        optimizer.load_state_dict = MethodType(_load_paged, optimizer)
 
 
 def forget_moments(optimizer: Any) -> None:
@@ -88,22 +104,43 @@ def _raw(optimizer: Any) -> torch.optim.Optimizer:
     return raw
 
 
-def _step_rest(optimizer: torch.optim.Optimizer, plain: Any, done: int, closure: Any) -> Any:
-    """One step over the parameters that have no more than ``done`` updates; where it fails it leaves a clean state."""
+def _load_paged(self: Any, state_dict: Any) -> None:
+    type(self).load_state_dict(self, state_dict, move_to_device=False)
+    made: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for parameter, state in self.state.items():
+        for name, value in state.items():
+            if name in ("state1", "state2"):
+                state[name] = self.get_state_buffer(parameter, dtype=value.dtype)
+                made.append((state[name], value))
+            elif torch.is_tensor(value):
+                state[name] = value.to(parameter.device)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the buffers are being filled with zeros there
+    for buffer, value in made:
+        buffer.copy_(value)
+
+
+def _updates_in_place(optimizer: torch.optim.Optimizer) -> bool:
+    is_fused = all(group.get("fused") for group in optimizer.param_groups)
+    return is_fused or type(optimizer).__module__.startswith("bitsandbytes.")
+
+
+def _step_rest(optimizer: torch.optim.Optimizer, plain: Any, before: Updates, closure: Any) -> Any:
+    """One step over the parameters that have had no more than ``before``; where it fails it leaves a clean state."""
     try:
         return plain(optimizer, closure)
     except torch.OutOfMemoryError:
         for parameter in _parameters(optimizer):
             updates = _read_updates(optimizer, parameter)
-            if updates > done:
+            if updates > before[parameter]:
                 parameter.grad = None  # has had this step; optimizers pass over what has no gradient
             elif updates == 0:
                 optimizer.state.pop(parameter, None)  # moments may be half made
         raise
 
 
-def _count_updates(optimizer: torch.optim.Optimizer) -> int:
-    return max((_read_updates(optimizer, p) for p in _parameters(optimizer)), default=0)
+def _read_all_updates(optimizer: torch.optim.Optimizer) -> Updates:
+    return {parameter: _read_updates(optimizer, parameter) for parameter in _parameters(optimizer)}
 
 
 def _read_updates(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> int:
