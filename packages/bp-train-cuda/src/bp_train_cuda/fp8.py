@@ -30,5 +30,7 @@ def use_fp8(model: Any, *, emulate: bool = False) -> int:
         changed += fits
         return fits
 
-    convert_to_float8_training(model, module_filter_fn=takes, config=Float8LinearConfig(emulate=emulate))
+    # A weight's gradient sums over the tokens of a batch, whose number 16 need not divide.
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+    convert_to_float8_training(model, module_filter_fn=takes, config=config)
     return changed
