@@ -164,7 +164,16 @@ static int fill_module(PyObject *module)
     return failed;
 }
 
-static PyModuleDef_Slot SLOTS[] = {{Py_mod_exec, fill_module}, {0, NULL}};
+/* Nothing here is shared but constants, so that calls need no lock between threads. The limited API of 3.11 has no word
+ * for it; a free-threaded Python has no limited API, and setup.py builds without.
+ */
+static PyModuleDef_Slot SLOTS[] = {
+    {Py_mod_exec, fill_module},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
 
 static struct PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_kernels", NULL, 0, METHODS, SLOTS, NULL, NULL, NULL};
 

@@ -1,6 +1,6 @@
 """Weights a second of each quantizer on one core, side by side in one run, and what a second core brings.
 
-    uv run python benchmarks/kernels.py [--rounds 5] [--json]
+    uv run python benchmarks/quantizers.py [--rounds 5] [--json]
 
 CPU seconds decide the speeds; the ratio for two cores is of wall times, so it means something only where both are idle. Each round runs everything once; medians.
 """
