@@ -23,7 +23,7 @@ from bp_merge import (
     ties,
 )
 from bp_merge.errors import AdaptersDifferError, AdapterUnmergeableError, MergeOptionError
-from bp_runs.adapter import changed_files, read_manifest
+from bp_runs.adapter import changed_files, read_manifest, write_manifest
 from bp_runs.errors import AdapterInvalidError, OutputTakenError
 
 PLAN = ModulePlan(module="m", shares=(0.5, 0.5))
@@ -264,6 +264,21 @@ def test_weights_that_do_not_sum_are_given_back_as_shares_and_a_factor(tmp_path)
     with pytest.raises(MergeOptionError) as caught:
         merge(tmp_path, [tmp_path, tmp_path], "linear", weights=(1.0, 1.0))
     assert caught.value.way_out.endswith("--weights 0.5,0.5 --scale 2")
+
+
+def test_a_merged_adapter_knows_its_base_as_those_that_it_is_made_of(tmp_path):
+    """Bases of one name may differ: one is told from another by the fingerprint, where adapters have it."""
+    paths = [write_drawn(tmp_path / name, seed) for seed, name in enumerate("abc")]
+    merge(tmp_path, paths, "linear")
+    assert "base_fingerprint" not in read_manifest(tmp_path / "merged")
+    for path, fingerprint in zip(paths[1:], ("one", "other"), strict=True):
+        write_manifest(path, run_id="r0", base="base", fingerprint=fingerprint)
+    merge(tmp_path, paths[:2], "linear")
+    assert read_manifest(tmp_path / "merged")["base_fingerprint"] == "one"
+    with pytest.raises(AdaptersDifferError, match=r"fingerprint of the base is one in .*b and other in .*c"):
+        merge(tmp_path, paths[1:], "linear")
+    merge_adapters(paths[1:], tmp_path / "merged", run_id="r1", base="me/base")  # whoever says so knows better
+    assert "base_fingerprint" not in read_manifest(tmp_path / "merged")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from bp_runs import Settings
 from bp_runs.adapter import MODEL_SCHEMA, changed_files, read_manifest
 from bp_runs.errors import InvalidSettingError
 from bp_runs.events import AdapterSaved, EvalDone, ModelLoaded, StepDone
+from bp_runs.fingerprint import fingerprint_base
 from bp_runs.spec import LoraSpec, ModelSpec, TrainingSpec
 from bp_train_cuda import CudaRail
 from bp_train_cuda.check import require_start
@@ -67,6 +68,7 @@ def test_all_weights_are_trained_and_saved_as_a_model(pico_model, chat_file, tmp
         "20260101-000000-abcdef",
         str(pico_model),
     )
+    assert manifest["base_fingerprint"] == fingerprint_base(pico_model) != fingerprint_base(outcome.adapter)
     assert changed_files(outcome.adapter) == []
     config, base_config = (json.loads((f / "config.json").read_text()) for f in (outcome.adapter, pico_model))
     assert config == base_config | {"dtype": "float32"}

@@ -104,7 +104,16 @@ def merge_adapters(
                 kept = _write_products(sources, chosen, plans, writer, progress)
             config = _build_config(sources[0], plans, base)
             known = {WEIGHTS_FILE: writer.sha256}
-            _finish(partial, sources[0].path, config, run_id, _origin(chosen, options, adapters), known=known)
+            prints = {source.fingerprint for source in sources} - {None}
+            _finish(
+                partial,
+                sources[0].path,
+                config,
+                run_id,
+                _origin(chosen, options, adapters),
+                fingerprint=prints.pop() if len(prints) == 1 else None,
+                known=known,
+            )
     return MergeOutcome(
         path=output,
         method=chosen.name,
@@ -134,7 +143,8 @@ def write_adapter_like(
     config = json.loads((model / CONFIG_FILE).read_bytes())
     with publish_folder(output) as partial:
         write_tensors(partial / WEIGHTS_FILE, tensors)
-        _finish(partial, model, config, run_id, origin)
+        fingerprint = read_manifest(model).get("base_fingerprint")
+        _finish(partial, model, config, run_id, origin, fingerprint=fingerprint)
 
 
 def _check_places(adapters: Sequence[Path], output: Path) -> None:
@@ -255,6 +265,7 @@ def _finish(
     run_id: str,
     origin: Mapping[str, Any],
     *,
+    fingerprint: str | None,
     known: Mapping[str, str] | None = None,
 ) -> None:
     """Settings, tokenizer and manifest beside the weights."""
@@ -263,7 +274,7 @@ def _finish(
         if (model / name).is_file():
             shutil.copyfile(model / name, partial / name)
     base = str(config["base_model_name_or_path"])
-    write_manifest(partial, run_id=run_id, base=base, origin=origin, known=known)
+    write_manifest(partial, run_id=run_id, base=base, fingerprint=fingerprint, origin=origin, known=known)
 
 
 def _compare_templates(adapters: Sequence[Path]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from bp_merge.adapter import LORA_A, LORA_B, PREFIX, LoraPair, check_pair, compute_scale, read_refusals
 from bp_merge.errors import AdaptersDifferError, AdapterUnmergeableError
 from bp_merge.tensors import Dtype, TensorReader, read_index
-from bp_runs.adapter import read_adapter_folder
+from bp_runs.adapter import read_adapter_folder, read_manifest
 from bp_runs.errors import AdapterInvalidError
 
 
@@ -43,6 +43,12 @@ class AdapterSource:
     def path(self) -> Path:
         """The folder."""
         return self.folder.path
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The base's, where the adapter's ``run.json`` has it."""
+        found = read_manifest(self.path).get("base_fingerprint")
+        return found if isinstance(found, str) else None
 
     @property
     def dtype(self) -> Dtype:
@@ -119,7 +125,7 @@ def require_alike(sources: Sequence[AdapterSource], *, same_ranks: bool, same_ba
 
     Args:
         same_ranks: Ranks and scales must agree too.
-        same_base: The names of the bases must agree.
+        same_base: The names of the bases must agree, and their fingerprints where both have one.
 
     Raises:
         AdaptersDifferError: With the first difference, and both sides' values.
@@ -128,6 +134,8 @@ def require_alike(sources: Sequence[AdapterSource], *, same_ranks: bool, same_ba
     for other in sources[1:]:
         if same_base:
             _require_same(first, other, "the base", lambda s: _name_base(s.folder.base, s.folder.config))
+            if first.fingerprint and other.fingerprint:
+                _require_same(first, other, "the fingerprint of the base", lambda s: s.fingerprint)
         if first.modules != other.modules:
             missing = min(set(first.modules) ^ set(other.modules))
             owner, lacking = (first, other) if missing in first.modules else (other, first)

@@ -102,6 +102,7 @@ def write_manifest(
     run_id: str,
     base: str,
     base_folder: Path | None = None,
+    fingerprint: str | None = None,
     origin: Mapping[str, Any] | None = None,
     schema: str = MANIFEST_SCHEMA,
     known: Mapping[str, str] | None = None,
@@ -110,14 +111,15 @@ def write_manifest(
 
     Args:
         base_folder: Where the base is, whose fingerprint tells it from others of the same shapes.
+        fingerprint: The base's, for an adapter that was made of others which know it.
         origin: For adapters that were not trained but made of others: how, and of which.
         known: SHA-256 of files by name, where they were computed while these were written.
     """
     names = sorted(p.name for p in path.iterdir() if p.is_file() and p.name != MANIFEST_FILE)
     files = {name: (known or {}).get(name) or sha256_file(path / name) for name in names}
     manifest: dict[str, Any] = {"schema": schema, "run_id": run_id, "base": base, "files": files}
-    if base_folder is not None and (fingerprint := fingerprint_base(base_folder)):
-        manifest["base_fingerprint"] = fingerprint
+    if found := fingerprint if base_folder is None else fingerprint_base(base_folder):
+        manifest["base_fingerprint"] = found
     publish_json(path / MANIFEST_FILE, manifest if origin is None else {**manifest, "origin": dict(origin)})
 
 

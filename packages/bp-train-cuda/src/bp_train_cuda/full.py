@@ -35,7 +35,9 @@ def save_model(model: Any, spec: TrainSpec, template: str | None) -> int:
         model.save_pretrained(partial)
         _write_config(spec.base, partial, str(model.dtype).removeprefix("torch."))
         copy_tokenizer(spec.base, partial, template)
-        write_manifest(partial, run_id=spec.folders.run_id, base=spec.model.name, schema=MODEL_SCHEMA)
+        write_manifest(
+            partial, run_id=spec.folders.run_id, base=spec.model.name, base_folder=spec.base, schema=MODEL_SCHEMA
+        )
     return sum(file.stat().st_size for file in spec.folders.model.glob("*.safetensors"))
 
 
