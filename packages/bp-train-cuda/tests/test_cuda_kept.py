@@ -1,5 +1,7 @@
 """Starting from a saved adapter, measuring one, and keeping the base loaded."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,6 +10,7 @@ from cuda_training import spec_for, train
 from bp_runs.errors import AdapterInvalidError, TrainingDivergedError
 from bp_runs.events import EvalDone, StepDone
 from bp_train_cuda import CudaRail, load
+from bp_train_cuda.kept import KeptBase
 
 
 def losses(events):
@@ -72,3 +75,26 @@ def test_the_base_is_loaded_once_and_again_after_a_failure(trained, pico_model, 
         assert len(loads) == 2
     rail.evaluate(spec, adapter, lambda _: None)
     assert len(loads) == 3
+
+
+def test_what_a_run_left_in_cycles_is_gone_before_the_next_model_is_loaded():
+    class Left:
+        pass
+
+    class Loaded(Exception):
+        pass
+
+    left = Left()
+    left.itself, alive = left, weakref.ref(left)
+
+    def load_base():
+        assert alive() is None
+        raise Loaded
+
+    gc.disable()  # else it may come by in time
+    del left
+    try:
+        with pytest.raises(Loaded), KeptBase().borrow("key", load_base):
+            pass
+    finally:
+        gc.enable()

@@ -25,7 +25,9 @@ class KeptBase:
         """
         base = self._base if key == self._key else None
         self._key = self._base = None  # before loading: two bases may not fit
-        base = load() if base is None else base
+        if base is None:
+            gc.collect()  # the run before lies in cycles, with its whole model: a card need not hold both
+            base = load()
         use_cache = getattr(base.config, "use_cache", None)
         yield base
         _undo_training(base, use_cache=use_cache)
