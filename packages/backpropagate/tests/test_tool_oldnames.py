@@ -8,7 +8,7 @@ from backpropagate import oldnames
 from backpropagate.cli.app import COMMANDS, GROUPS, build_app, run
 from backpropagate.cli.switches import SWITCHES
 from backpropagate.errors import OldNameError
-from backpropagate.settings import ENV_PREFIX, PROGRAM_ENV, all_settings, resolve
+from backpropagate.settings import ENV_PREFIX, PROGRAM_ENV, all_settings, resolve, resolve_ui, ui_settings
 
 SHARED = """--model -m --data -d --steps --samples --batch-size --lr --lora-preset --lora-r --lora-alpha --lora-dropout
 --target-modules --init-lora-weights --use-dora --no-4bit --no-packing --no-gradient-checkpointing --optim --method
@@ -125,6 +125,9 @@ def test_an_old_variable_works_or_names_its_successor(name, monkeypatch):
         found = resolve({}, {variable: value})
         assert found.sources[key] == "env"
         assert str(found.settings.to_flat()[key]).lower() == value
+        return
+    if key := {s.env: s.key for s in ui_settings().values()}.get(variable):
+        assert resolve_ui({}, {variable: "1"})[1][key] == "env"
         return
     with pytest.raises(OldNameError) as caught:
         resolve({}, {variable: "1"})

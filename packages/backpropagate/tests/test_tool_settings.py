@@ -5,7 +5,7 @@ import pytest
 from backpropagate import Trainer
 from backpropagate.cli.app import run
 from backpropagate.errors import SettingsFileError, SeveralProcessesError, UnknownSettingError
-from backpropagate.settings import all_settings, resolve
+from backpropagate.settings import all_settings, resolve, ui_settings
 from bp_runs import Settings
 from bp_runs.errors import InvalidSettingError
 from bp_runs.testing import FakeRail
@@ -220,7 +220,7 @@ def test_config_show_tells_each_value_and_its_source(here, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["file"] == str(here / "backpropagate.toml")
     rows = {row["key"]: row for row in found["settings"]}
-    assert list(rows) == list(all_settings())
+    assert list(rows) == [*all_settings(), *ui_settings()]
     assert (rows["lora.r"]["value"], rows["lora.r"]["source"]) == (4, "env")
     assert (rows["training.seed"]["value"], rows["training.seed"]["source"]) == (7, "toml")
     assert rows["model.dtype"]["choices"] == ["auto", "float32", "bfloat16"]

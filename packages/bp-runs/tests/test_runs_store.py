@@ -19,6 +19,7 @@ from bp_runs.errors import (
     RunNotFoundError,
     TrainingDivergedError,
 )
+from bp_runs.metrics import read_new_events
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
@@ -87,6 +88,20 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     whole = RunStore(tmp_path / "out").read_metrics(run_id)
     file.write_bytes(file.read_bytes() + b'{"event": "st')
     assert RunStore(tmp_path / "out").read_metrics(run_id) == whole
+
+
+def test_new_events_are_read_once_and_torn_ones_when_they_are_whole(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert read_new_events(file) == ([], 0)
+    file.write_bytes(b'{"event":"step","step":1}\n\n[1]\n{"event":"st')
+    events, offset = read_new_events(file)
+    assert [event["step"] for event in events] == [1]
+    assert read_new_events(file, offset) == ([], offset)
+    with file.open("ab") as opened:
+        opened.write(b'ep","step":2}\nnonsense\n')
+    events, offset = read_new_events(file, offset)
+    assert [event["step"] for event in events] == [2]
+    assert offset == file.stat().st_size
 
 
 def test_a_damaged_record_is_named_and_the_others_are_listed(tmp_path):

@@ -14,6 +14,8 @@ UserError
 ├── QueueBusyError         INPUT_QUEUE_BUSY          another process works through the queue
 ├── EvalDataError          INPUT_EVAL_DATA           no rows to compare two models on
 ├── ShellUnknownError      INPUT_SHELL_UNKNOWN       completion for a shell that cannot be told
+├── UiFolderError          CONFIG_UI_FOLDER          the web page would write where nothing of ours belongs
+├── UiPathError            INPUT_UI_PATH             the web page was asked for a file outside its folders
 ├── SeveralProcessesError  CONFIG_SEVERAL_PROCESSES  torchrun or accelerate started more than one
 └── OldNameError           INPUT_OLD_NAME            a command, flag or variable of the older tool; says the new one
 StateError
@@ -24,9 +26,13 @@ PartialError
 GateError
 ├── DoctorError            RUNTIME_DOCTOR_FAILED     training cannot work on this machine
 ├── EvalGateError          RUNTIME_EVAL_GATE_REGRESSED  eval's gate said no
+├── UiAuthError            RUNTIME_UI_AUTH_NOT_ENFORCED  the web page would be seen by others, without a password
 └── MultiRunGateError      RUNTIME_MULTIRUN_GATE     the gate of a multi-run left out every run
+RunFailedError
+└── UiPortError            RUNTIME_UI_PORT           the web page's address cannot be listened on
 DependencyError
 ├── TrackerMissingError    DEP_TRACKER_MISSING       a tracker was named that is not installed
+├── UiMissingError         DEP_UI_MISSING            the packages of the web page are not installed
 ├── EvalRailError          DEP_EVAL_UNSUPPORTED      the rail cannot look at single rows
 ├── OfflineError           DEP_OFFLINE               a connection was wanted although the network is forbidden
 ├── HubUnreachableError    DEP_HUB_UNREACHABLE       offline, or the Hub does not answer
@@ -37,7 +43,7 @@ DependencyError
 
 from __future__ import annotations
 
-from bp_runs.errors import DependencyError, GateError, PartialError, StateError, UserError
+from bp_runs.errors import DependencyError, GateError, PartialError, RunFailedError, StateError, UserError
 
 
 class UnknownSettingError(UserError):
@@ -264,3 +270,43 @@ class SeveralProcessesError(UserError):
     code = "CONFIG_SEVERAL_PROCESSES"
     when = "torchrun or accelerate launch started several processes; one run trains on one GPU so far."
     default_way_out = "Start it without torchrun; choose the card with CUDA_VISIBLE_DEVICES=0"
+
+
+class UiMissingError(DependencyError):
+    """The packages of the web page are not installed."""
+
+    code = "DEP_UI_MISSING"
+    when = "backprop ui was called, and the packages of the extra ui are not installed."
+    default_way_out = 'Install them: pip install "backpropagate[ui]"'
+
+
+class UiAuthError(GateError):
+    """Others could see the page without a password."""
+
+    code = "RUNTIME_UI_AUTH_NOT_ENFORCED"
+    when = "backprop ui was to listen where other machines reach it (--share, --host), without --auth."
+    default_way_out = "Let it ask for one: backprop ui --share --auth user:password; or stay local: backprop ui"
+
+
+class UiPortError(RunFailedError):
+    """The address cannot be listened on."""
+
+    code = "RUNTIME_UI_PORT"
+    when = "backprop ui cannot listen on its address and port; mostly another program, or another page, has it."
+    default_way_out = "Take another port: backprop ui --port 7861"
+
+
+class UiFolderError(UserError):
+    """The page would write where nothing of ours belongs."""
+
+    code = "CONFIG_UI_FOLDER"
+    when = "The folder that the web page writes in is one of the system, of credentials, or the whole home."
+    default_way_out = "Name a folder of its own: backprop ui --output-dir ~/.backpropagate/ui-outputs"
+
+
+class UiPathError(UserError):
+    """A path outside the folders of the page."""
+
+    code = "INPUT_UI_PATH"
+    when = "The web page was asked for a file, folder or run that does not lie in the folders it may read."
+    default_way_out = "Start it where the file lies, or name its folder: backprop ui --data-dirs ./data"

@@ -20,11 +20,11 @@ class Old:
     """What changed, where the replacement does not say it."""
 
 
-_NO_PAGE = Old("Watch runs in the terminal: backprop train --help", "this version has no web page yet")
+_UI_FLAGS = Old("Give the flags of: backprop ui --help", "the page is another one, with settings of its own")
+_OPEN = Old("Open the address that backprop ui prints.", "nothing is opened behind your back")
 
 COMMANDS: Mapping[str, Old] = {
     "ollama shelf": Old("List them: backprop ollama list"),
-    "ui": _NO_PAGE,
     "generate": Old(
         "Talk to it: backprop chat ./output/lora", "chat talks to adapters, merged models, GGUFs and Ollama"
     ),
@@ -177,7 +177,7 @@ GONE_ENV: Mapping[str, Old] = {
     "WINDOWS__DATALOADER_NUM_WORKERS": Old("Unset it.", "there are no worker processes"),
     "WINDOWS__CUDA_LAUNCH_BLOCKING": Old("Set the driver's own: CUDA_LAUNCH_BLOCKING=1"),
     "WINDOWS__TOKENIZERS_PARALLELISM": Old("Set the library's own: TOKENIZERS_PARALLELISM=true"),
-    **dict.fromkeys(("UI__PORT", "UI__HOST", "UI__SHARE", "UI__AUTO_OPEN", "UI__OUTPUT_DIR"), _NO_PAGE),
+    "UI__AUTO_OPEN": _OPEN,
     **dict.fromkeys(
         (
             "SECURITY__REQUIRE_AUTH", "SECURITY__AUTH_USERNAME", "SECURITY__AUTH_PASSWORD", "SECURITY__ALLOWED_PATHS",
@@ -204,11 +204,13 @@ GONE_ENV: Mapping[str, Old] = {
     **dict.fromkeys(
         (
             "UI_QUIET", "UI_WORKDIR", "UI_PAYLOAD_DIR", "UI_REQUEST_LOG", "UI_CORS_EXTRA_ORIGINS",
-            "UI_RATE_LIMIT_HTTP_PER_MIN", "UI_RATE_LIMIT_WS_PER_MIN", "UI_RATE_LIMIT_UPLOAD_PER_MIN", "UI_AUTH",
-            "UI_AUTH_USER", "UI_AUTH_VERIFIER", "UI_LAUNCH_TOKEN", "UI_HOST_BIND", "UI_SHARE_HOST", "UI_PORT",
+            "UI_RATE_LIMIT_HTTP_PER_MIN", "UI_RATE_LIMIT_WS_PER_MIN", "UI_RATE_LIMIT_UPLOAD_PER_MIN", "UI_AUTH_USER",
+            "UI_AUTH_VERIFIER", "UI_LAUNCH_TOKEN", "UI_HOST_BIND", "UI_SHARE_HOST",
         ),
-        _NO_PAGE,
+        _UI_FLAGS,
     ),
+    "UI_AUTH": Old("BACKPROPAGATE_UI__AUTH=user:password"),
+    "UI_PORT": Old("BACKPROPAGATE_UI__PORT=7860"),
 }  # fmt: skip
 """Variables, without their prefix, that no setting has taken the place of one for one."""
 

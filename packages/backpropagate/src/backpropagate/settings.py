@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from backpropagate import oldnames
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
+from backpropagate.ui.spec import UiSpec
 from bp_runs.errors import InvalidSettingError
 from bp_runs.record import RunRecord
 from bp_runs.redact import MASK
@@ -39,6 +40,8 @@ class Setting:
     type: Any
     default: Any
     help: str
+    is_secret: bool = False
+    """Whether its value is never shown."""
 
     @property
     def short(self) -> str:
@@ -53,17 +56,27 @@ class Setting:
 
 @cache
 def all_settings() -> Mapping[str, Setting]:
-    """Every setting by dotted key, in the order of `bp_runs.spec`."""
+    """Every setting of a run by dotted key, in the order of `bp_runs.spec`."""
     found: dict[str, Setting] = {}
     for group in fields(Settings):
-        group_type = get_type_hints(Settings)[group.name]
-        hints = get_type_hints(group_type)
-        for f in fields(group_type):
-            default = f.default if f.default is not MISSING else None
-            found[f"{group.name}.{f.name}"] = Setting(
-                f"{group.name}.{f.name}", hints[f.name], default, f.metadata["help"]
-            )
+        found |= _settings_of(group.name, get_type_hints(Settings)[group.name])
     return MappingProxyType(found)
+
+
+@cache
+def ui_settings() -> Mapping[str, Setting]:
+    """Every setting of the web page by dotted key, in the order of `backpropagate.ui.spec`."""
+    return MappingProxyType(_settings_of("ui", UiSpec))
+
+
+def _settings_of(group: str, spec: type[Any]) -> dict[str, Setting]:
+    hints = get_type_hints(spec)
+    found = {}
+    for f in fields(spec):
+        default = f.default if f.default is not MISSING else None
+        is_secret = f.metadata.get("secret", False)
+        found[f"{group}.{f.name}"] = Setting(f"{group}.{f.name}", hints[f.name], default, f.metadata["help"], is_secret)
+    return found
 
 
 def find_setting(name: str) -> Setting:
@@ -73,14 +86,14 @@ def find_setting(name: str) -> Setting:
         UnknownSettingError: No setting has the name; the nearest one is named.
     """
     by_name: dict[str, Setting] = {}
-    for setting in all_settings().values():
+    for setting in (*ui_settings().values(), *all_settings().values()):
         for spelled in (setting.key, setting.env, setting.short):
             by_name[_plain(spelled)] = setting
     found = by_name.get(_plain(name)) or by_name.get(
         _plain(oldnames.RENAMED_ENV.get(name.removeprefix(ENV_PREFIX), ""))
     )
     if found is None:
-        near = nearest(name.lower(), (s.key for s in all_settings().values()))
+        near = nearest(name.lower(), (*all_settings(), *ui_settings()))
         raise UnknownSettingError(f"there is no setting {name!r}{near}", way_out="See them all: backprop config show")
     return found
 
@@ -128,18 +141,7 @@ def resolve(
         InvalidSettingError: A value of the wrong type or out of range.
         SettingsFileError: The file is not TOML.
     """
-    values: dict[str, Any] = {}
-    sources: dict[str, Source] = dict.fromkeys(all_settings(), "default")
-    layers: tuple[tuple[Source, Mapping[str, Any]], ...] = (
-        ("default", _from_flags(defaults or {})),
-        ("toml", _from_toml(toml)),
-        ("env", _from_env(environ or {})),
-        ("flag", _from_flags(flags)),
-    )
-    for source, layer in layers:
-        for key, raw in layer.items():
-            values[key] = _convert(all_settings()[key], raw, source)
-            sources[key] = source
+    values, sources = _join(all_settings(), flags, environ or {}, toml, defaults or {})
     preset = values.get("lora.preset", LoraSpec().preset)
     if preset in LORA_PRESETS:
         _fill_lora(values, sources, preset)
@@ -148,6 +150,44 @@ def resolve(
     if values.get("data.reasoning_trace") and sources["model.max_seq_length"] == "default":
         values["model.max_seq_length"] = _TRACE_SEQ_LENGTH
     return Resolved(_check(_build(values)), MappingProxyType(sources))
+
+
+def resolve_ui(
+    flags: Mapping[str, Any], environ: Mapping[str, str] | None = None, toml: Path | None = None
+) -> tuple[UiSpec, Mapping[str, Source]]:
+    """Settings of the web page and where each came from; as `resolve`."""
+    values, sources = _join(ui_settings(), flags, environ or {}, toml, {})
+    spec = UiSpec(**{key.partition(".")[2]: value for key, value in values.items()})
+    if not 0 <= spec.port <= _HIGHEST_PORT:
+        raise InvalidSettingError(f"ui.port is {spec.port}; it must be at least 0 and at most {_HIGHEST_PORT}")
+    return spec, MappingProxyType(sources)
+
+
+_HIGHEST_PORT = 2**16 - 1
+
+
+def _join(
+    known: Mapping[str, Setting],
+    flags: Mapping[str, Any],
+    environ: Mapping[str, str],
+    toml: Path | None,
+    defaults: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Source]]:
+    """Values that are set, the nearest source's, and the source of every known setting."""
+    values: dict[str, Any] = {}
+    sources: dict[str, Source] = dict.fromkeys(known, "default")
+    layers: tuple[tuple[Source, Mapping[str, Any]], ...] = (
+        ("default", _from_flags(known, defaults)),
+        ("toml", _from_toml(toml)),
+        ("env", _from_env(environ)),
+        ("flag", _from_flags(known, flags)),
+    )
+    for source, layer in layers:
+        for key, raw in layer.items():
+            if key in known:
+                values[key] = _convert(known[key], raw, source)
+                sources[key] = source
+    return values, sources
 
 
 def apply_lora_preset(resolved: Resolved, preset: str) -> Resolved:
@@ -218,8 +258,8 @@ def _anchored(key: str, value: Any, cwd: str) -> Any:
     return str(there) if Path(cwd) != Path.cwd() and there.exists() else value
 
 
-def _from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
-    by_short = {s.short: s.key for s in all_settings().values()}
+def _from_flags(known: Mapping[str, Setting], flags: Mapping[str, Any]) -> dict[str, Any]:
+    by_short = {s.short: s.key for s in known.values()}
     given = {name: value for name, value in flags.items() if value is not None}
     for name in given:
         if name not in by_short:
@@ -228,7 +268,7 @@ def _from_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_env(environ: Mapping[str, str]) -> dict[str, Any]:
-    by_env = {s.env: s.key for s in all_settings().values()}
+    by_env = {s.env: s.key for s in (*all_settings().values(), *ui_settings().values())}
     found: dict[str, str] = {}
     for name, value in environ.items():
         own = name.removeprefix(ENV_PREFIX)
@@ -260,8 +300,9 @@ def _from_toml(file: Path | None) -> dict[str, Any]:
     for group, table in tree.items():
         for name, value in table.items() if isinstance(table, dict) else [("", table)]:
             key = f"{group}.{name}".rstrip(".")
-            if key not in all_settings():
-                raise UnknownSettingError(f"{file} sets {key!r}, which is no setting{nearest(key, all_settings())}")
+            if key not in all_settings() and key not in ui_settings():
+                near = nearest(key, (*all_settings(), *ui_settings()))
+                raise UnknownSettingError(f"{file} sets {key!r}, which is no setting{near}")
             found[key] = value
     return found
 

@@ -70,6 +70,23 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+def read_new_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Events of the whole lines that were added since ``offset``, and where the next look begins, in bytes.
+
+    For whoever follows a run as it happens: nothing is left out but torn lines, and a `Resumed` among the events
+    supersedes what was told before.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            whole, _, _ = file.read().rpartition(b"\n")
+    except FileNotFoundError:
+        return [], offset
+    if not whole:
+        return [], offset
+    return [event for line in whole.split(b"\n") if (event := _parse(line)) is not None], offset + len(whole) + 1
+
+
 def read_progress(path: Path) -> dict[str, Any]:
     """The last step and its loss, from the end of the file; empty where no step was recorded."""
     try:

@@ -204,6 +204,12 @@ COMMANDS = (
         "backprop estimate-vram qwen2.5-7b --vram 16 --mode qlora --max-seq-length 4096",
     ),
     Command(
+        "ui",
+        "ui:ui",
+        "Open a web page on this machine: runs as they train, score cards, comparisons.",
+        "backprop ui --output ./output",
+    ),
+    Command(
         "doctor",
         "doctor:doctor",
         "Try out what training needs here, and say how to mend what does not work.",

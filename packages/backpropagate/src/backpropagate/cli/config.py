@@ -10,7 +10,18 @@ from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, flag_names, spell
 from backpropagate.cli.screen import print_json
-from backpropagate.settings import TOML_FILE, Resolved, Setting, all_settings, choices, find_setting, resolve
+from backpropagate.settings import (
+    TOML_FILE,
+    Setting,
+    Source,
+    all_settings,
+    choices,
+    find_setting,
+    resolve,
+    resolve_ui,
+    ui_settings,
+)
+from bp_runs.redact import MASK
 
 
 def show(*, changed: bool = False, json: Json = False) -> int:
@@ -22,13 +33,14 @@ def show(*, changed: bool = False, json: Json = False) -> int:
         Only those that are not at their default.
     """
     found = _resolve()
-    rows = [s for s in all_settings().values() if not changed or found.sources[s.key] != "default"]
+    known = (*all_settings().values(), *ui_settings().values())
+    rows = [s for s in known if not changed or found[s.key][1] != "default"]
     if json:
         print_json("config-show", {"file": _file(), "settings": [_row(s, found) for s in rows]})
         return 0
     width = max((len(s.key) for s in rows), default=0)
     for setting in rows:
-        value, source = found.settings.to_flat()[setting.key], found.sources[setting.key]
+        value, source = found[setting.key]
         print(f"  {setting.key.ljust(width)}  {_words(value)}{'' if source == 'default' else f'  ({source})'}")  # noqa: T201
     print(f"\n  file      {_file() or f'none; a {TOML_FILE} in this folder would be read'}")  # noqa: T201
     print("  next      backprop config explain lora.r")  # noqa: T201
@@ -47,7 +59,7 @@ def explain(key: Annotated[str, Parameter(allow_leading_hyphen=True)], *, json: 
     if json:
         print_json("config-explain", _row(setting, found))
         return 0
-    value, source = found.settings.to_flat()[setting.key], found.sources[setting.key]
+    value, source = found[setting.key]
     group, name = setting.key.split(".")
     example = setting.default if value is None else value
     lines = [
@@ -63,8 +75,15 @@ def explain(key: Annotated[str, Parameter(allow_leading_hyphen=True)], *, json: 
     return 0
 
 
-def _resolve() -> Resolved:
-    return resolve({}, os.environ, Path(TOML_FILE))
+def _resolve() -> dict[str, tuple[Any, Source]]:
+    """Every setting's value and source by key; a secret is masked."""
+    found = resolve({}, os.environ, Path(TOML_FILE))
+    page, sources = resolve_ui({}, os.environ, Path(TOML_FILE))
+    told = {key: (value, found.sources[key]) for key, value in found.settings.to_flat().items()}
+    for setting in ui_settings().values():
+        value = getattr(page, setting.key.partition(".")[2])
+        told[setting.key] = (MASK if setting.is_secret and value else value, sources[setting.key])
+    return told
 
 
 def _file() -> str | None:
@@ -72,11 +91,12 @@ def _file() -> str | None:
     return str(file.resolve()) if file.is_file() else None
 
 
-def _row(setting: Setting, found: Resolved) -> dict[str, Any]:
+def _row(setting: Setting, found: dict[str, tuple[Any, Source]]) -> dict[str, Any]:
+    value, source = found[setting.key]
     return {
         "key": setting.key,
-        "value": found.settings.to_flat()[setting.key],
-        "source": found.sources[setting.key],
+        "value": value,
+        "source": source,
         "default": setting.default,
         "help": setting.help,
         "choices": list(choices(setting)),

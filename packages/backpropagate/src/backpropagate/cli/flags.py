@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from backpropagate.settings import TOML_FILE, Setting, all_settings, resolve
+from backpropagate.settings import TOML_FILE, Setting, all_settings, resolve, ui_settings
 from backpropagate.system import to_path
 
 # Further spellings that people type.
@@ -26,6 +26,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "lora.use_rslora": ("--use-rslora",),
     "multirun.max_regression": ("--eval-max-regression",),
     "multirun.heldout": ("--eval-heldout",),
+    "ui.output": ("-o",),
 }
 
 Json = Annotated[
@@ -48,10 +49,20 @@ def output_folder(flag: str | None) -> Path:
 
 
 def with_settings(
-    command: Callable[..., int], *, leave_out: Sequence[str] = (), extra: Sequence[inspect.Parameter] = ()
+    command: Callable[..., int],
+    *,
+    known: Mapping[str, Setting] | None = None,
+    leave_out: Sequence[str] = (),
+    extra: Sequence[inspect.Parameter] = (),
 ) -> Callable[..., int]:
-    """Give ``command(**flags)`` a keyword for every setting; a flag that is not typed arrives as None."""
-    chosen = [s for s in all_settings().values() if s.key not in leave_out]
+    """Give ``command(**flags)`` a keyword for every setting; a flag that is not typed arrives as None.
+
+    Args:
+        known: The settings; default: those of a run.
+        leave_out: Keys of those that the command does not look at.
+        extra: Further parameters.
+    """
+    chosen = [s for s in (known or all_settings()).values() if s.key not in leave_out]
     parameters = sorted([*(_parameter(s) for s in chosen), *extra], key=lambda parameter: parameter.kind)
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -70,7 +81,7 @@ def flag_names(setting: Setting) -> tuple[str, ...]:
 
 
 def _parameter(setting: Setting) -> inspect.Parameter:
-    kind: Any = list[str] if setting.key == "training.sample_prompts" else setting.type
+    kind: Any = list[str] if "tuple" in str(setting.type) else setting.type
     shown = "" if setting.default in (None, "", ()) else f" [default: {spell(setting.default)}]"
     annotation: Any = Annotated[
         kind | None,
@@ -89,8 +100,8 @@ def _parameter(setting: Setting) -> inspect.Parameter:
 @cache
 def _group(name: str) -> Group:
     """The panel of the help page that a group's flags stand in, in the order of the settings."""
-    names = list(dict.fromkeys(key.partition(".")[0] for key in all_settings()))
-    title = {"lora": "LoRA", "multirun": "Multi-run"}.get(name, name.capitalize())
+    names = list(dict.fromkeys(key.partition(".")[0] for key in (*all_settings(), *ui_settings())))
+    title = {"lora": "LoRA", "multirun": "Multi-run", "ui": "Web page"}.get(name, name.capitalize())
     return Group(title, sort_key=names.index(name))
 
 

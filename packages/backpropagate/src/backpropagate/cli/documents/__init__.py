@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backpropagate.cli.documents.data import DataPreview, DataReport, DataRewritten, Validate
-from backpropagate.cli.documents.machine import ConfigShow, Doctor, Error, Errors, Info, SettingRow
+from backpropagate.cli.documents.machine import ConfigShow, Doctor, Error, Errors, Info, SettingRow, Ui
 from backpropagate.cli.documents.measuring import Eval
 from backpropagate.cli.documents.merging import Merge, MultiRun
 from backpropagate.cli.documents.queue import QueueAdd, QueueList, QueueRm, QueueRun
@@ -80,6 +80,7 @@ DOCUMENTS: Mapping[str, type] = {
     "models": Models,
     "estimate-vram": EstimateVram,
     "estimate-vram-table": EstimateVramTable,
+    "ui": Ui,
     "doctor": Doctor,
     "info": Info,
     "errors": Errors,

@@ -62,6 +62,16 @@ class Doctor(TypedDict):
     failed: list[str]
 
 
+class Ui(TypedDict):
+    """`backprop ui`, once it can be opened; output_dir: where it writes; output: folders of runs that it shows."""
+
+    address: str
+    pid: int
+    output_dir: str
+    output: list[str]
+    auth: bool
+
+
 class ErrorRow(TypedDict):
     """A code of the catalogue."""
 

@@ -1,0 +1,1 @@
+"""The web page of `backprop ui`; nothing of it is imported before that command is called."""

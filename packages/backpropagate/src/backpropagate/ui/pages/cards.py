@@ -1,0 +1,86 @@
+"""The score card of a multi-run: what each run did to the data of the runs before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from backpropagate.scorecard import ScoreCard
+from backpropagate.ui.showing import show
+from bp_runs.record import RunRecord
+
+_SHADES = 9
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 56, 34
+
+
+def find_card(record: RunRecord, notices: Sequence[Mapping[str, Any]]) -> ScoreCard | None:
+    """The card of the record, or while the multi-run goes on that of its newest notice; None where there is none."""
+    told = [notice["details"]["card"] for notice in notices if "card" in (notice.get("details") or {})]
+    found = record.result.get("score_card") or (told[-1] if told else None)
+    card = ScoreCard.from_dict(found) if found else None
+    return card if card and card.losses else None
+
+
+def show_card(request: Request) -> Response:
+    """The page of one card."""
+    from backpropagate.ui.pages.runs import find_run
+
+    output, store, record = find_run(request)
+    events = store.read_metrics(record.run_id)
+    card = find_card(record, [event for event in events if event.get("event") == "notice"])
+    if card is None:
+        raise HTTPException(404, f"The run {record.run_id} has no score card.")
+    return show(
+        request,
+        "card.html",
+        output=output.key,
+        run=record,
+        card=card,
+        shades=_shades(card),
+        lines=_lines(card),
+        size=(_WIDTH, _HEIGHT),
+        ticks=_ticks(card),
+    )
+
+
+def _shades(card: ScoreCard) -> list[list[int]]:
+    """Of each loss, from 0 for the lowest to the highest: the column's own scale, since data sets differ."""
+    found = []
+    for row in card.losses:
+        shades = []
+        for j, loss in enumerate(row):
+            column = [r[j] for r in card.losses if j < len(r)] + [card.before_run[j]]
+            span = (max(column) - min(column)) or 1.0
+            shades.append(round((loss - min(column)) / span * (_SHADES - 1)))
+        found.append(shades)
+    return found
+
+
+def _scale(card: ScoreCard) -> tuple[float, float]:
+    flat = [loss for row in card.losses for loss in row]
+    return min(flat), (max(flat) - min(flat)) or 1.0
+
+
+def _place(card: ScoreCard, i: int, loss: float) -> tuple[float, float]:
+    low, span = _scale(card)
+    step = (_WIDTH - _LEFT - 20) / max(1, len(card.losses) - 1)
+    return round(_LEFT + i * step, 1), round(12 + (_HEIGHT - _BOTTOM - 24) * (1 - (loss - low) / span), 1)
+
+
+def _lines(card: ScoreCard) -> list[list[tuple[float, float]]]:
+    """For each run's held-out rows the loss after that run and every later one, as points of the picture."""
+    count = len(card.losses)
+    return [[_place(card, i, card.losses[i][j]) for i in range(j, count)] for j in range(count)]
+
+
+def _ticks(card: ScoreCard) -> dict[str, list[tuple[float, str]]]:
+    low, span = _scale(card)
+    heights = [(low + span * share) for share in (0.0, 0.5, 1.0)]
+    return {
+        "x": [(_place(card, i, low)[0], str(i + 1)) for i in range(len(card.losses))],
+        "y": [(_place(card, 0, loss)[1], f"{loss:.3f}") for loss in heights],
+    }

@@ -1,0 +1,192 @@
+"""The table of runs, and one run in full, as it happens."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from typing import Any, get_args
+from urllib.parse import urlencode
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from backpropagate.resuming import UNFINISHED
+from backpropagate.trainer import resume_line
+from backpropagate.ui.live import chart_points, follow
+from backpropagate.ui.pages.cards import find_card
+from backpropagate.ui.places import Output
+from backpropagate.ui.showing import show
+from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.errors import RunStatus
+from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
+from bp_runs.metrics import read_progress
+from bp_runs.paths import METRICS_FILE, REJECTED_FILE
+from bp_runs.record import RunRecord
+from bp_runs.redact import redact_data
+from bp_runs.store import RunStore
+
+MOST_ROWS = 100
+_COLUMNS = {
+    "created_at": "Started (UTC)",
+    "status": "Status",
+    "model": "Model",
+    "data": "Data",
+    "steps": "Steps",
+    "final_loss": "Loss",
+    "seconds": "Time",
+}
+_REJECTED_SHOWN = 50
+_POINTS_SHOWN = 12
+
+
+def show_table(request: Request) -> Response:
+    """The page of all runs."""
+    return show(request, "runs.html", **_table(request))
+
+
+def show_rows(request: Request) -> Response:
+    """The table alone, as the page asks for it again and again."""
+    return show(request, "parts/runs_table.html", **_table(request))
+
+
+def _table(request: Request) -> dict[str, Any]:
+    asked = {name: request.query_params.get(name, "") for name in ("q", "status", "output", "sort", "dir", "page")}
+    outputs = request.app.state.site.places.outputs()
+    rows = [
+        {**row, "output": output.key, "output_name": output.name}
+        for output in outputs
+        if asked["output"] in ("", output.key)
+        for row in output.store.list_runs()
+    ]
+    rows = [row for row in rows if asked["status"] in ("", row["status"]) and _has(row, asked["q"])]
+    column = asked["sort"] if asked["sort"] in _COLUMNS else "created_at"
+    is_down = asked["dir"] != "up"
+    known = sorted((r for r in rows if r[column] is not None), key=lambda r: (r[column], r["run_id"]), reverse=is_down)
+    rows = known + [row for row in rows if row[column] is None]
+    page = int(asked["page"]) if asked["page"].isdigit() else 1
+    pages = max(1, -(-len(rows) // MOST_ROWS))
+    page = min(max(1, page), pages)
+    shown = rows[(page - 1) * MOST_ROWS : page * MOST_ROWS]
+    by_key = {output.key: output for output in outputs}
+    for row in shown:
+        if row["status"] == "running":
+            store = by_key[row["output"]].store
+            progress = read_progress(store.folder(row["run_id"]) / METRICS_FILE)
+            row["steps"], row["final_loss"] = progress.get("step"), progress.get("loss")
+    return {
+        "rows": shown,
+        "total": len(rows),
+        "page": page,
+        "pages": pages,
+        "columns": _COLUMNS,
+        "sort": column,
+        "is_down": is_down,
+        "asked": asked,
+        "statuses": get_args(RunStatus),
+        "outputs": outputs,
+        "query": lambda **changes: urlencode({k: v for k, v in {**asked, **changes}.items() if v}),
+    }
+
+
+def _has(row: Mapping[str, Any], text: str) -> bool:
+    told = (row["run_id"], row["model"], row["data"], row["kind"], row["error"], *row["tags"], row["output_name"])
+    return all(word in " ".join(str(t) for t in told if t).lower() for word in text.lower().split())
+
+
+def find_run(request: Request) -> tuple[Output, RunStore, RunRecord]:
+    """The run of an address.
+
+    Raises:
+        UiPathError, RunNotFoundError, RecordInvalidError: There is none, or its record cannot be read.
+    """
+    output = request.app.state.site.places.find(request.path_params["output"])
+    return output, output.store, output.store.load(request.path_params["run"])
+
+
+def show_run(request: Request) -> Response:
+    """One run in full."""
+    output, store, record = find_run(request)
+    events = store.read_metrics(record.run_id)
+    return show(
+        request,
+        "run.html",
+        **_summary(output, store, record, events),
+        settings=redact_data(record.settings),
+        checkpoints=CheckpointFolder(store.folder(record.run_id)).read(),
+        rejected=_read_rejected(store, record),
+        most_rejected=_REJECTED_SHOWN,
+        points=[e for e in events if e.get("event") == StepDone.kind][-_POINTS_SHOWN:],
+    )
+
+
+def show_summary(request: Request) -> Response:
+    """What changes while the run goes on, as the page asks for it when something has happened."""
+    output, store, record = find_run(request)
+    return show(request, "parts/run_renewed.html", **_summary(output, store, record, store.read_metrics(record.run_id)))
+
+
+def _summary(output: Output, store: RunStore, record: RunRecord, events: list[dict[str, Any]]) -> dict[str, Any]:
+    steps = [e for e in events if e.get("event") == StepDone.kind]
+    notices = [e for e in events if e.get("event") == Notice.kind]
+    is_member = (record.parent or {}).get("relation") == "member"
+    can_go_on = record.status in UNFINISHED and not is_member
+    return {
+        "output": output.key,
+        "output_name": output.name,
+        "is_own": output.is_own,
+        "run": RunRecord(**record.to_dict()),
+        "step": steps[-1] if steps else None,
+        "first_loss": steps[0].get("loss") if steps else None,
+        "evals": [e for e in events if e.get("event") == EvalDone.kind],
+        "samples": _samples(events),
+        "notices": redact_data(notices),
+        "is_here": record.host == platform.node(),
+        "has_card": find_card(record, notices) is not None,
+        "members": [row for row in store.list_runs() if row["parent"] == record.run_id][::-1],
+        "go_on": resume_line(record.run_id, output.path) if can_go_on else None,
+    }
+
+
+def _samples(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prompts, each with its answers by step."""
+    found: dict[str, dict[int, str]] = {}
+    for event in events:
+        if event.get("event") == SampleAnswer.kind:
+            found.setdefault(event["prompt"], {})[event["step"]] = event["answer"]
+    return [{"prompt": prompt, "answers": answers} for prompt, answers in found.items()]
+
+
+def _read_rejected(store: RunStore, record: RunRecord) -> list[dict[str, Any]]:
+    """The first rows of ``rejected.jsonl``."""
+    rows = []
+    try:
+        with (store.folder(record.run_id) / REJECTED_FILE).open("rb") as file:
+            for line in file:
+                rows.append(redact_data(orjson.loads(line)))
+                if len(rows) == _REJECTED_SHOWN:
+                    break
+    except (OSError, orjson.JSONDecodeError):
+        return rows
+    return rows
+
+
+def points(request: Request) -> Response:
+    """The numbers that the charts begin with."""
+    _, store, record = find_run(request)
+    return JSONResponse({**chart_points(store.read_metrics(record.run_id)), "status": record.status})
+
+
+def follow_run(request: Request) -> Response:
+    """The run's events from ``Last-Event-ID``, or the query's ``after``, as they come."""
+    _, store, record = find_run(request)
+    after = request.headers.get("last-event-id") or request.query_params.get("after", "")
+    return StreamingResponse(
+        follow(
+            store.folder(record.run_id) / METRICS_FILE,
+            int(after) if after.isdigit() else None,
+            lambda: store.load(record.run_id).status,
+        ),
+        media_type="text/event-stream",
+        headers={"X-Accel-Buffering": "no"},
+    )
