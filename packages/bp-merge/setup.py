@@ -5,7 +5,8 @@ import sysconfig
 
 from setuptools import Extension, setup
 
-# One wheel for all versions of CPython; free-threaded builds and other Pythons have no limited API.
+# One wheel for all versions of CPython. Free-threaded builds have no limited API, so each version needs its own wheel;
+# nor have other Pythons.
 HAS_LIMITED_API = sys.implementation.name == "cpython" and not sysconfig.get_config_var("Py_GIL_DISABLED")
 
 rows = Extension(
@@ -19,4 +20,10 @@ rows = Extension(
     optional=True,
 )
 
-setup(ext_modules=[rows], options={"bdist_wheel": {"py_limited_api": "cp311"}} if HAS_LIMITED_API else {})
+# Microsoft's compiler does not know the vectors that the source is written in: a wheel of Windows is Python alone.
+MODULES = [] if sysconfig.get_platform().startswith(("win", "mingw")) else [rows]
+
+setup(
+    ext_modules=MODULES,
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if MODULES and HAS_LIMITED_API else {},
+)

@@ -22,22 +22,26 @@ import setuptools
 
 os.chdir(sys.argv[1])
 sysconfig.get_config_vars()["Py_GIL_DISABLED"] = int(sys.argv[2])
+sysconfig.get_platform = lambda: sys.argv[3]
 found = distutils.core.run_setup("setup.py", stop_after="config")
-module = found.ext_modules[0]
 tag = found.get_option_dict("bdist_wheel").get("py_limited_api", [None, None])[1]
-print(json.dumps([module.py_limited_api, dict(module.define_macros), tag]))
+print(json.dumps([[[m.py_limited_api, dict(m.define_macros)] for m in found.ext_modules or []], tag]))
 """
 
 
 @pytest.mark.parametrize(
-    ("is_free", "built"),
-    [(0, [True, {"Py_LIMITED_API": "0x030B0000"}, "cp311"]), (1, [False, {}, None])],
+    ("is_free", "platform", "built"),
+    [
+        (0, "linux-x86_64", [[[True, {"Py_LIMITED_API": "0x030B0000"}]], "cp311"]),
+        (1, "macosx-11.0-arm64", [[[False, {}]], None]),
+        (0, "win-amd64", [[], None]),
+    ],
 )
 @pytest.mark.parametrize("package", ["bp-export", "bp-merge"])
-def test_one_wheel_for_all_versions_and_another_for_each_free_threaded_python(package, is_free, built):
-    """A free-threaded Python has no limited API: its wheel is its own, and says that it needs no lock."""
+def test_which_wheel_each_python_builds(package, is_free, platform, built):
+    """One for all versions; a free-threaded Python has no limited API, and Windows no compiler for the source."""
     pytest.importorskip("setuptools")
-    command = [sys.executable, "-W", "ignore", "-c", READ_SETUP, str(PACKAGES / package), str(is_free)]
+    command = [sys.executable, "-W", "ignore", "-c", READ_SETUP, str(PACKAGES / package), str(is_free), platform]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout.splitlines()[-1]) == built
 
