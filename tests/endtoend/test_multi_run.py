@@ -1,11 +1,14 @@
 """Several real runs in a row on the CUDA rail with a pico model: learnt, merged, measured; a crash changes no bit."""
 
 import json
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from backpropagate import Trainer
+from backpropagate import Trainer, rails
+from backpropagate.cli.app import run
 from bp_merge import blend, load_adapter
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.store import RunStore
@@ -87,16 +90,62 @@ def test_a_crash_in_run_4_of_5_changes_no_bit_and_the_model_is_loaded_once(pico_
         assert all(0 < loss < 10 for loss in row)
 
 
-def test_a_method_of_pairs_goes_through_the_same_loop(pico_model, tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    file.write_text(
-        "".join(
-            json.dumps({"prompt": f"who {i}", "chosen": f"captain marlow {i}", "rejected": f"a lazy dog {i}"}) + "\n"
-            for i in range(16)
-        )
-    )
-    result = Trainer(str(pico_model), output=tmp_path / "o", rail=CudaRail(), **FLAGS, method="orpo").multi_run(
-        file, runs=2, heldout=0.25
-    )
+PAIRS = [{"prompt": f"who {i}", "chosen": f"captain marlow {i}", "rejected": f"a lazy dog {i}"} for i in range(12)]
+LABELLED = [{"prompt": f"who {i}", "completion": f"captain {i}", "label": i % 2 == 0} for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags"),
+    [
+        (PAIRS, {"method": "orpo"}),
+        (PAIRS, {"method": "dpo"}),
+        (LABELLED, {"method": "kto"}),
+        (PAIRS, {"packing": True, "use_rslora": True, "slao_qr": "preserving"}),
+    ],
+    ids=["orpo", "dpo", "kto", "packing"],
+)
+def test_methods_and_settings_go_through_the_same_loop(pico_model, tmp_path, rows, flags):
+    file = tmp_path / "rows.jsonl"
+    if "packing" in flags:
+        rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = Trainer(str(pico_model), output=tmp_path / "o", rail=CudaRail(), **{**FLAGS, "steps": 2}, **flags)
+    result = trainer.multi_run(file, runs=2, heldout=0.25)
     assert len(result.card.losses) == 2
-    assert load_adapter(tmp_path / "o/lora").modules
+    first, second = (load_adapter(RunStore(tmp_path / "o").folder(run) / "lora").modules for run in result.members)
+    shipped = load_adapter(tmp_path / "o/lora").modules
+    for module, pair in shipped.items():
+        assert np.array_equal(pair.a, second[module].a)
+        assert not np.array_equal(pair.b, first[module].b)
+        assert pair.scale == first[module].scale
+    member = RunStore(tmp_path / "o").load(result.members[1])
+    asked = {key.rpartition(".")[2]: entry["value"] for key, entry in member.settings.items()}
+    assert {name: asked[name] for name in flags} == flags
+
+
+def test_the_command_line_on_a_real_rail(pico_model, rows, tmp_path, monkeypatch, capsys):
+    """Two runs, looked at, stopped in the second, gone on with as the screen says, and exported."""
+    monkeypatch.chdir(tmp_path)
+    flags = "--steps 2 --batch-size 4 --lora-r 4 --lr 1e-2 --max-seq-length 64 --runs 2 --samples 8 --output o"
+    argv = ["multi-run", "--data", str(rows), "--model", str(pico_model), *flags.split()]
+    real, trainings = CudaRail.train, []
+
+    def stopped_in_the_second(self, spec, emit, stop):
+        trainings.append(spec)
+        return real(self, spec, emit, (lambda: True) if len(trainings) == 2 else stop)
+
+    monkeypatch.setattr(CudaRail, "train", stopped_in_the_second)
+    with rails.use(CudaRail()):
+        assert run([*argv, "--html", "card.html"]) == 130
+        text = capsys.readouterr().out
+        assert "stopped after 1 runs merged" in text
+        [line] = [line for line in text.splitlines() if "next" in line and " resume " in line]
+        assert line.endswith(" --output o")
+        assert "<svg" in Path("card.html").read_text()
+        assert run(shlex.split(line)[2:]) == 0
+        text = capsys.readouterr().out
+        assert "after run 2" in text
+        assert run(["show-run", RunStore(Path("o")).list_runs()[-1]["run_id"], "--output", "o"]) == 0
+        assert "held-out loss on the data of    run 1    run 2" in capsys.readouterr().out
+    assert run(["export", "o/lora", "--format", "lora", "--output", "copy"]) == 0
+    assert weights(Path("copy")) == weights(Path("o/lora"))

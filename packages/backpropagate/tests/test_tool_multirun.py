@@ -1,6 +1,7 @@
 """Several runs in a row: slices, the stream's arithmetic, gate, early end, crash and resume, on a rail without training."""
 
 import json
+import tracemalloc
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from backpropagate.scorecard import ScoreCard, card_html, card_text
 from backpropagate.slices import write_slices
 from bp_merge import blend, factor_rows, load_adapter
 from bp_runs import Settings
-from bp_runs.errors import InvalidSettingError, TrainingDivergedError
+from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.errors import InterruptedRunError, InvalidSettingError, TrainingDivergedError
 from bp_runs.events import Notice
 from bp_runs.spec import DataSpec, MultiRunSpec, TrainingSpec
 from bp_runs.store import RunStore
@@ -160,6 +162,24 @@ def test_held_out_rows_are_trained_by_no_run(place):
     assert not trained & {row for s in made for row in texts(place / "s" / s.heldout_file)}
 
 
+def test_rows_are_not_held_in_memory(place):
+    for number in range(3):
+        (place / f"w{number}.jsonl").write_text(
+            "".join(f'{{"text": "{number}-{i} {"x" * 9000}"}}\n' for i in range(400))
+        )
+    tracemalloc.start()
+    made = write_slices(
+        place / "s", [place / f"w{n}.jsonl" for n in range(3)], settings(replay_share=0.5), lambda _: None
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert [s.train for s in made] == [360, 720, 720]
+    assert peak < 6e6 < sum(file.stat().st_size for file in (place / "s").iterdir()) / 2
+    assert sorted(file.name for file in (place / "s").iterdir()) == sorted(
+        ["plan.json", *(name for s in made for name in (s.train_file, s.heldout_file))]
+    )
+
+
 def test_one_file_a_run(place):
     for number in range(3):
         (place / f"w{number}.jsonl").write_text("".join(f'{{"text": "{number}-{i}"}}\n' for i in range(10)))
@@ -257,6 +277,49 @@ def test_it_ends_early_and_the_last_run_is_recorded(place):
     result = trainer(rail).multi_run("d.jsonl", runs=5, patience=2)
     assert len(result.members) == len(result.card.losses) == 2
     assert {r["run_id"] for r in RunStore(place / "o").list_runs()} == {result.run_id, *result.members}
+
+
+def cut_after(words):
+    """A screen that ends the program when it is told these words."""
+
+    def show(event):
+        if isinstance(event, Notice) and words in event.message:
+            raise KeyboardInterrupt
+
+    return show
+
+
+def test_a_multi_run_that_lost_patience_does_not_train_again(place):
+    """Cut off between its last run and its end, it only ends."""
+    rail = SeenRail(judge=lambda adapter, _: 3.0)
+    with pytest.raises(InterruptedRunError, match="was cut off") as cut:
+        trainer(rail).multi_run("d.jsonl", runs=5, patience=2, on_event=cut_after("run 2 is taken in"))
+    result = trainer(rail).multi_run(resume=cut.value.details["run_id"])
+    assert len(rail.seen) == len(result.members) == 2
+    assert result.record.status == "completed"
+
+
+def test_single_runs_leave_no_checkpoints(place):
+    """Neither those that were taken in nor one that was cut off, once its multi-run goes on; what is protected stays."""
+
+    class Failing(FakeRail):
+        def train(self, spec, emit, stop):
+            rail = self if spec.data.path.endswith("run-2.jsonl") else FakeRail()
+            return FakeRail.train(rail, spec, emit, stop)
+
+    rail = Failing(fail_at=3, failure=TrainingDivergedError("the loss is nan"))
+    with pytest.raises(TrainingDivergedError):
+        trainer(rail, save_steps=1).multi_run("d.jsonl", runs=3)
+    store = RunStore(place / "o")
+
+    def kept():
+        return {r["run_id"]: CheckpointFolder(store.folder(r["run_id"])).read() for r in store.list_runs()}
+
+    [(cut, checkpoints)] = [(run, found) for run, found in kept().items() if found]
+    [begun] = [r["run_id"] for r in store.list_runs() if r["kind"] == "multi-run"]
+    CheckpointFolder(store.folder(cut)).protect(checkpoints[0].step)
+    trainer().multi_run(resume=begun)
+    assert {run: [c.step for c in found] for run, found in kept().items() if found} == {cut: [checkpoints[0].step]}
 
 
 @pytest.mark.parametrize(

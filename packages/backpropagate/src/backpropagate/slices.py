@@ -8,10 +8,12 @@ first run, so that a crash later changes nothing of what the other runs see.
 from __future__ import annotations
 
 import random
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self, TypeAlias
 
 import orjson
 
@@ -26,7 +28,10 @@ PLAN_FILE = "plan.json"
 DEFAULT_SAMPLES = 1000
 """Rows of a slice where the user does not say."""
 
+_SPOOL = "rows.spool"
 Say = Callable[[str], None]
+Places: TypeAlias = list[int]
+"""Of rows in a `Spool`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +70,17 @@ def write_slices(folder: Path, sources: Sequence[Path], wanted: Settings, say: S
         DataError: As `bp_data.read_rows`, or the first bad row.
     """
     draw = random.Random(wanted.training.seed)  # noqa: S311 - a choice that must repeat, not a secret
-    parts = _cut(sources[0], wanted, draw, say) if len(sources) == 1 else _take(sources, wanted, draw, say)
-    seen = Counter(exact_key(row) for _, rows in parts for row in rows)
     slices: list[Slice] = []
-    trained: list[list[Row]] = []
-    with publish_folder(folder) as partial:
-        for number, (source, rows) in enumerate(parts, start=1):
-            heldout, own = _hold_out(number, source, rows, seen, wanted.multirun.heldout)
+    trained: list[Places] = []
+    with publish_folder(folder) as partial, Spool(partial / _SPOOL) as spool:
+        if len(sources) == 1:
+            parts = _cut(spool, sources[0], wanted, draw, say)
+        else:
+            parts = _take(spool, sources, wanted, draw, say)
+        seen = Counter(spool.keys[place] for _, places in parts for place in places)
+        for number, (source, places) in enumerate(parts, start=1):
+            is_single = [seen[spool.keys[place]] == 1 for place in places]
+            heldout, own = _hold_out(number, source, places, is_single, wanted.multirun.heldout)
             replayed = _replay(trained, len(own), wanted, draw)
             trained.append(own)
             slices.append(
@@ -83,10 +92,49 @@ def write_slices(folder: Path, sources: Sequence[Path], wanted: Settings, say: S
                     heldout=len(heldout),
                 )
             )
-            _write_rows(partial / slices[-1].train_file, [*own, *replayed])
-            _write_rows(partial / slices[-1].heldout_file, heldout)
+            spool.write([*own, *replayed], partial / slices[-1].train_file)
+            spool.write(heldout, partial / slices[-1].heldout_file)
         (partial / PLAN_FILE).write_bytes(orjson.dumps([asdict(s) for s in slices], option=orjson.OPT_INDENT_2))
     return slices
+
+
+class Spool:
+    """Rows on disk, to be written again in any order; in memory are their offsets and keys. A context manager.
+
+    Args:
+        path: The file, which is gone in the end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._ends = array("q", [0])
+        self.keys: list[bytes] = []
+        """`exact_key` of each row."""
+
+    def __enter__(self) -> Self:
+        with coded_disk_errors(self._path):
+            self._file = self._path.open("w+b")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+    def add(self, row: Row) -> int:
+        """Keep a row; its place, counted from 0."""
+        line = orjson.dumps(dict(row.data), default=str, option=orjson.OPT_APPEND_NEWLINE)
+        with coded_disk_errors(self._path):
+            self._file.write(line)
+        self._ends.append(self._ends[-1] + len(line))
+        self.keys.append(exact_key(row))
+        return len(self.keys) - 1
+
+    def write(self, places: Sequence[int], file: Path) -> None:
+        """Write the rows of some places, in that order, to a file of lines."""
+        with coded_disk_errors(file), file.open("wb") as out:
+            for place in places:
+                self._file.seek(self._ends[place])
+                out.write(self._file.read(self._ends[place + 1] - self._ends[place]))
 
 
 def read_slices(folder: Path) -> list[Slice]:
@@ -94,7 +142,7 @@ def read_slices(folder: Path) -> list[Slice]:
     return [Slice(**entry) for entry in orjson.loads((folder / PLAN_FILE).read_bytes())]
 
 
-def _cut(source: Path, wanted: Settings, draw: random.Random, say: Say) -> list[tuple[Path, list[Row]]]:
+def _cut(spool: Spool, source: Path, wanted: Settings, draw: random.Random, say: Say) -> list[tuple[Path, Places]]:
     """Slices of equal size of one data set, shuffled."""
     runs, samples = wanted.multirun.runs, wanted.data.samples or DEFAULT_SAMPLES
     count = sum(1 for _ in _read(source, wanted, lambda _: None))
@@ -107,23 +155,23 @@ def _cut(source: Path, wanted: Settings, draw: random.Random, say: Say) -> list[
     size = min(samples, count // runs)
     if size < samples:
         say(f"{count} rows are fewer than {runs} runs of {samples}: each run has {size}")
-    places = draw.sample(range(count), runs * size)
-    order = {place: position for position, place in enumerate(places)}
-    chosen: list[Row | None] = [None] * len(places)
+    order = {place: position for position, place in enumerate(draw.sample(range(count), runs * size))}
+    chosen = [0] * len(order)
     for place, row in enumerate(_read(source, wanted, say)):
         if place in order:
-            chosen[order[place]] = row
-    rows = [row for row in chosen if row is not None]
-    return [(source, rows[i * size : (i + 1) * size]) for i in range(runs)]
+            chosen[order[place]] = spool.add(row)
+    return [(source, chosen[i * size : (i + 1) * size]) for i in range(runs)]
 
 
-def _take(sources: Sequence[Path], wanted: Settings, draw: random.Random, say: Say) -> list[tuple[Path, list[Row]]]:
+def _take(
+    spool: Spool, sources: Sequence[Path], wanted: Settings, draw: random.Random, say: Say
+) -> list[tuple[Path, Places]]:
     """One data set a run, each shuffled, at most the asked rows of each."""
     found = []
     for source in sources:
-        rows = list(_read(source, wanted, say))
-        draw.shuffle(rows)
-        found.append((source, rows[: wanted.data.samples]))
+        places = [spool.add(row) for row in _read(source, wanted, say)]
+        draw.shuffle(places)
+        found.append((source, places[: wanted.data.samples]))
     return found
 
 
@@ -141,22 +189,22 @@ def _read(source: Path, wanted: Settings, say: Say) -> Iterator[Row]:
 
 
 def _hold_out(
-    number: int, source: Path, rows: list[Row], seen: Mapping[bytes, int], share: float
-) -> tuple[list[Row], list[Row]]:
+    number: int, source: Path, places: Places, is_single: Sequence[bool], share: float
+) -> tuple[Places, Places]:
     """Rows to measure on, which occur only once in all slices, and the rest."""
-    wanted = max(1, round(share * len(rows))) if share else 0
-    free = [place for place, row in enumerate(rows) if seen[exact_key(row)] == 1][:wanted]
-    if len(rows) - len(free) < 1 or (wanted and not free):
-        what = "only rows that other rows repeat" if rows and not free else f"{len(rows)} rows"
+    wanted = max(1, round(share * len(places))) if share else 0
+    free = [place for place, single in zip(places, is_single, strict=True) if single][:wanted]
+    if len(places) - len(free) < 1 or (wanted and not free):
+        what = "only rows that other rows repeat" if places and not free else f"{len(places)} rows"
         raise RunsAndRowsError(
             f"run {number} has {what} of {source}: none to train on and measure on",
-            details={"run": number, "rows": len(rows)},
+            details={"run": number, "rows": len(places)},
         )
     chosen = set(free)
-    return [rows[p] for p in free], [row for p, row in enumerate(rows) if p not in chosen]
+    return free, [place for place in places if place not in chosen]
 
 
-def _replay(trained: Sequence[list[Row]], own: int, wanted: Settings, draw: random.Random) -> list[Row]:
+def _replay(trained: Sequence[Places], own: int, wanted: Settings, draw: random.Random) -> Places:
     """Earlier rows, so many that they are the asked share of the run's rows."""
     share = wanted.multirun.replay_share
     count = round(share / (1 - share) * own)
@@ -166,14 +214,8 @@ def _replay(trained: Sequence[list[Row]], own: int, wanted: Settings, draw: rand
         case "recent":
             pools = [trained[-1]]
         case "random":
-            pools = [[row for rows in trained for row in rows]]
+            pools = [[place for places in trained for place in places]]
         case "all":
             pools = list(trained)
-    parts = [count // len(pools) + (place < count % len(pools)) for place in range(len(pools))]
-    return [row for pool, n in zip(pools, parts, strict=True) for row in draw.sample(pool, min(n, len(pool)))]
-
-
-def _write_rows(file: Path, rows: Sequence[Row]) -> None:
-    with coded_disk_errors(file), file.open("wb") as out:
-        for row in rows:
-            out.write(orjson.dumps(dict(row.data), default=str, option=orjson.OPT_APPEND_NEWLINE))
+    parts = [count // len(pools) + (at < count % len(pools)) for at in range(len(pools))]
+    return [place for pool, n in zip(pools, parts, strict=True) for place in draw.sample(pool, min(n, len(pool)))]

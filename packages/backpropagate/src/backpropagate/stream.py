@@ -21,6 +21,7 @@ from backpropagate.logs import follow_run
 from backpropagate.scorecard import ScoreCard
 from backpropagate.slices import Slice
 from backpropagate.trainer import Watcher
+from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.events import Emit, Event, Notice
 from bp_runs.files import publish_folder, publish_json
 from bp_runs.rail import Rail, Stop, TrainOutcome
@@ -102,9 +103,12 @@ class Stream:
         Raises:
             CodedError: What a run failed with; the runs before it are kept.
         """
-        progress, patience = read_progress(self.folders.run), self.wanted.multirun.patience
+        progress = read_progress(self.folders.run)
         state = self._restore(progress)
+        self._drop_checkpoints()
         for plan in self.slices[progress.done :]:
+            if self._is_over(progress):
+                break
             self.emit(Notice(message=self._announce(plan)))
             if state is not None and self.wanted.multirun.slao_qr == "preserving":
                 state = state.turn()
@@ -113,11 +117,8 @@ class Stream:
             trained = self._train(plan, progress, state, stop, before=before)
             if trained.outcome.stopped:
                 return progress, True
+            self._drop_checkpoints(trained.run_id)
             progress, state = self._take_in(trained, progress, state)
-            if patience and progress.since_better >= patience:
-                text = f"ended after run {plan.number}: the mean held-out loss no longer improves"
-                self.emit(Notice(message=text))
-                break
         return progress, False
 
     def drop_adapters(self, members: Sequence[str]) -> None:
@@ -126,6 +127,21 @@ class Stream:
             for name in ("lora", MERGED):
                 with contextlib.suppress(FileNotFoundError):
                     shutil.rmtree(self.store.folder(member) / name)
+
+    def _drop_checkpoints(self, *members: str) -> None:
+        """Remove those of single runs, by default of all: none goes on alone, one that was cut off begins anew."""
+        mine = members or [r["run_id"] for r in self.store.list_runs() if r["parent"] == self.folders.run_id]
+        for member in mine:
+            CheckpointFolder(self.store.folder(member)).clear()
+
+    def _is_over(self, progress: Progress) -> bool:
+        """Whether the asked patience is at its end."""
+        patience = self.wanted.multirun.patience
+        if not patience or progress.since_better < patience:
+            return False
+        text = f"ended after run {progress.done}: the mean held-out loss no longer improves"
+        self.emit(Notice(message=text))
+        return True
 
     def _announce(self, plan: Slice) -> str:
         replayed = f", {plan.replayed} of them replayed" if plan.replayed else ""

@@ -31,7 +31,7 @@ from bp_runs.store import RunStore
 from bp_runs.writer import RunWriter
 
 if TYPE_CHECKING:
-    from backpropagate.multirun import MultiRunResult
+    from backpropagate.multirun import MultiRun, MultiRunResult
     from bp_export import Format
 
 _log = logging.getLogger("backpropagate")
@@ -281,7 +281,7 @@ class Trainer:
         Raises:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
         """
-        from backpropagate.multirun import MultiRun, check_settings, first_member, read_settings
+        from backpropagate.multirun import check_settings, read_settings
 
         system.prepare_environment(os.environ)
         paths = [data] if isinstance(data, str | Path) else list(data or [])
@@ -289,41 +289,48 @@ class Trainer:
         resolved = self._resolve({**first, **flags})
         store = RunStore(system.to_path(resolved.settings.training.output_dir))
         store.require_own_adapter()
-        if resume is None:
-            wanted = pinned = check_settings(resolved.settings, len(paths))
-            sources = [
-                catalogue.find_rows(
-                    replace(wanted.data, path=str(path)), os.environ, offline=system.is_offline(os.environ)
-                )
-                for path in paths or [wanted.data.path]
-            ]
+        run_id = None if resume is None else store.find(resume)
+        if run_id is None:
+            wanted = check_settings(resolved.settings, len(paths))
+            sources = _find_sources(wanted, paths or [wanted.data.path])
         else:
-            resume = store.find(resume)
-            wanted = read_settings(store.load(resume))
-            pinned = resuming.pin(wanted, first_member(store, resume))
+            wanted, sources = read_settings(store.load(run_id)), []
+        stream = self._build_multi_run(store, replace(resolved, settings=wanted), on_event, run_id)
+        result = stream.start(sources) if run_id is None else stream.resume(run_id)
+        self.last = TrainResult(
+            run_id=result.run_id, adapter=result.adapter, outcome=result.outcome, record=result.record
+        )
+        return result
+
+    def _build_multi_run(
+        self,
+        store: RunStore,
+        resolved: settings.Resolved,
+        on_event: Callable[[Event], None] | None,
+        run_id: str | None,
+    ) -> MultiRun:
+        """All that a multi-run needs beside its rows; ``run_id``: of one that goes on."""
+        from backpropagate.multirun import MultiRun, first_member
+
+        wanted = resolved.settings
         rail = self._rail or rails.choose_rail(wanted.training.backend)
         followers = trackers.choose_trackers(wanted.training.report_to, os.environ)
-        base = _find_base(rail, pinned)
-        settled, chosen = replace(resolved, settings=wanted), ""
-        if resume is None:  # else ranks stay what they were, whatever is free on the card now
-            settled, chosen = presets.settle_lora(settled, rail, base.folder, system.program_home(os.environ))
-        self.settings = wanted = settled.settings
-        stream = MultiRun(
+        pinned = wanted if run_id is None else resuming.pin(wanted, first_member(store, run_id))
+        base, chosen = _find_base(rail, pinned), ""
+        if run_id is None:  # else ranks stay what they were, whatever is free on the card now
+            resolved, chosen = presets.settle_lora(resolved, rail, base.folder, system.program_home(os.environ))
+        self.settings = wanted = resolved.settings
+        return MultiRun(
             store=store,
             rail=rail,
             base=base,
             wanted=wanted,
-            record=settled.to_record(),
+            record=resolved.to_record(),
             command=self._command,
             remarks=presets.remarks(wanted.model.name, chosen),
             followers=followers,
             show=on_event,
         )
-        result = stream.start([rows.path for rows in sources]) if resume is None else stream.resume(resume)
-        self.last = TrainResult(
-            run_id=result.run_id, adapter=result.adapter, outcome=result.outcome, record=result.record
-        )
-        return result
 
     def export(
         self,
@@ -407,6 +414,13 @@ def resume_line(run_id: str, output: Path) -> str:
 def where(output: Path) -> str:
     """The flag that names an output folder other than the default one, with a space before it."""
     return "" if output == Path("output") else f" --output {shlex.quote(str(output))}"
+
+
+def _find_sources(wanted: Settings, paths: Sequence[str | Path]) -> list[Path]:
+    """Where the rows of a multi-run's data sets are, fetched where they are the Hub's."""
+    is_offline = system.is_offline(os.environ)
+    asked = [replace(wanted.data, path=str(path)) for path in paths]
+    return [catalogue.find_rows(data, os.environ, offline=is_offline).path for data in asked]
 
 
 def _reopen(store: RunStore, going_on: resuming.GoingOn, *, take_over: bool) -> RunWriter:

@@ -217,6 +217,13 @@ class CheckpointFolder:
                 self._remove(checkpoint.path)
         self._remove_damaged(leave=1)
 
+    def clear(self) -> None:
+        """Remove all but protected ones: for a run that will never go on."""
+        for folder in self._folders():
+            if not (folder / PROTECTED_FILE).exists():
+                self._remove(folder)
+        self._sweep()
+
     def protect(self, step: int) -> Checkpoint:
         """Keep the newest checkpoint of ``step`` for good.
 

@@ -12,7 +12,7 @@ from backpropagate.cli.flags import Json, keyword, with_settings
 from backpropagate.cli.screen import open_screen, print_json
 from backpropagate.multirun import MultiRunResult
 from backpropagate.scorecard import card_html, card_text
-from backpropagate.trainer import Trainer
+from backpropagate.trainer import Trainer, resume_line
 from bp_runs.files import publish_bytes
 
 Data = Annotated[
@@ -41,7 +41,7 @@ def multi_run(**flags: Any) -> int:
     if as_json:
         print_json("multi-run", _body(result))
     else:
-        _tell_end(result, page)
+        _tell_end(result, page, trainer.output)
     return 130 if result.outcome.stopped else 0
 
 
@@ -57,7 +57,7 @@ def _body(result: MultiRunResult) -> dict[str, Any]:
     }
 
 
-def _tell_end(result: MultiRunResult, page: Path | None) -> None:
+def _tell_end(result: MultiRunResult, page: Path | None, output: Path) -> None:
     left_out = f", {len(result.rejected)} left out by the gate" if result.rejected else ""
     done = "stopped after" if result.outcome.stopped else "done:"
     print(f"\n  multi-run {result.run_id} {done} {len(result.members)} runs merged{left_out}")  # noqa: T201
@@ -67,7 +67,7 @@ def _tell_end(result: MultiRunResult, page: Path | None) -> None:
     if page is not None:
         print(f"  page      {page}")  # noqa: T201
     if result.outcome.stopped:
-        print(f"  next      backprop multi-run --resume {result.run_id}")  # noqa: T201
+        print(f"  next      {resume_line(result.run_id, output)}")  # noqa: T201
     print(f"  next      backprop export {result.adapter} --format gguf --quantization q4_k_m")  # noqa: T201
 
 

@@ -11,6 +11,7 @@ from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.screen import open_screen, print_json
 from backpropagate.cli.train import document, tell_end
 from backpropagate.errors import CommandLineError
+from backpropagate.scorecard import ScoreCard, card_text
 from backpropagate.trainer import Trainer
 
 
@@ -36,6 +37,8 @@ def resume(
     if json:
         print_json("resume", document(result))
     else:
+        if card := result.record.result.get("score_card"):
+            print(f"\n{card_text(ScoreCard.from_dict(card))}")  # noqa: T201
         tell_end(result, trainer.output)
     return 130 if result.outcome.stopped else 0
 
