@@ -263,9 +263,9 @@ def part_thermal(bench: Bench, _cap: float) -> dict[str, Any]:
 def part_trl(bench: Bench, _cap: float) -> dict[str, Any]:
     """Ours and plain TRL + PEFT in turns, the same model, rows, settings and float32 adapters.
 
-    Eight rows at once, so that the GPU and not Python sets the pace.
+    Four long rows at once, so that the GPU and not Python sets the pace.
     """
-    case = bench.shrink(Case(shape="qwen2.5-7b", batch=8, steps=9))
+    case = bench.shrink(Case(shape="qwen2.5-7b", batch=4, steps=12))
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": []}
     if ON_GPU:  # whatever is compiled or read for the first time is not timed
         bench.train(replace(case, steps=3), preflight="off", kernels="none")
