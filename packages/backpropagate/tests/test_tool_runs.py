@@ -2,6 +2,7 @@
 
 import csv
 import json
+import platform
 import re
 import shlex
 import signal
@@ -11,9 +12,11 @@ import pytest
 
 from backpropagate import Trainer, rails
 from backpropagate.cli.app import run
+from backpropagate.settings import all_settings
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import ResumeChangedError, TrainingDivergedError
 from bp_runs.events import StepDone
+from bp_runs.process import process_birth
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
 
@@ -115,6 +118,49 @@ def test_resume_from_another_folder_finds_the_data(place, capsys, monkeypatch, t
     assert out(capsys, ["resume", "--output", "../output"])["run_id"] == run_id
 
 
+def test_an_output_folder_that_was_moved_goes_on_where_it_is(place, capsys):
+    run_id = cut_at(9)
+    before = out(capsys, ["list-runs"])["runs"]
+    (place / "output").rename(place / "moved")
+    assert out(capsys, ["list-runs", "--output", "moved"])["runs"] == before
+    assert out(capsys, ["resume", "--output", "moved"])["run_id"] == run_id
+    again = out(capsys, ["replay", run_id, "--output", "moved"])["run_id"]
+    moved = RunStore(Path("moved"))
+    assert moved.load(again).setting("training.output_dir") == "moved"
+    assert (place / "moved/lora/adapter_config.json").exists()
+    assert not (place / "output").exists()
+    (place / "other/runs").mkdir(parents=True)
+    moved.folder(again).rename(place / "other/runs" / again)
+    assert [r["run_id"] for r in out(capsys, ["list-runs", "--output", "moved"])["runs"]] == [run_id]
+    assert [r["run_id"] for r in out(capsys, ["list-runs", "--output", "other"])["runs"]] == [again]
+
+
+def test_ways_out_name_the_output_folder(place, capsys):
+    assert run(["list-runs", "--output", "o o"]) == 0
+    assert "--output 'o o'" in capsys.readouterr().out
+    done = out(capsys, [*TRAIN, "--output", "o o"])["run_id"]
+    assert "--output 'o o' --override" in refused(capsys, ["resume", done, "--output", "o o"])["way_out"]
+    other = out(capsys, [*TRAIN, "--output", "o o"])["run_id"]
+    error = refused(capsys, ["show-run", "2", "--output", "o o"])
+    assert error["cause"] == ", ".join(sorted((done, other)))
+
+
+def test_a_record_has_all_that_the_run_was_made_of(place, capsys, monkeypatch):
+    monkeypatch.setenv("BACKPROPAGATE_LORA__R", "4")
+    (place / "backpropagate.toml").write_text("[training]\nseed = 7\n")
+    record = out(capsys, ["show-run", out(capsys, TRAIN)["run_id"]])["record"]
+    assert record["settings"].keys() == all_settings().keys()
+    assert {entry["source"] for entry in record["settings"].values()} == {"flag", "env", "toml", "default"}
+    assert (record["settings"]["lora.r"]["value"], record["settings"]["training.seed"]["value"]) == (4, 7)
+    assert {"python", "backpropagate", "bp-runs", "torch", "transformers", "numpy"} <= record["versions"].keys()
+    assert {"system", "machine", "cores", "memory", "device", "device_facts"} <= record["hardware"].keys()
+    assert {"sha256", "template", "template_sha256", "revision"} <= record["data"].keys()
+    assert {"name", "revision", "config_sha256", "dtype", "device"} <= record["model"].keys()
+    whole = json.loads((place / "output/runs" / record["run_id"] / "run.json").read_bytes())
+    assert whole["process_started"] == process_birth(whole["pid"])
+    assert (whole["host"], whole["cwd"]) == (platform.node(), str(place))
+
+
 def test_a_run_cut_off_before_its_first_checkpoint_begins_again_under_its_id(place, capsys):
     run_id = cut_at(3)
     assert out(capsys, ["resume"])["run_id"] == run_id
@@ -132,6 +178,7 @@ def test_changed_data_stops_resume_and_begins_anew_by_itself(place, capsys, auto
         error = refused(capsys, ["resume"])
         assert error["code"] == "INPUT_RESUME_CHANGED"
         assert "sha256" in error["cause"]
+        assert f"backprop replay {run_id} --output output" in error["way_out"]
     assert STORE.load(run_id) == before
 
 
@@ -236,6 +283,11 @@ def test_runs_are_exported(place, capsys):
     assert sum(e["event"] == "step" for e in lines[1]["metrics"]) == 20
     out(capsys, ["export-runs", "--format", "csv", "--to", "all.csv", "--status", "completed"])
     rows = list(csv.DictReader((place / "all.csv").read_text().splitlines()))
+    assert (rows[0]["training.sample_prompts"], rows[0]["lora.use_dora"], rows[0]["model.revision"]) == (
+        "[]",
+        "false",
+        "",
+    )
     assert [(row["run_id"], row["lora.r"], row["steps"]) for row in rows] == [(ids[0], "3", "20"), (ids[1], "4", "20")]
     assert run(["export-runs"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -308,11 +360,43 @@ def test_the_older_tool_s_history_is_imported_once(place, capsys):
     out(capsys, ["runs", "rm", *rows])
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"runs": []}', "[3]", '[{"run_id": "../up"}]'])
+@pytest.mark.parametrize("content", ["", "{", '{"runs": []}', "[3]", '[{"name": "x"}]', "[" * 9999])
 def test_a_file_that_is_no_history_is_refused(place, capsys, content):
     (place / "h.json").write_text(content)
     assert refused(capsys, ["runs", "import", "h.json"])["code"] == "INPUT_HISTORY_INVALID"
     assert refused(capsys, ["runs", "import"])["code"] == "INPUT_HISTORY_INVALID"
+
+
+def test_odd_rows_of_an_older_history(place, capsys):
+    rows = r"""[
+        {"run_id": "nan", "status": "completed", "loss_history": [3.0, NaN], "timestamp": 1735786800},
+        {"run_id": "twice", "status": "running", "model_name": "m"},
+        {"run_id": "twice", "status": "completed", "final_loss": 0.5, "steps": 4, "model_name": null},
+        {"run_id": "../up", "status": "failed", "model_name": 5, "dataset_info": {"a": 1}},
+        {"model_name": "no id", "status": "completed"},
+        {"run_id": 7, "loss_history": [1, null, "x", 2], "status": null, "steps": 1e400, "timestamp": "never"},
+        {"run_id": "odd", "final_loss": "x", "hyperparameters": [1], "export_paths": "a", "duration_seconds": true,
+         "steps": 99999999999999999999, "failure_reason": "\ud800", "timestamp": "0001-01-01", "status": "completed"},
+        5, {"name": "no run"}
+    ]"""
+    (place / "h.json").write_text("\ufeff" + rows, encoding="utf-8")
+    done = out(capsys, ["runs", "import", "h.json"])
+    assert done["left_out"] == ["h.json, row 8", "h.json, row 9"]
+    found = {r["run_id"]: r for r in out(capsys, ["list-runs"])["runs"]}
+    assert found.keys() == set(done["imported"])
+    made = sorted(run_id for run_id in found if run_id.startswith("older-"))
+    assert {run_id: found[run_id]["status"] for run_id in found.keys() - set(made)} == {
+        "nan": "diverged", "twice": "completed", "7": "failed", "odd": "completed",
+    }  # fmt: skip
+    assert (found["twice"]["model"], found["twice"]["final_loss"], found["odd"]["final_loss"]) == ("m", 0.5, None)
+    assert found["nan"]["created_at"] == "2025-01-02T03:00:00.000+00:00"
+    notes = [out(capsys, ["show-run", run_id])["record"]["note"] for run_id in made]
+    assert sorted(note.rpartition(" ")[2] for note in notes) == ["'../up'", "None"]
+    for run_id in found:
+        assert run(["show-run", run_id]) == 0
+    capsys.readouterr()
+    again = out(capsys, ["runs", "import", "h.json"])
+    assert (again["imported"], set(again["known"])) == ([], found.keys())
 
 
 def test_an_older_history_is_never_overwritten_by_a_run(place, capsys):

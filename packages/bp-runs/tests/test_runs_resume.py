@@ -149,6 +149,7 @@ def test_a_number_given_to_another_process_is_not_taken_for_the_run(tmp_path):
     record.status, record.pid, record.process_started = "running", os.getpid(), "another boot:1"
     store.save(record)
     assert store.load(run_id).status == "interrupted"
+    assert store.load(run_id).ended_at == store.read_metrics(run_id)[-1]["at"], "its last sign of life"
     assert process_birth(os.getpid()) == process_birth(os.getpid()) is not None
     assert process_birth(2**22 + 1) is None
 

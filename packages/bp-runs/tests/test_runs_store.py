@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from bp_runs import paths
 from bp_runs.adapter import changed_files, read_adapter_folder
+from bp_runs.diff import diff_runs
 from bp_runs.errors import (
     AdapterInvalidError,
     OutputNotWritableError,
@@ -124,6 +125,32 @@ def test_partial_ids(tmp_path):
             RunStore(output).find(wrong)
     with pytest.raises(RunNotFoundError, match="2 runs match"):
         RunStore(output).find(os.path.commonprefix(ids))
+
+
+def test_an_id_that_is_taken_is_drawn_again(tmp_path, monkeypatch):
+    drawn = iter(["20260101-000000-aaaaaa"] * 3 + ["20260101-000000-bbbbbb"])
+    monkeypatch.setattr(paths, "new_run_id", lambda: next(drawn))
+    store = RunStore(tmp_path)
+    with store.start(settings={}, rail="one") as one, store.start(settings={}, rail="other") as other:
+        assert [one.run_id[-6:], other.run_id[-6:]] == ["aaaaaa", "bbbbbb"]
+    assert [store.load(run.run_id).rail for run in (one, other)] == ["one", "other"]
+    assert not store.add_finished(RunRecord(run_id=one.run_id, rail="third"), [])
+    assert store.load(one.run_id).rail == "one"
+
+
+def test_free_memory_is_no_difference():
+    one, other = (
+        RunRecord(
+            run_id=str(free),
+            hardware={"cores": 2, "device_memory": free},
+            model={"name": "m", "mode": f"lora ({free} GiB free)", "dtype": "float32"},
+        )
+        for free in (3, 4)
+    )
+    found = diff_runs(one, other, [], [])
+    assert (found.hardware, found.model) == ({}, {})
+    other.model["mode"] = "qlora (4 GiB free)"
+    assert diff_runs(one, other, [], []).model == {"mode": ("lora", "qlora")}
 
 
 def test_reading_makes_no_folders(tmp_path):

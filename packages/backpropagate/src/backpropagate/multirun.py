@@ -19,11 +19,12 @@ from typing import Any
 from backpropagate import catalogue, offline, stopping, system
 from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
 from backpropagate.logs import follow_run
+from backpropagate.resuming import resume_line
 from backpropagate.scorecard import ScoreCard
 from backpropagate.settings import all_settings, resolve
 from backpropagate.slices import PLAN_FILE, Slice, read_slices, write_slices
 from backpropagate.stream import JUDGED, SLICES, START, Progress, Stream, join_outcomes, read_progress
-from backpropagate.trainer import Watcher, resume_line
+from backpropagate.trainer import Watcher
 from bp_runs import keep_base, paths
 from bp_runs.errors import InterruptedRunError, InvalidSettingError
 from bp_runs.events import Emit, Event, Notice

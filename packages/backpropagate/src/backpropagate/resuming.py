@@ -9,6 +9,7 @@ from typing import Any
 
 from backpropagate.errors import ResumeDiffersError
 from backpropagate.settings import Resolved, from_record
+from backpropagate.system import where
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError, CodedError, ResumeNotFoundError
 from bp_runs.events import Notice
@@ -33,6 +34,8 @@ class GoingOn:
     damaged: Mapping[str, str]
     """Newer checkpoints that are not whole, and what is wrong with them."""
     resolved: Resolved
+    unasked: bool = False
+    """Whether it goes on because the same command was given again."""
 
     @property
     def step(self) -> int:
@@ -41,8 +44,9 @@ class GoingOn:
 
     def notices(self, versions: Mapping[str, str]) -> list[Notice]:
         """What the user should know before it goes on."""
-        where = f"from step {self.step}" if self.checkpoint else "from the beginning: it has no checkpoint"
-        found = [Notice(message=f"the run {self.record.run_id} goes on {where}; to start anew: --no-resume")]
+        place = f"from step {self.step}" if self.checkpoint else "from the beginning: it has no checkpoint"
+        anew = "; to start anew: --no-resume" if self.unasked else ""
+        found = [Notice(message=f"the run {self.record.run_id} goes on {place}{anew}")]
         for name, wrong in self.damaged.items():
             found.append(Notice(message=f"the checkpoint {name} is passed over: {wrong}", level="warning"))
         changed = {n: f"{v} → {versions.get(n)}" for n, v in self.record.versions.items() if versions.get(n) != v}
@@ -51,6 +55,11 @@ class GoingOn:
             message = f"other versions than the run began with, so the rest may differ in the last bits: {told}"
             found.append(Notice(message=message, level="warning", details=changed))
         return found
+
+
+def resume_line(run_id: str, output: Path) -> str:
+    """The command that goes on with a run."""
+    return f"backprop resume {run_id}{where(output)}"
 
 
 def find_record(store: RunStore, partial_id: str | None) -> RunRecord:
@@ -64,17 +73,18 @@ def find_record(store: RunStore, partial_id: str | None) -> RunRecord:
     if record.parent and record.parent.get("relation") == "member":
         raise ResumeNotFoundError(
             f"the run {record.run_id} is one of the multi-run {record.parent['run_id']} and does not go on alone",
-            way_out=f"Go on with all of it: backprop resume {record.parent['run_id']}",
+            way_out=f"Go on with all of it: backprop resume {record.parent['run_id']}{where(store.output)}",
         )
+    replay = f"backprop replay {record.run_id}{where(store.output)}"
     if record.status == "diverged":
         raise ResumeNotFoundError(
             f"the run {record.run_id} diverged and would do so again",
-            way_out=f"Run it again with a lower rate: backprop replay {record.run_id} --override lr=5e-5",
+            way_out=f"Run it again with a lower rate: {replay} --override lr=5e-5",
         )
     if record.status == "completed":
         raise ResumeNotFoundError(
             f"the run {record.run_id} is finished",
-            way_out=f"Run it again with other settings: backprop replay {record.run_id} --override steps=200",
+            way_out=f"Run it again with other settings: {replay} --override steps=200",
         )
     return record
 
@@ -178,4 +188,4 @@ def _with_checkpoint(store: RunStore, record: RunRecord) -> GoingOn | None:
         found = prepare(store, record)
     except CheckpointInvalidError:
         return None
-    return found if found.checkpoint else None
+    return replace(found, unasked=True) if found.checkpoint else None

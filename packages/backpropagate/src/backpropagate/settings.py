@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from backpropagate import oldnames
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
+from backpropagate.system import to_path
 from backpropagate.ui.spec import UiSpec
 from bp_runs.errors import InvalidSettingError
 from bp_runs.record import RunRecord
@@ -198,6 +199,13 @@ def apply_lora_preset(resolved: Resolved, preset: str) -> Resolved:
     changes = {key.partition(".")[2]: value for key, value in values.items()}
     changed = replace(resolved.settings, lora=replace(resolved.settings.lora, **changes))
     return Resolved(changed, MappingProxyType(sources))
+
+
+def with_output(wanted: Settings, output: Path) -> Settings:
+    """Recorded settings, with the output folder where it is now: it may have been moved since."""
+    if to_path(wanted.training.output_dir) == output:
+        return wanted
+    return replace(wanted, training=replace(wanted.training, output_dir=str(output)))
 
 
 def _fill_lora(values: dict[str, Any], sources: dict[str, Source], preset: str) -> None:

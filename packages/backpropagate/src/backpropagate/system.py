@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,3 +124,8 @@ def to_path(text: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise PathUnusableError(f"{text} names no folder", cause=str(error)) from error
+
+
+def where(output: Path) -> str:
+    """The flag that names an output folder other than the default one, with a space before it."""
+    return "" if output == Path("output") else f" --output {shlex.quote(str(output))}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -174,7 +173,7 @@ class Trainer:
             return None
         record = resuming.find_record(store, None)
         if record.kind != "train":
-            line = resume_line(record.run_id, store.output)
+            line = resuming.resume_line(record.run_id, store.output)
             raise ResumeNotFoundError(f"the newest unfinished run, {record.run_id}, is a multi-run", way_out=line)
         found = resuming.prepare(store, record)
         resuming.require_same(resolved, found.resolved, found.record.run_id)
@@ -191,6 +190,7 @@ class Trainer:
         take_over: bool = False,
     ) -> TrainResult:
         system.prepare_environment(os.environ)
+        resolved = replace(resolved, settings=settings.with_output(resolved.settings, store.output))
         wanted = resolved.settings
         asked = resuming.pin(wanted, going_on.record if going_on else parent)
         rows = catalogue.find_rows(asked.data, os.environ, offline=system.is_offline(os.environ))
@@ -245,7 +245,7 @@ class Trainer:
                 adapter = _publish(store, writer.run_id, outcome)
                 record = writer.finish(outcome)
         except KeyboardInterrupt as error:
-            way_out = f"Go on where it stopped: {resume_line(writer.run_id, store.output)}"
+            way_out = f"Go on where it stopped: {resuming.resume_line(writer.run_id, store.output)}"
             raise InterruptedRunError(
                 f"the run {writer.run_id} was cut off", way_out=way_out, details={"run_id": writer.run_id}
             ) from error
@@ -294,7 +294,7 @@ class Trainer:
             wanted = check_settings(resolved.settings, len(paths))
             sources = _find_sources(wanted, paths or [wanted.data.path])
         else:
-            wanted, sources = read_settings(store.load(run_id)), []
+            wanted, sources = settings.with_output(read_settings(store.load(run_id)), store.output), []
         stream = self._build_multi_run(store, replace(resolved, settings=wanted), on_event, run_id)
         result = stream.start(sources) if run_id is None else stream.resume(run_id)
         self.last = TrainResult(
@@ -404,16 +404,6 @@ class Watcher:
             except Exception:  # noqa: BLE001  # an edge: what a caller's callback or a closed terminal raises must not cost a run
                 self._shows.remove(show)
                 _log.warning("on_event failed and is not called again; the run goes on", exc_info=True)
-
-
-def resume_line(run_id: str, output: Path) -> str:
-    """The command that goes on with a run."""
-    return f"backprop resume {run_id}{where(output)}"
-
-
-def where(output: Path) -> str:
-    """The flag that names an output folder other than the default one, with a space before it."""
-    return "" if output == Path("output") else f" --output {shlex.quote(str(output))}"
 
 
 def _find_sources(wanted: Settings, paths: Sequence[str | Path]) -> list[Path]:

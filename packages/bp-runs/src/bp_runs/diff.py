@@ -64,9 +64,9 @@ def diff_runs(
         status=(one.status, other.status),
         settings=_differences(*values),
         data=_differences(_chosen(one.data, _DATA), _chosen(other.data, _DATA)),
-        model=_differences(_chosen(one.model, _MODEL), _chosen(other.model, _MODEL)),
+        model=_differences(_plain_model(one), _plain_model(other)),
         versions=_differences(one.versions, other.versions),
-        hardware=_differences(one.hardware, other.hardware),
+        hardware=_differences(_steady(one.hardware), _steady(other.hardware)),
         result={name: (one.result.get(name), other.result.get(name)) for name in _RESULT},
         curve=[(step, losses[step], others[step]) for step in _spread(common)],
         first_different_step=next((step for step in common if losses[step] != others[step]), None),
@@ -85,6 +85,17 @@ def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
 
 def _chosen(values: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}
+
+
+def _plain_model(record: RunRecord) -> dict[str, Any]:
+    """Its facts, the mode without the reason: that tells how much memory was free."""
+    found = _chosen(record.model, _MODEL)
+    return found | {"mode": str(found["mode"]).partition(" (")[0]} if "mode" in found else found
+
+
+def _steady(hardware: Mapping[str, Any]) -> dict[str, Any]:
+    """What a machine is; how much of its memory was free is never alike."""
+    return {name: value for name, value in hardware.items() if name != "device_memory"}
 
 
 def _spread(steps: Sequence[int]) -> list[int]:

@@ -89,17 +89,29 @@ def read_new_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], 
 
 def read_progress(path: Path) -> dict[str, Any]:
     """The last step and its loss, from the end of the file; empty where no step was recorded."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
-            lines = file.read().splitlines()
-    except OSError:
-        return {}
-    for line in reversed(lines):
+    for line in reversed(_read_tail(path)):
         event = _parse(line)
         if event and event.get("event") == StepDone.kind:
             return {"step": event.get("step"), "steps": event.get("steps"), "loss": event.get("loss")}
     return {}
+
+
+def read_last_time(path: Path) -> str | None:
+    """When the last event was recorded, as ISO 8601; None where there is none."""
+    for line in reversed(_read_tail(path)):
+        event = _parse(line)
+        if event and isinstance(event.get("at"), str):
+            return str(event["at"])
+    return None
+
+
+def _read_tail(path: Path) -> list[bytes]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            return file.read().splitlines()
+    except OSError:
+        return []
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

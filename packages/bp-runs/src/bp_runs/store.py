@@ -28,7 +28,7 @@ from bp_runs.errors import (
 )
 from bp_runs.files import coded_disk_errors, publish_folder, rename, require_folder
 from bp_runs.locks import acquire
-from bp_runs.metrics import read_events, read_progress
+from bp_runs.metrics import read_events, read_last_time, read_progress
 from bp_runs.process import process_birth
 from bp_runs.record import Relation, RunRecord, read_record, utc_now, write_record
 from bp_runs.redact import redact_data
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from bp_runs.writer import RunWriter
 
 _LOCK_SECONDS = 30.0
+_NAMED = 10  # ids of an ambiguous part
 
 
 class RunStore:
@@ -85,7 +86,11 @@ class RunStore:
         record.begin_session(from_step=0, checkpoint=None)
         from bp_runs.writer import RunWriter  # a list of runs needs none
 
-        return RunWriter(self, self._create(record), record)
+        with self._locked():
+            while self.folder(record.run_id).exists():  # two in one second that drew the same number
+                record.run_id = paths.new_run_id()
+            folder = self._create(record)
+        return RunWriter(self, folder, record)
 
     def reopen(self, run_id: str, *, from_step: int, checkpoint: str | None, take_over: bool = False) -> RunWriter:
         """Open an unfinished run to go on with it, recorded as running from this moment.
@@ -114,11 +119,15 @@ class RunStore:
 
         return RunWriter(self, self.folder(run_id), record, before)
 
-    def add_finished(self, record: RunRecord, events: Sequence[Mapping[str, Any]]) -> None:
-        """Add a run that took place elsewhere, whole: its record and its events."""
+    def add_finished(self, record: RunRecord, events: Sequence[Mapping[str, Any]]) -> bool:
+        """Add a run that took place elsewhere, whole: its record and its events; False where its id is taken."""
         lines = b"".join(orjson.dumps(redact_data(dict(e)), option=orjson.OPT_APPEND_NEWLINE) for e in events)
-        self._create(record, lines)
-        self.save(record)
+        with self._locked():
+            if self.folder(record.run_id).exists():
+                return False
+            self._create(record, lines)
+            self._publish(record)
+        return True
 
     def remove(self, run_id: str) -> None:
         """Delete a run's folder, and with it its adapter, checkpoints and record; ``<output>/lora`` stays.
@@ -196,7 +205,8 @@ class RunStore:
         raise RunNotFoundError(
             f"{found} {partial_id!r} in {self.output}",
             way_out=f"See the ids: backprop list-runs --output {self.output}",
-            details={"matches": matches[:10]},
+            cause=", ".join(matches[:_NAMED]) + (" …" if len(matches) > _NAMED else "") if matches else None,
+            details={"matches": matches[:_NAMED]},
         )
 
     def load(self, partial_id: str) -> RunRecord:
@@ -261,10 +271,10 @@ class RunStore:
         _write_index(index.put_row, self.output, record)
 
     def _create(self, record: RunRecord, events: bytes = b"") -> Path:
-        """Make the run's folder with its record in it, so that no folder without a record is ever seen."""
+        """Make the run's folder with its record in it, so that none without one is ever seen; under the lock."""
         folder = self.folder(record.run_id)
         new = folder.with_name(f".{record.run_id}.new")
-        with self._locked(), coded_disk_errors(folder):
+        with coded_disk_errors(folder):
             folder.parent.mkdir(exist_ok=True)
             for leftover in folder.parent.glob(".*.*"):  # what was being made or removed when its process was killed
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -302,9 +312,10 @@ class RunStore:
         return record
 
     def _interrupt(self, record: RunRecord) -> None:
+        metrics = self.folder(record.run_id) / paths.METRICS_FILE
         record.status = "interrupted"
-        record.ended_at = utc_now()
-        record.progress = read_progress(self.folder(record.run_id) / paths.METRICS_FILE)
+        record.ended_at = read_last_time(metrics) or utc_now()  # its last sign of life
+        record.progress = read_progress(metrics)
         self.save(record)
 
     @staticmethod

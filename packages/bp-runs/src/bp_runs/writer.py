@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -76,13 +77,26 @@ class RunWriter:
             self._take(utc_now(), event)
             return
         if isinstance(event, DataReady):
-            _require_same("data", self._before.data, event.to_dict(), _SAME_DATA)
+            self._require_same("data", self._before.data, event.to_dict(), _SAME_DATA)
         elif isinstance(event, ModelLoaded):
-            _require_same("base model", self._before.model, event.to_dict(), _SAME_MODEL)
+            self._require_same("base model", self._before.model, event.to_dict(), _SAME_MODEL)
         self._held.append((utc_now(), event))
         self._compared.add(type(event))
         if self._compared >= {DataReady, ModelLoaded} or not isinstance(event, DataReady | ModelLoaded | Notice):
             self._go_on()
+
+    def _require_same(self, what: str, before: dict[str, Any], now: dict[str, Any], names: tuple[str, ...]) -> None:
+        changed = {n: {"before": before[n], "now": now[n]} for n in names if n in before and before[n] != now[n]}
+        if not changed:
+            return
+        told = ", ".join(f"{n} was {c['before']} and is {c['now']}" for n, c in changed.items())
+        anew = f"backprop replay {self.run_id} --output {shlex.quote(str(self.folders.output))}"
+        raise ResumeChangedError(
+            f"the {what} changed since the run began",
+            cause=told,
+            way_out=f"Put back what the run began with, or start anew with its settings: {anew}",
+            details=changed,
+        )
 
     def _go_on(self) -> None:
         """From here on the run is no longer what it was before."""
@@ -172,10 +186,3 @@ class RunWriter:
         if self._metrics.closed:
             return
         self.fail(error or RuntimeError("the run was left without an outcome"))
-
-
-def _require_same(what: str, before: dict[str, Any], now: dict[str, Any], names: tuple[str, ...]) -> None:
-    changed = {n: {"before": before[n], "now": now[n]} for n in names if n in before and before[n] != now[n]}
-    if changed:
-        told = ", ".join(f"{n} was {c['before']} and is {c['now']}" for n, c in changed.items())
-        raise ResumeChangedError(f"the {what} changed since the run began", cause=told, details=changed)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import orjson
 from cyclopts import Parameter
 
-from backpropagate.cli.flags import Json, Output, output_folder
+from backpropagate.cli.flags import Json, Output, output_folder, spell
 from backpropagate.cli.screen import print_json
 from bp_runs.errors import RunStatus
 from bp_runs.files import publish_bytes, require_folder
@@ -77,10 +77,15 @@ def _to_csv(store: RunStore, rows: list[dict[str, Any]]) -> bytes:
     flat = []
     for row in rows:
         settings = _record(store, row).get("settings", {})
-        flat.append({**row, "tags": " ".join(row["tags"]), **{k: v["value"] for k, v in settings.items()}})
+        flat.append({**row, "tags": " ".join(row["tags"]), **{k: _cell(v["value"]) for k, v in settings.items()}})
     columns = list(dict.fromkeys(name for row in flat for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
     return text.getvalue().encode()
+
+
+def _cell(value: Any) -> Any:
+    """A setting as it is typed; several words as JSON."""
+    return orjson.dumps(value).decode() if isinstance(value, list) else None if value is None else spell(value)

@@ -7,6 +7,7 @@ from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.screen import print_json
+from backpropagate.system import where
 from bp_runs.errors import RunStatus
 from bp_runs.store import RunStore
 
@@ -32,17 +33,18 @@ def list_runs(
     limit: int
         At most so many; 0: all.
     """
-    rows = RunStore(output_folder(output)).list_runs()
+    folder = output_folder(output)
+    rows = RunStore(folder).list_runs()
     rows = [r for r in rows if status in (None, r["status"]) and (tag is None or tag in r["tags"])]
     shown = rows[:limit] if limit else rows
     if json:
         print_json("list-runs", {"runs": shown, "total": len(rows)})
         return 0
     if not rows and (status or tag):
-        print(f"no such runs in {output_folder(output)}; see all: backprop list-runs")  # noqa: T201
+        print(f"no such runs in {folder}; see all: backprop list-runs{where(folder)}")  # noqa: T201
         return 0
     if not rows:
-        print(f"no runs in {output_folder(output)}; start one: backprop train --data my_data.jsonl")  # noqa: T201
+        print(f"no runs in {folder}; start one: backprop train --data my_data.jsonl{where(folder)}")  # noqa: T201
         return 0
     print(_table([_HEADS, *(_cells(row) for row in shown)]))  # noqa: T201
     if len(shown) < len(rows):

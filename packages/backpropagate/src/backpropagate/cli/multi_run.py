@@ -11,8 +11,9 @@ from cyclopts import Parameter
 from backpropagate.cli.flags import Json, keyword, with_settings
 from backpropagate.cli.screen import open_screen, print_json
 from backpropagate.multirun import MultiRunResult
+from backpropagate.resuming import resume_line
 from backpropagate.scorecard import card_html, card_text
-from backpropagate.trainer import Trainer, resume_line
+from backpropagate.trainer import Trainer
 from bp_runs.files import publish_bytes
 
 Data = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from backpropagate.system import where
 from bp_runs.paths import adapter_folder, index_file
 
 _DATA_ENDINGS = (".jsonl", ".csv", ".parquet", ".jsonl.gz", ".jsonl.zst")
@@ -24,18 +25,18 @@ def next_steps(here: Path, output: Path) -> tuple[Step, Step, Step]:
     """
     data = _find_data(here)
     named = _quote(data) if data else "my_data.jsonl"
-    where = "" if output == Path("output") else f" --output {_quote(str(output))}"
+    place = where(output)
     adapter = adapter_folder(output)
     if (adapter / "adapter_config.json").is_file():
         return (
             (f"backprop export {_quote(str(adapter))} --ollama-name my-model", "run your newest adapter in Ollama"),
-            (f"backprop list-runs{where}", "see how the runs went"),
-            (f"backprop train --data {named}{where}", "train again"),
+            (f"backprop list-runs{place}", "see how the runs went"),
+            (f"backprop train --data {named}{place}", "train again"),
         )
     if data or index_file(output).is_file():
         return (
             (f"backprop validate {named}", "see what would be learnt, before anything is loaded"),
-            (f"backprop train --data {named}{where}", "train an adapter on it"),
+            (f"backprop train --data {named}{place}", "train an adapter on it"),
             ("backprop doctor", "check this machine first"),
         )
     return (

@@ -109,13 +109,13 @@ def import_(file: Path | None = None, *, output: Output = None, json: Json = Fal
     files = [file] if file else older_histories(store.output)
     if not files:
         raise HistoryInvalidError(f"no run history of backpropagate 1.x lies in {store.output}")
-    added, known = [], []
-    for found in files:
-        new, old = import_history(store, found)
-        added += new
-        known += old
-    told = f"  imported  {len(added)} runs; {len(known)} were there already"
-    _tell("runs-import", {"imported": added, "known": known}, told, json=json)
+    done = [import_history(store, found) for found in files]
+    added = [run_id for part in done for run_id in part.added]
+    known = [run_id for part in done for run_id in part.known]
+    left_out = [place for part in done for place in part.left_out]
+    told = [f"  imported  {len(added)} runs; {len(known)} were there already"]
+    told += [f"  left out  {place}: no run" for place in left_out]
+    _tell("runs-import", {"imported": added, "known": known, "left_out": left_out}, "\n".join(told), json=json)
     return 0
 
 

@@ -8,9 +8,8 @@ from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.screen import loss_plot, print_json
-from backpropagate.resuming import UNFINISHED
+from backpropagate.resuming import UNFINISHED, resume_line
 from backpropagate.scorecard import ScoreCard, card_text
-from backpropagate.trainer import resume_line
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore

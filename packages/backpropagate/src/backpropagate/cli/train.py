@@ -8,7 +8,9 @@ from typing import Any
 
 from backpropagate.cli.flags import MULTI_RUN, Json, keyword, with_settings
 from backpropagate.cli.screen import open_screen, print_json
-from backpropagate.trainer import Trainer, TrainResult, resume_line, where
+from backpropagate.resuming import resume_line
+from backpropagate.system import where
+from backpropagate.trainer import Trainer, TrainResult
 
 
 def train(**flags: Any) -> int:

@@ -134,7 +134,8 @@ class RunsProtected(TypedDict):
 
 
 class RunsImported(TypedDict):
-    """`backprop runs import`: runs that were added, and those that were there."""
+    """`backprop runs import`: runs that were added, those that were there, and rows that are no runs."""
 
     imported: list[str]
     known: list[str]
+    left_out: list[str]

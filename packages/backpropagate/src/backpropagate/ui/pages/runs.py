@@ -11,8 +11,7 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from backpropagate.resuming import UNFINISHED
-from backpropagate.trainer import resume_line
+from backpropagate.resuming import UNFINISHED, resume_line
 from backpropagate.ui.live import chart_points, follow
 from backpropagate.ui.pages.cards import find_card
 from backpropagate.ui.places import Output
