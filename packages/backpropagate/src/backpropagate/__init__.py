@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from backpropagate.evaluating import EvalResult
     from backpropagate.exporting import ExportResult
     from backpropagate.merging import merge_adapters
     from backpropagate.multirun import MultiRunResult
     from backpropagate.trainer import Trainer, TrainResult
 
-__all__ = ["ExportResult", "MultiRunResult", "TrainResult", "Trainer", "merge_adapters"]
+__all__ = ["EvalResult", "ExportResult", "MultiRunResult", "TrainResult", "Trainer", "merge_adapters"]
 
 _HOMES = {
+    "EvalResult": "backpropagate.evaluating",
     "ExportResult": "backpropagate.exporting",
     "MultiRunResult": "backpropagate.multirun",
     "TrainResult": "backpropagate.trainer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,12 @@ from backpropagate.errors import (
     ModelInvalidError,
     ModelNotFoundError,
 )
-from backpropagate.system import program_home, to_path
+from backpropagate.system import is_offline, program_home, to_path
 from bp_data import DatasetNotFoundError, fetch_dataset, looks_like_hub_name
 from bp_data.hub import network_errors
 from bp_runs.errors import InvalidSettingError, first_line
 from bp_runs.files import coded_disk_errors
-from bp_runs.spec import DataSpec
+from bp_runs.spec import DataSpec, Settings
 
 TOKENIZER: Literal["tokenizer"] = "tokenizer"
 WHOLE: Literal["whole"] = "whole"
@@ -70,6 +71,16 @@ def find_model(
     if _looks_like_path(name):
         raise ModelNotFoundError(f"there is no model folder {name}")
     return _from_hub(name, revision, offline=offline, need=need, with_code=with_code)
+
+
+def find_tokenizer(wanted: Settings) -> Path:
+    """The folder of the settings' model, with its tokenizer and config and perhaps without weights.
+
+    Raises:
+        CodedError: As `find_model`.
+    """
+    model, offline = wanted.model, is_offline(os.environ)
+    return find_model(model.name, revision=model.revision, offline=offline, need=TOKENIZER).folder
 
 
 def require_model_folder(folder: Path, need: Need = WHOLE) -> Path:

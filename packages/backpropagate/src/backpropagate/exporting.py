@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import bp_export
 from backpropagate import catalogue, system
-from bp_export.errors import ParityFailedError
+from bp_export.errors import ParityFailedError, PushNetworkError
 from bp_runs.adapter import CONFIG_FILE, read_adapter_folder, read_manifest
 from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError
 from bp_runs.store import RunStore
@@ -229,3 +229,15 @@ def _note_in_run(adapter: Path, run_id: str | None, artifact: Mapping[str, Any])
             _log.warning("the export is whole, but the run's record could not be told of it: %s", error)
         return run_id, store.load(run_id).setting("model.max_seq_length")
     return None, None
+
+
+def push_model(source: Path, repo: str, **asked: Any) -> bp_export.PushOutcome:
+    """Upload to the Hub, see `bp_export.push`.
+
+    Raises:
+        PushNetworkError: The user forbade the network.
+        CodedError: As `bp_export.push`.
+    """
+    if system.is_offline(os.environ):
+        raise PushNetworkError("nothing can be pushed in offline mode", way_out="Leave out --offline.")
+    return bp_export.push(source, repo, **asked)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backpropagate import catalogue, offline, presets, rails, resuming, settings, stopping, system, trackers
-from backpropagate.exporting import ExportResult, export_adapter
+from backpropagate.exporting import ExportResult, export_adapter, push_model
 from backpropagate.logs import follow_run, log_event
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CodedError, ContractError, InterruptedRunError, ResumeChangedError, ResumeNotFoundError
@@ -30,8 +30,11 @@ from bp_runs.store import RunStore
 from bp_runs.writer import RunWriter
 
 if TYPE_CHECKING:
+    from backpropagate.evaluating import EvalResult
     from backpropagate.multirun import MultiRun, MultiRunResult
-    from bp_export import Format
+    from bp_data.asked import AnyPrepared
+    from bp_export import Format, PushOutcome
+    from bp_runs.rail import MemoryEstimate
 
 _log = logging.getLogger("backpropagate")
 
@@ -357,10 +360,8 @@ class Trainer:
         Raises:
             CodedError: Bad input or a failed export; nothing half-written is left.
         """
-        name = MODEL_NAME if self.settings.training.mode == "full" else ADAPTER_NAME
-        adapter = self.last.adapter if self.last else self.output / name
         return export_adapter(
-            adapter,
+            self._newest(),
             format,
             quantization=quantization,
             output=None if output is None else Path(output),
@@ -369,6 +370,94 @@ class Trainer:
             force=force,
             progress=progress,
         )
+
+    def evaluate(
+        self,
+        data: str | Path | None = None,
+        *,
+        adapter: str | Path | None = None,
+        against: str | Path | None = None,
+        answers: int = 20,
+        on_event: Callable[[Event], None] | None = None,
+        **asked: Any,
+    ) -> EvalResult:
+        """Measure an adapter against its base, or against another adapter, on rows that it was not trained on.
+
+        Args:
+            data: The rows; default: those that the adapter's run held out.
+            adapter: An adapter folder, or a run of the output folder; default: the newest adapter.
+            against: As ``adapter``: compare with this one instead of the base.
+            answers: So many rows are answered by both; 0: only the loss is measured.
+            on_event: Called with every event.
+            **asked: As `backpropagate.evaluating.evaluate_adapter`: ``metrics``, ``pattern``, ``answer_tokens`` …
+
+        Raises:
+            CodedError: As `evaluate_adapter`.
+        """
+        from backpropagate.evaluating import evaluate_adapter
+
+        newest = self.last.adapter if self.last else None
+        return evaluate_adapter(
+            None if (adapter or newest) is None else str(adapter or newest),
+            output=self.output,
+            data=None if data is None else Path(data),
+            against=None if against is None else str(against),
+            answers=answers,
+            rail=self._rail,
+            emit=on_event or (lambda _: None),
+            **asked,
+        )
+
+    def validate(self, data: str | Path | None = None, **flags: Any) -> AnyPrepared:
+        """Read, tokenize and mask the data as `train` would, without loading the model.
+
+        Returns:
+            The rows with their masks, their ledger (read, trained, truncated, dropped and why), and tokens counted.
+
+        Raises:
+            CodedError: The data or the settings cannot be used; nothing is recorded.
+        """
+        from bp_data import prepare_asked
+
+        wanted = self._resolve({"data": data, **flags}).settings
+        rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
+        return prepare_asked(wanted, rows.path, catalogue.find_tokenizer(wanted))
+
+    def estimate_vram(self, *, memory: int | None = None, **flags: Any) -> MemoryEstimate:
+        """What `train` would take of a card's memory, from the model's shapes alone, in bytes.
+
+        Args:
+            memory: Bytes of the card; default: what is free on this machine's, where there is one.
+            **flags: Settings, over the Trainer's own.
+
+        Raises:
+            CodedError: As `backpropagate.estimating.estimate_memory`.
+        """
+        from backpropagate.estimating import estimate_memory
+
+        return estimate_memory(self._resolve(flags).settings, memory=memory or rails.free_memory())
+
+    def push(self, repo: str, source: str | Path | None = None, **asked: Any) -> PushOutcome:
+        """Upload the newest adapter, or an adapter, model or GGUF that is named, with a model card.
+
+        Args:
+            repo: ``owner/name``.
+            source: What to upload; default: the newest adapter.
+            **asked: As `bp_export.push`: ``private``, ``force``, ``message``, ``token`` …
+
+        Raises:
+            CodedError: As `bp_export.push`.
+        """
+        return push_model(Path(source) if source else self._newest(), repo, **asked)
+
+    @property
+    def runs(self) -> RunStore:
+        """The runs of the output folder: ``list_runs()``, ``load(run_id)``, ``read_metrics(run_id)`` …"""
+        return RunStore(self.output)
+
+    def _newest(self) -> Path:
+        name = MODEL_NAME if self.settings.training.mode == "full" else ADAPTER_NAME
+        return self.last.adapter if self.last else self.output / name
 
     def _resolve(self, flags: dict[str, Any]) -> settings.Resolved:
         given = {name: value for name, value in flags.items() if value is not None}

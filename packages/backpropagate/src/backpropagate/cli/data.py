@@ -11,10 +11,11 @@ from cyclopts.validators import Number
 from rich.console import Console
 from rich.text import Text
 
+from backpropagate.catalogue import find_tokenizer
 from backpropagate.cli.flags import Json
 from backpropagate.cli.painting import legend, paint
 from backpropagate.cli.screen import print_json
-from backpropagate.cli.sources import Model, Part, find_file, resolve_settings, tokenizer_folder
+from backpropagate.cli.sources import Model, Part, find_file, resolve_settings
 from bp_data import Limits, build_report, check_limits, clean_file, convert_file, preview_file, report_html, report_text
 from bp_data.errors import DatasetGateError
 from bp_data.preview import PreviewedRow
@@ -33,7 +34,7 @@ Share = Annotated[float | None, Parameter(validator=Number(gte=0, lte=1))]
 def _model_folder(model: str | None) -> tuple[Path, int]:
     """The folder with the tokenizer, and the longest row of the settings."""
     wanted = resolve_settings({"model": model})
-    return tokenizer_folder(wanted), wanted.model.max_seq_length
+    return find_tokenizer(wanted), wanted.model.max_seq_length
 
 
 def preview(

@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import orjson
-
-from backpropagate import catalogue, rails, system
+from backpropagate import rails
 from backpropagate.cli.flags import Json
 from backpropagate.cli.screen import print_json
-from backpropagate.errors import RailUnusableError
-from backpropagate.presets import MODEL_PRESETS, find_preset
+from backpropagate.estimating import estimate_memory, read_config, require_estimator
+from backpropagate.presets import MODEL_PRESETS
 from backpropagate.settings import TOML_FILE, Resolved, apply_lora_preset, resolve
 from bp_runs.rail import Estimates, MemoryEstimate
 from bp_runs.spec import LORA_PRESETS
@@ -76,17 +74,12 @@ def estimate_vram(
         "gradient_accumulation": gradient_accumulation, "max_seq_length": max_seq_length,
     }  # fmt: skip
     wanted = resolve(flags, os.environ, Path(TOML_FILE))
-    estimator = _require_estimator()
     if table:
+        estimator = require_estimator()
         names = [wanted.settings.model.name] if model else list(MODEL_PRESETS)
         return _show_table([row for name in names for row in longest_rows(name, estimator)], as_json=json)
     memory = int(vram * 2**30) if vram else rails.free_memory()
-    need = estimator.estimate(
-        wanted.settings,
-        read_config(wanted.settings.model.name, wanted),
-        memory=memory,
-        machine=system.program_home(os.environ),
-    )
+    need = estimate_memory(wanted.settings, memory=memory)
     if json:
         print_json("estimate-vram", _to_json(wanted, need, memory))
     else:
@@ -94,34 +87,11 @@ def estimate_vram(
     return 0
 
 
-def _require_estimator() -> Estimates:
-    found = rails.find_estimator()
-    if found is None:
-        raise RailUnusableError("no installed rail can estimate memory", way_out="pip install bp-train-cuda")
-    return found
-
-
-def read_config(name: str, wanted: Resolved) -> Mapping[str, Any]:
-    """The model's config.json; of a preset what is known of it, without a download.
-
-    Raises:
-        CodedError: As `backpropagate.catalogue.find_model`.
-    """
-    preset = find_preset(name)
-    if preset is not None:
-        return preset.config
-    offline = system.is_offline(os.environ)
-    revision = wanted.settings.model.revision
-    folder = catalogue.find_model(name, revision=revision, offline=offline, need=catalogue.TOKENIZER).folder
-    found: Mapping[str, Any] = orjson.loads((folder / "config.json").read_bytes())
-    return found
-
-
 def longest_rows(name: str, estimator: Estimates) -> list[dict[str, Any]]:
     """For each mode and LoRA preset the longest rows that each of `CARDS` holds, in tokens; None: not even 512."""
     found = []
     plain = resolve({"model": name, "batch_size": 1, "gradient_accumulation": 4})
-    config = read_config(plain.settings.model.name, plain)
+    config = read_config(plain.settings)
     for mode in _MODES:
         for preset in LORA_PRESETS if mode != "full" else ("",):
             wanted = apply_lora_preset(plain, preset) if preset else plain

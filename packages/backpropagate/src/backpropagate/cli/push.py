@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,10 +9,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 import bp_export
-from backpropagate import system
 from backpropagate.cli.flags import Json, output_folder
 from backpropagate.cli.screen import print_json
-from bp_export.errors import PushNetworkError
+from backpropagate.exporting import push_model
 
 
 def push(
@@ -60,9 +58,7 @@ def push(
         body = {"repo": repo, "files": [*prepared.shipment.files], "card": prepared.card}
         print_json("push-plan", body) if json else print(prepared.card, end="")  # noqa: T201
         return 0
-    if system.is_offline(os.environ):
-        raise PushNetworkError("nothing can be pushed in offline mode", way_out="Leave out --offline.")
-    outcome = bp_export.push(
+    outcome = push_model(
         wanted,
         repo,
         base=base,

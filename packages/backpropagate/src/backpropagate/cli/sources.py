@@ -50,14 +50,3 @@ def resolve_settings(flags: Mapping[str, Any]) -> Settings:
         CodedError: A setting is wrong.
     """
     return settings.resolve(flags, os.environ, Path(settings.TOML_FILE)).settings
-
-
-def tokenizer_folder(wanted: Settings) -> Path:
-    """The folder of the settings' model, with its tokenizer and perhaps without weights.
-
-    Raises:
-        CodedError: As `catalogue.find_model`.
-    """
-    offline = system.is_offline(os.environ)
-    model = wanted.model
-    return catalogue.find_model(model.name, revision=model.revision, offline=offline, need=catalogue.TOKENIZER).folder

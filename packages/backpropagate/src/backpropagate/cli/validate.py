@@ -9,10 +9,11 @@ from cyclopts import Parameter
 from cyclopts.validators import Number
 from rich.console import Console
 
+from backpropagate.catalogue import find_tokenizer
 from backpropagate.cli.flags import Json, keyword, with_settings
 from backpropagate.cli.painting import legend, paint
 from backpropagate.cli.screen import print_json
-from backpropagate.cli.sources import find_file, resolve_settings, tokenizer_folder
+from backpropagate.cli.sources import find_file, resolve_settings
 from backpropagate.settings import all_settings
 from bp_data import prepare_asked, preview_rows
 from bp_data.asked import AnyPrepared
@@ -24,7 +25,7 @@ _ACTING = {"model.name", "model.revision", "model.max_seq_length", "training.met
 def validate(data: str, *, rows: int = 2, json: bool = False, **flags: Any) -> int:
     """Check a data file the way training reads it, and show which tokens are trained."""
     wanted = resolve_settings({**flags, "data": data})
-    folder = tokenizer_folder(wanted)
+    folder = find_tokenizer(wanted)
     prepared = prepare_asked(wanted, find_file(wanted.data), folder)
     counts = {**prepared.ledger.to_dict(), "tokens": prepared.tokens, "trained_tokens": prepared.trained_tokens}
     if json:
