@@ -11,8 +11,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import raised_codes
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from backpropagate.errors import UnknownSettingError
+from backpropagate.settings import find_setting
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {p.parent.name: p.parent for p in sorted(ROOT.glob("packages/*/pyproject.toml"))}
@@ -260,6 +264,22 @@ def test_every_json_document_has_a_schema_and_every_command_prints_one():
     assert not silent, f"no --json: {silent}"
     for kind in DOCUMENTS:
         assert build_schema(kind)["properties"]["schema"] == {"const": f"backpropagate.{kind}/1"}
+
+
+def test_a_code_that_no_test_raises_is_missed():
+    from backpropagate.cli.errors import load_codes
+    from bp_runs.errors import DiskFullError
+
+    everything = set(load_codes())
+    assert set(raised_codes.ELSEWHERE) <= everything
+    assert raised_codes.missing_codes(everything) == []
+    assert raised_codes.missing_codes(everything - {"STATE_DISK_FULL"}) == ["STATE_DISK_FULL"]
+    before = raised_codes.raised_codes()
+    DiskFullError("made by a test")
+    assert raised_codes.raised_codes() == before, "what a test makes itself does not count"
+    with pytest.raises(UnknownSettingError):
+        find_setting("no such setting")
+    assert "CONFIG_UNKNOWN_SETTING" in raised_codes.raised_codes()
 
 
 def test_no_file_names_a_machine_s_path():

@@ -1,0 +1,58 @@
+"""What is not installed is named, with the line that installs it."""
+
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from export_pico import write_base, write_lora
+
+import bp_export
+from bp_export import quantize, serving
+from bp_export.errors import GgmlMissingError, HubMissingError, LlamaCppMissingError
+from bp_export.gguf import TensorType
+
+
+@pytest.fixture
+def hide(monkeypatch):
+    """Lets a package be as good as not installed."""
+
+    def hide_it(name):
+        monkeypatch.setitem(sys.modules, name, None)
+        for module in (serving, quantize.importlib.util):
+            monkeypatch.setattr(module, "find_spec", lambda asked: None if asked == name else find_spec(asked))
+
+    return hide_it
+
+
+def test_without_llama_cpp_nothing_is_verified_or_asked(hide, tmp_path):
+    lora = write_lora(tmp_path / "lora", write_base(tmp_path / "base"))
+    hide("xllamacpp")
+    for act in (
+        lambda: bp_export.export_adapter(lora, base=tmp_path / "base", verify=True),
+        lambda: bp_export.open_talk(lora, base=tmp_path / "base").__enter__(),
+    ):
+        with pytest.raises(LlamaCppMissingError) as caught:
+            act()
+        assert "pip install" in caught.value.way_out
+    assert not list(tmp_path.glob("*.gguf"))
+    assert bp_export.export_adapter(lora, base=tmp_path / "base").parity is None, "by default it goes without"
+
+
+def test_without_ggml_only_its_own_types_are_refused(hide, monkeypatch):
+    hide("libggml")
+    quantize.load_ggml.cache_clear()
+    try:
+        with pytest.raises(GgmlMissingError) as caught:
+            quantize.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q4_K, np.ones(256, np.float32))
+        assert "pip install" in caught.value.way_out
+        assert quantize.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q8_0).size == 272
+    finally:
+        quantize.load_ggml.cache_clear()
+
+
+def test_without_the_hub_s_client_nothing_is_pushed(hide, tmp_path):
+    hide("huggingface_hub")
+    with pytest.raises(HubMissingError) as caught:
+        bp_export.push(tmp_path, "me/model")
+    assert "bp-export[hub]" in caught.value.way_out
