@@ -50,6 +50,10 @@ ollama:
 ollama-record address:
     uv run python packages/bp-export/tests/ollama_exchanges.py {{address}}
 
+# The web page in Chromium, which comes from the system: Debian's package chromium.
+ui-browser:
+    uv run --group browser pytest -n 0 packages/backpropagate/tests/test_tool_ui_browser.py
+
 # Generated reference pages.
 docs:
     uv run python docs/reference/generate.py
