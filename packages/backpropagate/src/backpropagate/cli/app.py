@@ -206,7 +206,7 @@ COMMANDS = (
     Command(
         "ui",
         "ui:ui",
-        "Open a web page on this machine: runs as they train, score cards, comparisons.",
+        "Open a web page on this machine: train, watch runs, score cards, comparisons.",
         "backprop ui --output ./output",
     ),
     Command(

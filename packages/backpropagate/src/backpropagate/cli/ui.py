@@ -17,7 +17,7 @@ _NEEDED = ("starlette", "uvicorn", "jinja2", "python_multipart", "itsdangerous")
 
 
 def ui(*, json: bool = False, **flags: Any) -> int:
-    """Open a web page on this machine: runs as they train, score cards, comparisons. Ctrl-C closes it.
+    """Open a web page on this machine: train, watch runs, score cards, comparisons. Ctrl-C closes it.
 
     Runs that are going on go on without it. Other machines see it only with --share or --host, and --auth.
     """

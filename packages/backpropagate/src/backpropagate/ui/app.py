@@ -19,7 +19,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from backpropagate.errors import UiPathError
-from backpropagate.ui.pages import cards, comparisons, runs
+from backpropagate.ui.launching import Launches
+from backpropagate.ui.machine import Machine
+from backpropagate.ui.pages import cards, comparisons, runs, training
 from backpropagate.ui.places import Places
 from backpropagate.ui.security import Gate, LoginGate, Passwords, comes_from_us
 from backpropagate.ui.showing import HERE, show
@@ -39,6 +41,8 @@ class Site:
 
     places: Places
     passwords: Passwords | None
+    launches: Launches
+    machine: Machine
 
 
 def build_app(spec: UiSpec, places: Places) -> Gate:
@@ -59,7 +63,7 @@ def build_app(spec: UiSpec, places: Places) -> Gate:
         ],
         exception_handlers={CodedError: _tell_coded, HTTPException: _tell_http, Exception: _tell_bug},
     )
-    app.state.site = Site(places, passwords)
+    app.state.site = Site(places, passwords, Launches(places.own), Machine())
     return Gate(app, spec)
 
 
@@ -81,6 +85,13 @@ def build_routes() -> list[Route | Mount]:
         Route(f"{run}/events", runs.follow_run),
         Route(f"{run}/summary", runs.show_summary),
         Route(f"{run}/card", cards.show_card),
+        change(f"{run}/stop", training.stop),
+        change(f"{run}/resume", training.go_on),
+        Route("/train", training.show_form),
+        change("/train", training.start),
+        Route("/train/memory", training.show_verdict),
+        Route("/launches/{launch}", training.show_launch),
+        Route("/launches/{launch}/state", training.show_launch_state),
     ]
 
 

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from backpropagate.resuming import UNFINISHED, resume_line
+from backpropagate.ui.launching import CAN_STOP
 from backpropagate.ui.live import chart_points, follow
 from backpropagate.ui.pages.cards import find_card
 from backpropagate.ui.places import Output
@@ -110,7 +111,7 @@ def show_run(request: Request) -> Response:
     return show(
         request,
         "run.html",
-        **_summary(output, store, record, events),
+        **_summary(request, output, record, events),
         settings=redact_data(record.settings),
         checkpoints=CheckpointFolder(store.folder(record.run_id)).read(),
         rejected=_read_rejected(store, record),
@@ -122,10 +123,11 @@ def show_run(request: Request) -> Response:
 def show_summary(request: Request) -> Response:
     """What changes while the run goes on, as the page asks for it when something has happened."""
     output, store, record = find_run(request)
-    return show(request, "parts/run_renewed.html", **_summary(output, store, record, store.read_metrics(record.run_id)))
+    events = store.read_metrics(record.run_id)
+    return show(request, "parts/run_renewed.html", **_summary(request, output, record, events))
 
 
-def _summary(output: Output, store: RunStore, record: RunRecord, events: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(request: Request, output: Output, record: RunRecord, events: list[dict[str, Any]]) -> dict[str, Any]:
     steps = [e for e in events if e.get("event") == StepDone.kind]
     notices = [e for e in events if e.get("event") == Notice.kind]
     is_member = (record.parent or {}).get("relation") == "member"
@@ -140,9 +142,10 @@ def _summary(output: Output, store: RunStore, record: RunRecord, events: list[di
         "evals": [e for e in events if e.get("event") == EvalDone.kind],
         "samples": _samples(events),
         "notices": redact_data(notices),
-        "is_here": record.host == platform.node(),
+        "can_stop": CAN_STOP and record.host == platform.node(),
+        "is_asked": request.app.state.site.launches.is_asked(record.run_id),
         "has_card": find_card(record, notices) is not None,
-        "members": [row for row in store.list_runs() if row["parent"] == record.run_id][::-1],
+        "members": [row for row in output.store.list_runs() if row["parent"] == record.run_id][::-1],
         "go_on": resume_line(record.run_id, output.path) if can_go_on else None,
     }
 

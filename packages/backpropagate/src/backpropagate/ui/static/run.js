@@ -43,7 +43,7 @@
     charts.loss = draw(place("loss"), lines, data.loss, (v) => v.toFixed(2), true);
     charts.rate = draw(place("rate"), [series("learning rate", 0, rate)], data.rate, rate, false);
     charts.speed = draw(place("speed"), [series("tokens/s", 0, whole)], data.speed, whole, false);
-    charts.memory = draw(place("memory"), [series("GiB", 0, (v) => v.toFixed(1))], data.memory, (v) => v.toFixed(1), false);
+    charts.memory = draw(place("memory"), [series("GiB", 0, (v) => v.toFixed(1))], data.memory, (v) => v.toFixed(v < 2 ? 2 : 1), false);
     if (heat) charts.heat = draw(place("heat"), [series("°C", 0, whole)], data.heat, whole, false);
   }
 
