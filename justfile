@@ -81,3 +81,10 @@ bench-runs:
 # Kills: 200 of a real training, and one between any two system calls of a run's end.
 kills:
     uv run pytest -m slow -n 0 packages/bp-train-cuda/tests/test_cuda_kills.py packages/bp-runs/tests
+
+# The tests of training on the lowest versions that the packages say they take; 4 GB of wheels the first time.
+floors:
+    uv run --isolated --no-project --resolution lowest-direct \
+        $(printf ' --with-editable packages/%s' bp-runs bp-data bp-merge bp-export bp-train-cuda bp-train-mlx backpropagate) \
+        --with 'pytest>=9.0' --with 'pytest-timeout>=2.4' --with 'pytest-xdist>=3.8' --with 'hypothesis>=6.150' --with 'jsonschema>=4.25' \
+        pytest packages/bp-train-cuda/tests

@@ -114,6 +114,24 @@ def test_pieces_learn_what_the_whole_learns(files, pico_model, tmp_path, monkeyp
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["sft", *PAIRED])  # kto's reference point is the micro-batch's
+def test_micro_batches_of_a_step_add_up_to_one(files, chat_file, pico_model, tmp_path, method):
+    """Some transformers divide the loss by their number, some do not."""
+    files = {**files, "sft": chat_file}
+    first, second = (
+        steps(train(spec(method, files, pico_model, tmp_path / str(count), **change))[1])
+        for count, change in (
+            (1, {"batch_size": 8, "steps": 2}),
+            (2, {"batch_size": 4, "gradient_accumulation": 2, "steps": 2}),
+        )
+    )
+    for one, other in zip(first, second, strict=True):
+        assert (other.loss, other.grad_norm) == (
+            pytest.approx(one.loss, rel=1e-3),
+            pytest.approx(one.grad_norm, rel=1e-2),
+        )
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_held_out_answers_are_compared_too(files, pico_model, tmp_path, method):
     change = {"eval_share": 0.25, "eval_min_rows": 1, "eval_steps": 3, "batch_size": 3}

@@ -1,6 +1,7 @@
 """All weights, starts of the adapter, optimizers, and what is refused before weights are loaded."""
 
 import json
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from bp_data import prepare, split_rows
 from bp_runs import Settings
 from bp_runs.adapter import MODEL_SCHEMA, changed_files, read_manifest
-from bp_runs.errors import InvalidSettingError
+from bp_runs.errors import AdapterInvalidError, InvalidSettingError
 from bp_runs.events import AdapterSaved, EvalDone, ModelLoaded, StepDone
 from bp_runs.fingerprint import fingerprint_base
 from bp_runs.spec import LoraSpec, ModelSpec, TrainingSpec
@@ -108,6 +109,22 @@ def test_methods_that_compare_train_all_weights(pico_model, tmp_path, method):
     assert steps[-1].metrics["margin"] > steps[0].metrics["margin"] + 0.01
 
 
+FORMS = {"DoRA": {"use_dora": True}, "rsLoRA": {"use_rslora": True}, "PiSSA": {"init_lora_weights": "pissa"}}
+
+
+@pytest.mark.parametrize(("form", "method"), list(product(FORMS, ["sft", "dpo", "orpo", "simpo", "kto"])))
+def test_each_form_of_the_adapter_learns_by_each_method(
+    pico_model, chat_file, pair_file, judged_file, tmp_path, form, method
+):
+    """Plain LoRA and all weights: in test_cuda_methods.py, test_cuda_rail.py and below; 4 bits need a GPU."""
+    file = {"sft": chat_file, "kto": judged_file}.get(method, pair_file)
+    change = {"method": method, "steps": 5, "batch_size": 8, "warmup_steps": 0, "learning_rate": 3e-3}
+    outcome, events = train(spec_for(pico_model, file, tmp_path / "run", training=change, lora=FORMS[form]))
+    losses = [e.loss for e in events if isinstance(e, StepDone)]
+    assert losses[-1] < losses[0] - 1e-3
+    assert outcome.adapter.is_dir()
+
+
 @pytest.mark.parametrize("rs", [False, True])
 def test_pissa_comes_out_as_an_adapter_for_the_base_as_it_was(pico_model, chat_file, tmp_path, rs):
     lora = {"init_lora_weights": "pissa", "r": 4, "use_rslora": rs}
@@ -198,6 +215,46 @@ def test_refused_before_weights_are_loaded(pico_model, tmp_path, monkeypatch):
     monkeypatch.setattr("bp_train_cuda.check.find_spec", lambda name: None)
     with pytest.raises(BitsandbytesError, match="paged_adamw_8bit"):
         refused(base, training={"optim": "paged_adamw_8bit"})
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("lora", "r", 0),
+        ("lora", "alpha", 0.0),
+        ("lora", "alpha", float("nan")),
+        ("training", "batch_size", 0),
+        ("training", "gradient_accumulation", 0),
+        ("training", "steps", 0),
+    ],
+)
+def test_numbers_that_train_nothing(pico_model, group, name, value):
+    with pytest.raises(InvalidSettingError, match=rf"{group}\.{name} is {value}"):
+        refused(pico_model, **{group: {name: value}})
+
+
+def test_an_adapter_of_another_base_is_refused_before_weights_are_loaded(pico_model, chat_file, tmp_path):
+    adapter = train(spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1}))[0].adapter
+    CudaRail().evaluate(spec_for(pico_model, chat_file, tmp_path / "own"), adapter, lambda _: None)
+    other = copy_model(pico_model, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    narrow = copy_model(pico_model, tmp_path / "narrow", intermediate_size=96)
+    short = copy_model(pico_model, tmp_path / "short", num_hidden_layers=1)
+    for base in (narrow, short):
+        (base / "model.safetensors").unlink()  # nothing needs the weights so far
+    expected = {other: "norms differ", narrow: "does not fit", short: "does not fit"}
+    for base, message in expected.items():
+        for use in ("evaluate", "train"):
+            spec = spec_for(base, chat_file, tmp_path / f"{base.name}-{use}")
+            with pytest.raises(AdapterInvalidError, match=message) as caught:
+                if use == "evaluate":
+                    CudaRail().evaluate(spec, adapter, lambda _: None)
+                else:
+                    train(replace(spec, initial_adapter=adapter))
+            assert caught.value.cause
+    assert "no layer model.layers.1." in str(caught.value.cause)
 
 
 def test_unsloth_is_refused_where_it_cannot_be(pico_model, monkeypatch):

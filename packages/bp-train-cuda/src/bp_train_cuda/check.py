@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from bp_data.asked import AnyPrepared
-from bp_runs.errors import InvalidSettingError
+from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
+from bp_runs.errors import AdapterInvalidError, InvalidSettingError, first_line
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
 from bp_train_cuda import load, probe, unsloth
 from bp_train_cuda.errors import BitsandbytesError, Fp8Error, SequenceTooLongError, TargetModulesError, VocabularyError
@@ -28,16 +30,22 @@ class Checked:
     parameters: int
 
 
-def check_model(settings: Settings, base: Path) -> Checked:
-    """Look at the config in ``base`` alone.
+def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> Checked:
+    """Look at the config in ``base`` alone, and at the shapes in ``adapter``.
+
+    Args:
+        adapter: A saved adapter that is to go on the base.
 
     Raises:
+        InvalidSettingError: A number that trains nothing.
+        AdapterInvalidError: As `require_adapter`.
         RemoteCodeError, ModelLoadError, GpuNotAvailableError: As `load.read_config`, `sketch_model`, `require_capable`.
         ModeError, BitsandbytesError, FullModelTooLargeError, Bf16Error: As `probe.choose_mode` and `choose_dtype`.
         UnslothError, InvalidSettingError: As `unsloth.require_unsloth`.
         Fp8Error, KernelsError: 8-bit floats, or fused kernels, are asked for and cannot be had.
         TargetModulesError, InvalidSettingError: The adapter cannot be made on this model.
     """
+    require_numbers(settings)
     device, trust = probe.choose_device(), settings.model.trust_remote_code
     config = load.read_config(base, trust_remote_code=trust)
     sketch = load.sketch_model(config, trust_remote_code=trust)
@@ -54,7 +62,62 @@ def check_model(settings: Settings, base: Path) -> Checked:
     if mode.name != "full":
         require_targets(sketch, settings.lora)
         require_start(settings.lora, mode)
+    if adapter is not None:
+        require_adapter(adapter, base, sketch)
     return Checked(device, mode, parameters)
+
+
+def require_numbers(settings: Settings) -> None:
+    """Refuse an adapter without rank or effect, and batches or steps without anything in them."""
+    lora, training = settings.lora, settings.training
+    lowest = {
+        "lora.r": lora.r,
+        "training.batch_size": training.batch_size,
+        "training.gradient_accumulation": training.gradient_accumulation,
+        "training.steps": training.steps,
+    }
+    for key, value in lowest.items():
+        if value < 1:
+            raise InvalidSettingError(f"{key} is {value}; it must be at least 1")
+    if not lora.resolved_alpha > 0:
+        raise InvalidSettingError(f"lora.alpha is {lora.alpha}; it must be a positive number")
+
+
+def require_adapter(adapter: Path, base: Path, sketch: Any) -> None:
+    """Refuse an adapter of another base: one whose layers are not in ``sketch``, or that was made on other weights.
+
+    Raises:
+        AdapterInvalidError: Likewise for a folder that is no adapter.
+    """
+    folder = read_adapter_folder(adapter)
+    if is_other_base(adapter, base):
+        raise AdapterInvalidError(
+            f"{adapter} was trained on another base than {base}: their norms differ",
+            cause=f"it names {folder.base} as its base",
+            way_out=f"Take that one; if you are sure of this one, take base_fingerprint out of {MANIFEST_FILE}.",
+        )
+    layers = dict(sketch.named_modules())
+    for name, side, width in _read_widths(folder.weights):
+        found = getattr(layers.get(name), side, None)
+        if found != width:
+            what = f"no layer {name}" if name not in layers else f"{found} {side} in {name}, not {width}"
+            raise AdapterInvalidError(f"{adapter} does not fit the base model", cause=f"{base} has {what}")
+
+
+def _read_widths(weights: Path) -> list[tuple[str, str, int]]:
+    """Layers that an adapter goes on, and how wide they must be: A is r × in_features, B is out_features × r."""
+    sides = {".lora_A.weight": ("in_features", 1), ".lora_B.weight": ("out_features", 0)}
+    try:
+        with safe_open(weights, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise AdapterInvalidError(f"{weights} cannot be read", cause=first_line(error)) from error
+    return [
+        (key.removeprefix("base_model.model.").removesuffix(end), side, int(shape[place]))
+        for key, shape in shapes.items()
+        for end, (side, place) in sides.items()
+        if key.endswith(end)
+    ]
 
 
 def require_optimizer(settings: Settings) -> None:

@@ -65,7 +65,7 @@ def train(
     Raises:
         CodedError: As `bp_train_cuda.rail.CudaRail.train`.
     """
-    with _quiet_framework(), _determinism(spec.training), _base(spec, kept) as loaded:
+    with _quiet_framework(), _determinism(spec.training), _base(spec, kept, spec.initial_adapter) as loaded:
         return _train(spec, prepared, heldout, emit, stop, loaded=loaded)
 
 
@@ -81,7 +81,7 @@ def evaluate(
     Raises:
         CodedError: As `bp_train_cuda.rail.CudaRail.evaluate`.
     """
-    with _quiet_framework(), _base(_as_read(spec), kept) as loaded:
+    with _quiet_framework(), _base(_as_read(spec), kept, adapter) as loaded:
         set_seed(spec.training.seed)
         model = lora.add_lora(loaded.base, LoraSpec(r=1)) if adapter is None else lora.load_lora(loaded.base, adapter)
         parts, trainer = _build_trainer(spec, prepared, model, loaded, emit)
@@ -114,7 +114,7 @@ def examine(
     Raises:
         CodedError: As `evaluate`.
     """
-    with _quiet_framework(), _base(_as_read(spec), kept) as loaded:
+    with _quiet_framework(), _base(_as_read(spec), kept, adapter) as loaded:
         set_seed(spec.training.seed)
         model = lora.add_lora(loaded.base, LoraSpec(r=1)) if adapter is None else lora.load_lora(loaded.base, adapter)
         _, trainer = _build_trainer(spec, prepared, model, loaded, emit)
@@ -149,9 +149,9 @@ class _Loaded:
 
 
 @contextlib.contextmanager
-def _base(spec: TrainSpec, kept: KeptBase | None) -> Iterator[_Loaded]:
+def _base(spec: TrainSpec, kept: KeptBase | None, adapter: Path | None) -> Iterator[_Loaded]:
     """The base without an adapter, after all that can be refused before weights are loaded."""
-    checked, trust = check.check_model(spec, spec.base), spec.model.trust_remote_code
+    checked, trust = check.check_model(spec, spec.base, adapter), spec.model.trust_remote_code
     device, mode = checked.device, checked.mode
     changes_base = mode.name == "full" or spec.training.fp8 or spec.lora.init_lora_weights != "default"
     key = (spec.base.resolve(), spec.base_commit, mode.name, spec.model.dtype, trust, spec.training.kernels)

@@ -18,6 +18,7 @@ from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_train_cuda.checkpoint import Checkpointer
 from bp_train_cuda.guards.oom import Batch, StepSplitter, try_again
 from bp_train_cuda.guards.optimizer import guard_optimizer, keep_paged
+from bp_train_cuda.head import mend_head
 from bp_train_cuda.lora import trainable_weights
 from bp_train_cuda.optimizer import choose_optimizer
 from bp_train_cuda.order import RowOrder
@@ -111,6 +112,7 @@ class Guarded:
         """Take what TRL's constructor cannot be told: our rows as a torch data set, the guard, the rate's course."""
         trainer: Any = self
         training = parts.spec.training
+        mend_head(parts.device)
         trainer.train_dataset = rows
         self.order = RowOrder(len(rows), training.seed, shuffled=training.curriculum == "none")
         if parts.mode.name != "full":
