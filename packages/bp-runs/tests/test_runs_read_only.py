@@ -1,14 +1,17 @@
-"""An output folder, a run folder or an index that cannot be written: one code, and nothing is lost."""
+"""A full disk; an output folder, a run folder or an index that cannot be written: one code, and nothing is lost."""
+
+import subprocess
+import sys
 
 import pytest
 from fake_runs import fake_run
-from odd_disks import read_only
+from odd_disks import read_only, small_disk
 from test_runs_checkpoint import save, steps
 from test_runs_resume import interrupted, step
 
 from bp_runs import index, paths
 from bp_runs.checkpoint import CheckpointFolder
-from bp_runs.errors import OutputNotWritableError
+from bp_runs.errors import DiskFullError, OutputNotWritableError
 from bp_runs.store import RunStore
 
 
@@ -82,3 +85,39 @@ def test_an_index_that_cannot_be_replaced_costs_no_run(tmp_path):
         assert paths.index_file(output).read_bytes() == before
     assert [row["run_id"] for row in RunStore(output).list_runs()] == [second]
     assert index.read_rows(output)[1], "written anew at the next look"
+
+
+FILL = """
+import sys
+from pathlib import Path
+from bp_runs.errors import CodedError
+from bp_runs.events import Notice
+from bp_runs.store import RunStore
+
+try:
+    with RunStore(Path(sys.argv[1])).start(settings={}, rail="fake") as run:
+        for number in range(100_000):
+            run.emit(Notice(message=f"{number} " + "x" * 500))
+except CodedError as error:
+    print(run.run_id, error.code)
+"""
+
+
+def test_a_run_that_fills_the_disk(tmp_path):
+    with small_disk(tmp_path / "disk", "256k") as disk:
+        store = RunStore(disk / "out")
+        done = subprocess.run([sys.executable, "-c", FILL, store.output], capture_output=True, text=True, check=True)
+        run_id, code = done.stdout.split()
+        assert code == "STATE_DISK_FULL"
+        assert [row["status"] for row in store.list_runs()] == ["interrupted"], "told, though it cannot be written"
+        with pytest.raises(DiskFullError):
+            store.start(settings={}, rail="fake")
+        told = [e["message"].split()[0] for e in store.read_metrics(run_id)]
+        assert told == [str(number) for number in range(len(told))]
+        assert len(told) > 100
+        assert [path.name for path in (store.output / "runs").iterdir()] == [run_id]
+        (store.folder(run_id) / paths.METRICS_FILE).write_bytes(b"")
+        assert [row["status"] for row in store.list_runs()] == ["interrupted"]
+        with store.start(settings={}, rail="fake"):
+            pass
+        assert len(store.list_runs()) == 2

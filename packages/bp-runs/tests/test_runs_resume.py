@@ -66,6 +66,7 @@ def test_a_run_that_goes_on_keeps_its_id_and_its_curve(tmp_path):
     steps = [(e["step"], e["loss"]) for e in store.read_metrics(run_id) if e["event"] == "step"]
     assert steps == [(1, 11.0), (2, 12.0), (3, 13.0), (4, 1.0)]
     sessions = store.load(run_id).sessions
+    assert sessions[0]["result"] == {}
     assert [(s["from_step"], s["checkpoint"], s.get("status")) for s in sessions] == [
         (0, None, "interrupted"),
         (3, "step-3", None),
@@ -112,6 +113,7 @@ def test_a_resumption_that_is_refused_leaves_no_trace(tmp_path, refusal):
         again.emit(step(4))
     assert [e["event"] for e in store.read_metrics(run.run_id)][-4:] == ["resumed", "model", "data", "step"]
     assert [e["step"] for e in store.read_metrics(run.run_id) if e["event"] == "step"] == [1, 2, 3, 4]
+    assert store.load(run.run_id).sessions[0]["result"]["steps"] == 5, "how it stood before it went on"
 
 
 def test_a_run_that_begins_again_answers_again(tmp_path):

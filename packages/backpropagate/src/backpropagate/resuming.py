@@ -180,7 +180,8 @@ def _newest(store: RunStore) -> RunRecord:
             record = store.load(row["run_id"])
             if (record.parent or {}).get("relation") != "member":
                 return record
-    raise ResumeNotFoundError(f"no unfinished run in {store.output}")
+    way_out = f"See the runs and how they ended: backprop list-runs{where(store.output)}"
+    raise ResumeNotFoundError(f"no unfinished run in {store.output}", way_out=way_out)
 
 
 def _with_checkpoint(store: RunStore, record: RunRecord) -> GoingOn | None:

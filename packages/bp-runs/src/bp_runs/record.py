@@ -50,7 +50,7 @@ class RunRecord:
     """With host and pid: the process that worked on the run last, see `bp_runs.process.process_birth`."""
     sessions: list[dict[str, Any]] = field(default_factory=list)
     """One for each process: ``at``, ``host``, ``pid``, ``from_step``, the ``checkpoint`` that it went on from; of all
-    but the last also how it ended: ``status``, ``ended_at``."""
+    but the last also how it ended: ``status``, ``ended_at``, ``result``."""
     cwd: str = ""
     """Folder that relative paths in ``settings`` and ``command`` start from."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class RunRecord:
         """Note that this process works on the run from now on, which is running again."""
         self.host, self.pid, self.process_started = platform.node(), os.getpid(), process_birth(os.getpid())
         if self.sessions:
-            self.sessions[-1] |= {"status": self.status, "ended_at": self.ended_at}
+            self.sessions[-1] |= {"status": self.status, "ended_at": self.ended_at, "result": self.result}
         session = {"at": utc_now(), "host": self.host, "pid": self.pid}
         self.sessions.append({**session, "from_step": from_step, "checkpoint": checkpoint})
         self.status, self.ended_at, self.error, self.result, self.progress = "running", None, None, {}, {}

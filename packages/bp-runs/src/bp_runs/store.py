@@ -293,13 +293,13 @@ class RunStore:
             lock = acquire(self.folder(run_id) / paths.LOCK_FILE, 0)
         except OutputLockedError:
             return record
-        except (OSError, OutputNotWritableError):
+        except (OSError, DiskFullError, OutputNotWritableError):
             return self._told(record)
         try:
             record = read_record(self.folder(run_id))
             if record.status == "running" and not self._lives(record):
                 self._interrupt(record)
-        except (OSError, OutputNotWritableError, RecordNewerError):
+        except (OSError, DiskFullError, OutputNotWritableError, RecordNewerError):
             return self._told(record)
         finally:
             lock.release()
