@@ -94,3 +94,36 @@ def test_a_change_behind_the_index_is_seen(tmp_path):
     found.note, found.tags = "by hand", ["x"]
     record.write_record(folder, found)
     assert store.list_runs()[0]["tags"] == ["x"]
+
+
+def test_the_newest_are_listed_without_a_look_at_the_others(tmp_path):
+    store = RunStore(tmp_path)
+    ids = [f"20260101-00000{number}-aaaaaa" for number in range(8)]
+    for number, run_id in enumerate(ids):
+        store.add_finished(record.RunRecord(run_id=run_id, created_at=f"2026-01-0{number + 1}", status="completed"), [])
+
+    def listed(count):
+        rows, total = store.list_newest(count)
+        assert rows == store.list_runs()[:count]
+        assert total == len(index.run_ids(tmp_path))
+        return [row["run_id"] for row in rows]
+
+    assert listed(3) == ids[:4:-1]
+    assert listed(99) == ids[::-1]
+    stale = paths.run_folder(tmp_path, ids[0])
+    record.write_record(stale, record.RunRecord(run_id=ids[0], created_at="2026-01-01", tags=["old"]))
+    rows = paths.index_file(tmp_path).read_bytes()
+    assert [row["run_id"] for row in store.list_newest(3)[0]] == ids[:4:-1]
+    assert paths.index_file(tmp_path).read_bytes() == rows, "nobody looked at the oldest"
+    shutil.rmtree(paths.run_folder(tmp_path, ids[7]))
+    os.replace(paths.run_folder(tmp_path, ids[6]), tmp_path / "aside")
+    assert [row["run_id"] for row in store.list_newest(3)[0]] == ids[5:2:-1]
+    os.replace(tmp_path / "aside", paths.run_folder(tmp_path, ids[6]))
+    running = record.RunRecord(run_id=ids[5], created_at="2026-01-06", status="running")
+    running.begin_session(from_step=0, checkpoint=None)
+    running.process_started = "another boot:1"
+    record.write_record(paths.run_folder(tmp_path, ids[5]), running)
+    (paths.run_folder(tmp_path, ids[4]) / paths.RECORD_FILE).write_bytes(b"{")
+    found = {row["run_id"]: row["status"] for row in store.list_newest(3)[0]}
+    assert found == {ids[6]: "completed", ids[5]: "interrupted", ids[3]: "completed"}
+    assert store.list_runs()[-1]["error"] == "STATE_RECORD_INVALID"

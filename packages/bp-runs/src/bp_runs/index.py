@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,29 @@ _JOURNAL_SHARE = 8
 _STAMP = "stamp"
 
 Row = dict[str, Any]
+by_age = itemgetter("created_at", "run_id")
+"""A row's key for sorting from the oldest to the newest."""
 _ROW_KEYS = RunRecord(run_id="").to_summary().keys() | {_STAMP}
 
 
 def read_rows(output: Path) -> tuple[list[Row], bool]:
     """A row for every run folder, in the order of their ids, and whether the index has all that can be read."""
-    known = _read_index(output)
-    rows = _current(output, known)
-    kept = sum(known.get(run_id) is row for run_id, row in rows.items())
-    is_whole = len(known) == kept == sum(map(_is_readable, rows.values()))
+    known, ids = _read_index(output), run_ids(output)
+    return _look(output, ids, ids, known)
+
+
+def read_newest(output: Path, count: int) -> tuple[list[Row], bool, int]:
+    """Rows of the newest ``count`` runs, and perhaps of others; as `read_rows`, as far as was looked; runs in all."""
+    known, ids = _read_index(output), run_ids(output)
+    there = sorted((known[run_id] for run_id in ids if run_id in known), key=by_age, reverse=True)
+    asked = [row["run_id"] for row in there[:count]] + [run_id for run_id in ids if run_id not in known]
+    return *_look(output, asked, ids, known), len(ids)
+
+
+def _look(output: Path, asked: Sequence[str], ids: Sequence[str], known: Mapping[str, Row]) -> tuple[list[Row], bool]:
+    rows = _current(output, asked, known)
+    anew = (run_id for run_id, row in rows.items() if known.get(run_id) is not row)
+    is_whole = known.keys() <= set(ids) and not any(i in known or _is_readable(rows[i]) for i in anew)
     return _take_off_stamps(rows), is_whole
 
 
@@ -59,7 +74,7 @@ def put_row(output: Path, record: RunRecord) -> None:
 
 def rebuild(output: Path) -> list[Row]:
     """Make the index anew, from the folders where it does not agree with them. The caller holds the store's lock."""
-    rows = _current(output, _read_index(output))
+    rows = _current(output, run_ids(output), _read_index(output))
     write_rows(output, rows.values())
     return _take_off_stamps(rows)
 
@@ -93,11 +108,11 @@ def older_histories(output: Path) -> list[Path]:
     return [index, *aside] if _is_list(index) else aside
 
 
-def _current(output: Path, known: Mapping[str, Row]) -> dict[str, Row]:
+def _current(output: Path, ids: Iterable[str], known: Mapping[str, Row]) -> dict[str, Row]:
     """Rows by id: the known ones whose stamps hold, the others read from the records."""
     rows = {}
     runs = str(paths.runs_folder(output))
-    for run_id in run_ids(output):
+    for run_id in ids:
         stamp = _stamp(f"{runs}/{run_id}/{paths.RECORD_FILE}")
         row = known.get(run_id)
         rows[run_id] = row if row and row[_STAMP] == stamp else _read_row(output, run_id) | {_STAMP: stamp}

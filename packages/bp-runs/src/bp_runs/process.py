@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from pathlib import Path
-from shutil import which
 
 _QUERY_LIMITED_INFORMATION = 0x1000  # Windows' PROCESS_QUERY_LIMITED_INFORMATION
 _BIRTH_FIELD = 19  # of /proc/<pid>/stat after the name: start in clock ticks since boot
@@ -34,6 +32,9 @@ def _birth_on_linux(pid: int) -> str | None:
 
 
 def _birth_by_ps(pid: int) -> str | None:
+    import subprocess
+    from shutil import which
+
     program = which("ps")
     if program is None:
         return None

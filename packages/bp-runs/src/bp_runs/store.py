@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,6 +177,14 @@ class RunStore:
         An index that was lost or damaged is written anew, where the folder allows.
         """
         rows, is_whole = index.read_rows(self.output)
+        return self._settle_rows(rows, is_whole=is_whole)
+
+    def list_newest(self, count: int) -> tuple[list[dict[str, Any]], int]:
+        """The first ``count`` rows of `list_runs`, and how many runs there are; older ones are not looked at."""
+        rows, is_whole, total = index.read_newest(self.output, count)
+        return self._settle_rows(rows, is_whole=is_whole)[:count], total
+
+    def _settle_rows(self, rows: list[dict[str, Any]], *, is_whole: bool) -> list[dict[str, Any]]:
         for position, row in enumerate(rows):
             if row["status"] == "running":
                 with contextlib.suppress(RecordInvalidError):
@@ -185,7 +192,7 @@ class RunStore:
         if not is_whole:
             with contextlib.suppress(CodedError):
                 self.rebuild_index()
-        return sorted(rows, key=itemgetter("created_at", "run_id"), reverse=True)
+        return sorted(rows, key=index.by_age, reverse=True)
 
     def find(self, partial_id: str) -> str:
         """The one run id that starts with ``partial_id``, or ends with it.

@@ -34,22 +34,28 @@ def list_runs(
         At most so many; 0: all.
     """
     folder = output_folder(output)
-    rows = RunStore(folder).list_runs()
-    rows = [r for r in rows if status in (None, r["status"]) and (tag is None or tag in r["tags"])]
-    shown = rows[:limit] if limit else rows
+    shown, total = _find(RunStore(folder), status, tag, limit)
     if json:
-        print_json("list-runs", {"runs": shown, "total": len(rows)})
+        print_json("list-runs", {"runs": shown, "total": total})
         return 0
-    if not rows and (status or tag):
+    if not shown and (status or tag):
         print(f"no such runs in {folder}; see all: backprop list-runs{where(folder)}")  # noqa: T201
         return 0
-    if not rows:
+    if not shown:
         print(f"no runs in {folder}; start one: backprop train --data my_data.jsonl{where(folder)}")  # noqa: T201
         return 0
     print(_table([_HEADS, *(_cells(row) for row in shown)]))  # noqa: T201
-    if len(shown) < len(rows):
-        print(f"{len(rows) - len(shown)} older ones: --limit 0")  # noqa: T201
+    if len(shown) < total:
+        print(f"{total - len(shown)} older ones: --limit 0")  # noqa: T201
     return 0
+
+
+def _find(store: RunStore, status: RunStatus | None, tag: str | None, limit: int) -> tuple[list[dict[str, Any]], int]:
+    """The rows to show, and how many there are."""
+    if limit > 0 and not (status or tag):
+        return store.list_newest(limit)
+    rows = [r for r in store.list_runs() if status in (None, r["status"]) and (tag is None or tag in r["tags"])]
+    return rows[:limit] if limit else rows, len(rows)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
