@@ -42,6 +42,8 @@ class Product:
     """(d_out, r)"""
     kept: float = 1.0
     """Share of the change's squared norm that the cut to rank r kept."""
+    squared: float = 0.0
+    """The squared norm that it kept; known of what was cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,8 @@ def cut_sum(terms: Sequence[Term], rank: int) -> Product:
     weights = np.repeat([term.weight for term in terms], ranks)[:, None]
     gram = weights * compute_gram(bs, is_tall=True, quick=sum(b.size for b in bs) > _LARGE) * weights.T
     factor, inverse = _factor_rows([term.a for term in terms])
-    core = factor.T @ gram @ factor
-    values, vectors = np.linalg.eigh((core + core.T) / 2)  # ascending
+    core = factor.T @ gram @ factor if inverse is not None else _wrap_triangle(factor, gram)
+    values, vectors = np.linalg.eigh(core)  # ascending; of the lower triangle
     values = np.maximum(values, 0.0)
     total = float(values.sum())
     values, top = values[::-1][:rank], vectors[:, ::-1][:, :rank]
@@ -83,7 +85,20 @@ def cut_sum(terms: Sequence[Term], rank: int) -> Product:
     parts_a = np.split(into_a.astype(np.float32), cuts, axis=1)
     cut_b = sum_products([(b, part) for b, part in zip(bs, parts_b, strict=True)])
     cut_a = sum_products([(part, term.a) for part, term in zip(parts_a, terms, strict=True)])
-    return Product(_pad(cut_a, rank, 0), _pad(cut_b, rank, 1), float(values.sum()) / total if total else 1.0)
+    squared = float(values.sum())
+    return Product(_pad(cut_a, rank, 0), _pad(cut_b, rank, 1), squared / total if total else 1.0, squared)
+
+
+def _wrap_triangle(factor: Any, gram: Doubles) -> Doubles:
+    """The lower blocks of ``factor.T @ gram @ factor`` for a lower triangular factor: 10 of 16 parts of the work."""
+    half = factor.shape[1] // 2
+    upper, lower, last = factor[:half, :half], factor[half:, :half], factor[half:, half:]
+    left = gram[:, :half] @ upper + gram[:, half:] @ lower
+    out = np.zeros_like(gram)
+    out[:half, :half] = upper.T @ left[:half] + lower.T @ left[half:]
+    out[half:, :half] = last.T @ left[half:]
+    out[half:, half:] = last.T @ (gram[half:, half:] @ last)
+    return out
 
 
 def _factor_rows(parts: Sequence[Floats]) -> tuple[Any, Any]:
@@ -126,8 +141,9 @@ def cut_matrix(delta: Floats, rank: int) -> Product:
         small, values, right = np.linalg.svd(basis.T @ delta, full_matrices=False)
         left = basis @ small
     total = float(np.square(delta, dtype=np.float64).sum())
-    kept = float(np.square(values[:rank], dtype=np.float64).sum()) / total if total else 1.0
-    return Product(_pad(right[:rank], rank, 0), _pad(left[:, :rank] * values[:rank], rank, 1), min(1.0, kept))
+    squared = float(np.square(values[:rank], dtype=np.float64).sum())
+    kept = min(1.0, squared / total) if total else 1.0
+    return Product(_pad(right[:rank], rank, 0), _pad(left[:, :rank] * values[:rank], rank, 1), kept, squared)
 
 
 def _find_range(delta: Floats, width: int) -> Floats:

@@ -208,8 +208,7 @@ def _write_products(
         writer.write(f"{PREFIX}{plan.module}{LORA_A}", product.a)
         writer.write(f"{PREFIX}{plan.module}{LORA_B}", product.b)
         if product.kept < 1:
-            share = _squared_norm(product)
-            kept, total = kept + share, total + share / max(product.kept, 1e-12)
+            kept, total = kept + product.squared, total + product.squared / max(product.kept, 1e-12)
         if progress is not None:
             progress(done, len(plans))
     return kept / total if total else 1.0
@@ -230,17 +229,12 @@ def _iter_products(
         waiting: deque[tuple[ModulePlan, Future[Product]]] = deque()
         for plan in plans:
             waiting.append((plan, pool.submit(merge, plan)))
-            if len(waiting) > workers:
+            if len(waiting) > workers + 1:  # one is written while as many as there are workers are computed
                 done, product = waiting.popleft()
                 yield done, product.result()
         while waiting:
             done, product = waiting.popleft()
             yield done, product.result()
-
-
-def _squared_norm(product: Product) -> float:
-    """Of ``b @ a`` after a cut, whose A has orthonormal rows."""
-    return float(np.square(product.b, dtype=np.float64).sum())
 
 
 def _build_config(source: AdapterSource, plans: Sequence[ModulePlan], base: str | None) -> dict[str, Any]:
