@@ -3,8 +3,9 @@
     uv run python benchmarks/merge.py [--r 256] [--layers 28] [--method linear …] [--repeat 3] [--dtype F32] [--folder DIR]
 
 The shape is Qwen2.5-7B's, all seven linear kinds. Each measurement is a process of its own; reading is both adapters
-decoded to float32, writing is one adapter of the result's size, hashed and fsynced as every adapter folder is. CPU
-seconds stand beside wall seconds, since the machine may be shared.
+decoded to float32, writing is one adapter of the inputs' size, hashed and fsynced as every adapter folder is. The
+ratio is taken within each round, in which both run one after the other. CPU seconds stand beside wall seconds, since
+the machine may be shared.
 """
 
 from __future__ import annotations
@@ -102,20 +103,24 @@ def main() -> None:
             write_random(folder / name, seed, options.r, options.layers, options.dtype)
         size = (folder / "a" / "adapter_model.safetensors").stat().st_size
         print(f"two adapters of r {options.r}, {options.layers} layers, {options.dtype}: {size / 2**30:.2f} GiB each")
-        floor = [measure(READ_AND_WRITE, str(folder), options.dtype) for _ in range(options.repeat)]
-        tell("read and write", floor, floor)
-        for method in options.method:
-            tell(method, [measure(MERGE, str(folder), options.dtype, method) for _ in range(options.repeat)], floor)
+        floor, found = [], {method: [] for method in options.method}
+        for _ in range(options.repeat):
+            floor.append(measure(READ_AND_WRITE, str(folder), options.dtype))
+            for method, rounds in found.items():
+                rounds.append(measure(MERGE, str(folder), options.dtype, method))
+        for method, rounds in {"read and write": floor, **found}.items():
+            tell(method, rounds, floor)
     finally:
         shutil.rmtree(folder)
 
 
 def tell(name: str, found: list[dict[str, float]], floor: list[dict[str, float]]) -> None:
     walls, cpus = sorted(f["wall"] for f in found), [f["cpu"] for f in found]
-    times = median(walls) / median(f["wall"] for f in floor)
+    times = sorted(one["wall"] / other["wall"] for one, other in zip(found, floor, strict=True))
     print(
         f"{name:<15} wall {median(walls):7.1f} s ({walls[0]:.1f}-{walls[-1]:.1f})  cpu {median(cpus):7.1f} s  "
-        f"peak {max(f['mib'] for f in found):6.0f} MiB  {times:5.2f} x  kept {found[0]['kept']:.3f}",
+        f"peak {max(f['mib'] for f in found):6.0f} MiB  {median(times):5.2f} x ({times[0]:.2f}-{times[-1]:.2f})  "
+        f"kept {found[0]['kept']:.3f}",
         flush=True,
     )
 

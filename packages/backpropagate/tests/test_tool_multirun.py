@@ -14,7 +14,8 @@ from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndR
 from backpropagate.multirun import check_settings, read_settings
 from backpropagate.scorecard import ScoreCard, card_html, card_text
 from backpropagate.slices import write_slices
-from bp_merge import blend, factor_rows, load_adapter
+from bp_data.errors import DatasetEmptyError
+from bp_merge import SlaoStateError, SlaoStreamError, blend, factor_rows, load_adapter
 from bp_runs import Settings
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import InterruptedRunError, InvalidSettingError, TrainingDivergedError
@@ -353,6 +354,38 @@ def test_a_crash_in_the_fourth_run_goes_on_there(place, flags):
         Trainer("./m", output="c", rail=rail).multi_run(resume=row["run_id"])
     with pytest.raises(MultiRunStateError, match="not multi-run"):
         Trainer("./m", output="c", rail=rail).multi_run(resume=result.members[0])
+
+
+def test_an_empty_file_among_several_is_named(place):
+    (place / "full.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (place / "empty.jsonl").write_text("")
+    (place / "one.jsonl").write_text('{"text": "three"}\n')
+    with pytest.raises(DatasetEmptyError, match=r"empty\.jsonl has no rows"):
+        trainer().multi_run(["full.jsonl", "empty.jsonl"])
+    with pytest.raises(RunsAndRowsError, match=r"run 2 has 1 rows of one\.jsonl: none to train on and measure on"):
+        trainer().multi_run(["full.jsonl", "one.jsonl"])
+    assert not (place / "o/lora").exists()
+
+
+def test_the_state_of_another_stream_is_refused(place):
+    """Two streams that were cut off after their first run, and the file of the one in the folder of the other."""
+    ids = []
+    for output in ("one", "two"):
+        mine = Trainer("./m", output=output, rail=FakeRail(), steps=2, lora_r=2)
+        with pytest.raises(InterruptedRunError) as cut:
+            mine.multi_run("d.jsonl", runs=2, on_event=cut_after("run 1 is taken in"))
+        ids.append(cut.value.details["run_id"])
+    one, two = (
+        RunStore(place / name).folder(run) / "after/slao.safetensors"
+        for name, run in zip(("one", "two"), ids, strict=True)
+    )
+    two.write_bytes(one.read_bytes())
+    resumed = Trainer(output="two", rail=FakeRail())
+    with pytest.raises(SlaoStreamError, match=f"belongs to the stream {ids[0]}, not to {ids[1]}"):
+        resumed.multi_run(resume=ids[1])
+    two.write_bytes(one.read_bytes()[:-1])
+    with pytest.raises(SlaoStateError, match="cannot be used"):
+        resumed.multi_run(resume=ids[1])
 
 
 def test_a_record_without_the_switch_goes_on_in_the_papers_form(place):
