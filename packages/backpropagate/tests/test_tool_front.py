@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from backpropagate.cli.app import COMMANDS, build_app, run
+from backpropagate.cli.app import COMMANDS, PANELS, build_app, run
 from backpropagate.cli.switches import environment, take_switches
 from backpropagate.errors import CommandLineError, OfflineError
 from backpropagate.offline import forbid_network, is_local
@@ -204,3 +204,27 @@ def test_help_loads_nothing_that_only_commands_and_errors_need():
     assert not loaded & late
     assert {name for name in loaded if name.startswith("backpropagate.cli.")} <= {
         "backpropagate.cli.app", "backpropagate.cli.failing", "backpropagate.cli.switches"}  # fmt: skip
+
+
+def help_of(argv, capsys, monkeypatch) -> list[str]:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run([*argv, "--help"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_overview_has_one_line_for_each_command_and_a_panel_for_each(capsys, monkeypatch):
+    firsts = {command.name.split()[0] for command in COMMANDS}
+    assert sorted(name for names in PANELS.values() for name in names) == sorted(firsts)
+    lines = help_of([], capsys, monkeypatch)
+    assert all(len(line) <= 80 for line in lines)
+    panels = [line.split()[1] for line in lines if line.startswith("╭")]
+    assert panels == [*(title.split()[0] for title in PANELS), "Beside"]
+    rows = [line.strip("│ ") for line in lines if line.startswith("│")]
+    assert [row.split()[0] for row in rows[:-3]] == [name for names in PANELS.values() for name in names]
+
+
+def test_a_command_s_own_page_says_all_that_its_docstring_says(capsys, monkeypatch):
+    for argv, words in ((["doctor"], "The exit status is 65"), (["queue", "run"], "Ctrl-C lets the running job save")):
+        shown = " ".join(" ".join(help_of(argv, capsys, monkeypatch)).split())
+        assert words in shown
+        assert "Parameters ---" not in shown

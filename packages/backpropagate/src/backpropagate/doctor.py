@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import bp_export
 from backpropagate import rails, settings, system
@@ -49,8 +49,10 @@ def diagnose(environ: Mapping[str, str], output: Path) -> Iterator[Diagnosis]:
     """
     for check in own_checks(environ, output):
         yield Diagnosis(check.name, rails.run_check(check))
-    for status in rails.all_rails():
-        usable = Finding(state="ok" if status.probe.usable else "warning", message=status.probe.why)
+    statuses = rails.all_rails()
+    otherwise: Literal["skipped", "warning"] = "skipped" if any(s.probe.usable for s in statuses) else "warning"
+    for status in statuses:
+        usable = Finding(state="ok" if status.probe.usable else otherwise, message=status.probe.why)
         yield Diagnosis(f"rail {status.name}", usable)
         rail: object = status.rail
         if isinstance(rail, ChecksMachine):

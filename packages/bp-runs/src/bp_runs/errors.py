@@ -273,7 +273,10 @@ class AdapterInvalidError(UserError):
 
     code = "INPUT_ADAPTER_INVALID"
     when = "A folder given as an adapter lacks its files, or they are damaged."
-    default_way_out = "Give the folder that `backprop train` wrote: backprop export ./output/lora"
+    default_way_out = (
+        "Give the folder that `backprop train` wrote, such as ./output/lora; there is none yet? "
+        "backprop train --data my_data.jsonl"
+    )
 
 
 class InterruptedRunError(RunFailedError):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Group
 
 from backpropagate import system
 from backpropagate.cli.failing import prepare_process, report_bug, report_error, set_up_logs
@@ -34,19 +35,19 @@ COMMANDS = (
     Command(
         "quickstart",
         "quickstart:quickstart",
-        "Train, export and talk to a small model with the example data.",
+        "See it work: train, export and ask a small model.",
         "backprop quickstart --output ./quickstart",
     ),
     Command(
         "train",
         "train:train",
-        "Train an adapter on your data and leave it at OUTPUT/lora.",
+        "Train an adapter on your data, to OUTPUT/lora.",
         "backprop train --data my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct --steps 100",
     ),
     Command(
         "multi-run",
         "multi_run:multi_run",
-        "Train several runs in a row, each from the one before, and merge them without forgetting.",
+        "Train run after run without forgetting what was before.",
         "backprop multi-run --data my_data.jsonl --runs 5 --steps 100 --samples 1000",
     ),
     Command(
@@ -58,25 +59,25 @@ COMMANDS = (
     Command(
         "export",
         "export:export",
-        "Export an adapter as GGUF, merged model or adapter; register it with Ollama.",
+        "Write a GGUF, a merged model …; register it in Ollama.",
         "backprop export ./output/lora --format gguf --quantization q4_k_m --ollama --ollama-name my-model",
     ),
     Command(
         "imatrix",
         "imatrix:imatrix",
-        "Measure an importance matrix on a text, for export --imatrix.",
+        "Measure an importance matrix, for export --imatrix.",
         "backprop imatrix ./output/lora --text calibration.txt",
     ),
     Command(
         "push",
         "push:push",
-        "Upload an adapter, a merged model or a GGUF to the Hub, with a model card.",
+        "Upload it to the Hub, with a model card.",
         "backprop push ./output/lora --repo me/my-model --private",
     ),
     Command(
         "chat",
         "chat:chat",
-        "Talk to an adapter, a merged model, a GGUF or a model in Ollama.",
+        "Talk to it: adapter, model, GGUF, or one in Ollama.",
         'backprop chat ./output/lora --prompt "What is the capital of France?"',
     ),
     Command(
@@ -90,13 +91,13 @@ COMMANDS = (
     Command(
         "eval",
         "eval:eval_",
-        "Compare an adapter with its base on held-out rows: better, worse, or unclear.",
+        "Is it better than its base? On rows held out.",
         "backprop eval ./output/lora --data heldout.jsonl --gate not-worse",
     ),
     Command(
         "validate",
         "validate:validate",
-        "Check a data file the way training reads it, and show what is trained.",
+        "Check a file as training reads it; show the mask.",
         "backprop validate my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct",
     ),
     Command(
@@ -133,19 +134,19 @@ COMMANDS = (
     Command(
         "show-run",
         "show_run:show_run",
-        "Show one run in full; a part of its id is enough.",
+        "Show one run in full; a part of its id will do.",
         "backprop show-run 20261123 --output ./output",
     ),
     Command(
         "resume",
         "resume:resume",
-        "Go on with an unfinished run, as if it had not been cut off.",
+        "Go on with a run, as if it had not been cut off.",
         "backprop resume 20261123 --output ./output",
     ),
     Command(
         "replay",
         "resume:replay",
-        "Do a run again as a new one, with some settings changed.",
+        "Do a run again, with some settings changed.",
         "backprop replay 20261123 --override lr=1e-4 --override lora.r=8",
     ),
     Command(
@@ -194,38 +195,47 @@ COMMANDS = (
     Command(
         "models",
         "models:models",
-        "Show base models that train well on one card, with licence and memory.",
+        "Base models that train well, with licence and memory.",
         "backprop models --json",
     ),
     Command(
         "estimate-vram",
         "estimate_vram:estimate_vram",
-        "Say what a training would take of a card's memory, without loading anything.",
+        "What a training takes of a card, loading nothing.",
         "backprop estimate-vram qwen2.5-7b --vram 16 --mode qlora --max-seq-length 4096",
     ),
     Command(
         "ui",
         "ui:ui",
-        "Open a web page on this machine: train, watch runs, score cards, comparisons.",
+        "Open a web page: train, watch runs, compare them.",
         "backprop ui --output ./output",
     ),
     Command(
         "doctor",
         "doctor:doctor",
-        "Try out what training needs here, and say how to mend what does not work.",
+        "Try out what training needs; say how to mend it.",
         "backprop doctor --offline",
     ),
-    Command("info", "info:info", "Show versions, rails and the machine, for bug reports.", "backprop info --json"),
+    Command("info", "info:info", "Versions, rails and the machine, for bug reports.", "backprop info --json"),
     Command("errors", "errors:errors", "Explain the error codes.", "backprop errors INPUT_DATASET_NOT_FOUND"),
 )
 
 # Commands of two words stand together under the first.
 GROUPS = {
-    "data": "Look at data files, and split, clean or convert them.",
-    "runs": "Remove, tag and annotate runs, protect their checkpoints, import older ones.",
+    "data": "Look at data files; split, clean or convert them.",
+    "runs": "Remove, tag, annotate, protect and import runs.",
     "queue": "Several runs in a night, one after the other.",
     "config": "Look at the settings and where they come from.",
-    "ollama": "Register models with the Ollama that runs here, list them, take them away.",
+    "ollama": "Register models in Ollama, list them, remove them.",
+}
+
+# The panels of the overview, in their order; the first word of each command stands in one.
+PANELS = {
+    "Train": ("quickstart", "train", "multi-run", "resume", "replay", "eval", "queue"),
+    "Data": ("validate", "data"),
+    "Use what was trained": ("export", "merge", "imatrix", "push", "chat", "ollama"),
+    "Look back": ("list-runs", "show-run", "diff-runs", "export-runs", "runs", "ui"),
+    "This machine": ("doctor", "info", "models", "estimate-vram", "config", "errors"),
 }
 
 _EPILOGUE = f"Before or after every command:\n{overview()}"
@@ -242,23 +252,54 @@ def build_app() -> App:
         version=_read_version,
         version_flags=["--version", "-V"],
     )
+    beside = Group("Beside", sort_key=len(PANELS))
     app.command(
         "backpropagate.cli.completion:install_completion",
         name="--install-completion",
         help="Let your shell complete commands, flags and choices.",
+        group=beside,
     )
+    for name in ("--help", "--version"):
+        app[name].group = beside
+    panels: dict[str, Group] = {}
+    for place, (title, names) in enumerate(PANELS.items()):
+        panels |= dict.fromkeys(names, Group(title, sort_key=place))
+    order = list(panels)
     groups = {
-        name: App(name=name, help=line, help_format="plaintext", help_epilogue="") for name, line in GROUPS.items()
+        name: App(
+            name=name,
+            help=line,
+            help_format="plaintext",
+            help_epilogue="",
+            group=panels[name],
+            sort_key=order.index(name),
+        )
+        for name, line in GROUPS.items()
     }
     for group in groups.values():
         app.command(group)
     for command in COMMANDS:
         target = f"backpropagate.cli.{command.target}"
         first, _, name = command.name.rpartition(" ")
+        panel = None if first else panels[name]
+        sort_key = None if first else order.index(name)
+        epilogue = f"Example:\n  {command.example}"
         groups.get(first, app).command(
-            target, name=name, help=command.line, help_epilogue=f"Example:\n  {command.example}"
+            target, name=name, help=command.line, help_epilogue=epilogue, group=panel, sort_key=sort_key
         )
     return app
+
+
+def _explain_in_full(app: App, words: Sequence[str]) -> None:
+    """Put a command's whole docstring on its own page; the overview, which imports no command, has one line of each."""
+    known = {command.name for command in COMMANDS}
+    name = next((name for name in (" ".join(words[:2]), words[0]) if name in known), None)
+    if name is None:
+        return
+    for word in name.split():
+        app = app[word]
+    text = (inspect.getdoc(app.default_command) or "").partition("\n\nParameters\n")[0]
+    app.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
 def _read_version() -> str:
@@ -312,7 +353,10 @@ def _call(argv: Sequence[str]) -> object:
     if not argv:
         return _tell_next_steps()
     words = ["config", "show"] if list(argv) == ["config"] else list(argv)
-    command, bound, _ = build_app().parse_args(words, exit_on_error=False, print_error=False, help_on_error=False)
+    app = build_app()
+    if {"--help", "-h"} & set(words):
+        _explain_in_full(app, words)
+    command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False, help_on_error=False)
     _end_start()
     return command(*bound.args, **bound.kwargs)
 

@@ -41,7 +41,11 @@ def info(*, json: Json = False) -> int:
         lines.append(f"  memory    {machine['memory'] / 2**30:.1f} GiB")
     lines.append(f"  kernels   {describe_kernels()}, for the export's quantization")
     lines.append(f"  home      {home}")
-    lines += ["settings", *(f"  {key} = {row['value']} ({row['source']})" for key, row in changed.items())]
+    lines += [
+        "settings",
+        *([] if changed else ["  all at their defaults"]),
+        *(f"  {key} = {row['value']} ({row['source']})" for key, row in changed.items()),
+    ]
     lines.append("rails")
     lines += [f"  {s.name:<9} {'usable' if s.probe.usable else 'unusable'}: {s.probe.why}" for s in statuses]
     lines.append("versions")
