@@ -237,6 +237,22 @@ def test_the_disk_filling_up_while_writing(lora, monkeypatch):
     expect(DiskFullError, "no room left", lora)
 
 
+@pytest.mark.parametrize("format", ["gguf", "merged"])
+def test_a_disk_that_does_not_take_what_was_written_before(lora, monkeypatch, format):
+    """Older parts are on their way to the disk while newer ones are computed."""
+    import errno
+
+    from bp_export import behind
+
+    def fail(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(behind, "_FLUSH_BYTES", 1000)
+    export_adapter(lora, format=format)  # a real disk takes it
+    monkeypatch.setattr(behind, "_flush", fail)
+    expect(DiskFullError, "no room left", lora, format=format, force=True)
+
+
 def test_what_stands_at_the_output_is_not_replaced(tmp_path, lora):
     keep = tmp_path / "keep"
     keep.mkdir()

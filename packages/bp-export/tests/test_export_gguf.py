@@ -10,6 +10,7 @@ from export_pico import export_adapter, write_base, write_lora
 from bp_export import QUANTIZATIONS, describe_kernels, read_settings
 from bp_export.errors import ImportanceInvalidError
 from bp_merge import FoldedModel, TensorReader, decode, load_adapter, read_model_index
+from bp_runs.files import sha256_file
 
 CASES = {
     "narrow": {"hidden": 64, "inner": 128},
@@ -168,6 +169,11 @@ def test_threads_and_chunks_change_no_byte(tmp_path, monkeypatch):
     one = export_adapter(lora, output=tmp_path / "a.gguf", threads=1)
     monkeypatch.setattr("bp_export.stream.CHUNK_WEIGHTS", 1000)
     assert export_adapter(lora, output=tmp_path / "b.gguf", threads=3).sha256 == one.sha256
+    assert one.sha256 == sha256_file(one.path) == sha256_file(tmp_path / "b.gguf")
+    whole = export_adapter(lora, format="merged", output=tmp_path / "c", threads=1)
+    monkeypatch.setattr("bp_export.merged.CHUNK_WEIGHTS", 1000)
+    parts = export_adapter(lora, format="merged", output=tmp_path / "d", threads=3)
+    assert whole.sha256 == parts.sha256 == sha256_file(tmp_path / "d" / "model.safetensors")
 
 
 def test_a_sharded_base_gives_the_same_tensors(tmp_path):

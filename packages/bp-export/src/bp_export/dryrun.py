@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Collection
@@ -13,7 +12,7 @@ import numpy as np
 
 from bp_export.plan import GgufPlan
 from bp_export.quantize import TensorType, quantize_rows
-from bp_export.stream import MOST_THREADS
+from bp_export.stream import count_threads
 
 _TRIAL_SHAPE = (32, 2048)
 
@@ -55,8 +54,8 @@ def build_export_plan(plan: GgufPlan, path: Path, *, changed: Collection[str], t
     tensors = tuple(
         PlannedTensor(t.name, t.source, t.kind.name, t.shape, t.bytes, t.source in changed) for t in plan.tensors
     )
-    cores = threads or min(os.cpu_count() or 1, MOST_THREADS)
-    return ExportPlan(path, tensors, plan.data_bytes, shutil.disk_usage(existing).free, work / cores)
+    free, cores = shutil.disk_usage(existing).free, count_threads(threads)
+    return ExportPlan(path, tensors, plan.data_bytes, free, work / cores)
 
 
 def _measure(kind: TensorType) -> float:

@@ -144,7 +144,9 @@ def export_adapter(
         if format == "merged":
             target = output or adapter.parent / f"{source.name}-merged"
             require_free_folder(target, force=force, sources=source.folders)
-            size, sha256 = write_merged(model, source.base, source.tokenizer, target, progress=progress)
+            size, sha256 = write_merged(
+                model, source.base, source.tokenizer, target, progress=progress, threads=threads
+            )
             seconds = time.monotonic() - begun
             return ExportOutcome(target, format, None, size, len(model.tensors), seconds, sha256)
         if format in ("gguf-adapter", "ollama-adapter"):

@@ -7,7 +7,6 @@ data, which gguf-py can only take a whole tensor at a time. The format: ggml's d
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import struct
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from typing import IO, Any, Self
 import numpy as np
 from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter, Keys
 
+from bp_export.behind import Behind
 from bp_export.errors import ChatFailedError
 from bp_export.quantize import TensorType
 from bp_runs.files import coded_disk_errors, fsync_folder, rename
@@ -57,8 +57,8 @@ class GgufStream:
         self._path = path
         self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         self._writer = writer
-        self._digest = hashlib.sha256()
         self._file: IO[bytes] | None = None
+        self._behind: Behind | None = None
         self._bytes = 0
 
     def __enter__(self) -> Self:
@@ -74,6 +74,8 @@ class GgufStream:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._behind is not None:
+            self._behind.close()
         if self._file is not None:
             # On a full disk even the close fails, and the file is thrown away in any case.
             with contextlib.suppress(OSError):
@@ -89,15 +91,16 @@ class GgufStream:
 
     def publish(self) -> tuple[int, str]:
         """Make the file durable and put it in its place; returns its bytes and hex SHA-256."""
-        if self._file is None:
+        if self._file is None or self._behind is None:
             raise RuntimeError("the stream is not open")
         with coded_disk_errors(self._path):
+            digest = self._behind.finish()
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
             rename(self._partial, self._path)
             fsync_folder(self._path.parent)
-        return self._bytes, self._digest.hexdigest()
+        return self._bytes, digest
 
     def _write_header(self) -> None:
         writer = self._writer
@@ -106,17 +109,18 @@ class GgufStream:
         writer.write_ti_data_to_file()
         writer.close()
         header = self._partial.read_bytes()
-        self._digest.update(header)
         self._bytes = len(header)
         self._file = self._partial.open("ab")
+        self._behind = Behind(self._file)
+        self._behind.add(header)
         self._append(bytes(align(self._bytes) - self._bytes))
 
     def _append(self, part: memoryview | bytes) -> None:
-        if self._file is None:
+        if self._file is None or self._behind is None:
             raise RuntimeError("the stream is not open")
         with coded_disk_errors(self._path):
             self._file.write(part)
-        self._digest.update(part)
+            self._behind.add(part)
         self._bytes += len(part)
 
 

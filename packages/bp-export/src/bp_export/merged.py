@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
+from bp_export.behind import Behind
 from bp_export.outputs import MARK_FILE, write_mark
 from bp_export.plan import grow_vocabulary, read_config
+from bp_export.stream import CHUNK_WEIGHTS, compute_in_order, count_parts, count_threads
 from bp_merge import FoldedModel, TensorInfo, build_header, encode, read_index
 from bp_runs.adapter import TOKENIZER_FILES, AdapterFolder
 from bp_runs.files import publish_folder, publish_json, require_folder, require_free_space, sha256_file
 
 SHARD_BYTES = 5 * 10**9
-CHUNK_WEIGHTS = 2**19
 _SPARE_BYTES = 64 * 2**20
 
 _MODEL_FILES = ("config.json", "generation_config.json")
@@ -27,6 +32,7 @@ def write_merged(
     output: Path,
     *,
     progress: Callable[[int, int], None] | None = None,
+    threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> tuple[int, str]:
     """Write the model with its adapter as a Hugging Face folder, a few rows at a time.
@@ -39,6 +45,7 @@ def write_merged(
         tokenizer: The folder whose tokenizer goes along.
         output: The folder to make; it appears there only when it is whole.
         progress: Called with bytes done and bytes in all.
+        threads: As `bp_export.stream.write_gguf`.
         shard_bytes: Weights a file; a model with more gets shards and an index.
 
     Returns:
@@ -51,16 +58,16 @@ def write_merged(
     total = sum(info.bytes for info in model.tensors.values())
     require_folder(output.parent)
     require_free_space(output.parent, total + _SPARE_BYTES, "the merged model")
-    done = 0
+    digests, done = {}, 0
     with publish_folder(output) as folder:
-        for file_name, infos in shards.items():
-            with (folder / file_name).open("wb") as file:
-                file.write(build_header({n: (i.dtype, i.shape) for n, i in infos.items()}, {"format": "pt"}))
-                for part in (part for info in infos.values() for part in _encode_tensor(model, info)):
-                    file.write(part)
-                    done += len(part)
-                    if progress is not None:
-                        progress(done, total)
+        with ExitStack() as stack:
+            pool = stack.enter_context(ThreadPoolExecutor(count_threads(threads), "bp-export"))
+            calls = _list_chunks(model, shards.values())
+            chunks = stack.enter_context(closing(compute_in_order(calls, pool, count_threads(threads))))
+            for file_name, infos in shards.items():
+                own = islice(chunks, sum(len(_cut_rows(info)) for info in infos.values()))
+                digests[file_name] = _write_shard(folder / file_name, infos, count_parts(own, done, total, progress))
+                done += sum(info.bytes for info in infos.values())
         if len(shards) > 1:
             weight_map = {name: file_name for file_name, infos in shards.items() for name in infos}
             publish_json(folder / _INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -72,8 +79,34 @@ def write_merged(
             publish_json(folder / "config.json", grown)
         _copy_files(tokenizer, folder, TOKENIZER_FILES)
         write_mark(folder, "merged")
-    main = output / (_INDEX_FILE if len(shards) > 1 else next(iter(shards)))
-    return sum(file.stat().st_size for file in output.iterdir()), sha256_file(main)
+    size = sum(file.stat().st_size for file in output.iterdir())
+    return size, sha256_file(output / _INDEX_FILE) if len(shards) > 1 else digests[next(iter(shards))]
+
+
+def _write_shard(path: Path, infos: Mapping[str, TensorInfo], chunks: Iterator[memoryview]) -> str:
+    """Write one file; returns its SHA-256."""
+    header = build_header({n: (i.dtype, i.shape) for n, i in infos.items()}, {"format": "pt"})
+    parts: Iterator[bytes | memoryview] = chain([header], chunks)
+    with path.open("wb") as file, closing(Behind(file)) as behind:
+        for part in parts:
+            file.write(part)
+            behind.add(part)
+        return behind.finish()
+
+
+def _list_chunks(model: FoldedModel, shards: Iterable[Mapping[str, TensorInfo]]) -> Iterator[Callable[[], memoryview]]:
+    for info in (info for infos in shards for info in infos.values()):
+        for start, stop in _cut_rows(info):
+            yield partial(_encode_rows, model, info, start, stop)
+
+
+def _encode_rows(model: FoldedModel, info: TensorInfo, start: int, stop: int) -> memoryview:
+    return encode(model.read_rows(info.name, start, stop), info.dtype)
+
+
+def _cut_rows(info: TensorInfo) -> list[tuple[int, int]]:
+    step = max(1, CHUNK_WEIGHTS // max(1, info.columns))
+    return [(start, min(start + step, info.rows)) for start in range(0, info.rows, step)]
 
 
 def copy_adapter(adapter: AdapterFolder, output: Path) -> tuple[int, int, str]:
@@ -111,12 +144,6 @@ def cut_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str,
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _encode_tensor(model: FoldedModel, info: TensorInfo) -> Iterator[memoryview]:
-    step = max(1, CHUNK_WEIGHTS // max(1, info.columns))
-    for start in range(0, info.rows, step):
-        yield encode(model.read_rows(info.name, start, min(start + step, info.rows)), info.dtype)
 
 
 def _copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:

@@ -1,23 +1,25 @@
 """The one pass: read a few rows of the base, add the adapter, round, quantize, append; then the next rows.
 
-Chunks are computed by a few threads, a few ahead of the writing, and written in order: products and quantizers let
-go of the interpreter. Memory stays near ``threads + 1`` chunks and the adapter.
+Chunks are computed by a few threads, a few ahead of the writing and from one tensor to the next, and written in order:
+products and quantizers let go of the interpreter. Memory stays near a few chunks more than threads, and the adapter.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 from gguf import GGUFWriter, Keys
 
 from bp_export.gguf import GgufStream, name_split
 from bp_export.plan import GgufPlan, TensorPlan
-from bp_export.quantize import choose_engine, is_finite, quantize_rows
+from bp_export.quantize import TensorType, choose_engine, is_finite, quantize_rows
 from bp_merge import Floats, FoldedModel, TensorsInvalidError
 
 CHUNK_WEIGHTS = 2**19
@@ -109,41 +111,34 @@ def write_parts(
     """Write files with their tensors, and publish them when all are written."""
     for tensor in plan.tensors:
         choose_engine(tensor.kind, is_weighted=tensor.name in plan.importance)
-    count = threads or min(os.cpu_count() or 1, MOST_THREADS)
+    count = count_threads(threads)
     total, done = plan.data_bytes, 0
-    extra = plan.architecture.build_extra_tensors()
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(count, "bp-export"))
+        chunks = stack.enter_context(closing(compute_in_order(_list_chunks(plan, model), pool, count)))
         streams = []
         for path, writer, tensors in parts:
             streams.append(stack.enter_context(GgufStream(path, writer)))
             for tensor in tensors:
-                data = (
-                    _compute_parts(tensor, plan.importance.get(tensor.name), model, pool, count)
-                    if tensor.source is not None
-                    else iter([quantize_rows(extra[tensor.name].reshape(1, -1), tensor.kind).data])
-                )
-                streams[-1].write_tensor(_count_parts(data, done, total, progress))
+                own = islice(chunks, len(cut_rows(tensor)))
+                streams[-1].write_tensor(count_parts(own, done, total, progress))
                 done += tensor.bytes
         return [stream.publish() for stream in streams]
 
 
-def _count_parts(parts: Iterator[memoryview], done: int, total: int, progress: Progress | None) -> Iterator[memoryview]:
-    for part in parts:
-        yield part
-        done += len(part)
-        if progress is not None:
-            progress(done, total)
+def count_threads(asked: int | None) -> int:
+    """Threads that compute: as asked, or the machine's cores, at most 8."""
+    return asked or min(os.cpu_count() or 1, MOST_THREADS)
 
 
-def _compute_parts(
-    tensor: TensorPlan, weights: Floats | None, model: FoldedModel, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[memoryview]:
-    """The tensor's bytes chunk by chunk, in order, with ``ahead`` chunks under way."""
+def compute_in_order(
+    calls: Iterable[Callable[[], memoryview]], pool: ThreadPoolExecutor, ahead: int
+) -> Generator[memoryview]:
+    """What the calls return, in their order, with ``ahead`` of them under way while one is used."""
     waiting: deque[Future[memoryview]] = deque()
     try:
-        for start, stop in cut_rows(tensor):
-            waiting.append(pool.submit(_compute_chunk, tensor, weights, model, start, stop))
+        for call in calls:
+            waiting.append(pool.submit(call))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -153,12 +148,38 @@ def _compute_parts(
             future.cancel()
 
 
-def cut_rows(tensor: TensorPlan) -> Iterator[tuple[int, int]]:
+def _list_chunks(plan: GgufPlan, model: FoldedModel) -> Iterator[Callable[[], memoryview]]:
+    """The file's data, chunk by chunk."""
+    extra = plan.architecture.build_extra_tensors()
+    for tensor in plan.tensors:
+        weights = plan.importance.get(tensor.name)
+        for start, stop in cut_rows(tensor):
+            if tensor.source is None:
+                yield partial(_quantize_vector, extra[tensor.name], tensor.kind)
+            else:
+                yield partial(_compute_chunk, tensor, weights, model, start, stop)
+
+
+def count_parts(parts: Iterator[memoryview], done: int, total: int, progress: Progress | None) -> Iterator[memoryview]:
+    """The parts, each told to ``progress`` when the next one is asked for, beginning with ``done`` bytes."""
+    for part in parts:
+        yield part
+        done += len(part)
+        if progress is not None:
+            progress(done, total)
+
+
+def cut_rows(tensor: TensorPlan) -> list[tuple[int, int]]:
     """Ranges of rows of about half a million weights, never cutting through a unit whose rows change places."""
+    if tensor.source is None:
+        return [(0, tensor.rows)]
     unit = tensor.change.unit
     step = max(1, CHUNK_WEIGHTS // (tensor.shape[-1] * unit)) * unit
-    for start in range(0, tensor.rows, step):
-        yield start, min(start + step, tensor.rows)
+    return [(start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step)]
+
+
+def _quantize_vector(values: Floats, kind: TensorType) -> memoryview:
+    return quantize_rows(values.reshape(1, -1), kind).data
 
 
 def _compute_chunk(tensor: TensorPlan, weights: Floats | None, model: FoldedModel, start: int, stop: int) -> memoryview:

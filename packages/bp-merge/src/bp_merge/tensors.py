@@ -12,8 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -40,6 +41,7 @@ _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
 _LARGEST_HEADER = 100 * 2**20
 _ITEM_BYTES: Mapping[str, int] = MappingProxyType({"BF16": 2, "F16": 2, "F32": 4})
+_HAS_PREAD = hasattr(os, "preadv")  # not on Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,24 +240,28 @@ class TensorReader:
     def _read_bytes(self, path: Path, name: str, offset: int, length: int) -> Raw:
         raw = np.empty(length, np.uint8)
         try:
-            # One lock around seek and read, since pread does not exist on Windows.
-            with self._lock:
-                file = self._files.get(path)
-                if file is None:
-                    file = self._files[path] = path.open("rb", buffering=0)
-                file.seek(offset)
-                done = _read_into(file, raw)
+            done = self._fill(path, offset, raw)
         except OSError as error:
             raise TensorsInvalidError(f"{path} cannot be read", cause=str(error)) from error
         if done != length:
             raise TensorsInvalidError(f"{path} ended inside {name}")
         return raw
 
+    def _fill(self, path: Path, offset: int, raw: Raw) -> int:
+        """Read into ``raw``; returns how many bytes there were. Threads read at once where the system can do that."""
+        with self._lock:
+            file = self._files.get(path)
+            if file is None:
+                file = self._files[path] = path.open("rb", buffering=0)
+            if not _HAS_PREAD:
+                file.seek(offset)
+                return _fill_by(file.readinto, raw)
+        return _fill_by(lambda part: os.preadv(file.fileno(), [part], offset + raw.size - len(part)), raw)
 
-def _read_into(file: FileIO, raw: Raw) -> int:
-    """Fill ``raw`` from the file; returns how many bytes there were."""
+
+def _fill_by(read: Callable[[memoryview], int | None], raw: Raw) -> int:
     done = 0
-    while done < raw.size and (count := file.readinto(raw[done:].data)):
+    while done < raw.size and (count := read(raw[done:].data)):
         done += count
     return done
 
