@@ -269,6 +269,24 @@ class RunFolders:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """A process's place among those that train a run together; made from what their launcher said."""
+
+    rank: int
+    """From 0; the process of rank 0 records the run and speaks to the user."""
+    count: int
+    sharded: bool = False
+    """Whether weights, gradients and moments are parted among the ranks (FSDP2); else each holds all of them (DDP)."""
+    address: str
+    port: int
+    """Where the ranks meet: a key-value store over TCP."""
+    is_hosted: bool
+    """Whether the launcher keeps that store; else rank 0 does."""
+    attempt: int = 0
+    """Times that the launcher has started the ranks anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """All that a user can set, by group."""
 
@@ -303,6 +321,8 @@ class TrainSpec(Settings):
     """Local file or folder of ``data.path``, which may name a data set of the Hub; None: ``data.path`` is it."""
     rows_commit: str | None = None
     """The Hub commit that ``rows`` hold; None for files of the user's."""
+    ranks: Ranks | None = None
+    """This process's place among several that train together; None: it trains alone."""
 
     @property
     def rows_path(self) -> Path:
@@ -321,6 +341,7 @@ class TrainSpec(Settings):
         checkpoint: Path | None = None,
         rows: Path | None = None,
         rows_commit: str | None = None,
+        ranks: Ranks | None = None,
     ) -> TrainSpec:
         """Join the settings with where things are."""
         groups = {f.name: getattr(settings, f.name) for f in fields(Settings)}
@@ -333,4 +354,5 @@ class TrainSpec(Settings):
             checkpoint=checkpoint,
             rows=rows,
             rows_commit=rows_commit,
+            ranks=ranks,
         )
