@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from bp_train_cuda.lora import trainable_weights
@@ -67,11 +67,13 @@ def own_share(weight: torch.Tensor) -> torch.Tensor:
 
 def own_weights(model: Any) -> dict[str, torch.Tensor]:
     """As `bp_train_cuda.lora.trainable_weights`, this rank's shares."""
+    _part_again(model)
     return {name: own_share(weight) for name, weight in trainable_weights(model).items()}
 
 
 def join_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """All weights whole, in ``dtype`` on the CPU; all ranks must call it, and only rank 0 keeps what is joined."""
+    _part_again(model)
     keeps, found = dist.get_rank() == 0, {}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # tied ones are joined once
     buffers = {name: buffer for name, buffer in model.state_dict().items() if name not in names}
@@ -80,6 +82,13 @@ def join_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if keeps:
             found[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
     return found
+
+
+def _part_again(model: Any) -> None:
+    """A forward pass without gradients leaves what is outside the layers whole, and its shares out of sight."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def join_norm(norm: Any) -> Any:

@@ -107,6 +107,7 @@ class Together(Team):
             self._notes.append(event)
 
     def take_notes(self) -> list[Event]:
+        """As `Team.take_notes`."""
         found, self._notes = self._notes, []
         return found
 
@@ -140,6 +141,7 @@ class Together(Team):
             threading.Thread(target=self._watch, daemon=True).start()
 
     def gather(self, mine: Any) -> list[Any]:
+        """As `Team.gather`."""
         number, self._meetings = self._meetings, self._meetings + 1
         keys = [f"{number}/{rank}" for rank in range(self.count)]
         with _told_lost_store():
@@ -151,12 +153,15 @@ class Together(Team):
         return [pickle.loads(said) for said in found]  # noqa: S301  # from processes of the same launch
 
     def total(self, values: Sequence[float]) -> list[float]:
+        """As `Team.total`."""
         return [sum(column) for column in zip(*self.gather([float(value) for value in values]), strict=True)]
 
     def any(self, mine: bool) -> bool:
+        """As `Team.any`."""
         return any(self.gather(mine))
 
     def try_all(self, action: Callable[[], None]) -> CodedError | None:
+        """As `Team.try_all`."""
         failed: CodedError | None = None
         try:
             action()
@@ -168,6 +173,7 @@ class Together(Team):
         return next((_unpack(rank, said) for rank, said in enumerate(found) if said), None)
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], emit: Emit) -> None:
+        """As `Team.sum_gradients`."""
         buffer = try_again(lambda: self._open_buffer(parameters), "adding gradients up", emit)
         held = self.gather(bytes(parameter.grad is not None for parameter in parameters))
         for parameter, has in zip(parameters, zip(*held, strict=True), strict=True):
@@ -196,10 +202,12 @@ class Together(Team):
             gradient.copy_(part.view_as(gradient))
 
     def sum_tensor(self, tensor: torch.Tensor) -> None:
+        """As `Team.sum_tensor`."""
         self.gather(None)
         dist.all_reduce(tensor)
 
     def copy_weights(self, weights: Sequence[torch.Tensor]) -> None:
+        """As `Team.copy_weights`."""
         self.gather(None)
         for weight in weights:
             dist.broadcast(weight, src=0)
