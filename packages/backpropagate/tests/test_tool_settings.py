@@ -84,6 +84,7 @@ OTHERS = {
     "multirun.replay_share": 0.25,
     "multirun.replay": "recent",
     "multirun.heldout": 0.5,
+    "multirun.metric": "f1",
     "multirun.eval_gate": True,
     "multirun.max_regression": 0.5,
     "multirun.patience": 2,

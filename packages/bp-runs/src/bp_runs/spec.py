@@ -235,6 +235,10 @@ class MultiRunSpec:
         "random", "Rows that are replayed: of the run before, of any earlier one, or as many of every earlier one."
     )
     heldout: float = setting(0.1, "Share of each run's rows that only measure what is forgotten; 0: none.")
+    metric: Literal["none", "exact", "f1", "contains"] = setting(
+        "none",
+        "Beside the loss, how good answers to held-out rows are: equal to the row's, words in common, or holding it.",
+    )
     eval_gate: bool = setting(False, "Leave out a run whose merge makes the held-out loss worse.")
     max_regression: float = setting(0.0, "How much worse, in nats, the gate lets the mean held-out loss become.")
     patience: int = setting(0, "End after so many runs in a row without a lower mean held-out loss; 0: never.")
