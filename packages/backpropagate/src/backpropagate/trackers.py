@@ -255,12 +255,13 @@ class _Follower:
         try:
             yield
         except Exception as error:  # noqa: BLE001  # an edge: a tracker may raise anything, and must not cost a run
-            message = f"the tracker {self._name} failed and is told no more; the run goes on"
+            reason = first_line(error)
+            message = f"the tracker {self._name} failed and is told no more, the run goes on: {reason}"
             _log.warning(message, exc_info=True, extra={"told": True})
             if self._has_failed:
                 return
             self._has_failed = True
-            tell(Notice(message=message, level="warning", details={"tracker": self._name, "reason": first_line(error)}))
+            tell(Notice(message=message, level="warning", details={"tracker": self._name, "reason": reason}))
 
 
 def describe_run(run_id: str, name: str | None, settings: Mapping[str, Any], **where: Any) -> Tracked:

@@ -63,6 +63,8 @@ def pad_rows(pad_id: int) -> Callable[[Sequence[Item]], Batch]:
             for name, fill in fills.items():
                 filled = torch.full((width,), fill)
                 filled[: len(found[name])] = torch.tensor(list(found[name]))
+                if name == "labels":
+                    filled[0] = IGNORED  # nothing predicts the first token; older transformers would count it
                 columns[name].append(filled)
         return {name: torch.stack(values) for name, values in columns.items()}
 
