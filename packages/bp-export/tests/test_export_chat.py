@@ -168,6 +168,11 @@ def test_what_cannot_be_talked_to(made, tmp_path):
     (tmp_path / "text.gguf").write_text("no model")
     with pytest.raises(ChatFailedError), open_talk(tmp_path / "text.gguf"):
         pass
+    for format in ("gguf-adapter", "ollama-adapter", "mlx"):
+        alone = export_adapter(made["lora"], format=format, output=tmp_path / format, ollama_base="pico").path
+        with pytest.raises(ChatTargetError, match=r"is an adapter") as told, open_talk(alone):
+            pass
+        assert "./output/lora" in told.value.way_out
     with open_talk(made["gguf"], context=256) as talk, pytest.raises(ChatFailedError) as caught:
         list(ask_once(talk, "the cat " * 400, SHORT))
     assert "--context" in caught.value.way_out

@@ -18,7 +18,7 @@ from bp_export.errors import (
 )
 from bp_merge import AdapterMismatchError, TensorsInvalidError
 from bp_runs.adapter import write_manifest
-from bp_runs.errors import AdapterInvalidError, DiskFullError
+from bp_runs.errors import AdapterInvalidError, DiskFullError, InvalidSettingError
 from bp_runs.fingerprint import fingerprint_base
 from bp_runs.rail import TrainOutcome
 from bp_runs.store import RunStore
@@ -105,6 +105,16 @@ def test_unknown_pre_tokenizer(base, lora):
 def test_unknown_words(lora):
     expect(QuantizationUnknownError, "q4_x", lora, quantization="q4_x")
     expect(QuantizationUnknownError, "onnx", lora, format="onnx")
+
+
+@pytest.mark.parametrize("format", ["merged", "lora", "mlx", "gguf-adapter", "ollama-adapter"])
+def test_what_only_a_gguf_can_have_is_not_left_out_without_a_word(lora, format):
+    for word, asked in (
+        ("imatrix", {"importance": lora / "x"}),
+        ("split-mib", {"split_bytes": 9}),
+        ("pre", {"pre": "x"}),
+    ):
+        expect(InvalidSettingError, f"--{word} is for --format gguf", lora, format=format, **asked)
 
 
 @pytest.mark.parametrize(

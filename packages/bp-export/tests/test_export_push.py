@@ -321,7 +321,9 @@ def test_names_that_the_hub_does_not_take_are_refused_at_once(hub, trained, repo
 
 def test_what_is_nothing_is_not_pushed(hub, tmp_path):
     (tmp_path / "x.gguf").write_text("text")
-    for source in (tmp_path, tmp_path / "none", tmp_path / "x.gguf"):
+    lora = write_lora(tmp_path / "lora", write_base(tmp_path / "base"))
+    mlx = export_adapter(lora, format="mlx").path
+    for source in (tmp_path, tmp_path / "none", tmp_path / "x.gguf", mlx):
         with pytest.raises(PushSourceError):
             push(source, "me/pico", token=TOKEN)
     assert hub.calls == []

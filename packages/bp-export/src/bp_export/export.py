@@ -36,6 +36,7 @@ from bp_export.stream import cut_plan, write_gguf, write_split
 from bp_export.vocab import TOKENIZER_FILE, read_vocabulary
 from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter, load_adapter, open_model
 from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, is_other_base, read_adapter_folder
+from bp_runs.errors import InvalidSettingError
 from bp_runs.files import require_folder, require_free_space
 
 Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
@@ -131,6 +132,7 @@ def export_adapter(
     begun = time.monotonic()
     if format not in get_args(Format):
         raise QuantizationUnknownError(f"there is no format {format!r}; there are {', '.join(get_args(Format))}")
+    _require_use(format, {"--imatrix": importance, "--split-mib": split_bytes, "--pre": pre})
     if format in ("lora", "mlx"):
         return _export_folder(adapter, format, output, name, force=force, begun=begun)
     asked = read_quantization(quantization)
@@ -231,6 +233,14 @@ def find_own_type(folder: Path, base: Path | None = None, *, dequantize: bool = 
     source = _read_source(folder, base, None, dequantize=dequantize)
     tensors = open_model(source.base, dequantize=dequantize).tensors.values()
     return max(tensors, key=lambda info: info.bytes).dtype.lower()
+
+
+def _require_use(format: Format, asked: Mapping[str, object]) -> None:
+    """Refuse what only a GGUF of a whole model can have, instead of leaving it out without a word."""
+    if format != "gguf" and (unused := [flag for flag, value in asked.items() if value is not None]):
+        raise InvalidSettingError(
+            f"{unused[0]} is for --format gguf, and this is {format}", way_out=f"Leave out {unused[0]}."
+        )
 
 
 def _plan(

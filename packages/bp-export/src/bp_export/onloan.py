@@ -9,7 +9,11 @@ from pathlib import Path
 
 from bp_export.errors import ChatTargetError
 from bp_export.export import export_adapter, find_own_type
+from bp_export.gguf import read_settings
+from bp_export.outputs import read_format
 from bp_export.serving import require_installed
+
+_WHOLE = "Name the adapter's own folder, such as ./output/lora; base and adapter are put together for that."
 
 
 @contextlib.contextmanager
@@ -32,13 +36,18 @@ def open_gguf(
 
     Raises:
         LlamaCppMissingError: llama.cpp is not installed, so that nothing could run it.
-        ChatTargetError: There is nothing of that name.
+        ChatTargetError: There is nothing of that name, or an adapter in a form for others.
+        ChatFailedError: It is a file, and no GGUF.
         CodedError: As `bp_export.export_adapter`.
     """
     require_installed()
     if target.is_file():
+        if read_settings(target).get("general.type") == "adapter":
+            raise ChatTargetError(f"{target} is an adapter and not a model", way_out=_WHOLE)
         yield target
         return
+    if (format := read_format(target)) in ("mlx", "ollama-adapter"):
+        raise ChatTargetError(f"{target} is an adapter in the form of {format}", way_out=_WHOLE)
     if not target.is_dir():
         raise ChatTargetError(f"there is no file or folder {target}")
     with tempfile.TemporaryDirectory(prefix="bp-export-") as scratch:

@@ -45,19 +45,25 @@ def require_free_folder(path: Path, *, force: bool, sources: Sequence[Path]) -> 
         raise OutputTakenError(f"{path} holds what is to be exported", way_out="Name another folder: --output ./other")
     if not force:
         raise OutputTakenError(f"{path} exists and is not empty")
-    written = _read_mark(path)
-    if written is None and not _is_recorded(path):
+    mark = _read_mark(path)
+    if mark is None and not _is_recorded(path):
         raise OutputTakenError(f"{path} is no export's folder", way_out=_ELSEWHERE)
     there = {entry.name for entry in path.iterdir()} - _LITTER - {MARK_FILE}
-    if written is not None and (added := sorted(there - written)):
+    if mark is not None and (added := sorted(there - mark[1])):
         raise OutputTakenError(f"{path} holds {added[0]}, which no export wrote", way_out=_ELSEWHERE)
 
 
-def _read_mark(folder: Path) -> set[str] | None:
-    """Names of what an export wrote there; None where none did."""
+def read_format(folder: Path) -> str | None:
+    """The format of the export that wrote the folder; None where none did, or one before there were marks."""
+    mark = _read_mark(folder)
+    return mark[0] if mark else None
+
+
+def _read_mark(folder: Path) -> tuple[str, set[str]] | None:
+    """The format, and the names of what an export wrote there; None where none did."""
     try:
         mark = json.loads((folder / MARK_FILE).read_bytes())
-        return {str(name) for name in mark["files"]} if mark["schema"] == MARK_SCHEMA else None
+        return (str(mark["format"]), set(map(str, mark["files"]))) if mark["schema"] == MARK_SCHEMA else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

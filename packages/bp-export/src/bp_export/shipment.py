@@ -16,6 +16,7 @@ from typing import Any
 from bp_export.card import Kind
 from bp_export.errors import PushSourceError
 from bp_export.gguf import MAGIC, read_settings
+from bp_export.outputs import read_format
 from bp_export.places import hide_homes, hide_places, is_place, tell_model
 from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILES, WEIGHTS_FILE, read_adapter_folder
 from bp_runs.redact import redact
@@ -26,6 +27,7 @@ _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # A token in a text of prose or of a vocabulary is none: only settings are searched.
 # The manifest comes last, since it holds the others' hashes.
 _SEARCHED = (CONFIG_FILE, "config.json", "generation_config.json", "tokenizer_config.json", MANIFEST_FILE)
+_ITS_OWN = "Push the adapter's own folder: backprop push ./output/lora --repo me/my-model"
 _SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
@@ -115,6 +117,8 @@ def _require_no_place(file: Path) -> None:
 def _gather(source: Path) -> Shipment:
     if source.is_file():
         return Shipment("gguf", {path.name: path for path in _find_parts(source)})
+    if (format := read_format(source)) in ("mlx", "ollama-adapter"):
+        raise PushSourceError(f"{source} is an adapter in the form of {format}", way_out=_ITS_OWN)
     if (source / CONFIG_FILE).is_file():
         read_adapter_folder(source)
         return Shipment("adapter", _pick(source, (*_ADAPTER_FILES, *TOKENIZER_FILES, *_LICENSES)))
