@@ -53,6 +53,7 @@ def test_each_line_of_a_real_run_as_json_lines(train, capsys):
     assert [line["step"] for line in lines if line.get("event") == "step"] == [1, 2, 3, 4, 5, 6]
     assert {"data", "model", "eval", "checkpoint", "adapter", "sample"} <= {line.get("event") for line in lines}
     assert lines[-1]["message"] == "the run ends"
+    assert {line["level"] for line in lines} == {"DEBUG", "INFO"}, "a notice's own level takes no line's place"
 
 
 def test_each_line_of_a_real_run_on_the_console(train, capsys):

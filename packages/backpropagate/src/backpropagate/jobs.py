@@ -116,10 +116,11 @@ class Queue:
     def remove_ended(self) -> int:
         """Take out all jobs that are done, failed, stopped or lost; returns how many."""
         with self._edit() as jobs:
-            kept = [job for job in jobs if job.state in ("waiting", "running")]
-            gone = len(jobs) - len(kept)
-            jobs[:] = kept
-        return gone
+            gone = [job for job in jobs if job.state not in ("waiting", "running")]
+            jobs[:] = [job for job in jobs if job not in gone]
+            for job in gone:
+                self._lock_file(job.id).unlink(missing_ok=True)
+        return len(gone)
 
     def is_run(self) -> bool:
         """Whether some process works through the queue now."""

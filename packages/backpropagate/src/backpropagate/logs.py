@@ -24,8 +24,6 @@ _runs_going_on: list[str] = []  # of this process; a library's thread knows no c
 
 LogFormat = Literal["console", "json"]
 OUR_LOGGERS = ("backpropagate", "bp_runs", "bp_data", "bp_merge", "bp_export", "bp_train_cuda", "bp_train_mlx")
-
-
 _log = logging.getLogger("backpropagate")
 
 
@@ -61,9 +59,11 @@ def follow_run(run_id: str) -> Iterator[None]:
 
 def log_event(event: Event) -> None:
     """One line for an event of a run; steps for those who ask for DEBUG."""
+    level = logging.DEBUG if isinstance(event, StepDone) else logging.INFO
+    if not _log.isEnabledFor(level):
+        return
     data = event.to_dict()
     facts = " ".join(f"{name}={_short(value)}" for name, value in data.items() if name != "event")
-    level = logging.DEBUG if isinstance(event, StepDone) else logging.INFO
     _log.log(level, "%s: %s", event.kind, facts, extra={"data": data})
 
 
@@ -102,8 +102,9 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "run_id": _run_of(record),
             "message": redact(record.getMessage()),
-            **redact_data(getattr(record, "data", {})),
         }
+        data = redact_data(getattr(record, "data", {}))
+        line |= {name: value for name, value in data.items() if name not in line}
         if record.exc_info:
             line["traceback"] = redact(self.formatException(record.exc_info))
         return orjson.dumps(line, default=str).decode()

@@ -7,27 +7,26 @@ trainer.export("gguf", quantization="q4_k_m")
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backpropagate import catalogue, launching, offline, presets, rails, resuming, settings, stopping, system, trackers
+from backpropagate import catalogue, offline, presets, rails, resuming, settings, stopping, system, trackers
 from backpropagate.exporting import ExportResult, export_adapter, push_model
-from backpropagate.logs import follow_run, log_event
+from backpropagate.logs import follow_run
+from backpropagate.watching import Watcher
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CodedError, ContractError, InterruptedRunError, ResumeChangedError, ResumeNotFoundError
-from bp_runs.events import Emit, Event
+from bp_runs.events import Event
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, result_name
 from bp_runs.rail import Rail, TrainOutcome
 from bp_runs.record import RunRecord
-from bp_runs.spec import Ranks, Settings, TrainSpec
+from bp_runs.spec import Settings, TrainSpec
 from bp_runs.store import RunStore
 from bp_runs.writer import RunWriter
 
@@ -94,9 +93,6 @@ class Trainer:
     ) -> TrainResult:
         """Train an adapter and leave it at ``<output>/lora``.
 
-        Of several processes that torchrun or accelerate launch started, that of rank 0 comes back from here; the
-        others take part in all of its trainings and end with it.
-
         Args:
             data: The data: a file, a folder or a Hub data set; default: the setting ``data.path``.
                 With the setting ``resume`` unset, an unfinished run of the same settings goes on.
@@ -106,7 +102,6 @@ class Trainer:
         Raises:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
         """
-        _follow_or_lead()
         resolved = self._resolve({"data": data, **flags})
         self.settings = resolved.settings
         store = RunStore(self.output)
@@ -140,7 +135,6 @@ class Trainer:
             ResumeChangedError: Its data, template or model has changed; the run is left as it stood.
             CodedError: As `train`.
         """
-        _follow_or_lead()
         store = RunStore(self.output)
         record = resuming.find_record(store, run)
         if record.kind == "multi-run":
@@ -168,7 +162,6 @@ class Trainer:
         Raises:
             CodedError: As `train`; or an override that names no setting.
         """
-        _follow_or_lead()
         store = RunStore(self.output)
         record = store.load(run)
         if record.kind != "train" or any(entry["source"] == "import" for entry in record.settings.values()):
@@ -179,8 +172,7 @@ class Trainer:
         """The run that the setting ``resume`` means; None to begin a new one."""
         wanted = resolved.settings.training.resume
         if wanted is None:
-            ranks = launching.read_ranks()
-            return resuming.find_same(store, resolved, ranks.count if ranks else 1)
+            return resuming.find_same(store, resolved)
         if not wanted:
             return None
         record = resuming.find_record(store, None)
@@ -207,8 +199,7 @@ class Trainer:
         asked = resuming.pin(wanted, going_on.record if going_on else parent)
         rows = catalogue.find_rows(asked.data, os.environ, offline=system.is_offline(os.environ))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
-        ranks = launching.read_ranks()
-        launching.require_together(rail, ranks)
+        system.require_one_process(os.environ)
         followers = trackers.choose_trackers(wanted.training.report_to, os.environ)
         store.require_own_adapter(result_name(resolved.to_record()))
         base = _find_base(rail, asked)
@@ -217,7 +208,7 @@ class Trainer:
             if parent is None:
                 resolved, chosen = presets.settle_lora(resolved, rail, base.folder, machine)
                 remarks = presets.remarks(wanted.model.name, chosen)
-            writer = self._start(store, resolved, rail, parent, ranks)
+            writer = self._start(store, resolved, rail, parent)
         else:
             remarks = going_on.notices(system.installed_versions())
             writer = _reopen(store, going_on, take_over=take_over)
@@ -238,7 +229,7 @@ class Trainer:
             with (
                 follow_run(writer.run_id),
                 writer,
-                stopping.on_interrupt(pressed_once=ranks is not None) as stop,
+                stopping.on_interrupt() as stop,
                 offline.forbid_network(wanted=forbidden),
                 trackers.follow(followers, followed, watcher),
             ):
@@ -253,29 +244,25 @@ class Trainer:
                     rows=rows.path,
                     rows_commit=rows.commit,
                     checkpoint=checkpoint,
-                    ranks=ranks,
                 )
                 outcome = rail.train(spec, watcher.emit, stop)
                 adapter = _publish(store, writer.run_id, outcome)
                 record = writer.finish(outcome)
         except KeyboardInterrupt as error:
-            line = resuming.resume_line(writer.run_id, store.output, ranks.count if ranks else 1)
-            way_out = f"Go on where it stopped: {line}"
+            way_out = f"Go on where it stopped: {resuming.resume_line(writer.run_id, store.output)}"
             raise InterruptedRunError(
                 f"the run {writer.run_id} was cut off", way_out=way_out, details={"run_id": writer.run_id}
             ) from error
         self.last = TrainResult(run_id=writer.run_id, adapter=adapter, outcome=outcome, record=record)
         return self.last
 
-    def _start(
-        self, store: RunStore, resolved: settings.Resolved, rail: Rail, parent: RunRecord | None, ranks: Ranks | None
-    ) -> RunWriter:
+    def _start(self, store: RunStore, resolved: settings.Resolved, rail: Rail, parent: RunRecord | None) -> RunWriter:
         return store.start(
             settings=resolved.to_record(),
             rail=rail.name,
             command=self._command,
             versions=system.installed_versions(),
-            hardware={**system.describe_machine(), **system.describe_device(rail.probe()), **launching.describe(ranks)},
+            hardware=system.describe_machine() | system.describe_device(rail.probe()),
             parent=(parent.run_id, "replay") if parent else None,
         )
 
@@ -301,7 +288,6 @@ class Trainer:
         from backpropagate.multirun import check_settings, read_settings
 
         system.prepare_environment(os.environ)
-        launching.require_one("a multi-run")
         paths = [data] if isinstance(data, str | Path) else list(data or [])
         first = {"data": paths[0]} if paths else {}
         resolved = self._resolve({**first, **flags})
@@ -477,48 +463,6 @@ class Trainer:
     def _resolve(self, flags: dict[str, Any]) -> settings.Resolved:
         given = {name: value for name, value in flags.items() if value is not None}
         return settings.resolve({**self._flags, **given}, os.environ, Path(settings.TOML_FILE), self._defaults)
-
-
-class Watcher:
-    """Records and logs every event, then shows it; a screen that fails is dropped, and the run goes on."""
-
-    def __init__(self, record: Emit, *shows: Emit | None) -> None:
-        self._record = record
-        self._shows = [show for show in shows if show is not None]
-
-    def add(self, show: Emit) -> None:
-        """Show events to one more."""
-        self._shows.append(show)
-
-    def emit(self, event: Event) -> None:
-        """Record and show one event.
-
-        Raises:
-            CodedError: Recording failed, on a full disk for instance.
-        """
-        self._record(event)
-        log_event(event)
-        self.show(event)
-
-    def show(self, event: Event) -> None:
-        """Show one event without recording it, for when the record is closed."""
-        for show in list(self._shows):
-            try:
-                show(event)
-            except Exception:  # noqa: BLE001  # an edge: what a caller's callback or a closed terminal raises must not cost a run
-                self._shows.remove(show)
-                _log.warning("on_event failed and is not called again; the run goes on", exc_info=True)
-
-
-def _follow_or_lead() -> None:
-    """Of several processes those but rank 0 end here, when it ends; rank 0 goes on and lets them go at its end."""
-    system.prepare_environment(os.environ)
-    ranks = launching.read_ranks()
-    if ranks is not None and ranks.rank:
-        sys.exit(launching.follow(ranks))
-    if ranks is not None:
-        atexit.unregister(launching.release)
-        atexit.register(launching.release, ranks)
 
 
 def _find_sources(wanted: Settings, paths: Sequence[str | Path]) -> list[Path]:

@@ -22,22 +22,11 @@ if TYPE_CHECKING:
         Rail,
         Stop,
         TrainOutcome,
-        TrainsTogether,
         keep_base,
     )
     from bp_runs.record import RunRecord
     from bp_runs.redact import redact, redact_data
-    from bp_runs.spec import (
-        DataSpec,
-        LoraSpec,
-        ModelSpec,
-        MultiRunSpec,
-        Ranks,
-        RunFolders,
-        Settings,
-        TrainingSpec,
-        TrainSpec,
-    )
+    from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, MultiRunSpec, RunFolders, Settings, TrainingSpec, TrainSpec
     from bp_runs.store import RunStore
     from bp_runs.writer import RunWriter
 
@@ -55,7 +44,6 @@ _HOMES = {
         "Rail",
         "Stop",
         "TrainOutcome",
-        "TrainsTogether",
         "keep_base",
     ),
     "record": ("RunRecord",),
@@ -65,7 +53,6 @@ _HOMES = {
         "LoraSpec",
         "ModelSpec",
         "MultiRunSpec",
-        "Ranks",
         "RunFolders",
         "Settings",
         "TrainSpec",
@@ -93,7 +80,6 @@ __all__ = [
     "Part",
     "Probe",
     "Rail",
-    "Ranks",
     "RunFolders",
     "RunRecord",
     "RunStore",
@@ -103,7 +89,6 @@ __all__ = [
     "TrainOutcome",
     "TrainSpec",
     "TrainingSpec",
-    "TrainsTogether",
     "keep_base",
     "read_adapter_folder",
     "redact",

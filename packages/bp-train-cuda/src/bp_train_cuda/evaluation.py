@@ -13,11 +13,9 @@ from torch.utils.data import DataLoader
 from bp_data import split_rows
 from bp_runs.events import Emit, EvalDone, Notice
 from bp_runs.spec import TrainingSpec
-from bp_train_cuda.batches import fill_empty, find_longest
+from bp_train_cuda.batches import find_longest
 from bp_train_cuda.guards.oom import Batch
-from bp_train_cuda.order import RankBatches
-from bp_train_cuda.shard import own_weights
-from bp_train_cuda.team import Team
+from bp_train_cuda.lora import trainable_weights
 
 MOST_ROWS = 500
 """A validation costs time at every visit; more rows than these would tell little more."""
@@ -45,7 +43,6 @@ class Validator:
         rows: Held-out rows, as a torch data set.
         measure: As `Measure`.
         collate: Rows to tensors, padded.
-        team: The ranks that part the rows; what is measured is the same on all of them.
     """
 
     def __init__(
@@ -57,22 +54,19 @@ class Validator:
         *,
         measure: Measure,
         collate: Callable[[Any], Any],
-        team: Team,
     ) -> None:
         self._model = model
         self._spec = spec
         self._emit = emit
         self._measure_batch = measure
         self._collate = collate
-        self._team = team
         # A generator of its own: a DataLoader draws a number at each start, and training's draws must not move.
         own = torch.Generator()
-        batches = RankBatches(range(len(rows)), spec.batch_size, team.rank, team.count)
-        self._loader = DataLoader(rows, batch_sampler=batches, collate_fn=fill_empty(collate, rows), generator=own)
+        self._loader = DataLoader(rows, batch_size=spec.batch_size, collate_fn=collate, generator=own)
         self.look: Callable[[], None] = lambda: None
         """Called before each batch, when the card may have to rest."""
         self.best: dict[str, torch.Tensor] = {}
-        """The best weights so far, on the CPU; of parted ones this rank's shares."""
+        """The best weights so far, on the CPU."""
         self._since_best = 0
         self.best_loss: float | None = None
         self.best_step = 0
@@ -94,7 +88,7 @@ class Validator:
         is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if is_best:
             self.best_loss, self.best_step, self._since_best = loss, step, 0
-            self.best = {n: p.detach().cpu().clone() for n, p in own_weights(self._model).items()}
+            self.best = {n: p.detach().cpu().clone() for n, p in trainable_weights(self._model).items()}
         else:
             self._since_best += 1
         self._emit(EvalDone(step=step, loss=loss, tokens=tokens, best=is_best, metrics=metrics))
@@ -105,7 +99,7 @@ class Validator:
         if not self.best or self.best_step == last_step or self._spec.keep == "last":
             return
         with torch.no_grad():
-            for name, weight in own_weights(self._model).items():
+            for name, weight in trainable_weights(self._model).items():
                 weight.copy_(self.best[name])
         message = f"the adapter of step {self.best_step} is kept: its validation loss {self.best_loss:.4f} is the best"
         self._emit(Notice(message=message, details={"best_step": self.best_step}))
@@ -132,7 +126,7 @@ class Validator:
 
     def _measure(self, batches: Iterable[Batch]) -> tuple[float, int, dict[str, float]]:
         sums: Counter[str] = Counter()
-        tokens = 0.0
+        tokens = 0
         was_training = self._model.training
         self._model.eval()
         try:
@@ -141,17 +135,8 @@ class Validator:
                     self.look()
                     on_device = {name: value.to(self._model.device) for name, value in batch.items()}
                     sums.update(self._measure_batch(on_device))
-                    tokens += count_trained(batch)
+                    tokens += int((batch["labels"][..., 1:] >= 0).sum())
         finally:
             self._model.train(was_training)
-        names = sorted(sums)
-        *values, tokens = self._team.total([*(sums[name] for name in names), tokens])
-        sums = Counter(dict(zip(names, values, strict=True)))
         means = {name: value / max(1, sums["count"]) for name, value in sums.items() if name != "count"}
-        return means.pop("loss"), int(tokens), means
-
-
-def count_trained(batch: Batch) -> int:
-    """Tokens of a batch that carry loss, of rows that count."""
-    trained = batch["labels"][..., 1:] >= 0
-    return int(trained[batch["share"] > 0].sum() if "share" in batch else trained.sum())
+        return means.pop("loss"), tokens, means
