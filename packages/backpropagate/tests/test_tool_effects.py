@@ -390,6 +390,7 @@ EFFECTS = {
     "multirun.replay_share": lambda b: "replayed" in b.several(replay_share=0.5)[2] and "replayed" not in b.several()[2],
     "multirun.replay": lambda b: slices(b.several(replay_share=0.5, replay="recent")) != slices(b.several(replay_share=0.5, replay="all")),
     "multirun.heldout": lambda b: not b.several(heldout=0.0)[0].card.losses and b.several()[0].card.losses,
+    "multirun.metric": lambda b: b.several(metric="exact")[0].card.scores and not b.several()[0].card.scores,
     "multirun.eval_gate": lambda b: len(rising(b, eval_gate=True)[0].rejected) > 0 == len(rising(b)[0].rejected),
     "multirun.max_regression": lambda b: not rising(b, eval_gate=True, max_regression=99.0)[0].rejected,
     "multirun.patience": lambda b: "no longer improves" in rising(b, patience=1)[2],
