@@ -100,7 +100,7 @@ LABELLED = [{"prompt": f"who {i}", "completion": f"captain {i}", "label": i % 2 
         (PAIRS, {"method": "orpo"}),
         (PAIRS, {"method": "dpo"}),
         (LABELLED, {"method": "kto"}),
-        (PAIRS, {"packing": True, "use_rslora": True, "slao_qr": "preserving"}),
+        (PAIRS, {"packing": True, "use_rslora": True, "slao_qr": "preserving", "metric": "f1", "sample_tokens": 3}),
     ],
     ids=["orpo", "dpo", "kto", "packing"],
 )
@@ -112,6 +112,9 @@ def test_methods_and_settings_go_through_the_same_loop(pico_model, tmp_path, row
     trainer = Trainer(str(pico_model), output=tmp_path / "o", rail=CudaRail(), **{**FLAGS, "steps": 2}, **flags)
     result = trainer.multi_run(file, runs=2, heldout=0.25)
     assert len(result.card.losses) == 2
+    if "metric" in flags:
+        assert [len(row) for row in result.card.scores] == [1, 2]
+        assert all(0 <= score <= 1 for row in result.card.scores for score in row)
     first, second = (load_adapter(RunStore(tmp_path / "o").folder(run) / "lora").modules for run in result.members)
     shipped = load_adapter(tmp_path / "o/lora").modules
     for module, pair in shipped.items():

@@ -2,7 +2,7 @@
 
 import json
 import tracemalloc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 
 from backpropagate import Trainer, rails
 from backpropagate.cli.app import run
-from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
+from backpropagate.errors import EvalDataError, MultiRunGateError, MultiRunStateError, RunsAndRowsError
 from backpropagate.multirun import check_settings, read_settings
 from backpropagate.scorecard import ScoreCard, card_html, card_text
 from backpropagate.slices import write_slices
@@ -200,6 +200,8 @@ def test_one_file_a_run(place):
         (9, {"runs": 2, "use_dora": True}, InvalidSettingError, "use_dora is true and multirun.merge is slao"),
         (9, {"runs": 2, "heldout": 0.0, "eval_gate": True}, InvalidSettingError, "eval_gate is true and multirun.heldout is 0"),
         (9, {"runs": 2, "heldout": 0.0, "patience": 2}, InvalidSettingError, "patience is 2"),
+        (9, {"runs": 2, "heldout": 0.0, "metric": "f1"}, InvalidSettingError, "metric is f1 and multirun.heldout is 0"),
+        (9, {"runs": 2, "metric": "f1", "method": "dpo"}, InvalidSettingError, "metric is f1 and training.method is dpo"),
         (9, {"runs": 2, "mode": "full"}, InvalidSettingError, "training.mode is full"),
         (9, {"runs": 2, "init_lora_weights": "pissa"}, InvalidSettingError, "init_lora_weights is pissa"),
         (9, {"runs": 0}, InvalidSettingError, "multirun.runs is 0"),
@@ -438,6 +440,31 @@ def test_the_score_card_s_numbers():
     assert "http" not in page
     assert card_text(ScoreCard()) == ""
     assert ScoreCard().forgetting is None
+
+
+def test_the_card_holds_a_metric_of_answers(place):
+    """FakeRail answers as its rows do with an adapter, and otherwise without one."""
+    result = trainer().multi_run("d.jsonl", runs=3, metric="exact")
+    card = result.card
+    assert (card.metric, card.scores_before) == ("exact", (0.0, 1.0, 1.0))
+    assert card.scores == ((1.0,), (1.0, 1.0), (1.0, 1.0, 1.0))
+    assert ScoreCard.from_dict(json.loads(json.dumps(result.record.result["score_card"]))) == card
+    text = card_text(card)
+    assert "exact of answers to             run 1    run 2    run 3" in text
+    assert text.endswith("exact 1.000")
+    assert "exact of answers to held-out rows" in card_html(card, "x")
+    assert card_html(card, "x").count("<td style") == 12
+    assert trainer().multi_run("d.jsonl", runs=2).card.metric is None
+
+
+def test_a_metric_wants_rows_that_can_be_answered(place):
+    class Silent(FakeRail):
+        def examine(self, *args, **options):
+            return [replace(row, answer=None) for row in FakeRail.examine(self, *args, **options)]
+
+    with pytest.raises(EvalDataError, match="no held-out row of run 1 has a prompt"):
+        trainer(Silent()).multi_run("d.jsonl", runs=2, metric="f1")
+    assert [r["kind"] for r in RunStore(place / "o").list_runs()] == ["multi-run"], "nothing was trained"
 
 
 def test_the_command_line(place, capsys):

@@ -2,13 +2,11 @@ import json
 
 import pytest
 
-from backpropagate import Trainer
 from backpropagate.cli.app import run
-from backpropagate.errors import SettingsFileError, SeveralProcessesError, UnknownSettingError
+from backpropagate.errors import SettingsFileError, UnknownSettingError
 from backpropagate.settings import all_settings, resolve, ui_settings
 from bp_runs import Settings
 from bp_runs.errors import InvalidSettingError
-from bp_runs.testing import FakeRail
 
 OTHERS = {
     "model.name": "x/y",
@@ -86,6 +84,7 @@ OTHERS = {
     "multirun.replay_share": 0.25,
     "multirun.replay": "recent",
     "multirun.heldout": 0.5,
+    "multirun.metric": "f1",
     "multirun.eval_gate": True,
     "multirun.max_regression": 0.5,
     "multirun.patience": 2,
@@ -263,13 +262,3 @@ def test_config_explain_of_an_unknown_key_names_the_nearest(here, capsys):
     error = capsys.readouterr().err
     assert error.startswith("[CONFIG_UNKNOWN_SETTING]: there is no setting 'lora.rank'; did you mean 'lora.r'?")
     assert "backprop config show" in error
-
-
-def test_several_processes_are_refused_before_a_run_exists(chat_file, pico_model, tmp_path, monkeypatch):
-    trainer = Trainer(str(pico_model), output=tmp_path, rail=FakeRail(), steps=1, report_to="none")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SeveralProcessesError, match="2 processes"):
-        trainer.train(chat_file)
-    assert not (tmp_path / "runs").exists()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    trainer.train(chat_file)

@@ -13,6 +13,7 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
+from conftest import write_pico_tokenizer
 
 from backpropagate import Trainer
 from bp_runs.events import EvalDone, Notice, StepDone
@@ -31,9 +32,11 @@ def site(tmp_path_factory):
     """A server of its own, with runs of each kind: its address, the output folder, and addresses of pages."""
     place = tmp_path_factory.mktemp("site")
     (place / "m").mkdir()
+    write_pico_tokenizer(place / "m")
     (place / "m/config.json").write_text("{}")
     (place / "m/model.safetensors").write_bytes(b"")
-    (place / "d.jsonl").write_text("".join(f'{{"text": "row {i}"}}\n' for i in range(40)))
+    rows = [{"prompt": f"who {i}", "completion": f"captain marlow {i}"} for i in range(40)]
+    (place / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = place / "output"
     trainer = Trainer(str(place / "m"), output=output, rail=FakeRail(), steps=12, lora_r=2, sample_prompts=["who?"])
     one = trainer.train(place / "d.jsonl").run_id
@@ -52,6 +55,13 @@ def site(tmp_path_factory):
                 "card": f"{runs}/{many}/card",
                 "compare": f"/compare?run={runs[6:]}/{one}&run={runs[6:]}/{two}",
                 "choose": "/compare",
+                "train": "/train",
+                "again": f"/train?from={runs[6:]}/{one}",
+                "data": "/data",
+                "folder": f"/data?path={place}",
+                "file": f"/data?path={place}/d.jsonl&model={place}/m",
+                "export": "/export",
+                "models": "/models",
                 "error": f"{runs}/nothing",
             }
             yield told["address"], output, pages
@@ -85,6 +95,12 @@ def test_every_page_is_whole_accessible_and_from_here(site, chromium, theme):
         tab.goto(address + path)
         if name in ("run", "compare"):
             tab.wait_for_selector("canvas")
+        if name == "file":
+            tab.wait_for_selector(".tokens mark")
+            tab.get_by_role("button", name="Check the whole file").click()
+            tab.wait_for_selector("#h-checked")
+        if name == "train":
+            tab.wait_for_selector(".verdict", timeout=90_000)
         for details in tab.query_selector_all("details"):
             details.evaluate("e => e.open = true")
         found = axe.Axe().run(tab).response["violations"]

@@ -190,7 +190,7 @@ def test_a_run_of_the_page_is_done_again_as_its_child(place):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows cannot ask another process to stop")
-def test_a_training_outlives_the_server_and_stops_when_it_is_asked(place, pico_model, monkeypatch):
+def test_a_training_outlives_the_server_stops_when_it_is_asked_and_is_exported(place, pico_model, monkeypatch):
     monkeypatch.setenv("BACKPROPAGATE_UI__DATA_DIRS", str(pico_model))
     monkeypatch.setenv("BACKPROPAGATE_UI__AUTH", "ada:correct horse")
     spec = UiSpec(data_dirs=(str(pico_model), "."))
@@ -224,4 +224,17 @@ def test_a_training_outlives_the_server_and_stops_when_it_is_asked(place, pico_m
     stopped = store.load(run_id)
     assert stopped.status == "stopped"
     assert (store.folder(run_id) / "lora/adapter_model.safetensors").is_file()
+    form = {"source": state[6:], "format": "gguf", "quantization": "f16"}
+    launch = send(page, "/export", **form).headers["location"]
+    wait(page, f"{launch}/state", lambda answer: ">ended<" in answer.text)
+    shown = page.get("/export").text
+    file = place / f"home/ui-outputs/exports/{run_id}-f16.gguf"
+    assert file.is_file(), page.get(launch).text
+    assert str(file) in shown
+    parity = store.load(run_id).artifacts[-1]["parity"]
+    assert parity["checks"]
+    for check in parity["checks"]:
+        assert f"<td>{check['name']}</td>" in shown
+    assert (store.output / "lora").is_dir()
+    let_go(page)
     let_go(first)

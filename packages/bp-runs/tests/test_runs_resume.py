@@ -16,6 +16,7 @@ from bp_runs.process import process_birth
 from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord, read_record, write_record
 from bp_runs.store import RunStore
+from bp_runs.writer import RunWriter
 
 DATA = DataReady(
     path="d", sha256="a", template="t", template_sha256="b", read=1, trained=1, truncated=0, dropped=0, tokens=3,
@@ -129,6 +130,22 @@ def test_a_run_that_begins_again_answers_again(tmp_path):
 def test_only_one_process_works_on_a_run(tmp_path):
     with RunStore(tmp_path).start(settings={}, rail="fake") as run, pytest.raises(RunActiveError):
         RunStore(tmp_path).reopen(run.run_id, from_step=0, checkpoint=None)
+
+
+def test_of_two_resumptions_the_later_gives_way(tmp_path):
+    store = RunStore(tmp_path)
+    run_id = interrupted(store)
+    looked_at, mine = store.load(run_id), store.load(run_id)
+    mine.begin_session(from_step=3, checkpoint="c")
+    with store.reopen(run_id, from_step=3, checkpoint="c") as run:  # another is faster, and done by then
+        run.emit(DATA)
+        run.emit(MODEL)
+        run.finish(OUTCOME)
+    with pytest.raises(RunActiveError):
+        RunWriter(store, store.folder(run_id), mine, looked_at)
+    assert store.load(run_id).status == "stopped"
+    with store.reopen(run_id, from_step=3, checkpoint="c"):  # nobody holds it any more
+        pass
 
 
 def test_a_run_of_another_machine_is_taken_over_only_when_told_to(tmp_path):

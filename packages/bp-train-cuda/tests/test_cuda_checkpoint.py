@@ -112,11 +112,23 @@ def test_twenty_steps_are_seven_a_kill_and_thirteen(pico_model, chat_file, pair_
     assert files[0] == files[1]
     assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "weights.safetensors"} <= set(files[0])
     if kind == "plain":
+        assert {"python", "numpy", "cpu"} <= torch.load(last[0].path / "rng_state.pth", weights_only=False).keys()
         again = first_format_goes_on(cut, last[1].path, straight_events)
         assert [getattr(again, n) for n in names] == [getattr(straight, n) for n in names]
     if kind == "out of memory":
         assert [e.details["pieces"] for e in straight_events if isinstance(e, Notice) and "pieces" in e.details] == [2]
         assert json.loads((last[1].path / checkpoint.STATE_FILE).read_text())["splitter"] == {"halvings": 1}
+
+
+def test_an_early_stop_goes_on_counting(pico_model, chat_file, tmp_path):
+    training = {"steps": 20, "save_steps": 4, **EVAL, "eval_steps": 2, "early_stop": 3, "learning_rate": 1e-12}
+    spec = spec_for(pico_model, chat_file, tmp_path / "straight", training=training)
+    straight, _ = train(spec)
+    cut = replace(spec, folders=replace(spec.folders, run=tmp_path / "cut"))
+    cut.folders.run.mkdir()
+    with pytest.raises(Killed):
+        CudaRail().train(cut, kill_at(5, []), lambda: False)
+    assert straight.steps == go_on(cut, lambda _: None).steps == 8
 
 
 def test_a_stop_saves_at_once_and_its_own_validation_changes_nothing(pico_model, chat_file, tmp_path):

@@ -16,7 +16,7 @@ UserError
 ├── ShellUnknownError      INPUT_SHELL_UNKNOWN       completion for a shell that cannot be told
 ├── UiFolderError          CONFIG_UI_FOLDER          the web page would write where nothing of ours belongs
 ├── UiPathError            INPUT_UI_PATH             the web page was asked for a file outside its folders
-├── SeveralProcessesError  CONFIG_SEVERAL_PROCESSES  torchrun or accelerate started more than one
+├── SeveralProcessesError  CONFIG_SEVERAL_PROCESSES  several processes are to do what only one can
 └── OldNameError           INPUT_OLD_NAME            a command, flag or variable of the older tool; says the new one
 StateError
 ├── QueueInvalidError      STATE_QUEUE_INVALID       the queue's file is damaged
@@ -268,8 +268,11 @@ class SeveralProcessesError(UserError):
     """More than one training process was started."""
 
     code = "CONFIG_SEVERAL_PROCESSES"
-    when = "torchrun or accelerate launch started several processes; one run trains on one GPU so far."
-    default_way_out = "Start it without torchrun; choose the card with CUDA_VISIBLE_DEVICES=0"
+    when = (
+        "torchrun or accelerate launch started several processes for a command that one carries out, or in a way that "
+        "is not supported: DeepSpeed, FSDP of version 1, several machines."
+    )
+    default_way_out = "Start it without torchrun; train, resume and replay are what several processes do together."
 
 
 class UiMissingError(DependencyError):

@@ -73,18 +73,34 @@ def check_settings(wanted: Settings, files: int) -> Settings:
             "lora.use_dora is true and multirun.merge is slao, which cannot merge DoRA's magnitudes",
             way_out="Leave out --use-dora, or merge nothing: --merge none",
         )
-    if not multi.heldout and (multi.eval_gate or multi.patience):
-        asked = "eval_gate is true" if multi.eval_gate else f"patience is {multi.patience}"
-        raise InvalidSettingError(
-            f"multirun.{asked} and multirun.heldout is 0: there would be nothing to measure on",
-            way_out="Hold out some rows: --heldout 0.1",
-        )
+    _check_measures(wanted)
     if files > 1 and multi.runs not in (files, MultiRunSpec().runs):
         raise RunsAndRowsError(
             f"there are {files} data files and {multi.runs} runs were asked for; with several files each is one run",
             way_out="Leave out: --runs",
         )
     return replace(wanted, multirun=replace(multi, runs=files)) if files > 1 else wanted
+
+
+def _check_measures(wanted: Settings) -> None:
+    """Refuse measures of held-out rows where there are none, or none that could be answered."""
+    multi, method = wanted.multirun, wanted.training.method
+    asked = {
+        "eval_gate is true": multi.eval_gate,
+        f"patience is {multi.patience}": multi.patience,
+        f"metric is {multi.metric}": multi.metric != "none",
+    }
+    told = next((words for words, is_asked in asked.items() if is_asked), None)
+    if told and not multi.heldout:
+        raise InvalidSettingError(
+            f"multirun.{told} and multirun.heldout is 0: there would be nothing to measure on",
+            way_out="Hold out some rows: --heldout 0.1",
+        )
+    if multi.metric != "none" and method != "sft":
+        raise InvalidSettingError(
+            f"multirun.metric is {multi.metric} and training.method is {method}, whose rows hold no single answer",
+            way_out="Leave out: --metric",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bp_export
-from backpropagate import catalogue, smallmodel, system
+from backpropagate import catalogue, launching, smallmodel, system
 from backpropagate.exporting import ExportResult
 from backpropagate.trainer import Trainer, TrainResult
 from bp_data import preview_rows
@@ -106,6 +106,7 @@ def run_quickstart(
     say("model     unpacking the small model once" if model is None else f"model     {model}")
     offline = system.is_offline(os.environ)
     system.prepare_environment(os.environ)
+    launching.require_one("the quickstart")
     name = model or smallmodel.find_small_model(system.program_home(os.environ), offline=offline)
     base = catalogue.find_model(name, offline=offline)
     clock.lap("model")

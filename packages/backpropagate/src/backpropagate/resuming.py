@@ -57,9 +57,10 @@ class GoingOn:
         return found
 
 
-def resume_line(run_id: str, output: Path) -> str:
-    """The command that goes on with a run."""
-    return f"backprop resume {run_id}{where(output)}"
+def resume_line(run_id: str, output: Path, ranks: int = 1) -> str:
+    """The command that goes on with a run, of so many processes."""
+    program = "backprop" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m backpropagate"
+    return f"{program} resume {run_id}{where(output)}"
 
 
 def find_record(store: RunStore, partial_id: str | None) -> RunRecord:
@@ -100,8 +101,12 @@ def prepare(store: RunStore, record: RunRecord) -> GoingOn:
     return GoingOn(record, checkpoint, damaged, from_record(record))
 
 
-def find_same(store: RunStore, resolved: Resolved) -> GoingOn | None:
-    """The newest run of the same settings, where it is unfinished and has a whole checkpoint."""
+def find_same(store: RunStore, resolved: Resolved, ranks: int = 1) -> GoingOn | None:
+    """The newest run of the same settings, where it is unfinished and has a whole checkpoint.
+
+    Args:
+        ranks: How many processes train together; a run of another number is another run.
+    """
     wanted = resolved.settings
     for row in store.list_runs()[:_LOOKED_AT]:
         if (row["model"], row["data"], row["kind"]) != (wanted.model.name, wanted.data.path, "train"):
@@ -111,7 +116,7 @@ def find_same(store: RunStore, resolved: Resolved) -> GoingOn | None:
             recorded = from_record(record)
         except CodedError:
             continue
-        if (record.parent or {}).get("relation") == "member":
+        if (record.parent or {}).get("relation") == "member" or record.hardware.get("ranks", 1) != ranks:
             continue
         if not differences(wanted, recorded.settings):
             return _with_checkpoint(store, record) if record.status in UNFINISHED else None

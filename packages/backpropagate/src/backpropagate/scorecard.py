@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -37,6 +37,17 @@ class ScoreCard:
     """Loss on each run's held-out rows before it; the base's for the first."""
     names: tuple[str, ...] = ()
     """What the runs learnt from."""
+    metric: str | None = None
+    """What else was measured, from 0 to 1 and better when higher; None: nothing."""
+    scores: tuple[tuple[float, ...], ...] = ()
+    """As ``losses``, of the metric."""
+    scores_before: tuple[float, ...] = ()
+    """As ``before_run``, of the metric."""
+
+    def add_scores(self, metric: str, row: Sequence[float], before: float) -> ScoreCard:
+        """The card with the newest run's row of a metric too."""
+        scores, old = (*self.scores, tuple(row)), (*self.scores_before, before)
+        return replace(self, metric=metric, scores=scores, scores_before=old)
 
     def add(self, run: str, name: str, *, row: Sequence[float], tuned: float, before: float) -> ScoreCard:
         """The card after one more run.
@@ -46,7 +57,8 @@ class ScoreCard:
             tuned: Of the fine-tuned adapter on this run's.
             before: On this run's before it.
         """
-        return ScoreCard(
+        return replace(
+            self,
             runs=(*self.runs, run),
             losses=(*self.losses, tuple(row)),
             before_merge=(*self.before_merge, tuned),
@@ -85,8 +97,10 @@ class ScoreCard:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, the means included."""
         means = {name: getattr(self, name) for name in ("average", "backward_transfer", "forgetting", "merge_cost")}
-        lists = {name: list(getattr(self, name)) for name in ("runs", "before_merge", "before_run", "names")}
-        return {**lists, "losses": [list(row) for row in self.losses], **means}
+        names = ("runs", "before_merge", "before_run", "names", "scores_before")
+        lists = {name: list(getattr(self, name)) for name in names}
+        rows = {name: [list(row) for row in getattr(self, name)] for name in ("losses", "scores")}
+        return {**lists, **rows, "metric": self.metric, **means}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ScoreCard:
@@ -97,6 +111,9 @@ class ScoreCard:
             before_merge=tuple(data["before_merge"]),
             before_run=tuple(data["before_run"]),
             names=tuple(data["names"]),
+            metric=data.get("metric"),
+            scores=tuple(tuple(row) for row in data.get("scores", ())),
+            scores_before=tuple(data.get("scores_before", ())),
         )
 
 
@@ -113,8 +130,18 @@ def card_text(card: ScoreCard) -> str:
     for i, row in enumerate(card.losses):
         cells = "".join(f"{loss:>9.3f}" for loss in row) + " " * 9 * (count - len(row))
         lines.append(f"  {f'after run {i + 1}':<28}{cells}{card.before_merge[i]:>14.3f}")
+    lines += _score_lines(card)
     lines.append("  " + ", ".join(_means(card)))
     return "\n".join(lines)
+
+
+def _score_lines(card: ScoreCard) -> list[str]:
+    """The metric's matrix for a terminal, where there is one."""
+    if card.metric is None:
+        return []
+    head = f"{f'{card.metric} of answers to':<28}" + "".join(f"{f'run {j + 1}':>9}" for j in range(len(card.scores)))
+    rows = [("before that run", card.scores_before), *((f"after run {i}", row) for i, row in enumerate(card.scores, 1))]
+    return [f"  {head}", *(f"  {name:<28}" + "".join(f"{score:>9.3f}" for score in row) for name, row in rows)]
 
 
 def _means(card: ScoreCard) -> list[str]:
@@ -124,26 +151,37 @@ def _means(card: ScoreCard) -> list[str]:
         ("forgetting", card.forgetting),
         ("merge cost", card.merge_cost),
     )
-    return found + [f"{name} {value:+.3f}" for name, value in signed if value is not None]
+    found += [f"{name} {value:+.3f}" for name, value in signed if value is not None]
+    return found + ([f"{card.metric} {fmean(card.scores[-1]):.3f}"] if card.scores else [])
 
 
 def card_html(card: ScoreCard, title: str) -> str:
     """The card as one page without anything from elsewhere: the matrix, coloured, and each run's loss over the runs."""
     flat = [loss for row in card.losses for loss in row] or [0.0]
     low, span = min(flat), (max(flat) - min(flat)) or 1.0
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in card.names)
-    rows = ""
-    for i, row in enumerate(card.losses):
-        cells = "".join(
-            f'<td style="background:hsl({120 - 120 * (loss - low) / span:.0f},60%,85%)">{loss:.3f}</td>' for loss in row
-        )
-        rows += f"<tr><th>after run {i + 1}</th>{cells}{'<td></td>' * (len(card.losses) - len(row))}</tr>"
     means = html.escape(", ".join(_means(card)))
+    scores = ""
+    if card.metric is not None:
+        told = f"{html.escape(card.metric)} of answers to held-out rows, from 0 to 1; higher is better."
+        scores = f"<p>{told}</p>{_table(card, card.scores, 1, 0)}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>Held-out loss in nats; lower is better. {means}.</p>"
-        f"<table><tr><th></th>{head}</tr>{rows}</table>{_lines(card, low, span)}</html>\n"
+        f"{_table(card, card.losses, low, low + span)}{_lines(card, low, span)}{scores}</html>\n"
     )
+
+
+def _table(card: ScoreCard, matrix: Sequence[Sequence[float]], good: float, bad: float) -> str:
+    """A matrix, from green for ``good`` to red for ``bad``."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in card.names)
+    rows = ""
+    for i, row in enumerate(matrix):
+        cells = "".join(
+            f'<td style="background:hsl({120 - 120 * (value - good) / (bad - good):.0f},60%,85%)">{value:.3f}</td>'
+            for value in row
+        )
+        rows += f"<tr><th>after run {i + 1}</th>{cells}{'<td></td>' * (len(matrix) - len(row))}</tr>"
+    return f"<table><tr><th></th>{head}</tr>{rows}</table>"
 
 
 def _lines(card: ScoreCard, low: float, span: float) -> str:

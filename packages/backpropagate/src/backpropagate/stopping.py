@@ -5,17 +5,23 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 from bp_runs.rail import Stop
 
+_ONE_PRESS = 3.0  # seconds in which a launcher passes on what the terminal has sent already
+
 
 @contextlib.contextmanager
-def on_interrupt() -> Iterator[Stop]:
+def on_interrupt(*, pressed_once: bool = False) -> Iterator[Stop]:
     """Yield a stop request that the first SIGINT or SIGTERM turns true; the second one acts as ever.
 
     Outside the main thread, where signals cannot be caught, it never turns true.
+
+    Args:
+        pressed_once: Take all signals of a few seconds for one: a launcher sends on what the terminal sent to all.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -23,9 +29,17 @@ def on_interrupt() -> Iterator[Stop]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    first: list[float] = []
+
     def ask(number: int, _frame: FrameType | None) -> None:
         asked.set()
-        signal.signal(number, before[signal.Signals(number)])
+        first.append(time.monotonic())
+        if not pressed_once:
+            signal.signal(number, before[signal.Signals(number)])
+        elif first[-1] - first[0] > _ONE_PRESS:
+            for again, handler in before.items():
+                signal.signal(again, handler)
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, ask)

@@ -11,12 +11,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from backpropagate import catalogue, system, trackers
-from backpropagate.errors import MultiRunStateError
+from backpropagate.comparing import METRICS
+from backpropagate.errors import EvalDataError, EvalRailError, MultiRunStateError
 from backpropagate.logs import follow_run
 from backpropagate.scorecard import ScoreCard
 from backpropagate.slices import Slice
@@ -24,7 +26,7 @@ from backpropagate.watching import Watcher
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.events import Emit, Event, Notice
 from bp_runs.files import publish_folder, publish_json
-from bp_runs.rail import Rail, Stop, TrainOutcome
+from bp_runs.rail import ExaminesRows, Rail, Stop, TrainOutcome
 from bp_runs.spec import RunFolders, Settings, TrainingSpec, TrainSpec
 from bp_runs.store import RunStore
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 SLICES, AFTER, START, JUDGED, MERGED = "slices", "after", "start", "judged", "merged"
 CARD_FILE = "scorecard.json"
 _STATE, _PROGRESS = "slao.safetensors", "progress.json"
+_ANSWERED = 32
+"""Held-out rows of a slice that are answered for a metric."""
 _OWN_KEYS = ("data.path", "data.samples", "data.on_overflow", "training.learning_rate", "training.seed")
 
 
@@ -65,6 +69,8 @@ class Trained:
     outcome: TrainOutcome
     before: float | None
     """Loss on the slice's held-out rows before the run; None where nothing is held out."""
+    before_score: float | None = None
+    """As ``before``, of the metric; None where none is asked for."""
 
 
 def learning_rate(wanted: Settings, number: int) -> float:
@@ -114,7 +120,8 @@ class Stream:
                 state = state.turn()
             shipped = self.folders.adapter if progress.members else None
             before = self._judge(plan, shipped) if plan.heldout else None
-            trained = self._train(plan, progress, state, stop, before=before)
+            score = None if self.wanted.multirun.metric == "none" else self._score(plan, shipped)
+            trained = replace(self._train(plan, progress, state, stop, before=before), before_score=score)
             if trained.outcome.stopped:
                 return progress, True
             self._drop_checkpoints(trained.run_id)
@@ -228,6 +235,9 @@ class Stream:
                 )
             own = self._judge(plan, tuned)
             card = progress.card.add(trained.run_id, plan.source, row=row, tuned=own, before=trained.before)
+            if trained.before_score is not None:
+                scores = [self._score(self.slices[number - 1], merged) for number in numbers]
+                card = card.add_scores(self.wanted.multirun.metric, scores, trained.before_score)
             after = replace(after, card=card)
         after = replace(
             after,
@@ -274,11 +284,30 @@ class Stream:
 
     def _judge(self, plan: Slice, adapter: Path | None) -> float:
         """Loss of an adapter, or of the base alone, on a slice's held-out rows."""
+        return self.rail.evaluate(self._heldout_spec(plan), adapter, lambda _: None).loss
+
+    def _score(self, plan: Slice, adapter: Path | None) -> float:
+        """The asked metric's mean over answers to a slice's first held-out rows.
+
+        Raises:
+            EvalRailError: The rail cannot answer rows.
+            EvalDataError: None of the rows has a prompt.
+        """
+        if not isinstance(self.rail, ExaminesRows):
+            raise EvalRailError(f"the rail {self.rail.name} cannot answer rows, which multirun.metric asks for")
+        metric, longest = METRICS[self.wanted.multirun.metric], self.wanted.training.sample_tokens
+        spec = self._heldout_spec(plan)
+        rows = self.rail.examine(spec, adapter, lambda _: None, answers=_ANSWERED, answer_tokens=longest)
+        found = [metric(r.answer, r.reference) for r in rows if r.answer is not None and r.reference is not None]
+        if not found:
+            raise EvalDataError(f"no held-out row of run {plan.number} has a prompt to be answered")
+        return fmean(found)
+
+    def _heldout_spec(self, plan: Slice) -> TrainSpec:
         where = replace(self.folders, run=self.folders.run / JUDGED)
         where.run.mkdir(exist_ok=True)
         settings, file = self._settings_for(plan, plan.heldout_file, replace(self.wanted.training, sample_prompts=()))
-        spec = TrainSpec.build(settings, where, self.base.folder, self.base.commit, rows=file)
-        return self.rail.evaluate(spec, adapter, lambda _: None).loss
+        return TrainSpec.build(settings, where, self.base.folder, self.base.commit, rows=file)
 
     def _publish(self, progress: Progress, state: SlaoState | None) -> None:
         """State, progress and score card of the same run, in one rename."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backpropagate.errors import SeveralProcessesError
+from backpropagate import launching
 from bp_runs.errors import PathUnusableError
 
 if TYPE_CHECKING:
@@ -82,17 +82,6 @@ def is_offline(environ: Mapping[str, str]) -> bool:
     return is_network_forbidden(environ) or environ.get("HF_HUB_OFFLINE", "").lower() in _TRUTHS
 
 
-def require_one_process(environ: Mapping[str, str]) -> None:
-    """Refuse to be one of several training processes: each would train and record a run of its own.
-
-    Raises:
-        SeveralProcessesError: torchrun or accelerate started more than one.
-    """
-    count = environ.get("WORLD_SIZE", "1")
-    if count.isdigit() and int(count) > 1:
-        raise SeveralProcessesError(f"{count} processes were started, and one trains")
-
-
 def is_network_forbidden(environ: Mapping[str, str]) -> bool:
     """Whether nothing at all may leave this machine: ``--offline`` or ``BACKPROPAGATE_OFFLINE``."""
     return environ.get("BACKPROPAGATE_OFFLINE", "").lower() in _TRUTHS
@@ -101,10 +90,13 @@ def is_network_forbidden(environ: Mapping[str, str]) -> bool:
 def prepare_environment(environ: MutableMapping[str, str]) -> None:
     """Switch off the usage reports of the Hub's client and of TRL, and let idle threads sleep; before their import.
 
+    Of several processes each is left to see its own card, see `backpropagate.launching`.
+
     On a busy machine OpenMP's spinning threads wait for each other's time slices: with two other processes on two
     cores a training step took over ten times longer than with sleeping ones, and on an idle machine the same
     (docs/log/2026-11-23-first-loop.md).
     """
+    launching.take_words(environ)
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     environ["TRL_DISABLE_TELEMETRY"] = "1"
     environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"

@@ -7,16 +7,18 @@ trainer.export("gguf", quantization="q4_k_m")
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backpropagate import catalogue, offline, presets, rails, resuming, settings, stopping, system, trackers
+from backpropagate import catalogue, launching, offline, presets, rails, resuming, settings, stopping, system, trackers
 from backpropagate.exporting import ExportResult, export_adapter, push_model
 from backpropagate.logs import follow_run
 from backpropagate.watching import Watcher
@@ -26,7 +28,7 @@ from bp_runs.events import Event
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, result_name
 from bp_runs.rail import Rail, TrainOutcome
 from bp_runs.record import RunRecord
-from bp_runs.spec import Settings, TrainSpec
+from bp_runs.spec import Ranks, Settings, TrainSpec
 from bp_runs.store import RunStore
 from bp_runs.writer import RunWriter
 
@@ -93,6 +95,9 @@ class Trainer:
     ) -> TrainResult:
         """Train an adapter and leave it at ``<output>/lora``.
 
+        Of several processes that torchrun or accelerate launch started, that of rank 0 comes back from here; the
+        others take part in all of its trainings and end with it.
+
         Args:
             data: The data: a file, a folder or a Hub data set; default: the setting ``data.path``.
                 With the setting ``resume`` unset, an unfinished run of the same settings goes on.
@@ -102,6 +107,7 @@ class Trainer:
         Raises:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
         """
+        _follow_or_lead()
         resolved = self._resolve({"data": data, **flags})
         self.settings = resolved.settings
         store = RunStore(self.output)
@@ -135,6 +141,7 @@ class Trainer:
             ResumeChangedError: Its data, template or model has changed; the run is left as it stood.
             CodedError: As `train`.
         """
+        _follow_or_lead()
         store = RunStore(self.output)
         record = resuming.find_record(store, run)
         if record.kind == "multi-run":
@@ -162,6 +169,7 @@ class Trainer:
         Raises:
             CodedError: As `train`; or an override that names no setting.
         """
+        _follow_or_lead()
         store = RunStore(self.output)
         record = store.load(run)
         if record.kind != "train" or any(entry["source"] == "import" for entry in record.settings.values()):
@@ -172,7 +180,8 @@ class Trainer:
         """The run that the setting ``resume`` means; None to begin a new one."""
         wanted = resolved.settings.training.resume
         if wanted is None:
-            return resuming.find_same(store, resolved)
+            ranks = launching.read_ranks()
+            return resuming.find_same(store, resolved, ranks.count if ranks else 1)
         if not wanted:
             return None
         record = resuming.find_record(store, None)
@@ -199,7 +208,8 @@ class Trainer:
         asked = resuming.pin(wanted, going_on.record if going_on else parent)
         rows = catalogue.find_rows(asked.data, os.environ, offline=system.is_offline(os.environ))
         rail = self._rail or rails.choose_rail(wanted.training.backend)
-        system.require_one_process(os.environ)
+        ranks = launching.read_ranks()
+        launching.require_together(rail, ranks)
         followers = trackers.choose_trackers(wanted.training.report_to, os.environ)
         store.require_own_adapter(result_name(resolved.to_record()))
         base = _find_base(rail, asked)
@@ -208,7 +218,7 @@ class Trainer:
             if parent is None:
                 resolved, chosen = presets.settle_lora(resolved, rail, base.folder, machine)
                 remarks = presets.remarks(wanted.model.name, chosen)
-            writer = self._start(store, resolved, rail, parent)
+            writer = self._start(store, resolved, rail, parent, ranks)
         else:
             remarks = going_on.notices(system.installed_versions())
             writer = _reopen(store, going_on, take_over=take_over)
@@ -229,7 +239,7 @@ class Trainer:
             with (
                 follow_run(writer.run_id),
                 writer,
-                stopping.on_interrupt() as stop,
+                stopping.on_interrupt(pressed_once=ranks is not None) as stop,
                 offline.forbid_network(wanted=forbidden),
                 trackers.follow(followers, followed, watcher),
             ):
@@ -244,25 +254,29 @@ class Trainer:
                     rows=rows.path,
                     rows_commit=rows.commit,
                     checkpoint=checkpoint,
+                    ranks=ranks,
                 )
                 outcome = rail.train(spec, watcher.emit, stop)
                 adapter = _publish(store, writer.run_id, outcome)
                 record = writer.finish(outcome)
         except KeyboardInterrupt as error:
-            way_out = f"Go on where it stopped: {resuming.resume_line(writer.run_id, store.output)}"
+            line = resuming.resume_line(writer.run_id, store.output, ranks.count if ranks else 1)
+            way_out = f"Go on where it stopped: {line}"
             raise InterruptedRunError(
                 f"the run {writer.run_id} was cut off", way_out=way_out, details={"run_id": writer.run_id}
             ) from error
         self.last = TrainResult(run_id=writer.run_id, adapter=adapter, outcome=outcome, record=record)
         return self.last
 
-    def _start(self, store: RunStore, resolved: settings.Resolved, rail: Rail, parent: RunRecord | None) -> RunWriter:
+    def _start(
+        self, store: RunStore, resolved: settings.Resolved, rail: Rail, parent: RunRecord | None, ranks: Ranks | None
+    ) -> RunWriter:
         return store.start(
             settings=resolved.to_record(),
             rail=rail.name,
             command=self._command,
             versions=system.installed_versions(),
-            hardware=system.describe_machine() | system.describe_device(rail.probe()),
+            hardware={**system.describe_machine(), **system.describe_device(rail.probe()), **launching.describe(ranks)},
             parent=(parent.run_id, "replay") if parent else None,
         )
 
@@ -288,6 +302,7 @@ class Trainer:
         from backpropagate.multirun import check_settings, read_settings
 
         system.prepare_environment(os.environ)
+        launching.require_one("a multi-run")
         paths = [data] if isinstance(data, str | Path) else list(data or [])
         first = {"data": paths[0]} if paths else {}
         resolved = self._resolve({**first, **flags})
@@ -463,6 +478,17 @@ class Trainer:
     def _resolve(self, flags: dict[str, Any]) -> settings.Resolved:
         given = {name: value for name, value in flags.items() if value is not None}
         return settings.resolve({**self._flags, **given}, os.environ, Path(settings.TOML_FILE), self._defaults)
+
+
+def _follow_or_lead() -> None:
+    """Of several processes those but rank 0 end here, when it ends; rank 0 goes on and lets them go at its end."""
+    system.prepare_environment(os.environ)
+    ranks = launching.read_ranks()
+    if ranks is not None and ranks.rank:
+        sys.exit(launching.follow(ranks))
+    if ranks is not None:
+        atexit.unregister(launching.release)
+        atexit.register(launching.release, ranks)
 
 
 def _find_sources(wanted: Settings, paths: Sequence[str | Path]) -> list[Path]:

@@ -22,11 +22,22 @@ if TYPE_CHECKING:
         Rail,
         Stop,
         TrainOutcome,
+        TrainsTogether,
         keep_base,
     )
     from bp_runs.record import RunRecord
     from bp_runs.redact import redact, redact_data
-    from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, MultiRunSpec, RunFolders, Settings, TrainingSpec, TrainSpec
+    from bp_runs.spec import (
+        DataSpec,
+        LoraSpec,
+        ModelSpec,
+        MultiRunSpec,
+        Ranks,
+        RunFolders,
+        Settings,
+        TrainingSpec,
+        TrainSpec,
+    )
     from bp_runs.store import RunStore
     from bp_runs.writer import RunWriter
 
@@ -44,6 +55,7 @@ _HOMES = {
         "Rail",
         "Stop",
         "TrainOutcome",
+        "TrainsTogether",
         "keep_base",
     ),
     "record": ("RunRecord",),
@@ -53,6 +65,7 @@ _HOMES = {
         "LoraSpec",
         "ModelSpec",
         "MultiRunSpec",
+        "Ranks",
         "RunFolders",
         "Settings",
         "TrainSpec",
@@ -80,6 +93,7 @@ __all__ = [
     "Part",
     "Probe",
     "Rail",
+    "Ranks",
     "RunFolders",
     "RunRecord",
     "RunStore",
@@ -89,6 +103,7 @@ __all__ = [
     "TrainOutcome",
     "TrainSpec",
     "TrainingSpec",
+    "TrainsTogether",
     "keep_base",
     "read_adapter_folder",
     "redact",

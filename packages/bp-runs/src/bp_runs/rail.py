@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from bp_runs.events import Emit
-from bp_runs.spec import Settings, TrainSpec
+from bp_runs.spec import Ranks, Settings, TrainSpec
 
 Stop = Callable[[], bool]
 """Asked after each step; True ends the run after that step, and what was trained is kept."""
@@ -245,6 +245,28 @@ class KeepsBase(Protocol):
 def keep_base(rail: Rail) -> AbstractContextManager[None]:
     """The rail's `KeepsBase.keep_base`; rails without it load the base for every call."""
     return rail.keep_base() if isinstance(rail, KeepsBase) else nullcontext()
+
+
+@runtime_checkable
+class TrainsTogether(Protocol):
+    """A rail that can train one run in several processes, its ranks.
+
+    Rank 0 calls `Rail.train` with ``spec.ranks`` set, as often as it likes; the others call `follow` once.
+    """
+
+    def follow(self, ranks: Ranks, stop: Stop) -> None:
+        """Take part in every training that rank 0 begins, until it calls `release`; writes and tells nothing.
+
+        What goes wrong here ends the training on all ranks, and is told by rank 0.
+
+        Raises:
+            CodedError: Rank 0 cannot be reached.
+        """
+        ...
+
+    def release(self, ranks: Ranks) -> None:
+        """For rank 0: let the others' `follow` come back."""
+        ...
 
 
 @runtime_checkable

@@ -235,6 +235,10 @@ class MultiRunSpec:
         "random", "Rows that are replayed: of the run before, of any earlier one, or as many of every earlier one."
     )
     heldout: float = setting(0.1, "Share of each run's rows that only measure what is forgotten; 0: none.")
+    metric: Literal["none", "exact", "f1", "contains"] = setting(
+        "none",
+        "Beside the loss, how good answers to held-out rows are: equal to the row's, words in common, or holding it.",
+    )
     eval_gate: bool = setting(False, "Leave out a run whose merge makes the held-out loss worse.")
     max_regression: float = setting(0.0, "How much worse, in nats, the gate lets the mean held-out loss become.")
     patience: int = setting(0, "End after so many runs in a row without a lower mean held-out loss; 0: never.")
@@ -266,6 +270,24 @@ class RunFolders:
     def model(self) -> Path:
         """Where the rail writes the finished model, of which all weights were trained."""
         return self.run / MODEL_NAME
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """A process's place among those that train a run together; made from what their launcher said."""
+
+    rank: int
+    """From 0; the process of rank 0 records the run and speaks to the user."""
+    count: int
+    sharded: bool = False
+    """Whether weights, gradients and moments are parted among the ranks (FSDP2); else each holds all of them (DDP)."""
+    address: str
+    port: int
+    """Where the ranks meet: a key-value store over TCP."""
+    is_hosted: bool
+    """Whether the launcher keeps that store; else rank 0 does."""
+    attempt: int = 0
+    """Times that the launcher has started the ranks anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +325,8 @@ class TrainSpec(Settings):
     """Local file or folder of ``data.path``, which may name a data set of the Hub; None: ``data.path`` is it."""
     rows_commit: str | None = None
     """The Hub commit that ``rows`` hold; None for files of the user's."""
+    ranks: Ranks | None = None
+    """This process's place among several that train together; None: it trains alone."""
 
     @property
     def rows_path(self) -> Path:
@@ -321,6 +345,7 @@ class TrainSpec(Settings):
         checkpoint: Path | None = None,
         rows: Path | None = None,
         rows_commit: str | None = None,
+        ranks: Ranks | None = None,
     ) -> TrainSpec:
         """Join the settings with where things are."""
         groups = {f.name: getattr(settings, f.name) for f in fields(Settings)}
@@ -333,4 +358,5 @@ class TrainSpec(Settings):
             checkpoint=checkpoint,
             rows=rows,
             rows_commit=rows_commit,
+            ranks=ranks,
         )

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import os
 import platform
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -211,7 +212,7 @@ class RunStore:
         found = f"{len(matches)} runs match" if matches else "no run matches"
         raise RunNotFoundError(
             f"{found} {partial_id!r} in {self.output}",
-            way_out=f"See the ids: backprop list-runs --output {self.output}",
+            way_out=f"See the ids: backprop list-runs --output {shlex.quote(str(self.output))}",
             cause=", ".join(matches[:_NAMED]) + (" …" if len(matches) > _NAMED else "") if matches else None,
             details={"matches": matches[:_NAMED]},
         )

@@ -23,7 +23,7 @@ from bp_runs.files import sha256_file
 from bp_runs.locks import acquire
 from bp_runs.metrics import MetricsFile, read_progress
 from bp_runs.rail import TrainOutcome
-from bp_runs.record import RunRecord, utc_now
+from bp_runs.record import RunRecord, read_record, utc_now
 from bp_runs.spec import RunFolders
 
 if TYPE_CHECKING:
@@ -54,12 +54,22 @@ class RunWriter:
             raise RunActiveError(f"another process works on the run {record.run_id}") from error
         cache = paths.cache_folder(store.output)
         self.folders = RunFolders(run_id=record.run_id, output=store.output, run=folder, cache=cache)
-        self._metrics = MetricsFile(folder / paths.METRICS_FILE)
         self._held: list[tuple[str, Event]] = []
         self._compared: set[type[Event]] = set()
+        try:
+            self._begin(folder)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, folder: Path) -> None:
+        """With the run in this process's hands: look whether it is still what it was, and say that it is running."""
+        if self._before and read_record(folder).sessions != self._before.sessions:
+            raise RunActiveError(f"another process went on with the run {self.run_id} meanwhile")
+        self._metrics = MetricsFile(folder / paths.METRICS_FILE)
         self._save()
-        if before and not (before.data or before.model):  # nothing to compare: cut off early, or a multi-run
-            self._go_on()
+        if self._before and not (self._before.data or self._before.model):
+            self._go_on()  # nothing to compare: cut off early, or a multi-run
 
     @property
     def run_id(self) -> str:

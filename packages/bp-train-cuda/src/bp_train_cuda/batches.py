@@ -80,6 +80,22 @@ def join_packs(items: Sequence[Item]) -> Batch:
     return {name: torch.tensor([[value for item in items for value in item[name]]]) for name in names}
 
 
+def fill_empty(collate: Callable[[Sequence[Item]], Batch], rows: Dataset[Item]) -> Callable[[Sequence[Item]], Batch]:
+    """``collate`` that makes of no rows a batch that counts for nothing: every rank runs as many batches.
+
+    It is the first of ``rows`` without labels, or, where rows have shares in a batch, with a share of 0.
+    """
+
+    def collate_any(items: Sequence[Item]) -> Batch:
+        if items:
+            return collate(items)
+        batch = collate([rows[0]])
+        silent = "share" if "share" in batch else "labels"
+        return {**batch, silent: torch.full_like(batch[silent], 0 if silent == "share" else IGNORED)}
+
+    return collate_any
+
+
 def find_longest(lengths: Sequence[int], count: int) -> list[int]:
     """Places of the ``count`` longest rows, the longest first; fewer where there are not so many."""
     return sorted(range(len(lengths)), key=lambda place: -lengths[place])[:count]

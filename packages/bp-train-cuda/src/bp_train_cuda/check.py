@@ -15,7 +15,13 @@ from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import AdapterInvalidError, InvalidSettingError, first_line
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
 from bp_train_cuda import load, probe, unsloth
-from bp_train_cuda.errors import BitsandbytesError, Fp8Error, SequenceTooLongError, TargetModulesError, VocabularyError
+from bp_train_cuda.errors import (
+    BitsandbytesError,
+    Fp8Error,
+    SequenceTooLongError,
+    TargetModulesError,
+    VocabularyError,
+)
 from bp_train_cuda.kernels import require_kernels
 
 ALL_LINEAR = "all-linear"

@@ -3,6 +3,7 @@
     weights.safetensors     the trainable weights by name, as they are after the step
     best.safetensors        those of the lowest validation loss so far, where there was a validation
     optimizer.pt scheduler.pt rng_state.pth trainer_state.json    the Trainer's own files
+    rank-1/ …               of each further rank its random state, and where weights are parted the files above
     state.json              ours: schema, the losses' ends, tokens, seconds, halvings, validation so far
 
 transformers writes its files in place and picks ``checkpoint-N`` by name; here they are written aside, hashed and
@@ -23,7 +24,7 @@ import orjson
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from bp_runs.checkpoint import Reason, is_due, save_checkpoint
 from bp_runs.errors import CheckpointInvalidError, DiskFullError, first_line
@@ -31,12 +32,15 @@ from bp_runs.events import Emit
 from bp_runs.losses import LossEnds
 from bp_runs.migrations import Migration, migrate, schema_number
 from bp_runs.spec import TrainSpec
-from bp_train_cuda.lora import trainable_weights
+from bp_train_cuda.errors import RanksChangedError
+from bp_train_cuda.shard import own_moments, own_share, own_weights
+from bp_train_cuda.team import Team
 
 WEIGHTS_FILE = "weights.safetensors"
 BEST_FILE = "best.safetensors"
 STATE_FILE = "state.json"
 STATE_NAME = "backpropagate.cuda_state"
+RANK_FOLDER = "rank-{}"
 _FULL = 2**20  # bytes that a full disk may still call free
 _MARGIN = 16 * 2**20  # bytes for what is small: random states, losses, manifest
 
@@ -84,6 +88,7 @@ class Checkpointer:
         parts: What remembers something from step to step, by a name that stays the same.
         validation: None without held-out rows.
         is_stopping: Whether the run ends after this step because the user asked.
+        team: Of several ranks the first saves, and all must call what saves.
     """
 
     def __init__(
@@ -95,6 +100,7 @@ class Checkpointer:
         *,
         validation: Validation | None,
         is_stopping: Callable[[], bool],
+        team: Team,
     ) -> None:
         self._spec = spec
         self._emit = emit
@@ -102,6 +108,7 @@ class Checkpointer:
         self._parts = {**parts, **({"validation": validation} if validation else {})}
         self._validation = validation
         self._is_stopping = is_stopping
+        self._team = team
         self._asked: Reason | None = None
         self._last_step = -1
 
@@ -117,6 +124,7 @@ class Checkpointer:
         """
         if trainer.state.global_step != self._last_step:
             self._asked = reason
+            self.meet(trainer)
             self.save(trainer)
 
     def wants(self, step: int) -> bool:
@@ -127,13 +135,42 @@ class Checkpointer:
             self._asked = "stop"
         return self._asked is not None or is_due(self._spec, step)
 
+    def meet(self, trainer: Any) -> None:
+        """Before a save: let each further rank lay down what only it knows, for rank 0 to take along."""
+        if self._team.count == 1:
+            return
+        if self._team.rank:
+            place = self._stage(self._team.rank)
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            with told_full_disk(place):
+                self._write_own(trainer, place)
+        self._team.gather(None)
+
+    def _stage(self, rank: int) -> Path:
+        return self._spec.folders.run / f".{RANK_FOLDER.format(rank)}"
+
+    def _write_own(self, trainer: Any, folder: Path) -> None:
+        """What differs from rank to rank: the random state, and of parted weights and moments the shares."""
+        trainer._save_rng_state(str(folder))  # noqa: SLF001  # the Trainer's parts, saved one by one
+        if self._team.is_sharded or not self._team.rank:
+            weights = own_weights(self._model)
+            save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, folder / WEIGHTS_FILE)
+            if self._validation and self._validation.best:
+                save_file(self._validation.best, folder / BEST_FILE)
+            torch.save(own_moments(trainer.optimizer.state_dict()), folder / OPTIMIZER_NAME)
+            torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
+
     def save(self, trainer: Any) -> None:
-        """Save the state after the trainer's last step.
+        """Save the state after the trainer's last step; `meet` goes before. Ranks but the first save nothing.
 
         Raises:
             DiskFullError, OutputNotWritableError: The earlier checkpoints stay.
         """
         step = int(trainer.state.global_step)
+        if self._team.rank:
+            self._asked, self._last_step = None, step
+            return
         save_checkpoint(
             self._spec,
             self._emit,
@@ -155,32 +192,54 @@ class Checkpointer:
         folder = self._spec.checkpoint
         if folder is None:
             return
-        _restore_weights(folder, trainable_weights(self._model))
+        own = own_folder(folder, self._team) if self._team.is_sharded else folder
+        _restore_weights(own, own_weights(self._model))
         state = _read_state(folder, set(self._parts))
         for name, part in self._parts.items():
             part.restore_state(state[name])
-        if self._validation and (folder / BEST_FILE).is_file():
+        if self._validation and (own / BEST_FILE).is_file():
             # Copies: loaded tensors keep their file mapped, and Windows would not let it be pruned.
-            self._validation.best = {name: weight.clone() for name, weight in load_file(folder / BEST_FILE).items()}
+            self._validation.best = {name: weight.clone() for name, weight in load_file(own / BEST_FILE).items()}
 
     def _need(self, trainer: Any) -> int:
-        tensors = [*trainable_weights(self._model).values(), *_tensors(trainer.optimizer.state)]
+        tensors = [*own_weights(self._model).values(), *_tensors(trainer.optimizer.state)]
         tensors += self._validation.best.values() if self._validation else ()
-        return _MARGIN + sum(int(tensor.numel()) * int(tensor.element_size()) for tensor in tensors)
+        shares = self._team.count if self._team.is_sharded else 1
+        return _MARGIN + shares * sum(int(tensor.numel()) * int(tensor.element_size()) for tensor in tensors)
 
     def _write(self, trainer: Any, folder: Path) -> None:
         with told_full_disk(folder):
-            weights = trainable_weights(self._model)
-            save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, folder / WEIGHTS_FILE)
-            if self._validation and self._validation.best:
-                save_file(self._validation.best, folder / BEST_FILE)
+            self._write_own(trainer, folder)
             state = {name: part.read_state() for name, part in self._parts.items()}
             (folder / STATE_FILE).write_bytes(orjson.dumps({"schema": STATE_SCHEMA, **state}))
-            trainer._save_optimizer_and_scheduler(str(folder))  # noqa: SLF001  # the Trainer's parts, saved one by one
-            trainer._save_rng_state(str(folder))  # noqa: SLF001
+            for rank in range(1, self._team.count):
+                shutil.copytree(self._stage(rank), folder / RANK_FOLDER.format(rank))
             history, trainer.state.log_history = trainer.state.log_history, []  # metrics.jsonl has it
             trainer.state.save_to_json(str(folder / TRAINER_STATE_NAME))
             trainer.state.log_history = history
+
+
+def own_folder(checkpoint: Path, team: Team) -> Path:
+    """Where a rank finds what differs from rank to rank."""
+    return checkpoint / RANK_FOLDER.format(team.rank) if team.rank else checkpoint
+
+
+def require_ranks(checkpoint: Path, count: int) -> None:
+    """Refuse to go on with another number of ranks.
+
+    Raises:
+        RanksChangedError: With both numbers.
+    """
+    before = 1 + len(list(checkpoint.glob(RANK_FOLDER.format("*"))))
+    if before != count:
+        raise RanksChangedError(
+            f"the run was trained by {before} processes, and {count} are to go on with it",
+            way_out=f"Start as many as before: {_launcher(before)}; or begin anew: --no-resume",
+        )
+
+
+def _launcher(count: int) -> str:
+    return "without torchrun" if count == 1 else f"torchrun --nproc-per-node {count} -m backpropagate …"
 
 
 def _read_state(folder: Path, parts: set[str]) -> dict[str, Any]:
@@ -210,7 +269,7 @@ def _restore_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
 def _tensors(state: Any) -> Iterator[torch.Tensor]:
     """Every tensor in an optimizer's state."""
     if isinstance(state, torch.Tensor):
-        yield state
+        yield own_share(state)
     elif isinstance(state, Mapping):
         for value in state.values():
             yield from _tensors(value)

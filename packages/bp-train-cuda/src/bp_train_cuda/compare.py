@@ -22,6 +22,7 @@ from bp_data import IGNORED, TokenRow
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.guarded import Guarded, Parts, build_arguments
 from bp_train_cuda.guards.oom import Batch
+from bp_train_cuda.order import RankBatches
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +64,11 @@ class Compared:
     losses: torch.Tensor
     margins: torch.Tensor
 
-    def sums(self) -> torch.Tensor:
-        """(4,), without gradients: losses, rows whose margin is above 0, margins, rows."""
+    def sums(self, batch: Batch) -> torch.Tensor:
+        """(4,), without gradients: losses, rows whose margin is above 0, margins, rows; of rows with a share."""
         margins = self.margins.detach().float()
-        rows = torch.full_like(margins, 1.0)
-        return torch.stack([self.losses.detach().float(), (margins > 0).float(), margins, rows]).sum(dim=1)
+        rows = (batch["share"] > 0).float()
+        return torch.stack([self.losses.detach().float(), (margins > 0).float(), margins, rows]) @ rows
 
 
 class AnswerSet(Dataset[Mapping[str, Any]]):  # type: ignore[misc]  # torch is not typed for a strict check
@@ -138,7 +139,7 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
 
     def rows_to_meet(self) -> int:
         """Rows that the steps will visit, where the method asks what the untrained model says of them."""
-        visits = self.spec.steps * self.spec.batch_size * self.spec.gradient_accumulation
+        visits = self.spec.steps * self.spec.batch_size * self.spec.gradient_accumulation * self.team.count
         return min(visits, len(self.train_dataset)) if self.needs_reference else 0
 
     def meet_rows(self) -> None:
@@ -154,7 +155,10 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
         return found
 
     def measure_reference(self, rows: AnswerSet, places: Sequence[int]) -> torch.Tensor:
-        """(rows, A): log-probabilities under the model as it is now; zeros for rows not in ``places``."""
+        """(rows, A): log-probabilities under the model as it is now; zeros for rows not in ``places``.
+
+        Several ranks part the work.
+        """
         found = torch.zeros(len(rows), len(rows[0]["answers"]))
         wanted = sorted(set(places), key=lambda place: -len(rows[place]["answers"][0].ids))  # rows of a length together
 
@@ -164,11 +168,23 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
             return logps.new_zeros(())
 
         with self.judging():
-            for start in range(0, len(wanted), self.spec.batch_size):
-                chosen = wanted[start : start + self.spec.batch_size]
-                batch = self.collate([{**rows[place], "place": place} for place in chosen])
+            for chosen in RankBatches(wanted, self.spec.batch_size, self.team.rank, self.team.count):
+                # A rank without rows left runs one that another has, and counts it for nothing.
+                batch = self.collate([{**rows[place], "place": place} for place in chosen or wanted[:1]])
                 self.reader.run(note, {name: value.to(self.model.device) for name, value in batch.items()})
+                if not chosen:
+                    found[wanted[0]] = 0.0
+        self.team.sum_tensor(found)
         return found
+
+    def share_out(self, batches: list[Batch], count: Any) -> tuple[list[Batch], Any]:
+        """A row's share is that of the micro-batch of all ranks."""
+        have = [(batch["share"] > 0).to(batch["share"].dtype) for batch in batches]
+        totals = self.team.total([float(rows.sum()) for rows in have])
+        shared: list[Batch] = [
+            {**b, "share": rows / total} for b, rows, total in zip(batches, have, totals, strict=True)
+        ]
+        return shared, count
 
     @contextlib.contextmanager
     def judging(self) -> Iterator[None]:
@@ -200,21 +216,21 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
     ) -> torch.Tensor:
         """The rows' share of the micro-batch's mean loss."""
         compared = self.compare(self.read_answers(model, inputs), self.spec)
-        self.seen = compared.sums()[1:]
+        self.seen = compared.sums(inputs)[1:]
         return (compared.losses * inputs["share"]).sum()
 
     def measure(self, batch: Batch) -> Mapping[str, float]:
         """Sums over a batch's rows: loss, accuracy, margin, and their count."""
 
         def step(piece: Batch) -> torch.Tensor:
-            return self.compare(self.read_answers(self.model, piece), self.spec).sums()
+            return self.compare(self.read_answers(self.model, piece), self.spec).sums(piece)
 
         loss, accuracy, margin, count = self.reader.run(step, batch).tolist()
         return {"loss": loss, "accuracy": accuracy, "margin": margin, "count": count}
 
     def take_metrics(self) -> Mapping[str, float]:
         """Share of rows whose margin was above 0, and the mean margin, since the last call."""
-        accuracy, margin, count = self.take_seen().tolist()
+        accuracy, margin, count = self.team.total(self.take_seen().tolist())
         return {"accuracy": accuracy / count, "margin": margin / count}
 
 

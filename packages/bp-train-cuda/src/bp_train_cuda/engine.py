@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,8 @@ from bp_train_cuda.loop import StepReporter
 from bp_train_cuda.methods import METHODS
 from bp_train_cuda.rehearsal import Rehearsal
 from bp_train_cuda.rowwise import examine_rows
+from bp_train_cuda.shard import join_weights, own_weights, shard_model
+from bp_train_cuda.team import Team
 from bp_train_cuda.watch import open_watch
 
 _log = logging.getLogger("bp_train_cuda")
@@ -54,19 +56,21 @@ def train(
     stop: Stop,
     *,
     kept: KeptBase | None = None,
+    team: Team,
 ) -> TrainOutcome:
-    """Load, train, save, answer the sample prompts.
+    """Load, train, save, answer the sample prompts; of several ranks the first saves and answers.
 
     Args:
         prepared: The rows to train on.
         heldout: Rows to validate on; may be empty.
         kept: Where the base stays for the next call; None: nowhere.
+        team: The ranks that train together.
 
     Raises:
         CodedError: As `bp_train_cuda.rail.CudaRail.train`.
     """
     with _quiet_framework(), _determinism(spec.training), _base(spec, kept, spec.initial_adapter) as loaded:
-        return _train(spec, prepared, heldout, emit, stop, loaded=loaded)
+        return _train(spec, prepared, heldout, emit, stop, loaded=loaded, team=team)
 
 
 def evaluate(
@@ -154,6 +158,7 @@ def _base(spec: TrainSpec, kept: KeptBase | None, adapter: Path | None) -> Itera
     checked, trust = check.check_model(spec, spec.base, adapter), spec.model.trust_remote_code
     device, mode = checked.device, checked.mode
     changes_base = mode.name == "full" or spec.training.fp8 or spec.lora.init_lora_weights != "default"
+    changes_base = changes_base or (spec.ranks is not None and spec.ranks.sharded)
     key = (spec.base.resolve(), spec.base_commit, mode.name, spec.model.dtype, trust, spec.training.kernels)
     load_base = partial(load.load_model, spec.base, device, mode, dtype=spec.model.dtype, trust_remote_code=trust)
     if spec.training.engine == "unsloth":
@@ -168,24 +173,33 @@ def _base(spec: TrainSpec, kept: KeptBase | None, adapter: Path | None) -> Itera
 
 
 def _train(
-    spec: TrainSpec, prepared: AnyPrepared, heldout: Sequence[Any], emit: Emit, stop: Stop, *, loaded: _Loaded
+    spec: TrainSpec,
+    prepared: AnyPrepared,
+    heldout: Sequence[Any],
+    emit: Emit,
+    stop: Stop,
+    *,
+    loaded: _Loaded,
+    team: Team,
 ) -> TrainOutcome:
     memory = probe.PeakMemory(loaded.device)
-    model = _open_model(spec, loaded, emit)
+    model = _open_model(spec, loaded, emit, team)
+    answers = team.rank == 0 or team.is_sharded  # parted weights answer on all ranks together
+    tell_answers = partial(_emit_answers, spec, prepared, model, emit) if answers else _tell_nothing
     if spec.checkpoint is None:
-        _emit_answers(spec, prepared, model, emit, step=0)
-    reporter = StepReporter(emit, stop, memory, spec.training.steps)
+        tell_answers(step=0)
+    reporter = StepReporter(emit, stop, memory, spec.training.steps, team)
     fit = CardFit(spec, loaded.mode.name, loaded.device, emit)
     rehearsal = Rehearsal(spec, loaded.device, emit, trainer=lambda: trainer, validator=lambda: reporter.validator)
     # Guards join here; a callback is told of the loop's start, of every step and of the end.
     callbacks = [rehearsal, reporter]
     parts, trainer = _build_trainer(
-        spec, prepared, model, loaded, emit, callbacks=callbacks, halvings=fit.recall_halvings()
+        spec, prepared, model, loaded, emit, callbacks=callbacks, halvings=fit.recall_halvings(), team=team
     )
     reporter.count_tokens, reporter.take_metrics = lambda: trainer.tokens, trainer.take_metrics
     reporter.watch = open_watch(spec.training, loaded.device, emit, stop)
     trainer.look = reporter.watch.look
-    reporter.tell_answers = lambda step: _emit_answers(spec, prepared, model, emit, step=step)
+    reporter.tell_answers = lambda step: tell_answers(step=step)
     if len(heldout):
         reporter.validator = _build_validator(parts, trainer, heldout, emit)
         reporter.validator.look = reporter.watch.look
@@ -196,21 +210,36 @@ def _train(
         {"trainer": trainer, "reporter": reporter, "splitter": parts.splitter, "reader": trainer.reader},
         validation=reporter.validator,
         is_stopping=lambda: reporter.stopped,
+        team=team,
     )
-    reporter.watch.save_before_end(partial(trainer.checkpointer.save_now, trainer, "temperature"))
+    save_hot = partial(trainer.checkpointer.save_now, trainer, "temperature")
+    if team.count == 1:
+        reporter.watch.save_before_end(save_hot)
+    else:
+        reporter.save_hot = save_hot
+        set_seed(spec.training.seed + team.rank)  # dropout differs from rank to rank
     _run(trainer, spec.checkpoint, emit)
     reporter.validate_stopped()
     if reporter.validator is not None:
         reporter.validator.restore_best(reporter.losses.count)
-    folder = _save(spec, prepared, model, loaded.mode, emit)  # before all that may still fail
-    fit.remember(parts.splitter.halvings, memory.read())
-    _emit_answers(spec, prepared, model, emit, step=reporter.losses.count)
-    if loaded.mode.name != "full":
+    folder = _save(spec, prepared, model, loaded.mode, emit, team=team)  # before all that may still fail
+    if team.rank == 0 and not team.is_sharded:
+        fit.remember(parts.splitter.halvings, memory.read())
+    tell_answers(step=reporter.losses.count)
+    peaks = team.gather(memory.read())
+    if team.count > 1:
+        told = ", ".join(f"{peak / 2**30:.1f}" for peak in peaks)
+        emit(Notice(message=f"the most memory of each process: {told} GiB", details={"peaks": peaks}))
+    if loaded.mode.name != "full" and not team.is_sharded:
         take_off_adapter(model)
-    return _outcome(folder, reporter, memory)
+    return _outcome(folder, reporter, max(peaks))
 
 
-def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit) -> Any:
+def _tell_nothing(*, step: int) -> None:
+    """For ranks that do not speak to the user."""
+
+
+def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit, team: Team) -> Any:
     """What is trained: all weights, or the base's adapter: a new one, or the one that the spec starts from."""
     set_seed(spec.training.seed)
     if loaded.mode.name == "full":
@@ -222,7 +251,9 @@ def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit) -> Any:
             model = lora.add_lora(loaded.base, spec.lora, spec.base)
         if spec.initial_adapter is not None:
             lora.set_weights(model, spec.initial_adapter, spec.lora)
-        lora.note_start(model, spec)
+        team.copy_weights([weight.data for weight in lora.trainable_weights(model).values()])
+        if team.rank == 0:
+            lora.note_start(model, spec)
     size = sum(weight.nbytes for weight in lora.trainable_weights(model).values())
     what = "the model" if loaded.mode.name == "full" else "the adapter"
     require_free_space(spec.folders.run, size + _SAVE_MARGIN, what)
@@ -231,6 +262,8 @@ def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit) -> Any:
         emit(Notice(message=f"training on the CPU ({loaded.device.why}): fine for small models, slow for others"))
     else:
         emit(Notice(message=loaded.kernels))
+    if team.is_sharded:
+        shard_model(model, loaded.base)
     return model
 
 
@@ -243,6 +276,7 @@ def _build_trainer(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     halvings: int = 0,
+    team: Team | None = None,
 ) -> tuple[Parts, Any]:
     weights = list(lora.trainable_weights(model).values())
     parts = Parts(
@@ -253,6 +287,7 @@ def _build_trainer(
         tokenizer=_trl_tokenizer(spec, prepared),
         splitter=StepSplitter(weights, emit, enabled=spec.training.oom_recovery, halvings=halvings),
         callbacks=callbacks,
+        team=team or Team(),
     )
     return parts, METHODS[spec.training.method].build(parts, prepared)
 
@@ -265,6 +300,7 @@ def _build_validator(parts: Parts, trainer: Any, heldout: Sequence[Any], emit: E
         emit,
         measure=trainer.measure,
         collate=trainer.collate,
+        team=parts.team,
     )
 
 
@@ -276,18 +312,24 @@ def _run(trainer: Any, checkpoint: Path | None, emit: Emit) -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, mode: probe.Mode, emit: Emit) -> Path:
-    """Publish what was trained; returns its folder."""
-    _require_finite(model)
+def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, mode: probe.Mode, emit: Emit, *, team: Team) -> Path:
+    """Publish what was trained, on rank 0; returns its folder."""
+    if error := team.try_all(partial(_require_finite, model)):
+        raise error
     template = None if prepared.template.name == "tokenizer" else prepared.template.text
     is_full = mode.name == "full"
-    write, folder = (full.save_model, spec.folders.model) if is_full else (lora.save_adapter, spec.folders.adapter)
+    write: Callable[..., int] = full.save_model if is_full else lora.save_adapter
+    folder = spec.folders.model if is_full else spec.folders.adapter
+    if is_full and team.is_sharded:
+        write = partial(write, weights=join_weights(model, _dtype_of(spec)))
+    if team.rank:
+        return folder
     size = try_again(lambda: write(model, spec, template), "the save", emit, enabled=spec.training.oom_recovery)
     emit(AdapterSaved(path=str(folder), bytes=size))
     return folder
 
 
-def _outcome(folder: Path, reporter: StepReporter, memory: probe.PeakMemory) -> TrainOutcome:
+def _outcome(folder: Path, reporter: StepReporter, peak: int) -> TrainOutcome:
     first, final = reporter.losses.means()
     return TrainOutcome(
         adapter=folder,
@@ -296,16 +338,21 @@ def _outcome(folder: Path, reporter: StepReporter, memory: probe.PeakMemory) -> 
         final_loss=final,
         tokens=reporter.tokens,
         seconds=reporter.seconds,
-        peak_memory=memory.read(),
+        peak_memory=peak,
         stopped=reporter.stopped,
         eval_loss=reporter.validator.best_loss if reporter.validator else None,
         best_step=reporter.validator.best_step if reporter.validator else None,
     )
 
 
+def _dtype_of(spec: TrainSpec) -> torch.dtype:
+    """What parted weights were before they became float32."""
+    return probe.choose_dtype(spec.model.dtype, probe.choose_device())
+
+
 def _require_finite(model: Any) -> None:
     """A loss is computed before the step that may break the weights, so the last step is checked here."""
-    for name, weight in lora.trainable_weights(model).items():
+    for name, weight in own_weights(model).items():
         if not torch.isfinite(weight).all():
             raise TrainingDivergedError(f"{name} holds values that are not finite")
 

@@ -13,6 +13,8 @@ UserError
 ├── ShapesUnknownError     INPUT_SHAPES_UNKNOWN             an estimate needs sizes that the config does not tell
 ├── SequenceTooLongError   CONFIG_SEQUENCE_TOO_LONG         rows longer than the model's positions
 ├── Bf16Error              CONFIG_BF16_UNSUPPORTED          the card does not compute in bfloat16
+├── RanksError             CONFIG_RANKS_UNSUPPORTED         several processes are to train what only one can
+├── RanksChangedError      CONFIG_RANKS_CHANGED             a run is to go on with another number of processes
 ├── VocabularyError        INPUT_TOKENIZER_TOO_LARGE        the tokenizer has more tokens than the embedding
 └── TargetModulesError     CONFIG_TARGET_MODULES            no layer has the names, or it cannot carry an adapter
 RunFailedError
@@ -20,6 +22,7 @@ RunFailedError
 ├── Fp8Error               RUNTIME_FP8_UNSUPPORTED          the card, or torchao, cannot
 ├── GpuOutOfMemoryError    RUNTIME_GPU_OOM
 ├── OomExhaustedError      RUNTIME_OOM_RECOVERY_EXHAUSTED   not even one row fits
+├── RankLostError          RUNTIME_RANK_LOST                one of several processes is gone
 ├── GpuTemperatureError    RUNTIME_GPU_TEMPERATURE_CRITICAL the card does not stay cool enough
 └── TrainingFailedError    RUNTIME_TRAINING_FAILED          the framework raised inside the loop
 """
@@ -123,6 +126,22 @@ class Bf16Error(UserError):
     default_way_out = "Let the card decide: leave out --dtype."
 
 
+class RanksError(UserError):
+    """Several processes cannot train this together."""
+
+    code = "CONFIG_RANKS_UNSUPPORTED"
+    when = "torchrun or accelerate launch started several processes for a training that they cannot share."
+    default_way_out = "Start it without torchrun; choose the card with CUDA_VISIBLE_DEVICES=0"
+
+
+class RanksChangedError(UserError):
+    """A run was to go on with another number of processes than it began with."""
+
+    code = "CONFIG_RANKS_CHANGED"
+    when = "A run is to go on in more or fewer processes than trained it so far, which would change what a step is."
+    default_way_out = "Start as many processes as before: torchrun --nproc-per-node 2; or begin anew: --no-resume"
+
+
 class VocabularyError(UserError):
     """The tokenizer makes tokens that the model has no embedding for."""
 
@@ -172,6 +191,17 @@ class OomExhaustedError(RunFailedError):
     code = "RUNTIME_OOM_RECOVERY_EXHAUSTED"
     when = "The GPU ran out of memory, and so it did with the micro-batch cut into single rows or three times in half."
     default_way_out = "Shorten the rows or shrink the adapter: --max-seq-length 1024 --lora-r 8"
+
+
+class RankLostError(RunFailedError):
+    """One of several processes that train together is gone."""
+
+    code = "RUNTIME_RANK_LOST"
+    when = "A process of several that train together was killed, or the place where they meet cannot be reached."
+    default_way_out = (
+        "Look at the end of the other processes' output and the system's log (a lack of RAM kills too); then go on "
+        "where the run stopped, with the same command."
+    )
 
 
 class GpuTemperatureError(RunFailedError):

@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader
 from bp_data import split_rows
 from bp_runs.events import Emit, EvalDone, Notice
 from bp_runs.spec import TrainingSpec
-from bp_train_cuda.batches import find_longest
+from bp_train_cuda.batches import fill_empty, find_longest
 from bp_train_cuda.guards.oom import Batch
-from bp_train_cuda.lora import trainable_weights
+from bp_train_cuda.order import RankBatches
+from bp_train_cuda.shard import own_weights
+from bp_train_cuda.team import Team
 
 MOST_ROWS = 500
 """A validation costs time at every visit; more rows than these would tell little more."""
@@ -43,6 +45,7 @@ class Validator:
         rows: Held-out rows, as a torch data set.
         measure: As `Measure`.
         collate: Rows to tensors, padded.
+        team: The ranks that part the rows; what is measured is the same on all of them.
     """
 
     def __init__(
@@ -54,19 +57,22 @@ class Validator:
         *,
         measure: Measure,
         collate: Callable[[Any], Any],
+        team: Team,
     ) -> None:
         self._model = model
         self._spec = spec
         self._emit = emit
         self._measure_batch = measure
         self._collate = collate
+        self._team = team
         # A generator of its own: a DataLoader draws a number at each start, and training's draws must not move.
         own = torch.Generator()
-        self._loader = DataLoader(rows, batch_size=spec.batch_size, collate_fn=collate, generator=own)
+        batches = RankBatches(range(len(rows)), spec.batch_size, team.rank, team.count)
+        self._loader = DataLoader(rows, batch_sampler=batches, collate_fn=fill_empty(collate, rows), generator=own)
         self.look: Callable[[], None] = lambda: None
         """Called before each batch, when the card may have to rest."""
         self.best: dict[str, torch.Tensor] = {}
-        """The best weights so far, on the CPU."""
+        """The best weights so far, on the CPU; of parted ones this rank's shares."""
         self._since_best = 0
         self.best_loss: float | None = None
         self.best_step = 0
@@ -88,7 +94,7 @@ class Validator:
         is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if is_best:
             self.best_loss, self.best_step, self._since_best = loss, step, 0
-            self.best = {n: p.detach().cpu().clone() for n, p in trainable_weights(self._model).items()}
+            self.best = {n: p.detach().cpu().clone() for n, p in own_weights(self._model).items()}
         else:
             self._since_best += 1
         self._emit(EvalDone(step=step, loss=loss, tokens=tokens, best=is_best, metrics=metrics))
@@ -99,7 +105,7 @@ class Validator:
         if not self.best or self.best_step == last_step or self._spec.keep == "last":
             return
         with torch.no_grad():
-            for name, weight in trainable_weights(self._model).items():
+            for name, weight in own_weights(self._model).items():
                 weight.copy_(self.best[name])
         message = f"the adapter of step {self.best_step} is kept: its validation loss {self.best_loss:.4f} is the best"
         self._emit(Notice(message=message, details={"best_step": self.best_step}))
@@ -126,7 +132,7 @@ class Validator:
 
     def _measure(self, batches: Iterable[Batch]) -> tuple[float, int, dict[str, float]]:
         sums: Counter[str] = Counter()
-        tokens = 0
+        tokens = 0.0
         was_training = self._model.training
         self._model.eval()
         try:
@@ -135,8 +141,17 @@ class Validator:
                     self.look()
                     on_device = {name: value.to(self._model.device) for name, value in batch.items()}
                     sums.update(self._measure_batch(on_device))
-                    tokens += int((batch["labels"][..., 1:] >= 0).sum())
+                    tokens += count_trained(batch)
         finally:
             self._model.train(was_training)
+        names = sorted(sums)
+        *values, tokens = self._team.total([*(sums[name] for name in names), tokens])
+        sums = Counter(dict(zip(names, values, strict=True)))
         means = {name: value / max(1, sums["count"]) for name, value in sums.items() if name != "count"}
-        return means.pop("loss"), tokens, means
+        return means.pop("loss"), int(tokens), means
+
+
+def count_trained(batch: Batch) -> int:
+    """Tokens of a batch that carry loss, of rows that count."""
+    trained = batch["labels"][..., 1:] >= 0
+    return int(trained[batch["share"] > 0].sum() if "share" in batch else trained.sum())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import torch
 
 from bp_runs.adapter import MODEL_SCHEMA, write_manifest
 from bp_runs.files import publish_folder
@@ -21,7 +22,9 @@ def open_weights(model: Any) -> Any:
     return model
 
 
-def save_model(model: Any, spec: TrainSpec, template: str | None) -> int:
+def save_model(
+    model: Any, spec: TrainSpec, template: str | None, weights: dict[str, torch.Tensor] | None = None
+) -> int:
     """Publish the model's folder: Hugging Face's layout, and ``run.json``; returns the weights' size in bytes.
 
     The config is the base's own but for the weights' type, since training sets fields of its copy.
@@ -30,10 +33,12 @@ def save_model(model: Any, spec: TrainSpec, template: str | None) -> int:
         model: The trained model.
         spec: Names the base and the folder.
         template: As for `bp_train_cuda.lora.save_adapter`.
+        weights: The weights to save, by name, where the model holds only a share of them; None: the model's.
     """
+    dtype = model.dtype if weights is None else next(iter(weights.values())).dtype
     with publish_folder(spec.folders.model) as partial:
-        model.save_pretrained(partial)
-        _write_config(spec.base, partial, str(model.dtype).removeprefix("torch."))
+        model.save_pretrained(partial, state_dict=weights)
+        _write_config(spec.base, partial, str(dtype).removeprefix("torch."))
         copy_tokenizer(spec.base, partial, template)
         write_manifest(
             partial, run_id=spec.folders.run_id, base=spec.model.name, base_folder=spec.base, schema=MODEL_SCHEMA

@@ -6,23 +6,29 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
 from bp_runs.errors import ContractError
 from bp_runs.spec import TrainingSpec, TrainSpec
-from bp_train_cuda.checkpoint import Checkpointer
+from bp_train_cuda.batches import fill_empty
+from bp_train_cuda.checkpoint import Checkpointer, own_folder
 from bp_train_cuda.guards.oom import Batch, StepSplitter, try_again
 from bp_train_cuda.guards.optimizer import guard_optimizer, keep_paged
 from bp_train_cuda.head import mend_head
 from bp_train_cuda.lora import trainable_weights
 from bp_train_cuda.optimizer import choose_optimizer
-from bp_train_cuda.order import RowOrder
+from bp_train_cuda.order import RankBatches, RowOrder
 from bp_train_cuda.probe import Device, Mode
+from bp_train_cuda.shard import is_parted, join_norm, part_moments, undo_mean
+from bp_train_cuda.team import Team
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +44,7 @@ class Parts:
     """Knows the padding token; the rows are tokens already."""
     splitter: StepSplitter
     callbacks: Sequence[TrainerCallback]
+    team: Team
 
     @property
     def bf16(self) -> bool:
@@ -51,7 +58,10 @@ class Parts:
 
 
 def build_arguments(parts: Parts) -> SFTConfig:
-    """What all methods tell TRL: report nowhere, save nothing, log each step, leave our rows alone; on one GPU."""
+    """What all methods tell TRL: report nowhere, save nothing, log each step, leave our rows alone; on one GPU.
+
+    To transformers every rank of several is a process alone: what they share is added up here (`bp_train_cuda.team`).
+    """
     training, on_gpu = parts.spec.training, parts.device.kind == "cuda"
     found = SFTConfig(
         output_dir=str(parts.spec.folders.run),
@@ -61,7 +71,7 @@ def build_arguments(parts: Parts) -> SFTConfig:
         learning_rate=training.resolved_learning_rate,
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        optim=choose_optimizer(training, parts.mode, parts.device),
+        optim=choose_optimizer(training, parts.mode, parts.device, is_sharded=parts.team.is_sharded),
         seed=training.seed,
         data_seed=training.seed,
         use_cpu=not on_gpu,
@@ -95,6 +105,7 @@ class Guarded:
     reader: StepSplitter
     """Splits what runs without gradients."""
     order: RowOrder
+    team: Team
     look: Callable[[], None] = staticmethod(lambda: None)
     """Called before each micro-batch, when training may have to wait."""
     checkpointer: Checkpointer | None = None
@@ -114,6 +125,10 @@ class Guarded:
         training = parts.spec.training
         mend_head(parts.device)
         trainer.train_dataset = rows
+        self.team = parts.team
+        weights = trainable_weights(parts.model).values()
+        self._parted = [weight for weight in weights if is_parted(weight)]
+        self._whole = [weight for weight in weights if not is_parted(weight)]
         self.order = RowOrder(len(rows), training.seed, shuffled=training.curriculum == "none")
         if parts.mode.name != "full":
             for weight in trainable_weights(parts.model).values():
@@ -136,8 +151,38 @@ class Guarded:
 
         loss, *_ = found = self.splitter.run(run, inputs)
         self._seen_since = found[1:] if self._seen_since is None else self._seen_since + found[1:]
-        self.tokens += count_tokens(inputs)
+        if self.team.count == 1 or counts(inputs):
+            self.tokens += count_tokens(inputs)
+        trainer: Any = self
+        if trainer.accelerator.sync_gradients:  # the step's last micro-batch
+            undo_mean(self._parted)
+            if self._whole:
+                self.team.sum_gradients(self._whole, self.splitter.emit)
         return loss
+
+    def get_train_dataloader(self) -> Any:
+        """Transformers' loader; of several ranks each gets its share of a step's rows."""
+        trainer: Any = self
+        team, rows, args = self.team, trainer.train_dataset, trainer.args
+        if team.count == 1:
+            return super().get_train_dataloader()  # type: ignore[misc]
+        loader = DataLoader(
+            rows,
+            batch_sampler=RankBatches(self.order, args.per_device_train_batch_size, team.rank, team.count),
+            collate_fn=fill_empty(trainer.data_collator, rows),
+            pin_memory=args.dataloader_pin_memory,
+        )
+        return prepare_data_loader(loader, args.device, num_processes=1, process_index=0, put_on_device=True)
+
+    def get_batch_samples(self, *arguments: Any, **named: Any) -> tuple[list[Batch], Any]:
+        """A step's micro-batches, and what their losses are divided by: as many as all ranks have together."""
+        batches, count = super().get_batch_samples(*arguments, **named)  # type: ignore[misc]
+        return self.share_out(batches, count) if self.team.count > 1 else (batches, count)
+
+    def share_out(self, batches: list[Batch], count: Any) -> tuple[list[Batch], Any]:
+        """Micro-batches of one rank as parts of all ranks'; ``count`` is that of the trained tokens."""
+        (total,) = self.team.total([count])
+        return batches, torch.full_like(count, int(total))
 
     def take_seen(self) -> torch.Tensor:
         """Sums of `seen` over the micro-batches since the last call."""
@@ -203,12 +248,37 @@ class Guarded:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:  # noqa: ARG002  # transformers' names
         if self.checkpointer is not None:
+            self.checkpointer.meet(self)
             save = partial(self.checkpointer.save, self)
             try_again(save, "a checkpoint", self.splitter.emit, enabled=self.splitter.enabled)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ARG002
         if self.checkpointer is not None:
             self.checkpointer.restore()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Each rank's own."""
+        super()._load_rng_state(checkpoint and str(own_folder(Path(checkpoint), self.team)))  # type: ignore[misc]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Of parted moments each rank's own."""
+        if checkpoint is None or not self.team.is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        super()._load_optimizer_and_scheduler(str(own_folder(Path(checkpoint), self.team)))  # type: ignore[misc]
+        trainer: Any = self
+        part_moments(trainer.optimizer)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        return join_norm(super()._clip_grad_norm(model))  # type: ignore[misc]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return join_norm(super()._get_grad_norm(model, grad_norm))  # type: ignore[misc]
+
+
+def counts(batch: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the batch has rows, and is not what `bp_train_cuda.batches.fill_empty` makes of none."""
+    return bool((batch["share"] > 0).any() if "share" in batch else (batch["labels"] >= 0).any())
 
 
 def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:

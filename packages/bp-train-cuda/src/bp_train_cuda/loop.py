@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -15,7 +17,21 @@ from bp_runs.losses import LossEnds
 from bp_runs.rail import Stop
 from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.probe import PeakMemory
+from bp_train_cuda.team import Team
 from bp_train_cuda.watch import Watch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Told:
+    """What one rank says of a step."""
+
+    loss: float
+    """Its part of the step's loss."""
+    tokens: int
+    memory: int
+    temperature: float | None
+    rested: float
+    notes: list[Any]
 
 
 class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for a strict check
@@ -25,7 +41,8 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         TrainingDivergedError: The loss is not finite.
     """
 
-    def __init__(self, emit: Emit, stop: Stop, memory: PeakMemory, steps: int) -> None:
+    def __init__(self, emit: Emit, stop: Stop, memory: PeakMemory, steps: int, team: Team) -> None:
+        self._team = team
         self._emit = emit
         self._stop = stop
         self._memory = memory
@@ -42,6 +59,8 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         """Asked after each step."""
         self.tell_answers: Callable[[int], None] = lambda _step: None
         """Called after each validation but the last."""
+        self.save_hot: Callable[[], None] = lambda: None
+        """Called by all of several ranks before the heat of one card ends the run; alone, the governor does it."""
         self.losses = LossEnds()
         self.tokens = 0
         self._rested = 0.0
@@ -72,7 +91,7 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Finish after this step where a stop was asked for."""
-        if state.global_step < self._steps and self._stop():
+        if state.global_step < self._steps and self._team.any(self._stop()):
             self.stopped = True
             control.should_training_stop = True
 
@@ -82,8 +101,8 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         """Turn a step's log into an event; the closing summary has no learning rate and is passed over."""
         if "loss" not in logs or "learning_rate" not in logs:
             return
-        now, loss = time.perf_counter(), float(logs["loss"])
-        tokens, rested = self.count_tokens(), self.watch.rested
+        told = self._gather(float(logs["loss"]))
+        now, loss, tokens, rested = time.perf_counter(), told.loss, told.tokens, told.rested
         speed = (tokens - self.tokens) / max(now - self._last - (rested - self._rested), 1e-9)
         self._emit(
             StepDone(
@@ -94,9 +113,9 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
                 grad_norm=None if logs.get("grad_norm") is None else float(logs["grad_norm"]),
                 tokens=tokens,
                 tokens_per_second=speed,
-                memory_bytes=self._memory.read(),
+                memory_bytes=told.memory,
                 metrics=self.take_metrics(),
-                temperature=self.watch.temperature,
+                temperature=told.temperature,
             )
         )
         self._last, self.tokens, self._rested = now, tokens, rested
@@ -110,6 +129,35 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
                 self._emit(Notice(message=f"stopped early at step {state.global_step}: validation no longer improves"))
             elif not is_last:
                 self.tell_answers(state.global_step)
-            self._last, self._rested = time.perf_counter(), self.watch.rested
+            self._last, self._rested = time.perf_counter(), max(self._rested, self.watch.rested)
         if not (is_last or control.should_training_stop):
-            self.watch.end_step(speed)  # may end the run, so it comes after all that belongs to the step
+            self._end_guarded(speed)  # may end the run, so it comes after all that belongs to the step
+
+    def _end_guarded(self, speed: float) -> None:
+        """Let the guards of each rank look; one that ends the run ends it on all, saved."""
+        if hot := self._team.try_all(partial(self.watch.end_step, speed)):
+            self.save_hot()
+            raise hot
+
+    def _gather(self, loss: float) -> _Told:
+        """The step of all ranks: sums of losses and tokens, the most of the rest; warnings of others are told."""
+        mine = _Told(
+            loss=loss,
+            tokens=self.count_tokens(),
+            memory=self._memory.read(),
+            temperature=self.watch.temperature,
+            rested=self.watch.rested,
+            notes=self._team.take_notes(),
+        )
+        all_told: list[_Told] = self._team.gather(mine)
+        for rank, told in enumerate(all_told):
+            for note in told.notes:
+                self._emit(replace(note, message=f"process {rank}: {note.message}"))
+        return _Told(
+            loss=sum(told.loss for told in all_told),
+            tokens=sum(told.tokens for told in all_told),
+            memory=max(told.memory for told in all_told),
+            temperature=max((t.temperature for t in all_told if t.temperature is not None), default=None),
+            rested=max(told.rested for told in all_told),
+            notes=[],
+        )

@@ -8,21 +8,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bp_runs.errors import NothingHeldOutError
+from bp_runs.errors import CodedError, NothingHeldOutError
 from bp_runs.events import Emit, Notice
 from bp_runs.paths import REJECTED_FILE
 from bp_runs.rail import Check, EvalOutcome, MemoryEstimate, Part, Probe, RowOutcome, Stop, TrainOutcome
-from bp_runs.spec import Settings, TrainSpec
+from bp_runs.spec import Ranks, Settings, TrainSpec
 from bp_train_cuda.rows import data_ready, prepare_rows
 
 if TYPE_CHECKING:
     from bp_data import Prepared
     from bp_data.asked import AnyPrepared
     from bp_train_cuda.kept import KeptBase
+    from bp_train_cuda.team import Team
 
 
 class CudaRail:
-    """Trains on the first CUDA device, or on the CPU models of up to one billion parameters."""
+    """Trains on the first CUDA device that it sees, or on the CPU models of up to one billion parameters.
+
+    Of several ranks (`bp_runs.rail.TrainsTogether`) each must see its own card alone.
+    """
 
     name = "cuda"
 
@@ -88,19 +92,63 @@ class CudaRail:
             DataError, DatasetGateError: The rows cannot be trained on; nothing has been loaded then.
             GpuNotAvailableError, RemoteCodeError, ModelLoadError, TargetModulesError: The model cannot be trained here.
             GpuOutOfMemoryError: Too little GPU memory.
+            RanksError, RanksChangedError, RankLostError: Several processes cannot train this, or one of them is gone.
             TrainingDivergedError: The loss is no longer finite.
             TrainingFailedError: The framework raised.
         """
-        from bp_train_cuda import check, engine, evaluation
+        from bp_train_cuda import team
 
-        prepared = prepare_rows(spec)
+        if spec.ranks is None:
+            return self._train(spec, emit, stop, team.Team())
+        with team.lead(spec) as together:
+            return self._train(spec, emit, stop, together)
+
+    def follow(self, ranks: Ranks, stop: Stop) -> None:
+        """Train along with rank 0, as `bp_runs.rail.TrainsTogether` says; what goes wrong is rank 0's to tell.
+
+        Raises:
+            RankLostError: The store where the ranks meet cannot be reached.
+        """
+        from bp_train_cuda import team
+
+        for spec, membership in team.follow(ranks, stop):
+            with contextlib.suppress(CodedError), membership as together:
+                self._train(spec, together.note, stop, together)
+
+    def release(self, ranks: Ranks) -> None:
+        """Let the other ranks' `follow` come back."""
+        from bp_train_cuda import team
+
+        team.release(ranks)
+
+    def _train(self, spec: TrainSpec, emit: Emit, stop: Stop, team: Team) -> TrainOutcome:
+        from bp_train_cuda import check, engine, evaluation, sharing
+
+        sharing.require_shareable(spec, team)
+        if team.is_sharded:
+            spec = replace(spec, training=sharing.shared_training(spec.training))
+        prepared = self._prepare(spec, team)
         trained, heldout = evaluation.hold_out(prepared.rows, spec.training)
         emit(data_ready(spec, prepared, len(heldout)))  # refused where the run goes on and the data has changed
-        prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
+        if team.rank == 0:
+            prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
         if prepared.ledger.dropped:
-            emit(Notice(message=f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}", level="warning"))
+            message = f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}"
+            emit(Notice(message=message, level="warning" if team.rank == 0 else "info"))
         check.require_rows_fit(spec, prepared)
-        return engine.train(spec, replace(prepared, rows=trained), heldout, emit, stop, kept=self._kept)
+        if team.count > 1:
+            emit(sharing.tell_ranks(spec, team.count))
+        return engine.train(spec, replace(prepared, rows=trained), heldout, emit, stop, kept=self._kept, team=team)
+
+    @staticmethod
+    def _prepare(spec: TrainSpec, team: Team) -> AnyPrepared:
+        """The rows; of several ranks the first makes them, and the others find them in its cache."""
+        if team.rank:
+            team.gather(None)
+            return prepare_rows(spec)
+        prepared = prepare_rows(spec)
+        team.gather(None)
+        return prepared
 
     def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:
         """Measure the base with ``adapter`` on the spec's rows as validation in training does; answer the prompts.

@@ -90,6 +90,8 @@ class Rehearsal(TrainerCallback):  # type: ignore[misc]  # transformers is not t
 
 def is_due(spec: TrainSpec, device: Device) -> bool:
     """Whether the run is to be rehearsed."""
+    if spec.ranks is not None and spec.ranks.sharded:
+        return False  # a rank that cannot go on would leave the others waiting
     wanted = spec.training.preflight
     return wanted == "on" or (wanted == "auto" and device.kind == "cuda" and spec.training.steps >= LONG_RUN)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cyclopts import App, CycloptsError, Group
 
-from backpropagate import system
+from backpropagate import launching, system
 from backpropagate.cli.failing import prepare_process, report_bug, report_error, set_up_logs
 from backpropagate.cli.switches import environment, overview, take_switches
 from backpropagate.offline import forbid_network
@@ -322,7 +322,25 @@ def run(argv: Sequence[str]) -> int:
             except CodedError as error:
                 return report_error(error, as_json=as_json)
         with forbid_network(wanted=system.is_network_forbidden(os.environ)):
-            return _run(line.argv, as_json=as_json)
+            return _run_together(line.argv, as_json=as_json)
+
+
+def _run_together(argv: Sequence[str], *, as_json: bool) -> int:
+    """As `_run`; of several processes that of rank 0 does it, and the others take part in what it trains."""
+    try:
+        ranks = launching.read_ranks()
+        launching.require_command(argv)
+        if ranks is not None and ranks.rank:
+            return launching.follow(ranks)
+    except KeyboardInterrupt:
+        return InterruptedRunError.exit_status
+    except CodedError as error:
+        told = report_error(error, as_json=as_json) if launching.speaks() else error.exit_status
+        return told if launching.speaks() else launching.wait_for_end(told)
+    status = _run(argv, as_json=as_json)
+    if ranks is not None and status == 0:
+        launching.release(ranks)
+    return status
 
 
 def _run(argv: Sequence[str], *, as_json: bool) -> int:

@@ -15,7 +15,7 @@ from bp_runs.spec import Settings, TrainingSpec
 def models(*, json: Json = False) -> int:
     """Show the base models that are known to train well, with licence and memory."""
     estimator = rails.find_estimator()
-    rows = [_describe(preset, estimator) for preset in MODEL_PRESETS.values()]
+    rows = [describe_preset(preset, estimator) for preset in MODEL_PRESETS.values()]
     if json:
         print_json("models", {"models": rows})
         return 0
@@ -32,7 +32,8 @@ def models(*, json: Json = False) -> int:
     return 0
 
 
-def _describe(preset: ModelPreset, estimator: Estimates | None) -> dict[str, Any]:
+def describe_preset(preset: ModelPreset, estimator: Estimates | None) -> dict[str, Any]:
+    """A row of the table; memory in bytes by mode, empty where no rail can estimate it."""
     found: dict[str, Any] = {
         "name": preset.name,
         "model": preset.model,

@@ -36,7 +36,7 @@ def show_run(run: str, *, output: Output = None, json: Json = False) -> int:
     lines = [*_asked(record), *_went(record, metrics), *(_checkpoint_line(found) for found in checkpoints)]
     lines += [f"  damaged   the checkpoint {name}: {wrong}" for name, wrong in damaged.items()]
     if record.status in UNFINISHED:
-        lines.append(f"  go on     {resume_line(record.run_id, store.output)}")
+        lines.append(f"  go on     {resume_line(record.run_id, store.output, record.hardware.get('ranks', 1))}")
     changed = {k: v for k, v in record.settings.items() if v["source"] != "default"}
     lines += [f"  set       {k} = {v['value']} ({v['source']})" for k, v in changed.items()]
     if plot := loss_plot([m["loss"] for m in metrics if m.get("event") == "step" and m.get("loss") is not None]):

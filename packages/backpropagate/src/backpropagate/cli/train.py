@@ -45,7 +45,7 @@ def tell_end(result: TrainResult, output: Path) -> None:
         f"            backprop show-run {result.run_id}{where(output)}",
     ]
     if outcome.stopped:
-        lines.insert(2, f"  go on     {resume_line(result.run_id, output)}")
+        lines.insert(2, f"  go on     {resume_line(result.run_id, output, result.record.hardware.get('ranks', 1))}")
     print("\n".join(lines))  # noqa: T201
 
 

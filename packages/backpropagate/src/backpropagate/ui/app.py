@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 from backpropagate.errors import UiPathError
 from backpropagate.ui.launching import Launches
 from backpropagate.ui.machine import Machine
-from backpropagate.ui.pages import cards, comparisons, runs, training
+from backpropagate.ui.pages import cards, comparisons, data, exports, models, runs, training
 from backpropagate.ui.places import Places
 from backpropagate.ui.security import Gate, LoginGate, Passwords, comes_from_us
 from backpropagate.ui.showing import HERE, show
@@ -90,6 +90,12 @@ def build_routes() -> list[Route | Mount]:
         Route("/train", training.show_form),
         change("/train", training.start),
         Route("/train/memory", training.show_verdict),
+        Route("/data", data.show_data),
+        Route("/data/preview", data.show_preview),
+        Route("/data/check", data.show_check),
+        Route("/export", exports.show_exports),
+        change("/export", exports.start),
+        Route("/models", models.show_models),
         Route("/launches/{launch}", training.show_launch),
         Route("/launches/{launch}/state", training.show_launch_state),
     ]

@@ -1,15 +1,14 @@
-"""What the machine's card has free, asked in a process of its own: a server must not hold a card's memory."""
+"""What the machine's card has free, and what is known of base models; asked again when that is old."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
+from backpropagate.ui.asking import AnswerError, ask
 
 _FRESH_SECONDS = 60.0
 _MOST_SECONDS = 120.0
@@ -17,7 +16,7 @@ _MOST_SECONDS = 120.0
 
 @dataclass(slots=True)
 class Machine:
-    """The rails of this machine as `backprop info` tells them, looked at again when that is old."""
+    """The rails of this machine as `backprop info` tells them."""
 
     _rails: list[dict[str, Any]] | None = None
     _looked: float = 0.0
@@ -27,7 +26,7 @@ class Machine:
         """Name, usable, why, device and memory of each; None where they cannot be told. May take seconds."""
         with self._lock:
             if not self._looked or time.monotonic() - self._looked > _FRESH_SECONDS:
-                self._rails, self._looked = _ask(), time.monotonic()
+                self._rails, self._looked = _ask_rails(), time.monotonic()
             return self._rails
 
     def free_memory(self) -> int | None:
@@ -37,11 +36,9 @@ class Machine:
         return int(memory) if memory is not None else None
 
 
-def _ask() -> list[dict[str, Any]] | None:
-    command = [sys.executable, "-m", "backpropagate", "info", "--json"]
+def _ask_rails() -> list[dict[str, Any]] | None:
     try:
-        done = subprocess.run(command, capture_output=True, check=True, timeout=_MOST_SECONDS)  # noqa: S603  # our own
-        rails: list[dict[str, Any]] = orjson.loads(done.stdout)["rails"]
-    except (OSError, subprocess.SubprocessError, orjson.JSONDecodeError, KeyError):
+        found: Mapping[str, Any] = ask(["info"], seconds=_MOST_SECONDS)
+    except AnswerError:
         return None
-    return rails
+    return list(found["rails"])

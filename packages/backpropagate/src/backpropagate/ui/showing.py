@@ -16,6 +16,7 @@ from backpropagate.ui.security import token_of
 
 HERE = Path(__file__).parent
 NOTHING = "–"
+_UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
 def show(request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
@@ -72,10 +73,11 @@ def rate(value: Any) -> str:
 
 
 def gib(value: Any) -> str:
-    """Bytes as GiB, or as MiB where that is less than a tenth of one."""
+    """Bytes as GiB, or as MiB or KiB where that is less than a tenth of the greater one."""
     if not _is_number(value):
         return NOTHING
-    return f"{value / 2**30:.1f} GiB" if value >= 0.1 * 2**30 else f"{value / 2**20:.1f} MiB"
+    unit, one = next((found for found in _UNITS if value >= 0.1 * found[1]), _UNITS[-1])
+    return f"{value / one:.1f} {unit}"
 
 
 def duration(seconds: Any) -> str:

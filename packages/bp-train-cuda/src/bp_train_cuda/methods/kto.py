@@ -24,8 +24,8 @@ class _Trainer(Comparing):
     """A row's two answers are its own and one that belongs to another prompt.
 
     From the second comes the reference point, the divergence from the untrained model: the mean over the micro-batch of
-    how much likelier answers to other prompts have become. It is measured over the whole micro-batch before the losses,
-    so that a micro-batch that runs in pieces has the same one.
+    how much likelier answers to other prompts have become. It is measured over the whole micro-batch, that of all
+    ranks, before the losses, so that a micro-batch that runs in pieces has the same one.
     """
 
     needs_reference = True
@@ -50,12 +50,15 @@ class _Trainer(Comparing):
         others, own = ({**batch, **{name: batch[name][:, side] for name in _SIDES}} for side in (slice(1, 2), slice(1)))
 
         def drift(piece: Batch) -> torch.Tensor:
-            return self.read_answers(self.model, piece).ratios.sum()
+            has_share = (piece["share"] > 0).float()
+            return torch.stack([self.read_answers(self.model, piece).ratios[:, 0] @ has_share, has_share.sum()])
 
-        rows = len(batch["good"])
         with self.judging():
-            point = (self.reader.run(drift, others) / rows).clamp(min=0)
-        return {**own, "point": point.expand(rows)}
+            found = self.reader.run(drift, others)
+        if self.team.count > 1:
+            found = found.new_tensor(self.team.total(found.tolist()))
+        point = (found[0] / found[1]).clamp(min=0)
+        return {**own, "point": point.expand(len(batch["good"]))}
 
 
 def build_trainer(parts: Parts, prepared: Prepared[JudgedRow]) -> Comparing:

@@ -9,13 +9,16 @@ from bp_runs.errors import RunStatus
 
 
 class ScoreCardBody(TypedDict):
-    """losses[i][j]: held-out loss, in nats, on run j + 1's data after run i + 1."""
+    """losses[i][j]: held-out loss, in nats, on run j + 1's data after run i + 1; scores: as losses, of the metric."""
 
     runs: list[str]
     names: list[str]
     losses: list[list[float]]
     before_merge: list[float]
     before_run: list[float]
+    metric: str | None
+    scores: list[list[float]]
+    scores_before: list[float]
     average: float | None
     backward_transfer: float | None
     forgetting: float | None

@@ -1,0 +1,113 @@
+"""Export what was trained, and see what was exported, with each file's comparison with the trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+from starlette.datastructures import FormData
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+
+from backpropagate.cli.export import Format, Quantization
+from backpropagate.ui.places import Places
+from backpropagate.ui.showing import show
+from bp_runs.adapter import CONFIG_FILE
+from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError
+from bp_runs.paths import ADAPTER_NAME, MODEL_NAME
+from bp_runs.redact import redact_data
+
+FOLDER = "exports"
+_LOOKED_AT = 100
+"""Newest runs of each folder whose files are shown."""
+_OWN_FILES = ("adapter", "model")
+_FORMATS = tuple(word for word in get_args(Format) if word != "ollama-adapter")
+"""An adapter for Ollama needs the base's name there as well."""
+
+
+def show_exports(request: Request) -> Response:
+    """The form, and what was exported before."""
+    return _page(request, {"source": request.query_params.get("source", "")})
+
+
+def _page(request: Request, filled: dict[str, str], error: CodedError | None = None) -> Response:
+    site = request.app.state.site
+    sources, exported = _look(site.places)
+    return show(
+        request,
+        "export.html",
+        sources=sources,
+        exported=exported,
+        filled=filled,
+        formats=_FORMATS,
+        quantizations=get_args(Quantization),
+        folder=site.places.own / FOLDER,
+        error=None if error is None else error.to_dict(),
+        status=200 if error is None else 400,
+    )
+
+
+def _look(places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Runs that have something to export, and the files that were made of runs; newest first."""
+    sources, exported = [], []
+    for output in places.outputs():
+        store = output.store
+        for row in store.list_runs()[:_LOOKED_AT]:
+            key = f"{output.key}/{row['run_id']}"
+            if _weights(store.folder(row["run_id"])) is not None and row["status"] != "running":
+                sources.append({**row, "key": key, "output_name": output.name})
+            try:
+                record = store.load(row["run_id"])
+            except RecordInvalidError:
+                continue
+            exported += [
+                {**redact_data(artifact), "key": key, "run_id": row["run_id"]}
+                for artifact in record.artifacts
+                if artifact.get("kind") not in _OWN_FILES
+            ]
+    newest = sorted(exported, key=lambda artifact: str(artifact.get("at", "")), reverse=True)
+    return sorted(sources, key=lambda row: row["created_at"], reverse=True), newest
+
+
+def _weights(run: Path) -> Path | None:
+    """The folder of a run's adapter, or of its model; None where it has neither."""
+    if (run / ADAPTER_NAME / CONFIG_FILE).is_file():
+        return run / ADAPTER_NAME
+    return run / MODEL_NAME if (run / MODEL_NAME / "config.json").is_file() else None
+
+
+def start(request: Request, form: FormData) -> Response:
+    """Start the export; what is wrong is told above the form."""
+    site = request.app.state.site
+    filled = {name: str(value) for name, value in form.items()}
+    try:
+        words = _words(site.places, filled)
+        launch = site.launches.start(words)
+    except CodedError as error:
+        return _page(request, filled, error)
+    return RedirectResponse(f"/launches/{launch.id}", 303)
+
+
+def _words(places: Places, filled: dict[str, str]) -> list[str]:
+    """The command, with a target in the page's own folder.
+
+    Raises:
+        UiPathError, RunNotFoundError: There is no such run.
+        InvalidSettingError: A word that the form does not offer, or a run without an adapter.
+    """
+    key, _, run_id = filled.get("source", "").partition("/")
+    store = places.find(key).store
+    run_id = store.find(run_id)
+    weights = _weights(store.folder(run_id))
+    if weights is None:
+        raise InvalidSettingError(f"the run {run_id} has left no adapter", way_out="Choose another run.")
+    format, quantization = filled.get("format", "gguf"), filled.get("quantization", "q4_k_m")
+    if format not in _FORMATS or quantization not in get_args(Quantization):
+        raise InvalidSettingError(f"there is no export {format} {quantization}", way_out="Choose one of the form's.")
+    name = f"{run_id}-{quantization}.gguf" if format == "gguf" else f"{run_id}-{format}"
+    words = ["export", str(weights), f"--format={format}", f"--output={places.own / FOLDER / name}"]
+    if format == "gguf":
+        words.append(f"--quantization={quantization}")
+    if ollama := filled.get("ollama_name", "").strip():
+        words.append(f"--ollama-name={ollama}")
+    return [*words, "--force"] if filled.get("force") else words

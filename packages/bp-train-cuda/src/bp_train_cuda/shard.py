@@ -1,0 +1,118 @@
+"""Weights parted among ranks by FSDP2: each holds a share of every layer, and gathers a layer while it computes.
+
+All weights: parameters, gradients and moments are parted, in float32, and computed with in the base's own dtype. An
+adapter stays whole on each rank, since it is small; its base is parted. FSDP2 gathers inside forward and backward, so
+here all ranks run as many pieces: a micro-batch that does not fit is not halved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from bp_train_cuda.lora import trainable_weights
+
+
+def shard_model(model: Any, base: Any) -> None:
+    """Part the weights of ``base`` among the ranks, layer by layer and in place.
+
+    Args:
+        model: What is trained: ``base`` itself, or ``base`` with an adapter.
+        base: The transformers model.
+    """
+    is_full, compute = model is base, base.dtype
+    adapter = set() if is_full else set(trainable_weights(model).values())
+    kind = next(base.parameters()).device.type
+    low = is_full and compute != torch.float32
+    shared: dict[str, Any] = {
+        "mesh": init_device_mesh(kind, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(compute, torch.float32) if low else MixedPrecisionPolicy(),
+        "ignored_params": adapter,
+    }
+    for part in [*_find_layers(base), base]:
+        if is_full:
+            part.float()
+        fully_shard(part, **shared)
+
+
+def _find_layers(base: Any) -> list[Any]:
+    """The decoder's layers: its longest list of modules."""
+    lists = [list(module) for module in base.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
+def undo_mean(weights: Iterable[torch.Tensor]) -> None:
+    """Make sums of the means over ranks that FSDP2 leaves as gradients: a rank's loss is its part of the step's."""
+    for weight in weights:
+        if weight.grad is not None:
+            own_share(weight.grad).mul_(dist.get_world_size())
+
+
+def is_parted(weight: torch.Tensor) -> bool:
+    """Whether this rank holds a share of ``weight``."""
+    return isinstance(weight, DTensor)
+
+
+def own_share(weight: torch.Tensor) -> torch.Tensor:
+    """The rank's share of a parted weight, or of a whole one all of it; the same memory."""
+    local: torch.Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
+    return local
+
+
+def own_weights(model: Any) -> dict[str, torch.Tensor]:
+    """As `bp_train_cuda.lora.trainable_weights`, this rank's shares."""
+    _part_again(model)
+    return {name: own_share(weight) for name, weight in trainable_weights(model).items()}
+
+
+def join_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All weights whole, in ``dtype`` on the CPU; all ranks must call it, and only rank 0 keeps what is joined."""
+    _part_again(model)
+    keeps, found = dist.get_rank() == 0, {}
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # tied ones are joined once
+    buffers = {name: buffer for name, buffer in model.state_dict().items() if name not in names}
+    for name, weight in [*model.named_parameters(), *buffers.items()]:
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if keeps:
+            found[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
+    return found
+
+
+def _part_again(model: Any) -> None:
+    """A forward pass without gradients leaves what is outside the layers whole, and its shares out of sight."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def join_norm(norm: Any) -> Any:
+    """The norm of parted gradients as one number on all ranks; all must call it."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def own_moments(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with this rank's shares of the moments, to be saved."""
+    shares = {
+        place: {name: own_share(value) if torch.is_tensor(value) else value for name, value in moments.items()}
+        for place, moments in state["state"].items()
+    }
+    return {**state, "state": shares}
+
+
+def part_moments(optimizer: Any) -> None:
+    """Undo `own_moments` in an optimizer that has loaded them."""
+    raw = getattr(optimizer, "optimizer", optimizer)
+    for weight, moments in raw.state.items():
+        if not isinstance(weight, DTensor):
+            continue
+        for name, value in moments.items():
+            if torch.is_tensor(value) and not isinstance(value, DTensor) and value.shape == weight.to_local().shape:
+                moments[name] = DTensor.from_local(
+                    value, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
+                )

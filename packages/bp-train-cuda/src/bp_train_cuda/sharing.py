@@ -1,0 +1,59 @@
+"""What several ranks share: whether they can, what changes when weights are parted, and what a step is then."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bp_runs.events import Notice
+from bp_runs.spec import TrainingSpec, TrainSpec
+from bp_train_cuda.checkpoint import require_ranks
+from bp_train_cuda.errors import RanksError
+from bp_train_cuda.team import Team
+
+
+def require_shareable(spec: TrainSpec, team: Team) -> None:
+    """Refuse what several ranks cannot train together.
+
+    Raises:
+        RanksError: The engine unsloth; with parted weights, what needs them whole.
+        RanksChangedError: As `bp_train_cuda.checkpoint.require_ranks`.
+    """
+    if spec.checkpoint is not None:
+        require_ranks(spec.checkpoint, team.count)
+    if team.count > 1 and spec.training.engine == "unsloth":
+        raise RanksError("the engine unsloth trains in one process", way_out="Add: --engine trl; or leave out torchrun")
+    if team.is_sharded:
+        _require_partable(spec)
+
+
+def _require_partable(spec: TrainSpec) -> None:
+    training = spec.training
+    wrong = {
+        "--mode qlora": training.mode == "qlora",
+        "--fp8": training.fp8,
+        f"--optim {training.optim}": "8bit" in training.optim and training.mode == "full",
+        "--preflight on": training.preflight == "on",
+    }
+    if found := [flag for flag, is_wrong in wrong.items() if is_wrong]:
+        raise RanksError(
+            f"{found[0]} does not go with weights that are parted by FSDP2",
+            way_out=f"Leave out {found[0]}; or share rows alone (DDP): torchrun, or accelerate without FSDP.",
+        )
+
+
+def shared_training(training: TrainingSpec) -> TrainingSpec:
+    """What a training with parted weights does: no 4-bit base, no piece of a micro-batch that only one rank runs."""
+    mode = "lora" if training.mode == "auto" else training.mode
+    return replace(training, mode=mode, oom_recovery=False)
+
+
+def tell_ranks(spec: TrainSpec, count: int) -> Notice:
+    """The event that tells what a step is where several ranks train together."""
+    training = spec.training
+    rows = training.batch_size * training.gradient_accumulation * count
+    kind = "FSDP2" if spec.ranks and spec.ranks.sharded else "DDP"
+    message = (
+        f"{count} processes train together ({kind}): {training.batch_size} rows × {training.gradient_accumulation} "
+        f"micro-batches × {count} = {rows} rows a step"
+    )
+    return Notice(message=message, details={"ranks": count, "rows_per_step": rows, "kind": kind})
