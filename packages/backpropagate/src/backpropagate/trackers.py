@@ -66,8 +66,7 @@ class Tensorboard:
         from tensorboard.summary import Writer
 
         folder = str(run.output / "tensorboard" / run.entry)
-        if run.done is not None:
-            _take_back(folder, run.done)
+        _tell_start(folder, run.done or 0)
         self._writer = Writer(folder)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -80,8 +79,8 @@ class Tensorboard:
         self._writer.close()
 
 
-def _take_back(folder: str, done: int) -> None:
-    """Tell TensorBoard that the steps after ``done`` are done again: what was written of them does not count."""
+def _tell_start(folder: str, done: int) -> None:
+    """Tell TensorBoard that steps after ``done`` follow; what came of them before a second start does not count."""
     from tensorboard.compat.proto.event_pb2 import Event as Entry
     from tensorboard.compat.proto.event_pb2 import SessionLog
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
