@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("PIL")
 
+import numpy as np
 from export_pico import export_adapter, write_base, write_json, write_lora
 from fake_hub import TOKEN, serve_hub
 
@@ -24,6 +25,7 @@ from bp_export.errors import (
     PushSourceError,
 )
 from bp_export.origin import find_origin, write_train_command
+from bp_merge import write_tensors
 from bp_runs.adapter import changed_files, read_adapter_folder, read_manifest, write_manifest
 from bp_runs.events import DataReady, ModelLoaded, StepDone
 from bp_runs.rail import TrainOutcome
@@ -290,7 +292,7 @@ def test_the_base_is_told_by_a_name_that_others_know(tmp_path, named, base, told
         prepare_push(lora, "me/tuned", base="no such folder")
 
 
-def test_a_gguf_that_names_a_folder_is_refused(tmp_path):
+def test_weights_that_name_a_folder_are_refused(tmp_path):
     import gguf
 
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
@@ -298,8 +300,14 @@ def test_a_gguf_that_names_a_folder_is_refused(tmp_path):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(PushSourceError, match=r"quantize\.imatrix\.file"):
-        prepare_push(tmp_path / "x.gguf", "me/x")
+    base = write_base(tmp_path / "base")
+    lora = write_lora(tmp_path / "lora", base)
+    for folder, name in ((base, "model.safetensors"), (lora, "adapter_model.safetensors")):
+        metadata = {"format": "pt", "config": r'{"output": "D:\\Users\\ada-lovelace\\out"}'}
+        write_tensors(folder / name, {"x": np.ones((2, 2), np.float32)}, metadata=metadata)
+    for source, key in ((tmp_path / "x.gguf", r"quantize\.imatrix\.file"), (base, "config"), (lora, "config")):
+        with pytest.raises(PushSourceError, match=f"as {key}: "):
+            prepare_push(source, "me/x")
 
 
 @pytest.mark.parametrize(("base", "told"), [("base/listed", "mit"), ("base/x..y", None)])

@@ -12,7 +12,7 @@ from typing import Any
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # huggingface_hub keeps owner/name as …/models--owner--name/snapshots/<commit>.
 _CACHED = re.compile(r".*[/\\]models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?")
-_HOME = re.compile(r"(?:/var)?/home/[^/\s\"']+|/Users/[^/\s\"']+|/root(?=/)|[A-Za-z]:[/\\]Users[/\\][^/\\\n\"']+")
+_HOME = re.compile(r"(?:/var)?/home/[^/\s\"']+|/Users/[^/\s\"']+|/root(?=/)|[A-Za-z]:[/\\]+Users[/\\]+[^/\\\n\"']+")
 _LEAST_PARTS = 3  # of a path that is told from a word with a slash before it
 
 

@@ -1,6 +1,6 @@
 """What of an adapter, a model folder or a GGUF goes to the Hub: known files, without secrets and folders of a machine.
 
-Settings files are uploaded without the folders that they name; a GGUF, which cannot be changed in passing, is refused.
+Settings files are uploaded without the folders that they name; weights that name one are refused.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # The manifest comes last, since it holds the others' hashes.
 _SEARCHED = (CONFIG_FILE, "config.json", "generation_config.json", "tokenizer_config.json", MANIFEST_FILE)
 _ITS_OWN = "Push the adapter's own folder: backprop push ./output/lora --repo me/my-model"
+_MOST_HEADER = 100 * 2**20
 _SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
@@ -58,7 +59,7 @@ def gather(source: Path) -> Shipment:
     """The files of something that training or an export wrote.
 
     Raises:
-        PushSourceError: It is nothing of that sort, a settings file holds what looks like a secret, or a GGUF names a
+        PushSourceError: It is nothing of that sort, a settings file holds what looks like a secret, or weights name a
             machine's folder.
         AdapterInvalidError: It is an adapter that is not whole.
         ChatFailedError: It is a GGUF that cannot be read.
@@ -70,7 +71,9 @@ def gather(source: Path) -> Shipment:
                 f"{path} holds what looks like a secret", way_out="Take it out of the file, and replace the secret."
             )
         if shipment.kind == "gguf":
-            _require_no_place(path)
+            _require_no_place(path, read_settings(path), "Export the model again with bp-export, and push that.")
+        elif path.suffix == ".safetensors":
+            _require_no_place(path, _read_metadata(path), "Save the weights again without their metadata.")
     return shipment
 
 
@@ -105,13 +108,20 @@ def _clean(name: str, told: Any, base: str, cleaned: Mapping[str, bytes]) -> Any
     return clean
 
 
-def _require_no_place(file: Path) -> None:
-    for key, value in read_settings(file).items():
+def _require_no_place(file: Path, told: Mapping[str, Any], way_out: str) -> None:
+    for key, value in told.items():
         if isinstance(value, str) and (is_place(value) or hide_homes(value) != value):
-            raise PushSourceError(
-                f"{file} names a folder of a machine as {key}: {value[:200]}",
-                way_out="Export the model again with bp-export, which writes none, and push that.",
-            )
+            raise PushSourceError(f"{file} names a folder of a machine as {key}: {value[:200]}", way_out=way_out)
+
+
+def _read_metadata(file: Path) -> dict[str, Any]:
+    """What a safetensors file says beside its tensors; empty where its header cannot be read."""
+    with file.open("rb") as handle:
+        header = handle.read(min(int.from_bytes(handle.read(8), "little"), _MOST_HEADER))
+    try:
+        return dict(json.loads(header).get("__metadata__") or {})
+    except (ValueError, AttributeError):
+        return {}
 
 
 def _gather(source: Path) -> Shipment:
