@@ -4,6 +4,7 @@ import io
 import json
 import socket
 import ssl
+from pathlib import Path
 
 import pytest
 
@@ -276,9 +277,12 @@ def merged_of(folder):
         ("/models/pico", "me/pico-base", "me/pico-base"),
         ("me/pico", None, "me/pico"),
         (r"D:\models\pico", None, "pico"),
+        ("mine/pico", None, "pico"),  # a folder here, and somebody's on the Hub
     ],
 )
-def test_the_base_is_told_by_a_name_that_others_know(tmp_path, named, base, told, caplog):
+def test_the_base_is_told_by_a_name_that_others_know(tmp_path, monkeypatch, named, base, told, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("mine/pico").mkdir(parents=True)
     lora = write_lora(tmp_path / "lora", write_base(tmp_path / "base"))
     config = json.loads((lora / "adapter_config.json").read_text())
     write_json(lora / "adapter_config.json", {**config, "base_model_name_or_path": named})

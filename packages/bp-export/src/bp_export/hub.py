@@ -199,9 +199,10 @@ def _tell_base(named: str, base: Path | str | None, origin: Origin | None) -> st
     told = [tell_model(str(name)) for name in (base or "", named, recorded)]
     if found := next((name for name in told if is_hub_id(name)), None):
         return found
-    if named:
-        _log.warning("the base is told as %s, which only you know; name its Hub id: --base owner/name", told[1])
-    return told[1]
+    name = told[1].rpartition("/")[2]
+    if name:
+        _log.warning("the base is told as %s, which only you know; name its Hub id: --base owner/name", name)
+    return name
 
 
 def _find_license(source: Path, shipment: Shipment, base: Path) -> License:
