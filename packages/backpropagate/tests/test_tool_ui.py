@@ -344,6 +344,11 @@ def test_data_is_read_from_the_page_s_folders_only(place):
         with pytest.raises(UiPathError):
             places.require_readable(text)
     assert places.new_output("pirate-1").parent == places.own
+    (place / "rows/.ssh").mkdir()
+    for text in ("rows/.ssh", "rows/.ssh/keys.json", "rows/.aws/x/y.json", "rows/.env.txt"):
+        with pytest.raises(UiPathError):
+            places.require_readable(text)
+    assert places.require_readable("rows/.cache/a.jsonl")
     places.own.mkdir(parents=True, exist_ok=True)
     for name in ("..", "a/b", "", ".hidden", "a b", "-x", "x" * 65):
         with pytest.raises(UiPathError):

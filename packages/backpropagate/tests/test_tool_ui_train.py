@@ -1,8 +1,10 @@
 """The page that trains: its form, what it refuses, and a real training that outlives the server that started it."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from backpropagate.ui.app import build_app
 from backpropagate.ui.pages.training import _NOT_HERE, offered, read_flags, to_words
 from backpropagate.ui.places import find_places
 from backpropagate.ui.spec import UiSpec
+from bp_runs.process import process_birth
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
 
@@ -33,7 +36,10 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "m").mkdir()
     (tmp_path / "m/config.json").write_text("{}")
     (tmp_path / "m/model.safetensors").write_bytes(b"")
-    return tmp_path
+    yield tmp_path
+    for launch in launches(tmp_path):  # a test that failed leaves no training behind
+        if process_birth(launch["pid"]) == launch["process_started"] is not None:
+            os.kill(launch["pid"], signal.SIGKILL)
 
 
 def open_page(shown="output"):
@@ -116,6 +122,9 @@ def test_a_run_of_elsewhere_fills_the_form_and_is_not_touched(place):
     run_id = trainer.train("d.jsonl").run_id
     page = open_page()
     key = re.search(r"/runs/(\w+)/" + run_id, page.get("/runs").text)[1]
+    (place / "sub").mkdir()
+    with contextlib.chdir(place / "sub"):
+        assert f'name="data" value="{place}/d.jsonl"' in page.get(f"/train?from={key}/{run_id}").text
     text = page.get(f"/train?from={key}/{run_id}").text
     for name, value in {"steps": "5", "lr": "0.001", "lora_r": "2", "data": "d.jsonl", "batch_size": ""}.items():
         assert f'name="{name}" value="{value}"' in text

@@ -13,6 +13,8 @@ import orjson
 _AT_ONCE = threading.BoundedSemaphore(2)
 """Whoever clicks ten times must not start ten processes at once."""
 
+_PATIENCE = 30.0  # seconds
+
 
 class AnswerError(Exception):
     """The command did not answer; ``told`` is its own error document, or empty."""
@@ -34,14 +36,19 @@ def ask(words: Sequence[str], *, seconds: float) -> dict[str, Any]:
         AnswerError: It failed, or took longer.
     """
     command = [sys.executable, "-m", "backpropagate", *words, "--json"]
+    if not _AT_ONCE.acquire(timeout=_PATIENCE):
+        raise AnswerError("Other questions are still being answered; ask again in a moment")
     try:
-        with _AT_ONCE:
-            done = subprocess.run(command, capture_output=True, check=False, timeout=seconds, stdin=subprocess.DEVNULL)  # noqa: S603  # our own program
+        done = subprocess.run(  # noqa: S603  # our own program
+            command, capture_output=True, check=False, timeout=seconds, stdin=subprocess.DEVNULL
+        )
         found: dict[str, Any] = orjson.loads(done.stdout)
     except subprocess.TimeoutExpired as error:
         raise AnswerError(f"It took longer than {seconds:.0f} s; ask in a terminal: backprop {words[0]}") from error
     except (OSError, orjson.JSONDecodeError) as error:
         raise AnswerError(f"backprop {words[0]} gave no answer") from error
+    finally:
+        _AT_ONCE.release()
     if "error" in found and found.get("schema") == "backpropagate.error/1":
         raise AnswerError(found["error"]["message"], found["error"])
     return found

@@ -108,8 +108,13 @@ class Places:
             UiPathError: It lies elsewhere.
         """
         path = _resolve(to_path(text))
-        if "\0" in text or not any(path.is_relative_to(folder) for folder in (*self.readable, self.own, *self.shown)):
+        allowed = [folder for folder in (*self.readable, self.own, *self.shown) if path.is_relative_to(folder)]
+        if not allowed:
             raise UiPathError(f"{text} does not lie in a folder that this page may read")
+        # Of a page that was started in a home folder, the keys in it are nobody's data; git-annex keeps data in .git.
+        below = [part.lower() for folder in allowed for part in path.relative_to(folder).parts]
+        if any(part in _CREDENTIALS - {".git"} for part in below) or any(part.startswith(".") for part in below[-1:]):
+            raise UiPathError(f"{text} is hidden, or lies where credentials are kept")
         return path
 
     def new_output(self, name: str) -> Path:

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from backpropagate.ui.security import token_of
+from bp_runs.redact import redact
 
 HERE = Path(__file__).parent
 NOTHING = "–"
@@ -48,6 +49,7 @@ def templates() -> Environment:
         "whole": whole,
         "spell": spell,
         "rate": rate,
+        "redact": redact,
     }
     return found
 

@@ -44,7 +44,9 @@ FIRST = (
 """Settings that most people look at."""
 _NOT_HERE = ("training.output_dir", "training.resume", "model.trust_remote_code", *MULTI_RUN)
 """The page says where it writes; and code of a model is allowed by whoever owns the machine, not by a form."""
-_PATHS = {"data.path": "data file", "model.name": "model folder"}
+_STOP_ASKING = 286
+"""HTMX's own status: the answer is shown, and not asked for again."""
+_PATHS = ("data.path", "model.name")
 
 
 def offered() -> dict[str, Setting]:
@@ -112,8 +114,17 @@ def _fill_from(record: RunRecord) -> dict[str, str]:
         if entry is None or entry["source"] in ("default", "preset") or MASK in str(entry["value"]):
             continue
         if entry["value"] != known[key]:
-            texts[setting.short] = _text(entry["value"])
+            value = _from_here(record, entry["value"]) if key in _PATHS else entry["value"]
+            texts[setting.short] = _text(value)
     return texts
+
+
+def _from_here(record: RunRecord, value: Any) -> Any:
+    """A path that was meant from the run's own working folder, and not from this one."""
+    if not isinstance(value, str) or Path(record.cwd) == Path.cwd() or Path(value).is_absolute():
+        return value
+    there = Path(record.cwd) / value
+    return str(there) if there.exists() else value
 
 
 def _text(value: Any) -> str:
@@ -275,12 +286,15 @@ def _launch(request: Request, template: str) -> Response:
     launch = site.launches.find(request.path_params["launch"])
     run_id = site.launches.run_of(launch)
     if run_id is not None:
-        output = next(o for o in site.places.outputs() if str(o.path) == launch.output)
-        address = f"/runs/{output.key}/{run_id}"
+        key = next((o.key for o in site.places.outputs() if str(o.path) == launch.output), "")
+        address = f"/runs/{key}/{run_id}"
         if template.startswith("parts/"):
             return Response(headers={"HX-Redirect": address})
         return RedirectResponse(address, 303)
-    return show(request, template, launch=launch, is_alive=launch.is_alive, log=site.launches.log_of(launch))
+    is_alive = launch.is_alive
+    status = 200 if is_alive or not template.startswith("parts/") else _STOP_ASKING
+    log = site.launches.log_of(launch)
+    return show(request, template, launch=launch, is_alive=is_alive, log=log, status=status)
 
 
 def stop(request: Request, _form: FormData) -> Response:
