@@ -62,6 +62,10 @@ docs:
 stories:
     uv run python docs/tutorials/record.py
 
+# The handbook's pictures, from real runs on the real small model; some minutes.
+pictures:
+    uv run python docs/pictures/draw.py
+
 # The handbook as a site in docs/_site; a broken link or a page without a place stops it.
 docs-site:
     uv run --group docs sphinx-build -n -W --keep-going -q docs docs/_site

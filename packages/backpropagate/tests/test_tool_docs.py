@@ -3,6 +3,7 @@
 import re
 import shlex
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -73,3 +74,16 @@ def test_every_command_is_in_the_reference():
     text = (DOCS / "reference/cli.md").read_text(encoding="utf-8")
     for command in COMMANDS:
         assert f"## backprop {command.name}\n" in text
+
+
+@pytest.mark.parametrize("picture", sorted((DOCS / "pictures").glob("*.svg")), ids=lambda file: file.stem)
+def test_a_picture_is_whole_shown_and_says_what_made_it(picture):
+    root = ET.fromstring(picture.read_text(encoding="utf-8"))
+    [desc] = root.findall("{http://www.w3.org/2000/svg}desc")
+    build_app().parse_args(shlex.split(desc.text.partition(";")[0])[1:], exit_on_error=False, print_error=False)
+    assert not re.search(r"href|url\(|<script|<image", picture.read_text(encoding="utf-8")), "it loads something"
+    assert any(f"pictures/{picture.name})" in page.read_text(encoding="utf-8") for page in PAGES)
+
+
+def test_there_are_three_pictures():
+    assert {file.stem for file in (DOCS / "pictures").glob("*.svg")} == {"loss", "mask", "score-card"}
