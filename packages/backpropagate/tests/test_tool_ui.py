@@ -448,6 +448,15 @@ def test_the_score_card_shows_the_numbers_of_the_terminal(place):
     assert page.get(f"/runs/{key_of()}/{plain.run_id}/card").status_code == 404
 
 
+def test_the_score_card_shows_a_metric_where_there_is_one(place):
+    result = Trainer("./m", output="output", rail=FakeRail(), steps=3, lora_r=2).multi_run(
+        "d.jsonl", runs=2, metric="exact"
+    )
+    text = open_page().get(f"/runs/{key_of()}/{result.run_id}/card").text
+    rows = text.partition("exact of answers to held-out rows")[2].partition("</table>")[0]
+    assert re.findall(r">(\d\.\d{3})<", rows) == ["0.000", "1.000", "1.000", "1.000", "1.000"]
+
+
 def test_a_multi_run_that_goes_on_has_the_card_so_far(place):
     card = ScoreCard().add("a", "d.jsonl", row=[1.25], tuned=1.0, before=2.0)
     store = RunStore(place / "output")
