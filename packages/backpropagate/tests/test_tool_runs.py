@@ -135,6 +135,15 @@ def test_an_output_folder_that_was_moved_goes_on_where_it_is(place, capsys):
     assert [r["run_id"] for r in out(capsys, ["list-runs", "--output", "other"])["runs"]] == [again]
 
 
+def test_the_newest_run_is_shown_where_none_is_named(place, capsys):
+    assert refused(capsys, ["show-run"])["code"] == "INPUT_RUN_NOT_FOUND"
+    _, second = (out(capsys, TRAIN)["run_id"] for _ in range(2))
+    newest = out(capsys, ["list-runs", "--limit", "1"])
+    assert out(capsys, ["show-run"])["record"]["run_id"] == newest["runs"][0]["run_id"] == second
+    assert newest["total"] == 2
+    assert refused(capsys, ["list-runs", "--limit", "-1"])["code"] == "INPUT_COMMAND_LINE"
+
+
 def test_ways_out_name_the_output_folder(place, capsys):
     assert run(["list-runs", "--output", "o o"]) == 0
     assert "--output 'o o'" in capsys.readouterr().out
@@ -356,7 +365,13 @@ def test_the_older_tool_s_history_is_imported_once(place, capsys):
     for run_id in rows:
         assert run(["show-run", run_id]) == 0
     capsys.readouterr()
-    assert refused(capsys, ["replay", "3f2a9c"])["code"] == "INPUT_RESUME_NOT_FOUND"
+    for command in (["replay", "3f2a9c"], ["resume", "failed"], ["resume"]):
+        assert refused(capsys, command)["code"] == "INPUT_RESUME_NOT_FOUND"
+    assert run(["show-run", "failed"]) == 0
+    shown = capsys.readouterr().out
+    assert "go on" not in shown
+    assert "rail" not in shown
+    assert "ended unknown" in shown
     out(capsys, ["runs", "rm", *rows])
 
 

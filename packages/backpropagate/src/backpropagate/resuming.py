@@ -71,6 +71,11 @@ def find_record(store: RunStore, partial_id: str | None) -> RunRecord:
         RunNotFoundError, RecordInvalidError: As `RunStore.load`.
     """
     record = store.load(partial_id) if partial_id else _newest(store)
+    if record.is_imported:
+        raise ResumeNotFoundError(
+            f"the run {record.run_id} was imported: its record has not all that it was made with",
+            way_out="Train anew: backprop train --data FILE --model NAME",
+        )
     if record.parent and record.parent.get("relation") == "member":
         raise ResumeNotFoundError(
             f"the run {record.run_id} is one of the multi-run {record.parent['run_id']} and does not go on alone",
@@ -108,7 +113,7 @@ def find_same(store: RunStore, resolved: Resolved, ranks: int = 1) -> GoingOn | 
         ranks: How many processes train together; a run of another number is another run.
     """
     wanted = resolved.settings
-    for row in store.list_runs()[:_LOOKED_AT]:
+    for row in store.list_newest(_LOOKED_AT)[0]:
         if (row["model"], row["data"], row["kind"]) != (wanted.model.name, wanted.data.path, "train"):
             continue
         try:
@@ -183,7 +188,7 @@ def _newest(store: RunStore) -> RunRecord:
     for row in store.list_runs():
         if row["status"] in UNFINISHED:
             record = store.load(row["run_id"])
-            if (record.parent or {}).get("relation") != "member":
+            if (record.parent or {}).get("relation") != "member" and not record.is_imported:
                 return record
     way_out = f"See the runs and how they ended: backprop list-runs{where(store.output)}"
     raise ResumeNotFoundError(f"no unfinished run in {store.output}", way_out=way_out)

@@ -172,7 +172,7 @@ class Trainer:
         _follow_or_lead()
         store = RunStore(self.output)
         record = store.load(run)
-        if record.kind != "train" or any(entry["source"] == "import" for entry in record.settings.values()):
+        if record.kind != "train" or record.is_imported:
             raise ResumeNotFoundError(f"the record of the run {record.run_id} has not all that it was made with")
         return self._train(store, settings.from_record(record, overrides), on_event, parent=record)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -235,9 +236,9 @@ class CheckpointFolder:
                 with coded_disk_errors(checkpoint.path):
                     (checkpoint.path / PROTECTED_FILE).touch()
                 return checkpoint
-        raise CheckpointInvalidError(
-            f"{self.path} has no checkpoint of step {step}", way_out="See them: backprop show-run"
-        )
+        run = self.path.parent
+        shown = f"backprop show-run {run.name} --output {shlex.quote(str(run.parent.parent))}"
+        raise CheckpointInvalidError(f"{self.path} has no checkpoint of step {step}", way_out=f"See them: {shown}")
 
     def _folders(self) -> list[Path]:
         try:

@@ -70,6 +70,11 @@ class RunRecord:
     tags: list[str] = field(default_factory=list)
     note: str = ""
 
+    @property
+    def is_imported(self) -> bool:
+        """Whether the older tool made the run, whose record has not all that it was made with."""
+        return not self.rail
+
     def begin_session(self, *, from_step: int, checkpoint: str | None) -> None:
         """Note that this process works on the run from now on, which is running again."""
         self.host, self.pid, self.process_started = platform.node(), os.getpid(), process_birth(os.getpid())

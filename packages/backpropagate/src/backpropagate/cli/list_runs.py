@@ -7,6 +7,7 @@ from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.screen import print_json
+from backpropagate.errors import CommandLineError
 from backpropagate.system import where
 from bp_runs.errors import RunStatus
 from bp_runs.store import RunStore
@@ -34,6 +35,8 @@ def list_runs(
         At most so many; 0: all.
     """
     folder = output_folder(output)
+    if limit < 0:
+        raise CommandLineError(f"--limit is {limit}; it must be 0 or more", way_out="All of them: --limit 0")
     shown, total = _find(RunStore(folder), status, tag, limit)
     if json:
         print_json("list-runs", {"runs": shown, "total": total})
@@ -52,7 +55,7 @@ def list_runs(
 
 def _find(store: RunStore, status: RunStatus | None, tag: str | None, limit: int) -> tuple[list[dict[str, Any]], int]:
     """The rows to show, and how many there are."""
-    if limit > 0 and not (status or tag):
+    if limit and not (status or tag):
         return store.list_newest(limit)
     rows = [r for r in store.list_runs() if status in (None, r["status"]) and (tag is None or tag in r["tags"])]
     return rows[:limit] if limit else rows, len(rows)

@@ -11,20 +11,21 @@ from backpropagate.cli.screen import loss_plot, print_json
 from backpropagate.resuming import UNFINISHED, resume_line
 from backpropagate.scorecard import ScoreCard, card_text
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
+from bp_runs.errors import RunNotFoundError
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 
 
-def show_run(run: str, *, output: Output = None, json: Json = False) -> int:
+def show_run(run: str | None = None, *, output: Output = None, json: Json = False) -> int:
     """Show one run in full: what was asked, with what, how it went and how it ended.
 
     Parameters
     ----------
     run: str
-        The run's id, or a part of it that only one run has.
+        The run's id, or a part of it that only one run has; default: the newest run.
     """
     store = RunStore(output_folder(output))
-    record = store.load(run)
+    record = store.load(run or _newest(store))
     metrics = store.read_metrics(record.run_id)
     folder = CheckpointFolder(store.folder(record.run_id))
     checkpoints, damaged = folder.read(), folder.read_damaged()
@@ -35,7 +36,7 @@ def show_run(run: str, *, output: Output = None, json: Json = False) -> int:
         return 0
     lines = [*_asked(record), *_went(record, metrics), *(_checkpoint_line(found) for found in checkpoints)]
     lines += [f"  damaged   the checkpoint {name}: {wrong}" for name, wrong in damaged.items()]
-    if record.status in UNFINISHED:
+    if record.status in UNFINISHED and not record.is_imported:
         lines.append(f"  go on     {resume_line(record.run_id, store.output, record.hardware.get('ranks', 1))}")
     changed = {k: v for k, v in record.settings.items() if v["source"] != "default"}
     lines += [f"  set       {k} = {v['value']} ({v['source']})" for k, v in changed.items()]
@@ -45,13 +46,19 @@ def show_run(run: str, *, output: Output = None, json: Json = False) -> int:
     return 0
 
 
+def _newest(store: RunStore) -> str:
+    rows, _ = store.list_newest(1)
+    if not rows:
+        raise RunNotFoundError(f"no runs in {store.output}", way_out="Start one: backprop train --data my_data.jsonl")
+    return str(rows[0]["run_id"])
+
+
 def _asked(record: RunRecord) -> list[str]:
     """What was asked, when and where."""
-    lines = [
-        f"run {record.run_id}: {record.status}",
-        f"  started   {record.created_at}   ended {record.ended_at or 'not yet'}",
-        f"  rail      {record.rail} on {record.host} (pid {record.pid})",
-    ]
+    ended = record.ended_at or ("not yet" if record.status == "running" else "unknown")
+    lines = [f"run {record.run_id}: {record.status}", f"  started   {record.created_at}   ended {ended}"]
+    if not record.is_imported:
+        lines.append(f"  rail      {record.rail} on {record.host} (pid {record.pid})")
     for before, session in pairwise(record.sessions):
         ended = f"; it was {before['status']}" if "status" in before else ""
         lines.append(f"  went on   {session['at']} from step {session['from_step']} (pid {session['pid']}){ended}")
@@ -72,7 +79,7 @@ def _went(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
     """How it went and ended; an imported record has less to tell."""
     lines = []
     data, result = record.data, record.result
-    if data:
+    if data.get("path"):
         counts = ("read", "trained", "truncated", "dropped")
         told = "{} read = {} trained + {} truncated + {} dropped".format(*(data.get(name, "?") for name in counts))
         lines.append(f"  data      {data['path']}: {told}" if "read" in data else f"  data      {data['path']}")

@@ -131,7 +131,7 @@ def _summary(request: Request, output: Output, record: RunRecord, events: list[d
     steps = [e for e in events if e.get("event") == StepDone.kind]
     notices = [e for e in events if e.get("event") == Notice.kind]
     is_member = (record.parent or {}).get("relation") == "member"
-    can_go_on = record.status in UNFINISHED and not is_member
+    can_go_on = record.status in UNFINISHED and not is_member and not record.is_imported
     return {
         "output": output.key,
         "output_name": output.name,
