@@ -11,11 +11,13 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping, MutableMapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backpropagate.errors import SeveralProcessesError
-from bp_runs.rail import Rail, TrainsTogether
-from bp_runs.spec import Ranks
+
+if TYPE_CHECKING:
+    from bp_runs.rail import Rail, TrainsTogether
+    from bp_runs.spec import Ranks
 
 _NAMES = frozenset(
     [f"{group}{name}" for group in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")]
@@ -61,6 +63,8 @@ def read_ranks() -> Ranks | None:
     _require_possible(count, sharded=sharded)
     if count == 1:
         return None
+    from bp_runs.spec import Ranks  # a process alone starts without it
+
     return Ranks(
         rank=_number("RANK", _number("LOCAL_RANK", 0)),
         count=count,
@@ -110,6 +114,8 @@ def require_together(rail: Rail, ranks: Ranks | None) -> None:
     Raises:
         SeveralProcessesError: It does.
     """
+    from bp_runs.rail import TrainsTogether
+
     if ranks is not None and not isinstance(rail, TrainsTogether):
         raise SeveralProcessesError(f"the backend {rail.name} trains in one process, and {ranks.count} were started")
 
@@ -167,6 +173,7 @@ def describe(ranks: Ranks | None) -> Mapping[str, Any]:
 
 def _find_rail() -> TrainsTogether:
     from backpropagate import rails
+    from bp_runs.rail import TrainsTogether
 
     usable: list[object] = [status.rail for status in rails.all_rails() if status.probe.usable]
     found = next((rail for rail in usable if isinstance(rail, TrainsTogether)), None)
