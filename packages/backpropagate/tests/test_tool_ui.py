@@ -459,12 +459,19 @@ def test_the_score_card_shows_a_metric_where_there_is_one(place):
 
 def test_a_multi_run_that_goes_on_has_the_card_so_far(place):
     card = ScoreCard().add("a", "d.jsonl", row=[1.25], tuned=1.0, before=2.0)
+    card = card.add("b", "e.jsonl", row=[1.5, 2.5], tuned=2.0, before=3.0)
+    card = card.add_scores("exact", [0.125], 0.0).add_scores("exact", [0.25, 0.5], 0.0625)
     store = RunStore(place / "output")
     with pytest.raises(KeyboardInterrupt), store.start(settings={}, rail="fake", kind="multi-run") as writer:
         page, address = open_page(), f"/runs/{key_of()}/{writer.run_id}"
         assert page.get(f"{address}/card").status_code == 404
         writer.emit(Notice(message="run 1 is taken in", details={"card": card.to_dict()}))
-        assert ">1.250<" in page.get(f"{address}/card").text
+        text = page.get(f"{address}/card").text
+        assert ">1.250<" in text
+        scores = re.search(r'id="h-metric">exact.*?<tbody>(.*?)</tbody>', text, re.DOTALL)[1]
+        assert re.findall(r">(\d\.\d{3})<", scores) == ["0.000", "0.062", "0.125", "0.250", "0.500"]
+        assert "exact 0.375" in card_text(card)
+        assert re.search(r"<dt>exact</dt><dd>0.375 ", text)
         raise KeyboardInterrupt
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -40,6 +41,7 @@ def show_card(request: Request) -> Response:
         output=output.key,
         run=record,
         card=card,
+        mean_score=fmean(card.scores[-1]) if card.scores else None,
         shades=_shades(card),
         lines=_lines(card),
         size=(_WIDTH, _HEIGHT),
