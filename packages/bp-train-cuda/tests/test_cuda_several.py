@@ -175,7 +175,7 @@ def test_a_rank_that_fails_ends_all_with_one_code(pico_model, tmp_path, order):
 def team_of(count, store=None):
     store = store or dist.HashStore()
     ranks = [Ranks(rank=r, count=count, address="", port=0, is_hosted=False) for r in range(count)]
-    return [Together(r, store) for r in ranks]
+    return [Together(r, store, lambda: False) for r in ranks]
 
 
 def in_threads(teams, action):

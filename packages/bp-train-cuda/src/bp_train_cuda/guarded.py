@@ -111,7 +111,7 @@ class Guarded:
     checkpointer: Checkpointer | None = None
     """Saves after steps, and puts a saved state back before the first; None: nothing is saved."""
     tokens = 0
-    """Tokens of finished micro-batches; TRL counts those of failed attempts too."""
+    """Tokens of finished micro-batches, of all ranks; TRL counts those of failed attempts too."""
     seen: torch.Tensor | None = None
     """What the last forward has measured beside the loss, as sums over rows; None: nothing."""
     _seen_since: torch.Tensor | None = None
@@ -151,7 +151,7 @@ class Guarded:
 
         loss, *_ = found = self.splitter.run(run, inputs)
         self._seen_since = found[1:] if self._seen_since is None else self._seen_since + found[1:]
-        if self.team.count == 1 or counts(inputs):
+        if self.team.count == 1:
             self.tokens += count_tokens(inputs)
         trainer: Any = self
         if trainer.accelerator.sync_gradients:  # the step's last micro-batch
@@ -177,7 +177,11 @@ class Guarded:
     def get_batch_samples(self, *arguments: Any, **named: Any) -> tuple[list[Batch], Any]:
         """A step's micro-batches, and what their losses are divided by: as many as all ranks have together."""
         batches, count = super().get_batch_samples(*arguments, **named)  # type: ignore[misc]
-        return self.share_out(batches, count) if self.team.count > 1 else (batches, count)
+        if self.team.count == 1:
+            return batches, count
+        (tokens,) = self.team.total([sum(count_tokens(batch) for batch in batches if counts(batch))])
+        self.tokens += int(tokens)
+        return self.share_out(batches, count)
 
     def share_out(self, batches: list[Batch], count: Any) -> tuple[list[Batch], Any]:
         """Micro-batches of one rank as parts of all ranks'; ``count`` is that of the trained tokens."""

@@ -28,6 +28,7 @@ class _Told:
     loss: float
     """Its part of the step's loss."""
     tokens: int
+    """Of all ranks since the run began."""
     memory: int
     temperature: float | None
     rested: float
@@ -155,7 +156,7 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
                 self._emit(replace(note, message=f"process {rank}: {note.message}"))
         return _Told(
             loss=sum(told.loss for told in all_told),
-            tokens=sum(told.tokens for told in all_told),
+            tokens=mine.tokens,
             memory=max(told.memory for told in all_told),
             temperature=max((t.temperature for t in all_told if t.temperature is not None), default=None),
             rested=max(told.rested for told in all_told),

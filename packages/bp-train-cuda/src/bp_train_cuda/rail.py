@@ -100,7 +100,7 @@ class CudaRail:
 
         if spec.ranks is None:
             return self._train(spec, emit, stop, team.Team())
-        with team.lead(spec) as together:
+        with team.lead(spec, stop) as together:
             return self._train(spec, emit, stop, together)
 
     def follow(self, ranks: Ranks, stop: Stop) -> None:

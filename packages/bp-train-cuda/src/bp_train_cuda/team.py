@@ -89,12 +89,13 @@ class Together(Team):
 
     Args:
         store: Where they meet; of this training alone.
-        stop: Asked for nothing here but to end a wait for rank 0 to begin.
+        stop: Asked while ranks wait for the first meeting: a launcher ends all where one does not come to it.
     """
 
-    def __init__(self, ranks: Ranks, store: dist.Store) -> None:
+    def __init__(self, ranks: Ranks, store: dist.Store, stop: Stop) -> None:
         self.rank, self.count, self.is_sharded = ranks.rank, ranks.count, ranks.sharded
         self._store = store
+        self._stop = stop
         self._meetings = 0
         self._processes: list[tuple[int, float]] = []
         self._notes: list[Event] = []
@@ -229,7 +230,8 @@ class Together(Team):
         """Leave torch's process group."""
         self._closed.set()
         if dist.is_initialized():
-            dist.destroy_process_group()
+            with contextlib.suppress(RuntimeError, ValueError):  # one that was aborted is left as it is
+                dist.destroy_process_group()
 
     def _watch(self) -> None:
         """End a collective that waits for a rank which has failed; on a GPU nothing else does."""
@@ -246,6 +248,8 @@ class Together(Team):
             if time.monotonic() - looked > _LOOK_SECONDS:
                 looked = time.monotonic()
                 self._require_alive(keys)
+                if not self._processes and self._stop():
+                    raise InterruptedRunError("the training was stopped before all its processes had come")
             time.sleep(nap)
             nap = min(1.5 * nap, _LONGEST_NAP)
 
@@ -256,7 +260,7 @@ class Together(Team):
 
 
 @contextlib.contextmanager
-def lead(spec: TrainSpec) -> Iterator[Together]:
+def lead(spec: TrainSpec, stop: Stop) -> Iterator[Together]:
     """Rank 0's place in a training that all ranks take part in; their `followed` yields ``spec`` to them."""
     ranks = _require_ranks(spec.ranks)
     store = _open_store(ranks)
@@ -264,7 +268,7 @@ def lead(spec: TrainSpec) -> Iterator[Together]:
         number = store.add("trainings", 1) - 1
         store.set(_LEADER, pickle.dumps((os.getpid(), psutil.Process().create_time())))
         store.set(f"spec/{number}", pickle.dumps(spec))
-    with _taking_part(Together(ranks, dist.PrefixStore(str(number), store))) as team:
+    with _taking_part(Together(ranks, dist.PrefixStore(str(number), store), stop)) as team:
         yield team
 
 
@@ -277,7 +281,7 @@ def follow(ranks: Ranks, stop: Stop) -> Iterator[tuple[TrainSpec, contextlib.Abs
     while _is_begun(store, number, stop):
         spec: TrainSpec = pickle.loads(store.get(f"spec/{number}"))  # noqa: S301  # as in gather
         mine = replace(_require_ranks(spec.ranks), rank=ranks.rank)
-        yield replace(spec, ranks=mine), _taking_part(Together(mine, dist.PrefixStore(str(number), store)))
+        yield replace(spec, ranks=mine), _taking_part(Together(mine, dist.PrefixStore(str(number), store), stop))
         number += 1
 
 

@@ -1,0 +1,126 @@
+"""One run in two processes through the command line: one record, one voice, killed and gone on with, and exported."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from backpropagate.cli.app import run
+from bp_runs.adapter import WEIGHTS_FILE
+from bp_runs.store import RunStore
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"],
+}
+
+
+def start(launcher, *arguments):
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *LAUNCHERS[launcher], "-m", "backpropagate", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
+
+
+def train(output, data, model, *more, launcher="torchrun"):
+    return start(
+        launcher, "train", "--data", data, "--model", model, "--output", output, "--batch-size", 2,
+        "--gradient-accumulation", 1, "--max-seq-length", 64, "--lr", 1e-3, "--report-to", "none", *more,
+    )  # fmt: skip
+
+
+def weights(output):
+    return (output / "lora" / WEIGHTS_FILE).read_bytes()
+
+
+def test_torchrun_trains_one_run_that_exports(chat_file, pico_model, tmp_path, capsys):
+    output = tmp_path / "out"
+    with train(output, chat_file, pico_model, "--steps", 4) as done:
+        told, errors = done.communicate()
+    assert done.returncode == 0, errors[-3000:]
+    store = RunStore(output)
+    (row,) = store.list_runs()
+    record = store.load(row["run_id"])
+    assert (record.status, record.hardware["ranks"], record.hardware["sharing"]) == ("completed", 2, "ddp")
+    assert [e["step"] for e in store.read_metrics(record.run_id) if e["event"] == "step"] == [1, 2, 3, 4]
+    assert told.count("step      4/4") == told.count("adapter   ") == told.count("  saved     ") == 1
+    assert "2 rows × 1 micro-batches × 2 = 4 rows a step" in told
+    assert not [file.name for file in store.folder(record.run_id).iterdir() if file.name.startswith(".rank")]
+    gguf = tmp_path / "pico.gguf"
+    command = ["export", output / "lora", "--format", "gguf", "--quantization", "f16", "--output", gguf, "--no-verify"]
+    assert run([str(word) for word in command]) == 0, capsys.readouterr().err
+    assert gguf.is_file()
+
+
+@pytest.mark.slow
+def test_a_run_whose_second_process_is_killed_goes_on_to_the_same_bytes(chat_file, pico_model, tmp_path):
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    more = ("--steps", 400, "--save-steps", 5, "--lora-dropout", 0.2)
+    with train(straight, chat_file, pico_model, *more) as whole:
+        _, errors = whole.communicate()
+    assert whole.returncode == 0, errors[-3000:]
+    with train(broken, chat_file, pico_model, *more) as killed:
+        wait_for(lambda: list(broken.glob("runs/*/checkpoints/step-*")))
+        os.kill(find_rank(killed.pid, 1), signal.SIGKILL)
+        _, errors = killed.communicate()
+    assert killed.returncode != 0
+    assert "RUNTIME_RANK_LOST" in errors, errors[-3000:]
+    store = RunStore(broken)
+    (row,) = store.list_runs()
+    assert (row["status"], row["error"]) == ("failed", "RUNTIME_RANK_LOST")
+    with train(broken, chat_file, pico_model, *more) as again:
+        told, errors = again.communicate()
+    assert again.returncode == 0, errors[-3000:]
+    assert "goes on from step" in told
+    assert [row["status"] for row in store.list_runs()] == ["completed"]
+    assert weights(broken) == weights(straight)
+
+
+@pytest.mark.slow
+def test_one_press_of_ctrl_c_saves_and_resume_needs_as_many_processes(chat_file, pico_model, tmp_path, capsys):
+    output = tmp_path / "out"
+    with train(output, chat_file, pico_model, "--steps", 5000) as stopped:
+        wait_for(lambda: any(b'"step"' in file.read_bytes() for file in output.glob("runs/*/metrics.jsonl")))
+        stopped.send_signal(signal.SIGINT)  # torchrun passes it on
+        told, errors = stopped.communicate()
+    store = RunStore(output)
+    (row,) = store.list_runs()
+    assert row["status"] == "stopped", (told, errors[-3000:])
+    assert f"torchrun --nproc-per-node 2 -m backpropagate resume {row['run_id']}" in told
+    assert run(["resume", "--output", str(output)]) == 1
+    assert "[CONFIG_RANKS_CHANGED]" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_accelerate_launches_it_too(chat_file, pico_model, tmp_path):
+    with train(tmp_path / "out", chat_file, pico_model, "--steps", 2, launcher="accelerate") as done:
+        _, errors = done.communicate()
+    assert done.returncode == 0, errors[-3000:]
+    (row,) = RunStore(tmp_path / "out").list_runs()
+    assert RunStore(tmp_path / "out").load(row["run_id"]).hardware["ranks"] == 2
+
+
+@pytest.mark.slow
+def test_a_wrong_input_is_told_once(pico_model, tmp_path):
+    with train(tmp_path / "out", tmp_path / "none.jsonl", pico_model, "--steps", 2) as done:
+        _, errors = done.communicate()
+    assert done.returncode != 0
+    assert len(re.findall(r"^\[INPUT_", errors, re.MULTILINE)) == 1, errors
+
+
+def wait_for(holds, seconds=300):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def find_rank(launcher, rank):
+    """The process of a rank: the launcher's children, in the order that it started them."""
+    import psutil
+
+    children = sorted(psutil.Process(launcher).children(), key=lambda child: child.pid)
+    return [child for child in children if "backpropagate" in " ".join(child.cmdline())][rank].pid
