@@ -15,7 +15,8 @@ from bp_runs.store import RunStore
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    "accelerate": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"],
+    "ddp": ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
+    "fsdp2": ["-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2"],
 }
 
 
@@ -95,12 +96,14 @@ def test_one_press_of_ctrl_c_saves_and_resume_needs_as_many_processes(chat_file,
 
 
 @pytest.mark.slow
-def test_accelerate_launches_it_too(chat_file, pico_model, tmp_path):
-    with train(tmp_path / "out", chat_file, pico_model, "--steps", 2, launcher="accelerate") as done:
+@pytest.mark.parametrize("sharing", ["ddp", "fsdp2"])
+def test_accelerate_launches_it_too(chat_file, pico_model, tmp_path, sharing):
+    with train(tmp_path / "out", chat_file, pico_model, "--steps", 2, launcher=sharing) as done:
         _, errors = done.communicate()
     assert done.returncode == 0, errors[-3000:]
     (row,) = RunStore(tmp_path / "out").list_runs()
-    assert RunStore(tmp_path / "out").load(row["run_id"]).hardware["ranks"] == 2
+    hardware = RunStore(tmp_path / "out").load(row["run_id"]).hardware
+    assert (hardware["ranks"], hardware["sharing"]) == (2, sharing)
 
 
 @pytest.mark.slow

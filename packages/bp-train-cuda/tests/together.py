@@ -84,7 +84,8 @@ def follow(orders, ranks):
             with membership as together:
                 rail._train(spec, together.note, stop, together)
         except CodedError:
-            continue
+            if spec.ranks.sharded:
+                return
     for _ in memberships:
         raise AssertionError("more trainings than orders")
 

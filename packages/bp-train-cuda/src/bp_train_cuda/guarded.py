@@ -111,7 +111,9 @@ class Guarded:
     checkpointer: Checkpointer | None = None
     """Saves after steps, and puts a saved state back before the first; None: nothing is saved."""
     tokens = 0
-    """Tokens of finished micro-batches, of all ranks; TRL counts those of failed attempts too."""
+    """Tokens of finished steps, of all ranks; TRL counts those of failed attempts too."""
+    _own_tokens = 0
+    """Of this rank's micro-batches of the step that goes on."""
     seen: torch.Tensor | None = None
     """What the last forward has measured beside the loss, as sums over rows; None: nothing."""
     _seen_since: torch.Tensor | None = None
@@ -151,14 +153,19 @@ class Guarded:
 
         loss, *_ = found = self.splitter.run(run, inputs)
         self._seen_since = found[1:] if self._seen_since is None else self._seen_since + found[1:]
-        if self.team.count == 1:
-            self.tokens += count_tokens(inputs)
+        self._own_tokens += count_tokens(inputs) if counts(inputs) else 0
         trainer: Any = self
         if trainer.accelerator.sync_gradients:  # the step's last micro-batch
-            undo_mean(self._parted)
-            if self._whole:
-                self.team.sum_gradients(self._whole, self.splitter.emit)
+            self._end_step()
         return loss
+
+    def _end_step(self) -> None:
+        """Add up what the ranks have of a step."""
+        (tokens,) = self.team.total([self._own_tokens])
+        self.tokens, self._own_tokens = self.tokens + int(tokens), 0
+        undo_mean(self._parted)
+        if self._whole:
+            self.team.sum_gradients(self._whole, self.splitter.emit)
 
     def get_train_dataloader(self) -> Any:
         """Transformers' loader; of several ranks each gets its share of a step's rows."""
@@ -177,11 +184,7 @@ class Guarded:
     def get_batch_samples(self, *arguments: Any, **named: Any) -> tuple[list[Batch], Any]:
         """A step's micro-batches, and what their losses are divided by: as many as all ranks have together."""
         batches, count = super().get_batch_samples(*arguments, **named)  # type: ignore[misc]
-        if self.team.count == 1:
-            return batches, count
-        (tokens,) = self.team.total([sum(count_tokens(batch) for batch in batches if counts(batch))])
-        self.tokens += int(tokens)
-        return self.share_out(batches, count)
+        return self.share_out(batches, count) if self.team.count > 1 else (batches, count)
 
     def share_out(self, batches: list[Batch], count: Any) -> tuple[list[Batch], Any]:
         """Micro-batches of one rank as parts of all ranks'; ``count`` is that of the trained tokens."""

@@ -112,8 +112,12 @@ class CudaRail:
         from bp_train_cuda import team
 
         for spec, membership in team.follow(ranks, stop):
-            with contextlib.suppress(CodedError), membership as together:
-                self._train(spec, together.note, stop, together)
+            try:
+                with membership as together:
+                    self._train(spec, together.note, stop, together)
+            except CodedError:
+                if spec.ranks is not None and spec.ranks.sharded:
+                    return  # only the end of this process frees ranks that wait for its share of a layer
 
     def release(self, ranks: Ranks) -> None:
         """Let the other ranks' `follow` come back."""

@@ -30,7 +30,15 @@ from bp_train_cuda.probe import Device
 LONG_RUN = 50
 """Steps from which on a run on a GPU is rehearsed without being asked."""
 
-_COUNTERS = ("tokens", "seen", "_seen_since", "_metrics", "_total_train_tokens", "current_gradient_accumulation_steps")
+_COUNTERS = (
+    "tokens",
+    "_own_tokens",
+    "seen",
+    "_seen_since",
+    "_metrics",
+    "_total_train_tokens",
+    "current_gradient_accumulation_steps",
+)
 """What a trainer counts as it goes: ours, TRL's, transformers'."""
 
 
