@@ -22,6 +22,8 @@ _TARGET = ROWS.TARGETS[BEST] if ROWS is not None else ""
 _HAS_GRAM, _HAS_PRODUCT = _TARGET in ("avx2", "avx512"), _TARGET == "avx512"
 _BLOCK = 2048
 _NO_BASE, _F32_BASE = 0, 2
+# What the compiled Gram matrix takes: factors at once, and the sum of their ranks.
+_MOST_PARTS, _MOST_RANKS = 64, 2**14
 
 
 def compute_gram(parts: Sequence[Floats], *, is_tall: bool, quick: bool) -> Doubles:
@@ -29,8 +31,10 @@ def compute_gram(parts: Sequence[Floats], *, is_tall: bool, quick: bool) -> Doub
 
     In float64, (Σr, Σr); quick: products and their sums over blocks of 2048 in float32, and only the rest in float64.
     """
-    if quick and ROWS is not None and _HAS_GRAM:
-        size = sum(part.shape[1 if is_tall else 0] for part in parts)
+    size = sum(part.shape[1 if is_tall else 0] for part in parts)
+    if quick and ROWS is not None and _HAS_GRAM and size <= _MOST_RANKS:
+        if len(parts) > _MOST_PARTS:
+            parts = [np.concatenate(parts, axis=1 if is_tall else 0)]
         out = np.zeros((size, size))
         ROWS.gram(tuple(map(np.ascontiguousarray, parts)), parts[0].shape[0 if is_tall else 1], is_tall, out, BEST)
         return out
