@@ -181,6 +181,23 @@ def test_the_page_writes_below_home_where_nothing_else_is_said(place, monkeypatc
         assert server.to_dict()["output_dir"] == str(place / "pages")
 
 
+@pytest.mark.parametrize(
+    ("spec", "listened"),
+    [
+        ({}, "127.0.0.1"),
+        ({"host": "localhost"}, "127.0.0.1"),
+        ({"host": "127.0.0.2"}, "127.0.0.2"),
+        ({"auth": "ada:correct horse"}, "127.0.0.1"),
+        ({"auth": "ada:correct horse", "share": True}, "0.0.0.0"),
+    ],
+)
+def test_the_page_listens_where_it_is_told_to_and_nowhere_else(spec, listened, place):
+    with Server.open(UiSpec(port=0, output=("one", "two"), **spec), os.environ, shown=Path("o")) as server:
+        assert server.socket.getsockname()[0] == listened
+        assert server.to_dict()["output"] == [str(place / "one"), str(place / "two")]
+        assert ("unencrypted" in "".join(server.lines())) is ("share" in spec)
+
+
 def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch, capsys):
     monkeypatch.setattr(command, "_NEEDED", ("starlette", "no_such_package"))
     assert run(["ui"]) == 2
