@@ -59,6 +59,7 @@ def train(order, ranks):
 def main(file):
     launching.take_words(os.environ)
     ranks = launching.read_ranks()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, where a rank is gone; the command line stops by it
     orders = pickle.loads(file.read_bytes())
     if ranks.rank:
         follow(orders, ranks)
