@@ -92,3 +92,30 @@ def test_a_hub_model_fails_in_the_same_words_with_and_without_a_network(tmp_path
         error = json.loads(done.stdout)["error"]
         assert error["code"] == "DEP_HUB_UNREACHABLE"
         assert why in error["message"] or "could not be fetched" in error["message"]
+
+
+PAGE = """
+import fcntl, json, socket, struct, subprocess, sys
+import httpx
+
+with socket.socket() as lo:  # the loopback of a new namespace is down: IFF_UP | IFF_RUNNING by SIOCSIFFLAGS
+    fcntl.ioctl(lo, 0x8914, struct.pack("16sh14x", b"lo", 0x41))
+words = [sys.executable, "-m", "backpropagate", "ui", "--json", "--port", "0"]
+with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+    try:
+        address = json.loads("".join(iter(child.stdout.readline, "}\\n")) + "}")["address"]
+        with httpx.Client(base_url=address, trust_env=False, timeout=120) as page:
+            paths = ["/runs", "/compare", "/train", "/train/memory", "/data", "/export", "/models", "/static/page.css"]
+            print(json.dumps({path: page.get(path).status_code for path in paths}))
+    finally:
+        child.kill()
+"""
+
+
+@pytest.mark.skipif(not can_be_alone(), reason="this system does not let us have a network namespace")
+def test_the_web_page_is_whole_where_there_is_no_network(tmp_path):
+    done = subprocess.run(
+        [*ALONE, sys.executable, "-c", PAGE], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert set(json.loads(done.stdout).values()) == {200}
