@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,13 @@ def test_a_damaged_file_tells_nothing_and_is_written_anew(tmp_path, text):
     FitMemory(None, "card").remember("b", fitted())
 
 
+@pytest.fixture
+def steady(monkeypatch):
+    """As much free memory in each run, whatever else this machine does."""
+    monkeypatch.setattr("bp_train_cuda.probe.psutil.virtual_memory", lambda: SimpleNamespace(available=15 * GIB))
+
+
+@pytest.mark.usefixtures("steady")
 def test_the_next_run_begins_where_this_one_ended(pico_model, chat_file, tmp_path, monkeypatch):
     def run(name, **training):
         spec = spec_for(pico_model, chat_file, tmp_path / name, training={"steps": 2, "batch_size": 8, **training})
@@ -79,6 +87,7 @@ def test_the_next_run_begins_where_this_one_ended(pico_model, chat_file, tmp_pat
     assert scarce.hits == 0
 
 
+@pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("batch", [1, 2])
 def test_packs_are_remembered_in_their_pieces_too(pico_model, chat_file, tmp_path, monkeypatch, batch):
     """A pack is one row of the micro-batch, and is cut between the rows that lie in it."""
