@@ -1,4 +1,4 @@
-"""What the machine's card has free, and what is known of base models; asked again when that is old."""
+"""What the machine's card has free; asked again when that is old."""
 
 from __future__ import annotations
 
