@@ -15,6 +15,7 @@ from backpropagate.cli.switches import SWITCHES, take_switches
 ROOT = Path(__file__).parents[3]
 # Flags of other programs that hints name.
 THEIRS = {"--no-deps", "--force-reinstall", "--local-dir", "--upgrade", "--gpus", "--extra", "--reinstall"}
+THEIRS |= {"--nproc-per-node", "--standalone", "--num_processes"}
 
 
 def all_flags() -> set[str]:
@@ -59,7 +60,7 @@ def test_hints_name_only_flags_that_exist():
     wrong = {
         place: flag
         for place, text in HINTS.items()
-        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text)
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text)
         if flag not in known
     }
     assert not wrong
