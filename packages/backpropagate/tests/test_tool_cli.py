@@ -228,7 +228,6 @@ def test_three_lines_of_python(place):
         ([*TRAIN, "--lora-r", "0"], "CONFIG_INVALID_SETTING", 1, "lora.r"),
         ([*TRAIN, "--output", "d.jsonl"], "INPUT_OUTPUT_NOT_WRITABLE", 1, "d.jsonl"),
         (["show-run", "zzz"], "INPUT_RUN_NOT_FOUND", 1, "zzz"),
-        (["show-run"], "INPUT_COMMAND_LINE", 1, ""),
         (["export", "none"], "INPUT_ADAPTER_INVALID", 1, "none"),
         (["export", "m", "--format", "merged", "--ollama"], "CONFIG_INVALID_SETTING", 1, "gguf"),
         (["errors", "INPUT_NONE"], "INPUT_COMMAND_LINE", 1, ""),

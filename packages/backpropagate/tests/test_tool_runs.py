@@ -431,7 +431,7 @@ def test_the_commands_of_the_page_on_runs_run(place, capsys):
     (place / "old/run_history.json").write_text(json.dumps(OLD))
     text = (PAGES / "runs.md").read_text(encoding="utf-8").replace("../old", "old")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    assert len(lines) == 10
+    assert len(lines) == 11
     for line in lines:
         words = shlex.split(line.replace("9f2c1a", one).replace("77b0de", other), comments=True)
         if words == ["backprop", "runs", "import"]:

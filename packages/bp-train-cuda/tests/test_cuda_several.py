@@ -248,7 +248,7 @@ def test_a_rank_without_rows_runs_a_batch_that_counts_for_nothing():
     batch = fill_empty(pad_rows(0), rows)([])
     assert batch["input_ids"].tolist() == [[5, 6]]
     assert (batch["labels"] == -100).all()
-    assert torch.equal(fill_empty(pad_rows(0), rows)(rows)["labels"], torch.tensor([[5, 6]]))
+    assert torch.equal(fill_empty(pad_rows(0), rows)(rows)["labels"], torch.tensor([[-100, 6]]))
 
 
 def test_a_checkpoint_of_another_number_of_ranks_is_refused(tmp_path):
