@@ -3,8 +3,6 @@
 import csv
 import json
 import platform
-import re
-import shlex
 import signal
 from pathlib import Path
 
@@ -420,23 +418,6 @@ def test_an_older_history_is_never_overwritten_by_a_run(place, capsys):
     out(capsys, TRAIN)
     assert (place / "output/run_history.older.json").exists()
     assert len(out(capsys, ["runs", "import"])["imported"]) == 4
-
-
-PAGES = Path(__file__).parents[3] / "docs" / "how-to"
-
-
-def test_the_commands_of_the_page_on_runs_run(place, capsys):
-    one, other = (out(capsys, TRAIN)["run_id"] for _ in range(2))
-    (place / "old").mkdir()
-    (place / "old/run_history.json").write_text(json.dumps(OLD))
-    text = (PAGES / "runs.md").read_text(encoding="utf-8").replace("../old", "old")
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    assert len(lines) == 11
-    for line in lines:
-        words = shlex.split(line.replace("9f2c1a", one).replace("77b0de", other), comments=True)
-        if words == ["backprop", "runs", "import"]:
-            continue  # there is none in ./output
-        assert run(words[1:]) == 0, capsys.readouterr().err
 
 
 @pytest.fixture
