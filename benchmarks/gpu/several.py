@@ -2,6 +2,7 @@
 
     uv run python benchmarks/gpu/several.py                     every part, on one and on two cards
     uv run python benchmarks/gpu/several.py --parts speed,equal some of them
+    uv run python benchmarks/gpu/several.py --parts fsdp --ranks 2 only the trainings on two cards
     uv run python benchmarks/gpu/several.py --dry               the same course on a CPU with pico models, over gloo
 
 Random weights of published shapes, random words. The script starts its own torchrun for one card and for two; each
@@ -112,6 +113,7 @@ def shrink(case: Case) -> Case:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--ranks", type=int, choices=(1, 2), help="only the trainings on so many cards")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -120,14 +122,15 @@ def main() -> int:
         return work(options.worker)
     scratch = Path(tempfile.mkdtemp(prefix="bench-several-", dir=options.scratch))
     try:
-        return drive(scratch, options.parts.split(","), dry=options.dry)
+        return drive(scratch, options.parts.split(","), only=options.ranks, dry=options.dry)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def drive(scratch: Path, parts: list[str], *, dry: bool) -> int:
+def drive(scratch: Path, parts: list[str], *, only: int | None, dry: bool) -> int:
     """Prepare, start a torchrun for one card and for two, and compare."""
-    cases = [shrink(case) if dry else case for part in parts for case in cases_of(part)]
+    cases = [case for part in parts for case in cases_of(part) if only in (None, case.ranks)]
+    cases = [shrink(case) for case in cases] if dry else cases
     write_files(scratch, cases)
     rows: list[dict[str, Any]] = []
     for ranks, fails in ((1, False), (2, False), (2, True)):
