@@ -2,7 +2,7 @@
 
     uv run python benchmarks/gpu/several.py                     every part, on one and on two cards
     uv run python benchmarks/gpu/several.py --parts speed,equal some of them
-    uv run python benchmarks/gpu/several.py --parts fsdp --ranks 2 only the trainings on two cards
+    uv run python benchmarks/gpu/several.py --parts fsdp --ranks 2      only those on two cards
     uv run python benchmarks/gpu/several.py --dry               the same course on a CPU with pico models, over gloo
 
 Random weights of published shapes, random words. The script starts its own torchrun for one card and for two; each

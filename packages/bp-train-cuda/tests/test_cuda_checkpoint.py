@@ -28,6 +28,10 @@ KINDS = {
     "orpo": {"training": {"method": "orpo", "batch_size": 3}, "lora": {"dropout": 0.3}},
     "simpo": {"training": {"method": "simpo", "batch_size": 3}, "lora": {"dropout": 0.3}},
     "full": {"training": {"mode": "full", **EVAL, "learning_rate": 3e-3}},
+    "full in bfloat16": {
+        "training": {"mode": "full", "optim": "paged_adamw_8bit", "learning_rate": 2e-5},
+        "model": {"dtype": "bfloat16"},
+    },
     "full dpo": {"training": {"mode": "full", "method": "dpo", "batch_size": 3, "learning_rate": 1e-3}},
 }
 
@@ -82,7 +86,8 @@ def test_twenty_steps_are_seven_a_kill_and_thirteen(pico_model, chat_file, pair_
     change = KINDS[kind]
     data = pair_file if "method" in change.get("training", {}) else chat_file
     training = {"steps": 20, "save_steps": 7, "keep_checkpoints": 9, **change.get("training", {})}
-    spec = spec_for(pico_model, data, tmp_path / "straight", training=training, lora=change.get("lora", {}))
+    other = {name: change[name] for name in ("lora", "model") if name in change}
+    spec = spec_for(pico_model, data, tmp_path / "straight", training=training, **other)
     with monkeypatch.context() as patch:
         if kind == "out of memory":
             scarce_memory(patch)

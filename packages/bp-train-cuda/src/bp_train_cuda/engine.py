@@ -158,9 +158,12 @@ def _base(spec: TrainSpec, kept: KeptBase | None, adapter: Path | None) -> Itera
     checked, trust = check.check_model(spec, spec.base, adapter), spec.model.trust_remote_code
     device, mode = checked.device, checked.mode
     changes_base = mode.name == "full" or spec.training.fp8 or spec.lora.init_lora_weights != "default"
-    changes_base = changes_base or (spec.ranks is not None and spec.ranks.sharded)
+    is_sharded = spec.ranks is not None and spec.ranks.sharded
+    changes_base = changes_base or is_sharded
     key = (spec.base.resolve(), spec.base_commit, mode.name, spec.model.dtype, trust, spec.training.kernels)
     load_base = partial(load.load_model, spec.base, device, mode, dtype=spec.model.dtype, trust_remote_code=trust)
+    if is_sharded:  # a card may have room for its share alone
+        load_base = partial(load_base, place="cpu")
     if spec.training.engine == "unsloth":
         load_base, changes_base = partial(unsloth.load_model, spec, device, mode), True
     with (KeptBase() if kept is None or changes_base else kept).borrow(key, load_base) as base:
@@ -251,6 +254,8 @@ def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit, team: Team) -> Any
             model = lora.add_lora(loaded.base, spec.lora, spec.base)
         if spec.initial_adapter is not None:
             lora.set_weights(model, spec.initial_adapter, spec.lora)
+        for weight in lora.trainable_weights(model).values():
+            weight.data = weight.data.to(loaded.device.kind)  # the base may not be there yet
         # Drawn from the same seed; cards of two kinds may draw, or decompose, in other bits.
         team.copy_weights([weight.data for weight in lora.trainable_weights(model).values()])
         if team.rank == 0:
@@ -264,7 +269,7 @@ def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit, team: Team) -> Any
     else:
         emit(Notice(message=loaded.kernels))
     if team.is_sharded:
-        shard_model(model, loaded.base)
+        shard_model(model, loaded.base, loaded.device.kind)
     return model
 
 

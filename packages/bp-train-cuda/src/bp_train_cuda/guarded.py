@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
 from bp_runs.errors import ContractError
+from bp_runs.events import Notice
 from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_train_cuda.batches import fill_empty
 from bp_train_cuda.checkpoint import Checkpointer, own_folder
@@ -27,8 +28,13 @@ from bp_train_cuda.lora import trainable_weights
 from bp_train_cuda.optimizer import choose_optimizer
 from bp_train_cuda.order import RankBatches, RowOrder
 from bp_train_cuda.probe import Device, Mode
+from bp_train_cuda.rounding import round_by_chance
 from bp_train_cuda.shard import is_parted, join_norm, part_moments, undo_mean
 from bp_train_cuda.team import Team
+
+_ROUNDED_AWAY = (
+    "this optimizer rounds small changes of bfloat16 weights away; --optim adamw_8bit or paged_adamw_8bit keeps them"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,9 +230,11 @@ class Guarded:
         return self.order
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Transformers' optimizer, which finishes a step that runs out of memory."""
+        """Transformers' optimizer, which finishes a step that runs out of memory and loses no small update."""
         made = super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
         trainer: Any = self
+        if not round_by_chance(trainer.optimizer, trainer.args.seed):
+            self.splitter.emit(Notice(message=_ROUNDED_AWAY))
         guard_optimizer(trainer.optimizer, self.splitter.emit, enabled=self.splitter.enabled)
         keep_paged(trainer.optimizer)
         return made

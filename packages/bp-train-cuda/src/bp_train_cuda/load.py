@@ -121,8 +121,12 @@ def load_model(
     *,
     dtype: Literal["auto", "float32", "bfloat16"],
     trust_remote_code: bool,
+    place: Literal["cuda", "cpu"] | None = None,
 ) -> Any:
     """The base model's weights on ``device``; in mode qlora its linear layers as nf4 with double quantization.
+
+    Args:
+        place: Where they are put instead, in the type that the device computes with.
 
     Raises:
         ModelLoadError: Files are missing, damaged or do not fit the config.
@@ -139,7 +143,7 @@ def load_model(
             base,
             dtype=compute,
             quantization_config=quantization if mode.name == "qlora" else None,
-            device_map={"": device.kind},
+            device_map={"": place or device.kind},
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             output_loading_info=True,

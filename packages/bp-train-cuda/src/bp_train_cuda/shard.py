@@ -19,16 +19,16 @@ from torch.distributed.tensor import DTensor
 from bp_train_cuda.lora import trainable_weights
 
 
-def shard_model(model: Any, base: Any) -> None:
-    """Part the weights of ``base`` among the ranks, layer by layer and in place.
+def shard_model(model: Any, base: Any, kind: str) -> None:
+    """Part the weights of ``base`` among the ranks, layer by layer and in place; FSDP2 moves each to its device first.
 
     Args:
         model: What is trained: ``base`` itself, or ``base`` with an adapter.
-        base: The transformers model.
+        base: The transformers model, on the CPU where one device has no room for it.
+        kind: ``cuda`` or ``cpu``.
     """
     is_full, compute = model is base, base.dtype
     adapter = set() if is_full else set(trainable_weights(model).values())
-    kind = next(base.parameters()).device.type
     low = is_full and compute != torch.float32
     shared: dict[str, Any] = {
         "mesh": init_device_mesh(kind, (dist.get_world_size(),)),
