@@ -2,10 +2,12 @@
 
     uv run python benchmarks/gpu/rounding.py                          the shape of Llama-3.2-3B as on a 16 GB card
     uv run python benchmarks/gpu/rounding.py --shape llama-3.2-1b --rates 1e-5,1e-4
+    uv run python benchmarks/gpu/rounding.py --model DIR --data FILE  a real model on real rows, also on a CPU
     uv run python benchmarks/gpu/rounding.py --dry                    a pico model on a CPU
 
 Random weights of a published shape, random words. A short training to warm up, then for each learning rate one with the
-rounding, one without, and one with it again: loss, tokens/s and the most memory of each, one JSON line a training.
+rounding, one without, and one with it again: loss, tokens/s and the most memory of each, one JSON line a training. A real
+model is trained in float32, in bfloat16 without and in bfloat16 with the rounding: the first and last loss of each.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import transformers
 from campaign import GIB, ON_GPU, Bench, Case
 from randommodel import SHAPES
 
-from bp_train_cuda import guarded
+from bp_runs import Settings, TrainSpec
+from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
+from bp_train_cuda import CudaRail, guarded
 
 
 def main() -> int:
@@ -32,8 +36,12 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--cap-gib", type=float, default=15.2, help="torch's allocator gets no more; 0: no cap")
     parser.add_argument("--scratch", type=Path)
+    parser.add_argument("--model", type=Path, help="a model's folder; with --data")
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
+    if options.model:
+        return compare_types(options)
     if ON_GPU and options.cap_gib:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, options.cap_gib * GIB / total))
@@ -51,6 +59,33 @@ def main() -> int:
                 told = ("loss", "tokens_per_second", "tokens_per_second_range", "peak_gib", "reserved_gib", "seconds")
                 line = {"rounding": is_on, "rate": rate or "warm", **{name: row[name] for name in told}}
                 print(json.dumps(line), flush=True)
+    return 0
+
+
+def compare_types(options: argparse.Namespace) -> int:
+    """Three trainings of all weights of a real model, on 4 rows of up to 64 tokens a step."""
+    rounds = guarded.round_by_chance
+    for rate in map(float, options.rates.split(",")):
+        for name, dtype in (("float32", "float32"), ("nearest", "bfloat16"), ("by chance", "bfloat16")):
+            guarded.round_by_chance = rounds if name != "nearest" else lambda *_: True
+            with tempfile.TemporaryDirectory(dir=options.scratch) as run:
+                settings = Settings(
+                    model=ModelSpec(name=str(options.model), max_seq_length=64, dtype=dtype),
+                    data=DataSpec(path=str(options.data)),
+                    lora=LoraSpec(),
+                    training=TrainingSpec(
+                        mode="full", steps=options.steps, batch_size=4, gradient_accumulation=1, learning_rate=rate,
+                        warmup_steps=5, optim="paged_adamw_8bit", eval_share=0.0, save_steps=0, preflight="off",
+                    ),
+                )  # fmt: skip
+                folders = RunFolders(run_id="bench", output=Path(run), run=Path(run))
+                outcome = CudaRail().train(
+                    TrainSpec.build(settings, folders, options.model), lambda _: None, lambda: False
+                )
+            losses = {"loss": [round(outcome.first_loss, 3), round(outcome.final_loss, 3)]}
+            print(
+                json.dumps({"weights": name, "rate": rate, **losses, "seconds": round(outcome.seconds, 1)}), flush=True
+            )
     return 0
 
 
