@@ -2,10 +2,10 @@
 
     uv run python benchmarks/merge.py [--r 256] [--layers 28] [--method linear …] [--repeat 3] [--dtype F32] [--folder DIR]
 
-The shape is Qwen2.5-7B's, all seven linear kinds. Each measurement is a process of its own; reading is both adapters
-decoded to float32, writing is one adapter of the inputs' size, hashed and fsynced as every adapter folder is. The
-ratio is taken within each round, in which both run one after the other. CPU seconds stand beside wall seconds, since
-the machine may be shared.
+The shape is Qwen2.5-7B's, all seven linear kinds. Each measurement is a process of its own. There are two floors. Both
+read both adapters, decoded to float32; "read and write" writes both again, "read, write one" one adapter of their size,
+as a merge does, hashed and fsynced as every adapter folder is. Ratios are taken within each round, in which all run one
+after the other. CPU seconds stand beside wall seconds, since the machine may be shared.
 """
 
 from __future__ import annotations
@@ -39,15 +39,21 @@ from bp_merge import AdapterSource, write_adapter_like
 from bp_merge.tensors import TensorStreamWriter, read_index
 from bp_runs.adapter import write_manifest
 from bp_runs.files import publish_folder
-folder, dtype = Path(sys.argv[1]), sys.argv[2]
-with AdapterSource(folder / "a") as a, AdapterSource(folder / "b") as b, publish_folder(folder / "copy") as partial:
-    shapes = {name: (dtype, info.shape) for name, info in read_index(a.folder.weights).items()}
-    with TensorStreamWriter(partial / "adapter_model.safetensors", shapes) as writer:
-        for module in a.modules:
-            pair, _ = a.read(module), b.read(module)
-            writer.write(f"base_model.model.{module}.lora_A.weight", pair.a)
-            writer.write(f"base_model.model.{module}.lora_B.weight", pair.b)
-    write_manifest(partial, run_id="copy", base="base", known={"adapter_model.safetensors": writer.sha256})
+folder, dtype, copies = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+for number in range(2):
+    with AdapterSource(folder / "ab"[number]) as source:
+        if number >= copies:
+            for module in source.modules:
+                source.read(module)
+            continue
+        shapes = {name: (dtype, info.shape) for name, info in read_index(source.folder.weights).items()}
+        with publish_folder(folder / f"copy-{number}") as partial:
+            with TensorStreamWriter(partial / "adapter_model.safetensors", shapes) as writer:
+                for module in source.modules:
+                    pair = source.read(module)
+                    writer.write(f"base_model.model.{module}.lora_A.weight", pair.a)
+                    writer.write(f"base_model.model.{module}.lora_B.weight", pair.b)
+            write_manifest(partial, run_id="copy", base="base", known={"adapter_model.safetensors": writer.sha256})
 """
 MERGE = """
 import sys
@@ -103,26 +109,26 @@ def main() -> None:
             write_random(folder / name, seed, options.r, options.layers, options.dtype)
         size = (folder / "a" / "adapter_model.safetensors").stat().st_size
         print(f"two adapters of r {options.r}, {options.layers} layers, {options.dtype}: {size / 2**30:.2f} GiB each")
-        floor, found = [], {method: [] for method in options.method}
+        both, one, found = [], [], {method: [] for method in options.method}
         for _ in range(options.repeat):
-            floor.append(measure(READ_AND_WRITE, str(folder), options.dtype))
+            both.append(measure(READ_AND_WRITE, str(folder), options.dtype, "2"))
+            one.append(measure(READ_AND_WRITE, str(folder), options.dtype, "1"))
             for method, rounds in found.items():
                 rounds.append(measure(MERGE, str(folder), options.dtype, method))
-        for method, rounds in {"read and write": floor, **found}.items():
-            tell(method, rounds, floor)
+        for method, rounds in {"read and write": both, "read, write one": one, **found}.items():
+            tell(method, rounds, both, one)
     finally:
         shutil.rmtree(folder)
 
 
-def tell(name: str, found: list[dict[str, float]], floor: list[dict[str, float]]) -> None:
+def tell(name: str, found: list[dict[str, float]], *floors: list[dict[str, float]]) -> None:
     walls, cpus = sorted(f["wall"] for f in found), [f["cpu"] for f in found]
-    times = sorted(one["wall"] / other["wall"] for one, other in zip(found, floor, strict=True))
-    print(
-        f"{name:<15} wall {median(walls):7.1f} s ({walls[0]:.1f}-{walls[-1]:.1f})  cpu {median(cpus):7.1f} s  "
-        f"peak {max(f['mib'] for f in found):6.0f} MiB  {median(times):5.2f} x ({times[0]:.2f}-{times[-1]:.2f})  "
-        f"kept {found[0]['kept']:.3f}",
-        flush=True,
-    )
+    line = f"{name:<15} wall {median(walls):5.1f} s ({walls[0]:.1f}-{walls[-1]:.1f})  cpu {median(cpus):5.1f} s  "
+    line += f"peak {max(f['mib'] for f in found):4.0f} MiB"
+    for floor in floors:
+        times = sorted(one["wall"] / other["wall"] for one, other in zip(found, floor, strict=True))
+        line += f"  {median(times):5.2f} x ({times[0]:.2f}-{times[-1]:.2f})"
+    print(f"{line}  kept {found[0]['kept']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

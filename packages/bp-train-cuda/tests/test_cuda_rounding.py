@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import bitsandbytes as bnb
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 
 from bp_runs.events import Notice
 from bp_train_cuda import guarded, rounding
+from bp_train_cuda.guards.optimizer import guard_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
@@ -49,7 +52,7 @@ def test_small_updates_of_bfloat16_add_up_as_in_float32(kind: type, monkeypatch:
 
 
 def test_pieces_take_the_moments_that_the_whole_would(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, parted = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1), None
+    whole = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1)
     whole.take()
     monkeypatch.setattr(rounding, "_PIECE", 1024)
     parted = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1)
@@ -58,6 +61,7 @@ def test_pieces_take_the_moments_that_the_whole_would(monkeypatch: pytest.Monkey
     assert one["step"] == other["step"] == STEPS
     for name in ("state1", "state2", "absmax1", "absmax2"):
         assert torch.equal(one[name], other[name]), name
+    assert torch.equal(whole.weight, parted.weight)
     assert set(parted.optimizer.state) == {parted.weight}
 
 
@@ -82,6 +86,67 @@ def test_what_no_update_moves_keeps_its_bits() -> None:
     course.weight.grad = torch.zeros_like(course.weight)
     course.optimizer.step()
     assert torch.equal(course.weight.data, before)
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -0x400000, 0x7F800000, -0x800000])  # NaN of GPU and CPU, inf
+def test_what_is_not_finite_stays_so(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    def spoil(self: Any, group: Any, p: torch.nn.Parameter, *_: int) -> None:
+        p.data.view(torch.int32).fill_(bits)
+
+    monkeypatch.setattr(bnb.optim.AdamW8bit, "update_step", spoil)
+    weights = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1).take(0, 1)
+    expected = torch.tensor([bits], dtype=torch.int32).view(torch.float32).expand(COUNT)
+    assert torch.equal(weights.nan_to_num(nan=1.5), expected.nan_to_num(nan=1.5))
+
+
+def test_weights_that_lie_column_by_column_are_updated() -> None:
+    weight = torch.nn.Parameter(torch.ones(100, 80, dtype=torch.bfloat16).t())
+    optimizer = bnb.optim.AdamW8bit([weight], lr=RATE, weight_decay=0.0)
+    rounding.round_by_chance(optimizer, 1)
+    for _ in range(STEPS):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    assert float((weight.detach().float() - 1).mean()) == pytest.approx(-STEPS * RATE, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.PagedAdamW8bit, bnb.optim.AdamW])
+@pytest.mark.parametrize("call", [1, 4, 5])
+def test_a_step_whose_scratch_does_not_fit_is_finished_once(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, call: int
+) -> None:
+    def step(fails: bool) -> tuple[list[torch.nn.Parameter], list[Any], list[Any]]:
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(8, 600).bfloat16()) for _ in range(3)]
+        optimizer = kind(weights, lr=0.1)
+        rounding.round_by_chance(optimizer, 1)
+        events: list[Any] = []
+        guard_optimizer(optimizer, events.append)
+        for weight in weights:
+            weight.grad = torch.randn(8, 600).bfloat16()
+        made: list[Any] = []
+        plain, calls = torch.empty, []
+
+        def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+            calls.extend([1] * (kwargs.get("dtype") == torch.int32 or args == (2, 4800)))  # ours, not bitsandbytes' own
+            if fails and len(calls) == call:
+                made.extend((w, state["state1"]) for w, state in optimizer.state.items())
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 192.00 MiB")
+            return plain(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", empty)
+            optimizer.step()
+        assert all(
+            optimizer.state[w]["state1"] is moments for w, moments in made
+        )  # not made anew: paged ones would leak
+        assert [optimizer.state[w]["step"] for w in weights] == [1, 1, 1]
+        return weights, events, made
+
+    (expected, *_), (found, events, made) = step(fails=False), step(fails=True)
+    assert len(events) == 1
+    assert made
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_float32_weights_and_other_optimizers_are_left_alone() -> None:

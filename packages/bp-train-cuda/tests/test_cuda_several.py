@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import EvalDone, StepDone
 from bp_runs.spec import Ranks
+from bp_train_cuda import engine, sharing
 from bp_train_cuda.batches import fill_empty, pad_rows
 from bp_train_cuda.checkpoint import require_ranks
 from bp_train_cuda.errors import RankLostError, RanksChangedError, RanksError
 from bp_train_cuda.order import RankBatches, RowOrder
+from bp_train_cuda.probe import Device
 from bp_train_cuda.sharing import require_shareable
 from bp_train_cuda.team import Together
 
@@ -273,6 +276,37 @@ def test_what_ranks_cannot_share_is_refused(pico_model, chat_file, tmp_path, sha
     team.is_sharded = sharded
     with pytest.raises(RanksError):
         require_shareable(spec_for(pico_model, chat_file, tmp_path / "run", training=training), team)
+
+
+@pytest.mark.parametrize(
+    ("cards", "refused"), [(("A 24.0 GiB", "A 23.9 GiB"), False), (("A 24.0 GiB", "B 24.0 GiB"), True)]
+)
+def test_all_weights_are_trained_on_cards_of_one_kind(pico_model, chat_file, tmp_path, monkeypatch, cards, refused):
+    here = threading.local()
+    monkeypatch.setattr(sharing, "choose_device", lambda: Device("cuda", "", 0, card=here.card))
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"mode": "full"})
+
+    def ask(team):
+        here.card = cards[team.rank]
+        require_shareable(spec, team)
+
+    assert [isinstance(found, RanksError) for found in in_threads(team_of(2), ask)] == [refused] * 2
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_to_be_parted_are_not_loaded_to_a_card(pico_model, chat_file, tmp_path, monkeypatch, sharded):
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"mode": "full"})
+    rank = Ranks(rank=0, count=2, sharded=sharded, address="", port=0, is_hosted=False)
+
+    def load(*_, place=None, **__):
+        raise MemoryError(place)
+
+    monkeypatch.setattr(engine.load, "load_model", load)
+    with (
+        pytest.raises(MemoryError, match="cpu" if sharded else "None"),
+        engine._base(replace(spec, ranks=rank), None, None),
+    ):
+        pass
 
 
 def test_a_rank_whose_process_is_gone_is_missed():

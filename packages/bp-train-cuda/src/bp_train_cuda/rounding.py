@@ -23,13 +23,15 @@ _BLOCK = 256
 _LOW_BITS = 16
 """What float32 has more than bfloat16, whose bits are its upper half."""
 _UPPER = int(sys.byteorder == "little")
+_LAST_NAN = 0x7FFF_0000
+"""The largest bits to which a draw can be added; a GPU's NaN is 0x7FFFFFFF, and would come out as -0."""
 
 
 def round_by_chance(optimizer: torch.optim.Optimizer, seed: int) -> bool:
-    """Make an optimizer of bitsandbytes round the updates of bfloat16 weights by chance; others are left as they are.
+    """Make an AdamW of bitsandbytes round the updates of bfloat16 weights by chance; others are left as they are.
 
-    Draws depend on the seed, the weight's place and its count of steps alone: runs that go on, and several processes,
-    draw the same. A weight that no update moves keeps its bits.
+    Draws depend on the seed, the weight's place, its count of steps and the kind of GPU: runs that go on, and several
+    processes, draw the same on GPUs of one kind. A weight that no update moves keeps its bits.
 
     Args:
         optimizer: Changed in place.
@@ -44,12 +46,13 @@ def round_by_chance(optimizer: torch.optim.Optimizer, seed: int) -> bool:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def update(self: Any, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
-        config = self.get_config(gindex, pindex, group)
-        if p.dtype != torch.bfloat16 or p.grad is None or config["max_unorm"] > 0:
+        state, size = self.state[p], min(p.numel(), _PIECE)
+        has_pieces = self.get_config(gindex, pindex, group)["max_unorm"] == 0 and state["state1"].numel() == p.numel()
+        if p.dtype != torch.bfloat16 or not has_pieces:
             plain(self, group, p, gindex, pindex)
             return
         p.data, p.grad = p.data.contiguous(), p.grad.contiguous()
-        state, size = self.state[p], min(p.numel(), _PIECE)
+        state |= {name: _lay_out(state[name]) for name in ("state1", "state2") if torch.is_tensor(state.get(name))}
         wide, slope = torch.empty(2, size, device=p.device)
         chance = torch.empty(size, dtype=torch.int32, device=p.device)
         draw = torch.Generator(p.device)
@@ -63,12 +66,12 @@ def round_by_chance(optimizer: torch.optim.Optimizer, seed: int) -> bool:
             part = torch.nn.Parameter(wide[:length], requires_grad=False)
             part.data.copy_(weights[here])
             part.grad = slope[:length].copy_(slopes[here])
-            self.state[part] = {**_share(state, here, p.numel()), "step": before}
+            self.state[part] = {**_share(state, here), "step": before}
             try:
                 plain(self, group, part, gindex, pindex)
             finally:
                 del self.state[part]
-            bits = part.data.view(torch.int32)
+            bits = part.data.view(torch.int32).clamp_(max=_LAST_NAN)
             bits += chance[:length].random_(0, 2**_LOW_BITS, generator=draw)
             weights[here].view(torch.int16).copy_(bits.view(torch.int16)[_UPPER::2])
 
@@ -81,16 +84,21 @@ def _mix(*numbers: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
-def _share(state: Mapping[str, Any], here: slice, count: int) -> dict[str, Any]:
-    """The moments of some of ``count`` weights, and the scales of their blocks."""
+def _share(state: Mapping[str, Any], here: slice) -> dict[str, Any]:
+    """The moments of some weights, and the scales of their blocks."""
     blocks = slice(here.start // _BLOCK, -(-here.stop // _BLOCK))
     found = dict(state)
     for name, value in state.items():
         if name.startswith("absmax"):
             found[name] = value[blocks]
-        elif name in ("state1", "state2") and value.numel() == count:
+        elif name in ("state1", "state2") and torch.is_tensor(value):
             found[name] = value.view(-1)[here]
             for mark in ("is_paged", "page_deviceid"):  # of bitsandbytes, which takes paged memory for the CPU's else
                 if hasattr(value, mark):
                     setattr(found[name], mark, getattr(value, mark))
     return found
+
+
+def _lay_out(moments: torch.Tensor) -> torch.Tensor:
+    """Row by row, as the weights; paged ones are."""
+    return moments if moments.is_contiguous() else moments.contiguous()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from bp_runs.events import Notice
 from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_train_cuda.checkpoint import require_ranks
 from bp_train_cuda.errors import RanksError
+from bp_train_cuda.probe import choose_device
 from bp_train_cuda.team import Team
 
 
@@ -15,7 +17,7 @@ def require_shareable(spec: TrainSpec, team: Team) -> None:
     """Refuse what several ranks cannot train together.
 
     Raises:
-        RanksError: The engine unsloth; with parted weights, what needs them whole.
+        RanksError: The engine unsloth; all weights on unlike cards; with parted weights, what needs them whole.
         RanksChangedError: As `bp_train_cuda.checkpoint.require_ranks`.
     """
     if spec.checkpoint is not None:
@@ -24,6 +26,17 @@ def require_shareable(spec: TrainSpec, team: Team) -> None:
         raise RanksError("the engine unsloth trains in one process", way_out="Add: --engine trl; or leave out torchrun")
     if team.is_sharded:
         _require_partable(spec)
+    elif team.count > 1 and spec.training.mode == "full":
+        _require_alike(team.gather(choose_device().card.rsplit(" ", 2)[0]))  # without its memory
+
+
+def _require_alike(cards: Sequence[str]) -> None:
+    """Cards of two kinds draw other numbers of one seed, by which weights in bfloat16 are rounded."""
+    if len(set(cards)) > 1:
+        raise RanksError(
+            f"all weights cannot be trained on cards of two kinds: {', '.join(cards)}",
+            way_out="Choose cards of one kind with CUDA_VISIBLE_DEVICES; or train an adapter: --mode lora",
+        )
 
 
 def _require_partable(spec: TrainSpec) -> None:

@@ -6,6 +6,7 @@ Also: an optimizer as it was before its first step, and moments that lie where t
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -134,9 +135,16 @@ def _step_rest(optimizer: torch.optim.Optimizer, plain: Any, before: Updates, cl
             updates = _read_updates(optimizer, parameter)
             if updates > before[parameter]:
                 parameter.grad = None  # has had this step; optimizers pass over what has no gradient
-            elif updates == 0:
-                optimizer.state.pop(parameter, None)  # moments may be half made
+            elif updates == 0 and not _has_moments(optimizer.state.get(parameter, {})):
+                optimizer.state.pop(parameter, None)  # half made
         raise
+
+
+def _has_moments(state: Mapping[str, Any]) -> bool:
+    """Whether all was made that a first step makes; paged moments that are thrown away stay in memory for ever."""
+    if "exp_avg_sq" in state:
+        return True
+    return "state2" in state and (state["state2"].dtype != torch.uint8 or "absmax2" in state)
 
 
 def _read_all_updates(optimizer: torch.optim.Optimizer) -> Updates:
