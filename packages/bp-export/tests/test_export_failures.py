@@ -110,6 +110,7 @@ def test_unknown_words(lora):
 @pytest.mark.parametrize("format", ["merged", "lora", "mlx", "gguf-adapter", "ollama-adapter"])
 def test_what_only_a_gguf_can_have_is_not_left_out_without_a_word(lora, format):
     for word, asked in (
+        ("quantization", {"quantization": "q8_0"}),
         ("imatrix", {"importance": lora / "x"}),
         ("split-mib", {"split_bytes": 9}),
         ("pre", {"pre": "x"}),

@@ -46,7 +46,7 @@ def export_adapter(
     adapter: Path,
     format: bp_export.Format,
     *,
-    quantization: str,
+    quantization: str | None = None,
     output: Path | None = None,
     base: str | None = None,
     pre: str | None = None,
@@ -107,7 +107,11 @@ def export_adapter(
             progress=progress,
         )
     except ParityFailedError as error:
-        _note_in_run(adapter, run_id, {"kind": format, "quantization": quantization, **error.details})
+        _note_in_run(
+            adapter,
+            run_id,
+            {"kind": format, "quantization": quantization or bp_export.USUAL_QUANTIZATION, **error.details},
+        )
         raise
     run_id, context = _note_in_run(adapter, run_id, _build_artifact(outcome))
     if ollama_name is not None:
@@ -119,7 +123,7 @@ def plan_export(
     adapter: Path,
     format: bp_export.Format,
     *,
-    quantization: str,
+    quantization: str | None = None,
     output: Path | None = None,
     base: str | None = None,
     pre: str | None = None,

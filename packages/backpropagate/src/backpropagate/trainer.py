@@ -355,7 +355,7 @@ class Trainer:
         self,
         format: Format = "gguf",
         *,
-        quantization: str = "q4_k_m",
+        quantization: str | None = None,
         output: str | Path | None = None,
         verify: bool | None = None,
         ollama_name: str | None = None,
@@ -366,7 +366,7 @@ class Trainer:
 
         Args:
             format: One of `bp_export.Format`: ``gguf``, ``merged``, ``lora`` …
-            quantization: The GGUF's type, one of `bp_export.QUANTIZATIONS`.
+            quantization: The GGUF's type, one of `bp_export.QUANTIZATIONS`; None for ``q4_k_m``.
             output: The file (GGUF) or folder to write; default: beside the adapter.
             verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
             ollama_name: Register the GGUF with a running Ollama under this name.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bp_export.gguf import read_settings, read_stop_strings
     from bp_export.hub import Prepared, PushOutcome, prepare_push, push, read_token
     from bp_export.measuring import Measured, measure_importance
-    from bp_export.mixture import QUANTIZATIONS
+    from bp_export.mixture import QUANTIZATIONS, USUAL_QUANTIZATION
     from bp_export.ollama import OllamaModel, ask_model, read_license, register_adapter, register_gguf, stream_answer
     from bp_export.ollamaserver import ListedModel, list_models, remove_model, require_ollama, takes_adapters
     from bp_export.onloan import open_gguf
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BOUNDS",
     "QUANTIZATIONS",
+    "USUAL_QUANTIZATION",
     "Bound",
     "ExportOutcome",
     "ExportPlan",
@@ -101,6 +102,7 @@ _MODULES = {
     "ParityReport": "report",
     "is_verifiable": "parity",
     "QUANTIZATIONS": "mixture",
+    "USUAL_QUANTIZATION": "mixture",
     "describe_kernels": "quantize",
     "ExportOutcome": "export",
     "Format": "export",

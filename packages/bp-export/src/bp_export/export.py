@@ -24,7 +24,7 @@ from bp_export.errors import (
 from bp_export.gguf import name_split
 from bp_export.importance import read_importance
 from bp_export.merged import copy_adapter, write_merged
-from bp_export.mixture import Quantization, read_quantization
+from bp_export.mixture import USUAL_QUANTIZATION, Quantization, read_quantization
 from bp_export.modelfile import write_ollama_adapter
 from bp_export.outputs import require_free_file, require_free_folder
 from bp_export.parity import is_verifiable, verify_gguf
@@ -85,7 +85,7 @@ def export_adapter(
     *,
     output: Path | None = None,
     format: Format = "gguf",
-    quantization: str = "q4_k_m",
+    quantization: str | None = None,
     base: Path | None = None,
     pre: str | None = None,
     name: str | None = None,
@@ -108,7 +108,7 @@ def export_adapter(
         format: ``gguf`` writes one file for llama.cpp, ``merged`` a Hugging Face folder. The others are the adapter by
             itself: ``lora`` a copy, ``gguf-adapter`` a file for llama.cpp's ``--lora``, ``ollama-adapter`` a folder
             with a Modelfile, ``mlx`` a folder for mlx-lm.
-        quantization: For ``gguf``: one of `QUANTIZATIONS`.
+        quantization: For ``gguf``: one of `QUANTIZATIONS`; None for ``q4_k_m``.
         base: The base's folder, instead of the one that the adapter names. The adapter's own counts if it is a
             folder on this machine; Hub ids are for the caller to resolve.
         pre: llama.cpp's name of the tokenizer's splitting rule, instead of recognising it.
@@ -132,10 +132,12 @@ def export_adapter(
     begun = time.monotonic()
     if format not in get_args(Format):
         raise QuantizationUnknownError(f"there is no format {format!r}; there are {', '.join(get_args(Format))}")
-    _require_use(format, {"--imatrix": importance, "--split-mib": split_bytes, "--pre": pre})
+    _require_use(
+        format, {"--quantization": quantization, "--imatrix": importance, "--split-mib": split_bytes, "--pre": pre}
+    )
     if format in ("lora", "mlx"):
         return _export_folder(adapter, format, output, name, force=force, begun=begun)
-    asked = read_quantization(quantization)
+    asked = read_quantization(quantization or USUAL_QUANTIZATION)
     if split_bytes is not None and split_bytes < 1:
         raise QuantizationUnknownError(
             "files of no bytes cannot be written", way_out="Say how many MiB a file may have: --split-mib 2048"
@@ -188,7 +190,7 @@ def plan_export(
     adapter: Path,
     *,
     output: Path | None = None,
-    quantization: str = "q4_k_m",
+    quantization: str | None = None,
     base: Path | None = None,
     pre: str | None = None,
     name: str | None = None,
@@ -201,7 +203,7 @@ def plan_export(
     Raises:
         CodedError: As `export_adapter`, but for those of the disk.
     """
-    asked = read_quantization(quantization)
+    asked = read_quantization(quantization or USUAL_QUANTIZATION)
     source = _read_source(adapter, base, name, dequantize=dequantize)
     target = output or name_gguf(adapter, asked.name, name=source.name)
     with FoldedModel(open_model(source.base, dequantize=dequantize), source.adapter) as model:
@@ -209,7 +211,7 @@ def plan_export(
         return build_export_plan(plan, target, changed=model.changed, threads=threads)
 
 
-def name_gguf(adapter: Path, quantization: str, *, name: str | None = None) -> Path:
+def name_gguf(adapter: Path, quantization: str | None = None, *, name: str | None = None) -> Path:
     """Where `export_adapter` writes a GGUF where no ``output`` is named.
 
     Args:
@@ -221,7 +223,7 @@ def name_gguf(adapter: Path, quantization: str, *, name: str | None = None) -> P
     """
     if name is None:
         name = adapter.resolve().name if _is_model(adapter) else _name_after(read_adapter_folder(adapter).base)
-    return adapter.parent / f"{name}-{read_quantization(quantization).name}.gguf"
+    return adapter.parent / f"{name}-{read_quantization(quantization or USUAL_QUANTIZATION).name}.gguf"
 
 
 def find_own_type(folder: Path, base: Path | None = None, *, dequantize: bool = False) -> str:

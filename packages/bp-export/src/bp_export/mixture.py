@@ -67,6 +67,8 @@ _TABLE = (
     Quantization("q3_k_m", LlamaFileType.MOSTLY_Q3_K_M, TensorType.Q3_K),
     Quantization("q2_k", LlamaFileType.MOSTLY_Q2_K, TensorType.Q2_K),
 )
+USUAL_QUANTIZATION = "q4_k_m"
+"""What a GGUF gets where none is asked for."""
 QUANTIZATIONS: Mapping[str, Quantization] = MappingProxyType({q.name: q for q in _TABLE})
 
 _FALLBACKS = MappingProxyType(

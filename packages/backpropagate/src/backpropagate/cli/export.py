@@ -37,7 +37,7 @@ def export(
     adapter: Path | None = None,
     *,
     format: Annotated[Format, Parameter(name=("--format", "-f"))] = "gguf",
-    quantization: Annotated[Quantization, Parameter(name=("--quantization", "-q"))] = "q4_k_m",
+    quantization: Annotated[Quantization | None, Parameter(name=("--quantization", "-q"))] = None,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     base: str | None = None,
     pre: str | None = None,
@@ -62,7 +62,7 @@ def export(
         gguf: one quantized file; merged: a Hugging Face folder; lora: a copy of the adapter; gguf-adapter,
         ollama-adapter, mlx: the adapter alone, for llama.cpp, Ollama before 0.34.1, and mlx-lm.
     quantization: str
-        The GGUF's type.
+        The GGUF's type; default: q4_k_m.
     output: Path
         File (gguf) or folder to write; default: beside the adapter.
     base: str

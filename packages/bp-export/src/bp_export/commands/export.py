@@ -31,9 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("adapter", type=Path, help="a PEFT adapter folder, or a Hugging Face model folder")
     parser.add_argument("--format", choices=_FORMATS, default="gguf", help="default: gguf")
-    parser.add_argument(
-        "--quantization", default="q4_k_m", help=f"for gguf: {', '.join(QUANTIZATION_NAMES)} (default: q4_k_m)"
-    )
+    parser.add_argument("--quantization", help=f"for gguf: {', '.join(QUANTIZATION_NAMES)} (default: q4_k_m)")
     parser.add_argument("--output", type=Path, help="file or folder to write (default: beside the adapter)")
     parser.add_argument("--force", action="store_true", help="replace an earlier export, and a model in Ollama")
     parser.add_argument("--base", type=Path, help="the base model's folder (default: the one the adapter names)")
