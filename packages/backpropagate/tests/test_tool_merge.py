@@ -9,6 +9,7 @@ from merge_pico import write_drawn
 from backpropagate import merge_adapters
 from backpropagate.cli.app import run
 from bp_merge import load_adapter
+from bp_runs.adapter import write_manifest
 
 
 @pytest.fixture
@@ -64,3 +65,14 @@ def test_wrong_merges_are_told(place, capsys, flags, code, word):
     assert told.startswith(f"[{code}]")
     assert word in told
     assert not (place / "merged").exists()
+
+
+def test_a_trained_adapter_is_replaced_when_told_so(place, capsys):
+    trained = write_drawn(place / "trained", 3)
+    write_manifest(trained, run_id="r", base="base")
+    assert run(["merge", "a", "b", "--output", "trained"]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("[INPUT_OUTPUT_TAKEN]")
+    assert "--force" in told
+    assert run(["merge", "a", "b", "--output", "trained", "--force"]) == 0
+    assert run(["merge", "a", "b", "--output", "trained"]) == 0  # now it is a merge

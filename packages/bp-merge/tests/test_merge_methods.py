@@ -325,7 +325,16 @@ def test_only_folders_of_ours_are_replaced(tmp_path):
     merge(tmp_path, folders, "linear")
     merge(tmp_path, folders, "cat")
     with pytest.raises(OutputTakenError):
-        merge_adapters(folders, tmp_path, run_id="r1")
+        merge_adapters(folders, tmp_path, run_id="r1", force=True)
+    trained = write_drawn(tmp_path / "trained", 3)
+    write_manifest(trained, run_id="r0", base="base")
+    before = (trained / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(OutputTakenError, match="trained") as caught:
+        merge_adapters(folders, trained, run_id="r1")
+    assert "--force" in caught.value.way_out
+    assert (trained / "adapter_model.safetensors").read_bytes() == before
+    merge_adapters(folders, trained, run_id="r1", force=True)
+    assert (trained / "adapter_model.safetensors").read_bytes() != before
     with pytest.raises(MergeOptionError, match="one of the adapters"):
         merge_adapters([tmp_path / "merged", *folders], tmp_path / "merged", run_id="r1")
     with pytest.raises(MergeOptionError, match="two or more"):

@@ -24,6 +24,7 @@ def merge_adapters(
     rank: int | None = None,
     seed: int | None = None,
     base: str | None = None,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeOutcome:
     """Merge adapters of one base into a new adapter folder, which `Trainer.export` and `backprop export` take.
@@ -38,6 +39,7 @@ def merge_adapters(
         rank: Rank of the result; default: the largest of the adapters'.
         seed: Of the entries that dare drops.
         base: Name of the base model, where the adapters name the same one differently.
+        force: Whether an adapter that was trained may be replaced; an earlier merge always is.
         progress: Called with layers done and layers in all.
 
     Raises:
@@ -55,5 +57,6 @@ def merge_adapters(
         method=method,
         options=options,
         base=base,
+        force=force,
         progress=progress,
     )

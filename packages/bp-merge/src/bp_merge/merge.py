@@ -66,6 +66,7 @@ def merge_adapters(
     method: str = "linear",
     options: MergeOptions | None = None,
     base: str | None = None,
+    force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeOutcome:
     """Merge PEFT adapter folders of one base into a new one, computed in float32.
@@ -75,11 +76,12 @@ def merge_adapters(
 
     Args:
         adapters: Two folders or more; for ``slao`` in the order of training.
-        output: The folder to write; one that a run or merge of ours wrote is replaced.
+        output: The folder to write; an earlier merge there is replaced.
         run_id: The id in the new folder's ``run.json``.
         method: A name of `bp_merge.METHODS`.
         options: What the method is told.
         base: Name of the one base, where the adapters name it differently.
+        force: Whether an adapter that a training of ours has left there may be replaced too.
         progress: Called with modules done and modules in all.
 
     Raises:
@@ -90,7 +92,7 @@ def merge_adapters(
     """
     options, chosen = options or MergeOptions(), find_method(method)
     check_options(options, chosen.takes, chosen.name, len(adapters))
-    _check_places(adapters, output)
+    _check_places(adapters, output, force=force)
     with ExitStack() as stack:
         sources = [stack.enter_context(AdapterSource(path)) for path in adapters]
         require_alike(sources, same_ranks=chosen.ranks == "same", same_base=base is None)
@@ -147,14 +149,21 @@ def write_adapter_like(
         _finish(partial, model, config, run_id, origin, fingerprint=fingerprint)
 
 
-def _check_places(adapters: Sequence[Path], output: Path) -> None:
+def _check_places(adapters: Sequence[Path], output: Path, *, force: bool) -> None:
     if len(adapters) < 2:
         raise MergeOptionError(f"{len(adapters)} adapter was named; a merge needs two or more")
     if output.resolve() in [path.resolve() for path in adapters]:
         raise MergeOptionError(f"{output} is one of the adapters", way_out="Write elsewhere: --output ./merged")
-    is_ours = output.is_dir() and (not any(output.iterdir()) or read_manifest(output).get("schema") == MANIFEST_SCHEMA)
-    if (output.exists() or output.is_symlink()) and not is_ours:
+    if not (output.exists() or output.is_symlink()) or (output.is_dir() and not any(output.iterdir())):
+        return
+    manifest = read_manifest(output) if output.is_dir() else {}
+    if manifest.get("schema") != MANIFEST_SCHEMA:
         raise OutputTakenError(f"{output} was not written by backprop and would be replaced")
+    if not force and "adapters" not in (manifest.get("origin") or {}):  # as `_origin` writes
+        raise OutputTakenError(
+            f"{output} is an adapter that was trained, and would be replaced",
+            way_out="Write elsewhere, or add: --force",
+        )
 
 
 def _plan(sources: Sequence[AdapterSource], method: Method, options: MergeOptions) -> list[ModulePlan]:

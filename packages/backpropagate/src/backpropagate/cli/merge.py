@@ -25,6 +25,7 @@ def merge(
     seed: int | None = None,
     output: Annotated[Path, Parameter(name=("--output", "-o"))] = Path("merged"),
     base: str | None = None,
+    force: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> int:
     """Merge adapters of one base into one adapter, which `backprop export` takes.
@@ -51,6 +52,8 @@ def merge(
         Adapter folder to write.
     base: str
         Name of the base model, where the adapters name the same one differently.
+    force: bool
+        Replace an adapter that was trained; an earlier merge is replaced without.
     """
     done = merge_adapters(
         adapters,
@@ -62,6 +65,7 @@ def merge(
         rank=rank,
         seed=seed,
         base=base,
+        force=force,
     )
     if json:
         print_json("merge", done.to_dict())
