@@ -35,7 +35,7 @@ SHAPES = {
 READ_AND_WRITE = """
 import sys
 from pathlib import Path
-from bp_merge import AdapterSource, write_adapter_like
+from bp_merge import AdapterSource
 from bp_merge.tensors import TensorStreamWriter, read_index
 from bp_runs.adapter import write_manifest
 from bp_runs.files import publish_folder

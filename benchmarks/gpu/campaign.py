@@ -188,6 +188,13 @@ def gib(size: float) -> float:
     return round(size / GIB, 3)
 
 
+def cap_memory(limit: float) -> None:
+    """Let torch's allocator have no more than so many GiB; 0: no cap."""
+    if ON_GPU and limit:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit * GIB / total))
+
+
 def clean() -> None:
     gc.collect()
     if ON_GPU:
@@ -408,9 +415,7 @@ def main() -> int:
         "--scratch", type=Path, help="where models are written, up to 50 GB; default: the system's temporary folder"
     )
     options = parser.parse_args()
-    if ON_GPU and options.cap_gib:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, options.cap_gib * GIB / total))
+    cap_memory(options.cap_gib)
     card = torch.cuda.get_device_name(0) if ON_GPU else "none"
     tell(
         "start",

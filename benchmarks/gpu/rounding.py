@@ -18,9 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 import transformers
-from campaign import GIB, ON_GPU, Bench, Case
+from campaign import ON_GPU, Bench, Case, cap_memory
 from randommodel import SHAPES
 
 from bp_runs import Settings, TrainSpec
@@ -42,9 +41,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.model:
         return compare_types(options)
-    if ON_GPU and options.cap_gib:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, options.cap_gib * GIB / total))
+    cap_memory(options.cap_gib)
     transformers.utils.logging.disable_progress_bar()
     rounds = guarded.round_by_chance
     optim = "paged_adamw_8bit"  # what auto takes on a card, so that a dry run takes it too

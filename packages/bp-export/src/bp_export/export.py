@@ -24,7 +24,7 @@ from bp_export.errors import (
 from bp_export.gguf import name_split
 from bp_export.importance import read_importance
 from bp_export.merged import copy_adapter, write_merged
-from bp_export.mixture import USUAL_QUANTIZATION, Quantization, read_quantization
+from bp_export.mixture import Quantization, read_quantization
 from bp_export.modelfile import write_ollama_adapter
 from bp_export.outputs import require_free_file, require_free_folder
 from bp_export.parity import is_verifiable, verify_gguf
@@ -137,7 +137,7 @@ def export_adapter(
     )
     if format in ("lora", "mlx"):
         return _export_folder(adapter, format, output, name, force=force, begun=begun)
-    asked = read_quantization(quantization or USUAL_QUANTIZATION)
+    asked = read_quantization(quantization)
     if split_bytes is not None and split_bytes < 1:
         raise QuantizationUnknownError(
             "files of no bytes cannot be written", way_out="Say how many MiB a file may have: --split-mib 2048"
@@ -203,7 +203,7 @@ def plan_export(
     Raises:
         CodedError: As `export_adapter`, but for those of the disk.
     """
-    asked = read_quantization(quantization or USUAL_QUANTIZATION)
+    asked = read_quantization(quantization)
     source = _read_source(adapter, base, name, dequantize=dequantize)
     target = output or name_gguf(adapter, asked.name, name=source.name)
     with FoldedModel(open_model(source.base, dequantize=dequantize), source.adapter) as model:
@@ -223,7 +223,7 @@ def name_gguf(adapter: Path, quantization: str | None = None, *, name: str | Non
     """
     if name is None:
         name = adapter.resolve().name if _is_model(adapter) else _name_after(read_adapter_folder(adapter).base)
-    return adapter.parent / f"{name}-{read_quantization(quantization or USUAL_QUANTIZATION).name}.gguf"
+    return adapter.parent / f"{name}-{read_quantization(quantization).name}.gguf"
 
 
 def find_own_type(folder: Path, base: Path | None = None, *, dequantize: bool = False) -> str:

@@ -83,13 +83,13 @@ _FALLBACKS = MappingProxyType(
 )
 
 
-def read_quantization(name: str) -> Quantization:
-    """The quantization of a name, in any case.
+def read_quantization(name: str | None) -> Quantization:
+    """The quantization of a name, in any case; of None `USUAL_QUANTIZATION`.
 
     Raises:
         QuantizationUnknownError: There is none.
     """
-    found = QUANTIZATIONS.get(name.lower().replace("-", "_"))
+    found = QUANTIZATIONS.get((name or USUAL_QUANTIZATION).lower().replace("-", "_"))
     if found is None:
         raise QuantizationUnknownError(f"there is no quantization {name!r}; there are {', '.join(QUANTIZATIONS)}")
     return found

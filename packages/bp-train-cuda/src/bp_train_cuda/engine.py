@@ -254,10 +254,11 @@ def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit, team: Team) -> Any
             model = lora.add_lora(loaded.base, spec.lora, spec.base)
         if spec.initial_adapter is not None:
             lora.set_weights(model, spec.initial_adapter, spec.lora)
-        for weight in lora.trainable_weights(model).values():
+        weights = lora.trainable_weights(model).values()
+        for weight in weights:
             weight.data = weight.data.to(loaded.device.kind)  # the base may not be there yet
         # Drawn from the same seed; cards of two kinds may draw, or decompose, in other bits.
-        team.copy_weights([weight.data for weight in lora.trainable_weights(model).values()])
+        team.copy_weights([weight.data for weight in weights])
         if team.rank == 0:
             lora.note_start(model, spec)
     size = sum(weight.nbytes for weight in lora.trainable_weights(model).values())

@@ -18,6 +18,7 @@ import torch
 
 _PIECE = 2**24
 """Weights at once: 192 MiB of scratch, at a time when no activations are there. A multiple of `_BLOCK`."""
+_MOMENTS = ("state1", "state2")
 _BLOCK = 256
 """Weights that share a scale in 8-bit moments."""
 _LOW_BITS = 16
@@ -47,12 +48,15 @@ def round_by_chance(optimizer: torch.optim.Optimizer, seed: int) -> bool:
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def update(self: Any, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
         state, size = self.state[p], min(p.numel(), _PIECE)
-        has_pieces = self.get_config(gindex, pindex, group)["max_unorm"] == 0 and state["state1"].numel() == p.numel()
-        if p.dtype != torch.bfloat16 or not has_pieces:
+        if (
+            p.dtype != torch.bfloat16
+            or state["state1"].numel() != p.numel()
+            or self.get_config(gindex, pindex, group)["max_unorm"] > 0
+        ):
             plain(self, group, p, gindex, pindex)
             return
         p.data, p.grad = p.data.contiguous(), p.grad.contiguous()
-        state |= {name: _lay_out(state[name]) for name in ("state1", "state2") if torch.is_tensor(state.get(name))}
+        state |= {name: state[name].contiguous() for name in _MOMENTS if name in state}
         wide, slope = torch.empty(2, size, device=p.device)
         chance = torch.empty(size, dtype=torch.int32, device=p.device)
         draw = torch.Generator(p.device)
@@ -91,14 +95,9 @@ def _share(state: Mapping[str, Any], here: slice) -> dict[str, Any]:
     for name, value in state.items():
         if name.startswith("absmax"):
             found[name] = value[blocks]
-        elif name in ("state1", "state2") and torch.is_tensor(value):
+        elif name in _MOMENTS:
             found[name] = value.view(-1)[here]
             for mark in ("is_paged", "page_deviceid"):  # of bitsandbytes, which takes paged memory for the CPU's else
                 if hasattr(value, mark):
                     setattr(found[name], mark, getattr(value, mark))
     return found
-
-
-def _lay_out(moments: torch.Tensor) -> torch.Tensor:
-    """Row by row, as the weights; paged ones are."""
-    return moments if moments.is_contiguous() else moments.contiguous()
