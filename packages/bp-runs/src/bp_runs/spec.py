@@ -140,9 +140,10 @@ class TrainingSpec:
         "lora: 16- or 32-bit base; qlora: 4-bit base (nf4, arXiv:2305.14314), GPU only; full: all weights; "
         "auto: lora or qlora, by the memory.",
     )
-    engine: Literal["auto", "trl", "unsloth"] = setting(
+    engine: Literal["auto", "native", "trl", "unsloth"] = setting(
         "auto",
-        "What loads the model: trl, or unsloth with kernels of its own, for sft; auto: trl, which needs no more.",
+        "native: our own loop; trl: plain TRL trainers, the reference; unsloth: its model and kernels under our loop; "
+        "auto: native.",
     )
     steps: int = setting(100, "Optimizer steps.")
     learning_rate: float | None = setting(

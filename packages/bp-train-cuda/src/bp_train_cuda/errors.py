@@ -72,7 +72,7 @@ class UnslothError(DependencyError):
 
     code = "DEP_UNSLOTH_UNUSABLE"
     when = "The engine unsloth was asked for where it is not installed, or does not import: it wants a GPU to do so."
-    default_way_out = "Train without it: --engine trl"
+    default_way_out = "Train without it: --engine native"
 
 
 class ModeError(UserError):

@@ -23,7 +23,9 @@ def require_shareable(spec: TrainSpec, team: Team) -> None:
     if spec.checkpoint is not None:
         require_ranks(spec.checkpoint, team.count)
     if team.count > 1 and spec.training.engine == "unsloth":
-        raise RanksError("the engine unsloth trains in one process", way_out="Add: --engine trl; or leave out torchrun")
+        raise RanksError(
+            "the engine unsloth trains in one process", way_out="Add: --engine native; or leave out torchrun"
+        )
     if team.is_sharded:
         _require_partable(spec)
     elif team.count > 1 and spec.training.mode == "full":

@@ -23,7 +23,9 @@ def require_unsloth(settings: Settings, device: Device) -> None:
         InvalidSettingError: The method, mode or adapter is not among those that it makes.
     """
     if find_spec("unsloth") is None:
-        raise UnslothError("unsloth is not installed", way_out="pip install unsloth; or train without it: --engine trl")
+        raise UnslothError(
+            "unsloth is not installed", way_out="pip install unsloth; or train without it: --engine native"
+        )
     if device.kind != "cuda":
         raise UnslothError(f"unsloth needs a CUDA device: {device.why}")
     training, lora = settings.training, settings.lora
@@ -36,7 +38,7 @@ def require_unsloth(settings: Settings, device: Device) -> None:
     }
     if any(wrong.values()):
         key = next(key for key, is_wrong in wrong.items() if is_wrong)
-        raise InvalidSettingError(f"the engine unsloth does not go with this {key}", way_out="Add: --engine trl")
+        raise InvalidSettingError(f"the engine unsloth does not go with this {key}", way_out="Add: --engine native")
 
 
 def load_model(spec: TrainSpec, device: Device, mode: Mode) -> Any:
