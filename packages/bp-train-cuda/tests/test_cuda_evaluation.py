@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 from bp_data import prepare, split_rows
 from bp_runs.events import DataReady, EvalDone, StepDone
 from bp_runs.spec import TrainingSpec
+from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.evaluation import Validator
-from bp_train_cuda.team import Team
 
 EVAL = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 2, "batch_size": 2}
 
@@ -108,7 +108,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best():
         lambda _: None,
         measure=lambda _: {"loss": next(found), "count": 1},
         collate=lambda items: items[0],
-        team=Team(),
+        team=ProcessGroup(),
     )
     validator.visit(1)
     assert (validator.best_loss, validator.best) == (None, {})

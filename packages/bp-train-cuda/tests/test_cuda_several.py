@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import EvalDone, StepDone
 from bp_runs.spec import Ranks
-from bp_train_cuda import engine, sharing
+from bp_train_cuda import engine
 from bp_train_cuda.batches import fill_empty, pad_rows
 from bp_train_cuda.checkpoint import require_ranks
+from bp_train_cuda.distributed import rules
+from bp_train_cuda.distributed.process_group import DistributedGroup
+from bp_train_cuda.distributed.rules import require_supported
 from bp_train_cuda.errors import RankLostError, RanksChangedError, RanksError
 from bp_train_cuda.order import RankBatches, RowOrder
 from bp_train_cuda.probe import Device
-from bp_train_cuda.sharing import require_shareable
-from bp_train_cuda.team import Together
 
 TOGETHER = Path(__file__).parent / "together.py"
 ROWS = 11  # with 4 rows a step the last step of an epoch has 3: the second rank has one row, or none at all
@@ -175,23 +176,23 @@ def test_a_rank_that_fails_ends_all_with_one_code(pico_model, tmp_path, order):
     assert found[0]["code"] == code, (found, done.stderr[-2000:])
 
 
-def team_of(count, store=None):
+def group_of(count, store=None):
     store = store or dist.HashStore()
     ranks = [Ranks(rank=r, count=count, address="", port=0, is_hosted=False) for r in range(count)]
-    return [Together(r, store, lambda: False) for r in ranks]
+    return [DistributedGroup(r, store, lambda: False) for r in ranks]
 
 
-def in_threads(teams, action):
-    found = [None] * len(teams)
+def in_threads(groups, action):
+    found = [None] * len(groups)
 
-    def run(team):
+    def run(group):
         try:
-            found[team.rank] = action(team)
+            found[group.rank] = action(group)
         except BaseException as error:
-            team.fail(error)
-            found[team.rank] = error
+            group.report_failure(error)
+            found[group.rank] = error
 
-    threads = [threading.Thread(target=run, args=(team,)) for team in teams]
+    threads = [threading.Thread(target=run, args=(group,)) for group in groups]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -200,34 +201,34 @@ def in_threads(teams, action):
 
 
 def test_ranks_meet_add_up_and_agree():
-    teams = team_of(3)
-    assert in_threads(teams, lambda team: team.gather(team.rank * 10)) == [[0, 10, 20]] * 3
-    assert in_threads(teams, lambda team: team.total([team.rank, 0.5])) == [[3.0, 1.5]] * 3
-    assert in_threads(teams, lambda team: team.any(team.rank == 2)) == [True] * 3
-    assert in_threads(teams, lambda team: team.any(False)) == [False] * 3
+    groups = group_of(3)
+    assert in_threads(groups, lambda group: group.all_gather(group.rank * 10)) == [[0, 10, 20]] * 3
+    assert in_threads(groups, lambda group: group.sum_values([group.rank, 0.5])) == [[3.0, 1.5]] * 3
+    assert in_threads(groups, lambda group: group.any(group.rank == 2)) == [True] * 3
+    assert in_threads(groups, lambda group: group.any(False)) == [False] * 3
 
 
 def test_what_one_rank_raises_all_others_raise():
-    def act(team):
-        if team.rank == 1:
+    def act(group):
+        if group.rank == 1:
             raise TrainingDivergedError("the loss is nan", details={"step": 3})
-        team.gather(None)
+        group.all_gather(None)
 
-    found = in_threads(team_of(3), act)
+    found = in_threads(group_of(3), act)
     assert [type(error) for error in found] == [TrainingDivergedError] * 3
     assert str(found[0]) == f"[{TrainingDivergedError.code}]: in process 1: the loss is nan"
     assert dict(found[2].details) == {"step": 3}
 
 
 def test_what_one_rank_is_refused_is_known_to_all_at_the_same_place():
-    def act(team):
+    def act(group):
         def refuse():
-            if team.rank == 0:
+            if group.rank == 0:
                 raise RanksError("no")
 
-        return team.try_all(refuse), team.gather(team.rank)
+        return group.try_all(refuse), group.all_gather(group.rank)
 
-    for error, after in in_threads(team_of(2), act):
+    for error, after in in_threads(group_of(2), act):
         assert isinstance(error, RanksError)
         assert after == [0, 1]
 
@@ -272,10 +273,10 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused(tmp_path):
     ],
 )
 def test_what_ranks_cannot_share_is_refused(pico_model, chat_file, tmp_path, sharded, training):
-    team = team_of(2)[0]
-    team.is_sharded = sharded
+    group = group_of(2)[0]
+    group.is_sharded = sharded
     with pytest.raises(RanksError):
-        require_shareable(spec_for(pico_model, chat_file, tmp_path / "run", training=training), team)
+        require_supported(spec_for(pico_model, chat_file, tmp_path / "run", training=training), group)
 
 
 @pytest.mark.parametrize(
@@ -283,14 +284,14 @@ def test_what_ranks_cannot_share_is_refused(pico_model, chat_file, tmp_path, sha
 )
 def test_all_weights_are_trained_on_cards_of_one_kind(pico_model, chat_file, tmp_path, monkeypatch, cards, refused):
     here = threading.local()
-    monkeypatch.setattr(sharing, "choose_device", lambda: Device("cuda", "", 0, card=here.card))
+    monkeypatch.setattr(rules, "choose_device", lambda: Device("cuda", "", 0, card=here.card))
     spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"mode": "full"})
 
-    def ask(team):
-        here.card = cards[team.rank]
-        require_shareable(spec, team)
+    def ask(group):
+        here.card = cards[group.rank]
+        require_supported(spec, group)
 
-    assert [isinstance(found, RanksError) for found in in_threads(team_of(2), ask)] == [refused] * 2
+    assert [isinstance(found, RanksError) for found in in_threads(group_of(2), ask)] == [refused] * 2
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -310,9 +311,9 @@ def test_weights_to_be_parted_are_not_loaded_to_a_card(pico_model, chat_file, tm
 
 
 def test_a_rank_whose_process_is_gone_is_missed():
-    (team, _) = team_of(2)
+    (group, _) = group_of(2)
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         born = psutil.Process(gone.pid).create_time()
-    team._processes = [(os.getpid(), psutil.Process().create_time()), (gone.pid, born)]
+    group._processes = [(os.getpid(), psutil.Process().create_time()), (gone.pid, born)]
     with pytest.raises(RankLostError, match="process 1 of 2"):
-        team.gather(None)
+        group.all_gather(None)

@@ -74,16 +74,16 @@ def main(file):
 
 def follow(orders, ranks):
     """As `CudaRail.follow`; each training is one of the orders."""
-    from bp_train_cuda import team
+    from bp_train_cuda.distributed import process_group
 
-    rail, memberships = CudaRail(), team.follow(ranks, lambda: False)
+    rail, memberships = CudaRail(), process_group.join_groups(ranks, lambda: False)
     for order, (spec, membership) in zip(orders, memberships, strict=False):
         prepare(order, ranks.rank)
         steps = iter(range(100))
         stop = lambda: next(steps) + 1 == order.get("stops_after")  # noqa: E731
         try:
-            with membership as together:
-                rail._train(spec, together.note, stop, together)
+            with membership as group:
+                rail._train(spec, group.record_warning, stop, group)
         except CodedError:
             if spec.ranks.sharded:
                 return

@@ -32,9 +32,9 @@ from bp_runs.events import Emit
 from bp_runs.losses import LossEnds
 from bp_runs.migrations import Migration, migrate, schema_number
 from bp_runs.spec import TrainSpec
+from bp_train_cuda.distributed.process_group import ProcessGroup
+from bp_train_cuda.distributed.sharding import local_optimizer_state, local_shard, local_weights
 from bp_train_cuda.errors import RanksChangedError
-from bp_train_cuda.shard import own_moments, own_share, own_weights
-from bp_train_cuda.team import Team
 
 WEIGHTS_FILE = "weights.safetensors"
 BEST_FILE = "best.safetensors"
@@ -100,7 +100,7 @@ class Checkpointer:
         *,
         validation: Validation | None,
         is_stopping: Callable[[], bool],
-        team: Team,
+        team: ProcessGroup,
     ) -> None:
         self._spec = spec
         self._emit = emit
@@ -145,7 +145,7 @@ class Checkpointer:
             place.mkdir()
             with told_full_disk(place):
                 self._write_own(trainer, place)
-        self._team.gather(None)
+        self._team.all_gather(None)
 
     def _stage(self, rank: int) -> Path:
         return self._spec.folders.run / f".{RANK_FOLDER.format(rank)}"
@@ -154,11 +154,11 @@ class Checkpointer:
         """What differs from rank to rank: the random state, and of parted weights and moments the shares."""
         trainer._save_rng_state(str(folder))  # noqa: SLF001  # the Trainer's parts, saved one by one
         if self._team.is_sharded or not self._team.rank:
-            weights = own_weights(self._model)
+            weights = local_weights(self._model)
             save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, folder / WEIGHTS_FILE)
             if self._validation and self._validation.best:
                 save_file(self._validation.best, folder / BEST_FILE)
-            torch.save(own_moments(trainer.optimizer.state_dict()), folder / OPTIMIZER_NAME)
+            torch.save(local_optimizer_state(trainer.optimizer.state_dict()), folder / OPTIMIZER_NAME)
             torch.save(trainer.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     def save(self, trainer: Any) -> None:
@@ -193,7 +193,7 @@ class Checkpointer:
         if folder is None:
             return
         own = own_folder(folder, self._team) if self._team.is_sharded else folder
-        _restore_weights(own, own_weights(self._model))
+        _restore_weights(own, local_weights(self._model))
         state = _read_state(folder, set(self._parts))
         for name, part in self._parts.items():
             part.restore_state(state[name])
@@ -202,7 +202,7 @@ class Checkpointer:
             self._validation.best = {name: weight.clone() for name, weight in load_file(own / BEST_FILE).items()}
 
     def _need(self, trainer: Any) -> int:
-        tensors = [*own_weights(self._model).values(), *_tensors(trainer.optimizer.state)]
+        tensors = [*local_weights(self._model).values(), *_tensors(trainer.optimizer.state)]
         tensors += self._validation.best.values() if self._validation else ()
         shares = self._team.count if self._team.is_sharded else 1
         return _MARGIN + shares * sum(int(tensor.numel()) * int(tensor.element_size()) for tensor in tensors)
@@ -219,7 +219,7 @@ class Checkpointer:
             trainer.state.log_history = history
 
 
-def own_folder(checkpoint: Path, team: Team) -> Path:
+def own_folder(checkpoint: Path, team: ProcessGroup) -> Path:
     """Where a rank finds what differs from rank to rank."""
     return checkpoint / RANK_FOLDER.format(team.rank) if team.rank else checkpoint
 
@@ -269,7 +269,7 @@ def _restore_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
 def _tensors(state: Any) -> Iterator[torch.Tensor]:
     """Every tensor in an optimizer's state."""
     if isinstance(state, torch.Tensor):
-        yield own_share(state)
+        yield local_shard(state)
     elif isinstance(state, Mapping):
         for value in state.values():
             yield from _tensors(value)

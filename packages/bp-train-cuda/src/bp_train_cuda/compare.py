@@ -180,7 +180,7 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
     def share_out(self, batches: list[Batch], count: Any) -> tuple[list[Batch], Any]:
         """A row's share is that of the micro-batch of all ranks."""
         have = [(batch["share"] > 0).to(batch["share"].dtype) for batch in batches]
-        totals = self.team.total([float(rows.sum()) for rows in have])
+        totals = self.team.sum_values([float(rows.sum()) for rows in have])
         shared: list[Batch] = [
             {**b, "share": rows / total} for b, rows, total in zip(batches, have, totals, strict=True)
         ]
@@ -230,7 +230,7 @@ class Comparing(Guarded, SFTTrainer):  # type: ignore[misc]  # TRL is not typed 
 
     def take_metrics(self) -> Mapping[str, float]:
         """Share of rows whose margin was above 0, and the mean margin, since the last call."""
-        accuracy, margin, count = self.team.total(self.take_seen().tolist())
+        accuracy, margin, count = self.team.sum_values(self.take_seen().tolist())
         return {"accuracy": accuracy / count, "margin": margin / count}
 
 

@@ -27,6 +27,8 @@ from bp_runs.spec import LoraSpec, TrainingSpec, TrainSpec
 from bp_train_cuda import check, full, load, lora, probe, unsloth
 from bp_train_cuda.answers import answer
 from bp_train_cuda.checkpoint import Checkpointer
+from bp_train_cuda.distributed.process_group import ProcessGroup
+from bp_train_cuda.distributed.sharding import gather_weights, local_weights, shard_model
 from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError, TrainingFailedError
 from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.fp8 import use_fp8
@@ -40,8 +42,6 @@ from bp_train_cuda.loop import StepReporter
 from bp_train_cuda.methods import METHODS
 from bp_train_cuda.rehearsal import Rehearsal
 from bp_train_cuda.rowwise import examine_rows
-from bp_train_cuda.shard import join_weights, own_weights, shard_model
-from bp_train_cuda.team import Team
 from bp_train_cuda.watch import open_watch
 
 _log = logging.getLogger("bp_train_cuda")
@@ -56,7 +56,7 @@ def train(
     stop: Stop,
     *,
     kept: KeptBase | None = None,
-    team: Team,
+    team: ProcessGroup,
 ) -> TrainOutcome:
     """Load, train, save, answer the sample prompts; of several ranks the first saves and answers.
 
@@ -183,7 +183,7 @@ def _train(
     stop: Stop,
     *,
     loaded: _Loaded,
-    team: Team,
+    team: ProcessGroup,
 ) -> TrainOutcome:
     memory = probe.PeakMemory(loaded.device)
     model = _open_model(spec, loaded, emit, team)
@@ -229,7 +229,7 @@ def _train(
     if team.rank == 0 and not team.is_sharded:
         fit.remember(parts.splitter.halvings, memory.read())
     tell_answers(step=reporter.losses.count)
-    peaks = team.gather(memory.read())
+    peaks = team.all_gather(memory.read())
     if team.count > 1:
         told = ", ".join(f"{peak / 2**30:.1f}" for peak in peaks)
         emit(Notice(message=f"the most memory of each process: {told} GiB", details={"peaks": peaks}))
@@ -242,7 +242,7 @@ def _tell_nothing(*, step: int) -> None:
     """For ranks that do not speak to the user."""
 
 
-def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit, team: Team) -> Any:
+def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit, team: ProcessGroup) -> Any:
     """What is trained: all weights, or the base's adapter: a new one, or the one that the spec starts from."""
     set_seed(spec.training.seed)
     if loaded.mode.name == "full":
@@ -258,7 +258,7 @@ def _open_model(spec: TrainSpec, loaded: _Loaded, emit: Emit, team: Team) -> Any
         for weight in weights:
             weight.data = weight.data.to(loaded.device.kind)  # the base may not be there yet
         # Drawn from the same seed; cards of two kinds may draw, or decompose, in other bits.
-        team.copy_weights([weight.data for weight in weights])
+        team.broadcast_weights([weight.data for weight in weights])
         if team.rank == 0:
             lora.note_start(model, spec)
     size = sum(weight.nbytes for weight in lora.trainable_weights(model).values())
@@ -283,7 +283,7 @@ def _build_trainer(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     halvings: int = 0,
-    team: Team | None = None,
+    team: ProcessGroup | None = None,
 ) -> tuple[Parts, Any]:
     weights = list(lora.trainable_weights(model).values())
     parts = Parts(
@@ -294,7 +294,7 @@ def _build_trainer(
         tokenizer=_trl_tokenizer(spec, prepared),
         splitter=StepSplitter(weights, emit, enabled=spec.training.oom_recovery, halvings=halvings),
         callbacks=callbacks,
-        team=team or Team(),
+        team=team or ProcessGroup(),
     )
     return parts, METHODS[spec.training.method].build(parts, prepared)
 
@@ -319,7 +319,9 @@ def _run(trainer: Any, checkpoint: Path | None, emit: Emit) -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, mode: probe.Mode, emit: Emit, *, team: Team) -> Path:
+def _save(
+    spec: TrainSpec, prepared: AnyPrepared, model: Any, mode: probe.Mode, emit: Emit, *, team: ProcessGroup
+) -> Path:
     """Publish what was trained, on rank 0; returns its folder."""
     if error := team.try_all(partial(_require_finite, model)):
         raise error
@@ -328,7 +330,7 @@ def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, mode: probe.Mode, 
     write: Callable[..., int] = full.save_model if is_full else lora.save_adapter
     folder = spec.folders.model if is_full else spec.folders.adapter
     if is_full and team.is_sharded:
-        write = partial(write, weights=join_weights(model, _dtype_of(spec)))
+        write = partial(write, weights=gather_weights(model, _dtype_of(spec)))
     if team.rank:
         return folder
     size = try_again(lambda: write(model, spec, template), "the save", emit, enabled=spec.training.oom_recovery)
@@ -359,7 +361,7 @@ def _dtype_of(spec: TrainSpec) -> torch.dtype:
 
 def _require_finite(model: Any) -> None:
     """A loss is computed before the step that may break the weights, so the last step is checked here."""
-    for name, weight in own_weights(model).items():
+    for name, weight in local_weights(model).items():
         if not torch.isfinite(weight).all():
             raise TrainingDivergedError(f"{name} holds values that are not finite")
 

@@ -14,10 +14,10 @@ from bp_data import split_rows
 from bp_runs.events import Emit, EvalDone, Notice
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.batches import fill_empty, find_longest
+from bp_train_cuda.distributed.process_group import ProcessGroup
+from bp_train_cuda.distributed.sharding import local_weights
 from bp_train_cuda.guards.oom import Batch
 from bp_train_cuda.order import RankBatches
-from bp_train_cuda.shard import own_weights
-from bp_train_cuda.team import Team
 
 MOST_ROWS = 500
 """A validation costs time at every visit; more rows than these would tell little more."""
@@ -57,7 +57,7 @@ class Validator:
         *,
         measure: Measure,
         collate: Callable[[Any], Any],
-        team: Team,
+        team: ProcessGroup,
     ) -> None:
         self._model = model
         self._spec = spec
@@ -94,7 +94,7 @@ class Validator:
         is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if is_best:
             self.best_loss, self.best_step, self._since_best = loss, step, 0
-            self.best = {n: p.detach().cpu().clone() for n, p in own_weights(self._model).items()}
+            self.best = {n: p.detach().cpu().clone() for n, p in local_weights(self._model).items()}
         else:
             self._since_best += 1
         self._emit(EvalDone(step=step, loss=loss, tokens=tokens, best=is_best, metrics=metrics))
@@ -105,7 +105,7 @@ class Validator:
         if not self.best or self.best_step == last_step or self._spec.keep == "last":
             return
         with torch.no_grad():
-            for name, weight in own_weights(self._model).items():
+            for name, weight in local_weights(self._model).items():
                 weight.copy_(self.best[name])
         message = f"the adapter of step {self.best_step} is kept: its validation loss {self.best_loss:.4f} is the best"
         self._emit(Notice(message=message, details={"best_step": self.best_step}))
@@ -145,7 +145,7 @@ class Validator:
         finally:
             self._model.train(was_training)
         names = sorted(sums)
-        *values, tokens = self._team.total([*(sums[name] for name in names), tokens])
+        *values, tokens = self._team.sum_values([*(sums[name] for name in names), tokens])
         sums = Counter(dict(zip(names, values, strict=True)))
         means = {name: value / max(1, sums["count"]) for name, value in sums.items() if name != "count"}
         return means.pop("loss"), int(tokens), means

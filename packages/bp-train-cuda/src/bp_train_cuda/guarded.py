@@ -21,6 +21,13 @@ from bp_runs.events import Notice
 from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_train_cuda.batches import fill_empty
 from bp_train_cuda.checkpoint import Checkpointer, own_folder
+from bp_train_cuda.distributed.process_group import ProcessGroup
+from bp_train_cuda.distributed.sharding import (
+    full_norm,
+    is_sharded_weight,
+    scale_gradients_to_sum,
+    shard_optimizer_state,
+)
 from bp_train_cuda.guards.oom import Batch, StepSplitter, try_again
 from bp_train_cuda.guards.optimizer import guard_optimizer, keep_paged
 from bp_train_cuda.head import mend_head
@@ -29,8 +36,6 @@ from bp_train_cuda.optimizer import choose_optimizer
 from bp_train_cuda.order import RankBatches, RowOrder
 from bp_train_cuda.probe import Device, Mode
 from bp_train_cuda.rounding import round_by_chance
-from bp_train_cuda.shard import is_parted, join_norm, part_moments, undo_mean
-from bp_train_cuda.team import Team
 
 _ROUNDED_AWAY = (
     "this optimizer rounds small changes of bfloat16 weights away; --optim adamw_8bit or paged_adamw_8bit keeps them"
@@ -50,7 +55,7 @@ class Parts:
     """Knows the padding token; the rows are tokens already."""
     splitter: StepSplitter
     callbacks: Sequence[TrainerCallback]
-    team: Team
+    team: ProcessGroup
 
     @property
     def bf16(self) -> bool:
@@ -66,7 +71,7 @@ class Parts:
 def build_arguments(parts: Parts) -> SFTConfig:
     """What all methods tell TRL: report nowhere, save nothing, log each step, leave our rows alone; on one GPU.
 
-    To transformers every rank of several is a process alone: what they share is added up here (`bp_train_cuda.team`).
+    To transformers every rank of several is a process alone: what they share is added up here.
     """
     training, on_gpu = parts.spec.training, parts.device.kind == "cuda"
     found = SFTConfig(
@@ -111,7 +116,7 @@ class Guarded:
     reader: StepSplitter
     """Splits what runs without gradients."""
     order: RowOrder
-    team: Team
+    team: ProcessGroup
     look: Callable[[], None] = staticmethod(lambda: None)
     """Called before each micro-batch, when training may have to wait."""
     checkpointer: Checkpointer | None = None
@@ -135,8 +140,8 @@ class Guarded:
         trainer.train_dataset = rows
         self.team = parts.team
         weights = trainable_weights(parts.model).values()
-        self._parted = [weight for weight in weights if is_parted(weight)]
-        self._whole = [weight for weight in weights if not is_parted(weight)]
+        self._parted = [weight for weight in weights if is_sharded_weight(weight)]
+        self._whole = [weight for weight in weights if not is_sharded_weight(weight)]
         self.order = RowOrder(len(rows), training.seed, shuffled=training.curriculum == "none")
         if parts.mode.name != "full":
             for weight in trainable_weights(parts.model).values():
@@ -167,9 +172,9 @@ class Guarded:
 
     def _end_step(self) -> None:
         """Add up what the ranks have of a step."""
-        (tokens,) = self.team.total([self._own_tokens])
+        (tokens,) = self.team.sum_values([self._own_tokens])
         self.tokens, self._own_tokens = self.tokens + int(tokens), 0
-        undo_mean(self._parted)
+        scale_gradients_to_sum(self._parted)
         if self._whole:
             self.team.sum_gradients(self._whole, self.splitter.emit)
 
@@ -194,7 +199,7 @@ class Guarded:
 
     def share_out(self, batches: list[Batch], count: Any) -> tuple[list[Batch], Any]:
         """Micro-batches of one rank as parts of all ranks'; ``count`` is that of the trained tokens."""
-        (total,) = self.team.total([count])
+        (total,) = self.team.sum_values([count])
         return batches, torch.full_like(count, int(total))
 
     def take_seen(self) -> torch.Tensor:
@@ -282,13 +287,13 @@ class Guarded:
             return
         super()._load_optimizer_and_scheduler(str(own_folder(Path(checkpoint), self.team)))  # type: ignore[misc]
         trainer: Any = self
-        part_moments(trainer.optimizer)
+        shard_optimizer_state(trainer.optimizer)
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        return join_norm(super()._clip_grad_norm(model))  # type: ignore[misc]
+        return full_norm(super()._clip_grad_norm(model))  # type: ignore[misc]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return join_norm(super()._get_grad_norm(model, grad_norm))  # type: ignore[misc]
+        return full_norm(super()._get_grad_norm(model, grad_norm))  # type: ignore[misc]
 
 
 def counts(batch: Mapping[str, torch.Tensor]) -> bool:

@@ -15,9 +15,9 @@ from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import Emit, Notice, StepDone
 from bp_runs.losses import LossEnds
 from bp_runs.rail import Stop
+from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.probe import PeakMemory
-from bp_train_cuda.team import Team
 from bp_train_cuda.watch import Watch
 
 
@@ -42,7 +42,7 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
         TrainingDivergedError: The loss is not finite.
     """
 
-    def __init__(self, emit: Emit, stop: Stop, memory: PeakMemory, steps: int, team: Team) -> None:
+    def __init__(self, emit: Emit, stop: Stop, memory: PeakMemory, steps: int, team: ProcessGroup) -> None:
         self._team = team
         self._emit = emit
         self._stop = stop
@@ -148,9 +148,9 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
             memory=self._memory.read(),
             temperature=self.watch.temperature,
             rested=self.watch.rested,
-            notes=self._team.take_notes(),
+            notes=self._team.take_warnings(),
         )
-        all_told: list[_Told] = self._team.gather(mine)
+        all_told: list[_Told] = self._team.all_gather(mine)
         for rank, told in enumerate(all_told):
             for note in told.notes:
                 self._emit(replace(note, message=f"process {rank}: {note.message}"))

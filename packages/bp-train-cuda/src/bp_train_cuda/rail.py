@@ -18,8 +18,8 @@ from bp_train_cuda.rows import data_ready, prepare_rows
 if TYPE_CHECKING:
     from bp_data import Prepared
     from bp_data.asked import AnyPrepared
+    from bp_train_cuda.distributed.process_group import ProcessGroup
     from bp_train_cuda.kept import KeptBase
-    from bp_train_cuda.team import Team
 
 
 class CudaRail:
@@ -96,12 +96,12 @@ class CudaRail:
             TrainingDivergedError: The loss is no longer finite.
             TrainingFailedError: The framework raised.
         """
-        from bp_train_cuda import team
+        from bp_train_cuda.distributed import process_group
 
         if spec.ranks is None:
-            return self._train(spec, emit, stop, team.Team())
-        with team.lead(spec, stop) as together:
-            return self._train(spec, emit, stop, together)
+            return self._train(spec, emit, stop, process_group.ProcessGroup())
+        with process_group.open_group(spec, stop) as group:
+            return self._train(spec, emit, stop, group)
 
     def follow(self, ranks: Ranks, stop: Stop) -> None:
         """Train along with rank 0, as `bp_runs.rail.TrainsTogether` says; what goes wrong is rank 0's to tell.
@@ -109,49 +109,50 @@ class CudaRail:
         Raises:
             RankLostError: The store where the ranks meet cannot be reached.
         """
-        from bp_train_cuda import team
+        from bp_train_cuda.distributed import process_group
 
-        for spec, membership in team.follow(ranks, stop):
+        for spec, membership in process_group.join_groups(ranks, stop):
             try:
-                with membership as together:
-                    self._train(spec, together.note, stop, together)
+                with membership as group:
+                    self._train(spec, group.record_warning, stop, group)
             except CodedError:
                 if spec.ranks is not None and spec.ranks.sharded:
                     return  # only the end of this process frees ranks that wait for its share of a layer
 
     def release(self, ranks: Ranks) -> None:
         """Let the other ranks' `follow` come back."""
-        from bp_train_cuda import team
+        from bp_train_cuda.distributed import process_group
 
-        team.release(ranks)
+        process_group.release(ranks)
 
-    def _train(self, spec: TrainSpec, emit: Emit, stop: Stop, team: Team) -> TrainOutcome:
-        from bp_train_cuda import check, engine, evaluation, sharing
+    def _train(self, spec: TrainSpec, emit: Emit, stop: Stop, group: ProcessGroup) -> TrainOutcome:
+        from bp_train_cuda import check, engine, evaluation
+        from bp_train_cuda.distributed import rules
 
-        sharing.require_shareable(spec, team)
-        if team.is_sharded:
-            spec = replace(spec, training=sharing.shared_training(spec.training))
-        prepared = self._prepare(spec, team)
+        rules.require_supported(spec, group)
+        if group.is_sharded:
+            spec = replace(spec, training=rules.sharded_training(spec.training))
+        prepared = self._prepare(spec, group)
         trained, heldout = evaluation.hold_out(prepared.rows, spec.training)
         emit(data_ready(spec, prepared, len(heldout)))  # refused where the run goes on and the data has changed
-        if team.rank == 0:
+        if group.rank == 0:
             prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
         if prepared.ledger.dropped:
             message = f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}"
-            emit(Notice(message=message, level="warning" if team.rank == 0 else "info"))
+            emit(Notice(message=message, level="warning" if group.rank == 0 else "info"))
         check.require_rows_fit(spec, prepared)
-        if team.count > 1:
-            emit(sharing.tell_ranks(spec, team.count))
-        return engine.train(spec, replace(prepared, rows=trained), heldout, emit, stop, kept=self._kept, team=team)
+        if group.count > 1:
+            emit(rules.ranks_notice(spec, group.count))
+        return engine.train(spec, replace(prepared, rows=trained), heldout, emit, stop, kept=self._kept, team=group)
 
     @staticmethod
-    def _prepare(spec: TrainSpec, team: Team) -> AnyPrepared:
+    def _prepare(spec: TrainSpec, group: ProcessGroup) -> AnyPrepared:
         """The rows; of several ranks the first makes them, and the others find them in its cache."""
-        if team.rank:
-            team.gather(None)
+        if group.rank:
+            group.all_gather(None)
             return prepare_rows(spec)
         prepared = prepare_rows(spec)
-        team.gather(None)
+        group.all_gather(None)
         return prepared
 
     def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:

@@ -56,7 +56,7 @@ class _Trainer(Comparing):
         with self.judging():
             found = self.reader.run(drift, others)
         if self.team.count > 1:
-            found = found.new_tensor(self.team.total(found.tolist()))
+            found = found.new_tensor(self.team.sum_values(found.tolist()))
         point = (found[0] / found[1]).clamp(min=0)
         return {**own, "point": point.expand(len(batch["good"]))}
 

@@ -42,14 +42,14 @@ _RELEASED = "released"
 _LEADER = "leader"
 
 
-class Team:
+class ProcessGroup:
     """The ranks of one training as one of them sees them; this class: a process that trains alone."""
 
     rank = 0
     count = 1
     is_sharded = False
 
-    def gather(self, mine: Any) -> list[Any]:
+    def all_gather(self, mine: Any) -> list[Any]:
         """What every rank has given, by rank; all ranks must call it, in the same order of calls.
 
         Raises:
@@ -57,7 +57,7 @@ class Team:
         """
         return [mine]
 
-    def total(self, values: Sequence[float]) -> list[float]:
+    def sum_values(self, values: Sequence[float]) -> list[float]:
         """The sums over all ranks, place by place; the same bits on each."""
         return [float(value) for value in values]
 
@@ -76,15 +76,15 @@ class Team:
     def sum_tensor(self, tensor: torch.Tensor) -> None:
         """Let ``tensor`` be the sum over the ranks', in place."""
 
-    def copy_weights(self, weights: Sequence[torch.Tensor]) -> None:
+    def broadcast_weights(self, weights: Sequence[torch.Tensor]) -> None:
         """Let ``weights`` be rank 0's, in place."""
 
-    def take_notes(self) -> list[Event]:
+    def take_warnings(self) -> list[Event]:
         """Warnings of ranks that do not speak to the user, since the last call."""
         return []
 
 
-class Together(Team):
+class DistributedGroup(ProcessGroup):
     """One of several ranks.
 
     Args:
@@ -102,17 +102,17 @@ class Together(Team):
         self._buffer: torch.Tensor | None = None
         self._closed = threading.Event()
 
-    def note(self, event: Event) -> None:
+    def record_warning(self, event: Event) -> None:
         """Takes the events of a rank that does not speak to the user: of these, warnings are passed on to rank 0."""
         if isinstance(event, Notice) and event.level == "warning":
             self._notes.append(event)
 
-    def take_notes(self) -> list[Event]:
-        """As `Team.take_notes`."""
+    def take_warnings(self) -> list[Event]:
+        """As `ProcessGroup.take_warnings`."""
         found, self._notes = self._notes, []
         return found
 
-    def meet(self) -> None:
+    def connect(self) -> None:
         """Tell the others of this process, and open torch's process group.
 
         Raises:
@@ -121,7 +121,7 @@ class Together(Team):
         on_gpu = torch.cuda.is_available()
         card = str(torch.cuda.get_device_properties(0).uuid) if on_gpu else "cpu"
         process = psutil.Process()
-        found = self.gather((process.pid, process.create_time(), card))
+        found = self.all_gather((process.pid, process.create_time(), card))
         self._processes = [(pid, birth) for pid, birth, _ in found]
         cards = [card for *_, card in found]
         if len(set(cards)) != (self.count if on_gpu else 1):
@@ -141,11 +141,11 @@ class Together(Team):
         if on_gpu and self.is_sharded:  # whose collectives are entered without a meeting
             threading.Thread(target=self._watch, daemon=True).start()
 
-    def gather(self, mine: Any) -> list[Any]:
-        """As `Team.gather`."""
+    def all_gather(self, mine: Any) -> list[Any]:
+        """As `ProcessGroup.all_gather`."""
         number, self._meetings = self._meetings, self._meetings + 1
         keys = [f"{number}/{rank}" for rank in range(self.count)]
-        with _told_lost_store():
+        with _store_errors_coded():
             self._store.set(keys[self.rank], pickle.dumps(mine))
             self._wait(keys)
             found = self._store.multi_get(keys)
@@ -153,30 +153,30 @@ class Together(Team):
                 self._store.delete_key(f"{number - 2}/{self.rank}")
         return [pickle.loads(said) for said in found]  # noqa: S301  # from processes of the same launch
 
-    def total(self, values: Sequence[float]) -> list[float]:
-        """As `Team.total`."""
-        return [sum(column) for column in zip(*self.gather([float(value) for value in values]), strict=True)]
+    def sum_values(self, values: Sequence[float]) -> list[float]:
+        """As `ProcessGroup.sum_values`."""
+        return [sum(column) for column in zip(*self.all_gather([float(value) for value in values]), strict=True)]
 
     def any(self, mine: bool) -> bool:
-        """As `Team.any`."""
-        return any(self.gather(mine))
+        """As `ProcessGroup.any`."""
+        return any(self.all_gather(mine))
 
     def try_all(self, action: Callable[[], None]) -> CodedError | None:
-        """As `Team.try_all`."""
+        """As `ProcessGroup.try_all`."""
         failed: CodedError | None = None
         try:
             action()
         except CodedError as error:
             failed = error
-        found = self.gather(failed and _pack(failed))
+        found = self.all_gather(failed and _pack(failed))
         if failed is not None:
             return failed
         return next((_unpack(rank, said) for rank, said in enumerate(found) if said), None)
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], emit: Emit) -> None:
-        """As `Team.sum_gradients`."""
+        """As `ProcessGroup.sum_gradients`."""
         buffer = try_again(lambda: self._open_buffer(parameters), "adding gradients up", emit)
-        held = self.gather(bytes(parameter.grad is not None for parameter in parameters))
+        held = self.all_gather(bytes(parameter.grad is not None for parameter in parameters))
         for parameter, has in zip(parameters, zip(*held, strict=True), strict=True):
             if any(has) and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -203,22 +203,22 @@ class Together(Team):
             gradient.copy_(part.view_as(gradient))
 
     def sum_tensor(self, tensor: torch.Tensor) -> None:
-        """As `Team.sum_tensor`."""
-        self.gather(None)
+        """As `ProcessGroup.sum_tensor`."""
+        self.all_gather(None)
         dist.all_reduce(tensor)
 
-    def copy_weights(self, weights: Sequence[torch.Tensor]) -> None:
-        """As `Team.copy_weights`."""
-        self.gather(None)
+    def broadcast_weights(self, weights: Sequence[torch.Tensor]) -> None:
+        """As `ProcessGroup.broadcast_weights`."""
+        self.all_gather(None)
         for weight in weights:
             dist.broadcast(weight, src=0)
 
-    def fail(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         """Leave word for the others that this rank has failed; the first word counts."""
         with contextlib.suppress(RuntimeError):
             self._store.compare_set(_FAILED, "", pickle.dumps((self.rank, _pack(_coded(error)))).hex())
 
-    def hear(self) -> CodedError | None:
+    def remote_error(self) -> CodedError | None:
         """How another rank has failed; None where none has left word."""
         with contextlib.suppress(RuntimeError):
             if self._store.check([_FAILED]):
@@ -236,14 +236,14 @@ class Together(Team):
     def _watch(self) -> None:
         """End a collective that waits for a rank which has failed; on a GPU nothing else does."""
         while not self._closed.wait(_LOOK_SECONDS):
-            if self.hear() or not all(_lives(*process) for process in self._processes):
+            if self.remote_error() or not all(_lives(*process) for process in self._processes):
                 dist.distributed_c10d._abort_process_group()  # noqa: SLF001  # nothing public ends what waits
                 return
 
     def _wait(self, keys: list[str]) -> None:
         nap, looked = 0.0001, time.monotonic()
         while not self._store.check(keys):
-            if heard := self.hear():
+            if heard := self.remote_error():
                 raise heard
             if time.monotonic() - looked > _LOOK_SECONDS:
                 looked = time.monotonic()
@@ -260,19 +260,21 @@ class Together(Team):
 
 
 @contextlib.contextmanager
-def lead(spec: TrainSpec, stop: Stop) -> Iterator[Together]:
-    """Rank 0's place in a training that all ranks take part in; their `followed` yields ``spec`` to them."""
+def open_group(spec: TrainSpec, stop: Stop) -> Iterator[DistributedGroup]:
+    """Rank 0's place in a training that all ranks take part in; their `join_groups` yields ``spec`` to them."""
     ranks = _require_ranks(spec.ranks)
     store = _open_store(ranks)
-    with _told_lost_store():
+    with _store_errors_coded():
         number = store.add("trainings", 1) - 1
         store.set(_LEADER, pickle.dumps((os.getpid(), psutil.Process().create_time())))
         store.set(f"spec/{number}", pickle.dumps(spec))
-    with _taking_part(Together(ranks, dist.PrefixStore(str(number), store), stop)) as team:
-        yield team
+    with _membership(DistributedGroup(ranks, dist.PrefixStore(str(number), store), stop)) as group:
+        yield group
 
 
-def follow(ranks: Ranks, stop: Stop) -> Iterator[tuple[TrainSpec, contextlib.AbstractContextManager[Together]]]:
+def join_groups(
+    ranks: Ranks, stop: Stop
+) -> Iterator[tuple[TrainSpec, contextlib.AbstractContextManager[DistributedGroup]]]:
     """The trainings that rank 0 begins, one by one: what is to be trained, and this rank's place in it.
 
     Ends where rank 0 calls `release` or is gone, or ``stop`` turns true between two trainings.
@@ -281,19 +283,19 @@ def follow(ranks: Ranks, stop: Stop) -> Iterator[tuple[TrainSpec, contextlib.Abs
     while _is_begun(store, number, stop):
         spec: TrainSpec = pickle.loads(store.get(f"spec/{number}"))  # noqa: S301  # as in gather
         mine = replace(_require_ranks(spec.ranks), rank=ranks.rank)
-        yield replace(spec, ranks=mine), _taking_part(Together(mine, dist.PrefixStore(str(number), store), stop))
+        yield replace(spec, ranks=mine), _membership(DistributedGroup(mine, dist.PrefixStore(str(number), store), stop))
         number += 1
 
 
 def release(ranks: Ranks) -> None:
-    """Let the other ranks' `follow` end."""
-    with contextlib.suppress(RankLostError), _told_lost_store():
+    """Let the other ranks' `join_groups` end."""
+    with contextlib.suppress(RankLostError), _store_errors_coded():
         _open_store(ranks).set(_RELEASED, b"1")
 
 
 def _is_begun(store: dist.Store, number: int, stop: Stop) -> bool:
     """Wait for training ``number``; False where none comes any more."""
-    with _told_lost_store():
+    with _store_errors_coded():
         while not store.check([f"spec/{number}"]):
             if store.check([_RELEASED]) or stop():
                 return False
@@ -304,24 +306,24 @@ def _is_begun(store: dist.Store, number: int, stop: Stop) -> bool:
 
 
 @contextlib.contextmanager
-def _taking_part(team: Together) -> Iterator[Together]:
+def _membership(group: DistributedGroup) -> Iterator[DistributedGroup]:
     """Meet, and end together: what goes wrong on one rank is known to all."""
     try:
-        team.meet()
-        yield team
+        group.connect()
+        yield group
     except BaseException as error:
-        if heard := team.hear():
+        if heard := group.remote_error():
             raise heard from error
-        team.fail(error)
+        group.report_failure(error)
         raise
     finally:
-        team.close()
+        group.close()
 
 
 @cache
 def _open_store(ranks: Ranks) -> dist.Store:
     """The launcher's store, or rank 0's own; apart for each attempt of the launcher."""
-    with _told_lost_store():
+    with _store_errors_coded():
         store = dist.TCPStore(
             ranks.address, ranks.port, ranks.count, is_master=ranks.rank == 0 and not ranks.is_hosted,
             wait_for_workers=False,
@@ -330,7 +332,7 @@ def _open_store(ranks: Ranks) -> dist.Store:
 
 
 @contextlib.contextmanager
-def _told_lost_store() -> Iterator[None]:
+def _store_errors_coded() -> Iterator[None]:
     """Torch tells an unreachable store in a RuntimeError of its own."""
     try:
         yield

@@ -8,12 +8,12 @@ from dataclasses import replace
 from bp_runs.events import Notice
 from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_train_cuda.checkpoint import require_ranks
+from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.errors import RanksError
 from bp_train_cuda.probe import choose_device
-from bp_train_cuda.team import Team
 
 
-def require_shareable(spec: TrainSpec, team: Team) -> None:
+def require_supported(spec: TrainSpec, group: ProcessGroup) -> None:
     """Refuse what several ranks cannot train together.
 
     Raises:
@@ -21,15 +21,15 @@ def require_shareable(spec: TrainSpec, team: Team) -> None:
         RanksChangedError: As `bp_train_cuda.checkpoint.require_ranks`.
     """
     if spec.checkpoint is not None:
-        require_ranks(spec.checkpoint, team.count)
-    if team.count > 1 and spec.training.engine == "unsloth":
+        require_ranks(spec.checkpoint, group.count)
+    if group.count > 1 and spec.training.engine == "unsloth":
         raise RanksError(
             "the engine unsloth trains in one process", way_out="Add: --engine native; or leave out torchrun"
         )
-    if team.is_sharded:
-        _require_partable(spec)
-    elif team.count > 1 and spec.training.mode == "full":
-        _require_alike(team.gather(choose_device().card.rsplit(" ", 2)[0]))  # without its memory
+    if group.is_sharded:
+        _require_shardable(spec)
+    elif group.count > 1 and spec.training.mode == "full":
+        _require_alike(group.all_gather(choose_device().card.rsplit(" ", 2)[0]))  # without its memory
 
 
 def _require_alike(cards: Sequence[str]) -> None:
@@ -41,7 +41,7 @@ def _require_alike(cards: Sequence[str]) -> None:
         )
 
 
-def _require_partable(spec: TrainSpec) -> None:
+def _require_shardable(spec: TrainSpec) -> None:
     training = spec.training
     wrong = {
         "--mode qlora": training.mode == "qlora",
@@ -56,13 +56,13 @@ def _require_partable(spec: TrainSpec) -> None:
         )
 
 
-def shared_training(training: TrainingSpec) -> TrainingSpec:
+def sharded_training(training: TrainingSpec) -> TrainingSpec:
     """What a training with parted weights does: no 4-bit base, no piece of a micro-batch that only one rank runs."""
     mode = "lora" if training.mode == "auto" else training.mode
     return replace(training, mode=mode, oom_recovery=False)
 
 
-def tell_ranks(spec: TrainSpec, count: int) -> Notice:
+def ranks_notice(spec: TrainSpec, count: int) -> Notice:
     """The event that tells what a step is where several ranks train together."""
     training = spec.training
     rows = training.batch_size * training.gradient_accumulation * count

@@ -47,33 +47,33 @@ def _find_layers(base: Any) -> list[Any]:
     return max(lists, key=len)
 
 
-def undo_mean(weights: Iterable[torch.Tensor]) -> None:
+def scale_gradients_to_sum(weights: Iterable[torch.Tensor]) -> None:
     """Make sums of the means over ranks that FSDP2 leaves as gradients: a rank's loss is its part of the step's."""
     for weight in weights:
         if weight.grad is not None:
-            own_share(weight.grad).mul_(dist.get_world_size())
+            local_shard(weight.grad).mul_(dist.get_world_size())
 
 
-def is_parted(weight: torch.Tensor) -> bool:
+def is_sharded_weight(weight: torch.Tensor) -> bool:
     """Whether this rank holds a share of ``weight``."""
     return isinstance(weight, DTensor)
 
 
-def own_share(weight: torch.Tensor) -> torch.Tensor:
+def local_shard(weight: torch.Tensor) -> torch.Tensor:
     """The rank's share of a parted weight, or of a whole one all of it; the same memory."""
     local: torch.Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
     return local
 
 
-def own_weights(model: Any) -> dict[str, torch.Tensor]:
+def local_weights(model: Any) -> dict[str, torch.Tensor]:
     """As `bp_train_cuda.lora.trainable_weights`, this rank's shares."""
-    _part_again(model)
-    return {name: own_share(weight) for name, weight in trainable_weights(model).items()}
+    _reshard(model)
+    return {name: local_shard(weight) for name, weight in trainable_weights(model).items()}
 
 
-def join_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def gather_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """All weights whole, in ``dtype`` on the CPU; all ranks must call it, and only rank 0 keeps what is joined."""
-    _part_again(model)
+    _reshard(model)
     keeps, found = dist.get_rank() == 0, {}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # tied ones are joined once
     buffers = {name: buffer for name, buffer in model.state_dict().items() if name not in names}
@@ -84,29 +84,29 @@ def join_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return found
 
 
-def _part_again(model: Any) -> None:
+def _reshard(model: Any) -> None:
     """A forward pass without gradients leaves what is outside the layers whole, and its shares out of sight."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-def join_norm(norm: Any) -> Any:
+def full_norm(norm: Any) -> Any:
     """The norm of parted gradients as one number on all ranks; all must call it."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def own_moments(state: Mapping[str, Any]) -> dict[str, Any]:
+def local_optimizer_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """An optimizer's state with this rank's shares of the moments, to be saved."""
     shares = {
-        place: {name: own_share(value) if torch.is_tensor(value) else value for name, value in moments.items()}
+        place: {name: local_shard(value) if torch.is_tensor(value) else value for name, value in moments.items()}
         for place, moments in state["state"].items()
     }
     return {**state, "state": shares}
 
 
-def part_moments(optimizer: Any) -> None:
-    """Undo `own_moments` in an optimizer that has loaded them."""
+def shard_optimizer_state(optimizer: Any) -> None:
+    """Undo `local_optimizer_state` in an optimizer that has loaded them."""
     raw = getattr(optimizer, "optimizer", optimizer)
     for weight, moments in raw.state.items():
         if not isinstance(weight, DTensor):
