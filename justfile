@@ -24,6 +24,10 @@ test:
 slow:
     uv run pytest -m slow -n 0
 
+# Every decoder class of transformers, built small: output heads and packing proved.
+models:
+    uv run pytest -m "slow or not slow" -n 0 packages/bp-train-cuda/tests/test_cuda_model_head.py
+
 # Data fuzzed by coverage for so many seconds a target.
 fuzz seconds="900":
     for target in rows files masks compared overflow; do \

@@ -1,0 +1,126 @@
+"""A small random model of a given config's class, built on the CPU in well under a second.
+
+Proofs about an architecture (does it keep packed examples apart?) run on it before gigabytes of weights are
+downloaded. Widths are cut, kinds of layers are not: it has one layer of each kind in the config, and at least two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM
+
+_MAX_PARAMETERS = 20_000_000
+_WINDOW = 8
+"""Tokens; below the length of a proof's examples, so that windows take part in it."""
+_BUILD_ERRORS = (
+    TypeError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, IndexError, AssertionError,
+    ArithmeticError, StrictDataclassError,
+)  # fmt: skip
+"""What models raise whose sizes do not fit each other."""
+
+_LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers")
+
+_RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
+    # The first pattern that matches a whole name gives its small value.
+    (r"vocab_size|vocab_size_per_layer_input|padded_vocab_size|unpadded_vocab_size", lambda _: 96),
+    (r"hidden_size|d_model|n_embd|dim|embedding_size|word_embed_proj_dim|embedding_dim", lambda _: 64),
+    (r"hidden_size_per_layer_input|ple_dim|laurel_rank", lambda _: 8),
+    (r"num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads", lambda _: 4),
+    (r"num_key_value_heads|num_kv_heads|multi_query_group_num|num_global_key_value_heads", lambda n: min(n, 2)),
+    (r"qk_rope_head_dim|qk_nope_head_dim|rotary_dim", lambda _: 8),
+    (r"(qk|mamba|linear_key|linear_value|v|global|attention|kda)?_?head_dim|v_head_dim|d_kv|kv_channels", lambda _: 16),
+    (r".*(intermediate|ffn|inner|mlp)_?(size|dim|hidden_size)?|.*intermediate_size|n_inner", lambda _: 64),
+    (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_local_experts", lambda n: min(n, 4)),
+    (r"num_experts_per_tok(en)?|top_k|moe_k|moe_top_k|moe_topk|num_selected_experts", lambda n: min(n, 2)),
+    (r"n_group|topk_group|num_expert_groups?", lambda _: 1),
+    (r"num_kv_shared_layers", lambda _: 0),
+    (r".*lora_rank|.*_rank", lambda _: 16),
+    (r"mamba_n_heads|mamba_num_heads", lambda _: 8),
+    (r"mamba_d_head|mamba_headdim", lambda _: 16),
+    (r"mamba_d_state|state_size|ssm_state_size", lambda _: 16),
+    (r"mamba_d_ssm", lambda _: 128),
+    (r"mamba_n_groups|mamba_ngroups|n_groups", lambda _: 1),
+    (r"linear_num_key_heads", lambda _: 2),
+    (r"linear_num_value_heads", lambda _: 4),
+    (r"sliding_window(_size)?|local_attention|att(entio)?n_(window_size|chunk_size)", lambda n: min(n, _WINDOW)),
+)  # fmt: skip
+
+
+def build_pico(config: Any, *, seed: int = 0) -> Any | None:
+    """A random float32 model of ``config``'s class in evaluation mode, or None if this config cannot be made small.
+
+    The random state of the process stays as it is.
+
+    Args:
+        config: A transformers config of a causal language model.
+        seed: Seed of the weights.
+    """
+    try:
+        small = shrink_config(config)
+        with torch.device("meta"):
+            sketch = AutoModelForCausalLM.from_config(small)
+        if sum(p.numel() for p in sketch.parameters()) > _MAX_PARAMETERS:
+            return None
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    except _BUILD_ERRORS:
+        return None
+
+
+def shrink_config(config: Any) -> Any:
+    """The text part of a config with small widths and one layer of each kind."""
+    text = config.get_text_config(decoder=True)
+    values = {
+        key: value
+        for key, value in text.to_dict().items()
+        if key not in ("dtype", "torch_dtype", "quantization_config")
+    }
+    small = {key: _shrink_value(key, value) for key, value in _keep_layers(values).items()}
+    if values.get("head_dim") == values.get("qk_rope_head_dim") is not None:
+        small["head_dim"] = small["qk_rope_head_dim"]  # DeepSeek: of the rotary embedding
+    if values.get("num_key_value_heads") == values.get("num_attention_heads") is not None:
+        small["num_key_value_heads"] = small["num_attention_heads"]
+    if "expand" in small and "num_heads" in small and "head_dim" in small:
+        small["num_heads"] = small["expand"] * small["hidden_size"] // small["head_dim"]  # Mamba 2
+    size = small.get("vocab_size", 96)
+    small |= {key: value % size for key, value in small.items() if key.endswith("token_id") and isinstance(value, int)}
+    return type(text)(**small)
+
+
+def _shrink_value(key: str, value: Any) -> Any:
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        return value
+    return next((smaller(value) for pattern, smaller in _RULES if re.fullmatch(pattern, key)), value)
+
+
+def _keep_layers(values: dict[str, Any]) -> dict[str, Any]:
+    """One layer of each kind, the first of it, by the lists that have an entry for each layer."""
+    name = next((name for name in _LAYER_COUNTS if isinstance(values.get(name), int)), None)
+    if name is None:
+        return values
+    count = values[name]
+    lists = {key: value for key, value in values.items() if isinstance(value, (list, tuple)) and len(value) == count}
+    kinds: dict[str, int] = {}
+    for layer in range(count):
+        kinds.setdefault(repr([value[layer] for value in lists.values()]), layer)
+    kept = sorted(kinds.values())
+    kept += [layer for layer in range(count) if layer not in kept][: max(0, 2 - len(kept))]
+    kept.sort()
+    cut: dict[str, Any] = {key: [value[layer] for layer in kept] for key, value in lists.items()}
+    cut |= {key: _renumber(value, kept) for key, value in values.items() if key == "per_layer_config"}
+    counts = {key: len(kept) for key in _LAYER_COUNTS if isinstance(values.get(key), int)}
+    return {**values, **cut, **counts}
+
+
+def _renumber(by_layer: dict[Any, Any] | None, kept: list[int]) -> dict[int, Any] | None:
+    """Settings by a layer's number, for the layers that are kept."""
+    if by_layer is None:
+        return None
+    numbered = {int(layer): value for layer, value in by_layer.items()}
+    return {place: numbered[layer] for place, layer in enumerate(kept) if layer in numbered}
