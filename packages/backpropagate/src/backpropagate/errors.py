@@ -25,6 +25,7 @@ PartialError
 └── QueuePartialError      PARTIAL_QUEUE             some jobs of the queue failed
 GateError
 ├── DoctorError            RUNTIME_DOCTOR_FAILED     training cannot work on this machine
+├── ProofFailedError       RUNTIME_PROOF_FAILED      an independent loop computes other losses than the run recorded
 ├── EvalGateError          RUNTIME_EVAL_GATE_REGRESSED  eval's gate said no
 ├── UiAuthError            RUNTIME_UI_AUTH_NOT_ENFORCED  the web page would be seen by others, without a password
 └── MultiRunGateError      RUNTIME_MULTIRUN_GATE     the gate of a multi-run left out every run
@@ -156,6 +157,16 @@ class EvalDataError(UserError):
     code = "INPUT_EVAL_DATA"
     when = "eval was given no rows and the adapter's run does not tell any, or the answers leave nothing to judge."
     default_way_out = "Name rows that were not trained on: backprop eval --data heldout.jsonl"
+
+
+class ProofFailedError(GateError):
+    """An independent loop disagrees with the run."""
+
+    code = "RUNTIME_PROOF_FAILED"
+    when = "backprop prove replayed a run's first steps, and a loss differs by more than rounding explains."
+    default_way_out = (
+        "Check that the base model's files are those of the run, then report it with prove.json: backprop info"
+    )
 
 
 class EvalGateError(GateError):

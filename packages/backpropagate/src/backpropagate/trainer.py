@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from backpropagate.multirun import MultiRun, MultiRunResult
     from bp_data.asked import AnyPrepared
     from bp_export import Format, PushOutcome
+    from bp_runs.proof import Proof
     from bp_runs.rail import MemoryEstimate
 
 _log = logging.getLogger("backpropagate")
@@ -423,6 +424,23 @@ class Trainer:
             emit=on_event or (lambda _: None),
             **asked,
         )
+
+    def prove(self, run: str | None = None, *, steps: int = 10) -> Proof:
+        """Replay a run's first steps in an independent loop of plain PyTorch, and compare the losses.
+
+        The proof is kept in the run's folder as ``prove.json``; a model card made from the run quotes it.
+
+        Args:
+            run: Its id or a part of it; default: the newest run.
+            steps: Optimizer steps to replay; at most those that the run recorded.
+
+        Raises:
+            ProofUnsupportedError: The independent loop can't repeat the run, or its data changed.
+            CodedError: The run, its base or its data can't be used.
+        """
+        from backpropagate.proving import prove_run
+
+        return prove_run(RunStore(self.output), run, steps=steps, rail=self._rail)
 
     def validate(self, data: str | Path | None = None, **flags: Any) -> AnyPrepared:
         """Read, tokenize and mask the data as `train` would, without loading the model.

@@ -146,6 +146,8 @@ def _write_training(facts: CardFacts) -> Iterator[str]:
     record = facts.origin.record
     result = {key: record.result.get(key) for key in ("steps", "first_loss", "final_loss", "eval_loss", "best_step")}
     rows = [(key.replace("_", " "), _to_cell(value)) for key, value in result.items() if value is not None]
+    if facts.origin.proof:
+        rows.append(("proof", facts.origin.proof.summary()))
     yield _table((f"run `{record.run_id}`", record.status), [*rows, *_list_machine(facts.origin)])
     if facts.has_picture:
         first, final = _to_cell(result["first_loss"]), _to_cell(result["final_loss"])

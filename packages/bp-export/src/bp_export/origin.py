@@ -11,6 +11,7 @@ from typing import Any
 from bp_export.places import has_hub_form
 from bp_runs.adapter import read_manifest
 from bp_runs.errors import CodedError
+from bp_runs.proof import Proof, read_proof
 from bp_runs.record import RunRecord
 from bp_runs.spec import Settings, short_name
 from bp_runs.store import RunStore
@@ -28,6 +29,8 @@ class Origin:
     record: RunRecord
     losses: tuple[float, ...]
     """Of each step, in nats."""
+    proof: Proof | None = None
+    """Of an independent replay; None where the run was not proved."""
 
     @property
     def artifacts(self) -> list[dict[str, Any]]:
@@ -55,7 +58,7 @@ def find_origin(path: Path) -> Origin | None:
         for known in [run_id] if run_id else [str(row["run_id"]) for row in store.list_runs()]:
             record = _load(store, known)
             if record and (run_id or any(_is_at(artifact, place) for artifact in record.artifacts)):
-                return Origin(record, tuple(_read_losses(store, known)))
+                return Origin(record, tuple(_read_losses(store, known)), read_proof(store.folder(known)))
     return None
 
 

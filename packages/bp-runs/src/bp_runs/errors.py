@@ -234,6 +234,14 @@ class ResumeChangedError(UserError):
     default_way_out = "Put back what the run began with, or start anew with its settings: backprop replay RUN"
 
 
+class ProofUnsupportedError(UserError):
+    """An independent loop can't replay the run."""
+
+    code = "INPUT_PROVE_UNSUPPORTED"
+    when = "A run was to be replayed by an independent loop, which can't repeat how it was trained, or on what."
+    default_way_out = "Prove a plain run of the same data: backprop train --steps 10 --lora-dropout 0"
+
+
 class CheckpointInvalidError(StateError):
     """No checkpoint of the run is whole."""
 

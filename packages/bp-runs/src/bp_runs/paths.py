@@ -3,7 +3,7 @@
 <output>/lora                  the newest finished adapter (hard links into its run)
 <output>/model                 the newest model of which all weights were trained (likewise)
 <output>/run_history.json      index of summary rows, rebuilt from the run folders
-<output>/runs/<run_id>/        run.json metrics.jsonl rejected.jsonl lora/ or model/, checkpoints/
+<output>/runs/<run_id>/        run.json metrics.jsonl rejected.jsonl prove.json lora/ or model/, checkpoints/
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ MODEL_NAME = "model"
 RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 REJECTED_FILE = "rejected.jsonl"
+PROOF_FILE = "prove.json"
+"""Losses of an independent replay, see `bp_runs.proof`."""
 LOCK_FILE = "alive.lock"
 CHECKPOINTS = "checkpoints"
 """The run's folder of checkpoints, see `bp_runs.checkpoint`."""

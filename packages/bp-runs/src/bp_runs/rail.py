@@ -6,10 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from bp_runs.events import Emit
 from bp_runs.spec import Ranks, Settings, TrainSpec
+
+if TYPE_CHECKING:
+    from bp_runs.record import RunRecord
 
 Stop = Callable[[], bool]
 """Asked after each step; True ends the run after that step, and what was trained is kept."""
@@ -227,6 +230,37 @@ class ChecksMachine(Protocol):
 
     def checks(self) -> Sequence[Check]:
         """What to try, the most basic first; raises nothing, and imports a framework only when a check runs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """Losses of a run's first steps as an independent loop computes them."""
+
+    losses: tuple[float, ...]
+    """Of each step, in nats."""
+    tolerance: float
+    """Largest difference from a recorded loss that rounding explains, in nats."""
+    why: str
+    """Where that tolerance comes from."""
+
+
+@runtime_checkable
+class ReplaysSteps(Protocol):
+    """A rail that can replay a run's first steps in a loop that shares no code with its own."""
+
+    def replay_steps(self, spec: TrainSpec, record: RunRecord, steps: int) -> Replay:
+        """Train the first ``steps`` steps again from the base; writes only in ``spec.folders.run``.
+
+        Args:
+            spec: The run's settings, base and rows.
+            record: The run's record; says how the base was held, on what device, and what the data was.
+            steps: At least 1.
+
+        Raises:
+            ProofUnsupportedError: The loop can't repeat this run.
+            CodedError: As `Rail.train`.
+        """
         ...
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 from bp_runs.errors import CodedError, NothingHeldOutError
 from bp_runs.events import Emit, Notice
 from bp_runs.paths import REJECTED_FILE
-from bp_runs.rail import Check, EvalOutcome, MemoryEstimate, Part, Probe, RowOutcome, Stop, TrainOutcome
+from bp_runs.rail import Check, EvalOutcome, MemoryEstimate, Part, Probe, Replay, RowOutcome, Stop, TrainOutcome
+from bp_runs.record import RunRecord
 from bp_runs.spec import Ranks, Settings, TrainSpec
 from bp_train_cuda.rows import data_ready, prepare_rows
 
@@ -187,6 +188,17 @@ class CudaRail:
         spec = replace(spec, training=replace(spec.training, method="sft"))
         rows = cast("Prepared", self._pick(spec, part))
         return engine.examine(spec, rows, adapter, emit, answers=answers, answer_tokens=answer_tokens, kept=self._kept)
+
+    def replay_steps(self, spec: TrainSpec, record: RunRecord, steps: int) -> Replay:
+        """Train the first steps of a recorded run again in an independent loop; see `bp_train_cuda.prove_loop`.
+
+        Raises:
+            ProofUnsupportedError: The run, its data or this machine can't be replayed.
+            GpuOutOfMemoryError, TrainingFailedError: The replay broke.
+        """
+        from bp_train_cuda import prove
+
+        return prove.replay_steps(spec, record, steps)
 
     def _pick(self, spec: TrainSpec, part: Part) -> AnyPrepared:
         """The rows to measure.

@@ -156,6 +156,12 @@ COMMANDS = (
         "backprop diff-runs 9f2c1a 77b0de",
     ),
     Command(
+        "prove",
+        "prove:prove",
+        "Replay a run's first steps in an independent loop and compare the losses.",
+        "backprop prove 20261123 --steps 10",
+    ),
+    Command(
         "export-runs",
         "export_runs:export_runs",
         "Write all runs of an output folder as one file.",
@@ -234,7 +240,7 @@ PANELS = {
     "Train": ("quickstart", "train", "multi-run", "resume", "replay", "eval", "queue"),
     "Data": ("validate", "data"),
     "Use what was trained": ("export", "merge", "imatrix", "push", "chat", "ollama"),
-    "Look back": ("list-runs", "show-run", "diff-runs", "export-runs", "runs", "ui"),
+    "Look back": ("list-runs", "show-run", "diff-runs", "prove", "export-runs", "runs", "ui"),
     "This machine": ("doctor", "info", "models", "estimate-vram", "config", "errors"),
 }
 

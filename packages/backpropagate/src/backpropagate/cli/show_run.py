@@ -12,6 +12,7 @@ from backpropagate.resuming import UNFINISHED, resume_line
 from backpropagate.scorecard import ScoreCard, card_text
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
 from bp_runs.errors import RunNotFoundError
+from bp_runs.proof import read_proof
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 
@@ -29,12 +30,14 @@ def show_run(run: str | None = None, *, output: Output = None, json: Json = Fals
     metrics = store.read_metrics(record.run_id)
     folder = CheckpointFolder(store.folder(record.run_id))
     checkpoints, damaged = folder.read(), folder.read_damaged()
+    proof = read_proof(store.folder(record.run_id))
     if json:
         told = [_checkpoint(found) for found in checkpoints]
         body = {"record": record.to_dict(), "metrics": metrics, "checkpoints": told, "damaged": damaged}
-        print_json("show-run", body)
+        print_json("show-run", {**body, "proof": proof.to_dict()} if proof else body)
         return 0
     lines = [*_asked(record), *_went(record, metrics), *(_checkpoint_line(found) for found in checkpoints)]
+    lines += [f"  proof     {proof.summary()}"] if proof else []
     lines += [f"  damaged   the checkpoint {name}: {wrong}" for name, wrong in damaged.items()]
     if record.status in UNFINISHED and not record.is_imported:
         lines.append(f"  go on     {resume_line(record.run_id, store.output, record.hardware.get('ranks', 1))}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from bp_runs.errors import RunStatus
 
@@ -80,6 +80,23 @@ class ShowRun(TypedDict):
     metrics: list[dict[str, Any]]
     checkpoints: list[SavedCheckpoint]
     damaged: dict[str, str]
+    proof: NotRequired[Prove]
+
+
+class Prove(TypedDict):
+    """`backprop prove`, and prove.json: losses in nats; largest differences are null where a loss is not finite."""
+
+    run_id: str
+    at: str
+    steps: int
+    recorded: list[float]
+    replayed: list[float | None]
+    largest: float | None
+    largest_relative: float | None
+    tolerance: float
+    why: str
+    passed: bool
+    versions: dict[str, str]
 
 
 class DiffRuns(TypedDict):
