@@ -254,6 +254,17 @@ def resume_acts(b: Bench) -> bool:
     return found == [1, 2]
 
 
+def save_minutes_acts(b: Bench) -> bool:
+    saved = []
+    for minutes in (1e-9, 0.0):
+        steps: list[int] = []
+        flags = b.settings({"steps": 4, "save_steps": 0, "output": b.folder / f"minutes-{minutes}"})
+        trainer = Trainer(rail=FakeRail(), **flags, save_minutes=minutes)
+        trainer.train(on_event=lambda event, steps=steps: event.kind == "checkpoint" and steps.append(event.step))
+        saved.append(steps)
+    return saved == [[1, 2, 3], []]
+
+
 def oom_recovery_acts(b: Bench) -> bool:
     from transformers import LlamaModel
 
@@ -367,6 +378,7 @@ EFFECTS = {
     "training.gpu_max_temp": temperature_acts,
     "training.kernels": lambda b: b.train(kernels="liger").error == "DEP_KERNELS_UNUSABLE",
     "training.save_steps": lambda b: [event.step for event in b.course().of("checkpoint")] == [2, 4, 6],
+    "training.save_minutes": save_minutes_acts,
     "training.keep_checkpoints": lambda b: len(b.course().checkpoints()) < 3,
     "training.resume": resume_acts,
     "training.output_dir": lambda b: (b.train().output / "lora").is_dir(),

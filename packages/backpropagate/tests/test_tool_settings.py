@@ -61,6 +61,7 @@ OTHERS = {
     "training.keep": "last",
     "training.oom_recovery": False,
     "training.save_steps": 7,
+    "training.save_minutes": 2.5,
     "training.keep_checkpoints": 5,
     "training.resume": False,
     "training.preflight": "on",

@@ -11,8 +11,9 @@ import pytest
 from odd_disks import small_disk
 
 from bp_runs import checkpoint, files
-from bp_runs.checkpoint import MANIFEST_FILE, CheckpointFolder
+from bp_runs.checkpoint import MANIFEST_FILE, CheckpointFolder, SaveSchedule
 from bp_runs.errors import CheckpointInvalidError, DiskFullError, OutputNotWritableError
+from bp_runs.spec import RunFolders, Settings, TrainingSpec, TrainSpec
 
 
 def save(folder: CheckpointFolder, step: int, content: bytes = b"w", **more) -> None:
@@ -256,3 +257,23 @@ def test_a_kill_between_any_two_system_calls_loses_nothing(every):
         assert int(done.stdout.split()[-1]) > 1000 / every
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("steps", "minutes", "due"),
+    [(0, 0.0, []), (4, 0.0, [4, 8]), (0, 5.0, [5]), (4, 5.0, [4, 8]), (6, 5.0, [5, 6]), (0, 2.0, [2, 4, 6, 8])],
+)
+def test_a_schedule_saves_by_steps_and_by_minutes(tmp_path, steps, minutes, due):
+    """One step takes a minute; the last of nine is never saved."""
+    now = [100.0]
+    training = TrainingSpec(steps=9, save_steps=steps, save_minutes=minutes)
+    spec = TrainSpec.build(
+        Settings(training=training), RunFolders(run_id="r", output=tmp_path, run=tmp_path), base=tmp_path
+    )
+    schedule, saved = SaveSchedule(spec, clock=lambda: now[0]), []
+    for step in range(1, 10):
+        now[0] += 60.0
+        if schedule.is_due(step):
+            saved.append(step)
+            schedule.saved()
+    assert saved == due

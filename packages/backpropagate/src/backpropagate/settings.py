@@ -372,6 +372,7 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "training.eval_steps": (1, None),
     "training.early_stop": (0, None),
     "training.save_steps": (0, None),
+    "training.save_minutes": (0.0, None),
     "training.keep_checkpoints": (1, None),
     "training.sample_tokens": (1, None),
     "training.simpo_gamma": (0.0, None),

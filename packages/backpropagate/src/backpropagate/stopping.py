@@ -1,4 +1,4 @@
-"""Ctrl-C once: finish the step, save, say so. Twice: stop at once."""
+"""Ctrl-C once, SIGTERM or a closed terminal: finish the step and save. Twice: stop immediately."""
 
 from __future__ import annotations
 
@@ -14,9 +14,20 @@ from bp_runs.rail import Stop
 _ONE_PRESS = 3.0  # seconds in which a launcher passes on what the terminal has sent already
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Signals that ask a run to stop: SIGINT, SIGTERM, and SIGHUP, which a closed terminal or a lost ssh sends.
+
+    SIGHUP is left out on Windows, which has none, and where it is ignored, as under ``nohup``.
+    """
+    hangup: signal.Signals | None = getattr(signal, "SIGHUP", None)
+    if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN:
+        return signal.SIGINT, signal.SIGTERM
+    return signal.SIGINT, signal.SIGTERM, hangup
+
+
 @contextlib.contextmanager
 def on_interrupt(*, pressed_once: bool = False) -> Iterator[Stop]:
-    """Yield a stop request that the first SIGINT or SIGTERM turns true; the second one acts as ever.
+    """Yield a stop request that the first of `stop_signals` turns true; the second one acts as usual.
 
     Outside the main thread, where signals cannot be caught, it never turns true.
 
@@ -27,12 +38,14 @@ def on_interrupt(*, pressed_once: bool = False) -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in stop_signals()}
 
     first: list[float] = []
 
     def ask(number: int, _frame: FrameType | None) -> None:
         asked.set()
+        if number == getattr(signal, "SIGHUP", None):
+            return  # a shell repeats the terminal's own: a second one is not a second request
         first.append(time.monotonic())
         if not pressed_once:
             signal.signal(number, before[signal.Signals(number)])

@@ -28,7 +28,8 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 the user's input, 2 the rest, 3 not verified, 130 interrupted."""
     if arguments is None:
-        signal.signal(signal.SIGTERM, _raise_interrupt)  # so that half-written files are cleared as on Ctrl-C
+        for number in _stop_signals():
+            signal.signal(number, _raise_interrupt)  # so that half-written files are cleared as on Ctrl-C
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words.pop(0) if words[:1] and words[0] in COMMANDS else "export"
     command = importlib.import_module(f"bp_export.commands.{name}")
@@ -44,6 +45,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted; nothing was left behind.", file=sys.stderr)  # noqa: T201
         return _INTERRUPTED
+
+
+def _stop_signals() -> list[signal.Signals]:
+    """SIGTERM, and SIGHUP where the system has it and it is not ignored, as under ``nohup``."""
+    hangup = getattr(signal, "SIGHUP", None)
+    return [signal.SIGTERM, *([hangup] if hangup and signal.getsignal(hangup) is not signal.SIG_IGN else [])]
 
 
 def _raise_interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

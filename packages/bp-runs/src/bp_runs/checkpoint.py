@@ -48,7 +48,7 @@ CHECKPOINT_SCHEMA = "backpropagate.checkpoint/1"
 _NOT_HASHED = (MANIFEST_FILE, PROTECTED_FILE, DAMAGED_FILE)
 
 Reason = Literal["schedule", "stop", "temperature", "asked"]
-"""Every so many steps; the user stopped the run; the card is too hot; somebody asked."""
+"""Every so many steps or minutes; the user stopped the run; the card is too hot; somebody asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,9 +316,39 @@ def save_checkpoint(
 
 
 def is_due(spec: TrainSpec, step: int) -> bool:
-    """Whether the schedule wants a checkpoint after ``step``; not after the last, which leaves the adapter."""
+    """Whether ``save_steps`` asks for a checkpoint after ``step``; not after the last, which leaves the adapter."""
     every = spec.training.save_steps
     return every > 0 and step % every == 0 and step < spec.training.steps
+
+
+class SaveSchedule:
+    """Decides when a training loop saves: every ``save_steps`` steps and every ``save_minutes`` minutes.
+
+    The loop asks once per step and reports every save, whatever its reason. With several processes only rank 0 may
+    decide, since clocks differ: broadcast its answer. A save leaves no trace in the state that is trained, so a run
+    resumed from a checkpoint saved by time ends in the same bytes.
+
+    Args:
+        spec: Its training settings; 0 steps or 0 minutes turns that part off.
+        clock: Seconds that only go forward.
+    """
+
+    def __init__(self, spec: TrainSpec, clock: Callable[[], float] = time.monotonic) -> None:
+        self._spec = spec
+        self._clock = clock
+        self._seconds = 60 * spec.training.save_minutes
+        self._saved_at = clock()
+
+    def is_due(self, step: int) -> bool:
+        """Whether to save after ``step``; never after the last, which leaves the adapter."""
+        if is_due(self._spec, step):
+            return True
+        waited = self._clock() - self._saved_at
+        return 0 < self._seconds <= waited and step < self._spec.training.steps
+
+    def saved(self) -> None:
+        """Count the minutes from now."""
+        self._saved_at = self._clock()
 
 
 def read_manifest(folder: Path) -> Checkpoint | None:

@@ -128,8 +128,8 @@ class Rail(Protocol):
     def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
         """Train and leave an adapter folder at ``spec.folders.adapter``.
 
-        Checkpoints are saved with `bp_runs.checkpoint.save_checkpoint` where `is_due` says so, and after the step in
-        which ``stop`` turned true. With ``spec.checkpoint`` the run goes on from there: steps are counted on, and
+        Checkpoints are saved with `bp_runs.checkpoint.save_checkpoint` when `SaveSchedule` says so, and after the step
+        in which ``stop`` turned true. With ``spec.checkpoint`` the run goes on from there: steps are counted on, and
         everything that decides a later step is what it would have been without the pause.
 
         Raises:

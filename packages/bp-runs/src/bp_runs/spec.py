@@ -184,7 +184,8 @@ class TrainingSpec:
     kernels: Literal["auto", "none", "liger"] = setting(
         "auto", "Fused kernels on a GPU: Liger's where it is installed and knows the model (auto), always, or none."
     )
-    save_steps: int = setting(50, "Steps from one checkpoint to the next; 0: only when the run is stopped.")
+    save_steps: int = setting(50, "Save a checkpoint every so many steps; 0: not by steps.")
+    save_minutes: float = setting(5.0, "Save a checkpoint after so many minutes without one; 0: not by time.")
     keep_checkpoints: int = setting(2, "Newest checkpoints that stay, beside the one of the lowest validation loss.")
     resume: bool | None = setting(
         None,

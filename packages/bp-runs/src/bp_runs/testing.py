@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 
 from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, write_manifest
-from bp_runs.checkpoint import Reason, is_due, save_checkpoint
+from bp_runs.checkpoint import Reason, SaveSchedule, save_checkpoint
 from bp_runs.errors import CodedError, NothingHeldOutError
 from bp_runs.events import AdapterSaved, DataReady, Emit, ModelLoaded, Notice, SampleAnswer, StepDone
 from bp_runs.files import publish_folder, sha256_file
@@ -61,14 +61,16 @@ class FakeRail:
             emit_answers(spec, emit, step=0, answer="before")
         losses = _read_losses(spec)
         stopped = False
+        schedule = SaveSchedule(spec)
         for step in range(len(losses) + 1, spec.training.steps + 1):
             if step == self.fail_at and self.failure:
                 raise self.failure
             losses.append(4.0 / (step + 1))
             emit(_step_done(spec, step, losses[-1]))
             stopped = stop() and step < spec.training.steps
-            if stopped or is_due(spec, step):
+            if stopped or schedule.is_due(step):
                 self._save(spec, emit, losses, "stop" if stopped else "schedule")
+                schedule.saved()
             if stopped:
                 break
         emit_answers(spec, emit, step=len(losses), answer="after")

@@ -13,7 +13,7 @@ from pathlib import Path
 from cyclopts import App, CycloptsError, Group
 
 from backpropagate import launching, system
-from backpropagate.cli.failing import prepare_process, report_bug, report_error, set_up_logs
+from backpropagate.cli.failing import is_terminal_lost, prepare_process, report_bug, report_error, set_up_logs
 from backpropagate.cli.switches import environment, overview, take_switches
 from backpropagate.offline import forbid_network
 from bp_runs.errors import CodedError, InterruptedRunError, PathUnusableError
@@ -364,6 +364,9 @@ def _run(argv: Sequence[str], *, as_json: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if is_terminal_lost(error):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return InterruptedRunError.exit_status
         if error.filename is None:
             return report_bug(error, as_json=as_json)
         refusal = PathUnusableError(f"the system refuses {error.filename}", cause=error.strerror)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
+import stat
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
 from backpropagate import system
+from backpropagate.stopping import stop_signals
 from bp_runs.errors import CodedError, RunFailedError
 from bp_runs.redact import redact
 
 
 def prepare_process() -> None:
     """UTF-8 on every console, telemetry off, log handlers from the environment."""
-    signal.signal(signal.SIGTERM, _raise_interrupt)  # so that half-written files are cleared as on Ctrl-C
+    for number in stop_signals():
+        if number is not signal.SIGINT:  # Python's own handler raises KeyboardInterrupt
+            signal.signal(number, _raise_interrupt)  # so that half-written files are cleared as on Ctrl-C
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -40,6 +46,21 @@ def set_up_logs(environ: Mapping[str, str]) -> None:
 
 def _raise_interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
+
+
+def is_terminal_lost(error: OSError) -> bool:
+    """Whether ``error`` comes from writing to a terminal that was closed: nobody reads what is printed any more."""
+    return error.errno == errno.EIO and error.filename is None and any(_is_closed_terminal(fd) for fd in (1, 2))
+
+
+def _is_closed_terminal(fd: int) -> bool:
+    """A closed terminal stays a character device, but ``isatty`` denies it."""
+    try:
+        device = os.fstat(fd)
+        is_null = device.st_rdev == Path(os.devnull).stat().st_rdev
+    except OSError:
+        return False
+    return stat.S_ISCHR(device.st_mode) and not is_null and not os.isatty(fd)
 
 
 def report_error(error: CodedError, *, as_json: bool) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +52,10 @@ def run(*, json: Json = False) -> int:
     """Work through the queue; a job that fails does not stop the next one.
 
     Ctrl-C lets the running job save what it has and stops; start it again and it goes on with the next.
+    When the terminal is closed the queue ends, and the running job trains on in its own process.
     """
+    if (hangup := getattr(signal, "SIGHUP", None)) and signal.getsignal(hangup) is not signal.SIG_IGN:
+        signal.signal(hangup, signal.SIG_DFL)  # a job has its own session, which no closed terminal reaches
     queue = Queue.of_home(os.environ)
     ended = queue.run(lambda what, job: None if json else _say(queue, what, job))
     states = Counter(job.state for job in ended)
