@@ -266,6 +266,7 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused(tmp_path):
     ("sharded", "training"),
     [
         (False, {"engine": "unsloth"}),
+        (False, {"engine": "trl"}),
         (True, {"mode": "qlora"}),
         (True, {"fp8": True}),
         (True, {"mode": "full", "optim": "paged_adamw_8bit"}),

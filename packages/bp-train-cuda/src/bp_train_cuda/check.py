@@ -15,6 +15,7 @@ from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import AdapterInvalidError, InvalidSettingError, first_line
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
 from bp_train_cuda import load, probe, unsloth
+from bp_train_cuda.engines.trl_methods import require_trl
 from bp_train_cuda.errors import (
     BitsandbytesError,
     Fp8Error,
@@ -48,6 +49,7 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         RemoteCodeError, ModelLoadError, GpuNotAvailableError: As `load.read_config`, `sketch_model`, `require_capable`.
         ModeError, BitsandbytesError, FullModelTooLargeError, Bf16Error: As `probe.choose_mode` and `choose_dtype`.
         UnslothError, InvalidSettingError: As `unsloth.require_unsloth`.
+        VersionUntestedError, InvalidSettingError: As `engines.trl_methods.require_trl`.
         Fp8Error, KernelsError: 8-bit floats, or fused kernels, are asked for and cannot be had.
         TargetModulesError, InvalidSettingError: The adapter cannot be made on this model.
     """
@@ -65,6 +67,8 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         require_fp8(device, mode)
     if settings.training.engine == "unsloth":
         unsloth.require_unsloth(settings, device)
+    if settings.training.engine == "trl":
+        require_trl(settings)
     if mode.name != "full":
         require_targets(sketch, settings.lora)
         require_start(settings.lora, mode)

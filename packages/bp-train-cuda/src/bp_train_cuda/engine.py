@@ -137,7 +137,7 @@ def examine(
 def _as_read(spec: TrainSpec) -> TrainSpec:
     """The spec with a mode and an engine by which a base is only read."""
     mode = "lora" if spec.training.mode == "full" else spec.training.mode
-    return replace(spec, training=replace(spec.training, mode=mode, engine="trl", fp8=False))
+    return replace(spec, training=replace(spec.training, mode=mode, engine="native", fp8=False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ DependencyError
 ├── BitsandbytesError      DEP_BITSANDBYTES_MISSING         4-bit bases need it
 ├── KernelsError           DEP_KERNELS_UNUSABLE             fused kernels were asked for and cannot be had
 ├── UnslothError           DEP_UNSLOTH_UNUSABLE             not installed, or it finds no GPU
+├── VersionUntestedError   DEP_VERSION_UNTESTED             an installed package lacks a name that we use
 └── ModelLoadError         DEP_MODEL_LOAD_FAILED            the base model's files cannot be loaded
 UserError
 ├── ModeError              CONFIG_MODE_UNSUPPORTED          4-bit training on a CPU
@@ -73,6 +74,14 @@ class UnslothError(DependencyError):
     code = "DEP_UNSLOTH_UNUSABLE"
     when = "The engine unsloth was asked for where it is not installed, or does not import: it wants a GPU to do so."
     default_way_out = "Train without it: --engine native"
+
+
+class VersionUntestedError(DependencyError):
+    """An installed package lacks something that this version uses."""
+
+    code = "DEP_VERSION_UNTESTED"
+    when = "transformers, TRL, PEFT or torch is installed in a version that lacks a name this version uses."
+    default_way_out = "Install versions that are tested together: pip install --upgrade --force-reinstall bp-train-cuda"
 
 
 class ModeError(UserError):

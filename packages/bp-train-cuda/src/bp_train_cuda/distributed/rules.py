@@ -17,14 +17,14 @@ def require_supported(spec: TrainSpec, group: ProcessGroup) -> None:
     """Refuse what several ranks cannot train together.
 
     Raises:
-        RanksError: The engine unsloth; all weights on unlike cards; with parted weights, what needs them whole.
+        RanksError: Engines trl, unsloth; all weights on unlike cards; with parted weights, what needs them whole.
         RanksChangedError: As `bp_train_cuda.checkpoint.require_ranks`.
     """
     if spec.checkpoint is not None:
         require_ranks(spec.checkpoint, group.count)
-    if group.count > 1 and spec.training.engine == "unsloth":
+    if group.count > 1 and (engine := spec.training.engine) in {"trl", "unsloth"}:
         raise RanksError(
-            "the engine unsloth trains in one process", way_out="Add: --engine native; or leave out torchrun"
+            f"the engine {engine} trains in one process", way_out="Add: --engine native; or leave out torchrun"
         )
     if group.is_sharded:
         _require_shardable(spec)
