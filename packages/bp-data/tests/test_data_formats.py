@@ -1,8 +1,6 @@
 """Every known format, every way in which a row is none, and any JSON value anywhere."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bp_data import recognise
 from bp_data.errors import RowFault
@@ -227,65 +225,6 @@ def test_prompt_and_completion_as_lists_train_the_completion_only():
 )
 def test_rows_of_another_kind_are_refused(wanted, data):
     assert recognise(Row(1, data), wanted).code is RowFault.WRONG_KIND
-
-
-COLUMNS = [
-    "chosen",
-    "rejected",
-    "label",
-    "messages",
-    "conversations",
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "history",
-    "prompt",
-    "completion",
-    "question",
-    "answer",
-    "response",
-    "context",
-    "text",
-    "tools",
-    "functions",
-]
-TURN_FIELDS = [
-    "role",
-    "from",
-    "content",
-    "value",
-    "weight",
-    "tool_calls",
-    "function_call",
-    "name",
-    "reasoning_content",
-    "function",
-    "arguments",
-]
-SCALARS = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=4)
-    | st.sampled_from(["user", "gpt", "function_call", "tool", '{"name": "f"}'])
-)
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(TURN_FIELDS), inner, max_size=4),
-    max_leaves=12,
-)
-
-
-@settings(max_examples=250, deadline=None)
-@given(st.dictionaries(st.sampled_from(COLUMNS) | st.text(max_size=3), VALUES, max_size=4))
-def test_any_value_in_any_field_is_an_example_or_rejected(data):
-    for wanted in (None, "sft", "preference", "kto"):
-        assert isinstance(recognise(Row(1, data), wanted), Chat | Text | Preference | Judged | Rejected)
-    result = recognise(Row(1, data))
-    if isinstance(result, Chat):
-        assert all(isinstance(turn.to_dict(), dict) for turn in result.messages)
 
 
 def test_deep_values_are_no_trouble():

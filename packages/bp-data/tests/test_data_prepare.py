@@ -187,33 +187,6 @@ def test_read_is_trained_and_truncated_and_dropped(chatml, tmp_path_factory, row
         assert row.trained > 0
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-9, 9) | st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "tool_calls", "name", "function"]), inner, max_size=4)
-    ),
-    max_leaves=10,
-)
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    extra=st.dictionaries(
-        st.sampled_from(["content", "tool_calls", "name", "reasoning_content", "tools"]), JSON, max_size=3
-    )
-)
-def test_any_json_in_a_turn_is_trained_or_dropped(model, tmp_path_factory, extra):
-    path = tmp_path_factory.getbasetemp() / "any.jsonl"
-    row = {
-        "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A", **extra}],
-        "tools": extra.get("tools"),
-    }
-    path.write_text(json.dumps(qa()) + "\n" + json.dumps(row), encoding="utf-8")
-    prepared = prepare(path, model("chatml", families.QWEN), 512, on_bad_row="skip")
-    assert prepared.ledger.read == 2
-
-
 def test_the_ledger_notices_a_lost_row():
     ledger = Ledger()
     ledger.take_trained()

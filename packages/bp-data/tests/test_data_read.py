@@ -1,11 +1,8 @@
 """Files as they come: whole, broken, empty, binary, with marks and odd line ends."""
 
-import json
 import os
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from bp_data import read_rows
 from bp_data.errors import (
@@ -146,24 +143,3 @@ def test_a_file_that_may_not_be_read(put):
 def test_rows_are_streamed(put):
     rows = read_rows(put(b'{"text": "a"}\n' * 3))
     assert next(rows) == Row(1, {"text": "a"})
-
-
-@settings(max_examples=120, deadline=None)
-@given(
-    st.sampled_from(["f.jsonl", "f.json", "f.csv"]),
-    st.one_of(
-        st.binary(max_size=60),
-        st.lists(st.sampled_from([b'{"a":', b"1}", b"[", b"]", b",", b'"', b"\n", b"\r", b"\xff", b"{}"])).map(
-            b"".join
-        ),
-    ),
-)
-def test_any_bytes_give_rows_or_a_coded_error(tmp_path_factory, name, data):
-    path = tmp_path_factory.getbasetemp() / name
-    path.write_bytes(data)
-    try:
-        for row in read_rows(path):
-            assert isinstance(row, Row | Rejected)
-            assert row.number >= 1
-    except CodedError as error:
-        json.dumps(error.to_dict())

@@ -1,7 +1,6 @@
 """Rows on disk, the cache, overflow policies, filters, and masks found the quick way."""
 
 import importlib.util
-import json
 from array import array
 from pathlib import Path
 
@@ -210,28 +209,6 @@ def test_a_cut_keeps_the_terminator_where_it_can(chatml, write_lines):
     assert row.mask[-1] == 1
     assert "Hello" in prepared.tokenizer.decode(row.ids)
     assert "word" not in prepared.tokenizer.decode(row.ids)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    pairs=st.lists(
-        st.tuples(st.text("ab ", min_size=1, max_size=30), st.text("cd ", min_size=1, max_size=30)),
-        min_size=1,
-        max_size=4,
-    ),
-    length=st.integers(2, 60),
-    policy=st.sampled_from(["truncate", "drop", "split"]),
-)
-def test_no_policy_leaves_a_row_with_nothing_to_learn(chatml, tmp_path_factory, pairs, length, policy):
-    path = tmp_path_factory.getbasetemp() / "overflow.jsonl"
-    path.write_text(json.dumps(qa(*pairs)))
-    try:
-        prepared = prepare(path, chatml, length, on_bad_row="skip", on_overflow=policy)
-    except DatasetGateError:
-        return
-    for row in prepared.rows:
-        assert row.trained
-        assert len(row.ids) <= length
 
 
 def test_filters_drop_with_a_code_and_end_no_run(chatml, write_lines):

@@ -15,6 +15,8 @@ from bp_export.commands.export import QUANTIZATION_NAMES
 from bp_export.errors import ChatFailedError
 from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
 
+FORMATS = ("merged", "lora", "gguf-adapter", "mlx")
+
 
 @pytest.fixture
 def lora(tmp_path):
@@ -133,23 +135,39 @@ def test_public_names_are_sorted_real_and_exported():
 
 
 def test_it_works_where_frameworks_cannot_be_imported(tmp_path, lora):
+    """Every format, to the same weights as with frameworks installed; the command line too."""
     script = f"""
 import sys
 from pathlib import Path
 class Blocker:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {{"torch", "transformers", "peft", "safetensors", "tokenizers", "xllamacpp"}}:
+        blocked = {{"torch", "transformers", "peft", "trl", "datasets", "safetensors", "tokenizers", "xllamacpp"}}
+        if name.partition(".")[0] in blocked:
             raise ImportError(f"{{name}} is blocked")
 sys.meta_path.insert(0, Blocker())
 from bp_export import export_adapter, LlamaChat
+from bp_export.cli import main
 from bp_export.errors import LlamaCppMissingError
 outcome = export_adapter(Path({str(lora)!r}))
 assert outcome.parity is None
+for format in {FORMATS!r}:
+    export_adapter(Path({str(lora)!r}), format=format, output=Path({str(tmp_path / "without")!r}) / format)
+assert main([{str(lora)!r}, "--format", "gguf", "--quantization", "q8_0"]) == 0
 try:
     LlamaChat(outcome.path)
 except LlamaCppMissingError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    (tmp_path / "without").mkdir()
+    (tmp_path / "with").mkdir()
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     assert "[DEP_LLAMA_CPP_MISSING]" in done.stdout
-    assert (tmp_path / "pico-tuned-q4_k_m.gguf").is_file()
+    assert {path.name for path in tmp_path.glob("*.gguf")} == {"pico-tuned-q4_k_m.gguf", "pico-tuned-q8_0.gguf"}
+    for format in FORMATS:
+        export_adapter(lora, format=format, output=tmp_path / "with" / format)
+    written = [path for path in (tmp_path / "with").rglob("*") if path.suffix in {".safetensors", ".gguf", ""}]
+    written = [path for path in written if path.is_file()]
+    assert len(written) >= len(FORMATS)
+    for path in written:
+        assert path.read_bytes() == (tmp_path / "without" / path.relative_to(tmp_path / "with")).read_bytes(), path
