@@ -253,7 +253,7 @@ def work(order: Path) -> int:
     from backpropagate import launching
     from bp_train_cuda import CudaRail
 
-    launching.take_words(os.environ)
+    launching.take_launcher_variables(os.environ)
     ranks = launching.read_ranks()
     rail = CudaRail()
     cases = [Case(**case) for case in json.loads(order.read_text())]

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,17 +21,51 @@ LAUNCHERS = {
 }
 
 
+# What these launchers tell rank {}, without their being installed here.
+WITHOUT_AGENT = {
+    "srun": {
+        "SLURM_PROCID": "{}", "SLURM_LOCALID": "{}", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0",
+    },
+    "Open MPI": {
+        "OMPI_COMM_WORLD_RANK": "{}", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "{}",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_NAMESPACE": f"prterun-vm-{os.getpid()}@1",
+    },
+    "by hand": {"RANK": "{}", "WORLD_SIZE": "2", "LOCAL_RANK": "{}", "MASTER_ADDR": "localhost"},
+}  # fmt: skip
+
+
+def start_ranks(words, *arguments):
+    """Two processes with nothing but these variables between them; rank 1 first."""
+    own = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "backpropagate", *map(str, arguments)]
+    return [
+        subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=own | {name: value.format(rank) for name, value in words.items()},
+        )
+        for rank in (1, 0)
+    ]
+
+
 def start(launcher, *arguments):
     environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, *LAUNCHERS[launcher], "-m", "backpropagate", *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ)
 
 
-def train(output, data, model, *more, launcher="torchrun"):
-    return start(
-        launcher, "train", "--data", data, "--model", model, "--output", output, "--batch-size", 2,
+def training(output, data, model, *more):
+    return (
+        "train", "--data", data, "--model", model, "--output", output, "--batch-size", 2,
         "--gradient-accumulation", 1, "--max-seq-length", 64, "--lr", 1e-3, "--report-to", "none", *more,
     )  # fmt: skip
+
+
+def train(output, data, model, *more, launcher="torchrun"):
+    return start(launcher, *training(output, data, model, *more))
 
 
 def weights(output):
@@ -54,6 +89,36 @@ def test_torchrun_trains_one_run_that_exports(chat_file, pico_model, tmp_path, c
     command = ["export", output / "lora", "--format", "gguf", "--quantization", "f16", "--output", gguf, "--no-verify"]
     assert run([str(word) for word in command]) == 0, capsys.readouterr().err
     assert gguf.is_file()
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    ["srun", pytest.param("Open MPI", marks=pytest.mark.slow), pytest.param("by hand", marks=pytest.mark.slow)],
+)
+def test_ranks_without_an_agent_train_one_run(chat_file, pico_model, tmp_path, launcher):
+    words = WITHOUT_AGENT[launcher]
+    if launcher == "by hand":
+        words = words | {"MASTER_PORT": str(free_port()), "BACKPROPAGATE_RANKS_TOKEN": "the secret of this launch"}
+    output = tmp_path / "out"
+    other, main = start_ranks(words, *training(output, chat_file, pico_model, "--steps", 2))
+    with main, other:
+        told, errors = main.communicate(timeout=300)
+        silent = other.communicate(timeout=60)
+    assert (main.returncode, other.returncode) == (0, 0), errors[-3000:] + silent[1][-3000:]
+    assert silent[0] == ""
+    (row,) = RunStore(output).list_runs()
+    assert RunStore(output).load(row["run_id"]).hardware["ranks"] == 2
+    assert "2 rows × 1 micro-batches × 2 = 4 rows a step" in told
+
+
+@pytest.mark.slow
+def test_without_an_agent_a_rank_that_fails_ends_all(chat_file, pico_model, tmp_path):
+    other, main = start_ranks(WITHOUT_AGENT["srun"], *training(tmp_path / "out", chat_file, pico_model, "--steps", 900))
+    with main, other:
+        wait_for(lambda: any(b'"step"' in file.read_bytes() for file in tmp_path.glob("out/runs/*/metrics.jsonl")))
+        other.kill()
+        _, errors = main.communicate(timeout=60)
+    assert "RUNTIME_RANK_LOST" in errors, errors[-3000:]
 
 
 @pytest.mark.slow
@@ -119,6 +184,12 @@ def wait_for(holds, seconds=300):
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.05)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def find_rank(launcher, rank):

@@ -114,6 +114,18 @@ def test_only_the_meta_package_reads_the_environment():
             assert not used, f"{file}:{node.lineno} reads the environment"
 
 
+def test_nothing_that_is_read_can_run_code():
+    pickles = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    for _, file, tree in sources():
+        assert not {module.split(".")[0] for module, _ in imports(tree)} & pickles, f"{file} unpickles"
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                safe = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}.get("weights_only")
+                assert safe == "True", f"{file}:{node.lineno}: torch.load needs weights_only=True"
+            allows = isinstance(node, ast.keyword) and node.arg == "allow_pickle"
+            assert not allows or ast.unparse(node.value) == "False", f"{file}:{node.value.lineno} unpickles an array"
+
+
 def test_bare_exceptions_only_at_the_edges():
     edges = {"backpropagate/cli/app.py", "backpropagate/rails.py", "backpropagate/ui/app.py"}
     # A tracker or a caller's callback may raise anything, and must not cost a run.

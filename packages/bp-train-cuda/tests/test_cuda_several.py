@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from bp_train_cuda.checkpoint import require_ranks
 from bp_train_cuda.distributed import rules
 from bp_train_cuda.distributed.process_group import DistributedGroup
 from bp_train_cuda.distributed.rules import require_supported
+from bp_train_cuda.distributed.store import SignedStore
 from bp_train_cuda.errors import RankLostError, RanksChangedError, RanksError
 from bp_train_cuda.order import RankBatches, RowOrder
 from bp_train_cuda.probe import Device
@@ -33,12 +33,13 @@ TOGETHER = Path(__file__).parent / "together.py"
 ROWS = 11  # with 4 rows a step the last step of an epoch has 3: the second rank has one row, or none at all
 STEPS = 5  # into the second epoch
 NOISE = 1e-5
+TOKEN = "the secret of this launch"
 
 
 def launch(folder, orders):
     """What came out of each order in two processes."""
     file = folder / "orders"
-    file.write_bytes(pickle.dumps(orders))
+    file.write_text(json.dumps([order | {"spec": order["spec"].to_dict()} for order in orders]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environ = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, TOGETHER, file], capture_output=True, text=True, check=False, env=environ)
@@ -179,7 +180,7 @@ def test_a_rank_that_fails_ends_all_with_one_code(pico_model, tmp_path, order):
 def group_of(count, store=None):
     store = store or dist.HashStore()
     ranks = [Ranks(rank=r, count=count, address="", port=0, is_hosted=False) for r in range(count)]
-    return [DistributedGroup(r, store, lambda: False) for r in ranks]
+    return [DistributedGroup(r, SignedStore(store, TOKEN, r.rank, "test"), lambda: False) for r in ranks]
 
 
 def in_threads(groups, action):

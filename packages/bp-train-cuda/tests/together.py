@@ -8,7 +8,6 @@ specs for one run is a run that is stopped by rank 1 after a step, and goes on.
 
 import json
 import os
-import pickle
 import signal
 import sys
 from dataclasses import replace
@@ -22,6 +21,7 @@ from backpropagate import launching
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CodedError
 from bp_runs.events import EvalDone, Notice, StepDone
+from bp_runs.spec import TrainSpec
 from bp_train_cuda import CudaRail
 
 
@@ -38,7 +38,7 @@ def prepare(order, rank):
 
 def train(order, ranks):
     events = []
-    spec = replace(order["spec"], ranks=replace(ranks, sharded=order.get("sharded", False)))
+    spec = replace(TrainSpec.from_dict(order["spec"]), ranks=replace(ranks, sharded=order.get("sharded", False)))
     if order.get("goes_on"):
         spec = replace(spec, checkpoint=CheckpointFolder(spec.folders.run).newest_whole()[0].path)
     try:
@@ -57,10 +57,10 @@ def train(order, ranks):
 
 
 def main(file):
-    launching.take_words(os.environ)
+    launching.take_launcher_variables(os.environ)
     ranks = launching.read_ranks()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, where a rank is gone; the command line stops by it
-    orders = pickle.loads(file.read_bytes())
+    orders = json.loads(file.read_text())
     if ranks.rank:
         follow(orders, ranks)
         return
@@ -74,9 +74,9 @@ def main(file):
 
 def follow(orders, ranks):
     """As `CudaRail.follow`; each training is one of the orders."""
-    from bp_train_cuda.distributed import process_group
+    from bp_train_cuda.distributed import launch
 
-    rail, memberships = CudaRail(), process_group.join_groups(ranks, lambda: False)
+    rail, memberships = CudaRail(), launch.join_groups(ranks, lambda: False)
     for order, (spec, membership) in zip(orders, memberships, strict=False):
         prepare(order, ranks.rank)
         steps = iter(range(100))

@@ -17,6 +17,7 @@ UserError
 ├── UiFolderError          CONFIG_UI_FOLDER          the web page would write where nothing of ours belongs
 ├── UiPathError            INPUT_UI_PATH             the web page was asked for a file outside its folders
 ├── SeveralProcessesError  CONFIG_SEVERAL_PROCESSES  several processes are to do what only one can
+├── RanksTokenError        CONFIG_RANKS_TOKEN        several processes share no token that signs their messages
 └── OldNameError           INPUT_OLD_NAME            a command, flag or variable of the older tool; says the new one
 StateError
 ├── QueueInvalidError      STATE_QUEUE_INVALID       the queue's file is damaged
@@ -284,6 +285,21 @@ class SeveralProcessesError(UserError):
         "is not supported: DeepSpeed, FSDP of version 1, several machines."
     )
     default_way_out = "Start it without torchrun; train, resume and replay are what several processes do together."
+
+
+class RanksTokenError(UserError):
+    """The processes of one launch share no secret token."""
+
+    code = "CONFIG_RANKS_TOKEN"
+    when = (
+        "Several processes train together, and rank 0's token can't be read: BACKPROPAGATE_RANKS_TOKEN is not set, and "
+        "the ranks don't share a private folder on one machine. Without a token anyone who reaches their port could "
+        "write into their messages."
+    )
+    default_way_out = (
+        "Give all ranks one token, in the shell that starts them: "
+        "export BACKPROPAGATE_RANKS_TOKEN=$(openssl rand -hex 32)"
+    )
 
 
 class UiMissingError(DependencyError):

@@ -1,8 +1,8 @@
-"""One process of several that torchrun or accelerate launch has started: which one it is, and what it does.
+"""Which of several processes this one is, as torchrun, accelerate launch, srun or mpirun tell it, and what it does.
 
-The process of rank 0 does all that a process alone would; the others only take part in its trainings. What the launcher
-says in the environment is taken out of it, and each process is left to see its own card alone: so to every library it
-is an ordinary process with one card, and what the ranks share is shared by the rail.
+Rank 0 does all that a single process does; the other ranks only take part in its training runs. The launcher's
+variables are taken out of the environment, and each process sees its own GPU only. So to every library it is an
+ordinary process with one GPU, and what the ranks share is shared by the rail.
 """
 
 from __future__ import annotations
@@ -10,106 +10,233 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import zlib
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from backpropagate.errors import SeveralProcessesError
 
 if TYPE_CHECKING:
+    from backpropagate.rendezvous import Secret
     from bp_runs.rail import Rail, TrainsTogether
     from bp_runs.spec import Ranks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launcher:
+    """A program that starts the ranks, and the documented variables by which it tells each of them its place."""
+
+    name: str
+    rank: str
+    count: str
+    local_rank: str
+    local_count: str = ""
+    """Ranks on this machine; empty: not told, see ``machines``."""
+    machines: str = ""
+    """Machines that the ranks run on; empty: not told."""
+    job: tuple[str, ...] = ()
+    """Variables that together name this launch; empty: none does."""
+    start: str
+    """A command line that starts two ranks, up to the program."""
+
+
+LAUNCHERS = (
+    Launcher(
+        name="torchrun",
+        rank="RANK",
+        count="WORLD_SIZE",
+        local_rank="LOCAL_RANK",
+        local_count="LOCAL_WORLD_SIZE",
+        start="torchrun --standalone --nproc-per-node 2 -m",
+    ),
+    Launcher(
+        name="Open MPI",
+        rank="OMPI_COMM_WORLD_RANK",
+        count="OMPI_COMM_WORLD_SIZE",
+        local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
+        local_count="OMPI_COMM_WORLD_LOCAL_SIZE",
+        job=("PMIX_NAMESPACE",),
+        start="mpirun -n 2 python -m",
+    ),
+    Launcher(  # MPICH and Intel MPI: their process manager is Hydra
+        name="MPICH",
+        rank="PMI_RANK",
+        count="PMI_SIZE",
+        local_rank="MPI_LOCALRANKID",
+        local_count="MPI_LOCALNRANKS",
+        start="mpiexec -n 2 python -m",
+    ),
+    Launcher(
+        name="srun",
+        rank="SLURM_PROCID",
+        count="SLURM_STEP_NUM_TASKS",  # not SLURM_NTASKS, which a batch script has too although it is one process
+        local_rank="SLURM_LOCALID",
+        machines="SLURM_STEP_NUM_NODES",
+        job=("SLURM_JOB_ID", "SLURM_STEP_ID"),
+        start="srun --nodes 1 --ntasks 2 python -m",
+    ),
+)
+"""By precedence: torchrun may be started by srun, and mpirun starts its daemons by srun."""
 
 _NAMES = frozenset(
     [f"{group}{name}" for group in ("", "LOCAL_", "GROUP_", "ROLE_") for name in ("RANK", "WORLD_SIZE")]
     + ["ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"]
+    + [name for row in LAUNCHERS for name in (row.rank, row.count, row.local_rank, row.local_count) if name]
 )
 _PREFIXES = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_")
-_LEFT = frozenset({"ACCELERATE_USE_CPU", "TORCHELASTIC_ERROR_FILE"})
-_CARDS = "CUDA_VISIBLE_DEVICES"
+_KEPT = frozenset({"ACCELERATE_USE_CPU", "TORCHELASTIC_ERROR_FILE"})
+_GPUS = "CUDA_VISIBLE_DEVICES"
+TOKEN_VARIABLE = "BACKPROPAGATE_RANKS_TOKEN"  # noqa: S105  # a name
+_PORTS = (20000, 10000)  # first and number of those that a launch without MASTER_PORT chooses from
 _PATIENCE = 60.0  # seconds in which a launcher ends its processes after one of them has failed
 COMMANDS = ("train", "resume", "replay")
 """Commands that several processes can carry out together."""
 
-_said: dict[str, str] = {}
-"""What the launcher has said of this process, by the variables' names."""
+_variables: dict[str, str] = {}
+"""The launcher's variables of this process, and what names its launch."""
+
+_secrets: dict[str, Secret] = {}
+"""By launch: what this process has made or read; at most one."""
 
 
-def take_words(environ: MutableMapping[str, str]) -> None:
-    """Take the launcher's words out of ``environ`` and leave this process its own card; before torch's import."""
-    if "LOCAL_RANK" not in environ and "WORLD_SIZE" not in environ:
+def take_launcher_variables(environ: MutableMapping[str, str]) -> None:
+    """Move the launcher's variables out of ``environ`` and leave this process its own GPU; before torch's import."""
+    token = environ.pop(TOKEN_VARIABLE, "")  # no subprocess and no log shall see it
+    launcher = _find_launcher(environ)
+    if launcher is None:
         return
-    ours = [name for name in environ if (name in _NAMES or name.startswith(_PREFIXES)) and name not in _LEFT]
-    _said.update({name: environ.pop(name) for name in ours})
-    if _number("WORLD_SIZE", 1) > 1:
-        _choose_card(environ, _number("LOCAL_RANK", 0))
+    taken = [name for name in environ if (name in _NAMES or name.startswith(_PREFIXES)) and name not in _KEPT]
+    _variables.update({name: environ[name] for name in (*launcher.job, launcher.machines) if name in environ})
+    _variables.update({name: environ.pop(name) for name in taken})
+    _variables[TOKEN_VARIABLE] = token
+    if _count(launcher) > 1:
+        _choose_gpu(environ, _number(launcher.local_rank, _number(launcher.rank, 0)))
 
 
-def _choose_card(environ: MutableMapping[str, str], place: int) -> None:
-    seen = environ.get(_CARDS)
+def _find_launcher(variables: Mapping[str, str]) -> Launcher | None:
+    """The launcher that started this process; None: it was started alone."""
+    return next((row for row in LAUNCHERS if row.local_rank in variables or row.count in variables), None)
+
+
+def _choose_gpu(environ: MutableMapping[str, str], place: int) -> None:
+    seen = environ.get(_GPUS)
     if seen is None:
-        environ[_CARDS] = str(place)
-    elif seen.strip() not in {"", "-1"}:  # else no card is to be seen
-        cards = [card.strip() for card in seen.split(",")]
-        environ[_CARDS] = cards[place] if place < len(cards) else "-1"
+        environ[_GPUS] = str(place)
+    elif seen.strip() not in {"", "-1"}:  # else no GPU is to be seen
+        gpus = [gpu.strip() for gpu in seen.split(",")]
+        if len(gpus) > 1:  # a single one is this rank's own, by srun --gpus-per-task 1; if not, the rail finds out
+            environ[_GPUS] = gpus[place] if place < len(gpus) else "-1"
 
 
 def read_ranks() -> Ranks | None:
-    """The place of this process among several; None: it works alone.
+    """The place of this process among several; None: it works alone. Rank 0 makes the token, the others wait for it.
 
     Raises:
-        SeveralProcessesError: They were started in a way that cannot be had.
+        SeveralProcessesError: They were started in a way that is not supported.
+        RanksTokenError: They share no token.
     """
-    count, sharded = _number("WORLD_SIZE", 1), _is_on("ACCELERATE_USE_FSDP")
-    _require_possible(count, sharded=sharded)
+    place = _read_place()
+    if place is None:
+        return None
+    secret = _share_secret(place)
+    return replace(place, token=secret.token, main_process=secret.main_process)
+
+
+def _read_place() -> Ranks | None:
+    """As `read_ranks`, without the token."""
+    launcher = _find_launcher(_variables) or LAUNCHERS[0]
+    count, sharded = _count(launcher), _is_on("ACCELERATE_USE_FSDP")
+    _require_possible(launcher, count, sharded=sharded)
     if count == 1:
         return None
     from bp_runs.spec import Ranks  # a process alone starts without it
 
     return Ranks(
-        rank=_number("RANK", _number("LOCAL_RANK", 0)),
+        rank=_number(launcher.rank, _number(launcher.local_rank, 0)),
         count=count,
         sharded=sharded,
-        address=_said.get("MASTER_ADDR", "127.0.0.1"),
-        port=_number("MASTER_PORT", 29500),
+        address=_variables.get("MASTER_ADDR") or "127.0.0.1",  # the ranks are on one machine
+        port=_find_port(launcher),
         is_hosted=_is_on("TORCHELASTIC_USE_AGENT_STORE"),
         attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 
-def _require_possible(count: int, *, sharded: bool) -> None:
+def _find_port(launcher: Launcher) -> int:
+    """``MASTER_PORT``, or one that the job's name chooses, the same on all ranks.
+
+    Raises:
+        SeveralProcessesError: Neither is there.
+    """
+    if port := _number("MASTER_PORT", 0):
+        return port
+    job = [_variables.get(name, "") for name in launcher.job]
+    if not job or not all(job):
+        raise SeveralProcessesError(
+            f"{launcher.name} started {_count(launcher)} processes, and none knows the port where they meet",
+            way_out=f"Choose a free port for all of them: MASTER_PORT=29500 {launcher.start} backpropagate train …",
+        )
+    first, number = _PORTS
+    return first + zlib.crc32(".".join(job).encode()) % number
+
+
+def _share_secret(place: Ranks) -> Secret:
+    from backpropagate import rendezvous
+
+    launch = _name_launch(place)
+    if launch not in _secrets:
+        if token := _variables.get(TOKEN_VARIABLE):
+            _secrets[launch] = rendezvous.given_secret(token)
+        elif place.rank == 0:
+            _secrets[launch] = rendezvous.publish_secret(launch, os.environ)
+        else:
+            _secrets[launch] = rendezvous.read_secret(launch, os.environ)
+    return _secrets[launch]
+
+
+def _name_launch(place: Ranks) -> str:
+    return f"{place.address}:{place.port}" + (f", attempt {place.attempt}" if place.attempt else "")
+
+
+def _require_possible(launcher: Launcher, count: int, *, sharded: bool) -> None:
     if _is_on("ACCELERATE_USE_DEEPSPEED") or _is_on("ACCELERATE_USE_MEGATRON_LM"):
         raise SeveralProcessesError(
             "DeepSpeed and Megatron are not supported", way_out="Choose DDP or FSDP2 in accelerate's config."
         )
-    if sharded and _said.get("FSDP_VERSION", "1") != "2":
+    if sharded and _variables.get("FSDP_VERSION", "1") != "2":
         raise SeveralProcessesError(
-            "FSDP of version 1 is not supported", way_out="Set in accelerate's config: fsdp_version: 2"
+            "FSDP version 1 is not supported", way_out="Set in accelerate's config: fsdp_version: 2"
         )
     if sharded and count == 1:
         raise SeveralProcessesError(
-            "FSDP2 parts the weights among several processes, and one was started",
-            way_out="Start one for each card: accelerate launch --num_processes 2 -m backpropagate train …",
+            "FSDP2 shards the weights among several processes, and one was started",
+            way_out="Start one for each GPU: accelerate launch --num_processes 2 -m backpropagate train …",
         )
-    if count > _number("LOCAL_WORLD_SIZE", count):
+    if count > _number(launcher.local_count, count) or _number(launcher.machines, 1) > 1:
         raise SeveralProcessesError(
-            f"{count} processes were started on several machines; a run trains on the cards of one",
-            way_out="Start it on one machine: torchrun --standalone --nproc-per-node 2 -m backpropagate train …",
+            f"{count} processes were started on several machines; a run trains on the GPUs of one",
+            way_out=f"Start it on one machine: {launcher.start} backpropagate train …",
         )
+
+
+def _count(launcher: Launcher) -> int:
+    return _number(launcher.count, 1)
 
 
 def require_one(what: str) -> None:
-    """Refuse to do in several processes what one does.
+    """Reject what only one process can do.
 
     Raises:
         SeveralProcessesError: There are several.
     """
-    ranks = read_ranks()
+    ranks = _read_place()
     if ranks is not None:
         raise SeveralProcessesError(f"{what} works in one process, and {ranks.count} were started")
 
 
 def require_together(rail: Rail, ranks: Ranks | None) -> None:
-    """Refuse a rail that trains in one process where there are several.
+    """Reject a rail that trains in one process if there are several.
 
     Raises:
         SeveralProcessesError: It does.
@@ -121,7 +248,7 @@ def require_together(rail: Rail, ranks: Ranks | None) -> None:
 
 
 def require_command(argv: Sequence[str]) -> None:
-    """Refuse commands that several processes would all carry out, each for itself.
+    """Reject commands that several processes would all carry out, each for itself.
 
     Raises:
         SeveralProcessesError: There are several, and it is not one of `COMMANDS`.
@@ -131,9 +258,10 @@ def require_command(argv: Sequence[str]) -> None:
         require_one(f"backprop {words[0]}")
 
 
-def speaks() -> bool:
-    """Whether this process is the one that speaks to the user."""
-    return _number("RANK", _number("LOCAL_RANK", 0)) == 0
+def is_main_process() -> bool:
+    """Whether this process is rank 0, or alone: the one that prints."""
+    launcher = _find_launcher(_variables) or LAUNCHERS[0]
+    return _number(launcher.rank, _number(launcher.local_rank, 0)) == 0
 
 
 def follow(ranks: Ranks) -> int:
@@ -155,12 +283,15 @@ def follow(ranks: Ranks) -> int:
 
 
 def release(ranks: Ranks) -> None:
-    """For rank 0, at its end: let the others go."""
+    """For rank 0, at its end: let the others end."""
+    from backpropagate import rendezvous
+
     _find_rail().release(ranks)
+    rendezvous.remove_secret(_name_launch(ranks), os.environ)
 
 
-def wait_for_end(status: int) -> int:
-    """For ranks but 0, after an error that rank 0 tells: a launcher ends all as soon as the first has failed."""
+def wait_for_launcher(status: int) -> int:
+    """For ranks but 0, after an error that rank 0 reports: a launcher ends all as soon as one has failed."""
     with contextlib.suppress(KeyboardInterrupt):
         time.sleep(_PATIENCE)
     return status
@@ -183,9 +314,9 @@ def _find_rail() -> TrainsTogether:
 
 
 def _number(name: str, default: int) -> int:
-    said = _said.get(name, "")
-    return int(said) if said.isdigit() else default
+    found = _variables.get(name, "")
+    return int(found) if found.isdigit() else default
 
 
 def _is_on(name: str) -> bool:
-    return _said.get(name, "").lower() in {"1", "true", "yes", "on"}
+    return _variables.get(name, "").lower() in {"1", "true", "yes", "on"}

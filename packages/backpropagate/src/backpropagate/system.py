@@ -96,7 +96,7 @@ def prepare_environment(environ: MutableMapping[str, str]) -> None:
     cores a training step took over ten times longer than with sleeping ones, and on an idle machine the same
     (docs/log/2026-11-23-first-loop.md).
     """
-    launching.take_words(environ)
+    launching.take_launcher_variables(environ)
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     environ["TRL_DISABLE_TELEMETRY"] = "1"
     environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"

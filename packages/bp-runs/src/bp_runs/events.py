@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
+
+from bp_runs.errors import ContractError
+from bp_runs.serialize import from_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +19,17 @@ class Event:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the event's kind under ``event``."""
         return {"event": self.kind, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+        """What `to_dict` of the same class gave.
+
+        Raises:
+            ContractError: It is another event, or a field is missing, unknown, or of another type.
+        """
+        if found.get("event") != cls.kind:
+            raise ContractError(f"event: expected {cls.kind!r}, found {found.get('event')!r:.80}")
+        return from_json(cls, {name: value for name, value in found.items() if name != "event"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

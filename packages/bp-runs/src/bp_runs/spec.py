@@ -7,12 +7,13 @@ A setting's dotted key is its place here: ``lora.r``, flag ``--lora-r``, environ
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME
+from bp_runs.serialize import from_json, to_json
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 
@@ -289,7 +290,11 @@ class Ranks:
     is_hosted: bool
     """Whether the launcher keeps that store; else rank 0 does."""
     attempt: int = 0
-    """Times that the launcher has started the ranks anew."""
+    """How often the launcher has restarted the ranks."""
+    token: str = field(default="", repr=False)
+    """A secret that only the ranks of this launch share; it signs what they write into the store."""
+    main_process: tuple[int, float] | None = None
+    """Process id and start time (seconds since the epoch) of rank 0; None where the launcher does not tell."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -362,3 +367,18 @@ class TrainSpec(Settings):
             rows_commit=rows_commit,
             ranks=ranks,
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without ``ranks``: those are each process's own, and hold its secret."""
+        found: dict[str, Any] = to_json(replace(self, ranks=None))
+        del found["ranks"]
+        return found
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave; ``ranks`` is None.
+
+        Raises:
+            ContractError: A field is missing, unknown, or of another type.
+        """
+        return from_json(cls, found)

@@ -24,6 +24,7 @@ RunFailedError
 ├── GpuOutOfMemoryError    RUNTIME_GPU_OOM
 ├── OomExhaustedError      RUNTIME_OOM_RECOVERY_EXHAUSTED   not even one row fits
 ├── RankLostError          RUNTIME_RANK_LOST                one of several processes is gone
+├── RankMessageError       RUNTIME_RANK_MESSAGE_REJECTED    what is in the ranks' store was not written by them
 ├── GpuTemperatureError    RUNTIME_GPU_TEMPERATURE_CRITICAL the card does not stay cool enough
 └── TrainingFailedError    RUNTIME_TRAINING_FAILED          the framework raised inside the loop
 """
@@ -210,6 +211,17 @@ class RankLostError(RunFailedError):
     default_way_out = (
         "Look at the end of the other processes' output and the system's log (a lack of RAM kills too); then go on "
         "where the run stopped, with the same command."
+    )
+
+
+class RankMessageError(RunFailedError):
+    """A message in the store where ranks meet was not written by the rank that should have written it."""
+
+    code = "RUNTIME_RANK_MESSAGE_REJECTED"
+    when = "A value in the key-value store where processes meet has a wrong signature: another process wrote it."
+    default_way_out = (
+        "Find out who can reach the port. Start again on an address that only this machine reaches, and with a new "
+        "token: export MASTER_ADDR=127.0.0.1 BACKPROPAGATE_RANKS_TOKEN=$(openssl rand -hex 32)"
     )
 
 

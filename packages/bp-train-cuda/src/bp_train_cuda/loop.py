@@ -15,6 +15,7 @@ from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import Emit, Notice, StepDone
 from bp_runs.losses import LossEnds
 from bp_runs.rail import Stop
+from bp_runs.serialize import from_json
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.evaluation import Validator
 from bp_train_cuda.probe import PeakMemory
@@ -32,7 +33,7 @@ class _Told:
     memory: int
     temperature: float | None
     rested: float
-    notes: list[Any]
+    notes: tuple[Notice, ...]
 
 
 class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is not typed for a strict check
@@ -148,9 +149,9 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
             memory=self._memory.read(),
             temperature=self.watch.temperature,
             rested=self.watch.rested,
-            notes=self._team.take_warnings(),
+            notes=tuple(self._team.take_warnings()),
         )
-        all_told: list[_Told] = self._team.all_gather(mine)
+        all_told = [from_json(_Told, told) for told in self._team.all_gather(mine)]
         for rank, told in enumerate(all_told):
             for note in told.notes:
                 self._emit(replace(note, message=f"process {rank}: {note.message}"))
@@ -160,5 +161,5 @@ class StepReporter(TrainerCallback):  # type: ignore[misc]  # transformers is no
             memory=max(told.memory for told in all_told),
             temperature=max((t.temperature for t in all_told if t.temperature is not None), default=None),
             rested=max(told.rested for told in all_told),
-            notes=[],
+            notes=(),
         )

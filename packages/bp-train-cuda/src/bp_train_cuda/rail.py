@@ -97,11 +97,11 @@ class CudaRail:
             TrainingDivergedError: The loss is no longer finite.
             TrainingFailedError: The framework raised.
         """
-        from bp_train_cuda.distributed import process_group
+        from bp_train_cuda.distributed import launch, process_group
 
         if spec.ranks is None:
             return self._train(spec, emit, stop, process_group.ProcessGroup())
-        with process_group.open_group(spec, stop) as group:
+        with launch.open_group(spec, stop) as group:
             return self._train(spec, emit, stop, group)
 
     def follow(self, ranks: Ranks, stop: Stop) -> None:
@@ -110,9 +110,9 @@ class CudaRail:
         Raises:
             RankLostError: The store where the ranks meet cannot be reached.
         """
-        from bp_train_cuda.distributed import process_group
+        from bp_train_cuda.distributed import launch
 
-        for spec, membership in process_group.join_groups(ranks, stop):
+        for spec, membership in launch.join_groups(ranks, stop):
             try:
                 with membership as group:
                     self._train(spec, group.record_warning, stop, group)
@@ -122,9 +122,9 @@ class CudaRail:
 
     def release(self, ranks: Ranks) -> None:
         """Let the other ranks' `follow` come back."""
-        from bp_train_cuda.distributed import process_group
+        from bp_train_cuda.distributed import launch
 
-        process_group.release(ranks)
+        launch.release(ranks)
 
     def _train(self, spec: TrainSpec, emit: Emit, stop: Stop, group: ProcessGroup) -> TrainOutcome:
         from bp_train_cuda import check, engine, evaluation

@@ -334,15 +334,15 @@ def run(argv: Sequence[str]) -> int:
 def _run_together(argv: Sequence[str], *, as_json: bool) -> int:
     """As `_run`; of several processes that of rank 0 does it, and the others take part in what it trains."""
     try:
-        ranks = launching.read_ranks()
         launching.require_command(argv)
+        ranks = launching.read_ranks()
         if ranks is not None and ranks.rank:
             return launching.follow(ranks)
     except KeyboardInterrupt:
         return InterruptedRunError.exit_status
     except CodedError as error:
-        told = report_error(error, as_json=as_json) if launching.speaks() else error.exit_status
-        return told if launching.speaks() else launching.wait_for_end(told)
+        told = report_error(error, as_json=as_json) if launching.is_main_process() else error.exit_status
+        return told if launching.is_main_process() else launching.wait_for_launcher(told)
     status = _run(argv, as_json=as_json)
     if ranks is not None and status == 0:
         launching.release(ranks)

@@ -1,25 +1,23 @@
-"""Several processes that train one run together, its ranks: how they meet, add up, and end together.
+"""The process group: what several processes, the ranks, do together while they train one run.
 
-Each rank runs its rows through its own model as a process alone would, in as many pieces as fit its card, and only then
-are the gradients of a step added up over the ranks. So no rank waits inside a forward or a backward pass for one that
-has run out of memory: whatever a rank does by itself may fail, be tried again, or take long.
+Each rank runs its rows through its own model like a single process, in as many chunks as fit its GPU. Only then are
+the gradients of a step summed over the ranks. So no rank waits inside a forward or backward pass for another that has
+run out of memory: whatever a rank does by itself may fail, be retried, or take long.
 
-Ranks meet in a key-value store over TCP before anything that all of them must enter at once. Whoever fails leaves word
-there, and the others, waiting, end by the same error; whoever vanishes is missed by its process id. The collectives of
-torch, which hang where a rank is missing, carry gradients and weights alone, and only after a meeting.
+Before any collective the ranks meet in a key-value store (`store`). A rank that fails writes its error there, and the
+waiting ranks end with the same error; a rank that vanished is noticed by its process id. torch's collectives hang when
+a rank is missing, so they carry gradients and weights only, and only after a meeting.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import pickle
+import platform
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from datetime import timedelta
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -29,7 +27,9 @@ import torch.distributed as dist
 from bp_runs.errors import CodedError, InterruptedRunError, first_line, registered_codes
 from bp_runs.events import Emit, Event, Notice
 from bp_runs.rail import Stop
-from bp_runs.spec import Ranks, TrainSpec
+from bp_runs.serialize import to_json
+from bp_runs.spec import Ranks
+from bp_train_cuda.distributed.store import SignedStore, is_alive
 from bp_train_cuda.errors import RankLostError, RanksError, TrainingFailedError
 from bp_train_cuda.guards.oom import try_again
 
@@ -38,8 +38,6 @@ _LONG = timedelta(days=7)  # meetings find out who is missing; torch's own patie
 _LOOK_SECONDS = 0.5  # from one look at the other processes to the next
 _LONGEST_NAP = 0.005  # seconds between two looks into the store
 _FAILED = "failed"
-_RELEASED = "released"
-_LEADER = "leader"
 
 
 class ProcessGroup:
@@ -50,12 +48,19 @@ class ProcessGroup:
     is_sharded = False
 
     def all_gather(self, mine: Any) -> list[Any]:
-        """What every rank has given, by rank; all ranks must call it, in the same order of calls.
+        """The values of all ranks, by rank; all ranks must call it, in the same order of calls.
+
+        Args:
+            mine: Anything that `bp_runs.serialize.to_json` takes.
+
+        Returns:
+            The values as JSON gives them back: tuples are lists, dataclasses are dicts
+            (`bp_runs.serialize.from_json` makes them dataclasses again).
 
         Raises:
             CodedError: Another rank has failed, or is gone.
         """
-        return [mine]
+        return [to_json(mine)]
 
     def sum_values(self, values: Sequence[float]) -> list[float]:
         """The sums over all ranks, place by place; the same bits on each."""
@@ -79,7 +84,7 @@ class ProcessGroup:
     def broadcast_weights(self, weights: Sequence[torch.Tensor]) -> None:
         """Let ``weights`` be rank 0's, in place."""
 
-    def take_warnings(self) -> list[Event]:
+    def take_warnings(self) -> list[Notice]:
         """Warnings of ranks that do not speak to the user, since the last call."""
         return []
 
@@ -89,16 +94,16 @@ class DistributedGroup(ProcessGroup):
 
     Args:
         store: Where they meet; of this training alone.
-        stop: Asked while ranks wait for the first meeting: a launcher ends all where one does not come to it.
+        stop: Polled while ranks wait for the first meeting: a launcher ends all where one does not come to it.
     """
 
-    def __init__(self, ranks: Ranks, store: dist.Store, stop: Stop) -> None:
+    def __init__(self, ranks: Ranks, store: SignedStore, stop: Stop) -> None:
         self.rank, self.count, self.is_sharded = ranks.rank, ranks.count, ranks.sharded
         self._store = store
         self._stop = stop
         self._meetings = 0
         self._processes: list[tuple[int, float]] = []
-        self._notes: list[Event] = []
+        self._notes: list[Notice] = []
         self._buffer: torch.Tensor | None = None
         self._closed = threading.Event()
 
@@ -107,7 +112,7 @@ class DistributedGroup(ProcessGroup):
         if isinstance(event, Notice) and event.level == "warning":
             self._notes.append(event)
 
-    def take_warnings(self) -> list[Event]:
+    def take_warnings(self) -> list[Notice]:
         """As `ProcessGroup.take_warnings`."""
         found, self._notes = self._notes, []
         return found
@@ -121,9 +126,14 @@ class DistributedGroup(ProcessGroup):
         on_gpu = torch.cuda.is_available()
         card = str(torch.cuda.get_device_properties(0).uuid) if on_gpu else "cpu"
         process = psutil.Process()
-        found = self.all_gather((process.pid, process.create_time(), card))
-        self._processes = [(pid, birth) for pid, birth, _ in found]
-        cards = [card for *_, card in found]
+        found = self.all_gather([process.pid, process.create_time(), card, _host()])
+        self._processes = [(pid, start) for pid, start, *_ in found]
+        cards = [card for _, _, card, _ in found]
+        if len(hosts := {host for *_, host in found}) > 1:
+            raise RanksError(
+                f"the processes run on {len(hosts)} machines or containers; a run trains on the GPUs of one",
+                way_out="Start them on one machine: torchrun --standalone --nproc-per-node 2 -m backpropagate train …",
+            )
         if len(set(cards)) != (self.count if on_gpu else 1):
             raise RanksError(
                 f"{self.count} processes were started and there are {len(set(cards) - {'cpu'})} cards for them",
@@ -132,7 +142,7 @@ class DistributedGroup(ProcessGroup):
             )
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if on_gpu else "gloo",
-            store=dist.PrefixStore("group", self._store),
+            store=self._store.for_torch("group"),
             rank=self.rank,
             world_size=self.count,
             timeout=_LONG,
@@ -145,13 +155,12 @@ class DistributedGroup(ProcessGroup):
         """As `ProcessGroup.all_gather`."""
         number, self._meetings = self._meetings, self._meetings + 1
         keys = [f"{number}/{rank}" for rank in range(self.count)]
-        with _store_errors_coded():
-            self._store.set(keys[self.rank], pickle.dumps(mine))
-            self._wait(keys)
-            found = self._store.multi_get(keys)
-            if number > 1:  # whoever is here has read what was said two meetings ago
-                self._store.delete_key(f"{number - 2}/{self.rank}")
-        return [pickle.loads(said) for said in found]  # noqa: S301  # from processes of the same launch
+        self._store.set(keys[self.rank], mine)
+        self._wait(keys)
+        found = self._store.get_all(keys)
+        if number > 1:  # every rank that is here has read what was written two meetings ago
+            self._store.delete(f"{number - 2}/{self.rank}")
+        return found
 
     def sum_values(self, values: Sequence[float]) -> list[float]:
         """As `ProcessGroup.sum_values`."""
@@ -176,7 +185,7 @@ class DistributedGroup(ProcessGroup):
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], emit: Emit) -> None:
         """As `ProcessGroup.sum_gradients`."""
         buffer = try_again(lambda: self._open_buffer(parameters), "adding gradients up", emit)
-        held = self.all_gather(bytes(parameter.grad is not None for parameter in parameters))
+        held = self.all_gather([parameter.grad is not None for parameter in parameters])
         for parameter, has in zip(parameters, zip(*held, strict=True), strict=True):
             if any(has) and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -215,15 +224,15 @@ class DistributedGroup(ProcessGroup):
 
     def report_failure(self, error: BaseException) -> None:
         """Leave word for the others that this rank has failed; the first word counts."""
-        with contextlib.suppress(RuntimeError):
-            self._store.compare_set(_FAILED, "", pickle.dumps((self.rank, _pack(_coded(error)))).hex())
+        with contextlib.suppress(RankLostError):
+            self._store.set_if_absent(_FAILED, {"rank": self.rank, "error": _pack(_coded(error))})
 
     def remote_error(self) -> CodedError | None:
         """How another rank has failed; None where none has left word."""
-        with contextlib.suppress(RuntimeError):
-            if self._store.check([_FAILED]):
-                rank, said = pickle.loads(bytes.fromhex(self._store.get(_FAILED).decode()))  # noqa: S301  # as in gather
-                return None if rank == self.rank else _unpack(rank, said)
+        with contextlib.suppress(RankLostError):
+            if self._store.has(_FAILED):
+                said = self._store.get(_FAILED, writer=None)
+                return None if said["rank"] == self.rank else _unpack(said["rank"], said["error"])
         return None
 
     def close(self) -> None:
@@ -236,13 +245,19 @@ class DistributedGroup(ProcessGroup):
     def _watch(self) -> None:
         """End a collective that waits for a rank which has failed; on a GPU nothing else does."""
         while not self._closed.wait(_LOOK_SECONDS):
-            if self.remote_error() or not all(_lives(*process) for process in self._processes):
-                dist.distributed_c10d._abort_process_group()  # noqa: SLF001  # nothing public ends what waits
+            if self._has_failed() or not all(is_alive(*process) for process in self._processes):
+                dist.group.WORLD.abort()
                 return
+
+    def _has_failed(self) -> bool:
+        try:
+            return self.remote_error() is not None
+        except CodedError:  # a forged message: the thread that reads it next raises
+            return True
 
     def _wait(self, keys: list[str]) -> None:
         nap, looked = 0.0001, time.monotonic()
-        while not self._store.check(keys):
+        while not self._store.has(*keys):
             if heard := self.remote_error():
                 raise heard
             if time.monotonic() - looked > _LOOK_SECONDS:
@@ -254,96 +269,9 @@ class DistributedGroup(ProcessGroup):
             nap = min(1.5 * nap, _LONGEST_NAP)
 
     def _require_alive(self, keys: list[str]) -> None:
-        for rank, (pid, birth) in enumerate(self._processes):
-            if not _lives(pid, birth) and not self._store.check([keys[rank]]) and not self._store.check([_FAILED]):
+        for rank, (pid, start) in enumerate(self._processes):
+            if not is_alive(pid, start) and not self._store.has(keys[rank]) and not self._store.has(_FAILED):
                 raise RankLostError(f"process {rank} of {self.count} (pid {pid}) is gone")
-
-
-@contextlib.contextmanager
-def open_group(spec: TrainSpec, stop: Stop) -> Iterator[DistributedGroup]:
-    """Rank 0's place in a training that all ranks take part in; their `join_groups` yields ``spec`` to them."""
-    ranks = _require_ranks(spec.ranks)
-    store = _open_store(ranks)
-    with _store_errors_coded():
-        number = store.add("trainings", 1) - 1
-        store.set(_LEADER, pickle.dumps((os.getpid(), psutil.Process().create_time())))
-        store.set(f"spec/{number}", pickle.dumps(spec))
-    with _membership(DistributedGroup(ranks, dist.PrefixStore(str(number), store), stop)) as group:
-        yield group
-
-
-def join_groups(
-    ranks: Ranks, stop: Stop
-) -> Iterator[tuple[TrainSpec, contextlib.AbstractContextManager[DistributedGroup]]]:
-    """The trainings that rank 0 begins, one by one: what is to be trained, and this rank's place in it.
-
-    Ends where rank 0 calls `release` or is gone, or ``stop`` turns true between two trainings.
-    """
-    store, number = _open_store(ranks), 0
-    while _is_begun(store, number, stop):
-        spec: TrainSpec = pickle.loads(store.get(f"spec/{number}"))  # noqa: S301  # as in gather
-        mine = replace(_require_ranks(spec.ranks), rank=ranks.rank)
-        yield replace(spec, ranks=mine), _membership(DistributedGroup(mine, dist.PrefixStore(str(number), store), stop))
-        number += 1
-
-
-def release(ranks: Ranks) -> None:
-    """Let the other ranks' `join_groups` end."""
-    with contextlib.suppress(RankLostError), _store_errors_coded():
-        _open_store(ranks).set(_RELEASED, b"1")
-
-
-def _is_begun(store: dist.Store, number: int, stop: Stop) -> bool:
-    """Wait for training ``number``; False where none comes any more."""
-    with _store_errors_coded():
-        while not store.check([f"spec/{number}"]):
-            if store.check([_RELEASED]) or stop():
-                return False
-            if store.check([_LEADER]) and not _lives(*pickle.loads(store.get(_LEADER))):  # noqa: S301  # as in gather
-                return False
-            time.sleep(0.1)
-    return True
-
-
-@contextlib.contextmanager
-def _membership(group: DistributedGroup) -> Iterator[DistributedGroup]:
-    """Meet, and end together: what goes wrong on one rank is known to all."""
-    try:
-        group.connect()
-        yield group
-    except BaseException as error:
-        if heard := group.remote_error():
-            raise heard from error
-        group.report_failure(error)
-        raise
-    finally:
-        group.close()
-
-
-@cache
-def _open_store(ranks: Ranks) -> dist.Store:
-    """The launcher's store, or rank 0's own; apart for each attempt of the launcher."""
-    with _store_errors_coded():
-        store = dist.TCPStore(
-            ranks.address, ranks.port, ranks.count, is_master=ranks.rank == 0 and not ranks.is_hosted,
-            wait_for_workers=False,
-        )  # fmt: skip
-    return dist.PrefixStore(f"backpropagate/{ranks.attempt}", store)
-
-
-@contextlib.contextmanager
-def _store_errors_coded() -> Iterator[None]:
-    """Torch tells an unreachable store in a RuntimeError of its own."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RankLostError("the store where the processes meet cannot be reached", cause=first_line(error)) from error
-
-
-def _require_ranks(ranks: Ranks | None) -> Ranks:
-    if ranks is None:
-        raise RanksError("this training has one process")
-    return ranks
 
 
 def _part(gradients: Sequence[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
@@ -360,12 +288,12 @@ def _part(gradients: Sequence[torch.Tensor], most: int) -> Iterator[list[torch.T
         yield bucket
 
 
-def _lives(pid: int, birth: float) -> bool:
+def _host() -> str:
+    """The machine and its process id namespace: ranks watch each other by process id."""
     try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - birth) < 1
-    except psutil.Error:
-        return False
+        return f"{platform.node()} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # no Linux
+        return platform.node()
 
 
 def _coded(error: BaseException) -> CodedError:
