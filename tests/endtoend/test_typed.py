@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 # Commands whose example is run elsewhere.
 ELSEWHERE = {
     "quickstart": "test_quickstart_from_the_command_line in test_three_lines.py; it takes minutes",
+    "prove": "the page on runs types it; each time starts a process with torch",
     "ui": "it serves until it is stopped; the tests of the UI start it",
 }
 BEFORE = {
