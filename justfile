@@ -26,7 +26,7 @@ slow:
 
 # Every decoder class of transformers, built small: output heads and packing proved.
 models:
-    uv run pytest -m "slow or not slow" -n 0 packages/bp-train-cuda/tests/test_cuda_model_head.py
+    uv run pytest -m "slow or not slow" -n 0 packages/bp-train-cuda/tests/test_cuda_model_head.py packages/bp-train-cuda/tests/test_cuda_model_packing.py
 
 # Data fuzzed by coverage for so many seconds a target.
 fuzz seconds="900":

@@ -24,6 +24,7 @@ from bp_train_cuda.errors import (
     VocabularyError,
 )
 from bp_train_cuda.kernels import require_kernels
+from bp_train_cuda.model.packing import check_packing
 
 ALL_LINEAR = "all-linear"
 
@@ -50,6 +51,7 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         ModeError, BitsandbytesError, FullModelTooLargeError, Bf16Error: As `probe.choose_mode` and `choose_dtype`.
         UnslothError, InvalidSettingError: As `unsloth.require_unsloth`.
         VersionUntestedError, InvalidSettingError: As `engines.trl_methods.require_trl`.
+        PackingError: Packing is set and a small model of this kind mixes packed examples on the device.
         Fp8Error, KernelsError: 8-bit floats, or fused kernels, are asked for and cannot be had.
         TargetModulesError, InvalidSettingError: The adapter cannot be made on this model.
     """
@@ -69,6 +71,8 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         unsloth.require_unsloth(settings, device)
     if settings.training.engine == "trl":
         require_trl(settings)
+    if settings.training.packing:
+        check_packing(config, device.kind)
     if mode.name != "full":
         require_targets(sketch, settings.lora)
         require_start(settings.lora, mode)

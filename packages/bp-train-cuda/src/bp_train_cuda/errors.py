@@ -17,6 +17,7 @@ UserError
 ├── RanksError             CONFIG_RANKS_UNSUPPORTED         several processes are to train what only one can
 ├── RanksChangedError      CONFIG_RANKS_CHANGED             a run is to go on with another number of processes
 ├── VocabularyError        INPUT_TOKENIZER_TOO_LARGE        the tokenizer has more tokens than the embedding
+├── PackingError           CONFIG_PACKING_MIXES_ROWS        the model would read one packed example in the next
 └── TargetModulesError     CONFIG_TARGET_MODULES            no layer has the names, or it cannot carry an adapter
 RunFailedError
 ├── FullModelTooLargeError RUNTIME_FULL_FT_MODEL_TOO_LARGE  all weights of so large a model cannot be trained
@@ -166,6 +167,17 @@ class TargetModulesError(UserError):
     code = "CONFIG_TARGET_MODULES"
     when = "No layer of the model has a name given as target module, or it is the embedding or the output layer."
     default_way_out = "Adapt all linear layers: --target-modules all-linear"
+
+
+class PackingError(UserError):
+    """Packed examples would not be kept apart."""
+
+    code = "CONFIG_PACKING_MIXES_ROWS"
+    when = (
+        "packing was set for a model whose layers carry a state from one packed example to the next on this device: "
+        "hybrids such as Qwen3.5, Granite 4 and Falcon-H1 without their GPU kernels, or models that take no positions."
+    )
+    default_way_out = "Train without packing: leave out --packing"
 
 
 class FullModelTooLargeError(RunFailedError):

@@ -76,7 +76,7 @@ def prove_head(model: Any, head: Head) -> bool:
     """
     device, dtype = head.weight.device, head.weight.dtype
     ids = (torch.arange(_PROOF_TOKENS, device=device) * 7 + 3).remainder(len(head.weight))[None]
-    with _at_rest(model, device):
+    with evaluating(model, device):
         try:
             hidden = find_decoder(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
             own, own_input = _run_model(model, ids, factor=1.0)
@@ -158,8 +158,8 @@ def _agree(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
 
 
 @contextmanager
-def _at_rest(model: Any, device: torch.device) -> Iterator[None]:
-    """In evaluation mode, without gradients; each module's mode and the random state come back."""
+def evaluating(model: Any, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards each module's mode and the random state are as before."""
     modes = [(module, module.training) for module in model.modules()]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad():

@@ -33,7 +33,7 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads", lambda _: 4),
     (r"num_key_value_heads|num_kv_heads|multi_query_group_num|num_global_key_value_heads", lambda n: min(n, 2)),
     (r"qk_rope_head_dim|qk_nope_head_dim|rotary_dim", lambda _: 8),
-    (r"(qk|mamba|linear_key|linear_value|v|global|attention|kda)?_?head_dim|v_head_dim|d_kv|kv_channels", lambda _: 16),
+    (r"((qk|mamba|linear|linear_key|linear_value|v|global|attention)_)?head_dim|d_kv|kv_channels", lambda _: 16),
     (r".*(intermediate|ffn|inner|mlp)_?(size|dim|hidden_size)?|.*intermediate_size|n_inner", lambda _: 64),
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_local_experts", lambda n: min(n, 4)),
     (r"num_experts_per_tok(en)?|top_k|moe_k|moe_top_k|moe_topk|num_selected_experts", lambda n: min(n, 2)),
@@ -46,7 +46,7 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"mamba_d_ssm", lambda _: 128),
     (r"mamba_n_groups|mamba_ngroups|n_groups", lambda _: 1),
     (r"linear_num_key_heads", lambda _: 2),
-    (r"linear_num_value_heads", lambda _: 4),
+    (r"linear_num_(value_)?heads", lambda _: 4),
     (r"sliding_window(_size)?|local_attention|att(entio)?n_(window_size|chunk_size)", lambda n: min(n, _WINDOW)),
 )  # fmt: skip
 
@@ -94,6 +94,8 @@ def shrink_config(config: Any) -> Any:
 
 
 def _shrink_value(key: str, value: Any) -> Any:
+    if isinstance(value, dict) and key.endswith("_config"):
+        return {name: _shrink_value(name, part) for name, part in value.items()}
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         return value
     return next((smaller(value) for pattern, smaller in _RULES if re.fullmatch(pattern, key)), value)
