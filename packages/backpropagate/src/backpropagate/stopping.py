@@ -8,8 +8,10 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from bp_runs.rail import Stop
+if TYPE_CHECKING:  # the command line starts without the rail protocol
+    from bp_runs.rail import Stop
 
 _ONE_PRESS = 3.0  # seconds in which a launcher passes on what the terminal has sent already
 

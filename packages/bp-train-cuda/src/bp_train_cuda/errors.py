@@ -232,8 +232,8 @@ class RankMessageError(RunFailedError):
     code = "RUNTIME_RANK_MESSAGE_REJECTED"
     when = "A value in the key-value store where processes meet has a wrong signature: another process wrote it."
     default_way_out = (
-        "Find out who can reach the port. Start again on an address that only this machine reaches, and with a new "
-        "token: export MASTER_ADDR=127.0.0.1 BACKPROPAGATE_RANKS_TOKEN=$(openssl rand -hex 32)"
+        "Find out who can reach the port. Start again with a new token, on an address that only this machine reaches: "
+        "export MASTER_ADDR=127.0.0.1 BACKPROPAGATE_RANKS_TOKEN=$(openssl rand -hex 32)"
     )
 
 

@@ -158,7 +158,7 @@ COMMANDS = (
     Command(
         "prove",
         "prove:prove",
-        "Replay a run's first steps in an independent loop and compare the losses.",
+        "Check a run's losses in an independent training loop.",
         "backprop prove 20261123 --steps 10",
     ),
     Command(
