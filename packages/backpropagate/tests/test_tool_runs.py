@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import platform
 import signal
 from pathlib import Path
@@ -471,3 +472,81 @@ def test_a_multi_run_goes_on_with_the_commit_of_its_base(hub):
     whole = [row["run_id"] for row in STORE.list_runs() if row["kind"] == "multi-run"]
     result = Trainer("owner/m", steps=3).multi_run(resume=whole[0])
     assert [STORE.load(member).model["revision"] for member in result.members] == [old, old]
+
+
+def tear(run_id):
+    file = STORE.folder(run_id) / "run.json"
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+@pytest.mark.parametrize("automatic", [True, False])
+def test_other_weights_under_the_same_config_are_refused(place, capsys, automatic):
+    run_id = cut_at(9)
+    (place / "m/model.safetensors").write_bytes(b"other weights")
+    if automatic:
+        assert out(capsys, TRAIN)["run_id"] != run_id
+    else:
+        error = refused(capsys, ["resume"])
+        assert (error["code"], error["message"]) == (
+            "INPUT_RESUME_CHANGED",
+            "the base model changed since the run began",
+        )
+        assert f"backprop replay {run_id}" in error["way_out"]
+        shown = out(capsys, ["replay", run_id])["run_id"]
+        notices = [e["message"] for e in STORE.read_metrics(shown) if e["event"] == "notice"]
+        assert any(f"changed since the run {run_id}, so the result will differ" in text for text in notices)
+    assert STORE.load(run_id).status == "interrupted"
+    (place / "m/model.safetensors").write_bytes(b"")
+    assert out(capsys, ["resume", run_id])["run_id"] == run_id
+
+
+@pytest.mark.parametrize("how", [["resume"], ["resume", "RUN"], TRAIN, [*TRAIN, "--resume"]])
+def test_a_damaged_record_is_rebuilt_and_no_older_run_taken(place, capsys, caplog, how):
+    older = cut_at(9, **({"seed": 3} if how == TRAIN else {}))
+    run_id = cut_at(8, resume=False)
+    tear(run_id)
+    done = out(capsys, [run_id if word == "RUN" else word for word in how])
+    assert (done["run_id"], done["status"]) == (run_id, "completed")
+    assert losses(run_id) == CURVE
+    assert "run.json was damaged" in caplog.text
+    assert STORE.load(older).status == "interrupted"
+    assert "Rebuilt from checkpoints/step-000007" in STORE.load(run_id).note
+
+
+def test_a_damaged_record_without_a_checkpoint_is_named(place, capsys, caplog):
+    older, run_id = cut_at(9), cut_at(2, resume=False)
+    tear(run_id)
+    error = refused(capsys, ["resume"])
+    assert error["code"] == "STATE_RECORD_INVALID"
+    assert f"backprop runs rm {run_id}" in error["way_out"]
+    assert f"resume the older run: backprop resume {older}" in error["way_out"]
+    assert out(capsys, TRAIN)["run_id"] == older
+    assert f"the record of the run {run_id} is damaged; if it was this run, it is not resumed" in caplog.text
+
+
+@pytest.mark.parametrize("how", [["resume"], ["train", "--resume"]])
+def test_resume_next_to_a_run_at_work_names_it(place, capsys, how):
+    older = cut_at(9)
+    with pytest.raises(KeyboardInterrupt), STORE.start(settings={}, rail="fake") as alive:
+        error = refused(capsys, how)
+        assert error["code"] == "STATE_RUN_ACTIVE"
+        process = f"process {os.getpid()} on {platform.node()}"
+        assert error["message"] == f"the run {alive.run_id} is being trained right now by {process}"
+        assert f"backprop show-run {alive.run_id}" in error["way_out"]
+        assert f"kill -INT {os.getpid()}" in error["way_out"]
+        assert f"backprop resume {older}" in error["way_out"]
+        STORE.update(alive.run_id, lambda record: setattr(record, "host", "elsewhere"))
+        assert "--take-over" in refused(capsys, how)["way_out"]
+        raise KeyboardInterrupt
+
+
+def test_after_the_clock_went_back_the_last_run_is_resumed(place, capsys, monkeypatch):
+    first = cut_at(9)
+    run_id = cut_at(8, resume=False)
+    newer, older = STORE.folder(run_id), STORE.folder(run_id).with_name("19990101-000000-aaaaaa")
+    newer.rename(older)
+    file = older / "run.json"
+    told = json.loads(file.read_text()) | {"run_id": older.name, "created_at": "1999-01-01T00:00:00+00:00"}
+    file.write_text(json.dumps(told))
+    assert [row["run_id"] for row in out(capsys, ["list-runs"])["runs"]] == [older.name, first]
+    assert out(capsys, ["resume"])["run_id"] == older.name

@@ -125,5 +125,5 @@ def test_the_newest_are_listed_without_a_look_at_the_others(tmp_path):
     record.write_record(paths.run_folder(tmp_path, ids[5]), running)
     (paths.run_folder(tmp_path, ids[4]) / paths.RECORD_FILE).write_bytes(b"{")
     found = {row["run_id"]: row["status"] for row in store.list_newest(3)[0]}
-    assert found == {ids[6]: "completed", ids[5]: "interrupted", ids[3]: "completed"}
-    assert store.list_runs()[-1]["error"] == "STATE_RECORD_INVALID"
+    assert found == {ids[6]: "completed", ids[5]: "interrupted", ids[4]: "failed"}, "a damaged one keeps its place"
+    assert {row["run_id"]: row["error"] for row in store.list_runs()}[ids[4]] == "STATE_RECORD_INVALID"

@@ -167,6 +167,7 @@ class MultiRun:
                 stopping.on_interrupt() as stop,
                 offline.forbid_network(wanted=forbidden),
             ):
+                writer.use_base(self.base.folder)
                 for remark in self.remarks:
                     emit(remark)
                 stream = self._open_stream(writer, sources, emit)
@@ -246,7 +247,7 @@ def read_settings(record: RunRecord) -> Settings:
 
 
 def first_member(store: RunStore, run_id: str) -> RunRecord | None:
-    """The record of the first run of a multi-run, which names the base; None where none has ended yet."""
+    """The record of a run of a multi-run, which names the base as all of them do; None if none has ended yet."""
     progress = read_progress(store.folder(run_id))
     known = (*progress.members, *progress.rejected)
-    return store.load(min(known)) if known else None
+    return store.load(known[0]) if known else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,22 @@ from backpropagate.errors import ResumeDiffersError
 from backpropagate.settings import Resolved, from_record
 from backpropagate.system import where
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
-from bp_runs.errors import CheckpointInvalidError, CodedError, ResumeNotFoundError
+from bp_runs.errors import (
+    CheckpointInvalidError,
+    CodedError,
+    RecordInvalidError,
+    ResumeNotFoundError,
+    RunActiveError,
+)
 from bp_runs.events import Notice
+from bp_runs.fingerprint import fingerprint_weights
+from bp_runs.paths import RECORD_FILE
 from bp_runs.record import RunRecord
+from bp_runs.recovery import read_copy
 from bp_runs.spec import Settings
 from bp_runs.store import RunStore
+
+_log = logging.getLogger("backpropagate")
 
 UNFINISHED = ("interrupted", "stopped", "failed")
 """Statuses of runs that can go on; one that diverged would do so again."""
@@ -64,13 +77,17 @@ def resume_line(run_id: str, output: Path, ranks: int = 1) -> str:
 
 
 def find_record(store: RunStore, partial_id: str | None) -> RunRecord:
-    """The named run or multi-run, or the newest one that can go on.
+    """The named run or multi-run, or the newest one that can be resumed.
+
+    A damaged record is rebuilt from the run's checkpoints, which is logged.
 
     Raises:
-        ResumeNotFoundError: There is none, or it cannot go on.
-        RunNotFoundError, RecordInvalidError: As `RunStore.load`.
+        ResumeNotFoundError: There is none, or it cannot be resumed.
+        RunActiveError: It is being trained right now; without an id, the newest one is.
+        RecordInvalidError: Its record is damaged and cannot be rebuilt; no older run is taken for it.
+        RunNotFoundError: As `RunStore.find`.
     """
-    record = store.load(partial_id) if partial_id else _newest(store)
+    record = _load_or_rebuild(store, store.find(partial_id)) if partial_id else _newest(store)
     if record.is_imported:
         raise ResumeNotFoundError(
             f"the run {record.run_id} was imported: its record has not all that it was made with",
@@ -114,6 +131,11 @@ def find_same(store: RunStore, resolved: Resolved, ranks: int = 1) -> GoingOn | 
     """
     wanted = resolved.settings
     for row in store.list_newest(_LOOKED_AT)[0]:
+        if _is_damaged(row):
+            found = _find_same_damaged(store, row["run_id"], wanted)
+            if found is None:
+                continue
+            return _with_checkpoint(store, found) if found.status in UNFINISHED else None
         if (row["model"], row["data"], row["kind"]) != (wanted.model.name, wanted.data.path, "train"):
             continue
         try:
@@ -126,6 +148,15 @@ def find_same(store: RunStore, resolved: Resolved, ranks: int = 1) -> GoingOn | 
         if not differences(wanted, recorded.settings):
             return _with_checkpoint(store, record) if record.status in UNFINISHED else None
     return None
+
+
+def base_notices(record: RunRecord, folder: Path) -> list[Notice]:
+    """A warning where a run that is done again had other weights in its base model than ``folder`` has now."""
+    weights = record.base.get("weights")
+    if weights is None or weights == fingerprint_weights(folder):
+        return []
+    text = f"the weights of the base model in {folder} changed since the run {record.run_id}, so the result will differ"
+    return [Notice(message=text, level="warning")]
 
 
 def pin(wanted: Settings, record: RunRecord | None) -> Settings:
@@ -185,13 +216,83 @@ def _comparable(settings: Settings) -> dict[str, Any]:
 
 
 def _newest(store: RunStore) -> RunRecord:
-    for row in store.list_runs():
-        if row["status"] in UNFINISHED:
+    """The newest run that can be resumed, if no newer one is being trained or has a damaged record."""
+    all_rows = store.list_runs()
+    multi_runs = {row["run_id"] for row in all_rows if row["kind"] == "multi-run"}
+    rows = [row for row in all_rows if row["parent"] not in multi_runs]  # a multi-run answers for its members
+    for place, row in enumerate(rows):
+        if row["status"] == "running":
+            raise _active(store, row, rows[place + 1 :])
+        if _is_damaged(row):
+            record = _load_or_rebuild(store, row["run_id"], rows[place + 1 :])
+        elif row["status"] in UNFINISHED:
             record = store.load(row["run_id"])
-            if (record.parent or {}).get("relation") != "member" and not record.is_imported:
-                return record
+        else:
+            continue
+        is_member = (record.parent or {}).get("relation") == "member"
+        if record.status in UNFINISHED and not is_member and not record.is_imported:
+            return record
     way_out = f"See the runs and how they ended: backprop list-runs{where(store.output)}"
     raise ResumeNotFoundError(f"no unfinished run in {store.output}", way_out=way_out)
+
+
+def _is_damaged(row: Mapping[str, Any]) -> bool:
+    return bool(row["error"] == RecordInvalidError.code)
+
+
+def _active(store: RunStore, row: Mapping[str, Any], older: Sequence[Mapping[str, Any]]) -> RunActiveError:
+    """That the newest run needs no resuming: who trains it, and what can be done."""
+    record = store.load(row["run_id"])
+    line = resume_line(record.run_id, store.output)
+    here = record.host == platform.node()
+    stop = f"kill -INT {record.pid}" if here else f"press Ctrl-C on {record.host}"
+    gone = "" if here else f"; if that machine is gone for good: {line} --take-over"
+    return RunActiveError(
+        f"the run {record.run_id} is being trained right now by process {record.pid} on {record.host}",
+        way_out=f"Watch it: backprop show-run {record.run_id}{where(store.output)}; save and stop it: {stop}"
+        f"{gone}{_older_hint(store, older)}",
+    )
+
+
+def _older_hint(store: RunStore, older: Sequence[Mapping[str, Any]]) -> str:
+    found = next((row["run_id"] for row in older if row["status"] in UNFINISHED and not _is_damaged(row)), None)
+    return "" if found is None else f"; resume the older run: {resume_line(found, store.output)}"
+
+
+def _load_or_rebuild(store: RunStore, run_id: str, older: Sequence[Mapping[str, Any]] = ()) -> RunRecord:
+    """The run's record; a damaged one is rebuilt from its checkpoints.
+
+    Raises:
+        RecordInvalidError: It cannot be rebuilt.
+    """
+    try:
+        return store.load(run_id)
+    except RecordInvalidError as damage:
+        try:
+            record = store.rebuild_record(run_id)
+        except RecordInvalidError as error:
+            raise RecordInvalidError(
+                f"the record of the run {run_id} is damaged, and no checkpoint has a copy of it",
+                cause=damage.message,
+                way_out=f"Restore {store.folder(run_id) / RECORD_FILE} from a backup, or delete the run: "
+                f"backprop runs rm {run_id}{where(store.output)}{_older_hint(store, older)}",
+            ) from error
+        _log.warning("the record of the run %s was damaged: %s", run_id, record.note)
+        return record
+
+
+def _find_same_damaged(store: RunStore, run_id: str, wanted: Settings) -> RunRecord | None:
+    """A run with a damaged record, rebuilt, if it has these settings; None if not, or if nobody can tell."""
+    copy = read_copy(store.folder(run_id))
+    if copy is None:
+        hint = f"backprop runs rm {run_id}{where(store.output)}"
+        _log.warning("the record of the run %s is damaged; if it was this run, it is not resumed (%s)", run_id, hint)
+        return None
+    try:
+        is_same = not differences(wanted, from_record(copy.record).settings)
+    except CodedError:
+        return None
+    return _load_or_rebuild(store, run_id) if is_same else None
 
 
 def _with_checkpoint(store: RunStore, record: RunRecord) -> GoingOn | None:

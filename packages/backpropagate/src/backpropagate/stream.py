@@ -27,6 +27,7 @@ from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.events import Emit, Event, Notice
 from bp_runs.files import publish_folder, publish_json
 from bp_runs.rail import ExaminesRows, Rail, Stop, TrainOutcome
+from bp_runs.recovery import write_copy
 from bp_runs.spec import RunFolders, Settings, TrainingSpec, TrainSpec
 from bp_runs.store import RunStore
 
@@ -178,6 +179,7 @@ class Stream:
         watcher = Watcher(writer.emit, self.show)
         followed = self._describe(writer.run_id, plan, flat)
         with follow_run(writer.run_id), writer, trackers.follow(self.followers, followed, watcher):
+            writer.use_base(self.base.folder)
             start = self._write_start(progress, state)
             folders = replace(writer.folders, machine=system.program_home(os.environ))
             base = self.base
@@ -320,6 +322,7 @@ class Stream:
             names = ("done", "members", "rejected", "slices", "outcomes", "tuned", "since_better")
             publish_json(partial / _PROGRESS, {**{name: getattr(progress, name) for name in names}, "card": card})
             publish_json(partial / CARD_FILE, card)
+            write_copy(self.folders.run, partial)
 
     def _restore(self, progress: Progress) -> SlaoState | None:
         """The stream's state; the merged adapter is written again, since a crash may have come before it was."""

@@ -219,6 +219,8 @@ class Trainer:
             if parent is None:
                 resolved, chosen = presets.settle_lora(resolved, rail, base.folder, machine)
                 remarks = presets.remarks(wanted.model.name, chosen)
+            else:
+                remarks = resuming.base_notices(parent, base.folder)
             writer = self._start(store, resolved, rail, parent, ranks)
         else:
             remarks = going_on.notices(system.installed_versions())
@@ -244,6 +246,7 @@ class Trainer:
                 offline.forbid_network(wanted=forbidden),
                 trackers.follow(followers, followed, watcher),
             ):
+                writer.use_base(base.folder)
                 for remark in remarks:
                     watcher.emit(remark)
                 folders = replace(writer.folders, machine=machine)

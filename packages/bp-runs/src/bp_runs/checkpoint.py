@@ -1,6 +1,6 @@
 """Checkpoints of a run: each is whole with its hashes, or it is not there.
 
-    <run>/checkpoints/step-000040-9f2c1a/    what the rail wrote, and manifest.json
+    <run>/checkpoints/step-000040-9f2c1a/    what the rail wrote, settings.json and manifest.json
     manifest.json    {"schema", "run_id", "rail", "step", "sequence", "saved_at", "reason", "score", "facts",
                       "files": {name: {"sha256", "bytes"}}, "sha256": of all this}
     protected        empty; the checkpoint is never pruned
@@ -297,6 +297,8 @@ def save_checkpoint(
 ) -> None:
     """Save one checkpoint of the run by the spec's keep policy, and tell it; the way of every rail.
 
+    Next to the rail's files it gets ``settings.json``, from which a damaged record is rebuilt (`bp_runs.recovery`).
+
     Args:
         write: Puts the rail's files into the empty folder that it is given.
         need, reason, score, facts: As `CheckpointFolder.save`.
@@ -304,12 +306,15 @@ def save_checkpoint(
     Raises:
         DiskFullError, OutputNotWritableError: The earlier checkpoints stay.
     """
+    from bp_runs.recovery import write_copy  # which reads checkpoints
+
     began = time.perf_counter()
     folder = CheckpointFolder(spec.folders.run, keep=spec.training.keep_checkpoints)
     with folder.save(
         run_id=spec.folders.run_id, rail=rail, step=step, need=need, reason=reason, score=score, facts=facts
     ) as partial:
         write(partial)
+        write_copy(spec.folders.run, partial)
     saved = folder.read()[0]
     seconds = time.perf_counter() - began
     emit(CheckpointSaved(step=step, path=str(saved.path), bytes=saved.bytes, seconds=seconds, reason=reason))

@@ -29,8 +29,12 @@ _JOURNAL_SHARE = 8
 _STAMP = "stamp"
 
 Row = dict[str, Any]
-by_age = itemgetter("created_at", "run_id")
-"""A row's key for sorting from the oldest to the newest."""
+by_age = itemgetter("sequence", "created_at", "run_id")
+"""A row's key for sorting from the oldest to the newest: the order in which the store began them, whatever the clock
+said; runs that were not counted go before, by the clock."""
+_UNKNOWN = 2**53
+"""Sequence of a run whose record cannot be read and that nothing else tells the place of: taken for the newest, since
+an older run must not be taken for it in silence."""
 _ROW_KEYS = RunRecord(run_id="").to_summary().keys() | {_STAMP}
 
 
@@ -51,7 +55,7 @@ def read_newest(output: Path, count: int) -> tuple[list[Row], bool, int]:
 def _look(output: Path, asked: Sequence[str], ids: Sequence[str], known: Mapping[str, Row]) -> tuple[list[Row], bool]:
     rows = _current(output, asked, known)
     anew = (run_id for run_id, row in rows.items() if known.get(run_id) is not row)
-    is_whole = known.keys() <= set(ids) and not any(i in known or _is_readable(rows[i]) for i in anew)
+    is_whole = known.keys() <= set(ids) and not any(_is_readable(rows[i]) for i in anew)
     return _take_off_stamps(rows), is_whole
 
 
@@ -74,9 +78,26 @@ def put_row(output: Path, record: RunRecord) -> None:
 
 def rebuild(output: Path) -> list[Row]:
     """Make the index anew, from the folders where it does not agree with them. The caller holds the store's lock."""
-    rows = _current(output, run_ids(output), _read_index(output))
-    write_rows(output, rows.values())
+    known = _read_index(output)
+    rows = _current(output, run_ids(output), known)
+    # Of a damaged record what was known stays, with its stamp that no longer holds: its place among the others.
+    write_rows(output, [row if _is_readable(row) else known.get(run_id, row) for run_id, row in rows.items()])
     return _take_off_stamps(rows)
+
+
+def next_sequence(output: Path) -> int:
+    """The number of the run that begins now. The caller holds the store's lock.
+
+    Raises:
+        DiskFullError, OutputNotWritableError: It cannot be noted.
+    """
+    file = paths.sequence_file(output)
+    try:
+        last = int(file.read_bytes())
+    except (OSError, ValueError):
+        last = max((row["sequence"] for row in read_rows(output)[0] if row["sequence"] < _UNKNOWN), default=0)
+    publish_bytes(file, str(last + 1).encode())
+    return last + 1
 
 
 def write_rows(output: Path, rows: Iterable[Row]) -> None:
@@ -115,15 +136,29 @@ def _current(output: Path, ids: Iterable[str], known: Mapping[str, Row]) -> dict
     for run_id in ids:
         stamp = _stamp(f"{runs}/{run_id}/{paths.RECORD_FILE}")
         row = known.get(run_id)
-        rows[run_id] = row if row and row[_STAMP] == stamp else _read_row(output, run_id) | {_STAMP: stamp}
+        rows[run_id] = row if row and row[_STAMP] == stamp else _read_row(output, run_id, row) | {_STAMP: stamp}
     return rows
 
 
-def _read_row(output: Path, run_id: str) -> Row:
+def _read_row(output: Path, run_id: str, known: Row | None) -> Row:
+    folder = paths.run_folder(output, run_id)
     try:
-        return read_record(paths.run_folder(output, run_id)).to_summary()
+        return read_record(folder).to_summary()
     except RecordInvalidError as error:
-        return RunRecord(run_id=run_id, status="failed", created_at="", error=error.to_dict()).to_summary()
+        row = RunRecord(run_id=run_id, status="failed", created_at="", sequence=_UNKNOWN, error=error.to_dict())
+        return row.to_summary() | (_place(known) if known else _read_place(folder))
+
+
+def _read_place(folder: Path) -> Row:
+    """The place of a run whose record is damaged, as its checkpoints tell it; empty where they do not."""
+    from bp_runs.recovery import read_copy  # a list of whole records needs none
+
+    copy = read_copy(folder)
+    return _place(copy.record.to_summary()) if copy else {}
+
+
+def _place(row: Row) -> Row:
+    return {name: row[name] for name in ("sequence", "created_at", "parent", "kind")}
 
 
 def _read_index(output: Path) -> dict[str, Row]:

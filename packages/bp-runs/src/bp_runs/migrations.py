@@ -29,7 +29,14 @@ def _add_sessions(data: dict[str, Any]) -> None:
     data |= {"parent": None, "sessions": [first], "tags": [], "note": "", "progress": {}, "process_started": None}
 
 
-MIGRATIONS = (Migration(2, "parent, sessions, progress, tags and note", _add_sessions),)
+def _add_sequence(data: dict[str, Any]) -> None:
+    data |= {"sequence": 0, "base": {}}
+
+
+MIGRATIONS = (
+    Migration(2, "parent, sessions, progress, tags and note", _add_sessions),
+    Migration(3, "sequence and base", _add_sequence),
+)
 
 LATEST = MIGRATIONS[-1].number
 RECORD_SCHEMA = f"{NAME}/{LATEST}"

@@ -22,6 +22,8 @@ REJECTED_FILE = "rejected.jsonl"
 PROOF_FILE = "prove.json"
 """Losses of an independent replay, see `bp_runs.proof`."""
 LOCK_FILE = "alive.lock"
+SETTINGS_FILE = "settings.json"
+"""In a checkpoint: what the run's record says, to rebuild it from, see `bp_runs.recovery`."""
 CHECKPOINTS = "checkpoints"
 """The run's folder of checkpoints, see `bp_runs.checkpoint`."""
 
@@ -49,6 +51,11 @@ def journal_file(output: Path) -> Path:
 def index_file(output: Path) -> Path:
     """``<output>/run_history.json``."""
     return output / "run_history.json"
+
+
+def sequence_file(output: Path) -> Path:
+    """``<output>/.run_history.sequence``: how many runs were begun."""
+    return output / ".run_history.sequence"
 
 
 def result_name(settings: Mapping[str, Mapping[str, Any]]) -> str:

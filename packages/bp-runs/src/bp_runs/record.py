@@ -38,6 +38,9 @@ class RunRecord:
     parent: dict[str, Any] | None = None
     """The run that this one comes from: ``{"run_id": …, "relation": …}``, see `Relation`. A resumed run keeps its id:
     each process that worked on it is one of its ``sessions``."""
+    sequence: int = 0
+    """Counts the runs that the store began: what is newest is told by it, never by a clock. 0 for runs of versions
+    that did not count, and for imported ones: they are older than all that are counted."""
     status: RunStatus = "running"
     created_at: str = field(default_factory=utc_now)
     ended_at: str | None = None
@@ -55,6 +58,8 @@ class RunRecord:
     """Folder that relative paths in ``settings`` and ``command`` start from."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By dotted key: ``{"value": …, "source": "flag"}``."""
+    base: dict[str, Any] = field(default_factory=dict)
+    """The base model on disk: ``weights``, its `bp_runs.fingerprint.fingerprint_weights`; empty if it holds none."""
     model: dict[str, Any] = field(default_factory=dict)
     """`ModelLoaded` as a dict, once it happened."""
     data: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +104,7 @@ class RunRecord:
             "run_id": self.run_id,
             "kind": self.kind,
             "parent": (self.parent or {}).get("run_id"),
+            "sequence": self.sequence,
             "status": self.status,
             "created_at": self.created_at,
             "ended_at": self.ended_at,
@@ -144,9 +150,22 @@ def read_record(folder: Path) -> RunRecord:
         raise RecordInvalidError(f"{file} cannot be read", cause=str(error)) from error
     except orjson.JSONDecodeError as error:
         raise RecordInvalidError(f"{file} is not JSON", cause=str(error)) from error
+    return parse_record(data, file, folder.name)
+
+
+def parse_record(data: Any, file: Path, run_id: str) -> RunRecord:
+    """A record from the content of a file, led on from an older schema; fields of a newer one are left out.
+
+    Args:
+        file: Where it was read, for errors.
+        run_id: Whose record it must be.
+
+    Raises:
+        RecordInvalidError: Not a record, or another run's.
+    """
     shape = {f.name: type(getattr(_SHAPE, f.name)) for f in fields(RunRecord)}
-    if not isinstance(data, dict) or data.get("run_id") != folder.name:
-        raise RecordInvalidError(f"{file} is not the record of the run {folder.name}")
+    if not isinstance(data, dict) or data.get("run_id") != run_id:
+        raise RecordInvalidError(f"{file} is not the record of the run {run_id}")
     found = {k: v for k, v in migrate(data).items() if k in shape}
     for name, value in found.items():
         if not isinstance(value, shape[name]) and name not in _OPTIONAL:

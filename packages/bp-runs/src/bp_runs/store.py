@@ -89,6 +89,7 @@ class RunStore:
         with self._locked():
             while self.folder(record.run_id).exists():  # two in one second that drew the same number
                 record.run_id = paths.new_run_id()
+            record.sequence = index.next_sequence(self.output)
             folder = self._create(record)
         return RunWriter(self, folder, record)
 
@@ -128,6 +129,36 @@ class RunStore:
             self._create(record, lines)
             self._publish(record)
         return True
+
+    def rebuild_record(self, run_id: str) -> RunRecord:
+        """Rebuild a damaged record from the newest copy in the run's checkpoints and publish it.
+
+        What was left of it stays as ``run.damaged.json``. A record that can be read is returned as it is.
+
+        Args:
+            run_id: The whole id.
+
+        Raises:
+            RecordInvalidError: No checkpoint has a copy.
+            RunActiveError: A process works on the run; it will write the record itself.
+        """
+        from bp_runs import recovery
+
+        folder = self.folder(run_id)
+        with contextlib.suppress(RecordInvalidError):
+            return self.load(run_id)
+        try:
+            lock = acquire(folder / paths.LOCK_FILE, 0)
+        except OutputLockedError as error:
+            raise RunActiveError(f"another process works on the run {run_id}, whose record is damaged") from error
+        try:
+            record = recovery.rebuild(folder)
+            with self._locked():
+                recovery.set_aside(folder)
+                self._publish(record)
+        finally:
+            lock.release()
+        return record
 
     def remove(self, run_id: str) -> None:
         """Delete a run's folder, and with it its adapter, checkpoints and record; ``<output>/lora`` stays.
@@ -221,9 +252,23 @@ class RunStore:
         """A run's whole record, by its id or an unambiguous part of it.
 
         Raises:
-            RunNotFoundError, RecordInvalidError: As `find` and `read_record`.
+            RunNotFoundError, RecordInvalidError: As `find` and `read_record`; the hint says whether `rebuild_record`
+                can rebuild the record.
         """
-        return self._settle(self.find(partial_id))
+        run_id = self.find(partial_id)
+        try:
+            return self._settle(run_id)
+        except RecordInvalidError as error:
+            from bp_runs.recovery import read_copy
+
+            if (copy := read_copy(self.folder(run_id))) is None:
+                raise
+            raise RecordInvalidError(
+                error.message,
+                cause=error.cause,
+                way_out=f"Rebuild it from {copy.place} and resume the run: "
+                f"backprop resume {run_id} --output {shlex.quote(str(self.output))}",
+            ) from error
 
     def folder(self, run_id: str) -> Path:
         """The run's folder, by its whole id."""

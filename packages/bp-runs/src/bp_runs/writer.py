@@ -6,7 +6,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from bp_runs import paths
 from bp_runs.adapter import WEIGHTS_FILE
@@ -20,6 +20,7 @@ from bp_runs.errors import (
 )
 from bp_runs.events import CheckpointSaved, DataReady, Event, ModelLoaded, Notice, Resumed
 from bp_runs.files import sha256_file
+from bp_runs.fingerprint import fingerprint_weights
 from bp_runs.locks import acquire
 from bp_runs.metrics import MetricsFile, read_progress
 from bp_runs.rail import TrainOutcome
@@ -68,13 +69,39 @@ class RunWriter:
             raise RunActiveError(f"another process went on with the run {self.run_id} meanwhile")
         self._metrics = MetricsFile(folder / paths.METRICS_FILE)
         self._save()
-        if self._before and not (self._before.data or self._before.model):
-            self._go_on()  # nothing to compare: cut off early, or a multi-run
+        if self._before and not (self._before.data or self._before.model or self._before.base):
+            self._go_on()  # nothing to compare: cut off early
 
     @property
     def run_id(self) -> str:
         """The run's id."""
         return self._record.run_id
+
+    def use_base(self, folder: Path) -> None:
+        """Record which weights the run trains on; of a resumed run they must be those that it began with.
+
+        Call it before the model is loaded.
+
+        Args:
+            folder: The base model's.
+
+        Raises:
+            ResumeChangedError: They are not, though the config may be the same.
+        """
+        found = fingerprint_weights(folder)
+        base = {"folder": str(folder), "weights": found} if found else {}
+        if self._before is None:
+            self._record.base = base
+            self._save()
+            return
+        recorded = self._before.base
+        if recorded and base and recorded["weights"] != base["weights"]:
+            self._refuse(
+                "base model", f"the weights in {folder} are not those of {recorded['folder']} at its beginning"
+            )
+        self._record.base = base
+        if not (self._before.data or self._before.model):
+            self._go_on()  # a multi-run, or cut off before its data was read
 
     def emit(self, event: Event) -> None:
         """Append an event to ``metrics.jsonl``; facts about model and data go to the record as well.
@@ -100,12 +127,15 @@ class RunWriter:
         if not changed:
             return
         told = ", ".join(f"{n} was {c['before']} and is {c['now']}" for n, c in changed.items())
+        self._refuse(what, told, changed)
+
+    def _refuse(self, what: str, cause: str, details: dict[str, Any] | None = None) -> NoReturn:
         anew = f"backprop replay {self.run_id} --output {shlex.quote(str(self.folders.output))}"
         raise ResumeChangedError(
             f"the {what} changed since the run began",
-            cause=told,
-            way_out=f"Put back what the run began with, or start anew with its settings: {anew}",
-            details=changed,
+            cause=cause,
+            way_out=f"Put back what the run began with, or start over with its settings: {anew}",
+            details=details,
         )
 
     def _go_on(self) -> None:

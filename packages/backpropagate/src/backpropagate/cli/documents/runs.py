@@ -13,6 +13,7 @@ class RunRow(TypedDict):
     run_id: str
     kind: str
     parent: str | None
+    sequence: int
     status: RunStatus
     created_at: str
     ended_at: str | None
@@ -42,6 +43,7 @@ class Record(TypedDict):
     run_id: str
     kind: str
     parent: dict[str, Any] | None
+    sequence: int
     status: RunStatus
     created_at: str
     ended_at: str | None
@@ -52,6 +54,7 @@ class Record(TypedDict):
     command: list[str]
     rail: str
     settings: dict[str, dict[str, Any]]
+    base: dict[str, Any]
     model: dict[str, Any]
     data: dict[str, Any]
     versions: dict[str, str]

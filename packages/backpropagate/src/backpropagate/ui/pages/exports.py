@@ -66,7 +66,9 @@ def _look(places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 if artifact.get("kind") not in _OWN_FILES
             ]
     newest = sorted(exported, key=lambda artifact: str(artifact.get("at", "")), reverse=True)
-    return sorted(sources, key=lambda row: row["created_at"], reverse=True), newest
+    if len(places.outputs()) > 1:  # one folder's runs stand in the order in which they began, whatever the clock said
+        sources.sort(key=lambda row: row["created_at"], reverse=True)
+    return sources, newest
 
 
 def _weights(run: Path) -> Path | None:

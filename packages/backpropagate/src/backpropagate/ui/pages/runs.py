@@ -20,6 +20,7 @@ from backpropagate.ui.showing import show
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import RunStatus
 from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
+from bp_runs.index import by_age
 from bp_runs.metrics import read_progress
 from bp_runs.paths import METRICS_FILE, REJECTED_FILE
 from bp_runs.record import RunRecord
@@ -62,7 +63,13 @@ def _table(request: Request) -> dict[str, Any]:
     rows = [row for row in rows if asked["status"] in ("", row["status"]) and _has(row, asked["q"])]
     column = asked["sort"] if asked["sort"] in _COLUMNS else "created_at"
     is_down = asked["dir"] != "up"
-    known = sorted((r for r in rows if r[column] is not None), key=lambda r: (r[column], r["run_id"]), reverse=is_down)
+    if column == "created_at" and len({row["output"] for row in rows}) == 1:
+        rows.sort(key=by_age, reverse=is_down)  # one folder's runs: as they began, whatever the clock said
+        known = rows
+    else:
+        known = sorted(
+            (r for r in rows if r[column] is not None), key=lambda r: (r[column], r["run_id"]), reverse=is_down
+        )
     rows = known + [row for row in rows if row[column] is None]
     page = int(asked["page"]) if asked["page"].isdigit() else 1
     pages = max(1, -(-len(rows) // MOST_ROWS))
