@@ -184,11 +184,32 @@ def _join(
         ("flag", _from_flags(known, flags)),
     )
     for source, layer in layers:
+        for replaced in _replaced_lengths(layer):
+            values.pop(replaced, None)
+            sources[replaced] = "default"
         for key, raw in layer.items():
             if key in known:
                 values[key] = _convert(known[key], raw, source)
                 sources[key] = source
     return values, sources
+
+
+_LENGTHS = ("training.steps", "training.epochs")
+"""Two ways to say how long to train: the nearest source that says one of them decides."""
+
+
+def _replaced_lengths(given: Iterable[str]) -> tuple[str, ...]:
+    """The other setting of a run's length where ``given`` has one of the two keys."""
+    named = [key for key in _LENGTHS if key in given]
+    return tuple(key for key in _LENGTHS if len(named) == 1 and key not in named)
+
+
+def overlay(flags: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``flags`` by short name with those ``given`` in their place; given epochs replace steps, and steps epochs."""
+    by_key = {key: short_name(key) for key in _LENGTHS}
+    named = [key for key, short in by_key.items() if given.get(short) is not None]
+    replaced = {by_key[key] for key in _replaced_lengths(named)}
+    return {name: value for name, value in flags.items() if name not in replaced} | dict(given)
 
 
 def apply_lora_preset(resolved: Resolved, preset: str) -> Resolved:
@@ -242,7 +263,10 @@ def from_record(record: RunRecord, overrides: Mapping[str, Any] | None = None) -
         setting = find_setting(name)
         values[setting.key] = _convert(setting, raw, "override")
         sources[setting.key] = "override"
+    replaced = _replaced_lengths(values)
     for key, entry in record.settings.items():
+        if key in replaced:
+            continue
         setting = find_setting(key)
         follows = (key == "training.learning_rate" and entry["source"] == "default") or (
             entry["source"] == "preset" and "lora.preset" in values
@@ -384,6 +408,7 @@ _RANGES: Mapping[str, tuple[float, float | None]] = {
     "multirun.patience": (0, None),
 }
 _POSITIVE = (
+    "training.epochs",
     "training.learning_rate",
     "multirun.last_lr",
     "lora.alpha",
@@ -407,4 +432,10 @@ def _check(settings: Settings) -> Settings:
         value = flat[key]
         if value is not None and not 0 < value < float("inf"):
             raise InvalidSettingError(f"{key} is {value}; it must be a positive number")
+    if settings.training.steps is not None and settings.training.epochs is not None:
+        raise InvalidSettingError(
+            f"training.steps is {settings.training.steps} and training.epochs is {settings.training.epochs:g}: "
+            "both say how long to train",
+            way_out="Set one of them: --steps 200, or --epochs 3",
+        )
     return settings

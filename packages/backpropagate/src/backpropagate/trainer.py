@@ -498,7 +498,9 @@ class Trainer:
 
     def _resolve(self, flags: dict[str, Any]) -> settings.Resolved:
         given = {name: value for name, value in flags.items() if value is not None}
-        return settings.resolve({**self._flags, **given}, os.environ, Path(settings.TOML_FILE), self._defaults)
+        return settings.resolve(
+            settings.overlay(self._flags, given), os.environ, Path(settings.TOML_FILE), self._defaults
+        )
 
 
 def _follow_or_lead() -> None:

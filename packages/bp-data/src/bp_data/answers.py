@@ -87,6 +87,15 @@ class AnswerRows(Sequence[T], Generic[T]):
         lengths = self._rows.lengths()
         return array("q", (self._length(lengths, at) for at in self._order))
 
+    def origins(self) -> array[int]:
+        """As `TokenRows.origins`: here each row is one that was read."""
+        return array("q", self._order)
+
+    def cut_flags(self) -> bytes:
+        """1 for each row of which tokens were cut off, from one of its answers or both; else 0."""
+        flags = self._rows.cut_flags()
+        return bytes(self._length(flags, at) > 0 for at in self._order)
+
     def pick(self, places: Iterable[int]) -> Self:
         """A view of some rows in another order; nothing is copied."""
         return self._view(array("q", (self._order[place] for place in places)))
@@ -126,6 +135,10 @@ class JudgedRows(AnswerRows[JudgedRow]):
     def __init__(self, rows: TokenRows, labels: bytes, order: Sequence[int] | None = None) -> None:
         super().__init__(rows, range(len(rows)) if order is None else order)
         self._labels = labels
+
+    def labels(self) -> list[bool]:
+        """Whether each answer is good; the tokens are not read."""
+        return [self._labels[place] == 1 for place in self._order]
 
     def _read(self, place: int) -> JudgedRow:
         row = self._rows[place]

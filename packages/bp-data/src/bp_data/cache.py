@@ -21,7 +21,7 @@ from bp_data.template import ChatTemplate
 from bp_data.tokens import Tokenizer
 from bp_runs.files import sha256_file
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _META_FILE: Final = "meta.json"
 _KEPT: Final = 8  # entries; the ones used longest ago go first
 

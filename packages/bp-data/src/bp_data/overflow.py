@@ -63,17 +63,23 @@ def _whole_answers(row: TokenRow, longest: int, stops: frozenset[int]) -> int:
     return longest
 
 
-def _split(row: TokenRow, longest: int, ledger: Ledger) -> list[TokenRow]:
-    pieces = []
+def _split(row: TokenRow, longest: int, ledger: Ledger) -> list[TokenRow] | Rejected:
+    pieces: list[TokenRow] = []
     for low in range(0, len(row.ids), longest):
         high = low + longest
         cut = high < len(row.ids)
-        piece = TokenRow(row.number, row.ids[low:high], row.mask[low:high], row.kind, truncated=cut)
+        piece = TokenRow(
+            row.number, row.ids[low:high], row.mask[low:high], row.kind, truncated=cut, continues=bool(pieces)
+        )
         if piece.trained:
             pieces.append(piece)
-    kept = sum(len(piece.ids) for piece in pieces)
-    if kept < len(row.ids):
-        ledger.take_truncated(row.number, len(row.ids) - kept)
+    if not pieces:  # all that is learned stands first in a piece, where nothing predicts it
+        reason = f"split every {longest} tokens, no piece has anything to learn"
+        return Rejected(row.number, RowFault.CUT_AWAY, reason)
+    lost = len(row.ids) - sum(len(piece.ids) for piece in pieces)
+    if lost:
+        pieces[0] = replace(pieces[0], cut=lost)
+        ledger.take_truncated(row.number, lost)
     else:
         ledger.take_trained()
     ledger.pieces += len(pieces) - 1

@@ -12,6 +12,7 @@ import threading
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, Final, overload
 
@@ -19,7 +20,7 @@ from bp_data.tokenrow import TokenRow
 from bp_runs.files import coded_disk_errors
 
 _RECORD: Final = struct.Struct("=qqiB3x")  # number, place in bytes, tokens, flags
-_TRUNCATED, _TEXT = 1, 2
+_TRUNCATED, _TEXT, _CUT, _CONTINUES = 1, 2, 4, 8
 _IN_MEMORY = 16 * 2**20  # bytes of a temporary store that stay in memory
 INDEX_FILE: Final = "index.bin"
 TOKENS_FILE: Final = "tokens.bin"
@@ -68,11 +69,24 @@ class TokenRows(Sequence[TokenRow]):
 
     def lengths(self) -> array[int]:
         """Tokens of each row, without reading the tokens."""
+        found = array("i", (length for _, _, length, _ in self._records()))
+        return found if self._order is None else array("i", (found[place] for place in self._order))
+
+    def origins(self) -> array[int]:
+        """Which of the rows that were read each row comes from, from 0; the pieces of a split row have the same."""
+        found = array("q", accumulate((not flags & _CONTINUES for *_, flags in self._records()), initial=-1))[1:]
+        return found if self._order is None else array("q", (found[place] for place in self._order))
+
+    def cut_flags(self) -> bytes:
+        """1 for each row of which tokens were cut off, else 0; of a split row its first piece tells it."""
+        found = bytes(bool(flags & _CUT) for *_, flags in self._records())
+        return found if self._order is None else bytes(found[place] for place in self._order)
+
+    def _records(self) -> Iterator[tuple[int, int, int, int]]:
         with self._lock:
             self._index.seek(0)
             records = self._index.read(self._count * _RECORD.size)
-        found = array("i", (length for _, _, length, _ in _RECORD.iter_unpack(records)))
-        return found if self._order is None else array("i", (found[place] for place in self._order))
+        return _RECORD.iter_unpack(records)
 
     def pick(self, places: Iterable[int]) -> TokenRows:
         """A view of some rows in another order; nothing is copied."""
@@ -121,6 +135,7 @@ class TokenWriter:
             DiskFullError: No room left.
         """
         flags = _TRUNCATED * row.truncated | _TEXT * (row.kind == "text")
+        flags |= _CUT * (row.cut > 0) | _CONTINUES * row.continues
         with coded_disk_errors(self._folder or Path(tempfile.gettempdir())):
             self._index.write(_RECORD.pack(row.number, self._place, len(row.ids), flags))
             self._tokens.write(row.ids.tobytes() + row.mask)

@@ -22,6 +22,7 @@ class TokenRow:
         truncated: Whether its end was cut off.
         cut: Tokens that were cut off; known while rows are made, 0 in rows that are read back from a store.
         source: As in `bp_data.example.Row`, while rows are made; rows that are read back from a store have none.
+        continues: Whether it is a further piece of the row before it, which was split; known while rows are made.
     """
 
     number: int
@@ -31,6 +32,7 @@ class TokenRow:
     truncated: bool = False
     cut: int = field(default=0, compare=False)
     source: str = field(default="", compare=False)
+    continues: bool = field(default=False, compare=False)
 
     @property
     def trained(self) -> int:

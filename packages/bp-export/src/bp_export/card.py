@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from bp_export.cardhead import License
 from bp_export.origin import Origin, is_hub_id, list_changes, write_train_command
 from bp_export.places import hide_homes
+from bp_runs.record import RunRecord
 from bp_runs.redact import redact
 
 Kind: TypeAlias = Literal["adapter", "merged", "gguf"]
@@ -127,15 +128,23 @@ def _write_data(facts: CardFacts) -> Iterator[str]:
     if not data:
         yield "Not recorded."
         return
-    counts = [f"{data.get(key, 0)} {key}" for key in ("read", "trained", "truncated", "dropped", "heldout")]
     rows = [
         ("name", f"`{data.get('path') if data.get('revision') else PurePath(str(data.get('path', ''))).name}`"),
         ("SHA-256", f"`{data.get('sha256')}`"),
-        ("rows", ", ".join(counts).replace("heldout", "held out")),
+        ("rows", _count_rows(facts.origin.record) if facts.origin else ""),
         ("tokens", f"{data.get('tokens'):,}, of which {data.get('trained_tokens'):,} carry loss"),
         ("chat template", f"{data.get('template')}, SHA-256 `{data.get('template_sha256')}`"),
     ]
     yield _table(("", ""), rows)
+
+
+def _count_rows(record: RunRecord) -> str:
+    """What became of every row; of an older record, what was ready to train on."""
+    counts = [f"{record.data.get(key, 0)} {name}" for key, name in _READY.items()]
+    return record.describe_rows() or ", ".join(counts)
+
+
+_READY = {"read": "read", "trained": "whole", "truncated": "truncated", "dropped": "dropped", "heldout": "held out"}
 
 
 def _write_training(facts: CardFacts) -> Iterator[str]:

@@ -323,7 +323,7 @@ def save_checkpoint(
 def is_due(spec: TrainSpec, step: int) -> bool:
     """Whether ``save_steps`` asks for a checkpoint after ``step``; not after the last, which leaves the adapter."""
     every = spec.training.save_steps
-    return every > 0 and step % every == 0 and step < spec.training.steps
+    return every > 0 and step % every == 0 and step < spec.training.planned_steps
 
 
 class SaveSchedule:

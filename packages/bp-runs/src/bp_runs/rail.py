@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from bp_runs.events import Emit
+from bp_runs.events import Emit, RowCounts
 from bp_runs.spec import Ranks, Settings, TrainSpec
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ class TrainOutcome:
     """The lowest validation loss; None without held-out rows."""
     best_step: int | None = None
     """The step that it was measured after."""
+    rows: RowCounts | None = None
+    """What happened to every row that was read; None: the rail does not say."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 from dataclasses import asdict, dataclass, field, fields
@@ -11,7 +12,8 @@ from typing import Any, Literal
 
 import orjson
 
-from bp_runs.errors import RecordInvalidError, RecordNewerError, RunStatus
+from bp_runs.errors import ContractError, RecordInvalidError, RecordNewerError, RunStatus
+from bp_runs.events import RowCounts, RunPlanned
 from bp_runs.files import publish_json
 from bp_runs.migrations import LATEST, RECORD_SCHEMA, migrate, schema_number
 from bp_runs.paths import RECORD_FILE
@@ -64,6 +66,8 @@ class RunRecord:
     """`ModelLoaded` as a dict, once it happened."""
     data: dict[str, Any] = field(default_factory=dict)
     """`DataReady` as a dict, once it happened."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """`RunPlanned` as a dict, once it happened; ``settings`` says what was requested."""
     versions: dict[str, str] = field(default_factory=dict)
     hardware: dict[str, Any] = field(default_factory=dict)
     progress: dict[str, Any] = field(default_factory=dict)
@@ -89,6 +93,25 @@ class RunRecord:
         self.sessions.append({**session, "from_step": from_step, "checkpoint": checkpoint})
         self.status, self.ended_at, self.error, self.result, self.progress = "running", None, None, {}, {}
 
+    @property
+    def steps_planned(self) -> int | None:
+        """Steps that the run is to do; None while they are neither set nor planned from the data."""
+        steps: int | None = self.plan.get("steps", self.setting("training.steps"))
+        return steps
+
+    def describe_plan(self) -> str:
+        """How long the run trains, in words; empty where that is not recorded."""
+        with contextlib.suppress(KeyError, TypeError, ValueError, ContractError):  # a record that was edited
+            return RunPlanned.from_dict(self.plan).describe()
+        return ""
+
+    def describe_rows(self) -> str:
+        """What became of every row that was read, or what is planned for it; empty where neither is recorded."""
+        planned = "" if self.result.get("rows") else "planned: "
+        with contextlib.suppress(KeyError, TypeError, ValueError, ContractError):
+            return planned + RowCounts(**(self.result.get("rows") or self.plan["rows"])).describe()
+        return ""
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready and redacted."""
         redacted: dict[str, Any] = redact_data(asdict(self))
@@ -112,7 +135,7 @@ class RunRecord:
             "model": self.setting("model.name"),
             "data": self.setting("data.path"),
             "steps": self.result.get("steps", self.progress.get("step")),
-            "steps_asked": self.setting("training.steps"),
+            "steps_asked": self.steps_planned,
             "first_loss": self.result.get("first_loss"),
             "final_loss": self.result.get("final_loss"),
             "seconds": self.result.get("seconds"),

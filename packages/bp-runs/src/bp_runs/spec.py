@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Self
 
+from bp_runs.errors import ContractError
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME
 from bp_runs.serialize import from_json, to_json
 
@@ -146,7 +147,10 @@ class TrainingSpec:
         "native: our own loop; trl: plain TRL trainers, the reference; unsloth: its model and kernels under our loop; "
         "auto: native.",
     )
-    steps: int = setting(100, "Optimizer steps.")
+    steps: int | None = setting(
+        None, "Optimizer steps; default: planned from the data, about 3 epochs, at least 20 and at most 1,000 steps."
+    )
+    epochs: float | None = setting(None, "Passes over the training examples, instead of steps: 3, or 0.5 for half.")
     learning_rate: float | None = setting(
         None,
         "Peak learning rate; default: the method's and mode's own, 2e-4 for sft of an adapter, 2e-5 of all weights.",
@@ -170,9 +174,17 @@ class TrainingSpec:
     curriculum: Literal["none", "length"] = setting(
         "none", "Order of rows: none shuffles by the seed, length goes from short to long."
     )
-    eval_share: float = setting(0.05, "Share of the rows held out to measure the validation loss; 0: none.")
-    eval_min_rows: int = setting(10, "Hold out nothing where the share would be fewer rows than these.")
-    eval_steps: int = setting(50, "Steps from one validation to the next; the last step is validated too.")
+    eval_share: float = setting(
+        0.05, "Share of the examples held out to measure the validation loss, at most 500; 0: none."
+    )
+    eval_min_rows: int = setting(
+        6, "Fewest examples to hold out where the share is less; with fewer than 5 times as many, none is held out."
+    )
+    eval_steps: int | None = setting(
+        None,
+        "Steps between validations; default: about one validation per epoch, 2 to 20 per run. The last step is "
+        "always validated.",
+    )
     early_stop: int = setting(3, "Stop after so many validations in a row without a lower loss; 0: never.")
     keep: Literal["best", "last"] = setting("best", "Adapter to keep: of the lowest validation loss, or the last.")
     oom_recovery: bool = setting(
@@ -214,7 +226,36 @@ class TrainingSpec:
     @property
     def resolved_learning_rate(self) -> float:
         """``learning_rate``, or the method's own for an adapter or all weights."""
-        return _LEARNING_RATES[self.method][self.mode == "full"] if self.learning_rate is None else self.learning_rate
+        return self.usual_learning_rate if self.learning_rate is None else self.learning_rate
+
+    @property
+    def usual_learning_rate(self) -> float:
+        """The default peak learning rate of this method, for an adapter or for all weights."""
+        return _LEARNING_RATES[self.method][self.mode == "full"]
+
+    @property
+    def planned_steps(self) -> int:
+        """``steps``, once they are planned.
+
+        Raises:
+            ContractError: The data has not been read yet, so the number of steps is not known.
+        """
+        return _require_planned("training.steps", self.steps)
+
+    @property
+    def planned_eval_steps(self) -> int:
+        """``eval_steps``, once they are planned.
+
+        Raises:
+            ContractError: As `planned_steps`.
+        """
+        return _require_planned("training.eval_steps", self.eval_steps)
+
+
+def _require_planned(key: str, value: int | None) -> int:
+    if value is None:
+        raise ContractError(f"{key} is not planned yet: a rail plans it after reading the data")
+    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

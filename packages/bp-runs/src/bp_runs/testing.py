@@ -14,7 +14,17 @@ import orjson
 from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, write_manifest
 from bp_runs.checkpoint import Reason, SaveSchedule, save_checkpoint
 from bp_runs.errors import CodedError, NothingHeldOutError
-from bp_runs.events import AdapterSaved, DataReady, Emit, ModelLoaded, Notice, SampleAnswer, StepDone
+from bp_runs.events import (
+    AdapterSaved,
+    DataReady,
+    Emit,
+    ModelLoaded,
+    Notice,
+    RowCounts,
+    RunPlanned,
+    SampleAnswer,
+    StepDone,
+)
 from bp_runs.files import publish_folder, sha256_file
 from bp_runs.losses import LossEnds
 from bp_runs.rail import EvalOutcome, Part, Probe, RowOutcome, Stop, TrainOutcome
@@ -55,19 +65,21 @@ class FakeRail:
 
     def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
         """Go through the motions; raises ``failure`` where told."""
+        spec, plan = _plan_run(spec)
         emit(_model_loaded(spec))
         emit(_data_ready(spec))
+        emit(plan)
         if spec.checkpoint is None:
             emit_answers(spec, emit, step=0, answer="before")
         losses = _read_losses(spec)
         stopped = False
         schedule = SaveSchedule(spec)
-        for step in range(len(losses) + 1, spec.training.steps + 1):
+        for step in range(len(losses) + 1, plan.steps + 1):
             if step == self.fail_at and self.failure:
                 raise self.failure
             losses.append(4.0 / (step + 1))
             emit(_step_done(spec, step, losses[-1]))
-            stopped = stop() and step < spec.training.steps
+            stopped = stop() and step < plan.steps
             if stopped or schedule.is_due(step):
                 self._save(spec, emit, losses, "stop" if stopped else "schedule")
                 schedule.saved()
@@ -86,6 +98,7 @@ class FakeRail:
             seconds=0.001,
             peak_memory=1,
             stopped=stopped,
+            rows=_count_rows(plan.rows.read, len(losses), plan.examples_per_step),
         )
 
     def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:
@@ -130,6 +143,36 @@ class FakeRail:
             (folder / "weights.bin").write_bytes(bytes(self.width * 1024))
 
         save_checkpoint(spec, emit, write, rail=self.name, step=len(losses), need=self.width * 1024, reason=reason)
+
+
+def _plan_run(spec: TrainSpec) -> tuple[TrainSpec, RunPlanned]:
+    """The spec with its number of steps, and the plan: about three epochs unless steps or epochs are set."""
+    training, rows = spec.training, _count_lines(spec)
+    size = training.batch_size * training.gradient_accumulation
+    per_epoch = max(1, -(-rows // size))
+    steps = training.steps or max(1, round((training.epochs or 3) * per_epoch))
+    plan = RunPlanned(
+        steps=steps,
+        epochs=steps / per_epoch,
+        steps_per_epoch=per_epoch,
+        examples_per_step=size,
+        eval_steps=training.eval_steps or per_epoch,
+        origin="steps" if training.steps else "epochs" if training.epochs else "default",
+        rows=_count_rows(rows, steps, size),
+    )
+    return replace(spec, training=replace(training, steps=steps, eval_steps=plan.eval_steps)), plan
+
+
+def _count_rows(rows: int, steps: int, size: int) -> RowCounts:
+    visited = min(rows, steps * size)
+    passes = steps * size / max(1, rows)
+    return RowCounts(
+        read=rows, visited=visited, truncated=0, not_reached=rows - visited, held_out=0, dropped=0, passes=passes
+    )
+
+
+def _count_lines(spec: TrainSpec) -> int:
+    return len(spec.rows_path.read_bytes().splitlines())
 
 
 def _read_losses(spec: TrainSpec) -> list[float]:
@@ -212,7 +255,7 @@ def _model_loaded(spec: TrainSpec) -> ModelLoaded:
 
 def _data_ready(spec: TrainSpec) -> DataReady:
     file = spec.rows_path
-    rows = len(file.read_bytes().splitlines())
+    rows = _count_lines(spec)
     return DataReady(
         path=spec.data.path,
         sha256=sha256_file(file),
@@ -231,7 +274,7 @@ def _data_ready(spec: TrainSpec) -> DataReady:
 def _step_done(spec: TrainSpec, step: int, loss: float) -> StepDone:
     return StepDone(
         step=step,
-        steps=spec.training.steps,
+        steps=spec.training.planned_steps,
         loss=loss,
         learning_rate=spec.training.resolved_learning_rate,
         grad_norm=1.0,

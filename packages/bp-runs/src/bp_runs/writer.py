@@ -18,7 +18,7 @@ from bp_runs.errors import (
     RunActiveError,
     RunStatus,
 )
-from bp_runs.events import CheckpointSaved, DataReady, Event, ModelLoaded, Notice, Resumed
+from bp_runs.events import CheckpointSaved, DataReady, Event, ModelLoaded, Notice, Resumed, RunPlanned
 from bp_runs.files import sha256_file
 from bp_runs.fingerprint import fingerprint_weights
 from bp_runs.locks import acquire
@@ -34,7 +34,11 @@ _LOOK_SECONDS = 5.0  # who looks whether the run lives holds its lock for a mome
 _OTHERS = ("tags", "note", "artifacts")  # fields that people and exports may change meanwhile
 
 _SAME_DATA = ("sha256", "template_sha256", "read", "trained", "truncated", "dropped", "heldout", "tokens")
+_SAME_PLAN = ("steps", "eval_steps")
 _SAME_MODEL = ("config_sha256", "revision", "parameters", "trainable", "dtype")
+
+_BEFORE_STEPS = (DataReady, RunPlanned, ModelLoaded, Notice)
+"""Events before the first step; they are held back until a resumed run is known to be the same."""
 
 
 class RunWriter:
@@ -115,11 +119,13 @@ class RunWriter:
             return
         if isinstance(event, DataReady):
             self._require_same("data", self._before.data, event.to_dict(), _SAME_DATA)
+        elif isinstance(event, RunPlanned):
+            self._require_same("plan", self._before.plan, event.to_dict(), _SAME_PLAN)
         elif isinstance(event, ModelLoaded):
             self._require_same("base model", self._before.model, event.to_dict(), _SAME_MODEL)
         self._held.append((utc_now(), event))
         self._compared.add(type(event))
-        if self._compared >= {DataReady, ModelLoaded} or not isinstance(event, DataReady | ModelLoaded | Notice):
+        if self._compared >= {DataReady, ModelLoaded} or not isinstance(event, _BEFORE_STEPS):
             self._go_on()
 
     def _require_same(self, what: str, before: dict[str, Any], now: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -154,6 +160,9 @@ class RunWriter:
             self._save()
         elif isinstance(event, DataReady):
             self._record.data = event.to_dict()
+            self._save()
+        elif isinstance(event, RunPlanned):
+            self._record.plan = event.to_dict()
             self._save()
         elif isinstance(event, CheckpointSaved):
             self._metrics.sync()  # what led to a checkpoint must not be lost while the checkpoint stays

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bp_data.asked import AnyPrepared
+from bp_data.loop.plan import require_length
 from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import AdapterInvalidError, InvalidSettingError, first_line
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
@@ -88,11 +89,11 @@ def require_numbers(settings: Settings) -> None:
         "lora.r": lora.r,
         "training.batch_size": training.batch_size,
         "training.gradient_accumulation": training.gradient_accumulation,
-        "training.steps": training.steps,
     }
     for key, value in lowest.items():
         if value < 1:
             raise InvalidSettingError(f"{key} is {value}; it must be at least 1")
+    require_length(training)
     if not lora.resolved_alpha > 0:
         raise InvalidSettingError(f"lora.alpha is {lora.alpha}; it must be a positive number")
 

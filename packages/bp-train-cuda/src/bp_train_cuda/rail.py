@@ -14,7 +14,7 @@ from bp_runs.paths import REJECTED_FILE
 from bp_runs.rail import Check, EvalOutcome, MemoryEstimate, Part, Probe, Replay, RowOutcome, Stop, TrainOutcome
 from bp_runs.record import RunRecord
 from bp_runs.spec import Ranks, Settings, TrainSpec
-from bp_train_cuda.rows import data_ready, prepare_rows
+from bp_train_cuda.rows import PlannedRows, data_ready, prepare_rows
 
 if TYPE_CHECKING:
     from bp_data import Prepared
@@ -127,24 +127,31 @@ class CudaRail:
         launch.release(ranks)
 
     def _train(self, spec: TrainSpec, emit: Emit, stop: Stop, group: ProcessGroup) -> TrainOutcome:
-        from bp_train_cuda import check, engine, evaluation
+        from bp_data.loop.plan_warnings import warn_about_plan
+        from bp_train_cuda import check, engine
         from bp_train_cuda.distributed import rules
 
         rules.require_supported(spec, group)
         if group.is_sharded:
             spec = replace(spec, training=rules.sharded_training(spec.training))
         prepared = self._prepare(spec, group)
-        trained, heldout = evaluation.hold_out(prepared.rows, spec.training)
-        emit(data_ready(spec, prepared, len(heldout)))  # refused where the run goes on and the data has changed
+        rows = PlannedRows.build(prepared, spec.training, spec.model.max_seq_length, group.count)
+        emit(data_ready(spec, prepared, len(rows.validation)))  # fails if a resumed run's data has changed
+        emit(plan := rows.to_event())
         if group.rank == 0:
             prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
         if prepared.ledger.dropped:
             message = f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}"
             emit(Notice(message=message, level="warning" if group.rank == 0 else "info"))
         check.require_rows_fit(spec, prepared)
+        if group.rank == 0:
+            for warning in warn_about_plan(spec, plan):
+                emit(warning)
         if group.count > 1:
             emit(rules.ranks_notice(spec, group.count))
-        return engine.train(spec, replace(prepared, rows=trained), heldout, emit, stop, kept=self._kept, team=group)
+        spec = replace(spec, training=rows.plan.apply_to(spec.training))
+        outcome = engine.train(spec, rows.train, rows.validation, emit, stop, kept=self._kept, team=group)
+        return replace(outcome, rows=rows.count_after(outcome.steps))
 
     @staticmethod
     def _prepare(spec: TrainSpec, group: ProcessGroup) -> AnyPrepared:
@@ -166,7 +173,8 @@ class CudaRail:
         """
         from bp_train_cuda import engine
 
-        return engine.evaluate(spec, self._pick(spec, part), adapter, emit, kept=self._kept)
+        rows = self._pick(spec, part)
+        return engine.evaluate(_without_steps(spec), rows, adapter, emit, kept=self._kept)
 
     def examine(
         self,
@@ -187,6 +195,7 @@ class CudaRail:
 
         spec = replace(spec, training=replace(spec.training, method="sft"))
         rows = cast("Prepared", self._pick(spec, part))
+        spec = _without_steps(spec)
         return engine.examine(spec, rows, adapter, emit, answers=answers, answer_tokens=answer_tokens, kept=self._kept)
 
     def replay_steps(self, spec: TrainSpec, record: RunRecord, steps: int) -> Replay:
@@ -206,11 +215,11 @@ class CudaRail:
         Raises:
             NothingHeldOutError: There are none.
         """
-        from bp_train_cuda import evaluation
-
         prepared = prepare_rows(spec)
         if part == "heldout":
-            _, heldout = evaluation.hold_out(prepared.rows, spec.training)
+            from bp_data.loop.plan import hold_out
+
+            _, heldout = hold_out(cast("Any", prepared.rows), spec.training)
             prepared = replace(prepared, rows=heldout)
         if not len(prepared.rows):
             raise NothingHeldOutError(f"of {prepared.ledger.read} rows in {spec.data.path} none is held out")
@@ -226,3 +235,8 @@ class CudaRail:
             yield
         finally:
             self._kept = before
+
+
+def _without_steps(spec: TrainSpec) -> TrainSpec:
+    """The spec for a measurement, which trains nothing and so has no length to plan."""
+    return replace(spec, training=replace(spec.training, steps=1, epochs=None, eval_steps=1))

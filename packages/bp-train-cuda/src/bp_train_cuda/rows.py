@@ -1,14 +1,74 @@
-"""The rows of a run, as its method wants them: whole, in pairs, or judged."""
+"""The rows of a run, as its method wants them: whole, in pairs, or judged; and what the run does with each."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Self, cast
 
-from bp_runs.events import DataReady
-from bp_runs.spec import TrainSpec
+from bp_runs.events import DataReady, RowCounts, RunPlanned
+from bp_runs.spec import TrainingSpec, TrainSpec
 
 if TYPE_CHECKING:
     from bp_data.asked import AnyPrepared
+    from bp_data.loop.plan import AnyRows, RunPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRows:
+    """A run's rows, split into those to train on and those to validate on, and how long it trains."""
+
+    train: AnyPrepared
+    """With the rows to train on alone."""
+    validation: AnyRows
+    plan: RunPlan
+    shuffle_seed: int | None
+    """None: the rows are visited as they lie."""
+    packs: Sequence[Sequence[int]] | None
+    """Places in the training rows of each pack; None: rows are not packed."""
+
+    @classmethod
+    def build(cls, prepared: AnyPrepared, training: TrainingSpec, max_seq_length: int, ranks: int) -> Self:
+        """Hold out validation rows, and plan the steps over the others.
+
+        Raises:
+            InvalidSettingError: As `bp_data.loop.plan.plan_run`.
+        """
+        from bp_data import plan_packs
+        from bp_data.loop.plan import hold_out, plan_run, require_length
+
+        require_length(training)
+        train, validation = hold_out(cast("Any", prepared.rows), training)
+        packs = plan_packs(train.lengths(), max_seq_length) if training.packing else None
+        units = len(train) if packs is None else len(packs)
+        plan = plan_run(training, len(train), units, ranks, validation_rows=len(validation))
+        seed = training.seed if training.curriculum == "none" else None
+        return cls(
+            train=replace(prepared, rows=train), validation=validation, plan=plan, shuffle_seed=seed, packs=packs
+        )
+
+    def count_after(self, steps: int) -> RowCounts:
+        """What has become of every row after ``steps`` steps."""
+        from bp_data.loop.plan import count_rows
+
+        visited, passes = self.visited_places(steps), self.plan.passes(steps)
+        return count_rows(self.train.ledger, self.train.rows, self.validation, visited, passes)
+
+    def to_event(self) -> RunPlanned:
+        """The plan, with what it makes of every row."""
+        return self.plan.to_event(self.count_after(self.plan.steps))
+
+    def visited_places(self, steps: int) -> Sequence[int]:
+        """Places in the training rows that the first ``steps`` steps get to, each once."""
+        units = self.plan.visited_units(steps)
+        if units == self.plan.units:
+            return range(len(self.train.rows))
+        from bp_train_cuda.order import RowOrder
+
+        order = RowOrder(self.plan.units, self.shuffle_seed or 0, shuffled=self.shuffle_seed is not None)
+        first = order.first(units)
+        return first if self.packs is None else list(chain.from_iterable(self.packs[pack] for pack in first))
 
 
 def prepare_rows(spec: TrainSpec) -> AnyPrepared:

@@ -19,11 +19,13 @@ from bp_runs.events import (
     Event,
     ModelLoaded,
     Notice,
+    RunPlanned,
     SampleAnswer,
     StepDone,
 )
 from bp_runs.paths import MODEL_NAME
 from bp_runs.redact import redact, redact_data
+from bp_runs.spec import short_name
 
 _PLAIN_LINES = 10
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -131,10 +133,9 @@ def _line(event: Event, since: float) -> str:
     match event:
         case DataReady():
             lost = f", {event.truncated} truncated, {event.dropped} dropped" if event.truncated or event.dropped else ""
-            held = f", {event.heldout} of them held out" if event.heldout else ""
             template = "the model's own" if event.template == "tokenizer" else event.template
             return (
-                f"  data      {event.read} rows read: {event.trained} trained{lost}{held}; "
+                f"  data      {event.read:,} rows read: {event.trained:,} whole{lost}; "
                 f"{event.trained_tokens:,} of {event.tokens:,} tokens carry loss; chat template: {template}"
             )
         case ModelLoaded():
@@ -142,6 +143,8 @@ def _line(event: Event, since: float) -> str:
                 f"  model     {event.name}: {event.parameters / 1e6:,.0f} M parameters, "
                 f"{event.trainable / 1e6:,.2f} M trained; {event.mode}, {event.dtype} on {event.device}"
             )
+        case RunPlanned():
+            return f"  plan      {event.describe()}"
         case StepDone():
             return f"  step      {event.step}/{event.steps}  {_facts(event)}  {time.monotonic() - since:,.0f} s"
         case EvalDone():
@@ -153,12 +156,18 @@ def _line(event: Event, since: float) -> str:
         case CheckpointSaved():
             return f"  saved     step {event.step}: {event.bytes / 2**20:,.1f} MiB in {event.seconds:.1f} s"
         case Notice():
-            return f"  {event.level:<9} {event.message}"
+            return f"  {event.level:<9} {event.message}{_remedy(event)}"
         case SampleAnswer():
             when = "before" if event.step == 0 else f"step {event.step}"
             return f"  {when:<9} {event.prompt}  →  {' '.join(event.answer.split())}"
         case _:
             return ""
+
+
+def _remedy(event: Notice) -> str:
+    """The flags that the notice recommends."""
+    flags = [f"--{short_name(key).replace('_', '-')} {value}" for key, value in event.details.get("try", {}).items()]
+    return f". Try: {' '.join(flags)}" if flags else ""
 
 
 def _facts(event: StepDone) -> str:

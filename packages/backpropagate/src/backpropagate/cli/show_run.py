@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -83,9 +84,9 @@ def _went(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
     lines = []
     data, result = record.data, record.result
     if data.get("path"):
-        counts = ("read", "trained", "truncated", "dropped")
-        told = "{} read = {} trained + {} truncated + {} dropped".format(*(data.get(name, "?") for name in counts))
-        lines.append(f"  data      {data['path']}: {told}" if "read" in data else f"  data      {data['path']}")
+        lines.append(f"  data      {data['path']}{_describe_data(data)}")
+    told = {"plan": record.describe_plan(), "rows": record.describe_rows()}
+    lines += [f"  {name:<9} {text}" for name, text in told.items() if text]
     if result:
         losses = f"{_number(result['first_loss'])} → {_number(result['final_loss'])}"
         lines.append(f"  result    {result['steps']} steps in {_number(result['seconds'], 0)} s, loss {losses}")
@@ -103,6 +104,14 @@ def _went(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
         lines.append(f"  error     [{record.error['code']}]: {record.error['message']}")
         lines.append(f"  do        {record.error['way_out']}")
     return lines + [f"  {artifact['kind']:<9} {artifact['path']}" for artifact in record.artifacts]
+
+
+def _describe_data(data: Mapping[str, Any]) -> str:
+    """What was read and can be trained on; empty for an imported record, which does not say."""
+    counts = ("read", "trained", "truncated", "dropped")
+    if "read" not in data:
+        return ""
+    return ": {} read = {} whole + {} truncated + {} dropped".format(*(data.get(name, "?") for name in counts))
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -44,8 +44,10 @@ def tell_end(result: TrainResult, output: Path) -> None:
         f"  next      backprop export {result.adapter} --format gguf --quantization q4_k_m",
         f"            backprop show-run {result.run_id}{where(output)}",
     ]
+    if outcome.rows is not None:
+        lines.insert(1, f"  rows      {outcome.rows.describe()}")
     if outcome.stopped:
-        lines.insert(2, f"  go on     {resume_line(result.run_id, output, result.record.hardware.get('ranks', 1))}")
+        lines.insert(-2, f"  go on     {resume_line(result.run_id, output, result.record.hardware.get('ranks', 1))}")
     print("\n".join(lines))  # noqa: T201
 
 

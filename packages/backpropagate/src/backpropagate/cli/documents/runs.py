@@ -57,6 +57,7 @@ class Record(TypedDict):
     base: dict[str, Any]
     model: dict[str, Any]
     data: dict[str, Any]
+    plan: dict[str, Any]
     versions: dict[str, str]
     hardware: dict[str, Any]
     result: dict[str, Any]

@@ -7,6 +7,18 @@ from typing import TypedDict
 from bp_runs.errors import RunStatus
 
 
+class RowCounts(TypedDict):
+    """What became of every row that was read: each is in one of the five counts after ``read``."""
+
+    read: int
+    visited: int
+    truncated: int
+    not_reached: int
+    held_out: int
+    dropped: int
+    passes: float
+
+
 class Outcome(TypedDict):
     """How a training ended; losses in nats, seconds of the loop alone."""
 
@@ -20,6 +32,7 @@ class Outcome(TypedDict):
     stopped: bool
     eval_loss: float | None
     best_step: int | None
+    rows: RowCounts | None
 
 
 class Train(TypedDict):

@@ -144,6 +144,8 @@ def _summary(request: Request, output: Output, record: RunRecord, events: list[d
         "output_name": output.name,
         "is_own": output.is_own,
         "run": RunRecord(**record.to_dict()),
+        "plan": record.describe_plan(),
+        "counted": record.describe_rows(),
         "step": steps[-1] if steps else None,
         "first_loss": steps[0].get("loss") if steps else None,
         "evals": [e for e in events if e.get("event") == EvalDone.kind],

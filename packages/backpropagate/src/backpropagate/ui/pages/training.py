@@ -33,6 +33,7 @@ FIRST = (
     "model.name",
     "data.path",
     "training.steps",
+    "training.epochs",
     "lora.preset",
     "training.mode",
     "training.method",
