@@ -126,7 +126,7 @@ def test_validate_reads_rows_as_the_method_does(place, capsys):
     text = capsys.readouterr().out
     assert "⟦good 0<|im_end|>⟧" in text
     assert "⟦bad<|im_end|>⟧" in text
-    assert "3 rows read = 3 trained" in text
+    assert "3 rows read = 3 whole" in text
     assert run(["validate", "p.jsonl", "--model", "./m"]) == 1
     assert "one for sft is wanted" in capsys.readouterr().err
     assert run(["validate", "p.jsonl", "--model", "./m", "--method", "dpo", "--min-tokens", "3"]) == 1

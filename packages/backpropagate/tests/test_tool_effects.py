@@ -356,6 +356,7 @@ EFFECTS = {
     "training.mode": lambda b: (b.train(mode="full", lr=1e-4).output / "model/config.json").is_file(),
     "training.engine": lambda b: b.train(engine="unsloth").error == "DEP_UNSLOTH_UNUSABLE",
     "training.steps": lambda b: len(b.course().steps()) == 7,
+    "training.epochs": lambda b: len(b.train(steps=None, epochs=0.5).steps()) < len(b.train(steps=None, epochs=1.5).steps()),
     "training.learning_rate": lambda b: max(b.rates().steps("learning_rate")) == 0.5,
     "training.batch_size": lambda b: b.train(batch_size=6).steps("tokens")[0] > b.train().steps("tokens")[0],
     "training.gradient_accumulation": lambda b: b.train(gradient_accumulation=3).steps("tokens")[0] > b.train().steps("tokens")[0],

@@ -4,7 +4,7 @@ import pytest
 
 from backpropagate.cli.app import run
 from backpropagate.errors import SettingsFileError, UnknownSettingError
-from backpropagate.settings import all_settings, resolve, ui_settings
+from backpropagate.settings import all_settings, overlay, resolve, ui_settings
 from bp_runs import Settings
 from bp_runs.errors import InvalidSettingError
 
@@ -39,6 +39,7 @@ OTHERS = {
     "training.mode": "qlora",
     "training.engine": "unsloth",
     "training.steps": 3,
+    "training.epochs": 1.5,
     "training.optim": "adamw_8bit",
     "training.deterministic": True,
     "training.report_to": "tensorboard",
@@ -126,6 +127,21 @@ def test_each_source_reaches_each_setting_and_the_nearer_wins(key, tmp_path):
         assert found.sources[key] == source
         assert [k for k, s in found.sources.items() if s != "default"] == [key]
     assert resolve({}, {setting.env: as_text(value)}, toml).sources[key] == "env"
+
+
+def test_the_nearest_source_that_says_how_long_to_train_decides(tmp_path):
+    toml = tmp_path / "backpropagate.toml"
+    toml.write_text("[training]\nsteps = 100\n")
+    found = resolve({"epochs": 2.0}, {}, toml)
+    assert (found.settings.training.steps, found.settings.training.epochs) == (None, 2.0)
+    assert (found.sources["training.steps"], found.sources["training.epochs"]) == ("default", "flag")
+    found = resolve({"steps": 5}, {"BACKPROPAGATE_TRAINING__EPOCHS": "3"}, toml)
+    assert (found.settings.training.steps, found.settings.training.epochs) == (5, None)
+    assert overlay({"steps": 7, "lr": 1e-4}, {"epochs": 2}) == {"lr": 1e-4, "epochs": 2}
+    assert overlay({"steps": 7}, {"epochs": None}) == {"steps": 7, "epochs": None}
+    for together in ({"steps": 3, "epochs": 2.0}, {"epochs": 0.0}):
+        with pytest.raises(InvalidSettingError):
+            resolve(together, {}, None)
 
 
 def test_defaults_are_bp_runs_own():
