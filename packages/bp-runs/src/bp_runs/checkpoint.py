@@ -349,7 +349,7 @@ class SaveSchedule:
         if is_due(self._spec, step):
             return True
         waited = self._clock() - self._saved_at
-        return 0 < self._seconds <= waited and step < self._spec.training.steps
+        return 0 < self._seconds <= waited and step < self._spec.training.planned_steps
 
     def saved(self) -> None:
         """Count the minutes from now."""

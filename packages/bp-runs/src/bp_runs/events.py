@@ -150,12 +150,6 @@ class RunPlanned(Event):
         """As `Event.to_dict`."""
         return {**Event.to_dict(self), "rows": self.rows.to_dict()}
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The event of a record; names that this version does not know are left out."""
-        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
-        return cls(**{**known, "rows": RowCounts(**data["rows"])})
-
     def describe(self) -> str:
         """In words: ``60 rows: 3 epochs = 21 steps of 8, validated on 6``."""
         rows = self.rows.read - self.rows.dropped

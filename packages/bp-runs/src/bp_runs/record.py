@@ -19,6 +19,7 @@ from bp_runs.migrations import LATEST, RECORD_SCHEMA, migrate, schema_number
 from bp_runs.paths import RECORD_FILE
 from bp_runs.process import process_birth
 from bp_runs.redact import redact_data
+from bp_runs.serialize import from_json
 
 Relation = Literal["replay", "member"]
 """To its parent: done again with its settings; one run of a multi-run."""
@@ -101,15 +102,15 @@ class RunRecord:
 
     def describe_plan(self) -> str:
         """How long the run trains, in words; empty where that is not recorded."""
-        with contextlib.suppress(KeyError, TypeError, ValueError, ContractError):  # a record that was edited
+        with contextlib.suppress(ContractError):  # the record has none, or it was edited
             return RunPlanned.from_dict(self.plan).describe()
         return ""
 
     def describe_rows(self) -> str:
         """What became of every row that was read, or what is planned for it; empty where neither is recorded."""
         planned = "" if self.result.get("rows") else "planned: "
-        with contextlib.suppress(KeyError, TypeError, ValueError, ContractError):
-            return planned + RowCounts(**(self.result.get("rows") or self.plan["rows"])).describe()
+        with contextlib.suppress(ContractError):  # as above
+            return planned + from_json(RowCounts, self.result.get("rows") or self.plan.get("rows")).describe()
         return ""
 
     def to_dict(self) -> dict[str, Any]:

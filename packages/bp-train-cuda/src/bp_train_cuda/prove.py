@@ -11,18 +11,18 @@ from typing import Any
 import orjson
 import torch
 
-from bp_data import TokenRow, plan_packs
+from bp_data import TokenRow
 from bp_data.answers import JudgedRow, PairRow
 from bp_data.asked import AnyPrepared
 from bp_runs.errors import ProofUnsupportedError
 from bp_runs.rail import Replay
 from bp_runs.record import RunRecord
 from bp_runs.spec import LoraSpec, TrainingSpec, TrainSpec
-from bp_train_cuda import evaluation, probe, prove_loop
+from bp_train_cuda import probe, prove_loop
 from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
 from bp_train_cuda.load import read_config
 from bp_train_cuda.optimizer import choose_optimizer
-from bp_train_cuda.rows import prepare_rows
+from bp_train_cuda.rows import PlannedRows, prepare_rows
 
 
 def replay_steps(spec: TrainSpec, record: RunRecord, steps: int) -> Replay:
@@ -85,12 +85,12 @@ def build_job(spec: TrainSpec, record: RunRecord, steps: int, *, mode: str, devi
         CodedError: As `bp_train_cuda.rows.prepare_rows`.
     """
     prepared = prepare_rows(spec)
-    rows, heldout = evaluation.hold_out(prepared.rows, spec.training)
-    _require_same_rows(record, prepared, len(heldout))
-    packs = plan_packs(rows.lengths(), prepared.max_seq_length) if spec.training.packing else None
-    training = spec.training
+    ranks = int(record.hardware.get("ranks", 1))
+    planned = PlannedRows.build(prepared, spec.training, prepared.max_seq_length, ranks)
+    _require_same_rows(record, prepared, len(planned.validation))
+    rows, packs, training = planned.train.rows, planned.packs, planned.plan.apply_to(spec.training)
     job: dict[str, Any] = {
-        "replay": min(steps, training.steps),
+        "replay": min(steps, planned.plan.steps),
         "base": str(spec.base.resolve()),
         "trust_remote_code": spec.model.trust_remote_code,
         "mode": mode,
@@ -100,7 +100,7 @@ def build_job(spec: TrainSpec, record: RunRecord, steps: int, *, mode: str, devi
         "seed": training.seed,
         "shuffled": training.curriculum == "none",
         "examples": len(packs if packs is not None else rows),
-        "batch_size": training.batch_size * int(record.hardware.get("ranks", 1)),
+        "batch_size": training.batch_size * ranks,
         "gradient_accumulation": training.gradient_accumulation,
         "max_length": prepared.max_seq_length,
         "optimizer": _optimizer(training, mode, device),
@@ -109,7 +109,7 @@ def build_job(spec: TrainSpec, record: RunRecord, steps: int, *, mode: str, devi
         "max_grad_norm": training.max_grad_norm,
         "scheduler": training.scheduler,
         "warmup_steps": training.warmup_steps,
-        "steps": training.steps,
+        "steps": planned.plan.steps,
         **_method_numbers(training),
     }
     wanted = needed_rows(job, packs)

@@ -14,7 +14,7 @@ class Drop(TypedDict):
 
 
 class Validate(TypedDict):
-    """`backprop validate`: read = trained + truncated + dropped."""
+    """`backprop validate`: read = trained (whole) + truncated + dropped."""
 
     data: str
     sha256: str
