@@ -11,7 +11,7 @@ def test_the_rail_tries_what_it_needs():
     rail = CudaRail()
     assert isinstance(rail, ChecksMachine)
     found = {check.name: check.run() for check in rail.checks()}
-    assert list(found) == ["torch", "cuda product", "lora step", "bitsandbytes", "kernels"]
+    assert list(found) == ["torch", "versions", "cuda product", "lora step", "bitsandbytes", "kernels"]
     assert found["lora step"].state == "ok"
     assert "falls" in found["lora step"].message
     if not torch.cuda.is_available():

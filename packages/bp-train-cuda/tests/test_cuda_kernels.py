@@ -19,11 +19,18 @@ def model(kind):
 
 @pytest.fixture
 def liger(monkeypatch):
-    """A liger-kernel that knows Llama and notes what it is asked to do."""
+    """A liger-kernel that knows Llama and Pixtral, with their real signatures' names, and notes what it is asked to do."""
     calls = []
     patch = types.ModuleType("liger_kernel.transformers.monkey_patch")
-    patch.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
-    patch._apply_liger_kernel_to_instance = lambda **kwargs: calls.append(kwargs)
+
+    def apply_to_llama(rope=True, cross_entropy=False, fused_linear_cross_entropy=True, model=None):
+        losses = {"cross_entropy": cross_entropy, "fused_linear_cross_entropy": fused_linear_cross_entropy}
+        calls.append({"model": model, "rope": rope, **losses})
+
+    def apply_to_pixtral(rms_norm=True, model=None):
+        calls.append({"model": model, "rms_norm": rms_norm})
+
+    patch.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply_to_llama, "pixtral": apply_to_pixtral}
     top, transformers = types.ModuleType("liger_kernel"), types.ModuleType("liger_kernel.transformers")
     transformers.monkey_patch = patch
     for module in (top, transformers, patch):
@@ -36,7 +43,13 @@ def liger(monkeypatch):
 def test_they_are_put_into_a_model_that_liger_knows(liger):
     found = model("llama")
     assert apply_kernels(found, "auto", GPU).startswith("Liger's kernels")
-    assert liger == [{"model": found, "fused_linear_cross_entropy": False, "cross_entropy": False}]
+    assert liger == [{"model": found, "rope": True, "cross_entropy": False, "fused_linear_cross_entropy": False}]
+
+
+def test_a_model_without_a_loss_of_its_own_gets_them_too(liger):
+    found = model("pixtral")
+    apply_kernels(found, "auto", GPU)
+    assert liger == [{"model": found, "rms_norm": True}]
 
 
 @pytest.mark.parametrize(

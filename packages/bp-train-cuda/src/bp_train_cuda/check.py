@@ -26,6 +26,7 @@ from bp_train_cuda.errors import (
 )
 from bp_train_cuda.kernels import require_kernels
 from bp_train_cuda.model.packing import check_packing
+from bp_train_cuda.third_party import require_names
 
 ALL_LINEAR = "all-linear"
 
@@ -47,6 +48,7 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
 
     Raises:
         InvalidSettingError: A number that trains nothing.
+        VersionUntestedError: As `third_party.require_names`.
         AdapterInvalidError: As `require_adapter`.
         RemoteCodeError, ModelLoadError, GpuNotAvailableError: As `load.read_config`, `sketch_model`, `require_capable`.
         ModeError, BitsandbytesError, FullModelTooLargeError, Bf16Error: As `probe.choose_mode` and `choose_dtype`.
@@ -57,6 +59,7 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         TargetModulesError, InvalidSettingError: The adapter cannot be made on this model.
     """
     require_numbers(settings)
+    require_names()
     device, trust = probe.choose_device(), settings.model.trust_remote_code
     config = load.read_config(base, trust_remote_code=trust)
     sketch = load.sketch_model(config, trust_remote_code=trust)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from shutil import which
 from typing import Any
 
 from bp_runs.rail import Check, Finding
+from bp_train_cuda.third_party import TESTED, Tested, install_command, installed, require_names
 
 _CUDA_TORCH = "Install a torch with CUDA: pytorch.org/get-started names the line for your system and driver."
 _DRIVER = "Update NVIDIA's driver; `nvidia-smi` shows its version and the newest CUDA that it can run."
@@ -20,9 +22,10 @@ _STEPS = 3
 
 
 def checks() -> Sequence[Check]:
-    """Torch's build, a product on the GPU, a LoRA step, 4-bit weights, fast kernels."""
+    """Torch's build, tested versions, a product on the GPU, a LoRA step, 4-bit weights, fast kernels."""
     return (
         Check("torch", check_build, _REINSTALL),
+        Check("versions", check_versions, _REINSTALL),
         Check("cuda product", check_product, _DRIVER),
         Check("lora step", check_lora_step, _REINSTALL),
         Check("bitsandbytes", check_4bit, _BITSANDBYTES),
@@ -73,6 +76,35 @@ def _runs_on(capability: str, known: Sequence[str]) -> bool:
 
 def _number(capability: str) -> int:
     return int("".join(letter for letter in capability.partition("_")[2] if letter.isdigit()))
+
+
+def check_versions() -> Finding:
+    """Whether installed versions lie between the oldest and the newest that were tested, and have what we use."""
+    require_names()
+    outside = [
+        f"{package} {found}"
+        for package, tested in TESTED.items()
+        if (found := installed(package)) is not None and not _is_tested(found, tested)
+    ]
+    if not outside:
+        return Finding(state="ok", message="transformers, TRL, PEFT, torch and the others are of tested versions")
+    names = [entry.split()[0] for entry in outside]
+    return Finding(
+        state="warning",
+        message=f"never tested: {', '.join(outside)}",
+        fix="; ".join(install_command(name) for name in names),
+    )
+
+
+def _is_tested(found: str, tested: Tested) -> bool:
+    number = _release(found)
+    return _release(tested.oldest) <= number <= _release(tested.newest)
+
+
+def _release(text: str) -> list[int]:
+    """The first three numbers of a version: 2.15.0+cu130 is [2, 15, 0], 5.5 is [5, 5, 0]."""
+    numbers = [int(number) for number in re.findall(r"\d+", text.partition("+")[0])]
+    return [*numbers, 0, 0][:3]
 
 
 def check_product() -> Finding:

@@ -37,16 +37,15 @@ class KeptBase:
 def take_off_adapter(model: Any) -> None:
     """Give a PEFT model's base its own layers back, in place."""
     base = model.unload()
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        if name in vars(base):
-            delattr(base, name)
+    if "peft_config" in vars(base):  # PEFT removes it itself since 0.20
+        del base.peft_config
 
 
 def _undo_training(base: Any, *, use_cache: bool | None) -> None:
     """What TRL sets on a base for training: recomputed activations, and no cache for generation."""
     if getattr(base, "is_gradient_checkpointing", False):
         base.gradient_checkpointing_disable()
-    if getattr(base, "_require_grads_hook", None) is not None:
+    with contextlib.suppress(AttributeError):  # older transformers raise where nothing was enabled
         base.disable_input_require_grads()
     vars(base).pop("forward", None)  # TRL's, with its own head
     if use_cache is not None:

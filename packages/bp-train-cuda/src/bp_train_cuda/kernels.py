@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any, Literal
 
 from bp_train_cuda.errors import KernelsError
@@ -23,9 +24,9 @@ def apply_kernels(model: Any, wanted: Kernels, device: Device) -> str:
         return f"no fused kernels: {why_not}"
     from liger_kernel.transformers import monkey_patch
 
-    monkey_patch._apply_liger_kernel_to_instance(  # noqa: SLF001  # what transformers calls too
-        model=model, fused_linear_cross_entropy=False, cross_entropy=False
-    )
+    apply = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type]
+    known = signature(apply).parameters  # some models have only one of the two, or none
+    apply(model=model, **{name: False for name in ("fused_linear_cross_entropy", "cross_entropy") if name in known})
     return "Liger's kernels for norms, positions and feed-forward"
 
 
