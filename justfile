@@ -24,6 +24,10 @@ test:
 slow:
     uv run pytest -m slow -n 0
 
+# Each promise broken once, in a copy: its named test must fail; `just mutants mask` for some. About ten minutes.
+mutants *words:
+    uv run python tests/mutants/run_mutants.py {{words}}
+
 # Every decoder class of transformers, built small: output heads and packing proved.
 models:
     uv run pytest -m "slow or not slow" -n 0 packages/bp-train-cuda/tests/test_cuda_model_head.py packages/bp-train-cuda/tests/test_cuda_model_packing.py
