@@ -85,6 +85,55 @@ def test_a_run_that_was_cut_off_goes_on(place, capsys, how):
     assert len(STORE.list_runs()) == 1
 
 
+def test_a_run_whose_length_the_data_decides_is_recorded_and_goes_on_to_its_planned_end(place, capsys):
+    (place / "d.jsonl").write_text('{"text": "a"}\n' * 80)
+    run_id = cut_at(9, steps=None)
+    record = STORE.load(run_id)
+    assert record.settings["training.steps"] == {"value": None, "source": "default"}
+    assert (record.plan["steps"], record.plan["origin"], record.plan["rows"]["read"]) == (30, "default", 80)
+    assert STORE.list_runs()[0]["steps_asked"] == 30
+    assert run(["list-runs"]) == 0
+    assert " 9/30 " in capsys.readouterr().out
+    assert run(["show-run", run_id]) == 0
+    shown = capsys.readouterr().out
+    assert "  plan      80 rows: 3 epochs = 30 steps of 8, not validated\n" in shown
+    assert "  rows      planned: 80 read = 80 trained on; each training example seen 3.0 times\n" in shown
+    done = out(capsys, ["resume"])
+    assert (done["run_id"], done["result"]["steps"], done["result"]["rows"]["passes"]) == (run_id, 30, 3.0)
+    assert run(["show-run", run_id]) == 0
+    assert "  rows      80 read = 80 trained on; each" in capsys.readouterr().out
+
+
+def test_a_screen_shows_the_plan_and_at_the_end_what_became_of_every_row(place, capsys):
+    (place / "d.jsonl").write_text('{"text": "a"}\n' * 80)
+    assert run(["train", "--data", "d.jsonl", "--model", "./m", "--epochs", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "  plan      80 rows: 0.5 epochs = 5 steps of 8, not validated; 40 rows not reached\n" in shown
+    assert "  rows      80 read = 40 trained on + 40 not reached; 50% of an epoch\n" in shown
+    told = refused(capsys, ["train", "--data", "d.jsonl", "--model", "./m", "--epochs", "2", "--steps", "9"])
+    assert (told["code"], "--epochs 3" in told["way_out"]) == ("CONFIG_INVALID_SETTING", True)
+
+
+def test_epochs_and_steps_replace_each_other_in_a_replay_and_over_the_trainers_own(place, capsys):
+    (place / "d.jsonl").write_text('{"text": "a"}\n' * 80)
+    trainer = Trainer(model="./m", steps=4)
+    assert trainer.train("d.jsonl", epochs=0.2).outcome.steps == 2
+    assert trainer.train("d.jsonl").outcome.steps == 4
+    run_id = trainer.last.run_id
+    assert out(capsys, ["replay", run_id, "--override", "epochs=1"])["result"]["steps"] == 10
+    assert out(capsys, ["replay", "--override", "steps=3", STORE.list_runs()[0]["run_id"]])["result"]["steps"] == 3
+
+
+def test_a_record_whose_plan_was_edited_is_shown_without_it(place, capsys):
+    run_id = out(capsys, TRAIN)["run_id"]
+    STORE.update(run_id, lambda record: record.plan.pop("rows"))
+    STORE.update(run_id, lambda record: record.result["rows"].update(visited="many"))
+    assert run(["show-run", run_id]) == 0
+    shown = capsys.readouterr().out
+    assert "  plan " not in shown
+    assert "  rows " not in shown
+
+
 @pytest.mark.parametrize("change", [["--no-resume"], ["--lr", "1e-5"], ["--lora-r", "3"]])
 def test_another_command_begins_a_new_run(place, capsys, change):
     run_id = cut_at(9)

@@ -103,6 +103,16 @@ def test_files_and_pipes_get_about_ten_plain_lines(capsys):
     assert "60 °C" in text
 
 
+def test_a_warning_about_the_plan_ends_with_the_flag_that_helps(capsys):
+    with PlainScreen() as screen:
+        screen.show(Notice(message="rank 64 is high", level="warning", details={"try": {"lora.r": 16}}))
+        screen.show(Notice(message="one example", level="warning", details={"try": {"training.learning_rate": 2e-4}}))
+    assert capsys.readouterr().out.splitlines() == [
+        "  warning   rank 64 is high. Try: --lora-r 16",
+        "  warning   one example. Try: --lr 0.0002",
+    ]
+
+
 def test_loss_plots():
     assert loss_plot([1.0]) == spark([]) == ""
     lines = loss_plot([4.0, 2.0, 1.0], height=4, evals=[(1, 3.0), (2, 1.5), (3, 1.6)]).splitlines()

@@ -11,7 +11,7 @@ from fake_runs import fake_run
 
 from bp_runs import migrations, paths
 from bp_runs.errors import DiskFullError, InterruptedRunError, RecordNewerError, ResumeChangedError, RunActiveError
-from bp_runs.events import DataReady, ModelLoaded, Notice, SampleAnswer, StepDone
+from bp_runs.events import DataReady, ModelLoaded, Notice, RowCounts, RunPlanned, SampleAnswer, StepDone
 from bp_runs.process import process_birth
 from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord, read_record, write_record
@@ -52,6 +52,37 @@ def interrupted(store):
             run.emit(step(number, loss=10.0 + number))
         raise InterruptedRunError("cut off")
     return run.run_id
+
+
+def planned(steps):
+    rows = RowCounts(read=1, visited=1, truncated=0, not_reached=0, held_out=0, dropped=0, passes=float(steps))
+    return RunPlanned(
+        steps=steps, epochs=float(steps), steps_per_epoch=1, examples_per_step=8, eval_steps=1, origin="default", rows=rows
+    )  # fmt: skip
+
+
+def test_another_plan_leaves_the_run_as_it_stood(tmp_path):
+    store = RunStore(tmp_path)
+    with pytest.raises(InterruptedRunError), store.start(settings={}, rail="fake") as run:
+        run.emit(DATA)
+        run.emit(planned(9))
+        raise InterruptedRunError("cut off")
+    before = store.load(run.run_id)
+    assert before.plan == planned(9).to_dict()
+    assert (before.steps_planned, before.to_summary()["steps_asked"]) == (9, 9)
+    with (
+        pytest.raises(ResumeChangedError, match="plan changed") as caught,
+        store.reopen(run.run_id, from_step=0, checkpoint=None) as again,
+    ):
+        again.emit(DATA)
+        again.emit(planned(12))
+    assert caught.value.details == {"steps": {"before": 9, "now": 12}}
+    assert store.load(run.run_id).to_dict() == before.to_dict()
+    with store.reopen(run.run_id, from_step=0, checkpoint=None) as again:
+        for event in (DATA, planned(9), MODEL):
+            again.emit(event)
+        again.finish(replace(OUTCOME, adapter=tmp_path, rows=planned(9).rows))
+    assert store.load(run.run_id).result["rows"] == planned(9).rows.to_dict()
 
 
 def test_a_run_that_goes_on_keeps_its_id_and_its_curve(tmp_path):
