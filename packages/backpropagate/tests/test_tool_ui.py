@@ -412,6 +412,8 @@ def test_a_run_is_shown_in_full(place):
     text = open_page().get(f"/runs/{key_of()}/{done.run_id}").text
     for told in ("who are you?", "after step 4", "agree at 97 %", "nothing said", "0.001", "training.learning_rate"):
         assert told in text
+    assert "Plan: 40 rows: 0.8 epochs = 4 steps of 8, not validated; 8 rows not reached" in text
+    assert "Rows: 40 read = 32 trained on + 8 not reached; 80% of an epoch" in text
     assert re.search(r"<dt>loss</dt><dd><span data-live=\"loss\">0.800</span> <small>from 2.000", text)
     cells = re.findall(r"<td><code>([\w.]+)</code></td><td>([^<]*)</td><td class=\"muted\">(\w+)</td>", text)
     shown = {key: (value, source) for key, value, source in cells}

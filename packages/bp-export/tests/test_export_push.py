@@ -28,7 +28,7 @@ from bp_export.errors import (
 from bp_export.origin import find_origin, write_train_command
 from bp_merge import write_tensors
 from bp_runs.adapter import changed_files, read_adapter_folder, read_manifest, write_manifest
-from bp_runs.events import DataReady, ModelLoaded, StepDone
+from bp_runs.events import DataReady, ModelLoaded, RowCounts, StepDone
 from bp_runs.rail import TrainOutcome
 from bp_runs.spec import Settings
 from bp_runs.store import RunStore
@@ -102,8 +102,9 @@ def trained(tmp_path):
             )
         lora = write_lora(writer.folders.adapter, base)
         write_manifest(lora, run_id=writer.run_id, base=str(base))
+        rows = RowCounts(read=9, visited=5, truncated=0, not_reached=1, held_out=2, dropped=1, passes=5 / 6)
         outcome = TrainOutcome(
-            adapter=lora, steps=8, first_loss=4.0, final_loss=0.5, tokens=900, seconds=1.0, peak_memory=1
+            adapter=lora, steps=8, first_loss=4.0, final_loss=0.5, tokens=900, seconds=1.0, peak_memory=1, rows=rows
         )
         writer.finish(outcome)
     store = RunStore(output)
@@ -146,7 +147,7 @@ def test_an_adapter_goes_there_whole_with_card_and_picture(hub, trained):
     assert card.startswith('---\nlicense: "apache-2.0"\nlibrary_name: "peft"\n')
     for word in (
         "`" + "d" * 64 + "`",
-        "9 read, 8 trained, 0 truncated, 1 dropped",
+        "| rows | 9 read = 5 trained on + 1 not reached + 2 held out + 1 dropped; 83% of an epoch |",
         "| `lora.r` | `8` |",
         "loss.png",
         trained["run_id"],
@@ -159,6 +160,13 @@ def test_an_adapter_goes_there_whole_with_card_and_picture(hub, trained):
     )
     assert "/private/" not in card
     assert str(trained["base"].parent) not in card
+
+
+def test_a_run_recorded_before_rows_were_counted_says_what_was_ready(hub, trained):
+    store = RunStore(trained["adapter"].parent)
+    store.update(trained["run_id"], lambda record: record.result.pop("rows"))
+    card = prepare_push(trained["adapter"], "me/pico").card
+    assert "| rows | 9 read, 8 whole, 0 truncated, 1 dropped, 0 held out |" in card
 
 
 def test_what_comes_from_the_hub_is_named_with_its_commit(trained):
