@@ -157,7 +157,7 @@ def _order_visits(spec: TrainSpec, rows: int) -> list[int]:
     """Rows in the order of all the run's micro-batches, epoch after epoch without a gap."""
     training = spec.training
     order = RowOrder(rows, training.seed, shuffled=training.curriculum == "none")
-    wanted = training.steps * training.batch_size * training.gradient_accumulation
+    wanted = training.planned_steps * training.batch_size * training.gradient_accumulation
     visits: list[int] = []
     for epoch in range(math.ceil(wanted / rows)):
         order.set_epoch(epoch)
@@ -170,7 +170,7 @@ def _step_tokens(spec: TrainSpec, rows: Sequence[Any], visits: Sequence[int]) ->
     size = spec.training.batch_size * spec.training.gradient_accumulation
     lengths = {place: token_count(rows[place]) for place in set(visits)}
     found = {0: 0}
-    for step in range(1, spec.training.steps + 1):
+    for step in range(1, spec.training.planned_steps + 1):
         found[step] = found[step - 1] + sum(lengths[place] for place in visits[(step - 1) * size : step * size])
     return found
 
@@ -212,7 +212,7 @@ def _arguments(spec: TrainSpec, loaded: Loaded, model: Any, scratch: Path) -> di
     training, on_gpu = spec.training, loaded.device.kind == "cuda"
     return {
         "output_dir": str(scratch),
-        "max_steps": training.steps,
+        "max_steps": training.planned_steps,
         "per_device_train_batch_size": training.batch_size,
         "per_device_eval_batch_size": training.batch_size,
         "gradient_accumulation_steps": training.gradient_accumulation,

@@ -90,8 +90,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Say whether to evaluate, to save and to stop after this step."""
-        step, is_last = state.global_step, state.global_step >= self._spec.training.steps
-        control.should_evaluate = self.eval_tokens > 0 and (is_last or step % self._spec.training.eval_steps == 0)
+        step, training = state.global_step, self._spec.training
+        is_last = step >= training.planned_steps
+        control.should_evaluate = self.eval_tokens > 0 and (is_last or step % training.planned_eval_steps == 0)
         control.should_save = self._schedule.is_due(step)
         self._reason = "schedule"
         if not is_last and self._stop():
@@ -110,7 +111,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         self._emit(
             StepDone(
                 step=step,
-                steps=self._spec.training.steps,
+                steps=self._spec.training.planned_steps,
                 loss=loss,
                 learning_rate=float(logs["learning_rate"]),
                 grad_norm=None if norm is None else float(norm),
@@ -125,7 +126,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         if not math.isfinite(loss):
             raise TrainingDivergedError(f"the loss is {loss} at step {step}")
         self.losses.add(loss)
-        if step < self._spec.training.steps and not self.stopped:
+        if step < self._spec.training.planned_steps and not self.stopped:
             self._end_step(control, speed)
 
     def _end_step(self, control: TrainerControl, speed: float) -> None:
@@ -155,7 +156,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         self.evaluated, self.eval_loss = step, loss
         found = _read_metrics(metrics, "eval_")
         self._emit(EvalDone(step=step, loss=loss, tokens=self.eval_tokens, best=is_best, metrics=found))
-        if step >= training.steps or self.stopped:
+        if step >= training.planned_steps or self.stopped:
             return
         if training.early_stop and self._since_best >= training.early_stop:
             control.should_training_stop = True
