@@ -65,6 +65,7 @@ def build_settings() -> str:
         "LOG_FORMAT": "console (default) or json.",
         "LOG_FILE": "Log to this file as well, as JSON lines.",
         "DEBUG": "1: show the traceback of a bug at once.",
+        "RANKS_TOKEN": "The secret that signs what several processes tell each other; default: rank 0 makes one.",
     }
     lines.append("\n## The program's own variables\n")
     lines += [f"- `BACKPROPAGATE_{name}`: {text}" for name, text in program.items()]

@@ -213,7 +213,7 @@ def test_a_broken_settings_file_is_named(tmp_path):
 
 
 def test_the_programs_own_variables_are_no_settings():
-    names = ("HOME", "LOG_LEVEL", "LOG_FORMAT", "OFFLINE", "DEBUG")
+    names = ("HOME", "LOG_LEVEL", "LOG_FORMAT", "OFFLINE", "DEBUG", "RANKS_TOKEN")
     assert resolve({}, {f"BACKPROPAGATE_{n}": "1" for n in names}).settings == Settings()
 
 

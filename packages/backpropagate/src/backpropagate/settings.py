@@ -27,7 +27,7 @@ Source = Literal["flag", "env", "toml", "preset", "default", "record", "override
 """record and override: of a run that goes on or is done again, and what was changed of it."""
 
 # Environment names of the program itself, which are no settings of a run.
-PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "LOG_FILE", "OFFLINE", "DEBUG"})
+PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "LOG_FILE", "OFFLINE", "DEBUG", "RANKS_TOKEN"})
 
 _PATHS = ("model.name", "data.path")
 _TRACE_SEQ_LENGTH = 8192  # tokens; reasoning is long
