@@ -139,3 +139,20 @@ def test_the_page_on_export_names_flags_and_codes_that_exist(capsys):
         for flag in [word for word in words if word.startswith("--")]:
             assert flag in known, (name, flag)
     assert set(re.findall(r"`((?:INPUT|DEP|PARTIAL)_[A-Z_]+)`", text)) <= set(load_codes())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_warned"), [("Qwen3MoeForCausalLM", True), ("LlamaForCausalLM", False), (None, False)]
+)
+def test_training_warns_of_a_model_that_cannot_become_gguf(tmp_path, caplog, architecture, is_warned):
+    from backpropagate import Trainer
+    from bp_runs.testing import FakeRail
+
+    base, rows = tmp_path / "base", tmp_path / "rows.jsonl"
+    base.mkdir()
+    rows.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    (base / "config.json").write_text(json.dumps({"architectures": [architecture]} if architecture else {}))
+    (base / "model.safetensors").write_bytes(b"")
+    with caplog.at_level("WARNING", logger="backpropagate"):
+        Trainer(str(base), output=str(tmp_path / "o"), rail=FakeRail()).train(str(rows), steps=1)
+    assert ("--format gguf will not work" in caplog.text) == is_warned

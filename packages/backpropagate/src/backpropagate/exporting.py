@@ -10,9 +10,11 @@ from pathlib import Path, PurePath
 from typing import Any
 from urllib.parse import urlsplit
 
+import orjson
+
 import bp_export
 from backpropagate import catalogue, system
-from bp_export.errors import ParityFailedError, PushNetworkError
+from bp_export.errors import ArchitectureUnsupportedError, ParityFailedError, PushNetworkError
 from bp_runs.adapter import CONFIG_FILE, read_adapter_folder, read_manifest
 from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError
 from bp_runs.store import RunStore
@@ -147,6 +149,25 @@ def plan_export(
         importance=importance,
         dequantize=dequantize,
     )
+
+
+def warn_unexportable(base: Path) -> None:
+    """Log a warning before training if a base model can't be exported to GGUF, so that it isn't found out hours later.
+
+    Args:
+        base: The model's folder; its config.json is enough.
+    """
+    from bp_export.architectures import find_architecture
+
+    try:
+        config = orjson.loads((base / "config.json").read_bytes())
+        if config.get("architectures"):
+            find_architecture(config)
+    except ArchitectureUnsupportedError as error:
+        formats = "The adapter, its merged model (--format merged) and training itself work."
+        _log.warning("After training, --format gguf will not work: %s. %s", error.message, formats)
+    except (OSError, ValueError, CodedError):
+        return  # whoever loads the model says what is wrong with its config
 
 
 def find_base_folder(source: Path, base: str | None) -> Path | None:

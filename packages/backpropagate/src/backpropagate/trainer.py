@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backpropagate import catalogue, launching, offline, presets, rails, resuming, settings, stopping, system, trackers
-from backpropagate.exporting import ExportResult, export_adapter, push_model
+from backpropagate.exporting import ExportResult, export_adapter, push_model, warn_unexportable
 from backpropagate.logs import follow_run
 from backpropagate.watching import Watcher
 from bp_runs.checkpoint import CheckpointFolder
@@ -545,5 +545,7 @@ def _find_base(rail: Rail, wanted: Settings) -> catalogue.BaseModel:
         offline=system.is_offline(os.environ),
         with_code=wanted.model.trust_remote_code,
     )
-    rail.check(wanted, find(need=catalogue.TOKENIZER).folder)
+    folder = find(need=catalogue.TOKENIZER).folder
+    rail.check(wanted, folder)
+    warn_unexportable(folder)
     return find()

@@ -25,10 +25,9 @@ from bp_train_cuda.errors import (
     VocabularyError,
 )
 from bp_train_cuda.kernels import require_kernels
+from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets
 from bp_train_cuda.model.packing import check_packing
 from bp_train_cuda.third_party import require_names
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,8 @@ class Checked:
     device: probe.Device
     mode: probe.Mode
     parameters: int
+    warnings: tuple[str, ...] = ()
+    """What the user should know before the weights are fetched."""
 
 
 def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> Checked:
@@ -77,12 +78,14 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         require_trl(settings)
     if settings.training.packing:
         check_packing(config, device.kind)
+    warnings: tuple[str, ...] = ()
     if mode.name != "full":
         require_targets(sketch, settings.lora)
+        warnings = choose_targets(sketch, settings.lora.target_modules).warnings
         require_start(settings.lora, mode)
     if adapter is not None:
         require_adapter(adapter, base, sketch)
-    return Checked(device, mode, parameters)
+    return Checked(device, mode, parameters, warnings)
 
 
 def require_numbers(settings: Settings) -> None:

@@ -155,7 +155,18 @@ def load_model(
     if missing := sorted(found["missing_keys"]):
         # transformers would draw them at random and go on.
         raise ModelLoadError(f"the weights in {base} lack {len(missing)} tensors", cause=f"{missing[0]} is missing")
+    leave_out_router_loss(model)
     return model
+
+
+def leave_out_router_loss(model: Any) -> None:
+    """Let a mixture of experts neither collect router logits nor add their load-balancing loss to a loss.
+
+    Routers are not trained with an adapter, and the term would depend on how a batch is split.
+    """
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
 
 
 def build_tokenizer(base: Path, *, pad: str, eos: str) -> PreTrainedTokenizerFast:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 import torch
@@ -17,8 +17,8 @@ from bp_runs.errors import AdapterInvalidError, first_line
 from bp_runs.files import publish_folder
 from bp_runs.spec import LoraSpec, TrainSpec
 from bp_train_cuda.errors import TargetModulesError
+from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets
 
-ALL_LINEAR: Literal["all-linear"] = "all-linear"
 _PISSA = "pissa_niter_16"  # the paper's fast decomposition, near the exact one
 _START = "start"
 """Folder of the run for the adapter as it started, where it is taken off the result at the end."""
@@ -29,6 +29,8 @@ _COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
     """Freeze ``model`` and put adapters on its linear layers: A (r, d_in) random, B (d_out, r) zero.
 
+    Experts and routers of a mixture of experts get none (`model.experts`).
+
     The adapters are float32 whatever the base's dtype. The seed must be set before. With ``pissa`` B A is made of the
     base's main directions, which are taken off the base in memory; with ``loftq`` of what its 4 bits have lost.
 
@@ -36,9 +38,9 @@ def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
         base: The folder that ``model`` was loaded from; for loftq, which reads the whole weights.
 
     Raises:
-        TargetModulesError: No layer has any of the names.
+        TargetModulesError: No layer has any of the names, or one of them means fused experts.
     """
-    targets = [name.strip() for name in spec.target_modules.split(",") if name.strip()]
+    targets = choose_targets(model, spec.target_modules).modules
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.resolved_alpha,
@@ -46,7 +48,7 @@ def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
         use_rslora=spec.use_rslora,
         use_dora=spec.use_dora,
         init_lora_weights=_PISSA if spec.init_lora_weights == "pissa" else True,
-        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        target_modules=targets if targets == ALL_LINEAR else list(targets),
         task_type="CAUSAL_LM",
     )
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from bp_data.asked import AnyPrepared
     from bp_train_cuda.distributed.process_group import ProcessGroup
     from bp_train_cuda.kept import KeptBase
+
+
+_log = logging.getLogger("bp_train_cuda")
 
 
 class CudaRail:
@@ -51,12 +55,15 @@ class CudaRail:
     def check(self, settings: Settings, folder: Path) -> None:
         """Refuse a model that is too large, unknown, brings its own code, or cannot be trained as asked.
 
+        What the user should know besides is logged as a warning.
+
         Raises:
             CodedError: As `bp_train_cuda.check.check_model`.
         """
         from bp_train_cuda import check
 
-        check.check_model(settings, folder)
+        for warning in check.check_model(settings, folder).warnings:
+            _log.warning(warning)
 
     def estimate(
         self,

@@ -39,6 +39,7 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"num_experts_per_tok(en)?|top_k|moe_k|moe_top_k|moe_topk|num_selected_experts", lambda n: min(n, 2)),
     (r"n_group|topk_group|num_expert_groups?", lambda _: 1),
     (r"num_kv_shared_layers", lambda _: 0),
+    (r"first_k_dense_replace|num_dense_layers", lambda n: min(n, 1)),
     (r".*lora_rank|.*_rank", lambda _: 16),
     (r"mamba_n_heads|mamba_num_heads", lambda _: 8),
     (r"mamba_d_head|mamba_headdim", lambda _: 16),
