@@ -358,6 +358,59 @@ def test_a_crash_in_the_fourth_run_goes_on_there(place, flags):
         Trainer("./m", output="c", rail=rail).multi_run(resume=result.members[0])
 
 
+class Cut(BaseException):
+    """What nobody catches, as a kill."""
+
+
+@pytest.mark.parametrize("names", [["d.jsonl"], ["d.jsonl", "e.jsonl"]])
+@pytest.mark.parametrize("is_moved", [False, True])
+def test_a_multi_run_cut_off_while_its_rows_are_chosen_starts_over(place, monkeypatch, names, is_moved):
+    (place / "e.jsonl").write_text("".join(f'{{"text": "other {i}"}}\n' for i in range(20)) + "[]\n")
+
+    def cut(event):
+        if event.kind == "notice":  # of slices that shrank, or of the bad row: before the plan is written
+            raise Cut
+
+    flags = {"runs": 2, "on_bad_row": "skip"}
+    with pytest.raises(Cut):
+        trainer().multi_run(names, on_event=cut, **flags)
+    store = RunStore(place / "o")
+    run_id = store.list_runs()[0]["run_id"]
+    store.update(run_id, lambda record: (setattr(record, "status", "interrupted"), setattr(record, "error", None)))
+    assert not (store.folder(run_id) / "slices").exists()
+    if is_moved:
+        (place / "elsewhere").mkdir()
+        monkeypatch.chdir(place / "elsewhere")
+    result = Trainer(output=place / "o", rail=FakeRail()).resume()
+    assert (result.run_id, result.record.status) == (run_id, "completed")
+    monkeypatch.chdir(place)
+    straight = Trainer("./m", output="straight", rail=FakeRail(), steps=3, lora_r=2).multi_run(names, **flags)
+    chosen = [
+        (RunStore(Path(output)).folder(ran) / "slices/run-2.jsonl").read_bytes()
+        for output, ran in (("o", run_id), ("straight", straight.run_id))
+    ]
+    assert chosen[0] == chosen[1]
+
+
+def test_the_plan_of_a_multi_run_that_has_begun_is_not_made_anew(place):
+    with pytest.raises(Cut):
+        trainer().multi_run("d.jsonl", runs=3, on_event=cut_in_run(2))
+    store = RunStore(place / "o")
+    run_id = next(row["run_id"] for row in store.list_runs() if row["kind"] == "multi-run")
+    store.update(run_id, lambda record: (setattr(record, "status", "interrupted"), setattr(record, "error", None)))
+    (store.folder(run_id) / "slices/plan.json").unlink()
+    with pytest.raises(MultiRunStateError, match=r"plan\.json is missing"):
+        trainer().resume(run_id)
+
+
+def cut_in_run(number):
+    def cut(event):
+        if event.kind == "notice" and event.message.startswith(f"run {number} of"):
+            raise Cut
+
+    return cut
+
+
 def test_an_empty_file_among_several_is_named(place):
     (place / "full.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (place / "empty.jsonl").write_text("")

@@ -21,7 +21,7 @@ from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndR
 from backpropagate.logs import follow_run
 from backpropagate.resuming import resume_line
 from backpropagate.scorecard import ScoreCard
-from backpropagate.settings import all_settings, resolve
+from backpropagate.settings import all_settings, anchored, resolve
 from backpropagate.slices import PLAN_FILE, Slice, read_slices, write_slices
 from backpropagate.stream import JUDGED, SLICES, START, Progress, Stream, join_outcomes, read_progress
 from backpropagate.watching import Watcher
@@ -143,7 +143,7 @@ class MultiRun:
         return self._carry_out(writer, sources)
 
     def resume(self, run_id: str) -> MultiRunResult:
-        """Go on with a multi-run that did not end: at the run that it was cut off in.
+        """Resume a multi-run that did not end: at the run that it was cut off in.
 
         Raises:
             MultiRunStateError: It is done, or another kind of run, or its files are missing or damaged.
@@ -154,7 +154,10 @@ class MultiRun:
             why = "is done" if record.kind == "multi-run" else f"is a run of the kind {record.kind}, not multi-run"
             raise MultiRunStateError(f"{run_id} {why}")
         done = read_progress(self.store.folder(run_id)).done
-        return self._carry_out(self.store.reopen(run_id, from_step=done, checkpoint=None), None)
+        plan = self.store.folder(run_id) / SLICES / PLAN_FILE
+        # Killed before its rows were chosen, it starts over: the choice follows from the settings and the seed.
+        sources = None if done or plan.is_file() else recorded_sources(record)
+        return self._carry_out(self.store.reopen(run_id, from_step=done, checkpoint=None), sources)
 
     def _carry_out(self, writer: RunWriter, sources: Sequence[Path] | None) -> MultiRunResult:
         emit = Watcher(writer.emit, self.show).emit
@@ -210,7 +213,7 @@ class MultiRun:
         if sources is not None:
             return write_slices(folder, sources, self.wanted, lambda text: emit(Notice(message=text, level="warning")))
         if not (folder / PLAN_FILE).is_file():
-            raise MultiRunStateError(f"{folder} is missing: the multi-run was cut off before its rows were chosen")
+            raise MultiRunStateError(f"{folder / PLAN_FILE} is missing, which tells the rows of the runs to come")
         return read_slices(folder)
 
     def _finish(self, stream: Stream, progress: Progress, *, stopped: bool) -> tuple[Path, TrainOutcome]:
@@ -240,10 +243,20 @@ def read_settings(record: RunRecord) -> Settings:
         InvalidSettingError, UnknownSettingError: Another version recorded what this one does not know.
     """
     known = all_settings()
-    flags = {known[k].short: v["value"] for k, v in record.settings.items() if k in known and k != "data.path"}
+    flags = {
+        known[key].short: anchored(key, entry["value"], record.cwd)
+        for key, entry in record.settings.items()
+        if key in known and key != "data.path"
+    }
     # A record that does not say is of a time that knew the paper's form only.
     flags.setdefault(known["multirun.slao_qr"].short, "on")
     return resolve(flags).settings
+
+
+def recorded_sources(record: RunRecord) -> list[Path]:
+    """The data files of a multi-run, as its record names them, from wherever it is resumed."""
+    named = record.setting("data.path")
+    return [Path(anchored("data.path", name, record.cwd)) for name in (named if isinstance(named, list) else [named])]
 
 
 def first_member(store: RunStore, run_id: str) -> RunRecord | None:

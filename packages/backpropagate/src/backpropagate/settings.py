@@ -275,15 +275,15 @@ def from_record(record: RunRecord, overrides: Mapping[str, Any] | None = None) -
             continue
         if MASK in str(entry["value"]):
             raise InvalidSettingError(f"{key} holds a secret, which the record of {record.run_id} does not keep")
-        values[key] = _convert(setting, _anchored(key, entry["value"], record.cwd), "record")
+        values[key] = _convert(setting, anchored(key, entry["value"], record.cwd), "record")
         sources[key] = entry["source"] if entry["source"] in ("default", "preset") else "record"
     if sources["lora.preset"] == "override" and values["lora.preset"] in LORA_PRESETS:
         _fill_lora(values, sources, values["lora.preset"])
     return Resolved(_check(_build(values)), MappingProxyType(sources))
 
 
-def _anchored(key: str, value: Any, cwd: str) -> Any:
-    """A path that stands where the run was started, and perhaps not from here."""
+def anchored(key: str, value: Any, cwd: str) -> Any:
+    """A recorded path, led to the folder that the run was started in if it is not there from here."""
     if key not in _PATHS or not value or Path(value).is_absolute():
         return value
     there = Path(cwd) / value
