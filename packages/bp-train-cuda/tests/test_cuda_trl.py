@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaModel
 from trl_training import train_plain, train_trl
 
+from bp_data.loop.plan import hold_out
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError, InvalidSettingError, TrainingDivergedError
 from bp_runs.events import CheckpointSaved, EvalDone, SampleAnswer, StepDone
-from bp_train_cuda import evaluation
 from bp_train_cuda.engines import trl
 from bp_train_cuda.engines.trl_methods import require_trl
 from bp_train_cuda.errors import GpuOutOfMemoryError, VersionUntestedError
@@ -115,7 +115,7 @@ def test_the_best_adapter_is_kept_and_training_stops_early(files, pico_model, tm
     best = min(found, key=lambda e: e.loss)
     assert (outcome.best_step, outcome.eval_loss) == (best.step, best.loss)
     assert found[-1].step == best.step + 1
-    rows = evaluation.hold_out(prepare_rows(wanted).rows, wanted.training)[1]
+    rows = hold_out(prepare_rows(wanted).rows, wanted.training)[1]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), outcome.adapter).eval()
     assert mean_loss(model, rows) == pytest.approx(best.loss, rel=1e-4)
     assert best.tokens == sum(row.trained for row in rows)

@@ -1,13 +1,15 @@
 """A pico training run on plain TRL, and the same training in sixty lines of PyTorch that share no code with it."""
 
 import math
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, set_seed
 
-from bp_train_cuda import evaluation, probe
+from bp_data.loop.plan import hold_out
+from bp_train_cuda import probe
 from bp_train_cuda.engines import Loaded, trl
 from bp_train_cuda.load import load_model
 from bp_train_cuda.rows import prepare_rows
@@ -16,13 +18,11 @@ from bp_train_cuda.rows import prepare_rows
 def train_trl(spec, stop=lambda: False, rows=None):
     """``rows``: trained on instead of those of the spec's file."""
     events, prepared = [], prepare_rows(spec)
-    trained, heldout = evaluation.hold_out(prepared.rows, spec.training)
+    trained, heldout = hold_out(prepared.rows, spec.training)
     device = probe.choose_device()
     mode = probe.Mode("full" if spec.training.mode == "full" else "lora", "test")
     base = load_model(spec.base, device, mode, dtype="float32", trust_remote_code=False)
     loaded = Loaded(device, mode, sum(p.numel() for p in base.parameters()), base)
-    from dataclasses import replace
-
     prepared = replace(prepared, rows=trained if rows is None else rows)
     return trl.train(spec, prepared, heldout, events.append, stop, loaded=loaded), events
 

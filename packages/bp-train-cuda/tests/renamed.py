@@ -1,0 +1,80 @@
+"""Train in a process whose transformers has other private names: ``renamed.py MODEL DATA FOLDER NAME...``.
+
+Prints one JSON document: the file that transformers' Trainer was read from and, for each engine, losses and saved steps.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ENGINES = ("native", "trl")
+
+
+def copy_transformers(folder, names):
+    """transformers by links, but for its Trainer, in which ``names`` are called something else."""
+    original = Path(importlib.util.find_spec("transformers").origin).parent
+    copy = folder / "transformers"
+    copy.mkdir(parents=True)
+    for entry in original.iterdir():
+        if entry.name not in {"__pycache__", "trainer.py"}:
+            (copy / entry.name).symlink_to(entry)
+    text = (original / "trainer.py").read_text()
+    for name in names:
+        assert f"def {name}(" in text, f"transformers has no {name} any more"
+        text = text.replace(name, f"{name}_renamed")
+    (copy / "trainer.py").write_text(text)
+    return folder
+
+
+def train_apart(model, data, folder, names):
+    """The document of a run of this file in a process of its own."""
+    path = os.pathsep.join([str(copy_transformers(folder / "copy", names)), *sys.path])
+    command = [sys.executable, __file__, str(model), str(data), str(folder)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train_all(model, data, folder):
+    """Losses and saved steps by engine, or the code of its error."""
+    from cuda_training import spec_for
+
+    from bp_runs.checkpoint import CheckpointFolder
+    from bp_runs.errors import CodedError
+    from bp_runs.events import StepDone
+
+    found = {}
+    for engine in ENGINES:
+        run = folder / engine
+        shutil.rmtree(run, ignore_errors=True)
+        training = {"steps": 5, "save_steps": 2, "keep_checkpoints": 9, "batch_size": 2, "eval_share": 0.0}
+        spec = spec_for(model, data, run, training={**training, "engine": engine})
+        try:
+            events = train_with(engine, spec)
+        except CodedError as error:
+            found[engine] = {"code": error.code}
+            continue
+        losses = [round(e.loss, 5) for e in events if isinstance(e, StepDone)]
+        saved = sorted(c.step for c in CheckpointFolder(run).read())
+        found[engine] = {"losses": losses, "saved": saved}
+    return found
+
+
+def train_with(engine, spec):
+    if engine == "trl":
+        from trl_training import train_trl
+
+        return train_trl(replace(spec, training=replace(spec.training, engine="trl")))[1]
+    from cuda_training import train
+
+    return train(spec)[1]
+
+
+if __name__ == "__main__":
+    result = train_all(*(Path(argument) for argument in sys.argv[1:4]))
+    print(json.dumps({"trainer": importlib.util.find_spec("transformers.trainer").origin, **result}))
