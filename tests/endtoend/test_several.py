@@ -83,7 +83,7 @@ def test_torchrun_trains_one_run_that_exports(chat_file, pico_model, tmp_path, c
     assert (record.status, record.hardware["ranks"], record.hardware["sharing"]) == ("completed", 2, "ddp")
     assert [e["step"] for e in store.read_metrics(record.run_id) if e["event"] == "step"] == [1, 2, 3, 4]
     assert told.count("step      4/4") == told.count("adapter   ") == told.count("  saved     ") == 1
-    assert "2 rows × 1 micro-batches × 2 = 4 rows a step" in told
+    assert "2 rows × 1 micro-batches × 2 = 4 rows per step" in told
     assert not [file.name for file in store.folder(record.run_id).iterdir() if file.name.startswith(".rank")]
     gguf = tmp_path / "pico.gguf"
     command = ["export", output / "lora", "--format", "gguf", "--quantization", "f16", "--output", gguf, "--no-verify"]
@@ -108,7 +108,7 @@ def test_ranks_without_an_agent_train_one_run(chat_file, pico_model, tmp_path, l
     assert silent[0] == ""
     (row,) = RunStore(output).list_runs()
     assert RunStore(output).load(row["run_id"]).hardware["ranks"] == 2
-    assert "2 rows × 1 micro-batches × 2 = 4 rows a step" in told
+    assert "2 rows × 1 micro-batches × 2 = 4 rows per step" in told
 
 
 @pytest.mark.slow

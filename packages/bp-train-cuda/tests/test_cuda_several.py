@@ -108,7 +108,7 @@ def test_two_ranks_are_one_with_twice_the_rows_and_end_together(pico_model, tmp_
         assert "code" not in told, told
         alone, events = train(spec)
         assert_equal(alone, told, events)
-    assert "2 processes train together (DDP): 2 rows × 1 micro-batches × 2 = 4 rows a step" in found[0]["notices"]
+    assert "2 processes train together (DDP): 2 rows × 1 micro-batches × 2 = 4 rows per step" in found[0]["notices"]
     assert found[3]["code"] == "RUNTIME_OOM_RECOVERY_EXHAUSTED"
     assert found[3]["message"].startswith("in process 1: ")
     assert not list((tmp_path / "failing").glob("lora"))

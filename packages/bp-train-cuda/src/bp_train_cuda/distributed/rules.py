@@ -1,4 +1,4 @@
-"""What several ranks share: whether they can, what changes when weights are parted, and what a step is then."""
+"""What several ranks can train together, how sharding changes the settings, and how large a step is."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from bp_train_cuda.probe import choose_device
 
 
 def require_supported(spec: TrainSpec, group: ProcessGroup) -> None:
-    """Refuse what several ranks cannot train together.
+    """Reject what several ranks can't train together.
 
     Raises:
-        RanksError: Engines trl, unsloth; all weights on unlike cards; with parted weights, what needs them whole.
+        RanksError: Engines trl and unsloth; full fine-tuning on unlike GPUs; with sharded weights, a setting that needs
+            them unsharded.
         RanksChangedError: As `bp_train_cuda.checkpoint.require_ranks`.
     """
     if spec.checkpoint is not None:
@@ -32,12 +33,12 @@ def require_supported(spec: TrainSpec, group: ProcessGroup) -> None:
         _require_alike(group.all_gather(choose_device().card.rsplit(" ", 2)[0]))  # without its memory
 
 
-def _require_alike(cards: Sequence[str]) -> None:
-    """Cards of two kinds draw other numbers of one seed, by which weights in bfloat16 are rounded."""
-    if len(set(cards)) > 1:
+def _require_alike(gpus: Sequence[str]) -> None:
+    """Unlike GPUs draw different random numbers from one seed, so they would round bfloat16 weights differently."""
+    if len(set(gpus)) > 1:
         raise RanksError(
-            f"all weights cannot be trained on cards of two kinds: {', '.join(cards)}",
-            way_out="Choose cards of one kind with CUDA_VISIBLE_DEVICES; or train an adapter: --mode lora",
+            f"full fine-tuning needs GPUs of one kind, and these differ: {', '.join(gpus)}",
+            way_out="Choose GPUs of one kind with CUDA_VISIBLE_DEVICES; or train an adapter: --mode lora",
         )
 
 
@@ -51,24 +52,24 @@ def _require_shardable(spec: TrainSpec) -> None:
     }
     if found := [flag for flag, is_wrong in wrong.items() if is_wrong]:
         raise RanksError(
-            f"{found[0]} does not go with weights that are parted by FSDP2",
-            way_out=f"Leave out {found[0]}; or share rows alone (DDP): torchrun, or accelerate without FSDP.",
+            f"{found[0]} does not work with FSDP2, which shards the weights",
+            way_out=f"Leave out {found[0]}; or use DDP: torchrun, or accelerate without FSDP.",
         )
 
 
 def sharded_training(training: TrainingSpec) -> TrainingSpec:
-    """What a training with parted weights does: no 4-bit base, no piece of a micro-batch that only one rank runs."""
+    """The settings under FSDP2: no 4-bit base, and no retry of a micro-batch, which only one rank would run."""
     mode = "lora" if training.mode == "auto" else training.mode
     return replace(training, mode=mode, oom_recovery=False)
 
 
 def ranks_notice(spec: TrainSpec, count: int) -> Notice:
-    """The event that tells what a step is where several ranks train together."""
+    """The event that shows how many examples a step has over all ranks."""
     training = spec.training
     rows = training.batch_size * training.gradient_accumulation * count
     kind = "FSDP2" if spec.ranks and spec.ranks.sharded else "DDP"
     message = (
         f"{count} processes train together ({kind}): {training.batch_size} rows × {training.gradient_accumulation} "
-        f"micro-batches × {count} = {rows} rows a step"
+        f"micro-batches × {count} = {rows} rows per step"
     )
     return Notice(message=message, details={"ranks": count, "rows_per_step": rows, "kind": kind})
