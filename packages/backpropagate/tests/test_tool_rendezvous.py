@@ -82,7 +82,13 @@ def test_a_rank_waits_for_rank_0_and_passes_over_what_an_earlier_launch_left(env
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         born = psutil.Process(gone.pid).create_time()
     leave(environ, gone.pid, born)
-    found = []
+    found = [rendezvous._read(file_of(environ))]
+    for damaged in (b"", b"[]", b"{}", b'{"main_process": [1]}'):
+        file_of(environ).write_bytes(damaged)
+        found.append(rendezvous._read(file_of(environ)))
+    assert found == [None] * 5
+    leave(environ, gone.pid, born)
+    found.clear()
     waiting = threading.Thread(target=lambda: found.append(read_secret(LAUNCH, environ)))
     waiting.start()
     secret = publish_secret(LAUNCH, environ)

@@ -133,6 +133,6 @@ def _read(file: Path) -> Secret | None:
         pid, start = found["main_process"]
         process = psutil.Process(pid)
         runs = process.status() != psutil.STATUS_ZOMBIE and abs(process.create_time() - start) < 1
-    except (OSError, psutil.Error):
+        return Secret(found["token"], (pid, start)) if runs else None
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):  # gone, damaged, or another version's
         return None
-    return Secret(found["token"], (pid, start)) if runs else None
