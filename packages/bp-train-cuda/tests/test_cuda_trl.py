@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_training import mean_loss, spec_for
+from cuda_training import mean_loss, spec_for, train
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaModel
@@ -78,6 +78,24 @@ def test_losses_and_adapters_are_those_of_plain_pytorch(files, pico_model, bare_
     assert weights(outcome).keys() == expected.keys()
     for name, weight in weights(outcome).items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-5)
+
+
+_OTHER_POINT = pytest.mark.xfail(
+    reason="kto's reference point is to come from the micro-batch in the new loop, as TRL's"
+)
+
+
+@pytest.mark.parametrize("method", [*METHODS[:-1], pytest.param("kto", marks=_OTHER_POINT)])
+def test_native_and_trl_have_one_loss_curve(files, pico_model, bare_model, tmp_path, method):
+    """The promise of the engines: native is compared with what TRL's users know."""
+    base = bare_model if method == "orpo" else pico_model
+    one, events = train(spec(files, base, tmp_path / "native", method, engine="native"))
+    other, expected = train_trl(spec(files, base, tmp_path / "trl", method, engine="trl"))
+    assert [e.loss for e in steps(events)] == pytest.approx([e.loss for e in steps(expected)], abs=1e-5)
+    assert [e.learning_rate for e in steps(events)] == [e.learning_rate for e in steps(expected)]
+    assert [e.tokens for e in steps(events)] == [e.tokens for e in steps(expected)]
+    for name, weight in weights(one).items():
+        torch.testing.assert_close(weight, weights(other)[name], rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
