@@ -73,7 +73,7 @@ def test_the_mask_is_shown_token_by_token_as_data_preview_tells_it(page, place, 
 def test_a_file_is_checked_as_validate_does(page, place):
     text = page.get("/data/check", params={"path": "d.jsonl", "model": "./m"}).text
     facts = dict(re.findall(r"<dt>([\w ]+)</dt><dd>([\d,]+)</dd>", text))
-    assert (facts["read"], facts["trained"], facts["dropped"]) == ("6", "5", "1")
+    assert (facts["read"], facts["whole"], facts["dropped"]) == ("6", "5", "1")
     assert '<td class="figure">6</td>' in text
 
 
