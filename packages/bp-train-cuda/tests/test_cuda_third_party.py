@@ -130,9 +130,9 @@ def read_sources():
 
 # Documented switches, set on third parties' modules because no function sets them.
 SWITCHES = {
-    ("bp_train_cuda.engine", "hub_constants.HF_HUB_DISABLE_TELEMETRY"),
-    ("bp_train_cuda.engines.trl", "hub_constants.HF_HUB_DISABLE_TELEMETRY"),
-    ("bp_train_cuda.engine", "torch.backends.cudnn.benchmark"),
+    "hub_constants.HF_HUB_DISABLE_TELEMETRY",
+    "torch.backends.cudnn.benchmark",
+    "torch.backends.cudnn.deterministic",
 }
 # Files whose private uses go with transformers' Trainer, when the native loop takes its place.
 GOING = {f"bp_train_cuda.{name}" for name in (
@@ -150,7 +150,7 @@ def test_every_private_name_is_in_the_table():
 
 
 def test_nothing_of_a_third_party_is_patched():
-    found = {(s.name, what) for s in read_sources() if s.name not in GOING for what, _ in patches(s)}
+    found = {what for s in read_sources() if s.name not in GOING for what, _ in patches(s)}
     assert found <= SWITCHES
 
 

@@ -53,8 +53,11 @@ def bare_model(pico_model, tmp_path):
 
 
 def spec(files, base, run, method, **training):
+    size = {"batch_size": 2, "gradient_accumulation": 2}
+    if method == "kto":  # native takes the reference point from the step, TRL from the micro-batch
+        size = {"batch_size": 4, "gradient_accumulation": 1}
     change = {
-        "method": method, "steps": 6, "batch_size": 2, "gradient_accumulation": 2, "warmup_steps": 2,
+        "method": method, "steps": 6, **size, "warmup_steps": 2,
         "learning_rate": 3e-3, "eval_share": 0.0, "weight_decay": 0.01, **training,
     }  # fmt: skip
     return spec_for(base, files[method], run, training=change)

@@ -13,7 +13,8 @@ Where TRL differs from our own loop:
   sft divides by the trained tokens of the step. The same numbers come out where batches have no ragged end.
 - Epochs are joined end to end: only the last micro-batch of a run could be short, and none is.
 - ORPO's likelihood term covers the prompt as well as the better answer, and is a mean over the micro-batch's tokens.
-- KTO's reference point pairs each prompt with the answer of the row before it in its micro-batch.
+- KTO's reference point pairs each prompt with the answer of the row before it in its micro-batch; ours does so in the
+  whole step, so the two agree where a step is one micro-batch.
 - On a 4-bit base the adapter's weights are bfloat16.
 - There is no preflight, and no recovery when the GPU runs out of memory. It runs in one process, on one GPU.
 """
