@@ -73,7 +73,7 @@ def test_the_record_holds_all_that_a_repetition_needs(trained, small_model):
     assert record.setting("data.path") == str(EXAMPLES)
     assert record.setting("training.seed") == 42
     assert len(record.data["sha256"]) == len(record.data["template_sha256"]) == len(record.model["config_sha256"]) == 64
-    assert record.data["read"] == record.data["trained"] == len(EXAMPLES.read_text().splitlines())
+    assert record.data["read"] == record.data["whole"] == len(EXAMPLES.read_text().splitlines())
     assert {"torch", "transformers", "peft", "trl", "tokenizers", "bp-train-cuda"} <= record.versions.keys()
     assert record.hardware["cores"] == os.cpu_count()
     assert changed_files(result.adapter) == []
@@ -230,7 +230,7 @@ def test_validate_shows_what_is_trained(small_model, capsys):
 
     assert run(["validate", str(EXAMPLES), "--model", str(small_model), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["read"] == found["trained"] == len(EXAMPLES.read_text().splitlines())
+    assert found["read"] == found["whole"] == len(EXAMPLES.read_text().splitlines())
     assert 0 < found["trained_tokens"] < found["tokens"]
     assert run(["validate", str(EXAMPLES), "--model", str(small_model)]) == 0
     assert "Aye, that be Paris. Fair winds!<|im_end|>" in capsys.readouterr().out

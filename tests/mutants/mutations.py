@@ -78,8 +78,8 @@ MUTATIONS = (
         "ledger check",
         "a row that got lost ends the run",
         "bp-data/src/bp_data/ledger.py",
-        "if self.read != self.trained + self.truncated + self.dropped or",
-        "if self.read < self.trained + self.truncated + self.dropped or",
+        "if self.read != self.whole + self.truncated + self.dropped or",
+        "if self.read < self.whole + self.truncated + self.dropped or",
         "bp-data/tests/test_data_prepare.py::test_the_ledger_notices_a_lost_row",
     ),
     Mutation(

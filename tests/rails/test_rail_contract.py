@@ -62,7 +62,7 @@ def test_events_come_in_order_and_agree_with_the_outcome(rail, spec):
         (4, "who are you"),
     ]
     data = next(e for e in events if isinstance(e, DataReady))
-    assert data.read == data.trained + data.truncated + data.dropped == 8
+    assert data.read == data.whole + data.truncated + data.dropped == 8
 
 
 def test_the_adapter_keeps_the_contract(rail, spec):

@@ -78,7 +78,7 @@ def test_evaluate_measures_the_newest_adapter(trainer, chat_file, tmp_path):
 
 def test_validate_counts_as_training_does(trainer, chat_file):
     found = trainer.validate(chat_file, max_seq_length=64)
-    assert (found.ledger.read, found.ledger.trained) == (8, 8)
+    assert (found.ledger.read, found.ledger.whole) == (8, 8)
     assert 0 < found.trained_tokens < found.tokens
     assert not trainer.runs.list_runs()
     with pytest.raises(CodedError):

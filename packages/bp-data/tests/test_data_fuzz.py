@@ -400,4 +400,4 @@ def test_prepare_loses_no_row(model, tmp_path_factory, rows):
     lines = [json.dumps(row) for row in [{"prompt": "Q", "completion": "A"}, *rows]]
     path.write_text("\n".join(lines), encoding="utf-8")
     ledger = prepare(path, model("chatml", families.QWEN), 256, on_bad_row="skip").ledger
-    assert ledger.read == len(lines) == ledger.trained + ledger.truncated + ledger.dropped
+    assert ledger.read == len(lines) == ledger.whole + ledger.truncated + ledger.dropped

@@ -244,7 +244,7 @@ def test_the_end_of_a_split_row_that_teaches_nothing_counts_as_truncated(chatml,
     rows[0]["messages"].append({"role": "user", "content": "The capital of Germany is Berlin. " * 20})
     prepared = prepare(write(tmp_path / "rows.jsonl", rows), chatml, 48, on_overflow="split")
     found = counted(prepared, 40, eval_share=0.0)
-    assert (found.visited, found.truncated) == (prepared.ledger.trained, prepared.ledger.truncated) == (1, 1)
+    assert (found.visited, found.truncated) == (prepared.ledger.whole, prepared.ledger.truncated) == (1, 1)
 
 
 def test_a_split_row_without_anything_to_learn_is_dropped():
@@ -269,7 +269,7 @@ def test_counts_that_lose_a_row_are_refused():
     with pytest.raises(ContractError, match="2 rows read, but 1"):
         RowCounts(read=2, visited=1, truncated=0, not_reached=0, held_out=0, dropped=0, passes=1.0)
     with pytest.raises(ContractError):
-        count_rows(Ledger(read=5, trained=3), store([row(1), row(2)]), store([]), range(2), 1.0)
+        count_rows(Ledger(read=5, whole=3), store([row(1), row(2)]), store([]), range(2), 1.0)
 
 
 # ---- words and warnings --------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_prepared_rows_and_facts(chatml, write_lines):
     assert prepared.trained_tokens == chat.trained + text.trained
     assert (prepared.template_name, len(prepared.template_hash), len(prepared.data_sha256)) == ("tokenizer", 64, 64)
     assert prepared.ledger.to_dict() == {
-        "read": 2, "trained": 2, "truncated": 0, "truncated_tokens": 0, "dropped": 0, "dropped_by_code": {}, "unsampled": 0,
+        "read": 2, "whole": 2, "truncated": 0, "truncated_tokens": 0, "dropped": 0, "dropped_by_code": {}, "unsampled": 0,
     }  # fmt: skip
 
 
@@ -98,7 +98,7 @@ def test_skipped_rows_are_in_the_ledger_and_on_disk(chatml, tmp_path, write_line
     path = write_lines([qa(), {"foo": 1}, qa(said="word " * 40), qa("x" * 100), qa(said=" ")])
     prepared = prepare(path, chatml, 48, on_bad_row="skip")
     ledger = prepared.ledger
-    assert (ledger.read, ledger.trained, ledger.truncated, ledger.dropped) == (5, 1, 1, 3)
+    assert (ledger.read, ledger.whole, ledger.truncated, ledger.dropped) == (5, 1, 1, 3)
     assert ledger.dropped_by_code == {"ROW_COLUMNS_UNKNOWN": [2], "ROW_CUT_AWAY": [4], "ROW_EMPTY_TURN": [5]}
     assert ledger.truncated_rows == [3]
     assert [(row.number, len(row.ids) <= 48, row.truncated) for row in prepared.rows] == [
@@ -177,9 +177,9 @@ def test_read_is_trained_and_truncated_and_dropped(chatml, tmp_path_factory, row
     except DatasetGateError:
         return
     ledger = prepared.ledger
-    assert ledger.read == ledger.trained + ledger.truncated + ledger.dropped
+    assert ledger.read == ledger.whole + ledger.truncated + ledger.dropped
     assert ledger.read + ledger.unsampled == len(rows)
-    assert len(prepared.rows) == ledger.trained + ledger.truncated
+    assert len(prepared.rows) == ledger.whole + ledger.truncated
     seen = {row.number for row in prepared.rows} | {drop.number for drop in ledger.drops}
     assert len(seen) == ledger.read
     for row in prepared.rows:
@@ -189,7 +189,7 @@ def test_read_is_trained_and_truncated_and_dropped(chatml, tmp_path_factory, row
 
 def test_the_ledger_notices_a_lost_row():
     ledger = Ledger()
-    ledger.take_trained()
+    ledger.take_whole()
     ledger.take_dropped(Rejected(2, RowFault.NO_ANSWER, "x"))
     ledger.check()
     ledger.read += 1

@@ -169,7 +169,7 @@ def test_rows_that_are_too_long(chatml, write_lines, policy, rows, counts):
     prepared = prepare(write_lines([qa(("Hi", "Hello")), LONG]), chatml, 40, on_overflow=policy, on_bad_row="fail")
     assert [row.number for row in prepared.rows] == [number for number, _ in rows]
     ledger = prepared.ledger
-    assert (ledger.trained, ledger.truncated, ledger.dropped) == counts
+    assert (ledger.whole, ledger.truncated, ledger.dropped) == counts
     assert max(len(row.ids) for row in prepared.rows) <= 40
 
 
@@ -190,7 +190,7 @@ def test_a_split_row_loses_no_token(chatml, write_lines):
     (chat,) = (row for row in prepared.rows if row.kind == "chat")
     assert chat.trained == whole.rows[1].trained
     ledger = prepared.ledger
-    assert (ledger.read, ledger.trained, ledger.truncated, ledger.pieces) == (2, 1, 1, len(text) - 1)
+    assert (ledger.read, ledger.whole, ledger.truncated, ledger.pieces) == (2, 1, 1, len(text) - 1)
     assert ledger.truncated_tokens == len(whole.rows[1].ids) - len(chat.ids)
     assert ledger.to_dict()["pieces"] == len(text) - 1
 
@@ -463,7 +463,7 @@ def test_formats_may_be_mixed_in_one_file(chatml, write_lines):
     ]
     prepared = prepare(write_lines(rows), chatml, 64)
     assert len({bytes(row.ids) for row in prepared.rows}) == 1
-    assert prepared.ledger.trained == 6
+    assert prepared.ledger.whole == 6
 
 
 def test_two_answers_in_a_row_are_both_learnt(model, write_lines):

@@ -80,7 +80,7 @@ def trained(tmp_path):
                 template="tokenizer",
                 template_sha256="e" * 64,
                 read=9,
-                trained=8,
+                whole=8,
                 truncated=0,
                 dropped=1,
                 tokens=900,

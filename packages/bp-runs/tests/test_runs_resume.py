@@ -19,7 +19,7 @@ from bp_runs.store import RunStore
 from bp_runs.writer import RunWriter
 
 DATA = DataReady(
-    path="d", sha256="a", template="t", template_sha256="b", read=1, trained=1, truncated=0, dropped=0, tokens=3,
+    path="d", sha256="a", template="t", template_sha256="b", read=1, whole=1, truncated=0, dropped=0, tokens=3,
     trained_tokens=2,
 )  # fmt: skip
 

@@ -56,7 +56,7 @@ def test_events_tell_the_data_and_the_model(pico_model, chat_file, tmp_path):
     outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "run"))
     data = next(e for e in events if isinstance(e, DataReady))
     model = next(e for e in events if isinstance(e, ModelLoaded))
-    assert (data.read, data.trained, data.dropped) == (8, 8, 0)
+    assert (data.read, data.whole, data.dropped) == (8, 8, 0)
     assert 0 < data.trained_tokens < data.tokens
     assert model.trainable == sum(t.numel() for t in load_file(outcome.adapter / "adapter_model.safetensors").values())
     assert model.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(pico_model).parameters())
@@ -159,7 +159,7 @@ def test_quality_settings_act(pico_model, chat_file, tmp_path, data, counts):
     CudaRail().train(spec, events.append, lambda: False)
     found = next(e for e in events if isinstance(e, DataReady))
     if counts:
-        assert (found.read, found.trained, found.truncated, found.dropped) == counts
+        assert (found.read, found.whole, found.truncated, found.dropped) == counts
     else:
         assert found.truncated == found.dropped == 0
 
@@ -398,7 +398,7 @@ def test_skipped_rows_are_written_down(pico_model, chat_file, tmp_path):
     spec = spec_for(pico_model, chat_file, tmp_path / "run", data={"on_bad_row": "skip"}, training={"steps": 1})
     _, events = train(spec)
     data = next(e for e in events if isinstance(e, DataReady))
-    assert (data.read, data.trained, data.dropped) == (9, 8, 1)
+    assert (data.read, data.whole, data.dropped) == (9, 8, 1)
     rejected = [json.loads(line) for line in (spec.folders.run / "rejected.jsonl").read_text().splitlines()]
     assert [row["row"] for row in rejected] == [9]
 

@@ -449,7 +449,7 @@ class Trainer:
         """Read, tokenize and mask the data as `train` would, without loading the model.
 
         Returns:
-            The rows with their masks, their ledger (read, trained, truncated, dropped and why), and tokens counted.
+            The rows with their masks, their ledger (read, whole, truncated, dropped and why), and tokens counted.
 
         Raises:
             CodedError: The data or the settings cannot be used; nothing is recorded.

@@ -93,7 +93,7 @@ def _age(meta: Path) -> float:
 def _from_ledger(ledger: Ledger) -> dict[str, Any]:
     return {
         "read": ledger.read,
-        "trained": ledger.trained,
+        "whole": ledger.whole,
         "truncated": ledger.truncated,
         "truncated_tokens": ledger.truncated_tokens,
         "truncated_rows": ledger.truncated_rows,

@@ -1,4 +1,4 @@
-"""The row ledger: every row that was read was trained, truncated or dropped, and the sum is checked."""
+"""The row ledger: every row that was read is whole, truncated or dropped, and the sum is checked."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from bp_runs.redact import redact
 
 @dataclass(slots=True)
 class Ledger:
-    """Counts of rows; ``read = trained + truncated + dropped`` always holds.
+    """Counts of rows; ``read = whole + truncated + dropped`` always holds.
 
-    A truncated row is trained on as well, without its end: the three counts are disjoint.
+    Whole and truncated rows are ready to train on, the latter without their end; the three counts are disjoint. Which
+    of them the steps get to is counted by `bp_data.loop.plan.count_rows`.
 
     Attributes:
         read: Rows taken up, good or bad.
-        trained: Rows trained on whole.
-        truncated: Rows trained on up to ``max_seq_length``.
+        whole: Rows ready to train on whole.
+        truncated: Rows ready to train on up to ``max_seq_length``.
         truncated_tokens: Tokens cut off, over all truncated rows.
         truncated_rows: Numbers of the truncated rows.
-        drops: Rows that are not trained on, with their reasons, in file order.
+        drops: Rows that cannot be trained on, with their reasons, in file order.
         unsampled: Good-looking rows of the file that were never taken up, since fewer samples were asked for.
         pieces: Further rows that long ones were split into, beside the first of each.
     """
 
     read: int = 0
-    trained: int = 0
+    whole: int = 0
     truncated: int = 0
     truncated_tokens: int = 0
     truncated_rows: list[int] = field(default_factory=list)
@@ -43,7 +44,7 @@ class Ledger:
 
     @property
     def dropped(self) -> int:
-        """Rows that are not trained on."""
+        """Rows that cannot be trained on."""
         return len(self.drops)
 
     @property
@@ -54,20 +55,20 @@ class Ledger:
             found.setdefault(drop.code.value, []).append(drop.number)
         return found
 
-    def take_trained(self) -> None:
-        """Count a row that is trained on whole."""
+    def take_whole(self) -> None:
+        """Count a row that is ready whole."""
         self.read += 1
-        self.trained += 1
+        self.whole += 1
 
     def take_truncated(self, number: int, tokens: int) -> None:
-        """Count a row that is trained on without its last ``tokens`` tokens."""
+        """Count a row that is ready without its last ``tokens`` tokens."""
         self.read += 1
         self.truncated += 1
         self.truncated_tokens += tokens
         self.truncated_rows.append(number)
 
     def take_dropped(self, rejected: Rejected) -> None:
-        """Count a row that is not trained on."""
+        """Count a row that cannot be trained on."""
         self.read += 1
         self.drops.append(rejected)
 
@@ -77,9 +78,9 @@ class Ledger:
         Raises:
             ContractError: The counts do not add up.
         """
-        if self.read != self.trained + self.truncated + self.dropped or self.truncated != len(self.truncated_rows):
+        if self.read != self.whole + self.truncated + self.dropped or self.truncated != len(self.truncated_rows):
             raise ContractError(
-                f"row ledger: {self.read} read, but {self.trained} trained + {self.truncated} truncated "
+                f"row ledger: {self.read} read, but {self.whole} whole + {self.truncated} truncated "
                 f"+ {self.dropped} dropped"
             )
 
@@ -87,7 +88,7 @@ class Ledger:
         """The counts, JSON-ready; single drops are in ``rejected.jsonl``; ``pieces`` only where rows were split."""
         return {
             "read": self.read,
-            "trained": self.trained,
+            "whole": self.whole,
             "truncated": self.truncated,
             "truncated_tokens": self.truncated_tokens,
             "dropped": self.dropped,

@@ -23,7 +23,7 @@ def fit_row(
     A split one goes on in rows of ``longest`` tokens; those with nothing to learn are left out and counted as cut off.
     """
     if len(row.ids) <= longest:
-        ledger.take_trained()
+        ledger.take_whole()
         return [row]
     if policy == "split":
         return _split(row, longest, ledger)
@@ -81,6 +81,6 @@ def _split(row: TokenRow, longest: int, ledger: Ledger) -> list[TokenRow] | Reje
         pieces[0] = replace(pieces[0], cut=lost)
         ledger.take_truncated(row.number, lost)
     else:
-        ledger.take_trained()
+        ledger.take_whole()
     ledger.pieces += len(pieces) - 1
     return pieces

@@ -221,7 +221,7 @@ class _Reading:
         if cut:
             self._ledger.take_truncated(parts[0].number, cut)
         else:
-            self._ledger.take_trained()
+            self._ledger.take_whole()
 
 
 def _chats_of(example: _Example) -> tuple[Chat, ...]:

@@ -167,7 +167,7 @@ def _rewrite(
                 output, line = result
                 files[output].write(line)
                 written[output] += 1
-                ledger.take_trained()
+                ledger.take_whole()
             elif on_bad_row == "fail":
                 raise bad_row(path, result)
             else:

@@ -144,7 +144,7 @@ def _count_rows(record: RunRecord) -> str:
     return record.describe_rows() or ", ".join(counts)
 
 
-_READY = {"read": "read", "trained": "whole", "truncated": "truncated", "dropped": "dropped", "heldout": "held out"}
+_READY = {"read": "read", "whole": "whole", "truncated": "truncated", "dropped": "dropped", "heldout": "held out"}
 
 
 def _write_training(facts: CardFacts) -> Iterator[str]:

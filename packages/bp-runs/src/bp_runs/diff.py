@@ -18,7 +18,7 @@ _DATA = (
     "template",
     "template_sha256",
     "read",
-    "trained",
+    "whole",
     "truncated",
     "dropped",
     "heldout",

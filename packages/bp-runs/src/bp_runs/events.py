@@ -53,7 +53,7 @@ class ModelLoaded(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReady(Event):
-    """The rows are tokenized, masked and counted: read = trained + truncated + dropped.
+    """The rows are tokenized, masked and counted: read = whole + truncated + dropped.
 
     The counts say what can be trained on. What the steps get to is in `RunPlanned` and in the outcome.
     """
@@ -67,7 +67,7 @@ class DataReady(Event):
     """Name of the chat template's source."""
     template_sha256: str
     read: int
-    trained: int
+    whole: int
     """Rows that can be trained on whole."""
     truncated: int
     """Rows that can be trained on without their end."""

@@ -263,7 +263,7 @@ def _data_ready(spec: TrainSpec) -> DataReady:
         template="none",
         template_sha256="",
         read=rows,
-        trained=rows,
+        whole=rows,
         truncated=0,
         dropped=0,
         tokens=16 * rows,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 5.0  # who looks whether the run lives holds its lock for a moment
 _OTHERS = ("tags", "note", "artifacts")  # fields that people and exports may change meanwhile
 
-_SAME_DATA = ("sha256", "template_sha256", "read", "trained", "truncated", "dropped", "heldout", "tokens")
+_SAME_DATA = ("sha256", "template_sha256", "read", "whole", "truncated", "dropped", "heldout", "tokens")
 _SAME_PLAN = ("steps", "eval_steps")
 _SAME_MODEL = ("config_sha256", "revision", "parameters", "trainable", "dtype")
 

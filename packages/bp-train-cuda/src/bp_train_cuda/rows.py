@@ -93,7 +93,7 @@ def data_ready(spec: TrainSpec, prepared: AnyPrepared, heldout: int) -> DataRead
         template=prepared.template.name,
         template_sha256=prepared.template.sha256,
         read=ledger.read,
-        trained=ledger.trained,
+        whole=ledger.whole,
         truncated=ledger.truncated,
         dropped=ledger.dropped,
         heldout=heldout,

@@ -135,7 +135,7 @@ def _line(event: Event, since: float) -> str:
             lost = f", {event.truncated} truncated, {event.dropped} dropped" if event.truncated or event.dropped else ""
             template = "the model's own" if event.template == "tokenizer" else event.template
             return (
-                f"  data      {event.read:,} rows read: {event.trained:,} whole{lost}; "
+                f"  data      {event.read:,} rows read: {event.whole:,} whole{lost}; "
                 f"{event.trained_tokens:,} of {event.tokens:,} tokens carry loss; chat template: {template}"
             )
         case ModelLoaded():

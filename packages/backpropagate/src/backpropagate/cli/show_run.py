@@ -108,7 +108,7 @@ def _went(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
 
 def _describe_data(data: Mapping[str, Any]) -> str:
     """What was read and can be trained on; empty for an imported record, which does not say."""
-    counts = ("read", "trained", "truncated", "dropped")
+    counts = ("read", "whole", "truncated", "dropped")
     if "read" not in data:
         return ""
     return ": {} read = {} whole + {} truncated + {} dropped".format(*(data.get(name, "?") for name in counts))

@@ -46,7 +46,7 @@ def _tell(prepared: AnyPrepared, rows: int) -> None:
     for tokens in preview_rows(prepared, rows):
         console.print(paint(tokens, console), soft_wrap=True)
     console.print(
-        f"  {ledger.read:,} rows read = {ledger.trained:,} whole + {ledger.truncated:,} truncated + "
+        f"  {ledger.read:,} rows read = {ledger.whole:,} whole + {ledger.truncated:,} truncated + "
         f"{ledger.dropped:,} dropped; {prepared.trained_tokens:,} of {prepared.tokens:,} tokens carry loss",
         soft_wrap=True,
     )

@@ -293,7 +293,7 @@ def count_rows(
         read=ledger.read,
         visited=len(seen) - truncated,
         truncated=truncated,
-        not_reached=ledger.trained + ledger.truncated - len(seen) - held,
+        not_reached=ledger.whole + ledger.truncated - len(seen) - held,
         held_out=held,
         dropped=ledger.dropped,
         passes=passes,

@@ -14,12 +14,12 @@ class Drop(TypedDict):
 
 
 class Validate(TypedDict):
-    """`backprop validate`: read = trained (whole) + truncated + dropped."""
+    """`backprop validate`: read = whole + truncated + dropped."""
 
     data: str
     sha256: str
     read: int
-    trained: int
+    whole: int
     truncated: int
     dropped: int
     tokens: int
