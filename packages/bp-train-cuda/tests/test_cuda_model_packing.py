@@ -96,12 +96,31 @@ def test_state_arguments_equal_those_of_the_collator():
 class _Recurrence(torch.nn.Module):
     """A decoder layer's stand-in that mixes tokens by a running sum, apart only where it is given ``seq_idx``."""
 
+    def __init__(self, share=0.1):
+        super().__init__()
+        self.share = share
+
     def forward(self, hidden_states, **kwargs):
         seq_idx = kwargs.get("seq_idx")
         if seq_idx is None:
-            return hidden_states + hidden_states.cumsum(1) * 0.1
+            return hidden_states + hidden_states.cumsum(1) * self.share
         same = (seq_idx[:, :, None] == seq_idx[:, None, :]).tril().to(hidden_states.dtype)
-        return hidden_states + same @ hidden_states * 0.1
+        return hidden_states + same @ hidden_states * self.share
+
+
+class _WeakRecurrence(_Recurrence):
+    """The same without a way to keep examples apart, and so faint that only identical packs show it."""
+
+    def forward(self, hidden_states, **kwargs):
+        return super().forward(hidden_states)
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_leak_below_the_rounding_of_packed_against_alone_is_found(dtype, share):
+    model = pico("llama")
+    model.model.layers[0] = _WeakRecurrence(share)
+    with pytest.raises(PackingError):
+        require_packable(model.to(dtype))
 
 
 def test_arguments_are_found_that_a_layer_takes():

@@ -15,6 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 _MAX_PARAMETERS = 20_000_000
+_SPREAD = 0.1
+"""Standard deviation of the weights: every layer must move the logits, and at the usual 0.02 some hardly do (LFM2)."""
 _WINDOW = 8
 """Tokens; below the length of a proof's examples, so that windows take part in it."""
 _BUILD_ERRORS = (
@@ -89,6 +91,8 @@ def shrink_config(config: Any) -> Any:
         small["num_key_value_heads"] = small["num_attention_heads"]
     if "expand" in small and "num_heads" in small and "head_dim" in small:
         small["num_heads"] = small["expand"] * small["hidden_size"] // small["head_dim"]  # Mamba 2
+    if isinstance(small.get("initializer_range"), float):
+        small["initializer_range"] = _SPREAD
     size = small.get("vocab_size", 96)
     small |= {key: value % size for key, value in small.items() if key.endswith("token_id") and isinstance(value, int)}
     return type(text)(**small)
