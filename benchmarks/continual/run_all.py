@@ -1,7 +1,7 @@
 """The whole stream benchmark on one GPU: a grid of learning rates, then three seeds in two orders, side by side.
 
-    python benchmarks/continual/run_all.py --data stream.npz --model model.pack --out FOLDER [--seeds 3] [--rates 5e-4 …]
-        [any of stream.py]
+    python benchmarks/continual/run_all.py --data stream.npz --model model.pack [--out FOLDER] [--seeds 3]
+        [--rates 5e-4 …] [any of stream.py]
 
 The rate is the one with which sequential LoRA learns each task best (its mean R[j][j], seed 0, order 1), the same for
 every arm, so that none is favoured. Prints the tables, and what SLAO and seq reach over the grid. With ``--rates``
@@ -19,8 +19,9 @@ from pathlib import Path
 
 from table import SCORES, build_pairs, build_table, learning_accuracy, measures
 
+RESULTS = Path(__file__).parents[1] / "results" / "continual"
 GRID = (5e-4, 1e-3, 2e-3)
-GRID_COLUMNS = (("seq", "LA"), ("seq", "AA"), ("slao", "AA"), ("slao_no_qr", "AA"), ("joint", "AA"))
+GRID_COLUMNS = (("seq", "LA"), ("seq", "AA"), ("slao", "AA"), ("ftba_mb", "AA"), ("joint", "AA"))
 
 
 def start(
@@ -77,7 +78,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the raw JSON; commit it with the log")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=[], help="learning rates; default: chosen by a grid")
     options, rest = parser.parse_known_args()

@@ -1,7 +1,7 @@
 """One seed and one order of the stream benchmark: tasks learnt one after the other by every arm, measured after each.
 
     python benchmarks/continual/stream.py --data stream.npz --model model.pack --out s0o1.json --seed 0 --order 1 \\
-        [--arms seq slao slao_no_qr]
+        [--arms seq slao ftba_mb]
 
 All arms that train are trained in one forward and backward, each on its own rows with its own adapter, so that they see
 the same random numbers and cost little. The merges are bp-merge's own functions. Needs torch, NumPy, bp-merge, bp-runs.
@@ -9,7 +9,7 @@ the same random numbers and cost little. The merges are bp-merge's own functions
     arm              trained as                                 shipped after task i
     seq              from its last adapter                      its adapter
     ema              seq                                        A and B blended with 1/√i
-    slao_no_qr       seq                                        the last A, B blended with 1/√i
+    ftba_mb       seq                                        the last A, B blended with 1/√i
     magmax           seq                                        the largest entry of seq's changes, cut to rank 4 r
     slao             A orthonormal, B the last fine-tuned       the last A, B blended with 1/√i
     slao_preserving  A orthonormal, R moved into both B's       the last A, B blended with 1/√i
@@ -44,7 +44,7 @@ R = 8
 REPLAY = 0.05
 ORTHOGONAL = 0.5
 """O-LoRA's factor on the sum of |A_earlier A_newᵀ|; an absolute sum, as in its authors' code (lambda_1)."""
-CPU_ARMS = ("seq", "joint", "slao_no_qr", "slao", "mean", "ties_20")
+CPU_ARMS = ("seq", "joint", "ftba_mb", "slao", "mean", "ties_20")
 """Arms of the CPU profile: four chains of trainings."""
 TURNED = ("slao", "slao_preserving", "slao_merged_b")
 """Chains that begin a task with orthonormal rows of A."""

@@ -13,12 +13,12 @@ import numpy as np
 
 SCORES = {"free": 0, "ranked": 1}
 ARMS = {
-    "seq": "seq", "replay": "replay", "joint": "joint", "ema": "seq", "slao_no_qr": "seq", "slao": "slao",
+    "seq": "seq", "replay": "replay", "joint": "joint", "ema": "seq", "ftba_mb": "seq", "slao": "slao",
     "slao_preserving": "slao_preserving", "slao_merged_b": "slao_merged_b", "olora": "olora", "mean": "independent",
     "cat": "independent", "ties_20": "independent", "ties_50": "independent", "magmax": "seq",
 }  # fmt: skip
 """Arms of the stream, each with the chain of trainings whose adapters it ships or merges."""
-PAIRS = (("slao_no_qr", "slao"), ("slao_preserving", "slao"), ("slao_preserving", "slao_no_qr"))
+PAIRS = (("ftba_mb", "slao"), ("slao_preserving", "slao"), ("slao_preserving", "ftba_mb"))
 """Arms to compare run by run, beside each arm with seq."""
 
 
@@ -84,7 +84,7 @@ def main() -> None:
     for order in sorted({r["options"]["order"] for r in results}):
         some = [r for r in results if r["options"]["order"] == order]
         print(f"order {order}: {', '.join(some[0]['tasks'])}; AA (free)", end="")
-        for arm in [name for name in ("seq", "slao", "slao_no_qr", "joint") if name in some[0]["R"]]:
+        for arm in [name for name in ("seq", "slao", "ftba_mb", "joint") if name in some[0]["R"]]:
             print(f"  {arm} {spread([measures(r, arm, 0)['AA'] for r in some])}", end="")
         print()
 

@@ -100,7 +100,7 @@ LABELLED = [{"prompt": f"who {i}", "completion": f"captain {i}", "label": i % 2 
         (PAIRS, {"method": "orpo"}),
         (PAIRS, {"method": "dpo"}),
         (LABELLED, {"method": "kto"}),
-        (PAIRS, {"packing": True, "use_rslora": True, "slao_qr": "preserving", "metric": "f1", "sample_tokens": 3}),
+        (PAIRS, {"packing": True, "use_rslora": True, "merge": "slao-preserving", "metric": "f1", "sample_tokens": 3}),
     ],
     ids=["orpo", "dpo", "kto", "packing"],
 )

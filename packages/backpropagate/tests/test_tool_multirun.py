@@ -16,6 +16,7 @@ from backpropagate.scorecard import ScoreCard, card_html, card_text
 from backpropagate.slices import write_slices
 from bp_data.errors import DatasetEmptyError
 from bp_merge import SlaoStateError, SlaoStreamError, blend, factor_rows, load_adapter
+from bp_merge.errors import AdapterUnmergeableError
 from bp_runs import Settings
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import InterruptedRunError, InvalidSettingError, TrainingDivergedError
@@ -57,10 +58,10 @@ def tuned_of(store, run_id):
     return load_adapter(store.folder(run_id) / "lora").modules[MODULE]
 
 
-@pytest.mark.parametrize("qr", ["off", "on", "preserving"])
-def test_the_stream_is_slao(place, qr):
+@pytest.mark.parametrize("arm", ["ftba-mb", "slao", "slao-preserving"])
+def test_each_arm_is_what_its_name_says(place, arm):
     rail = SeenRail()
-    flags = {} if qr == "off" else {"slao_qr": qr}
+    flags = {} if arm == "ftba-mb" else {"merge": arm}
     result = trainer(rail).multi_run("d.jsonl", runs=4, last_lr=0.5, lr=1e-3, **flags)
     store = RunStore(place / "o")
     tuned = [tuned_of(store, member) for member in result.members]
@@ -69,14 +70,17 @@ def test_the_stream_is_slao(place, qr):
     for i, pair in enumerate(tuned[1:], start=2):
         start, before = rail.seen[i - 1][1], tuned[i - 2]
         lost, rows = factor_rows(before.a)
-        if qr == "preserving":
+        if arm == "slao-preserving":
             merged = merged @ lost
-        assert np.array_equal(start.b, before.b @ lost if qr == "preserving" else before.b)
-        assert np.array_equal(start.a, before.a if qr == "off" else rows)
-        assert np.allclose(start.delta(), before.delta(), rtol=0, atol=1e-6) is (qr != "on")
+        assert np.array_equal(start.b, before.b @ lost if arm == "slao-preserving" else before.b)
+        assert np.array_equal(start.a, before.a if arm == "ftba-mb" else rows)
+        assert np.allclose(start.delta(), before.delta(), rtol=0, atol=1e-6) is (arm != "slao")
         merged = blend(merged, pair.b, i)
     shipped = load_adapter(place / "o/lora").modules[MODULE]
     assert result.adapter == Path("o/lora")
+    assert json.loads((place / "o/lora/run.json").read_text())["origin"]["method"] == arm
+    assert (result.record.setting("multirun.merge"), result.card.merge) == (arm, arm)
+    assert f"merged by {arm}, average" in card_text(result.card)
     assert np.array_equal(shipped.b, merged)
     assert np.array_equal(shipped.a, tuned[-1].a)
     rates = [spec.training.learning_rate for spec, _ in rail.seen]
@@ -85,6 +89,14 @@ def test_the_stream_is_slao(place, qr):
     card = result.card
     assert [len(row) for row in card.losses] == [1, 2, 3, 4]
     assert result.record.result["score_card"]["losses"] == [list(row) for row in card.losses]
+
+
+@pytest.mark.parametrize("arm", ["slao", "slao-preserving"])
+def test_a_rank_over_the_inputs_has_no_orthonormal_rows(place, arm):
+    with pytest.raises(AdapterUnmergeableError, match="has 8 inputs, so its A can't have 9 orthonormal rows") as caught:
+        Trainer("./m", output="o", rail=FakeRail(), steps=3, lora_r=9).multi_run("d.jsonl", runs=2, merge=arm)
+    assert "--lora-r 8" in caught.value.way_out
+    assert "--merge ftba-mb" in caught.value.way_out
 
 
 def test_runs_are_recorded_with_their_parent(place):
@@ -197,7 +209,7 @@ def test_one_file_a_run(place):
         (3, {"runs": 5}, RunsAndRowsError, "3 rows, too few for 5 runs"),
         (1, {"runs": 1}, RunsAndRowsError, "1 rows, too few for 1 runs"),
         (0, {"runs": 1, "same": True}, RunsAndRowsError, "only rows that other rows repeat"),
-        (9, {"runs": 2, "use_dora": True}, InvalidSettingError, "use_dora is true and multirun.merge is slao"),
+        (9, {"runs": 2, "use_dora": True}, InvalidSettingError, "use_dora is true and multirun.merge is ftba-mb"),
         (9, {"runs": 2, "heldout": 0.0, "eval_gate": True}, InvalidSettingError, "eval_gate is true and multirun.heldout is 0"),
         (9, {"runs": 2, "heldout": 0.0, "patience": 2}, InvalidSettingError, "patience is 2"),
         (9, {"runs": 2, "heldout": 0.0, "metric": "f1"}, InvalidSettingError, "metric is f1 and multirun.heldout is 0"),
@@ -325,9 +337,7 @@ def test_single_runs_leave_no_checkpoints(place):
     assert {run: [c.step for c in found] for run, found in kept().items() if found} == {cut: [checkpoints[0].step]}
 
 
-@pytest.mark.parametrize(
-    "flags", [{"merge": "slao"}, {"slao_qr": "on"}, {"slao_qr": "preserving"}, {"merge": "none"}], ids=str
-)
+@pytest.mark.parametrize("flags", [{"merge": arm} for arm in ("ftba-mb", "slao", "slao-preserving", "none")], ids=str)
 def test_a_crash_in_the_fourth_run_goes_on_there(place, flags):
     whole = trainer().multi_run("d.jsonl", runs=5, **flags)
     expected = (place / "o/lora/adapter_model.safetensors").read_bytes()
@@ -443,11 +453,26 @@ def test_the_state_of_another_stream_is_refused(place):
         resumed.multi_run(resume=ids[1])
 
 
-def test_a_record_without_the_switch_goes_on_in_the_papers_form(place):
-    record = trainer().multi_run("d.jsonl", runs=2).record
-    assert read_settings(record).multirun.slao_qr == "off"
-    del record.settings["multirun.slao_qr"]
-    assert read_settings(record).multirun.slao_qr == "on"
+def test_an_older_record_goes_on_as_the_arm_that_it_was(place, capsys):
+    """Before arms had names of their own, ``slao`` with a switch was any of three, and without it the paper's."""
+    run_id = trainer().multi_run("d.jsonl", runs=2).run_id
+    store = RunStore(place / "o")
+    file = store.folder(run_id) / "run.json"
+    for switch, arm in (("off", "ftba-mb"), ("on", "slao"), ("preserving", "slao-preserving"), (None, "slao")):
+        told = json.loads(file.read_text())
+        told["schema"] = "backpropagate.run/3"
+        told["settings"]["multirun.merge"] = {"value": "slao", "source": "default"}
+        told["settings"].pop("multirun.slao_qr", None)
+        if switch:
+            told["settings"]["multirun.slao_qr"] = {"value": switch, "source": "flag"}
+        told["result"]["score_card"].pop("merge", None)
+        file.write_text(json.dumps(told))
+        record = store.load(run_id)
+        assert read_settings(record).multirun.merge == arm
+        assert record.settings["multirun.merge"]["source"] == ("flag" if switch else "default")
+        assert "multirun.slao_qr" not in record.settings
+        assert run(["show-run", run_id, "--output", "o"]) == 0
+        assert f"merged by {arm}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

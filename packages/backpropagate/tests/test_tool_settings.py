@@ -81,7 +81,6 @@ OTHERS = {
     "training.kto_undesirable_weight": 2.0,
     "multirun.runs": 3,
     "multirun.merge": "none",
-    "multirun.slao_qr": "on",
     "multirun.last_lr": 1.0,
     "multirun.replay_share": 0.25,
     "multirun.replay": "recent",

@@ -68,9 +68,9 @@ def check_settings(wanted: Settings, files: int) -> Settings:
             f"lora.init_lora_weights is {start}, which changes the base that every run of a multi-run shares",
             way_out="Leave out: --init-lora-weights",
         )
-    if multi.merge == "slao" and wanted.lora.use_dora:
+    if multi.merge != "none" and wanted.lora.use_dora:
         raise InvalidSettingError(
-            "lora.use_dora is true and multirun.merge is slao, which cannot merge DoRA's magnitudes",
+            f"lora.use_dora is true and multirun.merge is {multi.merge}, which can't merge DoRA's magnitudes",
             way_out="Leave out --use-dora, or merge nothing: --merge none",
         )
     _check_measures(wanted)
@@ -248,8 +248,6 @@ def read_settings(record: RunRecord) -> Settings:
         for key, entry in record.settings.items()
         if key in known and key != "data.path"
     }
-    # A record that does not say is of a time that knew the paper's form only.
-    flags.setdefault(known["multirun.slao_qr"].short, "on")
     return resolve(flags).settings
 
 

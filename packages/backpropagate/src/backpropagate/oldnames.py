@@ -57,8 +57,8 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
         "--dare-seed": Old("Merge afterwards: backprop merge A B --method dare --seed 0"),
         "--drift-gate": Old("Gate on what counts, the held-out loss: --eval-gate"),
         "--drift-threshold": Old("Gate on what counts, the held-out loss: --eval-gate"),
-        "--merge-mode": Old("Choose how to merge: --merge slao"),
-        "--merge-strategy": Old("Choose how to merge: --merge slao"),
+        "--merge-mode": Old("Choose how to merge: --merge ftba-mb, slao, slao-preserving or none"),
+        "--merge-strategy": Old("Choose how to merge: --merge ftba-mb, slao, slao-preserving or none"),
     },
     "export": {
         "--base-model": Old("Name the base: --base NAME"),

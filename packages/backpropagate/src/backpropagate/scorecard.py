@@ -37,6 +37,8 @@ class ScoreCard:
     """Loss on each run's held-out rows before it; the base's for the first."""
     names: tuple[str, ...] = ()
     """What the runs learnt from."""
+    merge: str | None = None
+    """How the runs were merged, the setting ``multirun.merge``; None in cards of versions that did not say."""
     metric: str | None = None
     """What else was measured, from 0 to 1 and better when higher; None: nothing."""
     scores: tuple[tuple[float, ...], ...] = ()
@@ -100,7 +102,7 @@ class ScoreCard:
         names = ("runs", "before_merge", "before_run", "names", "scores_before")
         lists = {name: list(getattr(self, name)) for name in names}
         rows = {name: [list(row) for row in getattr(self, name)] for name in ("losses", "scores")}
-        return {**lists, **rows, "metric": self.metric, **means}
+        return {**lists, **rows, "metric": self.metric, "merge": self.merge, **means}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ScoreCard:
@@ -112,6 +114,7 @@ class ScoreCard:
             before_run=tuple(data["before_run"]),
             names=tuple(data["names"]),
             metric=data.get("metric"),
+            merge=data.get("merge"),
             scores=tuple(tuple(row) for row in data.get("scores", ())),
             scores_before=tuple(data.get("scores_before", ())),
         )
@@ -145,7 +148,8 @@ def _score_lines(card: ScoreCard) -> list[str]:
 
 
 def _means(card: ScoreCard) -> list[str]:
-    found = [] if card.average is None else [f"average {card.average:.3f}"]
+    found = [f"merged by {card.merge}"] if card.merge not in (None, "none") else []
+    found += [] if card.average is None else [f"average {card.average:.3f}"]
     signed = (
         ("backward transfer", card.backward_transfer),
         ("forgetting", card.forgetting),

@@ -117,7 +117,7 @@ class Stream:
             if self._is_over(progress):
                 break
             self.emit(Notice(message=self._announce(plan)))
-            if state is not None and self.wanted.multirun.slao_qr == "preserving":
+            if state is not None and self.wanted.multirun.merge == "slao-preserving":
                 state = state.turn()
             shipped = self.folders.adapter if progress.members else None
             before = self._judge(plan, shipped) if plan.heldout else None
@@ -214,7 +214,7 @@ class Stream:
         if progress.tuned is None:
             return None
         tuned = Path(progress.tuned)
-        if state is None or self.wanted.multirun.slao_qr == "off":
+        if state is None or self.wanted.multirun.merge == "ftba-mb":
             return tuned
         return self._write_part("start", self.folders.run / START, tuned, state)
 
@@ -236,7 +236,8 @@ class Stream:
                     trained, replace(after, rejected=(*progress.rejected, trained.run_id)), state, change
                 )
             own = self._judge(plan, tuned)
-            card = progress.card.add(trained.run_id, plan.source, row=row, tuned=own, before=trained.before)
+            named = replace(progress.card, merge=self.wanted.multirun.merge)
+            card = named.add(trained.run_id, plan.source, row=row, tuned=own, before=trained.before)
             if trained.before_score is not None:
                 scores = [self._score(self.slices[number - 1], merged) for number in numbers]
                 card = card.add_scores(self.wanted.multirun.metric, scores, trained.before_score)
@@ -278,9 +279,9 @@ class Stream:
         """An adapter of the stream's state with the settings and tokenizer of a fine-tuned one."""
         from bp_merge import write_adapter_like
 
-        qr = self.wanted.multirun.slao_qr == "on"
-        tensors = state.next_start(qr=qr) if part == "start" else state.merged_adapter()
-        origin = {"method": "slao", "part": part, "i": state.i}
+        arm = self.wanted.multirun.merge
+        tensors = state.next_start(qr=arm == "slao") if part == "start" else state.merged_adapter()
+        origin = {"method": arm, "part": part, "i": state.i}
         write_adapter_like(tuned, place, tensors, run_id=self.folders.run_id, origin=origin)
         return place
 

@@ -1,11 +1,13 @@
 """SLAO: one adapter for a stream of trainings (Qiao and Mahdavi, arXiv:2512.23017), with the state between them.
 
 A is (r, d_in), B is (d_out, r). Run 1 is plain LoRA. Run i ≥ 2 starts from ``A = Qᵀ`` of the reduced QR of the last
-fine-tuned Aᵀ, columns of Q times the signs of R's diagonal, and from the last **fine-tuned** B, and trains both. (Two
-other starts: the fine-tuned A itself, with which less was forgotten in docs/log/2026-11-24-continual.md, and Qᵀ with R
-moved into both B's.) Then
+fine-tuned Aᵀ, columns of Q times the signs of R's diagonal, and from the last **fine-tuned** B, and trains both. Then
 
     A_merged = A_tuned        B_merged = B_merged + (B_tuned - B_merged) / √i
+
+Two other arms share the merge and start elsewhere, under names of their own: ``ftba-mb`` (the paper's ablation without
+QR) from the fine-tuned A itself, with which less was forgotten in docs/log/2026-11-24-continual.md, and
+``slao-preserving`` (not the paper's) from Qᵀ with R moved into both B's.
 
 The merged adapter is the one to evaluate, save and export; training goes on from the fine-tuned one. Since A_merged is
 always A_tuned, the state is one A, two B's and i. A zero on R's diagonal counts as +1, where the paper's sign() would
@@ -25,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from bp_merge.adapter import LORA_A, LORA_B, PREFIX, LoraPair
-from bp_merge.errors import SlaoStateError, SlaoStreamError, TensorsInvalidError
+from bp_merge.errors import AdapterUnmergeableError, SlaoStateError, SlaoStreamError, TensorsInvalidError
 from bp_merge.lowrank import Product
 from bp_merge.options import ModulePlan
 from bp_merge.source import AdapterSource
@@ -109,7 +111,12 @@ class SlaoState:
         Args:
             qr: Whether A gets orthonormal rows, as in the paper. With the same B's that changes what the adapter does,
                 and what the merged one will do once the next A has taken its A's place.
+
+        Raises:
+            AdapterUnmergeableError: With ``qr``, the rank is larger than a layer's inputs.
         """
+        if qr:
+            self._require_wide()
         a = {module: orthonormal_rows(a) for module, a in self.a.items()} if qr else self.a
         return _name_tensors(a, self.tuned)
 
@@ -117,7 +124,11 @@ class SlaoState:
         """The same two changes of the weights with orthonormal rows of A: of A = L Q the L goes into both B's.
 
         Not the paper's. ``B @ A = (B @ L) @ Q`` holds for the fine-tuned and the merged B, since they share their A.
+
+        Raises:
+            AdapterUnmergeableError: The rank is larger than a layer's inputs.
         """
+        self._require_wide()
         factors = {module: factor_rows(a) for module, a in self.a.items()}
         turned = [{m: b @ factors[m][0] for m, b in values.items()} for values in (self.tuned, self.merged)]
         a = _freeze({module: q for module, (_, q) in factors.items()})
@@ -126,6 +137,16 @@ class SlaoState:
     def merged_adapter(self) -> dict[str, Floats]:
         """Tensors of the merged adapter, by PEFT's names."""
         return _name_tensors(self.a, self.merged)
+
+    def _require_wide(self) -> None:
+        """A (r, d_in) has at most d_in orthonormal rows."""
+        for module, a in self.a.items():
+            r, inputs = a.shape
+            if r > inputs:
+                raise AdapterUnmergeableError(
+                    f"{module} has {inputs} inputs, so its A can't have {r} orthonormal rows, one for each rank",
+                    way_out=f"Train with a rank of at most {inputs} (--lora-r {inputs}), or use: --merge ftba-mb",
+                )
 
     def _require_kin(self, source: AdapterSource) -> None:
         mine = {m: (b.shape[0], self.a[m].shape[1], b.shape[1], self.scales[m]) for m, b in self.tuned.items()}

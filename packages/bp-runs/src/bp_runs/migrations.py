@@ -33,9 +33,32 @@ def _add_sequence(data: dict[str, Any]) -> None:
     data |= {"sequence": 0, "base": {}}
 
 
+def _name_merge_arms(data: dict[str, Any]) -> None:
+    """``slao`` meant any of three arms, which ``slao_qr`` told apart; before that switch it was the paper's."""
+    settings = data.get("settings")
+    if not isinstance(settings, dict):
+        return
+    switch, merge = settings.pop("multirun.slao_qr", None), settings.get("multirun.merge")
+    if not isinstance(merge, dict):
+        return
+    if merge.get("value") == "slao":
+        settings["multirun.merge"] = merge = _merge_arm(merge, switch)
+    result = data.get("result")
+    if isinstance(result, dict) and isinstance(card := result.get("score_card"), dict):
+        card.setdefault("merge", merge.get("value"))
+
+
+def _merge_arm(merge: dict[str, Any], switch: Any) -> dict[str, Any]:
+    told = switch if isinstance(switch, dict) else {"value": "on", "source": "default"}
+    arm = {"off": "ftba-mb", "on": "slao", "preserving": "slao-preserving"}.get(str(told.get("value")), "slao")
+    source = merge.get("source") if told.get("source") == "default" else told.get("source")
+    return {"value": arm, "source": source}
+
+
 MIGRATIONS = (
     Migration(2, "parent, sessions, progress, tags and note", _add_sessions),
     Migration(3, "sequence and base", _add_sequence),
+    Migration(4, "each merge arm of a multi-run by its own name", _name_merge_arms),
 )
 
 LATEST = MIGRATIONS[-1].number

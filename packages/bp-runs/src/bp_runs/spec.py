@@ -263,13 +263,11 @@ class MultiRunSpec:
     """Several runs, each going on from the one before; only `backprop multi-run` looks at it."""
 
     runs: int = setting(5, "Runs, each on its own slice of the data; with several data files: one run a file.")
-    merge: Literal["slao", "none"] = setting(
-        "slao", "After each run: slao blends the adapter into those before (arXiv:2512.23017); none keeps the last."
-    )
-    slao_qr: Literal["off", "on", "preserving"] = setting(
-        "off",
-        "Start of a run under slao: off goes on from the last adapter as it is; on makes A's rows orthonormal, which "
-        "is the paper's form; preserving does so and moves what A loses into B, so that the adapter's effect stays.",
+    merge: Literal["ftba-mb", "slao", "slao-preserving", "none"] = setting(
+        "ftba-mb",
+        "How runs are merged. ftba-mb: blend B by 1/sqrt(i) and start from the last adapter, which forgot least in our "
+        "benchmark; slao: the same, and start from orthonormal rows of A (arXiv:2512.23017); slao-preserving: as slao, "
+        "but the start keeps what the adapter does; none: keep the last adapter.",
     )
     last_lr: float = setting(
         0.25, "Learning rate of the last run, as a share of the first's; those between lie on a line."

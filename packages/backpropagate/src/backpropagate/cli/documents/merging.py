@@ -14,6 +14,7 @@ class ScoreCardBody(TypedDict):
     runs: list[str]
     names: list[str]
     losses: list[list[float]]
+    merge: str | None
     before_merge: list[float]
     before_run: list[float]
     metric: str | None
