@@ -17,16 +17,18 @@ from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
 
 STEPS = 3  # two of an epoch and one of the next
 CLOSE = 1e-5  # nats; float32 on a CPU
-COSINE = {"warmup_steps": 1, "scheduler": "cosine", "weight_decay": 0.1, "max_grad_norm": 0.1}
+COSINE = {"warmup_steps": 0, "scheduler": "cosine", "weight_decay": 0.1, "max_grad_norm": 0.1}
 RUNS = {
-    "sft": {"training": {"warmup_steps": 2}},
+    "sft": {"training": {"warmup_steps": 0}},
     "sft-packing": {"training": {"packing": True}, "model": {"max_seq_length": 64}},
     "sft-dora": {"lora": {"use_dora": True}, "training": {"scheduler": "constant", "max_grad_norm": 0.0}},
     "sft-rslora": {"lora": {"use_rslora": True, "target_modules": "q_proj,v_proj"}, "training": COSINE},
-    "sft-full": {"training": {"mode": "full", "weight_decay": 0.1, "learning_rate": 1e-3}},
+    "sft-full": {"training": {"mode": "full", "warmup_steps": 2, "weight_decay": 0.1, "learning_rate": 1e-3}},
     "sft-held-out": {"training": {"eval_share": 0.25, "eval_min_rows": 1, "curriculum": "length"}},
-    **{method: {"training": {"method": method}} for method in ("dpo", "orpo", "simpo")},
-    "kto": {"training": {"method": "kto", "kto_undesirable_weight": 2.0, "kto_beta": 0.3}},
+    "dpo": {"training": {"method": "dpo", "dpo_beta": 0.5}},
+    "orpo": {"training": {"method": "orpo", "orpo_beta": 0.3}},
+    "simpo": {"training": {"method": "simpo", "simpo_beta": 1.5, "simpo_gamma": 0.4}},
+    "kto": {"training": {"method": "kto", "kto_beta": 0.3, "kto_desirable_weight": 1.5, "kto_undesirable_weight": 2.0}},
 }
 
 
@@ -98,7 +100,18 @@ def plain(files, pico_model, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"seed": 43}, {"learning_rate": 1.1e-2}, {"batch_size": 1}, {"lora": {"lora_alpha": 9.0}}, {"mask": True}],
+    [
+        {"seed": 43},
+        {"learning_rate": 1.1e-2},
+        {"warmup_steps": 2},
+        {"scheduler": "constant"},
+        {"weight_decay": 5.0},
+        {"max_grad_norm": 0.05},
+        {"batch_size": 1},
+        {"gradient_accumulation": 1},
+        {"lora": {"lora_alpha": 9.0}},
+        {"mask": True},
+    ],
     ids=lambda wrong: next(iter(wrong)),
 )
 def test_a_loop_that_trains_otherwise_is_noticed(plain, wrong):
