@@ -299,14 +299,14 @@ def early_stop_acts(b: Bench) -> bool:
 def temperature_acts(b: Bench) -> bool:
     """0 asks for no guard; else one is looked for."""
     from bp_runs.spec import TrainingSpec
+    from bp_train_cuda.guards.monitor import open_monitor
     from bp_train_cuda.probe import Device
-    from bp_train_cuda.watch import open_watch
 
     said = []
     card = Device(kind="cuda", why="a test", memory=2**34)
     for degrees in (80, 0):
         events = []
-        watch = open_watch(TrainingSpec(gpu_max_temp=degrees), card, events.append, lambda: False)
+        watch = open_monitor(TrainingSpec(gpu_max_temp=degrees), card, events.append, lambda: False)
         said.append(bool(events) or watch.governor is not None)
     return said == [True, False]
 
@@ -375,7 +375,7 @@ EFFECTS = {
     "training.early_stop": early_stop_acts,
     "training.keep": keep_acts,
     "training.oom_recovery": oom_recovery_acts,
-    "training.preflight": lambda b: "rehears" in b.course().notices() and "rehears" not in b.train().notices(),
+    "training.preflight": lambda b: "preflight" in b.course().notices() and "preflight" not in b.train().notices(),
     "training.gpu_max_temp": temperature_acts,
     "training.kernels": lambda b: b.train(kernels="liger").error == "DEP_KERNELS_UNUSABLE",
     "training.save_steps": lambda b: [event.step for event in b.course().of("checkpoint")] == [2, 4, 6],

@@ -23,15 +23,14 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 import torch
 
-import bp_train_cuda.methods.sft  # the children find it imported
+import bp_train_cuda.engines.native  # the children find it imported
 from bp_runs import Settings, TrainSpec
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, TrainingSpec
 from bp_runs.store import RunStore
-from bp_train_cuda import CudaRail, engine
+from bp_train_cuda import CudaRail
 
-assert engine
-assert bp_train_cuda.methods.sft
+assert bp_train_cuda.engines.native
 torch.set_num_threads(1)
 
 SHARE_AT_RANDOM = 0.4

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bp_data import prepare, split_rows
+from bp_data.loop.memory import MemoryGuard
+from bp_data.loop.validation import Validator
 from bp_runs.events import DataReady, EvalDone, StepDone
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.distributed.process_group import ProcessGroup
-from bp_train_cuda.evaluation import Validator
+from bp_train_cuda.guards.oom import TorchMemory
 
 EVAL = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 2, "batch_size": 2}
 
@@ -96,21 +98,28 @@ def test_few_rows_are_not_held_out(pico_model, chat_file, tmp_path, change):
     assert len([e for e in events if isinstance(e, StepDone)]) == 2
 
 
+class Losses:
+    """A framework whose validation losses are given."""
+
+    def __init__(self, *losses):
+        self.losses = iter(losses)
+
+    def prepare_measure(self, mine, everyone):
+        return None
+
+    def measure(self, indexes, shared):
+        return {"loss": next(self.losses), "count": 1.0, "tokens": 2.0}
+
+    def copy_weights(self):
+        return "weights"
+
+
 def test_a_loss_that_is_not_finite_is_never_the_best():
-    found = iter([float("nan"), 2.0])
-    rows = [{"labels": torch.ones(1, 2, dtype=torch.long)}]
-    model = torch.nn.Linear(1, 1)
-    model.device = torch.device("cpu")
+    guard = MemoryGuard(TorchMemory(), lambda _: None)
     validator = Validator(
-        model,
-        rows,
-        TrainingSpec(),
-        lambda _: None,
-        measure=lambda _: {"loss": next(found), "count": 1},
-        collate=lambda items: items[0],
-        team=ProcessGroup(),
+        Losses(float("nan"), 2.0), 1, TrainingSpec(), lambda _: None, guard=guard, group=ProcessGroup(), eval_steps=1
     )
-    validator.visit(1)
-    assert (validator.best_loss, validator.best) == (None, {})
-    validator.visit(2)
-    assert (validator.best_loss, validator.best_step) == (2.0, 2)
+    validator.validate(1)
+    assert (validator.best_loss, validator.best) == (None, None)
+    validator.validate(2)
+    assert (validator.best_loss, validator.best_step, validator.best) == (2.0, 2, "weights")

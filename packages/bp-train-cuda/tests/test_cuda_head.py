@@ -9,11 +9,11 @@ from cuda_training import spec_for, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
-from trl.trainer import utils as trl_head
 
 from bp_runs.events import EvalDone, StepDone
-from bp_train_cuda import head
-from bp_train_cuda.errors import TrainingFailedError
+from bp_train_cuda.losses import log_probs
+from bp_train_cuda.losses.log_probs import LogProbModel, head_log_probs
+from bp_train_cuda.model.head import Head
 
 VOCABULARY = 150_000
 
@@ -58,14 +58,16 @@ ROWS = {
     ("method", "change"),
     [("sft", {}), ("sft", {"packing": True}), ("orpo", {}), ("dpo", {}), ("simpo", {}), ("kto", {})],
 )
-def test_no_tensor_holds_the_logits_of_a_batch(wide_model, tmp_path, method, change):
+def test_no_tensor_holds_the_logits_of_a_batch(wide_model, tmp_path, monkeypatch, method, change):
+    monkeypatch.setattr(log_probs, "TILE", 2 * VOCABULARY)  # of real tiles: hundreds of tokens
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS.get(method, ROWS["orpo"])))
     training = {"method": method, "steps": 1, "batch_size": 4, "eval_share": 0.25, "eval_min_rows": 2, **change}
     with Widest() as widest:
         _, events = train(spec_for(wide_model, file, tmp_path / "run", training=training))
     assert any(isinstance(e, EvalDone) for e in events)
-    assert widest.found <= VOCABULARY  # not even the logits of two tokens
+    assert widest.found <= 8 * VOCABULARY  # the proof of the head, over 8 tokens; a batch has more
+    assert any(e.tokens > 16 for e in events if isinstance(e, StepDone))
 
 
 def test_the_watcher_sees_whole_logits_where_there_are_any(wide_model):
@@ -76,52 +78,47 @@ def test_the_watcher_sees_whole_logits_where_there_are_any(wide_model):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("temperature", "softcap", "scale"), [(1.0, None, 1.0), (0.7, 5.0, 1.3)])
-def test_tiles_give_what_the_whole_logits_would(monkeypatch, bias, temperature, softcap, scale):
-    monkeypatch.setattr(head, "TOKENS", 3)
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("pre_scale", "softcap", "scale"), [(1.0, None, 1.0), (0.7, 5.0, 1.3), (1.0, None, 0.5)])
+def test_tiles_give_what_the_whole_logits_would(monkeypatch, bias, trained, pre_scale, softcap, scale):
+    monkeypatch.setattr(log_probs, "TILE", 3 * 11 if not trained else 12)
+    monkeypatch.setattr(log_probs, "_TOKENS", 3)
     torch.manual_seed(0)
     tokens, width, words = 8, 6, 11
     parts = [torch.randn(tokens, width), torch.randn(words, width), torch.randn(words) if bias else None]
     targets, weights = torch.randint(words, (tokens,)), torch.randn(tokens)
-    ours = [None if p is None else p.clone().requires_grad_() for p in parts]
-    logps, entropy, *_, top = head.TiledLogProbs.apply(
-        *ours, targets, temperature, 4, softcap, scale, ("log_probs", "entropy", "is_top1")
-    )
-    (logps * weights).sum().backward()
-    theirs = [None if p is None else p.double().requires_grad_() for p in parts]
-    logits = scale * (theirs[0] @ theirs[1].T + (theirs[2] if bias else 0))
-    logits = (logits if softcap is None else softcap * torch.tanh(logits / softcap)) / temperature
-    whole = logits.log_softmax(dim=1)
-    expected = whole.gather(1, targets[:, None])[:, 0]
+    ours = [None if p is None else p.clone().requires_grad_(trained or n == 0) for n, p in enumerate(parts)]
+    found = head_log_probs(ours[0], Head(ours[1], ours[2], scale, softcap, pre_scale), targets)
+    (found * weights).sum().backward()
+    theirs = [None if p is None else p.double().requires_grad_(trained or n == 0) for n, p in enumerate(parts)]
+    logits = scale * (pre_scale * theirs[0] @ theirs[1].T + (theirs[2] if bias else 0))
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    expected = logits.log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
     (expected * weights).sum().backward()
-    torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(entropy.double(), -(whole.exp() * whole).sum(dim=1), rtol=1e-5, atol=1e-5)
-    assert torch.equal(top, whole.argmax(dim=1) == targets)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     for one, other in zip(ours, theirs, strict=True):
-        assert one is None or torch.allclose(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+        assert one is None or (one.grad is None) == (other.grad is None)
+        assert one is None or one.grad is None or torch.allclose(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo"])
-def test_a_trl_without_a_way_for_this_device_trains_on_ours(
-    pico_model, chat_file, pair_file, tmp_path, monkeypatch, method
-):
-    """TRL before 1.16 launches a Triton kernel, for which a CPU has no driver."""
+def test_a_model_without_a_plain_head_uses_its_own_logits(pico_model):
+    """One that adds something after the product, which no config says."""
 
-    def losses(name):
-        file = chat_file if method == "sft" else pair_file
-        spec = spec_for(pico_model, file, tmp_path / name, training={"method": method, "steps": 3})
-        return [e.loss for e in train(spec)[1] if isinstance(e, StepDone)]
+    class Odd(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.logits = out.logits + torch.arange(out.logits.shape[-1]) / 50
+            return out
 
-    class NeedsTriton(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *_):
-            raise RuntimeError("0 active drivers ([]). There should only be one.")
-
-    expected = losses("theirs")
-    with monkeypatch.context() as patch:
-        patch.setattr(trl_head, "_ChunkedLogProbFunction", NeedsTriton)
-        with pytest.raises(TrainingFailedError, match="0 active drivers"):
-            patch.setattr(head, "HAS_OWN_WAY", True)
-            losses("fails")
-        patch.setattr(head, "HAS_OWN_WAY", False)
-        assert losses("ours") == pytest.approx(expected, rel=1e-5)
+    model = Odd.from_pretrained(pico_model)
+    wrapped = LogProbModel(model)
+    assert not wrapped.has_head
+    ids = torch.arange(3, 15)[None]
+    places = torch.tensor([2, 5, 10])
+    batch = {"input_ids": ids, "positions": places, "targets": ids[0, places + 1]}
+    expected = model(ids).logits[0].log_softmax(-1)[places, ids[0, places + 1]]
+    torch.testing.assert_close(wrapped(batch), expected)
+    plain = LlamaForCausalLM.from_pretrained(pico_model)
+    expected = plain(ids).logits[0].log_softmax(-1)[places, ids[0, places + 1]]
+    assert LogProbModel(plain).has_head
+    torch.testing.assert_close(LogProbModel(plain)(batch), expected, rtol=1e-5, atol=1e-5)

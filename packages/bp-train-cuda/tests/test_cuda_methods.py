@@ -15,7 +15,7 @@ from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import InvalidSettingError
 from bp_runs.events import DataReady, EvalDone, Notice, StepDone
 from bp_runs.spec import TrainingSpec
-from bp_train_cuda.methods.kto import join_prompt
+from bp_train_cuda.examples import join_prompt
 
 PAIRED = ("dpo", "orpo", "simpo")
 METHODS = (*PAIRED, "kto")
@@ -73,7 +73,7 @@ def test_pieces_learn_what_the_whole_learns(files, pico_model, tmp_path, monkeyp
     scarce = Scarce(monkeypatch, 4 if method == "kto" else 6)
     outcome, events = train(spec(method, files, pico_model, tmp_path / "scarce", steps=3))
     assert scarce.hits
-    assert any(isinstance(e, Notice) and "pieces" in e.details for e in events)
+    assert any(isinstance(e, Notice) and "chunks" in e.details for e in events)
     for before, after in zip(steps(calm_events), steps(events), strict=True):
         assert (after.tokens, after.loss) == (before.tokens, pytest.approx(before.loss, rel=1e-4))
         if before.step > 1:  # before the first step margins are zero but for rounding

@@ -21,6 +21,7 @@ from bp_runs.fingerprint import fingerprint_base
 from bp_runs.spec import LoraSpec, ModelSpec, TrainingSpec
 from bp_train_cuda import CudaRail
 from bp_train_cuda.check import require_start
+from bp_train_cuda.engines.unsloth import require_unsloth
 from bp_train_cuda.errors import (
     Bf16Error,
     BitsandbytesError,
@@ -34,9 +35,8 @@ from bp_train_cuda.errors import (
 )
 from bp_train_cuda.fp8 import use_fp8
 from bp_train_cuda.lora import add_lora
-from bp_train_cuda.optimizer import choose_optimizer
+from bp_train_cuda.optim import choose_optimizer
 from bp_train_cuda.probe import Device, Mode, choose_dtype, choose_mode
-from bp_train_cuda.unsloth import require_unsloth
 
 CPU, GPU = Device("cpu", "none", 1), Device("cuda", "a card", 16 * 2**30)
 
@@ -164,11 +164,11 @@ def test_loftq_starts_nearer_to_the_whole_weights_than_4_bits_are(pico_model):
 @pytest.mark.parametrize(
     ("optim", "mode", "device", "expected"),
     [
-        ("auto", "lora", GPU, "adamw_torch_fused"),
+        ("auto", "lora", GPU, "adamw_torch"),
         ("auto", "qlora", GPU, "adamw_8bit"),
         ("auto", "full", GPU, "paged_adamw_8bit"),
-        ("auto", "full", CPU, "adamw_torch_fused"),
-        ("adamw_torch", "qlora", GPU, "adamw_torch_fused"),
+        ("auto", "full", CPU, "adamw_torch"),
+        ("adamw_torch", "qlora", GPU, "adamw_torch"),
         ("adamw_8bit", "lora", CPU, "adamw_8bit"),
     ],
 )
@@ -261,7 +261,7 @@ def test_unsloth_is_refused_where_it_cannot_be(pico_model, monkeypatch):
     if find_spec("unsloth") is None:
         with pytest.raises(UnslothError, match="not installed"):
             refused(pico_model, training={"engine": "unsloth"})
-    monkeypatch.setattr("bp_train_cuda.unsloth.find_spec", lambda name: object())
+    monkeypatch.setattr("bp_train_cuda.engines.unsloth.find_spec", lambda name: object())
     with pytest.raises(UnslothError, match="CUDA device"):
         refused(pico_model, training={"engine": "unsloth"})
     for change in ({"method": "dpo"}, {"mode": "full"}, {"fp8": True}):

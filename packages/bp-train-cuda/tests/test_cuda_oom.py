@@ -8,10 +8,16 @@ from cuda_training import spec_for, train
 from safetensors.torch import load_file
 from transformers import LlamaModel
 
+from bp_data import prepare
+from bp_data.loop.memory import MemoryGuard
+from bp_data.loop.sampler import split_evenly
+from bp_runs.errors import OomExhaustedError
 from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
-from bp_train_cuda.errors import GpuOutOfMemoryError, OomExhaustedError
-from bp_train_cuda.guards.oom import split_batch
-from bp_train_cuda.guards.optimizer import forget_moments, guard_optimizer, keep_paged
+from bp_train_cuda.errors import GpuOutOfMemoryError
+from bp_train_cuda.examples import RowExamples
+from bp_train_cuda.guards.oom import TorchMemory
+from bp_train_cuda.optim import reset_state
+from bp_train_cuda.optim.adamw import AdamW
 
 
 class Scarce:
@@ -63,8 +69,8 @@ def test_the_same_weights_as_without_it(pico_model, chat_file, tmp_path, monkeyp
     scarce = Scarce(monkeypatch, rows, where, first)
     outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "scarce", training=loop))
     assert scarce.hits >= 1
-    notices = [e for e in events if isinstance(e, Notice) and "pieces" in e.details]
-    assert [n.details["pieces"] for n in notices] == ([2] if rows == 2 else [2, 4])
+    notices = [e for e in events if isinstance(e, Notice) and "chunks" in e.details]
+    assert [n.details["chunks"] for n in notices] == ([2] if rows == 2 else [2, 4])
     expected, found = weights(calm), weights(outcome)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
@@ -77,32 +83,14 @@ def test_the_same_weights_as_without_it(pico_model, chat_file, tmp_path, monkeyp
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_a_step_after_a_rehearsal_is_finished_once_too(monkeypatch):
-    """The rehearsal's step is forgotten: what is counted afterwards begins at none."""
-    AdamW = pytest.importorskip("bitsandbytes").optim.AdamW8bit
-
-    def steps(guarded):
-        torch.manual_seed(0)
-        weights = [torch.nn.Parameter(torch.randn(8, 600)) for _ in range(4)]
-        starts = [weight.detach().clone() for weight in weights]
-        optimizer = AdamW(weights, lr=0.1)
-        if guarded:
-            guard_optimizer(optimizer, lambda _: None)
-        for step in range(3):
-            for weight in weights:
-                weight.grad = torch.randn(8, 600, generator=torch.Generator().manual_seed(step))
-            with monkeypatch.context() as patch:
-                if guarded and step == 2:
-                    patch.setattr(AdamW, "update_step", fail_at(3, AdamW.update_step))
-                optimizer.step()
-            if step == 0:
-                forget_moments(optimizer)
-                for weight, start in zip(weights, starts, strict=True):
-                    weight.data.copy_(start)
-        return weights
-
-    for one, other in zip(steps(guarded=True), steps(guarded=False), strict=True):
-        assert torch.equal(one, other)
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_the_warning_says_whether_the_gradient_is_the_same(pico_model, chat_file, tmp_path, monkeypatch, dropout):
+    Scarce(monkeypatch, 2, "forward")
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1}, lora={"dropout": dropout})
+    _, events = train(spec)
+    (warning,) = [e.message for e in events if isinstance(e, Notice) and "chunks" in e.details]
+    assert ("same gradient" in warning) == (dropout == 0)
+    assert ("new dropout draws" in warning) == (dropout > 0)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +99,7 @@ def test_a_step_after_a_rehearsal_is_finished_once_too(monkeypatch):
         ("torch.optim.AdamW._init_group", "the optimizer step"),
         ("peft.peft_model.safe_save_file", "the save"),
         ("transformers.generation.utils.GenerationMixin.generate", "a sample answer"),
-        ("trl.SFTTrainer.compute_loss", None),
+        ("bp_train_cuda.losses.log_probs.head_log_probs", None),
     ],
 )
 def test_elsewhere_too(pico_model, chat_file, tmp_path, monkeypatch, place, what):
@@ -132,7 +120,7 @@ def test_elsewhere_too(pico_model, chat_file, tmp_path, monkeypatch, place, what
 
     monkeypatch.setattr(owner, name, scarce)
     outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "scarce", training=loop))
-    told = [e.details.get("what") for e in events if isinstance(e, Notice) and "out of GPU memory" in e.message]
+    told = [e.details.get("what") for e in events if isinstance(e, Notice) and e.message.startswith("out of memory")]
     assert told == [what]
     for name, tensor in weights(calm).items():
         torch.testing.assert_close(weights(outcome)[name], tensor, rtol=1e-5, atol=1e-5)
@@ -191,21 +179,33 @@ def test_without_the_guard_it_stops_at_once(pico_model, chat_file, tmp_path, mon
     assert scarce.hits == 1
 
 
-def test_pieces_keep_every_row_once_and_lose_only_padding():
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    batch = {"input_ids": torch.arange(12).view(3, 4), "attention_mask": mask}
-    pieces = split_batch(batch, 2)
-    assert [p["input_ids"].tolist() for p in pieces] == [[[0, 1, 2, 3], [4, 5, 6, 7]], [[8]]]
-    assert len(split_batch(batch, 8)) == 3
-    assert split_batch(batch, 1) == [batch]
+def test_chunks_keep_every_example_once_and_lose_only_padding(pico_model, chat_file):
+    assert [list(chunk) for chunk in split_evenly([5, 3, 1], 2)] == [[5, 3], [1]]
+    assert len(list(split_evenly([5, 3, 1], 8))) == 3
+    assert list(split_evenly([], 4)) == []
+    rows = prepare(chat_file, pico_model, 128).rows
+    examples = RowExamples(rows, 2)
+    lengths = examples.lengths()
+    whole = examples.collate(range(8))
+    chunks = [examples.collate(chunk) for chunk in split_evenly(range(8), 4)]
+    assert whole["input_ids"].shape == (8, max(lengths))
+    assert [c["input_ids"].shape[1] for c in chunks] == [max(lengths[i : i + 2]) for i in range(0, 8, 2)]
+    assert torch.cat([c["targets"] for c in chunks]).tolist() == whole["targets"].tolist()
 
 
-def test_packed_rows_are_cut_at_their_borders():
-    batch = {"input_ids": torch.arange(7)[None], "position_ids": torch.tensor([[0, 1, 0, 1, 2, 0, 0]])}
-    pieces = split_batch(batch, 2)
-    assert [p["input_ids"].tolist() for p in pieces] == [[[0, 1, 2, 3, 4]], [[5, 6]]]
-    assert [p["position_ids"].tolist() for p in pieces] == [[[0, 1, 0, 1, 2]], [[0, 0]]]
-    assert len(split_batch(batch, 8)) == 4
+def test_packs_are_cut_between_rows(pico_model, chat_file):
+    rows = prepare(chat_file, pico_model, 128).rows
+    examples = RowExamples(rows, 2, room=256)
+    inside = examples.expand([0])
+    assert len(inside) > 2
+    chunks = [examples.collate(chunk) for chunk in split_evenly(inside, 2)]
+    for chunk, members in zip(chunks, split_evenly(inside, 2), strict=True):
+        starts = (chunk["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+        lengths = [len(rows[index].ids) for index in members]
+        assert starts == [sum(lengths[:n]) for n in range(len(lengths))]
+        assert chunk["input_ids"].shape == (1, sum(lengths))
+        # No row predicts the first token of the next one.
+        assert not set((chunk["positions"] + 1).tolist()) & set(starts)
 
 
 def fail_at(call, plain):
@@ -221,39 +221,40 @@ def fail_at(call, plain):
     return sometimes
 
 
-def make_optimizer(kind, weights):
+def make_optimizer(kind, weights, **options):
     if kind == "fused":
-        return torch.optim.AdamW(weights, lr=0.1, fused=True)
-    name = {"8bit": "AdamW8bit", "paged": "PagedAdamW8bit"}[kind]
-    return getattr(pytest.importorskip("bitsandbytes").optim, name)(weights, lr=0.1)
+        return AdamW(weights, lr=0.1)
+    adamw_8bit = pytest.importorskip("bp_train_cuda.optim.adamw_8bit")
+    name = {"8bit": "AdamW8bitStochastic", "paged": "PagedAdamW8bitStochastic"}[kind]
+    return getattr(adamw_8bit, name)(weights, lr=0.1, seed=0)
+
+
+def take_steps(kind, count, failing, monkeypatch, weights_of=lambda step: range(4), call=None):
+    """Four weights after some steps, of which one runs out of memory while state is made."""
+    torch.manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(8, 600)) for _ in range(4)]
+    # Two groups: what the first one did must not be repeated when the second one fails.
+    optimizer = make_optimizer(kind, [{"params": weights[:2]}, {"params": weights[2:]}])
+    events = []
+    guard = MemoryGuard(TorchMemory(), events.append)
+    for step in range(count):
+        for place in weights_of(step):
+            weights[place].grad = torch.randn(8, 600, generator=torch.Generator().manual_seed(step))
+        with monkeypatch.context() as patch:
+            if step == failing:
+                patch.setattr(torch, "zeros_like", fail_at(call, torch.zeros_like))
+            guard.retry(optimizer.step, "the optimizer step")
+        optimizer.zero_grad()
+    return weights, events
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("kind", ["fused", "8bit", "paged"])
 @pytest.mark.parametrize("call", [1, 2, 5, 6, 9])
 def test_an_optimizer_step_is_finished_once_for_each_weight(monkeypatch, kind, call):
-    """Moments are made one by one in the first step; the weights that were stepped before the lack are not stepped twice."""
-
-    def steps(guarded):
-        torch.manual_seed(0)
-        weights = [torch.nn.Parameter(torch.randn(8, 600)) for _ in range(4)]
-        optimizer = make_optimizer(kind, weights)
-        events = []
-        if guarded:
-            guard_optimizer(optimizer, events.append)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
-        for step in range(3):
-            for weight in weights:
-                weight.grad = torch.randn(8, 600, generator=torch.Generator().manual_seed(step))
-            with monkeypatch.context() as patch:
-                if guarded and step == 0:
-                    patch.setattr(torch, "zeros_like", fail_at(call, torch.zeros_like))
-                optimizer.step()
-            scheduler.step()
-        return weights, events
-
-    expected, _ = steps(guarded=False)
-    found, events = steps(guarded=True)
+    """State is made weight by weight in the first step; what was updated before the failure is not updated twice."""
+    expected, _ = take_steps(kind, 3, None, monkeypatch)
+    found, events = take_steps(kind, 3, 0, monkeypatch, call=call)
     assert len(events) == (1 if call <= 8 else 0)  # two moments for each of four weights
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
@@ -265,44 +266,43 @@ def test_an_optimizer_step_is_finished_once_for_each_weight(monkeypatch, kind, c
 def test_a_weight_that_lags_behind_is_not_stepped_twice(monkeypatch, kind, call):
     """Weights that had no gradient at first have had fewer steps than the first one when memory runs out."""
 
-    def steps(guarded):
-        torch.manual_seed(0)
-        weights = [torch.nn.Parameter(torch.randn(8, 600)) for _ in range(4)]
-        optimizer = make_optimizer(kind, weights)
-        if guarded:
-            guard_optimizer(optimizer, lambda _: None)
-        for step in range(4):
-            for weight in weights[: 1 if step < 2 else 4 if step == 2 else 3]:
-                weight.grad = torch.randn(8, 600, generator=torch.Generator().manual_seed(step))
-            with monkeypatch.context() as patch:
-                if guarded and step == 2:
-                    patch.setattr(torch, "zeros_like", fail_at(call, torch.zeros_like))
-                optimizer.step()
-            optimizer.zero_grad()
-        return weights
+    def weights_of(step):
+        return range(1 if step < 2 else 4 if step == 2 else 3)
 
-    for one, other in zip(steps(guarded=True), steps(guarded=False), strict=True):
+    expected, _ = take_steps(kind, 4, None, monkeypatch, weights_of)
+    found, events = take_steps(kind, 4, 2, monkeypatch, weights_of, call=call)
+    assert len(events) == 1
+    for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("foreach", [True, False])
-def test_an_optimizer_that_computes_aside_is_not_tried_again(monkeypatch, foreach):
-    """It may have changed the moments and not yet the weight; a run that ends is better than one that goes on wrongly."""
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], foreach=foreach)
-    guard_optimizer(optimizer, lambda _: None)
-    weight.grad = torch.ones(3)
-    monkeypatch.setattr(torch, "zeros_like", fail_at(1, torch.zeros_like))
-    with pytest.raises(torch.OutOfMemoryError):
-        optimizer.step()
+@pytest.mark.parametrize("kind", ["fused", "8bit"])
+def test_state_that_was_reset_is_that_of_a_new_optimizer(monkeypatch, kind):
+    def run(reset):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(8, 600)) for _ in range(2)]
+        starts = [weight.detach().clone() for weight in weights]
+        optimizer = make_optimizer(kind, weights)
+        for step in (0, 1, 2) if reset else (1, 2):
+            for weight in weights:
+                weight.grad = torch.randn(8, 600, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            if step == 0:
+                reset_state(optimizer)
+                for weight, start in zip(weights, starts, strict=True):
+                    weight.data.copy_(start)
+        return weights
+
+    for one, other in zip(run(True), run(False), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_paged_moments_are_loaded_into_paged_memory(tmp_path):
-    paged = pytest.importorskip("bitsandbytes").optim.PagedAdamW8bit
+def test_paged_state_is_loaded_into_paged_memory(tmp_path):
+    adamw_8bit = pytest.importorskip("bp_train_cuda.optim.adamw_8bit")
 
-    class Noted(paged):
-        """As on a GPU, it hands out memory of its own for moments; here that is only noted."""
+    class Noted(adamw_8bit.PagedAdamW8bitStochastic):
+        """As on a GPU, it hands out memory of its own for state; here that is only noted."""
 
         def get_state_buffer(self, *args, **kwargs):
             self.made = [*getattr(self, "made", []), super().get_state_buffer(*args, **kwargs)]
@@ -311,7 +311,7 @@ def test_paged_moments_are_loaded_into_paged_memory(tmp_path):
     def begin():
         torch.manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(8, size)) for size in (600, 4)]
-        return weights, Noted(weights, lr=0.1)
+        return weights, Noted(weights, lr=0.1, seed=0)
 
     def step(weights, optimizer, number):
         for weight in weights:
@@ -325,7 +325,6 @@ def test_paged_moments_are_loaded_into_paged_memory(tmp_path):
             torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
             half = [weight.detach().clone() for weight in straight]
     resumed, optimizer = begin()
-    keep_paged(optimizer)
     for weight, value in zip(resumed, half, strict=True):
         weight.data.copy_(value)
     optimizer.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from array import array
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,13 +14,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bp_data import IGNORED, DatasetGateError, prepare
+from bp_data import DatasetGateError, TokenRow, prepare
 from bp_runs import Settings, read_adapter_folder
 from bp_runs.adapter import changed_files
 from bp_runs.errors import DiskFullError, TrainingDivergedError
 from bp_runs.events import DataReady, ModelLoaded, SampleAnswer, StepDone
 from bp_train_cuda import CudaRail
-from bp_train_cuda.batches import RowSet, pad_rows
 from bp_train_cuda.errors import (
     BitsandbytesError,
     DriverTooOldError,
@@ -30,6 +30,7 @@ from bp_train_cuda.errors import (
     TargetModulesError,
     TrainingFailedError,
 )
+from bp_train_cuda.examples import RowExamples
 from bp_train_cuda.probe import Device, choose_mode
 
 
@@ -75,17 +76,19 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(pico_model, cha
 def test_labels_come_from_the_mask_though_pad_is_eos(pico_model, chat_file):
     prepared = prepare(chat_file, pico_model, 128)
     assert prepared.facts.pad_id == prepared.facts.terminator_id == 2
-    rows = RowSet(prepared.rows)
-    for row in rows:
-        trained = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+    examples = RowExamples(prepared.rows, 2)
+    for index in range(examples.count):
+        batch = examples.collate([index])
+        trained = batch["targets"].tolist()
         assert trained[-1] == 2
         assert prepared.tokenizer.decode(trained).startswith("captain marlow")
-        assert list(row["input_ids"]).count(2) == 2
+        assert batch["input_ids"].flatten().tolist().count(2) == 2
         assert trained.count(2) == 1
-    batch = pad_rows(2)([{"input_ids": [5, 2], "labels": [IGNORED, 2]}, {"input_ids": [7], "labels": [7]}])
+        assert batch["input_ids"].flatten()[batch["positions"] + 1].tolist() == trained
+    rows = [TokenRow(0, array("i", [5, 2]), b"\0\1"), TokenRow(1, array("i", [7]), b"\1")]
+    batch = RowExamples(rows, 2).collate([0, 1])
     assert batch["input_ids"].tolist() == [[5, 2], [7, 2]]
-    assert batch["labels"].tolist() == [[IGNORED, 2], [IGNORED, IGNORED]]  # nothing predicts the first token
-    assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]
+    assert (batch["positions"].tolist(), batch["targets"].tolist()) == ([0], [2])  # nothing predicts a first token
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -330,7 +333,7 @@ def test_framework_errors_have_a_code(pico_model, chat_file, tmp_path, monkeypat
     def broken(*_, **__):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("trl.SFTTrainer.training_step", broken)
+    monkeypatch.setattr("bp_train_cuda.engines.framework.TorchFramework.backward", broken)
     with pytest.raises(TrainingFailedError, match="RuntimeError: mat1"):
         train(spec_for(pico_model, chat_file, tmp_path / "run"))
 
@@ -367,11 +370,8 @@ def test_skipped_rows_are_written_down(pico_model, chat_file, tmp_path):
 
 
 def test_nothing_is_reported_to_anyone(pico_model, chat_file, tmp_path, monkeypatch):
-    import trl.trainer.base_trainer as base_trainer
-
     sent = []
     monkeypatch.setattr("huggingface_hub.utils._telemetry._TELEMETRY_QUEUE.put", sent.append)
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    assert base_trainer.send_telemetry
     train(spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1}))
     assert sent == []

@@ -10,13 +10,23 @@ import torch
 from cuda_training import spec_for, train
 from safetensors.torch import load_file
 
+from bp_data.loop.memory import MemoryGuard
 from bp_runs.events import Notice
-from bp_train_cuda import guarded, rounding
-from bp_train_cuda.guards.optimizer import guard_optimizer
+from bp_train_cuda.guards.oom import TorchMemory
+from bp_train_cuda.optim import adamw_8bit, rounds_away
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
 COUNT, STEPS, RATE = 10_007, 40, 1e-4
+
+
+def stochastic(kind: type) -> Any:
+    """One of bitsandbytes' classes with stochastic rounding; the product's own where there is one."""
+    own = {
+        bnb.optim.AdamW8bit: adamw_8bit.AdamW8bitStochastic,
+        bnb.optim.PagedAdamW8bit: adamw_8bit.PagedAdamW8bitStochastic,
+    }
+    return own.get(kind) or type(f"{kind.__name__}Stochastic", (adamw_8bit._Stochastic, kind), {})
 
 
 class Course:
@@ -24,9 +34,10 @@ class Course:
 
     def __init__(self, kind: type, dtype: torch.dtype, *, seed: int | None = None) -> None:
         self.weight = torch.nn.Parameter(torch.ones(COUNT, dtype=dtype))
-        self.optimizer = kind([self.weight], lr=RATE, weight_decay=0.01)
-        if seed is not None:
-            rounding.round_by_chance(self.optimizer, seed)
+        options = {"lr": RATE, "weight_decay": 0.01}
+        self.optimizer = (
+            kind([self.weight], **options) if seed is None else stochastic(kind)([self.weight], seed=seed, **options)
+        )
 
     def take(self, first: int = 0, last: int = STEPS) -> torch.Tensor:
         for step in range(first, last):
@@ -38,7 +49,7 @@ class Course:
 
 @pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.PagedAdamW8bit, bnb.optim.AdamW, bnb.optim.Lion8bit])
 def test_small_updates_of_bfloat16_add_up_as_in_float32(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounding, "_PIECE", 4096)  # three pieces, the last no multiple of a block
+    monkeypatch.setattr(adamw_8bit, "PIECE", 4096)  # three pieces, the last no multiple of a block
     exact, lost, ours = (
         Course(kind, dtype, seed=seed).take()
         for dtype, seed in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 1))
@@ -54,7 +65,7 @@ def test_small_updates_of_bfloat16_add_up_as_in_float32(kind: type, monkeypatch:
 def test_pieces_take_the_moments_that_the_whole_would(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1)
     whole.take()
-    monkeypatch.setattr(rounding, "_PIECE", 1024)
+    monkeypatch.setattr(adamw_8bit, "PIECE", 1024)
     parted = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1)
     parted.take()
     one, other = (course.optimizer.state[course.weight] for course in (whole, parted))
@@ -101,8 +112,7 @@ def test_what_is_not_finite_stays_so(monkeypatch: pytest.MonkeyPatch, bits: int)
 
 def test_weights_that_lie_column_by_column_are_updated() -> None:
     weight = torch.nn.Parameter(torch.ones(100, 80, dtype=torch.bfloat16).t())
-    optimizer = bnb.optim.AdamW8bit([weight], lr=RATE, weight_decay=0.0)
-    rounding.round_by_chance(optimizer, 1)
+    optimizer = adamw_8bit.AdamW8bitStochastic([weight], lr=RATE, weight_decay=0.0, seed=1)
     for _ in range(STEPS):
         weight.grad = torch.ones_like(weight)
         optimizer.step()
@@ -117,10 +127,9 @@ def test_a_step_whose_scratch_does_not_fit_is_finished_once(
     def step(fails: bool) -> tuple[list[torch.nn.Parameter], list[Any], list[Any]]:
         torch.manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(8, 600).bfloat16()) for _ in range(3)]
-        optimizer = kind(weights, lr=0.1)
-        rounding.round_by_chance(optimizer, 1)
+        optimizer = stochastic(kind)(weights, lr=0.1, seed=1)
         events: list[Any] = []
-        guard_optimizer(optimizer, events.append)
+        guard = MemoryGuard(TorchMemory(), events.append)
         for weight in weights:
             weight.grad = torch.randn(8, 600).bfloat16()
         made: list[Any] = []
@@ -135,7 +144,7 @@ def test_a_step_whose_scratch_does_not_fit_is_finished_once(
 
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", empty)
-            optimizer.step()
+            guard.retry(optimizer.step, "the optimizer step")
         assert all(
             optimizer.state[w]["state1"] is moments for w, moments in made
         )  # not made anew: paged ones would leak
@@ -149,19 +158,20 @@ def test_a_step_whose_scratch_does_not_fit_is_finished_once(
         assert torch.equal(one, other)
 
 
-def test_float32_weights_and_other_optimizers_are_left_alone() -> None:
+def test_float32_weights_are_updated_as_bitsandbytes_does() -> None:
     plain, ours = Course(bnb.optim.AdamW8bit, torch.float32), Course(bnb.optim.AdamW8bit, torch.float32, seed=1)
     assert torch.equal(plain.take(), ours.take())
     for dtype in (torch.bfloat16, torch.float32):
         other = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2, dtype=dtype))])
-        assert rounding.round_by_chance(other, 1) == (dtype == torch.float32)
-        assert "update_step" not in vars(other)
+        assert rounds_away(other) == (dtype == torch.bfloat16)
+    assert not rounds_away(Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1).optimizer)
 
 
 @pytest.mark.parametrize("rounds", [True, False])
 def test_training_all_weights_in_bfloat16_moves_them(pico_model, chat_file, tmp_path, monkeypatch, rounds) -> None:
     if not rounds:
-        monkeypatch.setattr(guarded, "round_by_chance", lambda *_: True)
+        plain = bnb.optim.PagedAdamW8bit.update_step
+        monkeypatch.setattr(adamw_8bit._Stochastic, "update_step", plain)
     change = {"mode": "full", "steps": 8, "learning_rate": 2e-5, "optim": "paged_adamw_8bit"}
     spec = spec_for(pico_model, chat_file, tmp_path / "run", training=change, model={"dtype": "bfloat16"})
     outcome, _ = train(spec)

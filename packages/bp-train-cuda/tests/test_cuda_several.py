@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 import torch.distributed as dist
 from cuda_training import spec_for, train
 from safetensors.torch import load_file
@@ -18,15 +17,13 @@ from safetensors.torch import load_file
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import EvalDone, StepDone
 from bp_runs.spec import Ranks
-from bp_train_cuda import engine
-from bp_train_cuda.batches import fill_empty, pad_rows
 from bp_train_cuda.checkpoint import require_ranks
 from bp_train_cuda.distributed import rules
 from bp_train_cuda.distributed.process_group import DistributedGroup
 from bp_train_cuda.distributed.rules import require_supported
 from bp_train_cuda.distributed.store import SignedStore
+from bp_train_cuda.engines.base import open_base
 from bp_train_cuda.errors import RankLostError, RanksChangedError, RanksError
-from bp_train_cuda.order import RankBatches, RowOrder
 from bp_train_cuda.probe import Device
 
 TOGETHER = Path(__file__).parent / "together.py"
@@ -234,28 +231,6 @@ def test_what_one_rank_is_refused_is_known_to_all_at_the_same_place():
         assert after == [0, 1]
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 12])
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_ranks_part_the_rows_and_have_as_many_batches(rows, count):
-    order = RowOrder(rows, 7, shuffled=True)
-    batches = [RankBatches(order, 2, rank, count) for rank in range(count)]
-    for epoch in (0, 1):
-        for batch in batches:
-            batch.set_epoch(epoch)
-        parts = [list(batch) for batch in batches]
-        assert {len(part) for part in parts} == {len(batches[0])}
-        order.set_epoch(epoch)
-        assert [place for step in zip(*parts, strict=True) for part in step for place in part] == list(order)
-
-
-def test_a_rank_without_rows_runs_a_batch_that_counts_for_nothing():
-    rows = [{"input_ids": [5, 6], "labels": [5, 6]}]
-    batch = fill_empty(pad_rows(0), rows)([])
-    assert batch["input_ids"].tolist() == [[5, 6]]
-    assert (batch["labels"] == -100).all()
-    assert torch.equal(fill_empty(pad_rows(0), rows)(rows)["labels"], torch.tensor([[-100, 6]]))
-
-
 def test_a_checkpoint_of_another_number_of_ranks_is_refused(tmp_path):
     (tmp_path / "rank-1").mkdir()
     require_ranks(tmp_path, 2)
@@ -304,10 +279,10 @@ def test_weights_to_be_parted_are_not_loaded_to_a_card(pico_model, chat_file, tm
     def load(*_, place=None, **__):
         raise MemoryError(place)
 
-    monkeypatch.setattr(engine.load, "load_model", load)
+    monkeypatch.setattr(load, "load_model", load)
     with (
         pytest.raises(MemoryError, match="cpu" if sharded else "None"),
-        engine._base(replace(spec, ranks=rank), None, None),
+        open_base(replace(spec, ranks=rank), None, None),
     ):
         pass
 

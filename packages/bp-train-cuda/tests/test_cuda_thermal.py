@@ -13,9 +13,9 @@ from bp_runs.events import CheckpointSaved, EvalDone, Notice, StepDone
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda import CudaRail
 from bp_train_cuda.errors import GpuTemperatureError
+from bp_train_cuda.guards.monitor import Monitor, open_monitor
 from bp_train_cuda.guards.thermal import Governor, Limits, NvmlSensor, find_sensor
 from bp_train_cuda.probe import Device
-from bp_train_cuda.watch import Watch, open_watch
 
 LIMITS = Limits.around(88)
 
@@ -55,10 +55,10 @@ class Clock:
         self.now += seconds
 
 
-def governed(readings, *, limits=LIMITS, stop=lambda: False, save=lambda: None):
+def governed(readings, *, limits=LIMITS, stop=lambda: False):
     events, clock = [], Clock()
     sensor = NvmlSensor(FakeNvml(readings=list(readings)), "card")
-    governor = Governor(sensor, limits, events.append, stop=stop, save=save, clock=clock, sleep=clock.sleep)
+    governor = Governor(sensor, limits, events.append, stop=stop, clock=clock, sleep=clock.sleep)
     return governor, events, clock
 
 
@@ -67,31 +67,29 @@ def states(events):
 
 
 def test_warn_pause_resume_emergency():
-    saved = []
-    governor, events, clock = governed([70, 84, 86, 89, 88, 84, 80, 79, 85, 94, 94], save=lambda: saved.append(True))
+    governor, events, clock = governed([70, 84, 86, 89, 88, 84, 80, 79, 85, 94, 94])
     for _ in range(4):  # 70, 84, 86, then 89 with a rest down to 80
-        governor.look()
+        governor.before_batch()
         clock.now += 2
     assert states(events) == ["warn", "pause", "resume"]
     assert clock.slept == [2.0, 2.0, 2.0]
-    assert (governor.rested, governor.hottest, governor.temperature) == (6.0, 89, 80)
+    assert (governor.paused, governor.hottest, governor.temperature) == (6.0, 89, 80)
     for _ in range(2):  # 79, 85: warned anew, since it had been cool again
         governor.end_step()
         clock.now += 2
     assert states(events)[3:] == ["warn"]
     with pytest.raises(GpuTemperatureError, match="94 °C") as caught:
         governor.end_step()
-    assert saved == [True]
     assert caught.value.details == {"temperature": 94, "limit": 88}
 
 
 def test_the_card_is_asked_at_most_once_a_second():
     governor, events, clock = governed([60, 84])
     for _ in range(5):
-        governor.look()
+        governor.before_batch()
     assert governor.temperature == 60
     clock.now += 1
-    governor.look()
+    governor.before_batch()
     assert states(events) == ["warn"]
 
 
@@ -120,18 +118,16 @@ def test_what_is_critical_is_the_cards_affair(pause, shutdown, critical):
 
 
 def test_one_that_does_not_cool_ends_the_run_with_its_work_saved():
-    saved = []
-    governor, _, clock = governed([90], save=lambda: saved.append(True))
+    governor, _, clock = governed([90])
     with pytest.raises(GpuTemperatureError, match="15 minutes"):
         governor.end_step()
-    assert saved == [True]
     assert sum(clock.slept) == pytest.approx(900, abs=2)
 
 
 def test_a_step_waits_a_quarter_of_an_hour_and_not_each_of_its_micro_batches():
     governor, events, clock = governed([90])
     for _ in range(4):
-        governor.look()
+        governor.before_batch()
         clock.now += 2
     with pytest.raises(GpuTemperatureError, match="15 minutes"):
         governor.end_step()
@@ -141,9 +137,9 @@ def test_a_step_waits_a_quarter_of_an_hour_and_not_each_of_its_micro_batches():
 
 def test_a_card_that_cools_late_ends_nothing_and_is_given_as_long_again():
     governor, _, clock = governed([90] * 451 + [70])  # one look, and one every two seconds for a quarter of an hour
-    governor.look()
+    governor.before_batch()
     clock.now += 2
-    governor.look()
+    governor.before_batch()
     governor.end_step()
     assert governor.temperature == 70
     governor._sensor._nvml.readings = [90]
@@ -167,7 +163,7 @@ def test_a_card_that_falls_silent_is_told_once():
         governor.end_step()
         clock.now += 2
     assert governor.temperature is None
-    assert [e.message for e in events] == ["the GPU's temperature can no longer be read: nothing watches it"]
+    assert [e.message for e in events] == ["the GPU's temperature can no longer be read: nothing monitors it"]
 
 
 @pytest.fixture
@@ -180,15 +176,15 @@ def watched(monkeypatch):
         def opened(_spec, _device, emit, stop):
             sensor = NvmlSensor(FakeNvml(readings=list(readings)), "card")
             governor = Governor(sensor, LIMITS, emit, stop=stop, clock=clock, sleep=clock.sleep)
-            monkeypatch.setattr("bp_train_cuda.watch.Watch.look", lambda self: tick(clock, governor))
-            return Watch(governor)
+            monkeypatch.setattr("bp_train_cuda.guards.monitor.Monitor.before_batch", lambda self: tick(clock, governor))
+            return Monitor(governor)
 
-        monkeypatch.setattr("bp_train_cuda.engine.open_watch", opened)
+        monkeypatch.setattr("bp_train_cuda.engines.native.open_monitor", opened)
         return clock
 
     def tick(clock, governor):
         clock.now += 2
-        governor.look()
+        governor.before_batch()
 
     return watch
 
@@ -241,13 +237,13 @@ def test_an_emergency_comes_after_the_steps_validation_and_never_after_the_last_
 def test_a_cpu_is_not_watched_and_a_card_without_a_sensor_is_told_once(monkeypatch):
     events = []
     spec = TrainingSpec()
-    assert open_watch(spec, Device("cpu", "none", 1), events.append, lambda: False) == Watch()
+    assert open_monitor(spec, Device("cpu", "none", 1), events.append, lambda: False) == Monitor()
     assert events == []
     monkeypatch.setattr("bp_train_cuda.guards.thermal.find_spec", lambda _: None)
     card = Device("cuda", "a card", 1)
-    assert open_watch(spec, card, events.append, lambda: False).temperature is None
-    assert [e.message for e in events] == ["the GPU's temperature is not watched: nvidia-ml-py is not installed"]
-    assert open_watch(TrainingSpec(gpu_max_temp=0), card, events.append, lambda: False) == Watch()
+    assert open_monitor(spec, card, events.append, lambda: False).temperature is None
+    assert [e.message for e in events] == ["the GPU's temperature is not monitored: nvidia-ml-py is not installed"]
+    assert open_monitor(TrainingSpec(gpu_max_temp=0), card, events.append, lambda: False) == Monitor()
     assert len(events) == 1
 
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from bp_data.loop.plan import hold_out
 from bp_train_cuda import probe
-from bp_train_cuda.engines import Loaded, trl
+from bp_train_cuda.engines import trl
+from bp_train_cuda.engines.base import Loaded
 from bp_train_cuda.load import load_model
 from bp_train_cuda.rows import prepare_rows
 
@@ -22,7 +23,7 @@ def train_trl(spec, stop=lambda: False, rows=None):
     device = probe.choose_device()
     mode = probe.Mode("full" if spec.training.mode == "full" else "lora", "test")
     base = load_model(spec.base, device, mode, dtype="float32", trust_remote_code=False)
-    loaded = Loaded(device, mode, sum(p.numel() for p in base.parameters()), base)
+    loaded = Loaded(device, mode, sum(p.numel() for p in base.parameters()), base, "")
     prepared = replace(prepared, rows=trained if rows is None else rows)
     return trl.train(spec, prepared, heldout, events.append, stop, loaded=loaded), events
 

@@ -312,3 +312,14 @@ class NothingHeldOutError(UserError):
     code = "INPUT_NOTHING_HELD_OUT"
     when = "A model was to be measured on held-out rows, and training with these settings holds out none."
     default_way_out = "Hold out more: --eval-share 0.2 --eval-min-rows 1; or name a file of rows to measure on."
+
+
+class OomExhaustedError(RunFailedError):
+    """Not even a single example fits the device's memory."""
+
+    code = "RUNTIME_OOM_RECOVERY_EXHAUSTED"
+    when = "A micro-batch did not fit in memory after three halvings, or a single example does not fit."
+    default_way_out = (
+        "Use shorter examples (--max-seq-length), a 4-bit base (--mode qlora) or a smaller model; see what fits: "
+        "backprop estimate-vram"
+    )

@@ -15,7 +15,8 @@ from bp_data.loop.plan import require_length
 from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import AdapterInvalidError, InvalidSettingError, first_line
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
-from bp_train_cuda import load, probe, unsloth
+from bp_train_cuda import load, probe
+from bp_train_cuda.engines import unsloth
 from bp_train_cuda.engines.trl_methods import require_trl
 from bp_train_cuda.errors import (
     BitsandbytesError,

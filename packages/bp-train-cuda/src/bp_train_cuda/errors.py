@@ -23,7 +23,6 @@ RunFailedError
 ├── FullModelTooLargeError RUNTIME_FULL_FT_MODEL_TOO_LARGE  all weights of so large a model cannot be trained
 ├── Fp8Error               RUNTIME_FP8_UNSUPPORTED          the card, or torchao, cannot
 ├── GpuOutOfMemoryError    RUNTIME_GPU_OOM
-├── OomExhaustedError      RUNTIME_OOM_RECOVERY_EXHAUSTED   not even one row fits
 ├── RankLostError          RUNTIME_RANK_LOST                one of several processes is gone
 ├── RankMessageError       RUNTIME_RANK_MESSAGE_REJECTED    what is in the ranks' store was not written by them
 ├── GpuTemperatureError    RUNTIME_GPU_TEMPERATURE_CRITICAL the card does not stay cool enough
@@ -205,14 +204,6 @@ class GpuOutOfMemoryError(RunFailedError):
     code = "RUNTIME_GPU_OOM"
     when = "The GPU ran out of memory while loading or training; nothing of earlier runs is touched."
     default_way_out = "Halve the micro-batch or the row length: --batch-size 1 --max-seq-length 1024"
-
-
-class OomExhaustedError(RunFailedError):
-    """Halving the micro-batch did not help."""
-
-    code = "RUNTIME_OOM_RECOVERY_EXHAUSTED"
-    when = "The GPU ran out of memory, and so it did with the micro-batch cut into single rows or three times in half."
-    default_way_out = "Shorten the rows or shrink the adapter: --max-seq-length 1024 --lora-r 8"
 
 
 class RankLostError(RunFailedError):

@@ -23,7 +23,7 @@ _PISSA = "pissa_niter_16"  # the paper's fast decomposition, near the exact one
 _START = "start"
 """Folder of the run for the adapter as it started, where it is taken off the result at the end."""
 
-_COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
 
 
 def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
@@ -101,6 +101,15 @@ def set_weights(model: Any, adapter: Path, spec: LoraSpec) -> None:
         raise AdapterInvalidError(f"{adapter} and the run adapt other layers: {lacking} lacks {other}")
 
 
+def remove_adapter(model: Any) -> None:
+    """Give a PEFT model's base its own layers back, in place; the model is of no use afterwards."""
+    base = model.unload()
+    if "peft_config" in vars(
+        base
+    ):  # PEFT removes it itself since 0.20; else it takes the next adapter for a second one
+        del base.peft_config
+
+
 def note_start(model: Any, spec: TrainSpec) -> None:
     """Keep the adapter as it starts in the run's folder, where it does not start as no change."""
     if spec.lora.init_lora_weights != "default":
@@ -136,7 +145,7 @@ def save_adapter(model: Any, spec: TrainSpec, template: str | None) -> int:
 
 def copy_tokenizer(base: Path, folder: Path, template: str | None) -> None:
     """Put the base's tokenizer and generation settings beside trained weights, and ``template`` where it has none."""
-    for name in _COPIED_FILES:
+    for name in COPIED_FILES:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
     if template is not None:

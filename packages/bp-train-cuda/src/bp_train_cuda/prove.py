@@ -21,7 +21,7 @@ from bp_runs.spec import LoraSpec, TrainingSpec, TrainSpec
 from bp_train_cuda import probe, prove_loop
 from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
 from bp_train_cuda.load import read_config
-from bp_train_cuda.optimizer import choose_optimizer
+from bp_train_cuda.optim import choose_optimizer
 from bp_train_cuda.rows import PlannedRows, prepare_rows
 
 
@@ -120,11 +120,12 @@ def build_job(spec: TrainSpec, record: RunRecord, steps: int, *, mode: str, devi
 
 def needed_rows(job: Mapping[str, Any], packs: Sequence[Sequence[int]] | None) -> list[int]:
     """Numbers of the rows that the replay visits, by its own order, and of those whose answers it compares with."""
-    visited = {place for batches in prove_loop.plan_steps(dict(job)) for batch in batches for place in batch}
+    steps = [[place for batch in batches for place in batch] for batches in prove_loop.plan_steps(dict(job))]
+    visited = {place for places in steps for place in places}
     if packs is not None:
         return sorted({row for place in visited for row in packs[place]})
     if job["method"] == "kto":
-        visited |= {prove_loop.partner(dict(job), place) for place in visited}
+        visited |= {other for places in steps for _, other in prove_loop.neighbors(dict(job), places)}
     return sorted(visited)
 
 

@@ -50,12 +50,6 @@ def plan_steps(job: Job) -> list[list[Batch]]:
     return steps[: job["replay"]]
 
 
-def partner(job: Job, place: int) -> int:
-    """KTO: the row whose answer is held against the prompt of row ``place``."""
-    count = int(job["examples"])
-    return (place + random.Random(job["seed"]).randrange(1, max(2, count))) % count  # noqa: S311  # must repeat
-
-
 # 2. The model: the base, frozen, with a new adapter; or all weights.
 
 
@@ -127,14 +121,13 @@ def sft_step(model: Any, job: Job, batches: list[Batch]) -> float:
 
 def preference_step(model: Any, job: Job, batches: list[Batch], reference: dict[Any, float]) -> float:
     """Mean over the step's rows of the method's loss of a row."""
-    count = sum(len(batch) for batch in batches)
+    places = [place for batch in batches for place in batch]
+    point = reference_point(model, job, places, reference) if job["method"] == "kto" else 0.0
     total = 0.0
-    for batch in batches:
-        point = reference_point(model, job, batch, reference) if job["method"] == "kto" else 0.0
-        for place in batch:
-            loss = row_loss(model, job, place, reference, point) / count
-            loss.backward()
-            total += loss.item()
+    for place in places:
+        loss = row_loss(model, job, place, reference, point) / len(places)
+        loss.backward()
+        total += loss.item()
     return total
 
 
@@ -157,30 +150,42 @@ def row_loss(model: Any, job: Job, place: int, reference: dict[Any, float], poin
 
 
 def measure_reference(model: Any, job: Job, steps: list[list[Batch]]) -> dict[Any, float]:
-    """Log-probabilities of the answers under the untrained model: by row and answer; "other": see `mismatched`."""
-    if job["method"] not in ("dpo", "kto"):
-        return {}
+    """Log-probabilities under the untrained model: of answers by row and side, of `mismatched` ones by both rows."""
     found: dict[Any, float] = {}
+    if job["method"] not in ("dpo", "kto"):
+        return found
     with torch.no_grad():
-        for place in sorted({place for batches in steps for batch in batches for place in batch}):
-            for side, answer in enumerate(job["rows"][str(place)]["answers"]):
-                found[place, side] = log_prob(model, answer)[0].item()
-            if job["method"] == "kto":
-                found[place, "other"] = log_prob(model, mismatched(job, place))[0].item()
+        for batches in steps:
+            places = [place for batch in batches for place in batch]
+            for place in places:
+                for side, answer in enumerate(job["rows"][str(place)]["answers"]):
+                    found[place, side] = log_prob(model, answer)[0].item()
+            for pair in neighbors(job, places) if job["method"] == "kto" else ():
+                found["mismatched", *pair] = log_prob(model, mismatched(job, *pair))[0].item()
     return found
 
 
-def reference_point(model: Any, job: Job, batch: Batch, reference: dict[Any, float]) -> float:
-    """KTO: how much likelier answers to other prompts have become, on average over the micro-batch; at least 0."""
+def reference_point(model: Any, job: Job, places: Batch, reference: dict[Any, float]) -> float:
+    """KTO: how much likelier answers to other prompts have become, on average over the step; at least 0."""
+    pairs = neighbors(job, places)
     with torch.no_grad():
-        now = [log_prob(model, mismatched(job, place))[0].item() for place in batch]
-    drifts = [found - reference[place, "other"] for found, place in zip(now, batch, strict=True)]
+        now = [log_prob(model, mismatched(job, *pair))[0].item() for pair in pairs]
+    drifts = [found - reference["mismatched", *pair] for found, pair in zip(now, pairs, strict=True)]
     return max(0.0, float(sum(drifts) / len(drifts)))
 
 
-def mismatched(job: Job, place: int) -> dict[str, list[int]]:
-    """KTO: the prompt of row ``place`` with its partner's answer."""
-    own, other = (job["rows"][str(row)]["answers"][0] for row in (place, partner(job, place)))
+def neighbors(job: Job, places: Batch) -> list[tuple[int, int]]:
+    """KTO: each row of a step with the one before it, in a circle; a row alone with another of the data."""
+    if len(places) > 1:
+        return list(zip(places, [places[-1], *places[:-1]], strict=True))
+    count = int(job["examples"])
+    offset = random.Random(job["seed"]).randrange(1, max(2, count))  # noqa: S311  # must repeat
+    return [(place, (place + offset) % count) for place in places]
+
+
+def mismatched(job: Job, prompt: int, answer: int) -> dict[str, list[int]]:
+    """KTO: the prompt of one row with the answer of another."""
+    own, other = (job["rows"][str(row)]["answers"][0] for row in (prompt, answer))
     split, start = own["mask"].index(1), other["mask"].index(1)
     ids, mask = own["ids"][:split] + other["ids"][start:], [0] * split + other["mask"][start:]
     return {"ids": ids[: job["max_length"]], "mask": mask[: job["max_length"]]}

@@ -20,8 +20,8 @@ from bp_train_cuda.rows import PlannedRows, data_ready, prepare_rows
 if TYPE_CHECKING:
     from bp_data import Prepared
     from bp_data.asked import AnyPrepared
+    from bp_train_cuda.cache import BaseCache
     from bp_train_cuda.distributed.process_group import ProcessGroup
-    from bp_train_cuda.kept import KeptBase
 
 
 _log = logging.getLogger("bp_train_cuda")
@@ -36,7 +36,7 @@ class CudaRail:
     name = "cuda"
 
     def __init__(self) -> None:
-        self._kept: KeptBase | None = None
+        self._cache: BaseCache | None = None
 
     def probe(self) -> Probe:
         """Usable on a CUDA device, and on a CPU for small models."""
@@ -135,7 +135,7 @@ class CudaRail:
 
     def _train(self, spec: TrainSpec, emit: Emit, stop: Stop, group: ProcessGroup) -> TrainOutcome:
         from bp_data.loop.plan_warnings import warn_about_plan
-        from bp_train_cuda import check, engine
+        from bp_train_cuda import check, engines
         from bp_train_cuda.distributed import rules
 
         rules.require_supported(spec, group)
@@ -157,7 +157,7 @@ class CudaRail:
         if group.count > 1:
             emit(rules.ranks_notice(spec, group.count))
         spec = replace(spec, training=rows.plan.apply_to(spec.training))
-        outcome = engine.train(spec, rows.train, rows.validation, emit, stop, kept=self._kept, team=group)
+        outcome = engines.train(spec, rows.train, rows.validation, emit, stop, cache=self._cache, group=group)
         return replace(outcome, rows=rows.count_after(outcome.steps))
 
     @staticmethod
@@ -178,10 +178,9 @@ class CudaRail:
             AdapterInvalidError: The folder is no adapter, or not one for this base.
             CodedError: As `train`.
         """
-        from bp_train_cuda import engine
+        from bp_train_cuda import evaluate
 
-        rows = self._pick(spec, part)
-        return engine.evaluate(_without_steps(spec), rows, adapter, emit, kept=self._kept)
+        return evaluate.evaluate(spec, self._pick(spec, part), adapter, emit, cache=self._cache)
 
     def examine(
         self,
@@ -198,12 +197,13 @@ class CudaRail:
         Raises:
             CodedError: As `evaluate`.
         """
-        from bp_train_cuda import engine
+        from bp_train_cuda import evaluate
 
         spec = replace(spec, training=replace(spec.training, method="sft"))
         rows = cast("Prepared", self._pick(spec, part))
-        spec = _without_steps(spec)
-        return engine.examine(spec, rows, adapter, emit, answers=answers, answer_tokens=answer_tokens, kept=self._kept)
+        return evaluate.examine(
+            spec, rows, adapter, emit, answers=answers, answer_tokens=answer_tokens, cache=self._cache
+        )
 
     def replay_steps(self, spec: TrainSpec, record: RunRecord, steps: int) -> Replay:
         """Train the first steps of a recorded run again in an independent loop; see `bp_train_cuda.prove_loop`.
@@ -235,15 +235,10 @@ class CudaRail:
     @contextlib.contextmanager
     def keep_base(self) -> Iterator[None]:
         """While the context lasts, the base that was loaded last stays in memory."""
-        from bp_train_cuda.kept import KeptBase
+        from bp_train_cuda.cache import BaseCache
 
-        before, self._kept = self._kept, KeptBase()
+        before, self._cache = self._cache, BaseCache()
         try:
             yield
         finally:
-            self._kept = before
-
-
-def _without_steps(spec: TrainSpec) -> TrainSpec:
-    """The spec for a measurement, which trains nothing and so has no length to plan."""
-    return replace(spec, training=replace(spec.training, steps=1, epochs=None, eval_steps=1))
+            self._cache = before

@@ -64,10 +64,10 @@ class PlannedRows:
         units = self.plan.visited_units(steps)
         if units == self.plan.units:
             return range(len(self.train.rows))
-        from bp_train_cuda.order import RowOrder
+        from bp_data.loop.sampler import ExampleOrder
 
-        order = RowOrder(self.plan.units, self.shuffle_seed or 0, shuffled=self.shuffle_seed is not None)
-        first = order.first(units)
+        order = ExampleOrder(self.plan.units, self.shuffle_seed or 0, shuffled=self.shuffle_seed is not None)
+        first = order.epoch(0)[:units]
         return first if self.packs is None else list(chain.from_iterable(self.packs[pack] for pack in first))
 
 

@@ -24,6 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from bp_data.loop.memory import MemoryGuard
 from bp_runs.errors import CodedError, InterruptedRunError, first_line, registered_codes
 from bp_runs.events import Emit, Event, Notice
 from bp_runs.rail import Stop
@@ -31,7 +32,7 @@ from bp_runs.serialize import to_json
 from bp_runs.spec import Ranks
 from bp_train_cuda.distributed.store import SignedStore, is_alive
 from bp_train_cuda.errors import RankLostError, RanksError, TrainingFailedError
-from bp_train_cuda.guards.oom import try_again
+from bp_train_cuda.guards.oom import TorchMemory
 
 _BUCKET = 64 * 2**20  # bytes of gradients that are added up at a time
 _LONG = timedelta(days=7)  # meetings find out who is missing; torch's own patience must not end a rest or a long save
@@ -71,8 +72,11 @@ class ProcessGroup:
         return mine
 
     def try_all(self, action: Callable[[], None]) -> CodedError | None:
-        """Run ``action`` on each rank; where it fails on one, that error on all, else None. Alone: it is raised."""
-        action()
+        """Run ``action`` on each rank; if it fails on one, that error on all, else None."""
+        try:
+            action()
+        except CodedError as error:
+            return error
         return None
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], emit: Emit) -> None:
@@ -184,7 +188,7 @@ class DistributedGroup(ProcessGroup):
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], emit: Emit) -> None:
         """As `ProcessGroup.sum_gradients`."""
-        buffer = try_again(lambda: self._open_buffer(parameters), "adding gradients up", emit)
+        buffer = MemoryGuard(TorchMemory(), emit).retry(lambda: self._open_buffer(parameters), "adding gradients up")
         held = self.all_gather([parameter.grad is not None for parameter in parameters])
         for parameter, has in zip(parameters, zip(*held, strict=True), strict=True):
             if any(has) and parameter.grad is None:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from bp_train_cuda.lora import trainable_weights
 
 
-def shard_model(model: Any, base: Any, kind: str) -> None:
+def shard_model(root: Any, model: Any, base: Any, kind: str) -> None:
     """Part the weights of ``base`` among the ranks, layer by layer and in place; FSDP2 moves each to its device first.
 
     Args:
@@ -35,10 +35,11 @@ def shard_model(model: Any, base: Any, kind: str) -> None:
         "mp_policy": MixedPrecisionPolicy(compute, torch.float32) if low else MixedPrecisionPolicy(),
         "ignored_params": adapter,
     }
-    for part in [*_find_layers(base), base]:
+    for part in [*_find_layers(base), root]:
         if is_full:
             part.float()
         fully_shard(part, **shared)
+    register_fsdp_forward_method(root, "generate")
 
 
 def _find_layers(base: Any) -> list[Any]:

@@ -36,26 +36,28 @@ from transformers import PrinterCallback, Trainer, set_seed
 from transformers.trainer_pt_utils import get_parameter_names
 
 from bp_data.asked import AnyPrepared
+from bp_data.loop.sampler import ExampleOrder
+from bp_data.loop.schedule import rate_factor
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
 from bp_train_cuda import full, load, lora
-from bp_train_cuda.answers import answer
-from bp_train_cuda.engines import Loaded
+from bp_train_cuda.engines.base import Loaded
 from bp_train_cuda.engines.trl_methods import METHODS, Collate, pack_items, token_count, trained_count
 from bp_train_cuda.engines.trl_recorder import Recorder
 from bp_train_cuda.errors import GpuOutOfMemoryError
-from bp_train_cuda.guarded import rate_factor
-from bp_train_cuda.optimizer import choose_optimizer
-from bp_train_cuda.order import RowOrder
+from bp_train_cuda.generate import answer
+from bp_train_cuda.guards.monitor import open_monitor
+from bp_train_cuda.optim import choose_optimizer
 from bp_train_cuda.probe import PeakMemory
-from bp_train_cuda.watch import open_watch
 
 SCRATCH = ".trl"
 """Folder of the run where transformers writes a checkpoint before it is published; gone after the run."""
 _MARGIN = 64 * 2**20  # bytes for tokenizer, settings, random state
+_OPTIMIZERS = {"adamw_torch": "adamw_torch_fused"}
+"""transformers' names for ours, where they differ."""
 _NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")  # as transformers does
 
 
@@ -109,7 +111,7 @@ def _train(
     recorder.step_tokens = _step_tokens(spec, rows, visits)
     recorder.eval_tokens = sum(trained_count(row) for row in heldout)
     recorder.answer = lambda step: _answer_prompts(spec, prepared, model, emit, step=step)
-    recorder.watch = open_watch(spec.training, loaded.device, emit, stop)
+    recorder.watch = open_monitor(spec.training, loaded.device, emit, stop)
     trainer = _build_trainer(spec, prepared, rows, visits, heldout, model=model, loaded=loaded, scratch=scratch)
     trainer.add_callback(recorder)
     recorder.restore()
@@ -157,12 +159,11 @@ def _open_model(spec: TrainSpec, loaded: Loaded, emit: Emit) -> Any:
 def _order_visits(spec: TrainSpec, rows: int) -> list[int]:
     """Rows in the order of all the run's micro-batches, epoch after epoch without a gap."""
     training = spec.training
-    order = RowOrder(rows, training.seed, shuffled=training.curriculum == "none")
+    order = ExampleOrder(rows, training.seed, shuffled=training.curriculum == "none")
     wanted = training.planned_steps * training.batch_size * training.gradient_accumulation
     visits: list[int] = []
     for epoch in range(math.ceil(wanted / rows)):
-        order.set_epoch(epoch)
-        visits.extend(order)
+        visits.extend(order.epoch(epoch))
     return visits[:wanted]
 
 
@@ -202,7 +203,7 @@ def _build_trainer(
         train_dataset=_row_numbers(visits, method.text, rows, is_heldout=False),
         eval_dataset=_row_numbers(range(len(heldout)), method.text, heldout, is_heldout=True) if len(heldout) else None,
         processing_class=tokenizer,
-        optimizers=(optimizer, LambdaLR(optimizer, lambda step: rate_factor(step, training))),
+        optimizers=(optimizer, LambdaLR(optimizer, lambda step: rate_factor(step, training, training.planned_steps))),
     )
     trainer.remove_callback(PrinterCallback)  # our events say it all
     return trainer
@@ -211,6 +212,7 @@ def _build_trainer(
 def _arguments(spec: TrainSpec, loaded: Loaded, model: Any, scratch: Path) -> dict[str, Any]:
     """What all configs are told: report nowhere, log every step, save and evaluate when `Recorder` says so."""
     training, on_gpu = spec.training, loaded.device.kind == "cuda"
+    optimizer = choose_optimizer(training, loaded.mode, loaded.device)
     return {
         "output_dir": str(scratch),
         "max_steps": training.planned_steps,
@@ -220,7 +222,7 @@ def _arguments(spec: TrainSpec, loaded: Loaded, model: Any, scratch: Path) -> di
         "learning_rate": training.resolved_learning_rate,
         "weight_decay": training.weight_decay,
         "max_grad_norm": training.max_grad_norm,
-        "optim": choose_optimizer(training, loaded.mode, loaded.device),
+        "optim": _OPTIMIZERS.get(optimizer, optimizer),
         "seed": training.seed,
         "use_cpu": not on_gpu,
         "bf16": on_gpu and model.dtype == torch.bfloat16,

@@ -21,10 +21,10 @@ from bp_runs.losses import LossEnds
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
 from bp_train_cuda import lora
-from bp_train_cuda.checkpoint import told_full_disk
+from bp_train_cuda.checkpoint import full_disk_coded
 from bp_train_cuda.errors import GpuTemperatureError
+from bp_train_cuda.guards.monitor import Monitor
 from bp_train_cuda.probe import PeakMemory
-from bp_train_cuda.watch import Watch
 
 STATE_FILE = "trl_state.json"
 BEST_FILE = "best.safetensors"
@@ -72,7 +72,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
         self.step_tokens: Mapping[int, int] = {}
         self.eval_tokens = 0
         self.answer: Any = lambda _step: None
-        self.watch = Watch()
+        self.watch = Monitor()
 
     # ---- transformers' callbacks, in the order in which a step calls them
 
@@ -82,11 +82,11 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wait while the GPU is too hot."""
-        self.watch.look()
+        self.watch.before_batch()
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wait while the GPU is too hot."""
-        self.watch.look()
+        self.watch.before_batch()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Say whether to evaluate, to save and to stop after this step."""
@@ -186,7 +186,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
     # ---- what outlives a step
 
     def _write(self, written: Path, folder: Path) -> None:
-        with told_full_disk(folder):
+        with full_disk_coded(folder):
             shutil.copytree(written, folder, dirs_exist_ok=True)
             if self._best:
                 save_file(self._best, folder / BEST_FILE)

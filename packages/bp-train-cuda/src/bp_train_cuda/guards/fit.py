@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 
 import orjson
 
+from bp_data.loop.memory import HALVINGS
 from bp_runs.errors import DiskFullError, OutputNotWritableError, first_line
 from bp_runs.events import Emit, Notice
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.errors import ShapesUnknownError
 from bp_train_cuda.estimate import estimate, read_load
 from bp_train_cuda.fit import FitMemory, Fitted, describe_load
-from bp_train_cuda.guards.oom import HALVINGS
 from bp_train_cuda.probe import Device
 from bp_train_cuda.shapes import read_shapes
 
@@ -39,10 +39,10 @@ class CardFit:
         training = self._spec.training
         found = self._memory.recall(self._load, self._parts, self._device.memory, most=HALVINGS)
         if found:
-            pieces = min(self._parts, 2**found)
+            chunks = min(self._parts, 2**found)
             what = f"{training.batch_size} {'packs' if training.packing else 'rows'}"
-            message = f"micro-batches of {what} run in {pieces} pieces, which is what fitted this card before"
-            self._emit(Notice(message=message, details={"pieces": pieces}))
+            message = f"micro-batches of {what} run in {chunks} chunks, which is what fitted this GPU before"
+            self._emit(Notice(message=message, details={"chunks": chunks}))
         return found
 
     @property

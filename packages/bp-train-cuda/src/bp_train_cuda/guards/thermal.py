@@ -1,4 +1,4 @@
-"""A card that is too hot rests until it has cooled; one that gets dangerously hot ends the run with its work saved."""
+"""A GPU that is too hot pauses until it has cooled; one that gets dangerously hot ends the run with its work saved."""
 
 from __future__ import annotations
 
@@ -55,7 +55,6 @@ class Governor:
     """Keeps a run's card under its limits.
 
     Args:
-        save: Called before an emergency stop, so that nothing is lost.
         stop: The run's stop request, which ends a pause.
         clock: Seconds that only grow.
         sleep: Waits so many seconds.
@@ -68,7 +67,6 @@ class Governor:
         emit: Emit,
         *,
         stop: Stop,
-        save: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -76,7 +74,6 @@ class Governor:
         self._limits = limits
         self._emit = emit
         self._stop = stop
-        self.save = save
         self._clock = clock
         self._sleep = sleep
         self._read_at = float("-inf")
@@ -85,11 +82,11 @@ class Governor:
         self.temperature: int | None = None
         """At the last look, in degrees Celsius."""
         self.hottest: int | None = None
-        self.rested = 0.0
+        self.paused = 0.0
         """Seconds of all pauses."""
 
-    def look(self) -> None:
-        """Look at the card, at most once a second, and rest where it is too hot; for the moment before each batch."""
+    def before_batch(self) -> None:
+        """Read the temperature, at most once per second, and pause while the GPU is too hot."""
         if self._waited_in_vain or self._clock() - self._read_at < _READ_EVERY:
             return
         now = self._read()
@@ -98,7 +95,7 @@ class Governor:
 
     def _consider(self, now: int) -> None:
         if now >= self._limits.pause:
-            self._rest(now)
+            self._pause(now)
         elif now >= self._limits.warn and not self._is_warned:
             self._is_warned = True
             self._tell(f"the GPU is at {now} °C; training pauses at {self._limits.pause} °C", "warn", now)
@@ -106,7 +103,7 @@ class Governor:
             self._is_warned = False
 
     def end_step(self) -> None:
-        """As `look`, after a step, when the work can be saved and a critical temperature ends the run.
+        """As `before_batch`, after a step, when the work can be saved and a critical temperature ends the run.
 
         Raises:
             GpuTemperatureError: The card is critically hot, or did not cool down in a quarter of an hour.
@@ -122,7 +119,7 @@ class Governor:
         if in_vain and after is not None and after >= self._limits.pause and not self._stop():
             self._give_up(f"the GPU is still at {after} °C after a pause of {_PATIENCE / 60:.0f} minutes")
 
-    def _rest(self, now: int) -> None:
+    def _pause(self, now: int) -> None:
         began = self._clock()
         limits = self._limits
         self._tell(f"the GPU is at {now} °C: training pauses until it is at {limits.resume} °C", "pause", now)
@@ -133,13 +130,12 @@ class Governor:
                 break
             now = seen
         took = self._clock() - began
-        self.rested += took
+        self.paused += took
         self._waited_in_vain = took >= _PATIENCE
         if now <= limits.resume:
-            self._tell(f"the GPU has cooled to {now} °C in {took:.0f} s: training goes on", "resume", now, level="info")
+            self._tell(f"the GPU has cooled to {now} °C in {took:.0f} s: training resumes", "resume", now, level="info")
 
     def _give_up(self, why: str) -> None:
-        self.save()
         raise GpuTemperatureError(why, details={"temperature": self.temperature, "limit": self._limits.pause})
 
     def _read(self) -> int | None:
@@ -149,7 +145,7 @@ class Governor:
             self.hottest = max(self.hottest or 0, self.temperature)
         elif not self._is_blind:
             self._is_blind = True
-            self._emit(Notice(message="the GPU's temperature can no longer be read: nothing watches it"))
+            self._emit(Notice(message="the GPU's temperature can no longer be read: nothing monitors it"))
         return self.temperature
 
     def _tell(self, message: str, state: str, now: int, *, level: Any = "warning") -> None:

@@ -1,9 +1,8 @@
-"""The guards that look at the card while a run goes on: its temperature, and on Windows its memory."""
+"""Guards of the GPU during a run: its temperature, and on Windows its memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from bp_runs.events import Emit, Notice
@@ -15,26 +14,26 @@ from bp_train_cuda.probe import Device
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
-    """Asked before each micro-batch and after each step."""
+class Monitor:
+    """Called before each micro-batch and after each step; `bp_data.loop.protocols.Monitor`."""
 
     governor: Governor | None = None
     spill: SpillDetector | None = None
 
     @property
     def temperature(self) -> int | None:
-        """Degrees Celsius at the last look."""
+        """Degrees Celsius when last read."""
         return None if self.governor is None else self.governor.temperature
 
     @property
-    def rested(self) -> float:
+    def paused(self) -> float:
         """Seconds of all pauses so far."""
-        return 0.0 if self.governor is None else self.governor.rested
+        return 0.0 if self.governor is None else self.governor.paused
 
-    def look(self) -> None:
-        """Before a micro-batch: rest where the card is too hot."""
+    def before_batch(self) -> None:
+        """Pause while the GPU is too hot."""
         if self.governor is not None:
-            self.governor.look()
+            self.governor.before_batch()
 
     def end_step(self, tokens_per_second: float) -> None:
         """After a step.
@@ -47,21 +46,16 @@ class Watch:
         if self.governor is not None:
             self.governor.end_step()
 
-    def save_before_end(self, save: Callable[[], None]) -> None:
-        """Let ``save`` be called before a guard ends the run."""
-        if self.governor is not None:
-            self.governor.save = save
 
-
-def open_watch(spec: TrainingSpec, device: Device, emit: Emit, stop: Stop) -> Watch:
+def open_monitor(spec: TrainingSpec, device: Device, emit: Emit, stop: Stop) -> Monitor:
     """The guards that this device needs; none on a CPU."""
     if device.kind == "cpu":
-        return Watch()
+        return Monitor()
     spill = None
     if os.name == "nt":
         keep_on_card()
         spill = SpillDetector(read_gpu_memory, emit)
-    return Watch(_open_governor(spec, emit, stop), spill)
+    return Monitor(_open_governor(spec, emit, stop), spill)
 
 
 def _open_governor(spec: TrainingSpec, emit: Emit, stop: Stop) -> Governor | None:
@@ -69,6 +63,6 @@ def _open_governor(spec: TrainingSpec, emit: Emit, stop: Stop) -> Governor | Non
         return None
     sensor, why = find_sensor()
     if sensor is None:
-        emit(Notice(message=f"the GPU's temperature is not watched: {why}"))
+        emit(Notice(message=f"the GPU temperature is not monitored: {why}"))
         return None
     return Governor(sensor, Limits.around(spec.gpu_max_temp, sensor.read_shutdown()), emit, stop=stop)

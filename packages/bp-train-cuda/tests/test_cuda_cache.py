@@ -10,7 +10,7 @@ from cuda_training import spec_for, train
 from bp_runs.errors import AdapterInvalidError, TrainingDivergedError
 from bp_runs.events import EvalDone, StepDone
 from bp_train_cuda import CudaRail, load
-from bp_train_cuda.kept import KeptBase
+from bp_train_cuda.cache import BaseCache
 
 
 def losses(events):
@@ -94,7 +94,7 @@ def test_what_a_run_left_in_cycles_is_gone_before_the_next_model_is_loaded():
     gc.disable()  # else it may come by in time
     del left
     try:
-        with pytest.raises(Loaded), KeptBase().borrow("key", load_base):
+        with pytest.raises(Loaded), BaseCache().borrow("key", load_base):
             pass
     finally:
         gc.enable()

@@ -1,4 +1,4 @@
-"""A rehearsal meets the heaviest moments of a run and leaves no trace of them."""
+"""A preflight meets the heaviest moments of a run and leaves no trace of them."""
 
 import json
 from dataclasses import replace
@@ -10,16 +10,15 @@ from safetensors.torch import load_file
 
 from bp_runs.errors import DiskFullError
 from bp_runs.events import EvalDone, Notice, StepDone
-from bp_train_cuda.batches import find_longest
-from bp_train_cuda.guards.optimizer import count_moment_bytes, forget_moments
+from bp_train_cuda.examples import find_longest
+from bp_train_cuda.memory.preflight import is_due
 from bp_train_cuda.probe import Device
-from bp_train_cuda.rehearsal import is_due
 
 HELD = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 2, "batch_size": 2, "steps": 3, "keep": "last"}
 
 
-def rehearsals(events):
-    return [e.details["rehearsal"] for e in events if isinstance(e, Notice) and "rehearsal" in e.details]
+def preflights(events):
+    return [e.details["preflight"] for e in events if isinstance(e, Notice) and "preflight" in e.details]
 
 
 @pytest.mark.parametrize(
@@ -32,10 +31,10 @@ def test_the_run_is_the_same_to_the_bit(pico_model, chat_file, tmp_path, change)
             spec_for(pico_model, chat_file, tmp_path / name, training=training, lora={"dropout": 0.2})
         )
         told = [(e.step, e.loss, e.tokens) for e in events if isinstance(e, StepDone | EvalDone)]
-        return load_file(outcome.adapter / "adapter_model.safetensors"), told, rehearsals(events)
+        return load_file(outcome.adapter / "adapter_model.safetensors"), told, preflights(events)
 
     plain, plain_told, none = run("plain", "off")
-    weights, told, (found,) = run("rehearsed", "on")
+    weights, told, (found,) = run("measured", "on")
     assert none == []
     assert told == plain_told
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.items())
@@ -52,10 +51,10 @@ def test_pairs_too(pico_model, tmp_path):
     def run(name, preflight):
         training = {**HELD, "method": "dpo", "steps": 2, "preflight": preflight}
         outcome, events = train(spec_for(pico_model, file, tmp_path / name, training=training))
-        return load_file(outcome.adapter / "adapter_model.safetensors"), rehearsals(events)
+        return load_file(outcome.adapter / "adapter_model.safetensors"), preflights(events)
 
     plain, _ = run("plain", "off")
-    weights, (found,) = run("rehearsed", "on")
+    weights, (found,) = run("measured", "on")
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.items())
     assert found["rows"] == 2
 
@@ -65,7 +64,7 @@ def test_it_meets_the_longest_rows(pico_model, chat_file, tmp_path):
     _, events = train(
         spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1, "batch_size": 2, "preflight": "on"})
     )
-    (found,) = rehearsals(events)
+    (found,) = preflights(events)
     assert found["tokens"] > 2 * 60
     assert find_longest([3, 9, 5, 9], 3) == [1, 3, 2]
 
@@ -84,37 +83,9 @@ def test_no_room_for_the_saves_is_noticed_before_the_first_step(pico_model, chat
     assert not any(isinstance(e, StepDone) for e in events)
 
 
-def test_long_runs_on_a_gpu_are_rehearsed_unasked(pico_model, chat_file, tmp_path):
+def test_long_runs_on_a_gpu_have_a_preflight_by_default(pico_model, chat_file, tmp_path):
     spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 50})
     gpu, cpu = Device("cuda", "a card", 2**34), Device("cpu", "none", 2**34)
     off = replace(spec, training=replace(spec.training, preflight="off"))
     short = replace(spec, training=replace(spec.training, steps=49))
     assert [is_due(spec, gpu), is_due(spec, cpu), is_due(short, gpu), is_due(off, gpu)] == [True, False, False, False]
-
-
-@pytest.mark.parametrize("kind", ["torch", "bitsandbytes"])
-def test_an_optimizer_that_forgot_steps_as_a_new_one(kind):
-    def make():
-        torch.manual_seed(0)
-        weight = torch.nn.Parameter(torch.randn(8, 600))
-        if kind == "torch":
-            return weight, torch.optim.AdamW([weight], lr=0.1, fused=True)
-        return weight, pytest.importorskip("bitsandbytes").optim.AdamW8bit([weight], lr=0.1)
-
-    def step(weight, optimizer):
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
-
-    new, fresh = make()
-    old, used = make()
-    before = old.detach().clone()
-    for _ in range(3):
-        step(old, used)
-    assert count_moment_bytes(used) > 0
-    forget_moments(used)
-    with torch.no_grad():
-        old.copy_(before)
-    for weight, optimizer in ((new, fresh), (old, used)):
-        step(weight, optimizer)
-        step(weight, optimizer)
-    assert torch.equal(new, old)

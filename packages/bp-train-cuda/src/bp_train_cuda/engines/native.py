@@ -1,0 +1,260 @@
+"""The native engine: builds what `bp_data.loop.loop.run_loop` needs, runs it, and saves what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from bp_data.asked import AnyPrepared
+from bp_data.loop.loop import LoopParts, LoopState, run_loop
+from bp_data.loop.memory import MemoryGuard
+from bp_data.loop.sampler import ExampleOrder, StepSampler
+from bp_data.loop.validation import Validator
+from bp_runs.errors import TrainingDivergedError
+from bp_runs.events import Emit, Notice
+from bp_runs.rail import Stop, TrainOutcome
+from bp_runs.spec import TrainSpec
+from bp_train_cuda import probe
+from bp_train_cuda.checkpoint import Checkpointer, Stateful, read_step
+from bp_train_cuda.distributed.process_group import ProcessGroup
+from bp_train_cuda.distributed.sharding import gather_weights, shard_model
+from bp_train_cuda.engines.base import (
+    Loaded,
+    answer_prompts,
+    close_model,
+    determinism,
+    open_model,
+    pad_token,
+    save_result,
+)
+from bp_train_cuda.engines.framework import TorchFramework
+from bp_train_cuda.examples import build_examples, find_longest
+from bp_train_cuda.guards.fit import CardFit
+from bp_train_cuda.guards.monitor import open_monitor
+from bp_train_cuda.guards.oom import TorchMemory
+from bp_train_cuda.losses.log_probs import LogProbModel
+from bp_train_cuda.memory import preflight
+from bp_train_cuda.model.packing import require_packable
+from bp_train_cuda.optim import build_optimizer, choose_optimizer, rounds_away
+
+_ROUNDED_AWAY = (
+    "this optimizer rounds small changes of bfloat16 weights away; --optim adamw_8bit or paged_adamw_8bit keeps them"
+)
+
+
+def train(
+    spec: TrainSpec,
+    prepared: AnyPrepared,
+    heldout: Sequence[Any],
+    emit: Emit,
+    stop: Stop,
+    *,
+    loaded: Loaded,
+    group: ProcessGroup,
+) -> TrainOutcome:
+    """As `bp_train_cuda.engines.train`, on a base model in memory."""
+    with determinism(spec.training, on_gpu=loaded.device.kind == "cuda"):
+        return _Run(spec, prepared, heldout, emit, stop, loaded, group).train()
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One training run, from a base model in memory to a saved adapter."""
+
+    spec: TrainSpec
+    prepared: AnyPrepared
+    heldout: Sequence[Any]
+    emit: Emit
+    stop: Stop
+    loaded: Loaded
+    group: ProcessGroup
+
+    def train(self) -> TrainOutcome:
+        """Build, run, save."""
+        spec, group, device, mode = self.spec, self.group, self.loaded.device, self.loaded.mode
+        peak = probe.PeakMemory(device)
+        model = open_model(spec, self.loaded, self.emit, group)
+        wrapped = LogProbModel(model)
+        packing = require_packable(model) if spec.training.packing else None
+        if group.is_sharded:
+            shard_model(wrapped, model, self.loaded.base, device.kind)
+        sample = partial(self._answer, wrapped)
+        if spec.checkpoint is None:
+            sample(0)
+        if group.count > 1:
+            set_seed(spec.training.seed + group.rank)  # dropout differs from rank to rank
+        fit = CardFit(spec, mode.name, device, self.emit)
+        framework = self._build_framework(wrapped, peak)
+        if packing is not None:
+            framework.pack_arguments = packing.arguments
+        parts, state, saver = self._build_loop(framework, sample, halvings=fit.recall_halvings())
+        self._start(parts, framework)
+        saver.restore()
+        self._run(parts, state, wrapped)
+        folder = self._save(wrapped, parts.guard)  # before anything that may still fail
+        if group.rank == 0 and not group.is_sharded:
+            fit.remember(parts.guard.halvings, peak.read())
+        sample(state.step)
+        peaks = group.all_gather(peak.read())
+        if group.count > 1:
+            shown = ", ".join(f"{one / 2**30:.1f}" for one in peaks)
+            self.emit(Notice(message=f"peak memory of each process: {shown} GiB", details={"peaks": peaks}))
+        if not group.is_sharded:
+            close_model(model, mode)
+        return _outcome(folder, parts, state, max(peaks))
+
+    def _run(self, parts: LoopParts, state: LoopState, wrapped: LogProbModel) -> None:
+        """The loop; afterwards the model has the weights to keep."""
+        try:
+            run_loop(parts, state)
+        except TrainingDivergedError as error:
+            raise self._keep_best(parts, wrapped, error) from error
+        if parts.validator is None:
+            return
+        if state.stopped and parts.validator.is_due(state.step, is_last=True):
+            parts.validator.validate(state.step)  # off the schedule, so only once the checkpoint is written
+        parts.validator.restore_best(state.step)
+
+    def _build_framework(self, wrapped: LogProbModel, peak: probe.PeakMemory) -> TorchFramework:
+        training, prepared, loaded = self.spec.training, self.prepared, self.loaded
+        build = partial(
+            build_examples, training.method, pad_id=pad_token(prepared), room=prepared.max_seq_length,
+            seed=training.seed,
+        )  # fmt: skip
+        name = choose_optimizer(training, loaded.mode, loaded.device, is_sharded=self.group.is_sharded)
+        optimizer = build_optimizer(name, wrapped.model, training)
+        if rounds_away(optimizer):
+            self.emit(Notice(message=_ROUNDED_AWAY))
+        wrapped.train()
+        return TorchFramework(
+            model=wrapped,
+            examples=build(rows=prepared.rows, packing=training.packing),
+            heldout=build(rows=self.heldout) if len(self.heldout) else None,
+            training=training,
+            group=self.group,
+            reader=MemoryGuard(TorchMemory(), self.emit, enabled=training.oom_recovery),
+            device=torch.device(loaded.device.kind),
+            autocast=loaded.autocast,
+            peak=peak,
+            optimizer=optimizer,
+        )
+
+    def _build_loop(
+        self, framework: TorchFramework, sample: Any, *, halvings: int
+    ) -> tuple[LoopParts, LoopState, Checkpointer]:
+        spec, training, group = self.spec, self.spec.training, self.group
+        guard = MemoryGuard(
+            framework,
+            self.emit,
+            enabled=training.oom_recovery,
+            halvings=halvings,
+            has_dropout=self.loaded.mode.name != "full" and spec.lora.dropout > 0,
+        )
+        monitor = open_monitor(training, self.loaded.device, self.emit, self.stop)
+        order = ExampleOrder(framework.examples.count, training.seed, shuffled=training.curriculum == "none")
+        sampler = StepSampler(
+            order, training.batch_size, training.gradient_accumulation, rank=group.rank, ranks=group.count
+        )
+        validator = None
+        if framework.heldout is not None:
+            validator = Validator(
+                framework,
+                framework.heldout.count,
+                training,
+                self.emit,
+                guard=framework.reader,
+                group=group,
+                eval_steps=training.planned_eval_steps,
+                before_batch=monitor.before_batch,
+            )
+        state = LoopState()
+        remembered: dict[str, Stateful] = {"loop": state, "guard": guard, "reader": framework.reader}
+        saver = Checkpointer(spec, self.emit, framework, remembered, validator=validator, guard=guard, group=group)
+        parts = LoopParts(
+            framework=framework,
+            training=training,
+            steps=training.planned_steps,
+            sampler=sampler,
+            guard=guard,
+            validator=validator,
+            monitor=monitor,
+            saver=saver,
+            group=group,
+            emit=self.emit,
+            stop=self.stop,
+            sample=sample,
+        )
+        return parts, state, saver
+
+    def _start(self, parts: LoopParts, framework: TorchFramework) -> None:
+        """Measure the reference of methods that have one, and run the preflight."""
+        spec, sampler = self.spec, parts.sampler
+        visited = sampler.visited(parts.steps)
+        steps = [sampler.all_indexes(step) for step in range(read_step(spec.checkpoint), parts.steps)]
+        is_preflight = preflight.is_due(spec, self.loaded.device)
+        if is_preflight:
+            steps.append(find_longest(framework.examples.lengths(), spec.training.batch_size))
+        if framework.needs_reference:
+            self.emit(Notice(message=f"measuring the model before training on {len(visited)} examples"))
+            framework.measure_references(visited, steps)
+        if is_preflight:
+            preflight.run_preflight(spec, parts, framework, self.loaded.device)
+
+    def _answer(self, wrapped: LogProbModel, step: int) -> None:
+        """Sample answers; with sharded weights all ranks generate together, else the main process alone."""
+        if self.group.rank == 0 or self.group.is_sharded:
+            generate = wrapped.generate if self.group.is_sharded else None
+            answer_prompts(self.spec, self.prepared, wrapped.model, self.emit, step=step, generate=generate)
+
+    def _save(self, wrapped: LogProbModel, guard: MemoryGuard) -> Path:
+        weights = None
+        if self.group.is_sharded:
+            dtype = probe.choose_dtype(self.spec.model.dtype, probe.choose_device())  # before it became float32
+            weights = partial(_gather, wrapped, dtype)
+        mode = self.loaded.mode
+        return save_result(
+            self.spec, self.prepared, wrapped.model, mode, self.emit, guard=guard, group=self.group, weights=weights
+        )
+
+    def _keep_best(
+        self, parts: LoopParts, wrapped: LogProbModel, error: TrainingDivergedError
+    ) -> TrainingDivergedError:
+        """Save the best weights of a run that diverged; the error, which says where they are and how to go back."""
+        validator, run = parts.validator, self.spec.folders.run_id
+        if validator is None or validator.best is None:
+            return error
+        parts.framework.load_weights(validator.best)  # type: ignore[attr-defined]
+        folder = self._save(wrapped, parts.guard)
+        rate = self.spec.training.resolved_learning_rate / 4
+        return TrainingDivergedError(
+            f"{error.message}; the best weights, of step {validator.best_step}, are in {folder}",
+            cause=error.cause,
+            way_out=f"Go back to them at a lower rate: backprop train --from {run}@best --lr {rate:.2g}",
+            details={**error.details, "adapter": str(folder), "best_step": validator.best_step},
+        )
+
+
+def _gather(wrapped: LogProbModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("model."): weight for name, weight in gather_weights(wrapped, dtype).items()}
+
+
+def _outcome(folder: Path, parts: LoopParts, state: LoopState, peak: int) -> TrainOutcome:
+    first, final = state.losses.means()
+    return TrainOutcome(
+        adapter=folder,
+        steps=state.losses.count,
+        first_loss=first,
+        final_loss=final,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        peak_memory=peak,
+        stopped=state.stopped,
+        eval_loss=parts.validator.best_loss if parts.validator else None,
+        best_step=parts.validator.best_step if parts.validator and parts.validator.best_loss is not None else None,
+    )

@@ -1,0 +1,148 @@
+"""Measuring a model without training it: the loss over examples, and row by row with answers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+
+from bp_data import Prepared, TokenRow
+from bp_data.asked import AnyPrepared
+from bp_data.loop.memory import MemoryGuard
+from bp_data.loop.validation import Validator
+from bp_runs.events import Emit
+from bp_runs.rail import EvalOutcome, RowOutcome
+from bp_runs.spec import TrainSpec
+from bp_train_cuda import lora, probe
+from bp_train_cuda.cache import BaseCache
+from bp_train_cuda.distributed.process_group import ProcessGroup
+from bp_train_cuda.engines.base import Loaded, answer_prompts, open_base, pad_token, quiet_framework
+from bp_train_cuda.engines.framework import TorchFramework
+from bp_train_cuda.examples import build_examples
+from bp_train_cuda.generate import complete
+from bp_train_cuda.guards.oom import TorchMemory
+from bp_train_cuda.losses.log_probs import LogProbModel
+
+
+def evaluate(
+    spec: TrainSpec, prepared: AnyPrepared, adapter: Path | None, emit: Emit, *, cache: BaseCache | None = None
+) -> EvalOutcome:
+    """Load, measure the loss on all of ``prepared``, answer the sample prompts.
+
+    Args:
+        adapter: An adapter folder, or None for the base alone.
+        cache: Keeps the base for the next call; None: it is not kept.
+
+    Raises:
+        CodedError: As `bp_train_cuda.rail.CudaRail.evaluate`.
+    """
+    with quiet_framework(), _open(spec, adapter, cache) as (model, loaded):
+        framework = measure_with(spec, prepared, model, loaded, emit)
+        assert framework.heldout is not None  # noqa: S101
+        with model.disable_adapter() if adapter is not None else contextlib.nullcontext():
+            framework.measure_references((), ())  # the base is what completions are compared with
+        validator = Validator(
+            framework,
+            framework.heldout.count,
+            spec.training,
+            emit,
+            guard=framework.reader,
+            group=framework.group,
+            eval_steps=1,
+        )
+        loss, tokens, _ = validator.measure()
+        answer_prompts(spec, prepared, model, emit, step=0)
+        return EvalOutcome(loss=loss, tokens=tokens, rows=len(prepared.rows))
+
+
+def examine(
+    spec: TrainSpec,
+    prepared: Prepared,
+    adapter: Path | None,
+    emit: Emit,
+    *,
+    answers: int,
+    answer_tokens: int,
+    cache: BaseCache | None = None,
+) -> list[RowOutcome]:
+    """Load, measure and answer row by row, as in supervised fine-tuning.
+
+    Args:
+        adapter: As for `evaluate`.
+        answers: As for `bp_train_cuda.rail.CudaRail.examine`.
+        answer_tokens: As for `bp_train_cuda.rail.CudaRail.examine`.
+        cache: As for `evaluate`.
+
+    Raises:
+        CodedError: As `evaluate`.
+    """
+    with quiet_framework(), _open(spec, adapter, cache) as (model, loaded):
+        framework = measure_with(spec, prepared, model, loaded, emit)
+        outcomes: list[RowOutcome] = []
+        for place, row in enumerate(prepared.rows):
+            loss = framework.measure([place], None)["loss"]
+            outcome = RowOutcome(loss=loss / max(1, row.trained), tokens=row.trained)
+            if answers > 0 and (turn := last_turn(row)) is not None:
+                prompt, reference, answer = _answer(model, prepared, row.ids, turn, answer_tokens)
+                outcome = replace(outcome, prompt=prompt, reference=reference, answer=answer)
+                answers -= 1
+            outcomes.append(outcome)
+        return outcomes
+
+
+def measure_with(spec: TrainSpec, prepared: AnyPrepared, model: Any, loaded: Loaded, emit: Emit) -> TorchFramework:
+    """A framework that only measures: ``model`` on the rows of ``prepared`` by the spec's method."""
+    training, room = spec.training, prepared.max_seq_length
+    examples = build_examples(training.method, prepared.rows, pad_token(prepared), room=room, seed=training.seed)
+    return TorchFramework(
+        model=LogProbModel(model),
+        examples=examples,
+        heldout=examples,
+        training=training,
+        group=ProcessGroup(),
+        reader=MemoryGuard(TorchMemory(), emit, enabled=training.oom_recovery),
+        device=torch.device(loaded.device.kind),
+        autocast=loaded.autocast,
+        peak=probe.PeakMemory(loaded.device),
+    )
+
+
+@contextlib.contextmanager
+def _open(spec: TrainSpec, adapter: Path | None, cache: BaseCache | None) -> Iterator[tuple[Any, Loaded]]:
+    """The base, or the base with an adapter on it."""
+    mode = "lora" if spec.training.mode == "full" else spec.training.mode
+    spec = replace(spec, training=replace(spec.training, mode=mode, engine="native", fp8=False))
+    with open_base(spec, cache, adapter) as loaded:
+        set_seed(spec.training.seed)
+        model = loaded.base if adapter is None else lora.load_lora(loaded.base, adapter)
+        model.eval()
+        yield model, loaded
+        if adapter is not None:
+            lora.remove_adapter(model)
+
+
+def last_turn(row: TokenRow) -> tuple[int, int] | None:
+    """Where the last trained stretch of a row begins and ends; None if nothing stands before it.
+
+    A truncated row's last turn may be cut off, so it is no reference either.
+    """
+    end = row.mask.rfind(1) + 1
+    begin = row.mask.rfind(0, 0, end) + 1 if end else 0
+    return (begin, end) if row.kind == "chat" and not row.truncated and 0 < begin < end else None
+
+
+def _answer(
+    model: Any, prepared: Prepared, ids: Sequence[int], turn: tuple[int, int], longest: int
+) -> tuple[str, str, str]:
+    """Prompt, reference and answer as text."""
+    begin, end = turn
+    ends = prepared.facts.stop_ids
+    decode = prepared.tokenizer.decode
+    said = complete(model, ids[:begin], max_tokens=longest, ends=ends)
+    reference = [token for token in ids[begin:end] if token not in ends]
+    return decode(list(ids[:begin])), decode(reference).strip(), decode(said).strip()

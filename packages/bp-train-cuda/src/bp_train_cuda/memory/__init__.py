@@ -1,0 +1,1 @@
+"""Memory of a training run: what it will take, and what it takes."""
