@@ -52,6 +52,7 @@ def train(order, ranks):
         "adapter": str(outcome.adapter),
         "outcome": outcome.to_dict(),
         "losses": [event.loss for event in events if isinstance(event, StepDone)],
+        "norms": [event.grad_norm for event in events if isinstance(event, StepDone)],
         "tokens": [event.tokens for event in events if isinstance(event, StepDone)],
         "metrics": [dict(event.metrics) for event in events if isinstance(event, StepDone)],
         "evals": [[event.loss, event.tokens] for event in events if isinstance(event, EvalDone)],
