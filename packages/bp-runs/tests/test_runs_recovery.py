@@ -89,8 +89,9 @@ def test_a_run_is_not_resumed_on_other_weights(tmp_path):
     before = store.load(run_id)
     assert before.base == {"folder": str(base), "weights": fingerprint_weights(base)}
     write_weights(base, {"a": bytes(64), "b": bytes(LARGE), "c": b"\1" * LARGE})
-    with pytest.raises(ResumeChangedError, match="base model changed"), store.reopen(run_id, from_step=0, checkpoint=None) as run:  # fmt: skip
+    with pytest.raises(ResumeChangedError, match="base model changed") as caught, store.reopen(run_id, from_step=0, checkpoint=None) as run:  # fmt: skip
         run.use_base(base)
+    assert caught.value.cause == f"the weights in {base} are not those that the run began with"
     assert store.load(run_id) == before
     base_in(base)
     with pytest.raises(RuntimeError), store.reopen(run_id, from_step=0, checkpoint=None) as run:

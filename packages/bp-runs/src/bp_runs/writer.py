@@ -100,9 +100,8 @@ class RunWriter:
             return
         recorded = self._before.base
         if recorded and base and recorded["weights"] != base["weights"]:
-            self._refuse(
-                "base model", f"the weights in {folder} are not those of {recorded['folder']} at its beginning"
-            )
+            place = "" if recorded["folder"] == str(folder) else f", in {recorded['folder']}"
+            self._refuse("base model", f"the weights in {folder} are not those that the run began with{place}")
         self._record.base = base
         if not (self._before.data or self._before.model):
             self._go_on()  # a multi-run, or cut off before its data was read
