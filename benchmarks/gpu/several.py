@@ -253,8 +253,7 @@ def work(order: Path) -> int:
     from backpropagate import launching
     from bp_train_cuda import CudaRail
 
-    launching.take_launcher_variables(os.environ)
-    ranks = launching.read_ranks()
+    ranks = launching.take_ranks(os.environ)
     rail = CudaRail()
     cases = [Case(**case) for case in json.loads(order.read_text())]
     if ranks is not None and ranks.rank:

@@ -121,6 +121,38 @@ def test_without_an_agent_a_rank_that_fails_ends_all(chat_file, pico_model, tmp_
     assert "RUNTIME_RANK_LOST" in errors, errors[-3000:]
 
 
+SCRIPT = """
+import os, sys
+from backpropagate import Trainer, take_ranks
+
+ranks = take_ranks(os.environ)
+assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} & set(os.environ)
+before = dict(os.environ)
+model, data, output = sys.argv[1:]
+settings = dict(batch_size=2, gradient_accumulation=1, max_seq_length=64, report_to="none", eval_share=0.0)
+trainer = Trainer(model, output=output, ranks=ranks, **settings)
+results = [trainer.train(data, steps=steps, resume=False) for steps in (1, 2)]
+assert dict(os.environ) == before
+print("RESULT", ranks.rank, *(f"{r.run_id}:{r.outcome.steps}:{r.adapter}" for r in results), flush=True)
+if trainer.is_main_process:
+    trainer.export("lora")
+"""
+
+
+@pytest.mark.slow
+def test_a_script_trains_twice_on_all_ranks_and_exports_on_one(chat_file, pico_model, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    output = tmp_path / "out"
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *LAUNCHERS["torchrun"], str(tmp_path / "script.py"), pico_model, chat_file, output]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environ, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    assert [rank for rank, *_ in told] == ["0", "1"]
+    assert told[0][1:] == told[1][1:], "every rank gets the same results"
+    assert [row["steps"] for row in RunStore(output).list_runs()] == [2, 1]
+
+
 @pytest.mark.slow
 def test_a_run_whose_second_process_is_killed_goes_on_to_the_same_bytes(chat_file, pico_model, tmp_path):
     straight, broken = tmp_path / "straight", tmp_path / "broken"

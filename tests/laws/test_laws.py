@@ -126,6 +126,61 @@ def test_nothing_that_is_read_can_run_code():
             assert not allows or ast.unparse(node.value) == "False", f"{file}:{node.value.lineno} unpickles an array"
 
 
+# Who may act on its own process: a command line, on its own; a function of the environment that its caller passes in;
+# a context of stop requests that its caller opens; and a child process that serves one model until its parent ends it.
+ACT_ON_THE_PROCESS = {
+    "bp_export/cli.py": "the command line of bp-export",
+    "backpropagate/__main__.py": "the command line",
+    "backpropagate/stopping.py": "on_interrupt, a context that the caller opens",
+    "bp_train_cuda/prove_loop.py": "a program of its own, which imports nothing of ours",
+    "bp_export/serving.py": "the child process that runs llama.cpp",
+}
+
+
+def acts_on_the_process(node):
+    """Whether a piece of code changes the environment, ends the process, or registers what runs by itself."""
+    if isinstance(node, ast.Call):
+        call = ast.unparse(node.func)
+        changes = {"pop", "update", "setdefault", "clear", "popitem", "__setitem__", "__delitem__"}
+        owner, _, name = call.rpartition(".")
+        return (owner.endswith("os.environ") and name in changes) or call in {
+            "os.putenv", "os.unsetenv", "sys.exit", "exit", "quit", "os._exit", "os.abort", "atexit.register",
+            "signal.signal", "signal.set_wakeup_fd", "signal.setitimer", "os.chdir", "os.umask",
+        }  # fmt: skip
+    if isinstance(node, ast.Raise) and node.exc is not None:
+        return "SystemExit" in ast.unparse(node.exc)
+    if isinstance(node, ast.Assign | ast.AugAssign | ast.Delete):
+        targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target]
+        return any(ast.unparse(target).startswith(("os.environ", "sys.argv", "sys.path")) for target in targets)
+    if isinstance(node, ast.ImportFrom):
+        names = {alias.name for alias in node.names}
+        return (node.module, bool(names & {"environ", "putenv", "exit", "register", "signal"})) in {
+            ("os", True), ("sys", True), ("atexit", True), ("signal", True),
+        }  # fmt: skip
+    return False
+
+
+def test_libraries_never_take_the_process_over():
+    for name, file, tree in sources():
+        place = file.relative_to(PACKAGES[name] / "src").as_posix()
+        if place.startswith("backpropagate/cli/") or place in ACT_ON_THE_PROCESS:
+            continue
+        for node in ast.walk(tree):
+            assert not acts_on_the_process(node), f"{file}:{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "os.environ['A'] = 'b'", "del os.environ['A']", "os.environ |= {}", "os.environ.setdefault('A', 'b')",
+        "sys.exit(1)", "raise SystemExit", "raise SystemExit(2)", "atexit.register(f)", "signal.signal(2, f)",
+        "from os import environ", "from sys import exit", "sys.argv = []", "os._exit(0)",
+    ],
+)  # fmt: skip
+def test_every_way_to_take_a_process_over_is_seen(code):
+    assert any(acts_on_the_process(node) for node in ast.walk(ast.parse(code)))
+
+
 def test_bare_exceptions_only_at_the_edges():
     edges = {"backpropagate/cli/app.py", "backpropagate/rails.py", "backpropagate/ui/app.py"}
     # A tracker or a caller's callback may raise anything, and must not cost a run.

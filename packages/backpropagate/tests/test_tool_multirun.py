@@ -597,3 +597,29 @@ def cut_off(place):
 
     with pytest.raises(TrainingDivergedError):
         Trainer("./m", rail=Failing(), steps=2, lora_r=2).multi_run("my_data.jsonl", runs=3)
+
+
+def test_a_member_records_the_machine_as_a_plain_run_does(place):
+    plain = trainer().train("d.jsonl").record
+    result = trainer().multi_run("d.jsonl", runs=2, samples=10)
+    for run_id in (result.run_id, *result.members):
+        record = RunStore(Path("o")).load(run_id)
+        assert record.hardware.keys() == plain.hardware.keys() >= {"device", "device_memory", "memory"}
+        assert record.versions == plain.versions
+
+
+def test_a_second_run_says_whose_adapter_it_replaces(place):
+    first = trainer().train("d.jsonl", resume=False)
+    told = []
+    second = trainer().train("d.jsonl", resume=False, on_event=told.append)
+    (notice,) = [event for event in told if isinstance(event, Notice) and "replaced" in event.details]
+    assert notice.details == {"run_id": second.run_id, "replaced": first.run_id}
+    assert f"replaced that of run {first.run_id}" in notice.message
+    told.clear()
+    third = trainer().multi_run("d.jsonl", runs=2, samples=10, on_event=told.append)
+    notices = [event.details for event in told if isinstance(event, Notice) and "replaced" in event.details]
+    assert notices == [{"run_id": third.run_id, "replaced": second.run_id}], "once, and never for a member"
+    recorded = [
+        e["details"] for e in RunStore(Path("o")).read_metrics(third.run_id) if "replaced" in e.get("details", {})
+    ]
+    assert recorded == notices

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from backpropagate import working
+from backpropagate.cli import job as job_process
 from backpropagate.cli.app import run
 from backpropagate.errors import JobNotFoundError, QueueBusyError, QueueInvalidError
 from backpropagate.jobs import Queue
@@ -216,7 +217,7 @@ def test_a_process_that_its_runner_had_only_just_started_keeps_the_job(queue, tm
 
 def test_a_process_that_comes_too_late_runs_nothing(queue, tmp_path):
     job = queue.add(["errors"], tmp_path, {})
-    assert working.work(queue, job.id) == working.TURNED_AWAY
+    assert job_process.work(queue, job.id) == working.TURNED_AWAY
     assert queue.jobs() == [job]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from backpropagate import Trainer, rails
+from backpropagate import Trainer, on_interrupt, rails
 from backpropagate.cli.app import run
 from backpropagate.settings import all_settings
 from bp_runs.checkpoint import CheckpointFolder
@@ -289,7 +289,7 @@ def test_ctrl_c_once_saves_and_says_how_to_go_on(place, capsys):
         if isinstance(event, StepDone) and event.step == 5:
             signal.raise_signal(signal.SIGINT)
 
-    result = Trainer(data="d.jsonl", model="./m", steps=20).train(on_event=interrupt)
+    result = Trainer(data="d.jsonl", model="./m", steps=20, interrupts=on_interrupt).train(on_event=interrupt)
     assert (result.record.status, result.outcome.steps) == ("stopped", 5)
     assert [c.reason for c in CheckpointFolder(STORE.folder(result.run_id)).read()] == ["stop"]
     assert run(["show-run", result.run_id]) == 0

@@ -39,14 +39,19 @@ for asked in json.loads(sys.argv[2]):
         print(json.dumps([found.subset, found.split, found.commit, rows]))
     except CodedError as error:
         print(json.dumps([error.code, str(error), error.way_out]))
+if len(sys.argv) > 3:
+    from datasets.config import HF_UPDATE_DOWNLOAD_COUNTS
+    from huggingface_hub.constants import HF_HUB_DISABLE_TELEMETRY
+    assert HF_HUB_DISABLE_TELEMETRY and not HF_UPDATE_DOWNLOAD_COUNTS, "usage is reported"
 """
 
 
-def fetch_all(url, folder, asked):
-    environ = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
-    command = [sys.executable, "-c", FETCH, str(folder / "kept"), json.dumps(asked)]
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=True)
+def fetch_all(url, folder, asked, *more):
+    environ = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(folder / "hf")}
+    environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    command = [sys.executable, "-c", FETCH, str(folder / "kept"), json.dumps(asked), *more]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert ("what was fetched before is used" in done.stderr) == (url == NOWHERE)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -72,7 +77,7 @@ def fetched(tmp_path_factory):
         {**CHATS, "revision": fake_hub.OLD},
     ]
     with fake_hub.serve() as (url, seen):
-        online = fetch_all(url, folder, asked)
+        online = fetch_all(url, folder, asked, "and reports no usage")
         before = len(seen)
         online += fetch_all(url, folder, asked[-1:])
         assert len(seen) == before, "a commit that is here is not asked for again"

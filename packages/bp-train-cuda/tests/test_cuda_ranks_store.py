@@ -27,6 +27,7 @@ TOKEN = "the secret of this launch"
 @pytest.fixture(autouse=True)
 def _own_stores(monkeypatch):
     monkeypatch.setattr(store, "_opened", {})
+    monkeypatch.setattr(store, "_connected", {})
     monkeypatch.setattr(launch, "_begun", {})
 
 
@@ -136,11 +137,11 @@ def test_code_of_a_stranger_who_reaches_the_port_does_not_run(tmp_path):
     ranks, mark = ranks_of(port=free_port()), tmp_path / "ran"
     group = DistributedGroup(ranks, open_store(ranks, lambda: False).nested("0"), lambda: False)
     stranger = dist.TCPStore(ranks.address, ranks.port, is_master=False, wait_for_workers=False)
-    stranger.set("backpropagate/0/0/0/1", pickle.dumps(Payload(mark)))
-    with pytest.raises(RankMessageError, match="'backpropagate/0/0/0/1' is rejected"):
+    stranger.set("backpropagate/0/0/0/0/1", pickle.dumps(Payload(mark)))
+    with pytest.raises(RankMessageError, match="'backpropagate/0/0/0/0/1' is rejected"):
         group.all_gather(None)
     assert not mark.exists()
-    pickle.loads(stranger.get("backpropagate/0/0/0/1")).close()  # the payload is a live one
+    pickle.loads(stranger.get("backpropagate/0/0/0/0/1")).close()  # the payload is a live one
     assert mark.exists()
 
 

@@ -61,8 +61,7 @@ def train(order, ranks):
 
 
 def main(file):
-    launching.take_launcher_variables(os.environ)
-    ranks = launching.read_ranks()
+    ranks = launching.take_ranks(os.environ)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, where a rank is gone; the command line stops by it
     orders = json.loads(file.read_text())
     if ranks.rank:

@@ -7,11 +7,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from backpropagate.evaluating import EvalResult
     from backpropagate.exporting import ExportResult
+    from backpropagate.launching import take_ranks
     from backpropagate.merging import merge_adapters
     from backpropagate.multirun import MultiRunResult
+    from backpropagate.stopping import on_interrupt
     from backpropagate.trainer import Trainer, TrainResult
 
-__all__ = ["EvalResult", "ExportResult", "MultiRunResult", "TrainResult", "Trainer", "merge_adapters"]
+__all__ = [
+    "EvalResult",
+    "ExportResult",
+    "MultiRunResult",
+    "TrainResult",
+    "Trainer",
+    "merge_adapters",
+    "on_interrupt",
+    "take_ranks",
+]
 
 _HOMES = {
     "EvalResult": "backpropagate.evaluating",
@@ -20,6 +31,8 @@ _HOMES = {
     "TrainResult": "backpropagate.trainer",
     "Trainer": "backpropagate.trainer",
     "merge_adapters": "backpropagate.merging",
+    "on_interrupt": "backpropagate.stopping",
+    "take_ranks": "backpropagate.launching",
 }
 
 

@@ -17,7 +17,7 @@ from backpropagate.errors import (
 )
 from backpropagate.system import is_offline, program_home, to_path
 from bp_data import DatasetNotFoundError, fetch_dataset, looks_like_hub_name
-from bp_data.hub import network_errors
+from bp_data.hub import network_errors, send_no_usage_reports
 from bp_runs.errors import InvalidSettingError, first_line
 from bp_runs.files import coded_disk_errors
 from bp_runs.spec import DataSpec, Settings
@@ -104,6 +104,7 @@ def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, wit
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub import errors as hub
 
+    send_no_usage_reports()
     wanted = [p for p in _WANTED if need == WHOLE or p != "*.safetensors"] + (["*.py"] if with_code else [])
     try:
         with coded_disk_errors(Path(constants.HF_HUB_CACHE)):

@@ -31,6 +31,7 @@ GateError
 ├── UiAuthError            RUNTIME_UI_AUTH_NOT_ENFORCED  the web page would be seen by others, without a password
 └── MultiRunGateError      RUNTIME_MULTIRUN_GATE     the gate of a multi-run left out every run
 RunFailedError
+├── MainProcessError       RUNTIME_MAIN_PROCESS      one of several processes trained along, and the main one failed
 └── UiPortError            RUNTIME_UI_PORT           the web page's address cannot be listened on
 DependencyError
 ├── TrackerMissingError    DEP_TRACKER_MISSING       a tracker was named that is not installed
@@ -300,6 +301,14 @@ class RanksTokenError(UserError):
         "Give all ranks one token, in the shell that starts them: "
         "export BACKPROPAGATE_RANKS_TOKEN=$(openssl rand -hex 32)"
     )
+
+
+class MainProcessError(RunFailedError):
+    """The main process of several failed."""
+
+    code = "RUNTIME_MAIN_PROCESS"
+    when = "A script trains in several processes, and this one is not the main process, whose call failed."
+    default_way_out = "Read the error of the main process (rank 0); its run: backprop list-runs"
 
 
 class UiMissingError(DependencyError):

@@ -114,7 +114,6 @@ def evaluate_adapter(
         EvalRailError: The rail cannot look at single rows.
         CodedError: The adapter, its base or the data cannot be used.
     """
-    system.prepare_environment(os.environ)
     chosen = {name: METRICS[name] for name in metrics} | ({"regex": _compile(pattern)} if pattern else {})
     subject = find_adapter(target, output)
     other = find_adapter(against, output) if against is not None else None

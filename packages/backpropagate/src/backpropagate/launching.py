@@ -1,17 +1,25 @@
 """Which of several processes this one is, as torchrun, accelerate launch, srun or mpirun tell it, and what it does.
 
-Rank 0 does all that a single process does; the other ranks only take part in its training runs. The launcher's
-variables are taken out of the environment, and each process sees its own GPU only. So to every library it is an
-ordinary process with one GPU, and what the ranks share is shared by the rail.
+The main process (rank 0) does all that a single process does; the other ranks only take part in its training runs. The
+launcher's variables are taken out of the environment, and each process sees its own GPU only. So to every library it is
+an ordinary process with one GPU, and what the ranks share is shared by the rail. The command line does so when it
+starts. A script asks for it:
+
+    ranks = take_ranks(os.environ)                  # before torch is imported
+    trainer = Trainer("Qwen/Qwen2.5-7B-Instruct", ranks=ranks)
+    result = trainer.train("my_data.jsonl")         # on every rank; all get the same result
+    if trainer.is_main_process:
+        trainer.export("gguf")
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 import zlib
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +27,8 @@ from backpropagate.errors import SeveralProcessesError
 
 if TYPE_CHECKING:
     from backpropagate.rendezvous import Secret
-    from bp_runs.rail import Rail, TrainsTogether
-    from bp_runs.spec import Ranks
+    from bp_runs.rail import Rail, Stop, TrainsTogether
+    from bp_runs.spec import Ranks, RunFolders
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,25 +101,44 @@ _PATIENCE = 60.0  # seconds in which a launcher ends its processes after one of 
 COMMANDS = ("train", "resume", "replay")
 """Commands that several processes can carry out together."""
 
-_variables: dict[str, str] = {}
-"""The launcher's variables of this process, and what names its launch."""
+_calls = itertools.count()
+"""Calls of this process that all ranks carry out together, such as `Trainer.train`."""
 
 _secrets: dict[str, Secret] = {}
 """By launch: what this process has made or read; at most one."""
 
 
-def take_launcher_variables(environ: MutableMapping[str, str]) -> None:
-    """Move the launcher's variables out of ``environ`` and leave this process its own GPU; before torch's import."""
+def take_variables(environ: MutableMapping[str, str]) -> dict[str, str]:
+    """Move the launcher's variables out of ``environ`` and leave this process its own GPU; before torch's import.
+
+    Returns:
+        They and what names the launch, for `read_ranks`; empty without a launcher.
+    """
     token = environ.pop(TOKEN_VARIABLE, "")  # no subprocess and no log shall see it
     launcher = _find_launcher(environ)
     if launcher is None:
-        return
-    taken = [name for name in environ if (name in _NAMES or name.startswith(_PREFIXES)) and name not in _KEPT]
-    _variables.update({name: environ[name] for name in (*launcher.job, launcher.machines) if name in environ})
-    _variables.update({name: environ.pop(name) for name in taken})
-    _variables[TOKEN_VARIABLE] = token
-    if _count(launcher) > 1:
-        _choose_gpu(environ, _number(launcher.local_rank, _number(launcher.rank, 0)))
+        return {}
+    names = [name for name in environ if (name in _NAMES or name.startswith(_PREFIXES)) and name not in _KEPT]
+    taken = {name: environ[name] for name in (*launcher.job, launcher.machines) if name in environ}
+    taken |= {name: environ.pop(name) for name in names}
+    taken[TOKEN_VARIABLE] = token
+    if _count(launcher, taken) > 1:
+        _choose_gpu(environ, _number(taken, launcher.local_rank, _number(taken, launcher.rank, 0)))
+    return taken
+
+
+def take_ranks(environ: MutableMapping[str, str]) -> Ranks | None:
+    """The place of this process among several, for ``Trainer(ranks=...)``; None if it works alone.
+
+    Removes the launcher's variables from ``environ`` and sets CUDA_VISIBLE_DEVICES there to the process's own GPU. Call
+    it with ``os.environ`` before torch is imported.
+
+    Raises:
+        SeveralProcessesError, RanksTokenError: As `read_ranks`; ``environ`` is left as it is.
+    """
+    ranks = read_ranks(environ)
+    take_variables(environ)
+    return ranks
 
 
 def _find_launcher(variables: Mapping[str, str]) -> Launcher | None:
@@ -129,64 +156,67 @@ def _choose_gpu(environ: MutableMapping[str, str], place: int) -> None:
             environ[_GPUS] = gpus[place] if place < len(gpus) else "-1"
 
 
-def read_ranks() -> Ranks | None:
+def read_ranks(variables: Mapping[str, str]) -> Ranks | None:
     """The place of this process among several; None: it works alone. Rank 0 makes the token, the others wait for it.
+
+    Args:
+        variables: The environment, which is left as it is, or what `take_variables` returned.
 
     Raises:
         SeveralProcessesError: They were started in a way that is not supported.
         RanksTokenError: They share no token.
     """
-    place = _read_place()
+    place = _read_place(variables)
     if place is None:
         return None
-    secret = _share_secret(place)
+    secret = _share_secret(place, variables.get(TOKEN_VARIABLE))
     return replace(place, token=secret.token, main_process=secret.main_process)
 
 
-def _read_place() -> Ranks | None:
+def _read_place(variables: Mapping[str, str]) -> Ranks | None:
     """As `read_ranks`, without the token."""
-    launcher = _find_launcher(_variables) or LAUNCHERS[0]
-    count, sharded = _count(launcher), _is_on("ACCELERATE_USE_FSDP")
-    _require_possible(launcher, count, sharded=sharded)
+    launcher = _find_launcher(variables) or LAUNCHERS[0]
+    count, sharded = _count(launcher, variables), _is_on(variables, "ACCELERATE_USE_FSDP")
+    _require_possible(launcher, variables, sharded=sharded)
     if count == 1:
         return None
     from bp_runs.spec import Ranks  # a process alone starts without it
 
     return Ranks(
-        rank=_number(launcher.rank, _number(launcher.local_rank, 0)),
+        rank=_read_rank(variables),
         count=count,
         sharded=sharded,
-        address=_variables.get("MASTER_ADDR") or "127.0.0.1",  # the ranks are on one machine
-        port=_find_port(launcher),
-        is_hosted=_is_on("TORCHELASTIC_USE_AGENT_STORE"),
-        attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
+        address=variables.get("MASTER_ADDR") or "127.0.0.1",  # the ranks are on one machine
+        port=_find_port(launcher, variables),
+        is_hosted=_is_on(variables, "TORCHELASTIC_USE_AGENT_STORE"),
+        attempt=_number(variables, "TORCHELASTIC_RESTART_COUNT", 0),
     )
 
 
-def _find_port(launcher: Launcher) -> int:
+def _find_port(launcher: Launcher, variables: Mapping[str, str]) -> int:
     """``MASTER_PORT``, or one that the job's name chooses, the same on all ranks.
 
     Raises:
         SeveralProcessesError: Neither is there.
     """
-    if port := _number("MASTER_PORT", 0):
+    if port := _number(variables, "MASTER_PORT", 0):
         return port
-    job = [_variables.get(name, "") for name in launcher.job]
+    job = [variables.get(name, "") for name in launcher.job]
     if not job or not all(job):
         raise SeveralProcessesError(
-            f"{launcher.name} started {_count(launcher)} processes, and none knows the port where they meet",
+            f"{launcher.name} started {_count(launcher, variables)} processes, and none knows the port where they meet",
             way_out=f"Choose a free port for all of them: MASTER_PORT=29500 {launcher.start} backpropagate train …",
         )
     first, number = _PORTS
     return first + zlib.crc32(".".join(job).encode()) % number
 
 
-def _share_secret(place: Ranks) -> Secret:
+def _share_secret(place: Ranks, token: str | None) -> Secret:
     from backpropagate import rendezvous
 
     launch = _name_launch(place)
     if launch not in _secrets:
-        if token := _variables.get(TOKEN_VARIABLE):
+        if token:
             _secrets[launch] = rendezvous.given_secret(token)
         elif place.rank == 0:
             _secrets[launch] = rendezvous.publish_secret(launch, os.environ)
@@ -199,12 +229,13 @@ def _name_launch(place: Ranks) -> str:
     return f"{place.address}:{place.port}" + (f", attempt {place.attempt}" if place.attempt else "")
 
 
-def _require_possible(launcher: Launcher, count: int, *, sharded: bool) -> None:
-    if _is_on("ACCELERATE_USE_DEEPSPEED") or _is_on("ACCELERATE_USE_MEGATRON_LM"):
+def _require_possible(launcher: Launcher, variables: Mapping[str, str], *, sharded: bool) -> None:
+    count = _count(launcher, variables)
+    if _is_on(variables, "ACCELERATE_USE_DEEPSPEED") or _is_on(variables, "ACCELERATE_USE_MEGATRON_LM"):
         raise SeveralProcessesError(
             "DeepSpeed and Megatron are not supported", way_out="Choose DDP or FSDP2 in accelerate's config."
         )
-    if sharded and _variables.get("FSDP_VERSION", "1") != "2":
+    if sharded and variables.get("FSDP_VERSION", "1") != "2":
         raise SeveralProcessesError(
             "FSDP version 1 is not supported", way_out="Set in accelerate's config: fsdp_version: 2"
         )
@@ -213,24 +244,55 @@ def _require_possible(launcher: Launcher, count: int, *, sharded: bool) -> None:
             "FSDP2 shards the weights among several processes, and one was started",
             way_out="Start one for each GPU: accelerate launch --num_processes 2 -m backpropagate train …",
         )
-    if count > _number(launcher.local_count, count) or _number(launcher.machines, 1) > 1:
+    if count > _number(variables, launcher.local_count, count) or _number(variables, launcher.machines, 1) > 1:
         raise SeveralProcessesError(
             f"{count} processes were started on several machines; a run trains on the GPUs of one",
             way_out=f"Start it on one machine: {launcher.start} backpropagate train …",
         )
 
 
-def _count(launcher: Launcher) -> int:
-    return _number(launcher.count, 1)
+def _count(launcher: Launcher, variables: Mapping[str, str]) -> int:
+    return _number(variables, launcher.count, 1)
 
 
-def require_one(what: str) -> None:
+def _read_rank(variables: Mapping[str, str]) -> int:
+    launcher = _find_launcher(variables) or LAUNCHERS[0]
+    return _number(variables, launcher.rank, _number(variables, launcher.local_rank, 0))
+
+
+def require_given(ranks: Ranks | None, environ: Mapping[str, str]) -> None:
+    """Reject a library call in a launcher's process that was not passed its ranks: each process would train alone.
+
+    Raises:
+        SeveralProcessesError: The environment names several processes, and ``ranks`` is None.
+    """
+    found = None if ranks is not None else _read_place(environ)
+    if found is not None:
+        raise SeveralProcessesError(
+            f"a launcher started {found.count} processes, and Trainer was not passed its ranks",
+            way_out="Pass them, before torch is imported: Trainer(..., ranks=backpropagate.take_ranks(os.environ))",
+        )
+
+
+def require_main(what: str, ranks: Ranks | None) -> None:
+    """Reject what only the main process does in any other.
+
+    Raises:
+        SeveralProcessesError: This is another one.
+    """
+    if ranks is not None and ranks.rank:
+        raise SeveralProcessesError(
+            f"{what} works in the main process, and this is process {ranks.rank} of {ranks.count}",
+            way_out="Ask first: if trainer.is_main_process: ...",
+        )
+
+
+def require_one(what: str, ranks: Ranks | None) -> None:
     """Reject what only one process can do.
 
     Raises:
         SeveralProcessesError: There are several.
     """
-    ranks = _read_place()
     if ranks is not None:
         raise SeveralProcessesError(f"{what} works in one process, and {ranks.count} were started")
 
@@ -247,7 +309,7 @@ def require_together(rail: Rail, ranks: Ranks | None) -> None:
         raise SeveralProcessesError(f"the backend {rail.name} trains in one process, and {ranks.count} were started")
 
 
-def require_command(argv: Sequence[str]) -> None:
+def require_command(argv: Sequence[str], variables: Mapping[str, str]) -> None:
     """Reject commands that several processes would all carry out, each for itself.
 
     Raises:
@@ -255,39 +317,49 @@ def require_command(argv: Sequence[str]) -> None:
     """
     words = [word for word in argv if not word.startswith("-")]
     if words and words[0] not in COMMANDS:
-        require_one(f"backprop {words[0]}")
+        require_one(f"backprop {words[0]}", _read_place(variables))
 
 
-def is_main_process() -> bool:
+def is_main(variables: Mapping[str, str]) -> bool:
     """Whether this process is rank 0, or alone: the one that prints."""
-    launcher = _find_launcher(_variables) or LAUNCHERS[0]
-    return _number(launcher.rank, _number(launcher.local_rank, 0)) == 0
+    return _read_rank(variables) == 0
 
 
-def follow(ranks: Ranks) -> int:
-    """For ranks but 0: take part in what rank 0 trains until it is done; returns the exit status.
+def count_call(ranks: Ranks | None) -> Ranks | None:
+    """``ranks`` for the next call that all ranks carry out together; each rank counts its own calls."""
+    return None if ranks is None else replace(ranks, call=next(_calls))
+
+
+@contextlib.contextmanager
+def leading(ranks: Ranks | None) -> Iterator[None]:
+    """For the main process: in the end, however that comes, the others' `follow` of this call returns."""
+    try:
+        yield
+    except BaseException:
+        if ranks is not None:
+            _find_rail().release(ranks)
+        raise
+    if ranks is not None:
+        from backpropagate import rendezvous
+
+        _find_rail().release(ranks)
+        rendezvous.remove_secret(_name_launch(ranks), os.environ)  # all ranks have taken part, so all have read it
+
+
+def follow(ranks: Ranks, stop: Stop) -> RunFolders | None:
+    """For the other processes: take part in what the main process trains until its call is over.
+
+    Returns:
+        The folders of the last run that it trained; None if none began.
 
     Raises:
         SeveralProcessesError: No rail here trains in several processes.
-        CodedError: Rank 0 cannot be reached.
+        CodedError: The main process can't be reached.
     """
-    from backpropagate import offline, stopping, system
+    from backpropagate import offline, system
 
-    rail = _find_rail()
-    with (
-        stopping.on_interrupt(pressed_once=True) as stop,
-        offline.forbid_network(wanted=system.is_network_forbidden(os.environ)),
-    ):
-        rail.follow(ranks, stop)
-    return 0
-
-
-def release(ranks: Ranks) -> None:
-    """For rank 0, at its end: let the others end."""
-    from backpropagate import rendezvous
-
-    _find_rail().release(ranks)
-    rendezvous.remove_secret(_name_launch(ranks), os.environ)
+    with offline.forbid_network(wanted=system.is_network_forbidden(os.environ)):
+        return _find_rail().follow(ranks, stop)
 
 
 def wait_for_launcher(status: int) -> int:
@@ -313,10 +385,10 @@ def _find_rail() -> TrainsTogether:
     return found
 
 
-def _number(name: str, default: int) -> int:
-    found = _variables.get(name, "")
+def _number(variables: Mapping[str, str], name: str, default: int) -> int:
+    found = variables.get(name, "")
     return int(found) if found.isdigit() else default
 
 
-def _is_on(name: str) -> bool:
-    return _variables.get(name, "").lower() in {"1", "true", "yes", "on"}
+def _is_on(variables: Mapping[str, str], name: str) -> bool:
+    return variables.get(name, "").lower() in {"1", "true", "yes", "on"}

@@ -9,30 +9,27 @@ happened in and nothing else.
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backpropagate import catalogue, offline, stopping, system
+from backpropagate import catalogue
 from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
-from backpropagate.logs import follow_run
 from backpropagate.resuming import resume_line
 from backpropagate.scorecard import ScoreCard
+from backpropagate.session import RunSession, SessionContext
 from backpropagate.settings import all_settings, anchored, resolve
 from backpropagate.slices import PLAN_FILE, Slice, read_slices, write_slices
 from backpropagate.stream import JUDGED, SLICES, START, Progress, Stream, join_outcomes, read_progress
-from backpropagate.watching import Watcher
-from bp_runs import keep_base, paths
+from bp_runs import keep_base
 from bp_runs.errors import InterruptedRunError, InvalidSettingError
-from bp_runs.events import Emit, Event, Notice
-from bp_runs.rail import Rail, TrainOutcome
+from bp_runs.events import Emit, Notice
+from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord
 from bp_runs.spec import MultiRunSpec, Settings
 from bp_runs.store import RunStore
-from bp_runs.writer import RunWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,22 +104,19 @@ def _check_measures(wanted: Settings) -> None:
 class MultiRun:
     """Starts a multi-run, or goes on with one."""
 
-    store: RunStore
-    """Its output folder's runs."""
-    rail: Rail
+    context: SessionContext
     base: catalogue.BaseModel
     wanted: Settings
     """As `check_settings` gave them."""
     record: Mapping[str, Mapping[str, Any]]
     """The settings with their sources."""
-    command: Sequence[str]
-    """What was typed."""
     remarks: Sequence[Notice]
     """What the user should know of the model."""
-    followers: Sequence[str]
-    """Trackers of its runs."""
-    show: Callable[[Event], None] | None
-    """Told every event of it and its members."""
+
+    @property
+    def store(self) -> RunStore:
+        """Its output folder's runs."""
+        return self.context.store
 
     def start(self, sources: Sequence[Path]) -> MultiRunResult:
         """Cut the data into slices and carry out all runs.
@@ -132,15 +126,8 @@ class MultiRun:
         """
         names = [str(source) for source in sources]
         shown = {"value": names[0] if len(names) == 1 else names, "source": "flag"}
-        writer = self.store.start(
-            settings={**self.record, "data.path": shown},
-            rail=self.rail.name,
-            command=self.command,
-            versions=system.installed_versions(),
-            hardware=system.describe_machine(),
-            kind="multi-run",
-        )
-        return self._carry_out(writer, sources)
+        session = RunSession.start(self.context, {**self.record, "data.path": shown}, kind="multi-run")
+        return self._carry_out(session, sources)
 
     def resume(self, run_id: str) -> MultiRunResult:
         """Resume a multi-run that did not end: at the run that it was cut off in.
@@ -157,55 +144,39 @@ class MultiRun:
         plan = self.store.folder(run_id) / SLICES / PLAN_FILE
         # Killed before its rows were chosen, it starts over: the choice follows from the settings and the seed.
         sources = None if done or plan.is_file() else recorded_sources(record)
-        return self._carry_out(self.store.reopen(run_id, from_step=done, checkpoint=None), sources)
+        return self._carry_out(RunSession.reopen(self.context, run_id, from_step=done, checkpoint=None), sources)
 
-    def _carry_out(self, writer: RunWriter, sources: Sequence[Path] | None) -> MultiRunResult:
-        emit = Watcher(writer.emit, self.show).emit
-        forbidden = system.is_network_forbidden(os.environ)
-        way_out = f"Go on with it: {resume_line(writer.run_id, self.store.output)}"
-        try:
-            with (
-                follow_run(writer.run_id),
-                writer,
-                stopping.on_interrupt() as stop,
-                offline.forbid_network(wanted=forbidden),
-            ):
-                writer.use_base(self.base.folder)
-                for remark in self.remarks:
-                    emit(remark)
-                stream = self._open_stream(writer, sources, emit)
-                with keep_base(self.rail):
-                    progress, stopped = stream.run_all(stop)
-                adapter, outcome = self._finish(stream, progress, stopped=stopped)
-                writer.finish(outcome)
-        except KeyboardInterrupt as error:
-            raise InterruptedRunError(
-                f"the multi-run {writer.run_id} was cut off", way_out=way_out, details={"run_id": writer.run_id}
-            ) from error
+    def _carry_out(self, session: RunSession, sources: Sequence[Path] | None) -> MultiRunResult:
+        with session as run:
+            run.use_base(self.base)
+            for remark in self.remarks:
+                run.emit(remark)
+            stream = self._open_stream(run, sources)
+            with keep_base(self.context.rail):
+                progress, stopped = stream.run_all(run.stop)
+            outcome = self._finish(stream, progress, stopped=stopped)
+            adapter = run.publish(outcome)
+            run.finish(outcome)
         card = progress.card.to_dict()
         return MultiRunResult(
-            run_id=writer.run_id,
+            run_id=run.run_id,
             adapter=adapter,
             members=progress.members,
             rejected=progress.rejected,
             card=progress.card,
             outcome=outcome,
-            record=self.store.update(writer.run_id, lambda record: record.result.update(score_card=card)),
+            record=self.store.update(run.run_id, lambda record: record.result.update(score_card=card)),
         )
 
-    def _open_stream(self, writer: RunWriter, sources: Sequence[Path] | None, emit: Emit) -> Stream:
+    def _open_stream(self, run: RunSession, sources: Sequence[Path] | None) -> Stream:
         return Stream(
-            store=self.store,
-            rail=self.rail,
+            context=self.context,
             base=self.base,
             wanted=self.wanted,
             record=self.record,
-            command=self.command,
-            folders=writer.folders,
-            slices=self._find_slices(writer.folders.run / SLICES, sources, emit),
-            emit=emit,
-            show=self.show,
-            followers=self.followers,
+            folders=run.folders,
+            slices=self._find_slices(run.folders.run / SLICES, sources, run.emit),
+            emit=run.emit,
         )
 
     def _find_slices(self, folder: Path, sources: Sequence[Path] | None, emit: Emit) -> list[Slice]:
@@ -216,8 +187,8 @@ class MultiRun:
             raise MultiRunStateError(f"{folder / PLAN_FILE} is missing, which tells the rows of the runs to come")
         return read_slices(folder)
 
-    def _finish(self, stream: Stream, progress: Progress, *, stopped: bool) -> tuple[Path, TrainOutcome]:
-        """The merged adapter at ``<output>/lora``, and all runs' outcomes as one."""
+    def _finish(self, stream: Stream, progress: Progress, *, stopped: bool) -> TrainOutcome:
+        """All runs' outcomes as one, with the merged adapter; what only the stream needed is removed."""
         folders = stream.folders
         if not progress.members and stopped:
             raise InterruptedRunError(
@@ -230,10 +201,7 @@ class MultiRun:
             shutil.rmtree(folders.run / leftover, ignore_errors=True)
         if self.wanted.multirun.keep_adapters == "none" and not stopped:
             stream.drop_adapters((*progress.members, *progress.rejected))
-        outcome = join_outcomes(progress, folders.adapter, stopped=stopped)
-        if stopped and paths.adapter_folder(folders.output).exists():
-            return folders.adapter, outcome
-        return self.store.publish_adapter(folders.run_id), outcome
+        return join_outcomes(progress, folders.adapter, stopped=stopped)
 
 
 def read_settings(record: RunRecord) -> Settings:

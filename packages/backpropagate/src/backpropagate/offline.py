@@ -2,8 +2,8 @@
 
 CPython tells of every look-up and connection before it happens (PEP 578, audit events ``socket.*``). While offline, one
 that does not stay on this machine raises instead. Loopback and Unix sockets are free: Ollama and the page of
-`backprop ui` live there. A proxy may live there too and lead out, so the environment names none meanwhile. Code that
-makes system calls without Python's sockets is not seen; nothing of ours does.
+`backprop ui` live there. A proxy may live there too and lead out: connections to those that the environment names are
+rejected. Code that makes system calls without Python's sockets is not seen; nothing of ours does.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
 from backpropagate.errors import OfflineError
 
 _EVENTS = frozenset({"socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname"})
 _LOCAL_NAMES = frozenset({"", "localhost", "localhost.localdomain", "ip6-localhost", "ip6-loopback"})
 _PROXIES = frozenset({"http_proxy", "https_proxy", "all_proxy", "ftp_proxy"})
-_forbidding: list[bool] = []
+_USUAL_PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks5": 1080, "socks5h": 1080}
+_forbidding: list[frozenset[int]] = []
+"""Of each context that is open: ports of the proxies on this machine."""
 
 
 @contextmanager
@@ -35,13 +38,11 @@ def forbid_network(*, wanted: bool = True) -> Iterator[None]:
         yield
         return
     _install_hook()
-    proxies = {name: os.environ.pop(name) for name in list(os.environ) if name.lower() in _PROXIES}
-    _forbidding.append(True)
+    _forbidding.append(_local_proxies(os.environ))
     try:
         yield
     finally:
         _forbidding.pop()
-        os.environ.update(proxies)
 
 
 @cache
@@ -54,8 +55,32 @@ def _refuse(event: str, args: tuple[Any, ...]) -> None:
     if not _forbidding or event not in _EVENTS:
         return
     host = _HOSTS.get(event, _host_of_address)(args)
-    if host is not None and not is_local(host):
+    if host is None:
+        return
+    if not is_local(host):
         raise OfflineError(f"offline, and something wanted to reach {host}")
+    port = _port(event, args)
+    if any(port in ports for ports in _forbidding):
+        raise OfflineError(f"offline, and something wanted to reach the proxy {host}:{port}")
+
+
+def _port(event: str, args: tuple[Any, ...]) -> int | None:
+    """The port that is looked up or connected to; None where the event names none."""
+    if event == "socket.gethostbyname":
+        return None
+    port = args[1] if event == "socket.getaddrinfo" else args[1][1]
+    return int(port) if str(port).isdigit() else None
+
+
+def _local_proxies(environ: Mapping[str, str]) -> frozenset[int]:
+    found = set()
+    for name, value in environ.items():
+        if name.lower() in _PROXIES and value:
+            parts = urlsplit(value if "://" in value else f"http://{value}")
+            with suppress(ValueError):  # a port that is no number: no client connects to it
+                if is_local(parts.hostname or ""):
+                    found.add(parts.port or _USUAL_PORTS.get(parts.scheme, 80))
+    return frozenset(found)
 
 
 def _host_of_name(args: tuple[Any, ...]) -> str | None:

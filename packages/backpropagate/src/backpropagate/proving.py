@@ -35,7 +35,6 @@ def prove_run(store: RunStore, run: str | None, *, steps: int = 10, rail: Rail |
         raise InvalidSettingError(
             f"--steps is {steps}; it must be at least 1", way_out="Try: backprop prove --steps 10"
         )
-    system.prepare_environment(os.environ)
     record = store.load(run or _newest(store))
     _require_plain(store, record)
     recorded = _recorded_losses(store, record)[:steps]

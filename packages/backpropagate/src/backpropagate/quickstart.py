@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import bp_export
-from backpropagate import catalogue, launching, smallmodel, system
+from backpropagate import catalogue, smallmodel, system
 from backpropagate.exporting import ExportResult
+from backpropagate.stopping import Interrupts, no_interrupts
 from backpropagate.trainer import Trainer, TrainResult
 from bp_data import preview_rows
 from bp_data.preview import PreviewToken
@@ -84,6 +85,7 @@ def run_quickstart(
     on_event: Callable[[Event], None] = lambda _: None,
     on_preview: Callable[[list[PreviewToken]], None] = lambda _: None,
     command: Sequence[str] = (),
+    interrupts: Interrupts = no_interrupts,
     **flags: Any,
 ) -> QuickstartResult:
     """Validate → train → export → answer, on the example data.
@@ -95,6 +97,7 @@ def run_quickstart(
         say: Told the title of each stage.
         on_event: Told every event of the run.
         on_preview: Given the first row's tokens and which of them are trained.
+        interrupts: As `Trainer`.
         **flags: Settings over quickstart's own, as `Trainer`.
 
     Raises:
@@ -105,8 +108,6 @@ def run_quickstart(
     clock = _Clock({}, now, now)
     say("model     unpacking the small model once" if model is None else f"model     {model}")
     offline = system.is_offline(os.environ)
-    system.prepare_environment(os.environ)
-    launching.require_one("the quickstart")
     name = model or smallmodel.find_small_model(system.program_home(os.environ), offline=offline)
     base = catalogue.find_model(name, offline=offline)
     clock.lap("model")
@@ -117,7 +118,9 @@ def run_quickstart(
         say("train     a LoRA adapter; first and last, three prompts that are not in the data")
         samples: list[SampleAnswer] = []
         defaults = {**DEFAULTS, "sample_prompts": HELD_OUT}
-        trainer = Trainer(name, output=output, rail=rail, command=command, defaults=defaults, **flags)
+        trainer = Trainer(
+            name, output=output, rail=rail, command=command, defaults=defaults, interrupts=interrupts, **flags
+        )
         losses: list[float] = []
 
         def watch(event: Event) -> None:

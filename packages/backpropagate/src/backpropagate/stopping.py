@@ -6,12 +6,16 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-if TYPE_CHECKING:  # the command line starts without the rail protocol
+if TYPE_CHECKING:
     from bp_runs.rail import Stop
+
+Interrupts: TypeAlias = "Callable[[], AbstractContextManager[Stop]]"
+"""Opens what tells a run to stop, for as long as the run is under way: `on_interrupt`, or one of the caller's own."""
 
 _ONE_PRESS = 3.0  # seconds in which a launcher passes on what the terminal has sent already
 
@@ -63,3 +67,9 @@ def on_interrupt(*, pressed_once: bool = False) -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def no_interrupts() -> Iterator[Stop]:
+    """Yield a stop request that never turns true; no signal handler is installed."""
+    yield lambda: False

@@ -6,9 +6,8 @@ Nothing here knows where the rows come from or what becomes of the result; see `
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -16,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from backpropagate import catalogue, system, trackers
+from backpropagate import catalogue
 from backpropagate.comparing import METRICS
 from backpropagate.errors import EvalDataError, EvalRailError, MultiRunStateError
-from backpropagate.logs import follow_run
 from backpropagate.scorecard import ScoreCard
+from backpropagate.session import RunSession, SessionContext
 from backpropagate.slices import Slice
-from backpropagate.watching import Watcher
 from bp_runs.checkpoint import CheckpointFolder
-from bp_runs.events import Emit, Event, Notice
+from bp_runs.events import Emit, Notice
 from bp_runs.files import publish_folder, publish_json
 from bp_runs.rail import ExaminesRows, Rail, Stop, TrainOutcome
 from bp_runs.recovery import write_copy
@@ -89,20 +87,26 @@ class Stream:
     one rename publishes, and ``lora/``, the merged adapter.
     """
 
-    store: RunStore
-    rail: Rail
+    context: SessionContext
     base: catalogue.BaseModel
     wanted: Settings
     record: Mapping[str, Mapping[str, Any]]
     """The settings with their sources, for the members' records."""
-    command: Sequence[str]
     folders: RunFolders
     """Of the multi-run itself."""
     slices: Sequence[Slice]
     emit: Emit
-    show: Callable[[Event], None] | None
-    followers: Sequence[str]
-    """Trackers of the single runs."""
+    """Records an event of the multi-run itself."""
+
+    @property
+    def store(self) -> RunStore:
+        """The output folder's runs."""
+        return self.context.store
+
+    @property
+    def rail(self) -> Rail:
+        """What trains and measures."""
+        return self.context.rail
 
     def run_all(self, stop: Stop) -> tuple[Progress, bool]:
         """Carry out what is not done yet; the progress then, and whether a stop was asked for.
@@ -168,38 +172,17 @@ class Stream:
         settings, file = self._settings_for(plan, plan.train_file, training)
         flat = settings.to_flat()
         own = {key: {"value": flat[key], "source": "multi-run"} for key in _OWN_KEYS}
-        writer = self.store.start(
-            settings={**self.record, **own},
-            rail=self.rail.name,
-            command=self.command,
-            versions=system.installed_versions(),
-            hardware=system.describe_machine(),
-            parent=(self.folders.run_id, "member"),
+        session = RunSession.start(
+            self.context, {**self.record, **own}, parent=(self.folders.run_id, "member"), stop=stop
         )
-        watcher = Watcher(writer.emit, self.show)
-        followed = self._describe(writer.run_id, plan, flat)
-        with follow_run(writer.run_id), writer, trackers.follow(self.followers, followed, watcher):
-            writer.use_base(self.base.folder)
+        with session as run:
+            run.use_base(self.base)
+            name = self.wanted.training.run_name
+            run.track(settings, name=f"{name}-{plan.number}" if name else None, group=self.folders.run_id)
             start = self._write_start(progress, state)
-            folders = replace(writer.folders, machine=system.program_home(os.environ))
-            base = self.base
-            spec = TrainSpec.build(settings, folders, base.folder, base.commit, rows=file, initial_adapter=start)
-            outcome = self.rail.train(spec, watcher.emit, stop)
-            writer.finish(outcome)
-        return Trained(run_id=writer.run_id, plan=plan, outcome=outcome, before=before)
-
-    def _describe(self, run_id: str, plan: Slice, settings: Mapping[str, Any]) -> trackers.Tracked:
-        """What trackers are told of a single run."""
-        name = self.wanted.training.run_name
-        return trackers.describe_run(
-            run_id,
-            f"{name}-{plan.number}" if name else None,
-            settings,
-            output=self.store.output,
-            offline=system.is_offline(os.environ),
-            environ=os.environ,
-            group=self.folders.run_id,
-        )
+            outcome = run.train(settings, self.base, catalogue.Rows(file, None), initial_adapter=start)
+            run.finish(outcome)
+        return Trained(run_id=run.run_id, plan=plan, outcome=outcome, before=before)
 
     def _settings_for(self, plan: Slice, name: str, training: TrainingSpec) -> tuple[Settings, Path]:
         """The settings for one of a slice's files, which is read whole; documents are split as if read themselves."""

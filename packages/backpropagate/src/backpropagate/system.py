@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import shlex
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backpropagate import launching
 from bp_runs.errors import PathUnusableError
 
 if TYPE_CHECKING:
@@ -85,25 +84,6 @@ def is_offline(environ: Mapping[str, str]) -> bool:
 def is_network_forbidden(environ: Mapping[str, str]) -> bool:
     """Whether nothing at all may leave this machine: ``--offline`` or ``BACKPROPAGATE_OFFLINE``."""
     return environ.get("BACKPROPAGATE_OFFLINE", "").lower() in _TRUTHS
-
-
-def prepare_environment(environ: MutableMapping[str, str]) -> None:
-    """Switch off the usage reports of the Hub's client and of TRL, and let idle threads sleep; before their import.
-
-    Of several processes each is left to see its own card, see `backpropagate.launching`.
-
-    On a busy machine OpenMP's spinning threads wait for each other's time slices: with two other processes on two
-    cores a training step took over ten times longer than with sleeping ones, and on an idle machine the same
-    (docs/log/2026-11-23-first-loop.md).
-    """
-    launching.take_launcher_variables(environ)
-    environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    environ["TRL_DISABLE_TELEMETRY"] = "1"
-    environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
-    environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if is_network_forbidden(environ):
-        environ["HF_HUB_OFFLINE"] = "1"
 
 
 def to_path(text: str | Path) -> Path:

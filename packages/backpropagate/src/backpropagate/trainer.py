@@ -7,30 +7,28 @@ trainer.export("gguf", quantization="q4_k_m")
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backpropagate import catalogue, launching, offline, presets, rails, resuming, settings, stopping, system, trackers
+from backpropagate import catalogue, launching, presets, rails, resuming, settings, stopping, system, trackers
+from backpropagate.errors import MainProcessError
 from backpropagate.exporting import ExportResult, export_adapter, push_model, warn_unexportable
-from backpropagate.logs import follow_run
-from backpropagate.watching import Watcher
+from backpropagate.session import RunSession, SessionContext
+from bp_runs.adapter import read_manifest
 from bp_runs.checkpoint import CheckpointFolder
-from bp_runs.errors import CodedError, ContractError, InterruptedRunError, ResumeChangedError, ResumeNotFoundError
-from bp_runs.events import Event
+from bp_runs.errors import CodedError, ContractError, ResumeChangedError, ResumeNotFoundError
+from bp_runs.events import Event, Notice
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, result_name
 from bp_runs.rail import Rail, TrainOutcome
-from bp_runs.record import RunRecord
-from bp_runs.spec import Ranks, Settings, TrainSpec
+from bp_runs.record import Relation, RunRecord
+from bp_runs.spec import Ranks, RunFolders, Settings
 from bp_runs.store import RunStore
-from bp_runs.writer import RunWriter
 
 if TYPE_CHECKING:
     from backpropagate.evaluating import EvalResult
@@ -63,10 +61,15 @@ class Trainer:
         rail: Train on this rail instead of one that is found; for tests and rails of one's own.
         command: What was typed, for the record.
         defaults: Settings by short name that take the place of their own defaults.
+        ranks: The place of this process among several that a launcher started, from `take_ranks`; None: it works alone.
+        interrupts: Opens what asks a run to stop, while it is under way: `on_interrupt` lets the first Ctrl-C finish
+            the step and save. Default: nothing does, and no signal handler is installed.
         **flags: Settings by short name, as the CLI's flags with underscores: ``lora_r=16``, ``lr=1e-4``.
 
     Raises:
         UserError: A setting is unknown or has a value that it cannot take.
+
+    No call changes the environment, installs a signal handler that was not asked for, or ends the process.
     """
 
     def __init__(
@@ -77,12 +80,16 @@ class Trainer:
         rail: Rail | None = None,
         command: Sequence[str] = (),
         defaults: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
+        interrupts: stopping.Interrupts = stopping.no_interrupts,
         **flags: Any,
     ) -> None:
         self._flags = {"model": model, "output": output, **flags}
         self._rail = rail
         self._command = tuple(command)
         self._defaults = dict(defaults or {})
+        self._ranks = ranks
+        self._interrupts = interrupts
         self.settings = self._resolve({}).settings
         self.last: TrainResult | None = None
 
@@ -91,13 +98,18 @@ class Trainer:
         """The output folder."""
         return system.to_path(self.settings.training.output_dir)
 
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process is the one of several that exports and talks to the user; True for one alone."""
+        return self._ranks is None or self._ranks.rank == 0
+
     def train(
         self, data: str | Path | None = None, *, on_event: Callable[[Event], None] | None = None, **flags: Any
     ) -> TrainResult:
         """Train an adapter and leave it at ``<output>/lora``.
 
-        Of several processes that torchrun or accelerate launch started, that of rank 0 comes back from here; the
-        others take part in all of its trainings and end with it.
+        Of several processes that torchrun or accelerate launch started, all make this call, train together and get the
+        same result; see the argument ``ranks`` of `Trainer`.
 
         Args:
             data: The data: a file, a folder or a Hub data set; default: the setting ``data.path``.
@@ -107,21 +119,25 @@ class Trainer:
 
         Raises:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
+            MainProcessError: In a process that is not the main one: there the call failed.
         """
-        _follow_or_lead()
-        resolved = self._resolve({"data": data, **flags})
-        self.settings = resolved.settings
-        store = RunStore(self.output)
-        going_on = self._choose(store, resolved)
-        if going_on is None:
-            return self._train(store, resolved, on_event)
-        try:
-            return self._train(store, going_on.resolved, on_event, going_on)
-        except ResumeChangedError as error:
-            if resolved.settings.training.resume:
-                raise
-            _log.warning("the run %s cannot go on, a new one begins: %s", going_on.record.run_id, error.cause)
-            return self._train(store, resolved, on_event)
+
+        def carry_out() -> TrainResult:
+            resolved = self._resolve({"data": data, **flags})
+            self.settings = resolved.settings
+            store = RunStore(self.output)
+            going_on = self._choose(store, resolved)
+            if going_on is None:
+                return self._train(store, resolved, on_event)
+            try:
+                return self._train(store, going_on.resolved, on_event, going_on)
+            except ResumeChangedError as error:
+                if resolved.settings.training.resume:
+                    raise
+                _log.warning("the run %s cannot go on, a new one begins: %s", going_on.record.run_id, error.cause)
+                return self._train(store, resolved, on_event)
+
+        return self._together(carry_out)
 
     def resume(
         self,
@@ -142,16 +158,19 @@ class Trainer:
             ResumeChangedError: Its data, template or model has changed; the run is left as it stood.
             CodedError: As `train`.
         """
-        _follow_or_lead()
-        store = RunStore(self.output)
-        record = resuming.find_record(store, run)
-        if record.kind == "multi-run":
-            self.multi_run(resume=record.run_id, on_event=on_event)
-            if self.last is None:
-                raise ContractError("a multi-run has left no result")
-            return self.last
-        going_on = resuming.prepare(store, record)
-        return self._train(store, going_on.resolved, on_event, going_on, take_over=take_over)
+
+        def carry_out() -> TrainResult:
+            store = RunStore(self.output)
+            record = resuming.find_record(store, run)
+            if record.kind == "multi-run":
+                self.multi_run(resume=record.run_id, on_event=on_event)
+                if self.last is None:
+                    raise ContractError("a multi-run has left no result")
+                return self.last
+            going_on = resuming.prepare(store, record)
+            return self._train(store, going_on.resolved, on_event, going_on, take_over=take_over)
+
+        return self._together(carry_out)
 
     def replay(
         self,
@@ -170,19 +189,33 @@ class Trainer:
         Raises:
             CodedError: As `train`; or an override that names no setting.
         """
-        _follow_or_lead()
-        store = RunStore(self.output)
-        record = store.load(run)
-        if record.kind != "train" or record.is_imported:
-            raise ResumeNotFoundError(f"the record of the run {record.run_id} has not all that it was made with")
-        return self._train(store, settings.from_record(record, overrides), on_event, parent=record)
+
+        def carry_out() -> TrainResult:
+            store = RunStore(self.output)
+            record = store.load(run)
+            if record.kind != "train" or record.is_imported:
+                raise ResumeNotFoundError(f"the record of the run {record.run_id} has not all that it was made with")
+            return self._train(store, settings.from_record(record, overrides), on_event, parent=record)
+
+        return self._together(carry_out)
+
+    def _together(self, carry_out: Callable[[], TrainResult]) -> TrainResult:
+        """Carry out a call: alone, as the main process of several, or as one that only trains along."""
+        launching.require_given(self._ranks, os.environ)
+        ranks = self._ranks = launching.count_call(self._ranks)
+        if ranks is None or not ranks.rank:
+            with launching.leading(ranks):
+                return carry_out()
+        with self._interrupts() as stop:
+            folders = launching.follow(ranks, stop)
+        self.last = _read_result(folders, ranks)
+        return self.last
 
     def _choose(self, store: RunStore, resolved: settings.Resolved) -> resuming.GoingOn | None:
         """The run that the setting ``resume`` means; None to begin a new one."""
         wanted = resolved.settings.training.resume
         if wanted is None:
-            ranks = launching.read_ranks()
-            return resuming.find_same(store, resolved, ranks.count if ranks else 1)
+            return resuming.find_same(store, resolved, self._ranks.count if self._ranks else 1)
         if not wanted:
             return None
         record = resuming.find_record(store, None)
@@ -203,85 +236,51 @@ class Trainer:
         parent: RunRecord | None = None,
         take_over: bool = False,
     ) -> TrainResult:
-        system.prepare_environment(os.environ)
         resolved = replace(resolved, settings=settings.with_output(resolved.settings, store.output))
         wanted = resolved.settings
         asked = resuming.pin(wanted, going_on.record if going_on else parent)
         rows = catalogue.find_rows(asked.data, os.environ, offline=system.is_offline(os.environ))
-        rail = self._rail or rails.choose_rail(wanted.training.backend)
-        ranks = launching.read_ranks()
-        launching.require_together(rail, ranks)
-        followers = trackers.choose_trackers(wanted.training.report_to, os.environ)
+        context = self._open_context(store, wanted, on_event)
+        launching.require_together(context.rail, self._ranks)
         store.require_own_adapter(result_name(resolved.to_record()))
-        base = _find_base(rail, asked)
-        machine, remarks = system.program_home(os.environ), []
+        base = _find_base(context.rail, asked)
         if going_on is None:
+            remarks: list[Notice] = []
             if parent is None:
-                resolved, chosen = presets.settle_lora(resolved, rail, base.folder, machine)
+                resolved, chosen = presets.settle_lora(resolved, context.rail, base.folder, context.machine)
                 remarks = presets.remarks(wanted.model.name, chosen)
             else:
                 remarks = resuming.base_notices(parent, base.folder)
-            writer = self._start(store, resolved, rail, parent, ranks)
+            relation: tuple[str, Relation] | None = (parent.run_id, "replay") if parent else None
+            session = RunSession.start(context, resolved.to_record(), parent=relation)
         else:
             remarks = going_on.notices(system.installed_versions())
-            writer = _reopen(store, going_on, take_over=take_over)
+            session = _reopen(context, going_on, take_over=take_over)
         self.settings = wanted = resolved.settings
         checkpoint = going_on.checkpoint.path if going_on and going_on.checkpoint else None
-        followed = trackers.describe_run(
-            writer.run_id,
-            wanted.training.run_name,
-            wanted.to_flat(),
-            output=store.output,
-            offline=system.is_offline(os.environ),
-            environ=os.environ,
-            done=going_on.step if going_on else None,
-        )
-        watcher = Watcher(writer.emit, on_event)
-        forbidden = system.is_network_forbidden(os.environ)
-        try:
-            with (
-                follow_run(writer.run_id),
-                writer,
-                stopping.on_interrupt(pressed_once=ranks is not None) as stop,
-                offline.forbid_network(wanted=forbidden),
-                trackers.follow(followers, followed, watcher),
-            ):
-                writer.use_base(base.folder)
-                for remark in remarks:
-                    watcher.emit(remark)
-                folders = replace(writer.folders, machine=machine)
-                spec = TrainSpec.build(
-                    wanted,
-                    folders,
-                    base.folder,
-                    base.commit,
-                    rows=rows.path,
-                    rows_commit=rows.commit,
-                    checkpoint=checkpoint,
-                    ranks=ranks,
-                )
-                outcome = rail.train(spec, watcher.emit, stop)
-                adapter = _publish(store, writer.run_id, outcome)
-                record = writer.finish(outcome)
-        except KeyboardInterrupt as error:
-            line = resuming.resume_line(writer.run_id, store.output, ranks.count if ranks else 1)
-            way_out = f"Go on where it stopped: {line}"
-            raise InterruptedRunError(
-                f"the run {writer.run_id} was cut off", way_out=way_out, details={"run_id": writer.run_id}
-            ) from error
-        self.last = TrainResult(run_id=writer.run_id, adapter=adapter, outcome=outcome, record=record)
+        with session as run:
+            run.use_base(base)
+            run.track(wanted, name=wanted.training.run_name, done=going_on.step if going_on else None)
+            for remark in remarks:
+                run.emit(remark)
+            outcome = run.train(wanted, base, rows, checkpoint=checkpoint)
+            adapter = run.publish(outcome)
+            record = run.finish(outcome)
+        self.last = TrainResult(run_id=run.run_id, adapter=adapter, outcome=outcome, record=record)
         return self.last
 
-    def _start(
-        self, store: RunStore, resolved: settings.Resolved, rail: Rail, parent: RunRecord | None, ranks: Ranks | None
-    ) -> RunWriter:
-        return store.start(
-            settings=resolved.to_record(),
-            rail=rail.name,
+    def _open_context(
+        self, store: RunStore, wanted: Settings, on_event: Callable[[Event], None] | None
+    ) -> SessionContext:
+        return SessionContext(
+            store=store,
+            rail=self._rail or rails.choose_rail(wanted.training.backend),
+            environ=os.environ,
             command=self._command,
-            versions=system.installed_versions(),
-            hardware={**system.describe_machine(), **system.describe_device(rail.probe()), **launching.describe(ranks)},
-            parent=(parent.run_id, "replay") if parent else None,
+            followers=trackers.choose_trackers(wanted.training.report_to, os.environ),
+            on_event=on_event,
+            interrupts=self._interrupts,
+            ranks=self._ranks,
         )
 
     def multi_run(
@@ -305,8 +304,8 @@ class Trainer:
         """
         from backpropagate.multirun import check_settings, read_settings
 
-        system.prepare_environment(os.environ)
-        launching.require_one("a multi-run")
+        launching.require_given(self._ranks, os.environ)
+        launching.require_one("a multi-run", self._ranks)
         paths = [data] if isinstance(data, str | Path) else list(data or [])
         first = {"data": paths[0]} if paths else {}
         resolved = self._resolve({**first, **flags})
@@ -336,23 +335,18 @@ class Trainer:
         from backpropagate.multirun import MultiRun, first_member
 
         wanted = resolved.settings
-        rail = self._rail or rails.choose_rail(wanted.training.backend)
-        followers = trackers.choose_trackers(wanted.training.report_to, os.environ)
+        context = self._open_context(store, wanted, on_event)
         pinned = wanted if run_id is None else resuming.pin(wanted, first_member(store, run_id))
-        base, chosen = _find_base(rail, pinned), ""
+        base, chosen = _find_base(context.rail, pinned), ""
         if run_id is None:  # else ranks stay what they were, whatever is free on the card now
-            resolved, chosen = presets.settle_lora(resolved, rail, base.folder, system.program_home(os.environ))
+            resolved, chosen = presets.settle_lora(resolved, context.rail, base.folder, context.machine)
         self.settings = wanted = resolved.settings
         return MultiRun(
-            store=store,
-            rail=rail,
+            context=context,
             base=base,
             wanted=wanted,
             record=resolved.to_record(),
-            command=self._command,
             remarks=presets.remarks(wanted.model.name, chosen),
-            followers=followers,
-            show=on_event,
         )
 
     def export(
@@ -380,6 +374,7 @@ class Trainer:
         Raises:
             CodedError: Bad input or a failed export; nothing half-written is left.
         """
+        launching.require_main("an export", self._ranks)
         return export_adapter(
             self._newest(),
             format,
@@ -416,6 +411,7 @@ class Trainer:
         """
         from backpropagate.evaluating import evaluate_adapter
 
+        launching.require_main("an evaluation", self._ranks)
         newest = self.last.adapter if self.last else None
         return evaluate_adapter(
             None if (adapter or newest) is None else str(adapter or newest),
@@ -485,6 +481,7 @@ class Trainer:
         Raises:
             CodedError: As `bp_export.push`.
         """
+        launching.require_main("an upload", self._ranks)
         return push_model(Path(source) if source else self._newest(), repo, **asked)
 
     @property
@@ -503,15 +500,25 @@ class Trainer:
         )
 
 
-def _follow_or_lead() -> None:
-    """Of several processes those but rank 0 end here, when it ends; rank 0 goes on and lets them go at its end."""
-    system.prepare_environment(os.environ)
-    ranks = launching.read_ranks()
-    if ranks is not None and ranks.rank:
-        sys.exit(launching.follow(ranks))
-    if ranks is not None:
-        atexit.unregister(launching.release)
-        atexit.register(launching.release, ranks)
+def _read_result(folders: RunFolders | None, ranks: Ranks) -> TrainResult:
+    """What the main process recorded of the run that all ranks have trained.
+
+    Raises:
+        MainProcessError: It began none, or the run did not end well.
+    """
+    which = f"process {ranks.rank} of {ranks.count} trained along"
+    if folders is None:
+        raise MainProcessError(f"{which}, and the main process began no run")
+    record = RunStore(folders.output).load(folders.run_id)
+    if not record.result:
+        error = (record.error or {}).get("message")
+        raise MainProcessError(f"{which}, and the run {record.run_id} is {record.status}", cause=error)
+    outcome = TrainOutcome.from_dict(record.result)
+    place = folders.output / outcome.adapter.name
+    is_published = read_manifest(place).get("run_id") == record.run_id
+    return TrainResult(
+        run_id=record.run_id, adapter=place if is_published else outcome.adapter, outcome=outcome, record=record
+    )
 
 
 def _find_sources(wanted: Settings, paths: Sequence[str | Path]) -> list[Path]:
@@ -521,19 +528,14 @@ def _find_sources(wanted: Settings, paths: Sequence[str | Path]) -> list[Path]:
     return [catalogue.find_rows(data, os.environ, offline=is_offline).path for data in asked]
 
 
-def _reopen(store: RunStore, going_on: resuming.GoingOn, *, take_over: bool) -> RunWriter:
+def _reopen(context: SessionContext, going_on: resuming.GoingOn, *, take_over: bool) -> RunSession:
     name = going_on.checkpoint.path.name if going_on.checkpoint else None
-    writer = store.reopen(going_on.record.run_id, from_step=going_on.step, checkpoint=name, take_over=take_over)
+    session = RunSession.reopen(
+        context, going_on.record.run_id, from_step=going_on.step, checkpoint=name, take_over=take_over
+    )
     with contextlib.suppress(CodedError):  # where it cannot be noted, it is told all the same
-        CheckpointFolder(writer.folders.run).note_damage(going_on.damaged)
-    return writer
-
-
-def _publish(store: RunStore, run_id: str, outcome: TrainOutcome) -> Path:
-    """``<output>/lora`` or ``model``, but for a stopped run only where there is no finished one yet to lose."""
-    if outcome.stopped and (store.output / outcome.adapter.name).exists():
-        return outcome.adapter
-    return store.publish_adapter(run_id)
+        CheckpointFolder(session.folders.run).note_damage(going_on.damaged)
+    return session
 
 
 def _find_base(rail: Rail, wanted: Settings) -> catalogue.BaseModel:

@@ -1,8 +1,4 @@
-"""The process of a queue's job: ``python -m backpropagate.working FOLDER NUMBER``, and how the queue waits for it.
-
-It holds the job's own lock for as long as it lives and notes itself how it ended, so that a job that outlives whoever
-started it is neither started twice nor forgotten.
-"""
+"""How the queue starts the process of a job, `backpropagate.cli.job`, and waits for it."""
 
 from __future__ import annotations
 
@@ -10,13 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import Timeout
-
-from backpropagate.jobs import LOOK_SECONDS, STOPPED, Job, Queue, end_of, settings_in
+from backpropagate.jobs import STOPPED, Job, Queue, end_of, settings_in
 from bp_runs.record import utc_now
 
 TURNED_AWAY = 75
@@ -47,7 +41,7 @@ def run_job(queue: Queue, job: Job) -> Job | None:
 
 def command_of(queue: Queue, job: Job) -> list[str]:
     """The command line of a job's process."""
-    return [sys.executable, "-m", "backpropagate.working", str(queue.folder.resolve()), str(job.id)]
+    return [sys.executable, "-m", "backpropagate.cli.job", str(queue.folder.resolve()), str(job.id)]
 
 
 def wait(child: subprocess.Popen[bytes]) -> int:
@@ -76,38 +70,3 @@ def told_error(log: Path, begin: int) -> str | None:
 def _without_settings(environ: Mapping[str, str]) -> dict[str, str]:
     kept = settings_in(environ)
     return {k: v for k, v in environ.items() if k not in kept}
-
-
-def work(queue: Queue, number: int) -> int:
-    """Be the process of a job: hold its lock, do its command, note how it ended; returns the exit status."""
-    from backpropagate.cli.app import run
-    from backpropagate.cli.failing import prepare_process
-
-    try:
-        lock = queue.lock_of(number).acquire(timeout=LOOK_SECONDS)
-    except Timeout:
-        return TURNED_AWAY
-    with lock:
-        job = queue.begin(number, os.getpid())
-        if job is None:
-            return TURNED_AWAY
-        log = queue.log_of(job)
-        begin = log.stat().st_size if log.exists() else 0
-        prepare_process()
-        sys.argv = ["backprop", *job.argv]
-        status = run(job.argv)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        error = told_error(log, begin) if status not in (0, STOPPED) and log.exists() else None
-        queue.note(end_of(job, status, error))
-    return status
-
-
-def main(argv: Sequence[str]) -> int:
-    """Entry point: the queue's folder and the job's number."""
-    folder, number = argv
-    return work(Queue(Path(folder)), int(number))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -160,6 +160,13 @@ def _link_all(local: Path, files: Sequence[Path], parent: Path, name: str) -> Pa
     return target
 
 
+def send_no_usage_reports() -> None:
+    """Switch off huggingface_hub's usage reports, of which its variable is read at import only."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
 def _link(file: Path, place: Path) -> None:
     try:
         os.link(file, place)
@@ -170,6 +177,7 @@ def _link(file: Path, place: Path) -> None:
 def _from_hub(name: str, folder: Path, subset: str | None, split: str | None, revision: str | None) -> HubData:
     from huggingface_hub import HfApi, snapshot_download
 
+    send_no_usage_reports()
     commit = HfApi().dataset_info(name, revision=revision).sha or ""
     subset, files, split = _find_files(name, commit, subset, split)
     wanted = [file.split(f"@{commit}/", 1)[-1] for file in files]
@@ -217,7 +225,9 @@ def _prune(used: Path, commits: Iterable[Path]) -> None:
 
 def _find_files(name: str, commit: str | None, subset: str | None, split: str | None) -> tuple[str, list[str], str]:
     """The subset's and split's names, and the split's files as `datasets` finds them."""
-    from datasets import get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
+    from datasets import config, get_dataset_config_names, get_dataset_default_config_name, load_dataset_builder
+
+    config.HF_UPDATE_DOWNLOAD_COUNTS = False  # each look at a data set's splits would be counted as a download
 
     subsets = get_dataset_config_names(name, revision=commit)
     usual = None if subset else get_dataset_default_config_name(name, revision=commit)

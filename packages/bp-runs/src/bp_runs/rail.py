@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from bp_runs.events import Emit, RowCounts
-from bp_runs.spec import Ranks, Settings, TrainSpec
+from bp_runs.spec import Ranks, RunFolders, Settings, TrainSpec
 
 if TYPE_CHECKING:
     from bp_runs.record import RunRecord
@@ -89,6 +89,13 @@ class TrainOutcome:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {**asdict(self), "adapter": str(self.adapter)}
+
+    @classmethod
+    def from_dict(cls, found: Mapping[str, Any]) -> TrainOutcome:
+        """What `to_dict` made, as a record keeps it."""
+        rows = found.get("rows")
+        counts = RowCounts(**rows) if rows else None
+        return cls(**{**found, "adapter": Path(found["adapter"]), "rows": counts})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,13 +294,17 @@ def keep_base(rail: Rail) -> AbstractContextManager[None]:
 class TrainsTogether(Protocol):
     """A rail that can train one run in several processes, its ranks.
 
-    Rank 0 calls `Rail.train` with ``spec.ranks`` set, as often as it likes; the others call `follow` once.
+    For one value of ``ranks.call`` rank 0 calls `Rail.train` with ``spec.ranks`` set, as often as it likes, then
+    `release`; the others call `follow` once.
     """
 
-    def follow(self, ranks: Ranks, stop: Stop) -> None:
-        """Take part in every training that rank 0 begins, until it calls `release`; writes and tells nothing.
+    def follow(self, ranks: Ranks, stop: Stop) -> RunFolders | None:
+        """Take part in every training run that rank 0 begins, until it calls `release`; writes and shows nothing.
 
-        What goes wrong here ends the training on all ranks, and is told by rank 0.
+        What goes wrong here ends the training on all ranks, and rank 0 reports it.
+
+        Returns:
+            The folders of the last run that rank 0 began; None if it began none.
 
         Raises:
             CodedError: Rank 0 cannot be reached.

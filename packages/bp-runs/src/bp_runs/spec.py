@@ -334,6 +334,8 @@ class Ranks:
     """A secret that only the ranks of this launch share; it signs what they write into the store."""
     main_process: tuple[int, float] | None = None
     """Process id and start time (seconds since the epoch) of rank 0; None where the launcher does not tell."""
+    call: int = 0
+    """Which of a script's calls this is, from 0: all ranks make the same calls in the same order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

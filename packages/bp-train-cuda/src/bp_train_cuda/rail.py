@@ -14,7 +14,7 @@ from bp_runs.events import Emit, Notice
 from bp_runs.paths import REJECTED_FILE
 from bp_runs.rail import Check, EvalOutcome, MemoryEstimate, Part, Probe, Replay, RowOutcome, Stop, TrainOutcome
 from bp_runs.record import RunRecord
-from bp_runs.spec import Ranks, Settings, TrainSpec
+from bp_runs.spec import Ranks, RunFolders, Settings, TrainSpec
 from bp_train_cuda.rows import PlannedRows, data_ready, prepare_rows
 
 if TYPE_CHECKING:
@@ -111,21 +111,24 @@ class CudaRail:
         with launch.open_group(spec, stop) as group:
             return self._train(spec, emit, stop, group)
 
-    def follow(self, ranks: Ranks, stop: Stop) -> None:
-        """Train along with rank 0, as `bp_runs.rail.TrainsTogether` says; what goes wrong is rank 0's to tell.
+    def follow(self, ranks: Ranks, stop: Stop) -> RunFolders | None:
+        """Train along with rank 0, as `bp_runs.rail.TrainsTogether` says; rank 0 reports what goes wrong.
 
         Raises:
             RankLostError: The store where the ranks meet cannot be reached.
         """
         from bp_train_cuda.distributed import launch
 
+        folders = None
         for spec, membership in launch.join_groups(ranks, stop):
+            folders = spec.folders
             try:
                 with membership as group:
                     self._train(spec, group.record_warning, stop, group)
             except CodedError:
                 if spec.ranks is not None and spec.ranks.sharded:
-                    return  # only the end of this process frees ranks that wait for its share of a layer
+                    break  # only the end of this process frees ranks that wait for its share of a layer
+        return folders
 
     def release(self, ranks: Ranks) -> None:
         """Let the other ranks' `follow` come back."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from cyclopts import App, CycloptsError, Group
 
 from backpropagate import launching, system
+from backpropagate.cli import process
 from backpropagate.cli.failing import is_terminal_lost, prepare_process, report_bug, report_error, set_up_logs
 from backpropagate.cli.switches import environment, overview, take_switches
 from backpropagate.offline import forbid_network
@@ -321,7 +322,7 @@ def run(argv: Sequence[str]) -> int:
         line = take_switches(argv)
     except CodedError as error:
         return report_error(error, as_json=as_json)
-    with environment(line.environ):
+    with environment({**line.environ, **process.offline_variables({**os.environ, **line.environ})}):
         if any("_LOG_" in name for name in line.environ):
             try:
                 set_up_logs(os.environ)
@@ -332,21 +333,21 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _run_together(argv: Sequence[str], *, as_json: bool) -> int:
-    """As `_run`; of several processes that of rank 0 does it, and the others take part in what it trains."""
+    """As `_run`; of several processes the main one does it, and the others take part in what it trains."""
     try:
-        launching.require_command(argv)
-        ranks = launching.read_ranks()
+        process.require_command(argv)
+        ranks = process.read_ranks()
         if ranks is not None and ranks.rank:
-            return launching.follow(ranks)
+            with process.interrupts()() as stop:
+                launching.follow(ranks, stop)
+            return 0
     except KeyboardInterrupt:
         return InterruptedRunError.exit_status
     except CodedError as error:
-        told = report_error(error, as_json=as_json) if launching.is_main_process() else error.exit_status
-        return told if launching.is_main_process() else launching.wait_for_launcher(told)
-    status = _run(argv, as_json=as_json)
-    if ranks is not None and status == 0:
-        launching.release(ranks)
-    return status
+        if process.is_main():
+            return report_error(error, as_json=as_json)
+        return launching.wait_for_launcher(error.exit_status)
+    return _run(argv, as_json=as_json)
 
 
 def _run(argv: Sequence[str], *, as_json: bool) -> int:

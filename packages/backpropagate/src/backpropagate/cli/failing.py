@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NoReturn, TextIO
 
 from backpropagate import system
+from backpropagate.cli.process import set_environment
 from backpropagate.stopping import stop_signals
 from bp_runs.errors import CodedError, RunFailedError
 from bp_runs.redact import redact
@@ -28,7 +29,7 @@ def prepare_process() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    system.prepare_environment(os.environ)
+    set_environment(os.environ)
     set_up_logs(os.environ)
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, keyword, with_settings
+from backpropagate.cli.process import open_trainer
 from backpropagate.cli.screen import open_screen, print_json
 from backpropagate.multirun import MultiRunResult
 from backpropagate.resuming import resume_line
 from backpropagate.scorecard import card_html, card_text
-from backpropagate.trainer import Trainer
 from bp_runs.files import publish_bytes
 
 Data = Annotated[
@@ -34,7 +33,7 @@ def multi_run(**flags: Any) -> int:
     """Train several runs in a row, each from the one before, and leave their merged adapter at OUTPUT/lora."""
     as_json, page = flags.pop("json", False), flags.pop("html", None)
     data, resume = flags.pop("data", None), flags.pop("resume", None)
-    trainer = Trainer(command=["backprop", *sys.argv[1:]], **flags)
+    trainer = open_trainer(**flags)
     with open_screen(as_json=as_json) as screen:
         result = trainer.multi_run(data, resume=resume, on_event=screen.show)
     if page is not None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, Output, output_folder
+from backpropagate.cli.process import open_trainer
 from backpropagate.cli.screen import open_screen, print_json
 from backpropagate.cli.train import document, tell_end
 from backpropagate.errors import CommandLineError
 from backpropagate.scorecard import ScoreCard, card_text
-from backpropagate.trainer import Trainer
 
 
 def resume(
@@ -31,7 +30,7 @@ def resume(
     take_over: bool
         Go on although the record says that a process of another machine works on the run.
     """
-    trainer = _trainer(output)
+    trainer = open_trainer(output=output_folder(output))
     with open_screen(as_json=json) as screen:
         result = trainer.resume(run, take_over=take_over, on_event=screen.show)
     if json:
@@ -60,7 +59,7 @@ def replay(
         A setting that is to be another, as key=value: lr=1e-4, lora.r=8. Can be given several times.
     """
     pairs = [_split(text) for text in override or []]
-    trainer = _trainer(output)
+    trainer = open_trainer(output=output_folder(output))
     with open_screen(as_json=json) as screen:
         result = trainer.replay(run, overrides=dict(pairs), on_event=screen.show)
     if json:
@@ -68,10 +67,6 @@ def replay(
     else:
         tell_end(result, trainer.output)
     return 130 if result.outcome.stopped else 0
-
-
-def _trainer(output: str | None) -> Trainer:
-    return Trainer(command=["backprop", *sys.argv[1:]], output=output_folder(output))
 
 
 def _split(text: str) -> tuple[str, str]:

@@ -36,7 +36,6 @@ def find_file(asked: str | DataSpec, part: Part | None = None) -> Path:
     Raises:
         CodedError: As `catalogue.find_rows`.
     """
-    system.prepare_environment(os.environ)
     if isinstance(asked, str):
         part = part or Part()
         asked = DataSpec(path=asked, subset=part.subset, split=part.split, revision=part.data_revision)

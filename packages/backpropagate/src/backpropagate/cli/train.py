@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 from backpropagate.cli.flags import MULTI_RUN, Json, keyword, with_settings
+from backpropagate.cli.process import open_trainer
 from backpropagate.cli.screen import open_screen, print_json
 from backpropagate.resuming import resume_line
 from backpropagate.system import where
-from backpropagate.trainer import Trainer, TrainResult
+from backpropagate.trainer import TrainResult
 
 
 def train(**flags: Any) -> int:
     """Train an adapter on your data and leave it at OUTPUT/lora."""
     as_json = flags.pop("json", False)
-    trainer = Trainer(command=["backprop", *sys.argv[1:]], **flags)
+    trainer = open_trainer(**flags)
     with open_screen(as_json=as_json) as screen:
         result = trainer.train(on_event=screen.show)
         if plot := screen.plot():

@@ -1,7 +1,8 @@
 """From launched processes to process groups: rank 0 opens one for each training, the other ranks join it.
 
-Rank 0 runs the command. The others run `join_groups`, which yields every training that rank 0 begins until it calls
-`release`. Keys in the store: ``main`` (rank 0's process), ``spec/N`` (training N), ``released``, ``left/RANK``.
+Rank 0 runs the command, or a call of a script. The others run `join_groups`, which yields every training that rank 0
+begins until it calls `release`. Each call has keys of its own in the store: ``main`` (rank 0's process), ``spec/N``
+(training N), ``released``, ``left/RANK``.
 """
 
 from __future__ import annotations

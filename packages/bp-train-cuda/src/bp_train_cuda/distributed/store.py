@@ -138,12 +138,17 @@ class SignedStore:
         )
 
 
-_opened: dict[tuple[str, int, int], SignedStore] = {}
+_connected: dict[tuple[str, int, int], dist.Store] = {}
 """This process's store by address, port and attempt: the server lives as long as the process that hosts it."""
+
+_opened: dict[tuple[str, int, int, int], SignedStore] = {}
+"""The store as each call of a script sees it: by address, port, attempt and call."""
 
 
 def open_store(ranks: Ranks, stop: Stop) -> SignedStore:
     """The launcher's store, or rank 0's own, which listens on ``ranks.address`` alone; one in a process.
+
+    What one call of a script writes there, another does not see.
 
     Raises:
         RanksError: There is no token, or the address can't be bound.
@@ -151,9 +156,12 @@ def open_store(ranks: Ranks, stop: Stop) -> SignedStore:
         InterruptedRunError: ``stop`` turned true before the store was there.
     """
     place = (ranks.address, ranks.port, ranks.attempt)
-    if place not in _opened:
-        _opened[place] = SignedStore(_connect(ranks, stop), ranks.token, ranks.rank, f"backpropagate/{ranks.attempt}")
-    return _opened[place]
+    if place not in _connected:
+        _connected[place] = _connect(ranks, stop)
+    if (*place, ranks.call) not in _opened:
+        prefix = f"backpropagate/{ranks.attempt}/{ranks.call}"
+        _opened[*place, ranks.call] = SignedStore(_connected[place], ranks.token, ranks.rank, prefix)
+    return _opened[*place, ranks.call]
 
 
 def _connect(ranks: Ranks, stop: Stop) -> dist.Store:

@@ -1,0 +1,80 @@
+"""What the command line does to its own process: environment, ranks, signals. Nothing outside of `cli` does.
+
+Libraries of ours take the environment as it is; what must be set for third-party libraries is set here, once, before
+any of them is imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from backpropagate import launching, stopping, system
+
+if TYPE_CHECKING:
+    from backpropagate.trainer import Trainer
+    from bp_runs.spec import Ranks
+
+_launcher: dict[str, str] = {}
+"""The variables by which a launcher told this process its place."""
+
+
+def set_environment(environ: MutableMapping[str, str]) -> None:
+    """Switch off the usage reports of the Hub's client and of TRL, and let idle threads sleep; before their import.
+
+    The launcher's variables are removed, and of several processes each is left to see its own GPU.
+
+    On a busy machine OpenMP's spinning threads wait for each other's time slices: with two other processes on two
+    cores a training step took over ten times longer than with sleeping ones, and on an idle machine the same
+    (docs/log/2026-11-23-first-loop.md).
+    """
+    _launcher.update(launching.take_variables(environ))
+    environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    environ["TRL_DISABLE_TELEMETRY"] = "1"
+    environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
+    environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environ.update(offline_variables(environ))
+
+
+def offline_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """What tells the Hub's client that it must not try, if the user forbade the network."""
+    return {"HF_HUB_OFFLINE": "1"} if system.is_network_forbidden(environ) else {}
+
+
+def read_ranks() -> Ranks | None:
+    """The place of this process among several that a launcher started; None if it works alone.
+
+    Raises:
+        SeveralProcessesError: They were started in a way that is not supported.
+    """
+    return launching.read_ranks(_launcher)
+
+
+def require_command(argv: Sequence[str]) -> None:
+    """Reject a command line that several processes would all carry out, each for itself.
+
+    Raises:
+        SeveralProcessesError: As `launching.require_command`.
+    """
+    launching.require_command(argv, _launcher)
+
+
+def is_main() -> bool:
+    """Whether this process is the one that talks to the user."""
+    return launching.is_main(_launcher)
+
+
+def interrupts() -> stopping.Interrupts:
+    """Ctrl-C once finishes the step and saves. A launcher passes on what the terminal has sent already."""
+    return partial(stopping.on_interrupt, pressed_once=bool(_launcher) and read_ranks() is not None)
+
+
+def open_trainer(**arguments: object) -> Trainer:
+    """A `Trainer` that stops on Ctrl-C, takes its place among several processes, and records what was typed."""
+    from backpropagate.trainer import Trainer
+
+    command = ["backprop", *sys.argv[1:]]
+    return Trainer(command=command, ranks=read_ranks(), interrupts=interrupts(), **arguments)  # type: ignore[arg-type]
