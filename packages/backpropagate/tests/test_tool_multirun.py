@@ -413,6 +413,19 @@ def test_the_plan_of_a_multi_run_that_has_begun_is_not_made_anew(place):
         trainer().resume(run_id)
 
 
+def test_a_multi_run_with_a_damaged_record_is_rebuilt_and_resumed(place):
+    with pytest.raises(Cut):
+        trainer().multi_run("d.jsonl", runs=3, merge="slao", on_event=cut_in_run(3))
+    store = RunStore(place / "o")
+    run_id = next(row["run_id"] for row in store.list_runs() if row["kind"] == "multi-run")
+    file = store.folder(run_id) / "run.json"
+    file.write_bytes(file.read_bytes()[:-9])
+    result = Trainer(output="o", rail=FakeRail()).resume()
+    assert (result.run_id, result.record.status) == (run_id, "completed")
+    assert result.record.setting("multirun.merge") == "slao"
+    assert len(result.record.result["score_card"]["runs"]) == 3
+
+
 def cut_in_run(number):
     def cut(event):
         if event.kind == "notice" and event.message.startswith(f"run {number} of"):

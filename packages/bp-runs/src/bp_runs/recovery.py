@@ -1,7 +1,7 @@
 """A run's record rebuilt from a copy: every checkpoint carries ``settings.json``, what the run was made with.
 
     settings.json    {"schema", "run_id", "kind", "parent", "sequence", "created_at", "command", "rail", "cwd",
-                      "settings", "base", "model", "data", "versions", "hardware"}, as in run.json
+                      "settings", "base", "model", "data", "plan", "versions", "hardware"}, as in run.json
 
 A multi-run, which has no checkpoints of its own, keeps the copy in the folder of its progress.
 """
@@ -13,7 +13,6 @@ import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import orjson
 
@@ -26,10 +25,11 @@ from bp_runs.metrics import read_last_time, read_progress
 from bp_runs.migrations import RECORD_SCHEMA
 from bp_runs.record import RunRecord, parse_record, read_record, utc_now
 
-_COPIED = (
-    "kind", "parent", "sequence", "created_at", "command", "rail", "cwd", "settings", "base", "model", "data",
-    "versions", "hardware",
+_NOT_COPIED = frozenset(
+    ("status", "ended_at", "host", "pid", "process_started", "sessions", "progress", "result", "artifacts", "error",
+     "tags", "note")
 )  # fmt: skip
+"""What changes while a run is trained, or is the user's."""
 DAMAGED_RECORD = "run.damaged.json"
 """What was left of a record that was rebuilt."""
 
@@ -56,8 +56,8 @@ def write_copy(run: Path, folder: Path) -> None:
         if found is None:
             return
         record = found.record
-    told = record.to_dict()
-    publish_json(folder / paths.SETTINGS_FILE, {"schema": RECORD_SCHEMA, "run_id": record.run_id} | _copied(told))
+    copied = {name: value for name, value in record.to_dict().items() if name not in _NOT_COPIED}
+    publish_json(folder / paths.SETTINGS_FILE, copied | {"schema": RECORD_SCHEMA})
 
 
 def read_copy(run: Path) -> RecordCopy | None:
@@ -91,8 +91,8 @@ def rebuild(run: Path) -> RunRecord:
     place = copy.place.parent.relative_to(run).as_posix()
     record.note = f"Rebuilt from {place}, since run.json was damaged; tags, notes and exports noted before are lost."
     if _has_result(run):
-        is_done = record.progress.get("step") == record.setting("training.steps")
-        record.status = "completed" if is_done and record.kind == "train" else "stopped"
+        step, steps = (record.progress.get(name) for name in ("step", "steps"))
+        record.status = "completed" if step is not None and step == steps else "stopped"
     return record
 
 
@@ -115,10 +115,6 @@ def _copies(run: Path) -> Iterator[Path]:
             if saved and sha256_file(file) == saved["sha256"]:
                 yield file
     yield from sorted(run.glob(f"*/{paths.SETTINGS_FILE}"))
-
-
-def _copied(record: dict[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in _COPIED}
 
 
 def _has_result(run: Path) -> bool:
