@@ -140,6 +140,7 @@ def test_the_independent_loop_imports_nothing_of_ours():
         ({"lora": {"dropout": 0.1}}, "dropout draws"),
         ({"lora": {"init_lora_weights": "pissa"}}, "starts as pissa"),
         ({"training": {"engine": "unsloth"}}, "Unsloth"),
+        ({"training": {"engine": "trl"}}, "TRL joins epochs"),
         ({"training": {"fp8": True}}, "8-bit floats"),
         ({"hardware": {"ranks": 2, "sharing": "fsdp2"}}, "sharded"),
         ({"model": {"mode": "qlora (as asked)", "device": "cuda (H200)"}}, "there is none here"),

@@ -50,6 +50,11 @@ def require_replayable(spec: TrainSpec, record: RunRecord, *, mode: str, device:
     reasons = (
         (mode not in ("lora", "qlora", "full"), "its record does not say how the base was loaded", None),
         (training.engine == "unsloth", "Unsloth's kernels and model are its own", f"{override} engine=native"),
+        (
+            training.engine == "trl",
+            "TRL joins epochs and weighs batches its own way",
+            f"{override} engine=native",
+        ),
         (training.fp8, "its matrices were multiplied in 8-bit floats", f"{override} fp8=false"),
         (adapter and lora.dropout > 0, "dropout draws other random numbers", f"{override} lora_dropout=0"),
         (
