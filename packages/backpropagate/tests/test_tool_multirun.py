@@ -636,3 +636,30 @@ def test_a_second_run_says_whose_adapter_it_replaces(place):
         e["details"] for e in RunStore(Path("o")).read_metrics(third.run_id) if "replaced" in e.get("details", {})
     ]
     assert recorded == notices
+
+
+def judged(place, labels):
+    rows = [{"prompt": f"p {i}", "completion": f"c {i}", "label": label} for i, label in enumerate(labels)]
+    (place / "k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place / "k.jsonl"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kto_trains_and_measures_on_both_labels_in_every_slice(place, seed):
+    wanted = Settings(training=TrainingSpec(method="kto", seed=seed), multirun=MultiRunSpec(runs=2, heldout=0.1))
+    files = [judged(place, [i % 4 == 0 for i in range(12)]), place / "other.jsonl"]
+    files[1].write_text(files[0].read_text().replace('"p ', '"other p '))
+    slices = write_slices(place / "slices", files, wanted, lambda _: None)
+    for one in slices:
+        for name in (one.train_file, one.heldout_file):
+            rows = [json.loads(line) for line in (place / "slices" / name).read_text().splitlines()]
+            assert {row["label"] for row in rows} == {True, False}, name
+        assert one.heldout == 2
+
+
+def test_kto_with_one_row_of_a_label_says_what_is_missing(place):
+    wanted = Settings(training=TrainingSpec(method="kto"), multirun=MultiRunSpec(runs=1, heldout=0.1))
+    with pytest.raises(RunsAndRowsError, match="run 1 has 1 good and 7 bad answers"):
+        write_slices(place / "slices", [judged(place, [i == 3 for i in range(8)])], wanted, lambda _: None)
+    wanted = replace(wanted, multirun=MultiRunSpec(runs=1, heldout=0.0))
+    assert write_slices(place / "slices", [place / "k.jsonl"], wanted, lambda _: None)[0].train == 8

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self, TypeAlias
@@ -80,7 +80,8 @@ def write_slices(folder: Path, sources: Sequence[Path], wanted: Settings, say: S
         seen = Counter(spool.keys[place] for _, places in parts for place in places)
         for number, (source, places) in enumerate(parts, start=1):
             is_single = [seen[spool.keys[place]] == 1 for place in places]
-            heldout, own = _hold_out(number, source, places, is_single, wanted.multirun.heldout)
+            labels = [spool.labels[place] for place in places] if wanted.training.method == "kto" else []
+            heldout, own = _hold_out(number, source, places, is_single, labels=labels, share=wanted.multirun.heldout)
             replayed = _replay(trained, len(own), wanted, draw)
             trained.append(own)
             slices.append(
@@ -110,6 +111,8 @@ class Spool:
         self._ends = array("q", [0])
         self.keys: list[bytes] = []
         """`exact_key` of each row."""
+        self.labels: list[bool] = []
+        """Whether each row is labeled as a good answer; meaningless for rows without a label."""
 
     def __enter__(self) -> Self:
         with coded_disk_errors(self._path):
@@ -127,6 +130,7 @@ class Spool:
             self._file.write(line)
         self._ends.append(self._ends[-1] + len(line))
         self.keys.append(exact_key(row))
+        self.labels.append(str(row.data.get("label")).strip().lower() in {"true", "1", "1.0"})
         return len(self.keys) - 1
 
     def write(self, places: Sequence[int], file: Path) -> None:
@@ -189,11 +193,22 @@ def _read(source: Path, wanted: Settings, say: Say) -> Iterator[Row]:
 
 
 def _hold_out(
-    number: int, source: Path, places: Places, is_single: Sequence[bool], share: float
+    number: int, source: Path, places: Places, is_single: Sequence[bool], *, labels: Sequence[bool], share: float
 ) -> tuple[Places, Places]:
-    """Rows to measure on, which occur only once in all slices, and the rest."""
+    """Rows to measure on, which occur only once in all slices, and the rest.
+
+    Args:
+        labels: Of each row, for kto, which can neither train nor measure with one label alone: both sides get both.
+    """
     wanted = max(1, round(share * len(places))) if share else 0
-    free = [place for place, single in zip(places, is_single, strict=True) if single][:wanted]
+    single = [place for place, is_free in zip(places, is_single, strict=True) if is_free]
+    free = _pick_labels(single, dict(zip(places, labels, strict=True)), wanted) if labels else single[:wanted]
+    if wanted and labels and len({*labels}) == 2 and len(free) < 2:
+        raise RunsAndRowsError(
+            f"run {number} has {labels.count(True)} good and {labels.count(False)} bad answers of {source}; kto needs two "
+            "of each, one to train on and one to measure on",
+            details={"run": number, "good": labels.count(True), "bad": labels.count(False)},
+        )
     if len(places) - len(free) < 1 or (wanted and not free):
         what = "only rows that other rows repeat" if places and not free else f"{len(places)} rows"
         raise RunsAndRowsError(
@@ -202,6 +217,23 @@ def _hold_out(
         )
     chosen = set(free)
     return free, [place for place in places if place not in chosen]
+
+
+def _pick_labels(places: Places, labels: Mapping[int, bool], wanted: int) -> Places:
+    """At least one place of each label, then the next ones up to ``wanted``; one of each label stays for training.
+
+    Empty if that is impossible for one of the labels.
+    """
+    left = Counter(labels.values())
+    first = [next((place for place in places if labels[place] is label), None) for label in left]
+    picked: Places = []
+    for place in [*first, *places]:
+        if place is None or (len(picked) < len(left) and left[labels[place]] < 2):
+            return []
+        if place not in picked and left[labels[place]] > 1 and len(picked) < max(wanted, len(left)):
+            picked.append(place)
+            left[labels[place]] -= 1
+    return picked
 
 
 def _replay(trained: Sequence[Places], own: int, wanted: Settings, draw: random.Random) -> Places:
