@@ -13,7 +13,7 @@ from backpropagate import Trainer, on_interrupt, rails
 from backpropagate.cli.app import run
 from backpropagate.settings import all_settings
 from bp_runs.checkpoint import CheckpointFolder
-from bp_runs.errors import ResumeChangedError, TrainingDivergedError
+from bp_runs.errors import ResumeChangedError, TrainingDivergedError, registered_codes
 from bp_runs.events import StepDone
 from bp_runs.process import process_birth
 from bp_runs.store import RunStore
@@ -599,3 +599,15 @@ def test_after_the_clock_went_back_the_last_run_is_resumed(place, capsys, monkey
     file.write_text(json.dumps(told))
     assert [row["run_id"] for row in out(capsys, ["list-runs"])["runs"]] == [older.name, first]
     assert out(capsys, ["resume"])["run_id"] == older.name
+
+
+@pytest.mark.parametrize("code", [code for code, kind in registered_codes().items() if "RUN" in kind.default_way_out])
+def test_no_printed_hint_says_run_where_it_means_a_run(place, capsys, code):
+    failure = registered_codes()[code]("it went wrong")
+    with rails.use(FakeRail(fail_at=2, failure=failure)):
+        assert run([*TRAIN, "--no-resume"]) != 0
+    (row, *_) = STORE.list_runs()
+    hint = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("  do:"))
+    assert row["run_id"] in hint
+    assert "RUN" not in hint
+    assert row["run_id"] in STORE.load(row["run_id"]).error["way_out"]

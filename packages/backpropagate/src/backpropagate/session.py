@@ -15,6 +15,7 @@ request, keeps the promise of ``--offline``, and records how the run ended, what
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from backpropagate.catalogue import BaseModel, Rows
 from backpropagate.logs import follow_run
 from backpropagate.watching import Watcher
 from bp_runs.adapter import read_manifest
-from bp_runs.errors import AdapterInvalidError, InterruptedRunError
+from bp_runs.errors import AdapterInvalidError, CodedError, InterruptedRunError
 from bp_runs.events import Event, Notice
 from bp_runs.rail import Rail, Stop, TrainOutcome
 from bp_runs.record import Relation, RunRecord
@@ -229,6 +230,7 @@ class RunSession:
                 stack.enter_context(self._interrupts_coded())
             stack.enter_context(follow_run(self.run_id))
             stack.enter_context(self._writer)
+            stack.enter_context(self._hints_named())
             if self._parent_stop is None:
                 self.stop = stack.enter_context(context.interrupts())
             stack.enter_context(offline.forbid_network(wanted=system.is_network_forbidden(context.environ)))
@@ -239,6 +241,15 @@ class RunSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         return self._open.__exit__(kind, error, trace)
+
+    @contextlib.contextmanager
+    def _hints_named(self) -> Iterator[None]:
+        """Let hints that mean this run name it: ``backprop replay RUN`` becomes a command to paste."""
+        try:
+            yield
+        except CodedError as error:
+            error.way_out = name_run(error.way_out, self.run_id, self._context.store.output)
+            raise
 
     @contextlib.contextmanager
     def _interrupts_coded(self) -> Iterator[None]:
@@ -252,6 +263,11 @@ class RunSession:
                 way_out=f"Resume it: {line}",
                 details={"run_id": self.run_id},
             ) from error
+
+
+def name_run(hint: str, run_id: str, output: Path) -> str:
+    """A hint with the run's id in place of the word RUN."""
+    return re.sub(r"\bRUN\b", f"{run_id}{system.where(output)}", hint)
 
 
 def _run_of(place: Path) -> str | None:

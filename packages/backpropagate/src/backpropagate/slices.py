@@ -205,8 +205,8 @@ def _hold_out(
     free = _pick_labels(single, dict(zip(places, labels, strict=True)), wanted) if labels else single[:wanted]
     if wanted and labels and len({*labels}) == 2 and len(free) < 2:
         raise RunsAndRowsError(
-            f"run {number} has {labels.count(True)} good and {labels.count(False)} bad answers of {source}; kto needs two "
-            "of each, one to train on and one to measure on",
+            f"run {number} has {labels.count(True)} good and {labels.count(False)} bad answers of {source}; kto needs "
+            "two of each, one to train on and one to measure on",
             details={"run": number, "good": labels.count(True), "bad": labels.count(False)},
         )
     if len(places) - len(free) < 1 or (wanted and not free):

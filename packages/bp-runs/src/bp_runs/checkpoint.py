@@ -152,7 +152,14 @@ class CheckpointFolder:
             damaged[checkpoint.path.name] = wrong
         if damaged:
             told = "; ".join(f"{name}: {wrong}" for name, wrong in damaged.items())
-            raise CheckpointInvalidError(f"no checkpoint in {self.path} is whole", cause=told, details=damaged)
+            run = self.path.parent
+            again = f"backprop replay {run.name} --output {shlex.quote(str(run.parent.parent))}"
+            raise CheckpointInvalidError(
+                f"no checkpoint in {self.path} is whole",
+                cause=told,
+                way_out=f"Start from scratch with the same settings: {again}",
+                details=damaged,
+            )
         return None, {}
 
     @contextlib.contextmanager
