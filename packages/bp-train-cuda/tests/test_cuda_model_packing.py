@@ -16,8 +16,9 @@ from bp_train_cuda import check
 from bp_train_cuda.errors import PackingError
 from bp_train_cuda.model.packing import Packing, check_packing, require_packable
 
-KEEPS_APART = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "cohere", "granitemoe", "minicpm3")
-MIXES_ON_A_CPU = ("qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "falcon_h1", "mamba", "opt")
+KEEPS_APART = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "cohere", "granitemoe", "minicpm3",
+               "gpt_oss", "opt", "falcon")  # fmt: skip
+MIXES_ON_A_CPU = ("qwen3_5_text", "qwen3_next", "lfm2", "granitemoehybrid", "falcon_h1", "mamba")
 LENGTHS = (13, 30, 1, 11)
 
 
@@ -63,6 +64,25 @@ def test_packed_equals_alone_or_is_rejected_of_every_class(name):
 @pytest.mark.parametrize("name", ["mamba", "opt", "falcon"])
 def test_what_is_rejected_does_mix(name):
     assert _largest_leak(pico(name), Packing()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "afmoe", "opt", "falcon"])
+def test_masks_are_made_for_a_model_that_makes_its_own_without_positions(name):
+    model = pico(name)
+    packing = require_packable(model)
+    assert packing == Packing(masked=model)
+    assert _largest_leak(model, packing) < 1e-4
+    positions = torch.tensor([[0, 1, 2, 0, 1]])
+    masks = packing.arguments(positions)["attention_mask"]
+    for mask in masks.values() if isinstance(masks, dict) else [masks]:
+        seen = mask[0, 0] if mask.dtype == torch.bool else mask[0, 0] == 0
+        assert seen.tolist() == [
+            [True, False, False, False, False],
+            [True, True, False, False, False],
+            [True, True, True, False, False],
+            [False, False, False, True, False],
+            [False, False, False, True, True],
+        ]
 
 
 def test_the_error_names_the_package_that_keeps_examples_apart():

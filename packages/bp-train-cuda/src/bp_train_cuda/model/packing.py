@@ -5,6 +5,7 @@ across examples, for eager, sdpa and flex attention, with sliding windows and ch
 as neither an attention mask nor a cache is passed. Flash attention takes the same from one sequence (1, T) alone, so
 packs are always joined to one. Layers with a state or a convolution (Mamba, gated delta rule, LFM2) know nothing of
 positions: their GPU kernels take ``seq_idx`` or ``cu_seq_lens_q``, their plain torch versions ignore both, or raise.
+Some attention models (gpt-oss, AFMoE) make their masks without positions; for them the masks are made here.
 
 Which of these holds is not read from a list of names. A small model of the config's class, then the loaded model, runs
 two packs that differ in their first example only: the other examples must give the same logits in both, to the last
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.masking_utils import create_masks_for_generate
 
 from bp_runs.errors import first_line
 from bp_train_cuda.errors import PackingError
@@ -42,8 +44,10 @@ class Packing:
     """The number of each token's example: for Mamba and for convolutions."""
     cu_seq_lens: bool = False
     """Where examples begin, as flash attention's kernels take it: for the gated delta rule."""
+    masked: Any = None
+    """The model whose attention masks are made here, since it makes its own without positions; None for others."""
 
-    def arguments(self, position_ids: torch.Tensor) -> dict[str, torch.Tensor | int]:
+    def arguments(self, position_ids: torch.Tensor) -> dict[str, Any]:
         """Keyword arguments of the forward pass.
 
         Call it while the batch is on the CPU: on a GPU it would wait for the device.
@@ -53,10 +57,10 @@ class Packing:
 
         Returns:
             ``seq_idx`` (1, T) int32; ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (examples + 1) int32 with ``max_length_q``
-            and ``max_length_k`` in tokens; or nothing.
+            and ``max_length_k`` in tokens; ``attention_mask`` on the model's device; or nothing.
         """
         starts = position_ids[0] == 0
-        found: dict[str, torch.Tensor | int] = {}
+        found: dict[str, Any] = {}
         if self.seq_idx:
             found["seq_idx"] = (starts.cumsum(0) - 1).to(torch.int32)[None]
         if self.cu_seq_lens:
@@ -69,10 +73,21 @@ class Packing:
                 "max_length_q": longest,
                 "max_length_k": longest,
             }
+        if self.masked is not None:
+            found["attention_mask"] = _make_masks(self.masked, position_ids)
         return found
 
 
-_CANDIDATES = (Packing(), Packing(seq_idx=True), Packing(cu_seq_lens=True), Packing(seq_idx=True, cu_seq_lens=True))
+def _make_masks(model: Any, position_ids: torch.Tensor) -> Any:
+    """A mask (1, 1, T, T), or one by kind of layer, as transformers makes it of positions that begin again."""
+    shape_only = torch.empty((*position_ids.shape, 1), dtype=model.dtype, device=model.device)
+    return create_masks_for_generate(model.config, shape_only, None, None, position_ids=position_ids.to(model.device))
+
+
+def _candidates(model: Any) -> tuple[Packing, ...]:
+    """What a model may take, the cheapest first."""
+    states = (Packing(), Packing(seq_idx=True), Packing(cu_seq_lens=True), Packing(seq_idx=True, cu_seq_lens=True))
+    return (*states, Packing(masked=model))
 
 
 def check_packing(config: Any, device: str) -> Packing | None:
@@ -107,7 +122,7 @@ def require_packable(model: Any) -> Packing:
     device = next(unwrap_model(model).parameters()).device
     with evaluating(model, device):
         proof = _Proof(unwrap_model(model), device)
-        for packing in _CANDIDATES:
+        for packing in _candidates(unwrap_model(model)):
             reason = proof.find_leak(packing)
             if reason is None:
                 return packing
