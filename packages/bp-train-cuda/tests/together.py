@@ -77,16 +77,17 @@ def main(file):
 
 def follow(orders, ranks):
     """As `CudaRail.follow`; each training is one of the orders."""
+    from bp_train_cuda import engines
     from bp_train_cuda.distributed import launch
 
-    rail, memberships = CudaRail(), launch.join_groups(ranks, lambda: False)
+    memberships = launch.join_groups(ranks, lambda: False)
     for order, (spec, membership) in zip(orders, memberships, strict=False):
         prepare(order, ranks.rank)
         steps = iter(range(100))
         stop = lambda: next(steps) + 1 == order.get("stops_after")  # noqa: E731
         try:
             with membership as group:
-                rail._train(spec, group.record_warning, stop, group)
+                engines.train(spec, group.record_warning, stop, group=group)
         except CodedError:
             if spec.ranks.sharded:
                 return

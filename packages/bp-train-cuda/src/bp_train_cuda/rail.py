@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from bp_runs.errors import CodedError, NothingHeldOutError
-from bp_runs.events import Emit, Notice
-from bp_runs.paths import REJECTED_FILE
+from bp_runs.events import Emit
 from bp_runs.rail import Check, EvalOutcome, MemoryEstimate, Part, Probe, Replay, RowOutcome, Stop, TrainOutcome
 from bp_runs.record import RunRecord
 from bp_runs.spec import Ranks, RunFolders, Settings, TrainSpec
-from bp_train_cuda.rows import PlannedRows, data_ready, prepare_rows
+from bp_train_cuda.rows import prepare_rows
 
 if TYPE_CHECKING:
     from bp_data import Prepared
     from bp_data.asked import AnyPrepared
     from bp_train_cuda.cache import BaseCache
-    from bp_train_cuda.distributed.process_group import ProcessGroup
 
 
 _log = logging.getLogger("bp_train_cuda")
@@ -104,12 +102,12 @@ class CudaRail:
             TrainingDivergedError: The loss is no longer finite.
             TrainingFailedError: The framework raised.
         """
+        from bp_train_cuda import engines
         from bp_train_cuda.distributed import launch, process_group
 
-        if spec.ranks is None:
-            return self._train(spec, emit, stop, process_group.ProcessGroup())
-        with launch.open_group(spec, stop) as group:
-            return self._train(spec, emit, stop, group)
+        alone = contextlib.nullcontext(process_group.ProcessGroup())
+        with alone if spec.ranks is None else launch.open_group(spec, stop) as group:
+            return engines.train(spec, emit, stop, cache=self._cache, group=group)
 
     def follow(self, ranks: Ranks, stop: Stop) -> RunFolders | None:
         """Train along with rank 0, as `bp_runs.rail.TrainsTogether` says; rank 0 reports what goes wrong.
@@ -117,6 +115,7 @@ class CudaRail:
         Raises:
             RankLostError: The store where the ranks meet cannot be reached.
         """
+        from bp_train_cuda import engines
         from bp_train_cuda.distributed import launch
 
         folders = None
@@ -124,7 +123,7 @@ class CudaRail:
             folders = spec.folders
             try:
                 with membership as group:
-                    self._train(spec, group.record_warning, stop, group)
+                    engines.train(spec, group.record_warning, stop, cache=self._cache, group=group)
             except CodedError:
                 if spec.ranks is not None and spec.ranks.sharded:
                     break  # only the end of this process frees ranks that wait for its share of a layer
@@ -135,43 +134,6 @@ class CudaRail:
         from bp_train_cuda.distributed import launch
 
         launch.release(ranks)
-
-    def _train(self, spec: TrainSpec, emit: Emit, stop: Stop, group: ProcessGroup) -> TrainOutcome:
-        from bp_data.loop.plan_warnings import warn_about_plan
-        from bp_train_cuda import check, engines
-        from bp_train_cuda.distributed import rules
-
-        rules.require_supported(spec, group)
-        if group.is_sharded:
-            spec = replace(spec, training=rules.sharded_training(spec.training))
-        prepared = self._prepare(spec, group)
-        rows = PlannedRows.build(prepared, spec.training, spec.model.max_seq_length, group.count)
-        emit(data_ready(spec, prepared, len(rows.validation)))  # fails if a resumed run's data has changed
-        emit(plan := rows.to_event())
-        if group.rank == 0:
-            prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
-        if prepared.ledger.dropped:
-            message = f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}"
-            emit(Notice(message=message, level="warning" if group.rank == 0 else "info"))
-        check.require_rows_fit(spec, prepared)
-        if group.rank == 0:
-            for warning in warn_about_plan(spec, plan):
-                emit(warning)
-        if group.count > 1:
-            emit(rules.ranks_notice(spec, group.count))
-        spec = replace(spec, training=rows.plan.apply_to(spec.training))
-        outcome = engines.train(spec, rows.train, rows.validation, emit, stop, cache=self._cache, group=group)
-        return replace(outcome, rows=rows.count_after(outcome.steps))
-
-    @staticmethod
-    def _prepare(spec: TrainSpec, group: ProcessGroup) -> AnyPrepared:
-        """The rows; of several ranks the first makes them, and the others find them in its cache."""
-        if group.rank:
-            group.all_gather(None)
-            return prepare_rows(spec)
-        prepared = prepare_rows(spec)
-        group.all_gather(None)
-        return prepared
 
     def evaluate(self, spec: TrainSpec, adapter: Path | None, emit: Emit, *, part: Part = "all") -> EvalOutcome:
         """Measure the base with ``adapter`` on the spec's rows as validation in training does; answer the prompts.

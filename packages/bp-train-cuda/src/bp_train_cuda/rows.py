@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self, cast
 
-from bp_runs.events import DataReady, RowCounts, RunPlanned
+from bp_runs.events import DataReady, Emit, Notice, RowCounts, RunPlanned
+from bp_runs.paths import REJECTED_FILE
 from bp_runs.spec import TrainingSpec, TrainSpec
 
 if TYPE_CHECKING:
     from bp_data.asked import AnyPrepared
     from bp_data.loop.plan import AnyRows, RunPlan
+    from bp_train_cuda.distributed.process_group import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,44 @@ class PlannedRows:
         order = ExampleOrder(self.plan.units, self.shuffle_seed or 0, shuffled=self.shuffle_seed is not None)
         first = order.epoch(0)[:units]
         return first if self.packs is None else list(chain.from_iterable(self.packs[pack] for pack in first))
+
+
+def plan_rows(spec: TrainSpec, emit: Emit, group: ProcessGroup) -> tuple[TrainSpec, PlannedRows]:
+    """Prepare the spec's rows, hold some out, plan the steps, and report what becomes of every row.
+
+    Returns:
+        The spec with its number of steps, and the rows.
+
+    Raises:
+        CodedError: The rows can't be trained on, by this model or by these settings.
+    """
+    from bp_data.loop.plan_warnings import warn_about_plan
+    from bp_train_cuda import check
+
+    prepared = _prepare_together(spec, group)
+    rows = PlannedRows.build(prepared, spec.training, spec.model.max_seq_length, group.count)
+    emit(data_ready(spec, prepared, len(rows.validation)))  # fails if a resumed run's data has changed
+    emit(plan := rows.to_event())
+    if group.rank == 0:
+        prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
+    if prepared.ledger.dropped:
+        message = f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}"
+        emit(Notice(message=message, level="warning" if group.rank == 0 else "info"))
+    check.require_rows_fit(spec, prepared)
+    if group.rank == 0:
+        for warning in warn_about_plan(spec, plan):
+            emit(warning)
+    return replace(spec, training=rows.plan.apply_to(spec.training)), rows
+
+
+def _prepare_together(spec: TrainSpec, group: ProcessGroup) -> AnyPrepared:
+    """The rows; of several ranks the first makes them, and the others find them in its cache."""
+    if group.rank:
+        group.all_gather(None)
+        return prepare_rows(spec)
+    prepared = prepare_rows(spec)
+    group.all_gather(None)
+    return prepared
 
 
 def prepare_rows(spec: TrainSpec) -> AnyPrepared:

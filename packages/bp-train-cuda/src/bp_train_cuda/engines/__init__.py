@@ -12,10 +12,8 @@ another engine.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
-from bp_data.asked import AnyPrepared
 from bp_runs.events import Emit
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
@@ -24,33 +22,38 @@ from bp_train_cuda.distributed.process_group import ProcessGroup
 
 
 def train(
-    spec: TrainSpec,
-    prepared: AnyPrepared,
-    heldout: Sequence[Any],
-    emit: Emit,
-    stop: Stop,
-    *,
-    cache: BaseCache | None = None,
-    group: ProcessGroup,
+    spec: TrainSpec, emit: Emit, stop: Stop, *, cache: BaseCache | None = None, group: ProcessGroup
 ) -> TrainOutcome:
-    """Load, train, save and answer the sample prompts with the engine of ``spec.training.engine``.
+    """Prepare the examples, load, train, save and answer the sample prompts, with the engine of the settings.
 
     Args:
-        prepared: The examples to train on.
-        heldout: Examples to validate on; may be empty.
         cache: Keeps the base for the next call; None: it is not kept.
         group: The processes that train together; the main process saves and answers.
 
     Raises:
         CodedError: As `bp_train_cuda.rail.CudaRail.train`.
     """
+    from bp_train_cuda.distributed import rules
     from bp_train_cuda.engines import base
+    from bp_train_cuda.rows import plan_rows
 
-    with base.quiet_framework(), base.open_base(spec, cache, spec.initial_adapter) as loaded:
+    rules.require_supported(spec, group)
+    if group.is_sharded:
+        spec = replace(spec, training=rules.sharded_training(spec.training))
+    spec, rows = plan_rows(spec, emit, group)
+    if group.count > 1:
+        emit(rules.ranks_notice(spec, group.count))
+    with (
+        base.quiet_framework(),
+        base.open_base(spec, cache, spec.initial_adapter) as loaded,
+        base.determinism(spec.training, on_gpu=loaded.device.kind == "cuda"),
+    ):
         if spec.training.engine == "trl":
             from bp_train_cuda.engines import trl
 
-            return trl.train(spec, prepared, heldout, emit, stop, loaded=loaded)
-        from bp_train_cuda.engines import native
+            outcome = trl.train(spec, rows.train, rows.validation, emit, stop, loaded=loaded)
+        else:
+            from bp_train_cuda.engines.native import NativeRun
 
-        return native.train(spec, prepared, heldout, emit, stop, loaded=loaded, group=group)
+            outcome = NativeRun(spec, rows.train, rows.validation, emit, stop, loaded, group).train()
+    return replace(outcome, rows=rows.count_after(outcome.steps))

@@ -28,7 +28,6 @@ from bp_train_cuda.engines.base import (
     Loaded,
     answer_prompts,
     close_model,
-    determinism,
     open_model,
     pad_token,
     save_result,
@@ -48,24 +47,9 @@ _ROUNDED_AWAY = (
 )
 
 
-def train(
-    spec: TrainSpec,
-    prepared: AnyPrepared,
-    heldout: Sequence[Any],
-    emit: Emit,
-    stop: Stop,
-    *,
-    loaded: Loaded,
-    group: ProcessGroup,
-) -> TrainOutcome:
-    """As `bp_train_cuda.engines.train`, on a base model in memory."""
-    with determinism(spec.training, on_gpu=loaded.device.kind == "cuda"):
-        return _Run(spec, prepared, heldout, emit, stop, loaded, group).train()
-
-
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """One training run, from a base model in memory to a saved adapter."""
+class NativeRun:
+    """One training run, from a base model in memory to a saved adapter; `train` runs it."""
 
     spec: TrainSpec
     prepared: AnyPrepared
@@ -76,8 +60,32 @@ class _Run:
     group: ProcessGroup
 
     def train(self) -> TrainOutcome:
-        """Build, run, save."""
-        spec, group, device, mode = self.spec, self.group, self.loaded.device, self.loaded.mode
+        """Build what the loop needs, run it, save what comes out."""
+        group, mode = self.group, self.loaded.mode
+        wrapped, parts, state, fit = self._build()
+        try:
+            run_loop(parts, state)
+        except TrainingDivergedError as error:
+            raise self._keep_best(parts, wrapped, error) from error
+        if parts.validator is not None:
+            if state.stopped and parts.validator.is_due(state.step, is_last=True):
+                parts.validator.validate(state.step)  # off the schedule, so only once the checkpoint is written
+            parts.validator.restore_best(state.step)
+        folder = self._save(wrapped, parts.guard)  # before anything that may still fail
+        if group.rank == 0 and not group.is_sharded:
+            fit.remember(parts.guard.halvings, parts.framework.peak_memory())
+        parts.sample(state.step)
+        peaks = group.all_gather(parts.framework.peak_memory())
+        if group.count > 1:
+            shown = ", ".join(f"{one / 2**30:.1f}" for one in peaks)
+            self.emit(Notice(message=f"peak memory of each process: {shown} GiB", details={"peaks": peaks}))
+        if not group.is_sharded:
+            close_model(wrapped.model, mode)
+        return _outcome(folder, parts, state, max(peaks))
+
+    def _build(self) -> tuple[LogProbModel, LoopParts, LoopState, CardFit]:
+        """The model in memory, and the loop at its first step or where its checkpoint was."""
+        spec, group, device = self.spec, self.group, self.loaded.device
         peak = probe.PeakMemory(device)
         model = open_model(spec, self.loaded, self.emit, group)
         wrapped = LogProbModel(model)
@@ -89,37 +97,14 @@ class _Run:
             sample(0)
         if group.count > 1:
             set_seed(spec.training.seed + group.rank)  # dropout differs from rank to rank
-        fit = CardFit(spec, mode.name, device, self.emit)
+        fit = CardFit(spec, self.loaded.mode.name, device, self.emit)
         framework = self._build_framework(wrapped, peak)
         if packing is not None:
             framework.pack_arguments = packing.arguments
         parts, state, saver = self._build_loop(framework, sample, halvings=fit.recall_halvings())
         self._start(parts, framework)
         saver.restore()
-        self._run(parts, state, wrapped)
-        folder = self._save(wrapped, parts.guard)  # before anything that may still fail
-        if group.rank == 0 and not group.is_sharded:
-            fit.remember(parts.guard.halvings, peak.read())
-        sample(state.step)
-        peaks = group.all_gather(peak.read())
-        if group.count > 1:
-            shown = ", ".join(f"{one / 2**30:.1f}" for one in peaks)
-            self.emit(Notice(message=f"peak memory of each process: {shown} GiB", details={"peaks": peaks}))
-        if not group.is_sharded:
-            close_model(model, mode)
-        return _outcome(folder, parts, state, max(peaks))
-
-    def _run(self, parts: LoopParts, state: LoopState, wrapped: LogProbModel) -> None:
-        """The loop; afterwards the model has the weights to keep."""
-        try:
-            run_loop(parts, state)
-        except TrainingDivergedError as error:
-            raise self._keep_best(parts, wrapped, error) from error
-        if parts.validator is None:
-            return
-        if state.stopped and parts.validator.is_due(state.step, is_last=True):
-            parts.validator.validate(state.step)  # off the schedule, so only once the checkpoint is written
-        parts.validator.restore_best(state.step)
+        return wrapped, parts, state, fit
 
     def _build_framework(self, wrapped: LogProbModel, peak: probe.PeakMemory) -> TorchFramework:
         training, prepared, loaded = self.spec.training, self.prepared, self.loaded
