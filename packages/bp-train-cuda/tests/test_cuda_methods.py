@@ -129,7 +129,7 @@ def test_an_answer_goes_under_another_prompt(judged_file, pico_model):
     assert len(join_prompt(mine, other, split + 1).ids) == split + 1
 
 
-def test_a_rehearsal_leaves_no_trace_in_the_metrics(files, pico_model, tmp_path):
+def test_a_preflight_leaves_no_trace_in_the_metrics(files, pico_model, tmp_path):
     runs = {
         preflight: steps(train(spec("dpo", files, pico_model, tmp_path / preflight, preflight=preflight))[1])
         for preflight in ("off", "on")
