@@ -274,10 +274,12 @@ def build_examples(
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on ``device``; copies to a GPU run while the host goes on."""
+    """The batch with its CPU tensors on ``device``; copies to a GPU run while the host goes on."""
     if device.type == "cpu":
         return dict(batch)
     return {
-        name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        name: value.pin_memory().to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu"
+        else value
         for name, value in batch.items()
     }
