@@ -28,9 +28,9 @@ slow:
 mutants *words:
     uv run python tests/mutants/run_mutants.py {{words}}
 
-# Every decoder class of transformers, built small: output heads and packing proved.
+# Every decoder class of transformers, built small: output heads and packing proved; mixtures of experts trained.
 models:
-    uv run pytest -m "slow or not slow" -n 0 packages/bp-train-cuda/tests/test_cuda_model_head.py packages/bp-train-cuda/tests/test_cuda_model_packing.py
+    uv run pytest -m "slow or not slow" -n 0 packages/bp-train-cuda/tests/test_cuda_model_head.py packages/bp-train-cuda/tests/test_cuda_model_packing.py packages/bp-train-cuda/tests/test_cuda_model_experts.py
 
 # Data fuzzed by coverage for so many seconds a target.
 fuzz seconds="900":

@@ -1,6 +1,7 @@
 """Mixtures of experts: what an adapter reaches, said before weights are loaded, and training that works."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ from bp_train_cuda.model.pico import shrink_config
 FUSED = ("qwen3_moe", "mixtral", "granitemoe", "granitemoehybrid", "phimoe", "gpt_oss", "olmoe", "qwen3_next",
          "deepseek_v3", "llama4_text", "qwen3_5_moe_text", "nemotron_h")  # fmt: skip
 TRAINED = ("qwen3_moe", "mixtral", "granitemoe", "granitemoehybrid", "phimoe", "gpt_oss")
-BY_THE_RAIL = ("qwen3_moe", "gpt_oss")
 
 
 class _TwoExperts(torch.nn.Module):
@@ -114,7 +114,10 @@ def test_the_rail_says_it_before_the_weights_are_there(experts_folder, chat_file
     assert "its experts and routers are not adapted, k_proj, o_proj, q_proj, v_proj are" in caplog.text
 
 
-@pytest.mark.parametrize("name", BY_THE_RAIL)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("qwen3_moe", "phimoe") else pytest.param(name, marks=pytest.mark.slow) for name in TRAINED],
+)
 def test_a_mixture_of_experts_trains_and_its_adapter_changes_it(name, experts_folder, chat_file, tmp_path):
     folder = experts_folder(name)
     spec = spec_for(folder, chat_file, tmp_path / "run", training={"steps": 2, "learning_rate": 1e-2})
@@ -123,6 +126,11 @@ def test_a_mixture_of_experts_trains_and_its_adapter_changes_it(name, experts_fo
     weights = load_file(spec.folders.adapter / "adapter_model.safetensors")
     assert not [key for key in weights if ".experts." in key or "router" in key]
     assert any(float(weight.abs().max()) > 0 for key, weight in weights.items() if "lora_B" in key)
+    own = CudaRail().evaluate(spec, None, lambda _: None).loss
+    assert CudaRail().evaluate(spec, spec.folders.adapter, lambda _: None).loss < own
+    # As each run of a multi-run begins: with the adapter of the run before.
+    again = spec_for(folder, chat_file, tmp_path / "next", training={"steps": 1})
+    assert train(replace(again, initial_adapter=spec.folders.adapter))[0].steps == 1
 
 
 @pytest.mark.parametrize("name", TRAINED)
