@@ -9,6 +9,7 @@ UserError
 ├── ModelNotFoundError     INPUT_MODEL_NOT_FOUND     no such folder, no such Hub model
 ├── ModelInvalidError      INPUT_MODEL_INVALID       a folder that is no Hugging Face model
 ├── ResumeDiffersError     CONFIG_RESUME_DIFFERS     a run is to go on with other settings than its own
+├── AdapterSelectionError  INPUT_ADAPTER_SELECTION   a run has no such step, or no adapter yet
 ├── RailUnknownError       CONFIG_UNKNOWN_BACKEND    no rail has the name
 ├── JobNotFoundError       INPUT_JOB_NOT_FOUND       the queue has no such job
 ├── QueueBusyError         INPUT_QUEUE_BUSY          another process works through the queue
@@ -111,6 +112,14 @@ class ModelInvalidError(UserError):
     code = "INPUT_MODEL_INVALID"
     when = "The model folder has no config.json, or no weights in safetensors files."
     default_way_out = "Give a folder in Hugging Face form: config.json, tokenizer.json and *.safetensors."
+
+
+class AdapterSelectionError(UserError):
+    """The run has not what was selected."""
+
+    code = "INPUT_ADAPTER_SELECTION"
+    when = "An adapter was selected as RUN@STEP, RUN@best or RUN@last, and the run does not have it."
+    default_way_out = "See a run's checkpoints: backprop show-run RUN"
 
 
 class RailUnknownError(UserError):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from backpropagate import catalogue, rails, settings, system
+from backpropagate import catalogue, rails, selecting, settings, system
 from backpropagate.comparing import METRICS, Difference, Metric, compare_answers, compare_losses, matches
 from backpropagate.errors import EvalDataError, EvalGateError, EvalRailError
 from bp_runs.adapter import AdapterFolder, read_adapter_folder
@@ -170,10 +170,8 @@ def find_adapter(target: str | None, output: Path) -> _Subject:
         AdapterInvalidError, RunNotFoundError: There is none.
     """
     path = adapter_folder(output) if target is None else system.to_path(target)
-    store = RunStore(output)
     if target is not None and not path.exists():
-        run_id = store.find(target)
-        path = store.folder(run_id) / "lora"
+        path = selecting.find_adapter(target, output)
     folder = read_adapter_folder(path)
     return _Subject(path, folder, _record_of(folder, path, output))
 

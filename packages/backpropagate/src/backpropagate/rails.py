@@ -54,6 +54,15 @@ def _status(name: str, point: object) -> RailStatus:
         return RailStatus(name, Probe(usable=False, why=f"failed to load: {why}"), None)
 
 
+def find_rail(name: str) -> Rail | None:
+    """The installed rail of that name; None if there is none or it fails to load."""
+    if _in_use:
+        return _in_use[-1] if _in_use[-1].name == name else None
+    points = {p.name: p for p in entry_points(group=GROUP)}
+    found: Rail | None = _load(points[name]) if name in points else None
+    return found
+
+
 def find_estimator() -> Estimates | None:
     """The first installed rail that estimates memory; whether it can train here is not asked, as that takes seconds."""
     points = {p.name: p for p in entry_points(group=GROUP)}

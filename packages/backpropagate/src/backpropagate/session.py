@@ -215,7 +215,7 @@ class RunSession:
         if before not in (None, self.run_id):
             text = f"{place} now belongs to run {self.run_id} and replaced that of run {before}"
             kept = store.folder(str(before)) / place.name
-            hint = f"; to export that one: backprop export {shlex.quote(str(kept))}" if kept.is_dir() else ""
+            hint = f"; to export that one: backprop export {_selector(store, str(before))}" if kept.is_dir() else ""
             self.emit(Notice(message=text + hint, details={"run_id": self.run_id, "replaced": before}))
         return place
 
@@ -268,6 +268,11 @@ class RunSession:
 def name_run(hint: str, run_id: str, output: Path) -> str:
     """A hint with the run's id in place of the word RUN."""
     return re.sub(r"\bRUN\b", f"{run_id}{system.where(output)}", hint)
+
+
+def _selector(store: RunStore, run_id: str) -> str:
+    """How `backprop export` is told of a run: by its id, after its output folder unless that is the default one."""
+    return run_id if store.output == Path("output") else shlex.quote(str(store.output / run_id))
 
 
 def _run_of(place: Path) -> str | None:

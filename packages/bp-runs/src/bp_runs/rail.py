@@ -12,6 +12,7 @@ from bp_runs.events import Emit, RowCounts
 from bp_runs.spec import Ranks, RunFolders, Settings, TrainSpec
 
 if TYPE_CHECKING:
+    from bp_runs.checkpoint import Checkpoint
     from bp_runs.record import RunRecord
 
 Stop = Callable[[], bool]
@@ -313,6 +314,25 @@ class TrainsTogether(Protocol):
 
     def release(self, ranks: Ranks) -> None:
         """For rank 0: let the others' `follow` come back."""
+        ...
+
+
+@runtime_checkable
+class WritesAdapters(Protocol):
+    """A rail whose checkpoints can be written as adapter folders."""
+
+    def write_adapter(self, checkpoint: Checkpoint, record: RunRecord, folder: Path, *, best: bool = False) -> None:
+        """Publish the adapter folder of a checkpoint; imports no framework.
+
+        Args:
+            checkpoint: A whole one.
+            record: Its run's.
+            folder: Where the adapter goes.
+            best: The best weights up to the checkpoint, instead of those after its step.
+
+        Raises:
+            CheckpointInvalidError: The checkpoint holds no such adapter.
+        """
         ...
 
 

@@ -19,6 +19,7 @@ from bp_train_cuda.rows import prepare_rows
 if TYPE_CHECKING:
     from bp_data import Prepared
     from bp_data.asked import AnyPrepared
+    from bp_runs.checkpoint import Checkpoint
     from bp_train_cuda.cache import BaseCache
 
 
@@ -128,6 +129,16 @@ class CudaRail:
                 if spec.ranks is not None and spec.ranks.sharded:
                     break  # only the end of this process frees ranks that wait for its share of a layer
         return folders
+
+    def write_adapter(self, checkpoint: Checkpoint, record: RunRecord, folder: Path, *, best: bool = False) -> None:
+        """Publish the adapter folder of a checkpoint, as `bp_train_cuda.checkpoint_adapter.write_adapter`.
+
+        Raises:
+            CheckpointInvalidError: The checkpoint holds no such adapter.
+        """
+        from bp_train_cuda import checkpoint_adapter
+
+        checkpoint_adapter.write_adapter(checkpoint, record, folder, best=best)
 
     def release(self, ranks: Ranks) -> None:
         """Let the other ranks' `follow` come back."""

@@ -14,6 +14,7 @@ import bp_export
 from backpropagate.cli.flags import Json, output_folder
 from backpropagate.cli.screen import print_json
 from backpropagate.exporting import find_base_folder, ollama_host
+from backpropagate.selecting import find_adapter
 from bp_runs.errors import InvalidSettingError
 
 
@@ -37,7 +38,8 @@ def chat(
     Parameters
     ----------
     target: str
-        A GGUF, an adapter or model folder, or with --ollama a model's name there; default: lora in the output folder.
+        A GGUF, an adapter or model folder, a run's id, RUN@50 or RUN@best, or with --ollama a model's name there;
+        default: lora in the output folder.
     prompt: str
         Ask this once and end, instead of a conversation.
     system: str
@@ -63,7 +65,10 @@ def chat(
         raise InvalidSettingError("--json needs one question", way_out='Add: --prompt "What is the capital of France?"')
     if ollama and target is None:
         raise InvalidSettingError("--ollama needs a model's name", way_out="See which there are: backprop ollama list")
-    wanted = target or str(output_folder(None) / "lora")
+    runs = output_folder(None)
+    wanted = target or str(runs / "lora")
+    if target and not ollama:
+        wanted = str(find_adapter(target, runs))
     manner = bp_export.Manner(system, max_tokens, temperature, seed)
     if ollama:
         opened: contextlib.AbstractContextManager[bp_export.Talk] = contextlib.nullcontext(

@@ -42,11 +42,11 @@ def eval_(
     Parameters
     ----------
     target: str
-        Adapter folder, or a run's id; default: lora in the output folder.
+        Adapter folder, a run's id, RUN@50 or RUN@best; default: lora in the output folder.
     data: Path
         Rows that were not trained on; default: those that the adapter's run held out.
     against: str
-        Another adapter, or a run's id, to compare with instead of the base.
+        Another adapter, selected the same way, to compare with instead of the base.
     answers: int
         So many rows are answered by both models; 0: only the loss is measured.
     answer_tokens: int

@@ -13,6 +13,7 @@ import bp_export
 from backpropagate.cli.flags import Json, output_folder
 from backpropagate.cli.screen import print_json
 from backpropagate.exporting import ExportResult, export_adapter, plan_export
+from backpropagate.selecting import find_adapter
 
 Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
 Quantization: TypeAlias = Literal[
@@ -34,7 +35,7 @@ Quantization: TypeAlias = Literal[
 
 
 def export(
-    adapter: Path | None = None,
+    adapter: str | None = None,
     *,
     format: Annotated[Format, Parameter(name=("--format", "-f"))] = "gguf",
     quantization: Annotated[Quantization | None, Parameter(name=("--quantization", "-q"))] = None,
@@ -56,8 +57,8 @@ def export(
 
     Parameters
     ----------
-    adapter: Path
-        Adapter folder that training wrote; default: lora in the output folder of the settings.
+    adapter: str
+        Adapter folder, a run's id, or one of its checkpoints: RUN@50, RUN@best; default: lora in the output folder.
     format: str
         gguf: one quantized file; merged: a Hugging Face folder; lora: a copy of the adapter; gguf-adapter,
         ollama-adapter, mlx: the adapter alone, for llama.cpp, Ollama before 0.34.1, and mlx-lm.
@@ -88,7 +89,8 @@ def export(
     force: bool
         Replace an earlier export, and a model of that name in Ollama.
     """
-    folder = output_folder(None) / "lora" if adapter is None else adapter
+    runs = output_folder(None)
+    folder = runs / "lora" if adapter is None else find_adapter(adapter, runs)
     if dry_run:
         plan = plan_export(
             folder,

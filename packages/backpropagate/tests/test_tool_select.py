@@ -1,0 +1,102 @@
+"""RUN, RUN@50, RUN@best: every checkpoint of a run is an adapter, whatever command is given it. On a real pico model."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from backpropagate import Trainer
+from backpropagate.cli.app import run
+from backpropagate.errors import AdapterSelectionError
+from backpropagate.selecting import find_adapter
+from bp_runs.adapter import read_adapter_folder, read_manifest
+from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.errors import CheckpointInvalidError, RunNotFoundError
+from bp_runs.store import RunStore
+from bp_train_cuda import CudaRail
+
+SETTINGS = {
+    "batch_size": 2, "gradient_accumulation": 1, "max_seq_length": 64, "lr": 1e-2, "scheduler": "constant",
+    "report_to": "none", "eval_share": 0.0, "resume": False, "lora_r": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(pico_model, tmp_path_factory):
+    """An output folder with a run of two steps, and one of five with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("select")
+    data = folder / "chats.jsonl"
+    rows = [
+        [{"role": "user", "content": f"who are you {i}"}, {"role": "assistant", "content": f"captain {i}"}]
+        for i in range(8)
+    ]
+    data.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    trainer = Trainer(str(pico_model), output=folder / "out", rail=CudaRail(), **SETTINGS)
+    short = trainer.train(data, steps=2).run_id
+    return folder, data, short, trainer.train(data, steps=5, save_steps=2).run_id
+
+
+def weights(adapter):
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def test_a_checkpoint_is_the_adapter_of_that_step(trained):
+    folder, _, short, long = trained
+    adapter = find_adapter(f"{long}@2", folder / "out")
+    assert adapter == folder / "out/runs" / long / "adapters/step-2"
+    found, expected = weights(adapter), weights(find_adapter(short, folder / "out"))
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in found)
+    read = read_adapter_folder(adapter)
+    assert (read.run_id, read.r, read.base) == (long, 4, read_adapter_folder(find_adapter(short, folder / "out")).base)
+    assert read_manifest(adapter)["origin"]["step"] == 2
+    assert (adapter / "tokenizer.json").is_file()
+    assert find_adapter(f"{long}@2", folder / "out") == adapter, "made once"
+
+
+def test_what_a_run_is_named_by(trained):
+    folder, _, _, long = trained
+    output, finished = folder / "out", folder / "out/runs" / long / "lora"
+    for target in (long, long[:-3], f"{long}@last", f"{long}@5", str(output / long), str(finished)):
+        assert find_adapter(target, output) == finished, target
+    assert find_adapter(f"{output / long}@4", folder).name == "step-4"
+
+
+def test_what_is_not_there_is_named_with_what_is(trained):
+    folder, _, short, long = trained
+    with pytest.raises(AdapterSelectionError, match="has no 3") as refused:
+        find_adapter(f"{long}@3", folder / "out")
+    assert "step 2, 4" in refused.value.cause
+    assert f"{long}@4" in refused.value.way_out
+    with pytest.raises(AdapterSelectionError, match="is no step"):
+        find_adapter(f"{long}@half", folder / "out")
+    with pytest.raises(AdapterSelectionError, match="has no 1"):
+        find_adapter(f"{short}@1", folder / "out")
+    with pytest.raises(RunNotFoundError):
+        find_adapter("zzz@2", folder / "out")
+
+
+def test_commands_take_a_checkpoint(trained, monkeypatch, capsys):
+    folder, data, _, long = trained
+    monkeypatch.setenv("BACKPROPAGATE_TRAINING__OUTPUT_DIR", str(folder / "out"))
+    assert run(["export", f"{long}@2", "--format", "lora", "--output", str(folder / "copy"), "--json"]) == 0
+    assert weights(folder / "copy").keys() == weights(folder / "out/lora").keys()
+    capsys.readouterr()
+    assert run(["eval", f"{long}@2", "--data", str(data), "--answers", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["adapter"].endswith("step-2")
+    assert run(["export", f"{long}@7", "--format", "lora"]) == 1
+    assert "INPUT_ADAPTER_SELECTION" in capsys.readouterr().err
+    assert run(["chat", f"{long}@7", "--prompt", "hi"]) == 1
+    assert "INPUT_ADAPTER_SELECTION" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "value"), [("training.mode", "full"), ("lora.init_lora_weights", "pissa")])
+def test_a_checkpoint_that_is_no_adapter_says_so(trained, tmp_path, key, value):
+    folder, _, _, long = trained
+    record = RunStore(folder / "out").load(long)
+    record.settings[key] = {"value": value, "source": "flag"}
+    checkpoint = CheckpointFolder(folder / "out/runs" / long).read()[0]
+    with pytest.raises(CheckpointInvalidError):
+        CudaRail().write_adapter(checkpoint, record, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
