@@ -7,13 +7,15 @@ import torch
 from cuda_training import mean_loss, spec_for, train
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaModel
 
 from bp_data import prepare, split_rows
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.validation import Validator
+from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import DataReady, EvalDone, StepDone
 from bp_runs.spec import TrainingSpec
+from bp_train_cuda import CudaRail
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.guards.oom import TorchMemory
 
@@ -76,6 +78,31 @@ def test_the_last_is_kept_and_nothing_stops_where_the_user_says_so(pico_model, c
     _, heldout = split_rows(prepare(chat_file, pico_model, 128).rows, 2, 42)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), outcome.adapter)
     assert mean_loss(model, heldout) == pytest.approx(evals(events)[-1].loss, rel=1e-4)
+
+
+def test_a_run_that_diverges_keeps_its_best_adapter(pico_model, chat_file, tmp_path, monkeypatch):
+    forward, calls = LlamaModel.forward, []
+
+    def spoiled(model, *args, **kwargs):
+        out = forward(model, *args, **kwargs)
+        calls.append(torch.is_grad_enabled())
+        if sum(calls) > 4 and calls[-1]:  # the fifth step
+            out.last_hidden_state = out.last_hidden_state * float("nan")
+        return out
+
+    change = {**EVAL, "steps": 12, "eval_steps": 2, "batch_size": 6, "early_stop": 0}
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training=change)
+    events = []
+    with monkeypatch.context() as patch, pytest.raises(TrainingDivergedError) as caught:
+        patch.setattr(LlamaModel, "forward", spoiled)
+        CudaRail().train(spec, events.append, lambda: False)
+    best = min(evals(events), key=lambda e: e.loss)
+    assert caught.value.details["best_step"] == best.step == 4
+    assert f"{spec.folders.run_id}@best --lr" in caught.value.way_out
+    assert caught.value.details["adapter"] == str(spec.folders.adapter)
+    _, heldout = split_rows(prepare(chat_file, pico_model, 128).rows, 2, spec.training.seed)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), spec.folders.adapter)
+    assert mean_loss(model, heldout) == pytest.approx(best.loss, rel=1e-4)
 
 
 def test_validation_changes_nothing_of_the_training(pico_model, chat_file, tmp_path):

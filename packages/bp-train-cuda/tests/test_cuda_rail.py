@@ -349,6 +349,18 @@ def test_a_full_disk_is_noticed_before_training(pico_model, chat_file, tmp_path,
     assert not any(isinstance(e, StepDone) for e in events)
 
 
+def test_a_small_adapter_asks_for_little_room(pico_model, chat_file, tmp_path, monkeypatch):
+    import shutil
+
+    usage = shutil._ntuple_diskusage
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1, 1, 2 * 2**20))
+    outcome, _ = train(spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1}))
+    assert outcome.adapter.exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1, 1, 2**19))
+    with pytest.raises(DiskFullError, match=r"the adapter \(0\.\d MiB\) and its tokenizer"):
+        train(spec_for(pico_model, chat_file, tmp_path / "other", training={"steps": 1}))
+
+
 def test_a_base_model_without_template_gets_a_named_one_that_is_saved(pico_model, chat_file, tmp_path):
     base = copy_model(pico_model, tmp_path / "plain")
     config = json.loads((base / "tokenizer_config.json").read_text())
