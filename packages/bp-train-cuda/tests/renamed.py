@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 ENGINES = ("native", "trl")
@@ -42,7 +41,7 @@ def train_apart(model, data, folder, names):
 
 def train_all(model, data, folder):
     """Losses and saved steps by engine, or the code of its error."""
-    from cuda_training import spec_for
+    from cuda_training import spec_for, train
 
     from bp_runs.checkpoint import CheckpointFolder
     from bp_runs.errors import CodedError
@@ -55,7 +54,7 @@ def train_all(model, data, folder):
         training = {"steps": 5, "save_steps": 2, "keep_checkpoints": 9, "batch_size": 2, "eval_share": 0.0}
         spec = spec_for(model, data, run, training={**training, "engine": engine})
         try:
-            events = train_with(engine, spec)
+            events = train(spec)[1]
         except CodedError as error:
             found[engine] = {"code": error.code}
             continue
@@ -63,16 +62,6 @@ def train_all(model, data, folder):
         saved = sorted(c.step for c in CheckpointFolder(run).read())
         found[engine] = {"losses": losses, "saved": saved}
     return found
-
-
-def train_with(engine, spec):
-    if engine == "trl":
-        from trl_training import train_trl
-
-        return train_trl(replace(spec, training=replace(spec.training, engine="trl")))[1]
-    from cuda_training import train
-
-    return train(spec)[1]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Renamed private methods of transformers change nothing, or end a run with a code: never a run without checkpoints."""
 
 import pytest
-from renamed import train_all, train_apart
+from renamed import ENGINES, train_all, train_apart
 
 NAMES = ("_maybe_log_save_evaluate", "_save_checkpoint", "_get_train_sampler")
 
@@ -16,12 +16,7 @@ def results(pico_model, tmp_path_factory):
     return train_apart(pico_model, data, folder, NAMES), train_all(pico_model, data, folder / "installed")
 
 
-_OLD_LOOP = pytest.mark.xfail(
-    strict=False, reason="native still means the loop over transformers' Trainer, until the new one lands"
-)
-
-
-@pytest.mark.parametrize("engine", [pytest.param("native", marks=_OLD_LOOP), "trl"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_renamed_methods_change_nothing(results, engine):
     renamed, installed = results
     assert "copy" in renamed["trainer"]

@@ -9,15 +9,15 @@ import pytest
 import torch
 from cuda_training import mean_loss, spec_for, train
 from peft import PeftModel
+from plain_training import train_plain
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaModel
-from trl_training import train_plain, train_trl
 
 from bp_data.loop.plan import hold_out
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError, InvalidSettingError, TrainingDivergedError
 from bp_runs.events import CheckpointSaved, EvalDone, SampleAnswer, StepDone
-from bp_train_cuda.engines import trl
+from bp_train_cuda.engines import trl, trl_methods
 from bp_train_cuda.engines.trl_methods import require_trl
 from bp_train_cuda.errors import GpuOutOfMemoryError, VersionUntestedError
 from bp_train_cuda.rows import prepare_rows
@@ -58,7 +58,7 @@ def spec(files, base, run, method, **training):
         size = {"batch_size": 4, "gradient_accumulation": 1}
     change = {
         "method": method, "steps": 6, **size, "warmup_steps": 2,
-        "learning_rate": 3e-3, "eval_share": 0.0, "weight_decay": 0.01, **training,
+        "engine": "trl", "learning_rate": 3e-3, "eval_share": 0.0, "weight_decay": 0.01, **training,
     }  # fmt: skip
     return spec_for(base, files[method], run, training=change)
 
@@ -74,7 +74,7 @@ def weights(outcome):
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_and_adapters_are_those_of_plain_pytorch(files, pico_model, bare_model, tmp_path, method):
     wanted = spec(files, bare_model if method == "orpo" else pico_model, tmp_path / "run", method)
-    outcome, events = train_trl(wanted)
+    outcome, events = train(wanted)
     losses, norms, expected = train_plain(wanted, prepare_rows(wanted).rows)
     assert [e.loss for e in steps(events)] == pytest.approx(losses, abs=1e-5)
     assert [e.grad_norm for e in steps(events)] == pytest.approx(norms, rel=1e-3)
@@ -83,17 +83,12 @@ def test_losses_and_adapters_are_those_of_plain_pytorch(files, pico_model, bare_
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=2e-5)
 
 
-_OTHER_POINT = pytest.mark.xfail(
-    reason="kto's reference point is to come from the micro-batch in the new loop, as TRL's"
-)
-
-
-@pytest.mark.parametrize("method", [*METHODS[:-1], pytest.param("kto", marks=_OTHER_POINT)])
+@pytest.mark.parametrize("method", METHODS)
 def test_native_and_trl_have_one_loss_curve(files, pico_model, bare_model, tmp_path, method):
     """The promise of the engines: native is compared with what TRL's users know."""
     base = bare_model if method == "orpo" else pico_model
     one, events = train(spec(files, base, tmp_path / "native", method, engine="native"))
-    other, expected = train_trl(spec(files, base, tmp_path / "trl", method, engine="trl"))
+    other, expected = train(spec(files, base, tmp_path / "trl", method))
     assert [e.loss for e in steps(events)] == pytest.approx([e.loss for e in steps(expected)], abs=1e-5)
     assert [e.learning_rate for e in steps(events)] == [e.learning_rate for e in steps(expected)]
     assert [e.tokens for e in steps(events)] == [e.tokens for e in steps(expected)]
@@ -104,14 +99,14 @@ def test_native_and_trl_have_one_loss_curve(files, pico_model, bare_model, tmp_p
 @pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
 def test_a_resumed_run_ends_in_the_same_bytes(files, pico_model, tmp_path, method):
     """Stopped after the second step; DPO and KTO bring a second adapter, the reference, into the checkpoint."""
-    whole, _ = train_trl(spec(files, pico_model, tmp_path / "whole", method, steps=4))
+    whole, _ = train(spec(files, pico_model, tmp_path / "whole", method, steps=4))
     stopped = spec(files, pico_model, tmp_path / "run", method, steps=4)
     asked = iter([False, True])
-    outcome, events = train_trl(stopped, stop=lambda: next(asked))
+    outcome, events = train(stopped, stop=lambda: next(asked))
     assert (outcome.stopped, outcome.steps) == (True, 2)
     (saved,) = CheckpointFolder(stopped.folders.run).read()
     assert (saved.reason, saved.step, saved.facts) == ("stop", 2, {"engine": "trl"})
-    resumed, later = train_trl(replace(stopped, checkpoint=saved.path))
+    resumed, later = train(replace(stopped, checkpoint=saved.path))
     assert [e.step for e in steps(events) + steps(later)] == [1, 2, 3, 4]
     assert (resumed.steps, resumed.tokens, resumed.first_loss) == (4, whole.tokens, whole.first_loss)
     assert weights(resumed).keys() == weights(whole).keys()
@@ -122,7 +117,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(files, pico_model, tmp_path, metho
 
 def test_checkpoints_come_as_often_as_asked(files, pico_model, tmp_path):
     wanted = spec(files, pico_model, tmp_path / "run", "sft", steps=5, save_steps=2, keep_checkpoints=9)
-    _, events = train_trl(wanted)
+    _, events = train(wanted)
     assert [e.step for e in events if isinstance(e, CheckpointSaved)] == [2, 4]
     assert all(saved.damage() is None for saved in CheckpointFolder(wanted.folders.run).read())
 
@@ -130,7 +125,7 @@ def test_checkpoints_come_as_often_as_asked(files, pico_model, tmp_path):
 def test_the_best_adapter_is_kept_and_training_stops_early(files, pico_model, tmp_path):
     training = {"eval_share": 0.25, "eval_min_rows": 1, "eval_steps": 1, "early_stop": 1, "learning_rate": 0.03}
     wanted = spec(files, pico_model, tmp_path / "run", "sft", steps=20, warmup_steps=0, **training)
-    outcome, events = train_trl(wanted)
+    outcome, events = train(wanted)
     found = [e for e in events if isinstance(e, EvalDone)]
     assert outcome.steps < 20, "the learning rate is far too high"
     best = min(found, key=lambda e: e.loss)
@@ -144,10 +139,10 @@ def test_the_best_adapter_is_kept_and_training_stops_early(files, pico_model, tm
 
 def test_packed_rows_learn_as_rows_do(files, pico_model, tmp_path):
     """All rows fit into one pack: a step over it is a step over all rows."""
-    rows, _ = train_trl(spec(files, pico_model, tmp_path / "rows", "sft", batch_size=8, gradient_accumulation=1))
+    rows, _ = train(spec(files, pico_model, tmp_path / "rows", "sft", batch_size=8, gradient_accumulation=1))
     changes = {"packing": True, "batch_size": 1, "gradient_accumulation": 1}
     wanted = spec(files, pico_model, tmp_path / "packs", "sft", **changes)
-    packs, _ = train_trl(replace(wanted, model=replace(wanted.model, max_seq_length=512)))
+    packs, _ = train(replace(wanted, model=replace(wanted.model, max_seq_length=512)))
     assert packs.tokens == rows.tokens
     for name, weight in weights(rows).items():
         torch.testing.assert_close(weights(packs)[name], weight, rtol=0, atol=2e-4)
@@ -156,7 +151,7 @@ def test_packed_rows_learn_as_rows_do(files, pico_model, tmp_path):
 def test_all_weights_are_trained_too(files, pico_model, tmp_path):
     """DPO without an adapter loads the base a second time, as its reference."""
     wanted = spec(files, pico_model, tmp_path / "run", "dpo", mode="full", learning_rate=1e-3)
-    outcome, events = train_trl(wanted)
+    outcome, events = train(wanted)
     assert steps(events)[0].loss == pytest.approx(0.6931, abs=1e-3)
     assert steps(events)[-1].loss < 0.6
     assert AutoModelForCausalLM.from_pretrained(outcome.adapter).dtype == torch.float32
@@ -164,7 +159,7 @@ def test_all_weights_are_trained_too(files, pico_model, tmp_path):
 
 def test_sample_prompts_are_answered_before_and_after(files, pico_model, tmp_path):
     training = {"sample_prompts": ("who are you",), "sample_tokens": 4, "steps": 2}
-    _, events = train_trl(spec(files, pico_model, tmp_path / "run", "sft", **training))
+    _, events = train(spec(files, pico_model, tmp_path / "run", "sft", **training))
     assert [e.step for e in events if isinstance(e, SampleAnswer)] == [0, 2]
 
 
@@ -174,20 +169,20 @@ def test_a_lack_of_memory_names_the_engine_that_can(files, pico_model, tmp_path,
 
     monkeypatch.setattr(LlamaModel, "forward", scarce)
     with pytest.raises(GpuOutOfMemoryError) as error:
-        train_trl(spec(files, pico_model, tmp_path / "run", "sft"))
+        train(spec(files, pico_model, tmp_path / "run", "sft"))
     assert "--engine native" in error.value.way_out
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(files, pico_model, tmp_path):
     with pytest.raises(TrainingDivergedError):
-        train_trl(spec(files, pico_model, tmp_path / "run", "sft", learning_rate=1e30, max_grad_norm=0.0))
+        train(spec(files, pico_model, tmp_path / "run", "sft", learning_rate=1e30, max_grad_norm=0.0))
 
 
 def test_another_engines_checkpoint_is_rejected(files, pico_model, tmp_path):
     (tmp_path / "other").mkdir()
     wanted = spec(files, pico_model, tmp_path / "run", "sft")
     with pytest.raises(CheckpointInvalidError, match="engine trl"):
-        train_trl(replace(wanted, checkpoint=tmp_path / "other"))
+        train(replace(wanted, checkpoint=tmp_path / "other"))
 
 
 def test_what_trl_cannot_do_is_rejected_before_a_model_is_loaded(files, pico_model, tmp_path, monkeypatch):
@@ -204,6 +199,11 @@ def test_what_trl_cannot_do_is_rejected_before_a_model_is_loaded(files, pico_mod
         patch.setattr(torch.cuda, "device_count", lambda: 2)
         with pytest.raises(InvalidSettingError, match="sees 2"):
             check("sft")
+    with monkeypatch.context() as patch:
+        patch.setattr(trl_methods, "version", {"transformers": "5.18.2", "trl": "1.16.0"}.get)
+        with pytest.raises(VersionUntestedError, match=r"needs transformers 5.19, and 5.18.2") as error:
+            check("sft")
+        assert "pip install 'transformers>=5.19'" in error.value.way_out
     monkeypatch.setitem(sys.modules, "trl.experimental.orpo", None)
     with pytest.raises(VersionUntestedError, match="no ORPOTrainer") as error:
         check("orpo")

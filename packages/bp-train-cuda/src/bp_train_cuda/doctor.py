@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -11,7 +10,7 @@ from shutil import which
 from typing import Any
 
 from bp_runs.rail import Check, Finding
-from bp_train_cuda.third_party import TESTED, Tested, install_command, installed, require_names
+from bp_train_cuda.third_party import TESTED, Tested, install_command, installed, release_numbers, require_names
 
 _CUDA_TORCH = "Install a torch with CUDA: pytorch.org/get-started names the line for your system and driver."
 _DRIVER = "Update NVIDIA's driver; `nvidia-smi` shows its version and the newest CUDA that it can run."
@@ -97,14 +96,8 @@ def check_versions() -> Finding:
 
 
 def _is_tested(found: str, tested: Tested) -> bool:
-    number = _release(found)
-    return _release(tested.oldest) <= number <= _release(tested.newest)
-
-
-def _release(text: str) -> list[int]:
-    """The first three numbers of a version: 2.15.0+cu130 is [2, 15, 0], 5.5 is [5, 5, 0]."""
-    numbers = [int(number) for number in re.findall(r"\d+", text.partition("+")[0])]
-    return [*numbers, 0, 0][:3]
+    number = release_numbers(found)
+    return release_numbers(tested.oldest) <= number <= release_numbers(tested.newest)
 
 
 def check_product() -> Finding:

@@ -6,6 +6,7 @@ test rejects one that does not, and `require_names` looks for all of them before
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -50,7 +51,7 @@ TESTED: Mapping[str, Tested] = MappingProxyType(
         "peft": Tested("0.19", "0.21.2"),
         "torch": Tested("2.9", "2.15.0"),
         "transformers": Tested("5.5", "5.23.0"),
-        "trl": Tested("1.15", "1.16.0"),
+        "trl": Tested("1.16", "1.16.0"),
     }
 )
 
@@ -94,3 +95,9 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def release_numbers(text: str) -> list[int]:
+    """The first three numbers of a version: 2.15.0+cu130 is [2, 15, 0], 5.5 is [5, 5, 0]."""
+    numbers = [int(number) for number in re.findall(r"\d+", text.partition("+")[0])]
+    return [*numbers, 0, 0][:3]

@@ -30,32 +30,31 @@ from typing import Any
 
 import datasets
 import torch
-from huggingface_hub import constants as hub_constants
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PrinterCallback, Trainer, set_seed
+from transformers import PrinterCallback, Trainer
 from transformers.trainer_pt_utils import get_parameter_names
 
 from bp_data.asked import AnyPrepared
+from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import ExampleOrder
 from bp_data.loop.schedule import rate_factor
-from bp_runs.errors import TrainingDivergedError
-from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
-from bp_runs.files import require_free_space
+from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
-from bp_train_cuda import full, load, lora
-from bp_train_cuda.engines.base import Loaded
+from bp_train_cuda import load, lora
+from bp_train_cuda.distributed.process_group import ProcessGroup
+from bp_train_cuda.engines.base import Loaded, answer_prompts, determinism, open_model, pad_token, save_result
 from bp_train_cuda.engines.trl_methods import METHODS, Collate, pack_items, token_count, trained_count
 from bp_train_cuda.engines.trl_recorder import Recorder
 from bp_train_cuda.errors import GpuOutOfMemoryError
-from bp_train_cuda.generate import answer
 from bp_train_cuda.guards.monitor import open_monitor
+from bp_train_cuda.guards.oom import TorchMemory
+from bp_train_cuda.model.packing import require_packable
 from bp_train_cuda.optim import choose_optimizer
 from bp_train_cuda.probe import PeakMemory
 
 SCRATCH = ".trl"
 """Folder of the run where transformers writes a checkpoint before it is published; gone after the run."""
-_MARGIN = 64 * 2**20  # bytes for tokenizer, settings, random state
 _OPTIMIZERS = {"adamw_torch": "adamw_torch_fused"}
 """transformers' names for ours, where they differ."""
 _NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")  # as transformers does
@@ -76,10 +75,11 @@ def train(
         TrainingDivergedError: The loss or a weight is no longer finite.
         CheckpointInvalidError: The spec's checkpoint was not written by this engine.
         VersionUntestedError: The installed TRL has no trainer for the method.
+        PackingError: The model mixes packed rows.
         DiskFullError, OutputNotWritableError: A checkpoint or the result can't be written.
     """
     try:
-        with _quiet_libraries(), _scratch_folder(spec) as scratch:
+        with determinism(spec.training, on_gpu=loaded.device.kind == "cuda"), _quiet_bars(), _scratch(spec) as scratch:
             return _train(spec, prepared, heldout, emit, stop, loaded=loaded, scratch=scratch)
     except torch.OutOfMemoryError as error:
         raise GpuOutOfMemoryError(
@@ -100,17 +100,19 @@ def _train(
     scratch: Path,
 ) -> TrainOutcome:
     memory = PeakMemory(loaded.device)
-    model = _open_model(spec, loaded, emit)
+    model = open_model(spec, loaded, emit, ProcessGroup())
+    emit(Notice(message="training with plain TRL: no preflight, no recovery when the GPU runs out of memory"))
     if spec.checkpoint is None:
-        _answer_prompts(spec, prepared, model, emit, step=0)
+        answer_prompts(spec, prepared, model, emit, step=0)
     rows: Sequence[Any] = prepared.rows
     if spec.training.packing:
+        require_packable(model)  # TRL passes all that this may ask for
         rows = pack_items(rows, prepared.max_seq_length)
     visits = _order_visits(spec, len(rows))
     recorder = Recorder(spec, model, emit, stop=stop, memory=memory, scratch=scratch)
     recorder.step_tokens = _step_tokens(spec, rows, visits)
     recorder.eval_tokens = sum(trained_count(row) for row in heldout)
-    recorder.answer = lambda step: _answer_prompts(spec, prepared, model, emit, step=step)
+    recorder.answer = lambda step: answer_prompts(spec, prepared, model, emit, step=step)
     recorder.watch = open_monitor(spec.training, loaded.device, emit, stop)
     trainer = _build_trainer(spec, prepared, rows, visits, heldout, model=model, loaded=loaded, scratch=scratch)
     trainer.add_callback(recorder)
@@ -122,38 +124,8 @@ def _train(
         trainer.evaluate()  # off the schedule, so only now that the checkpoint is written
     recorder.restore_best()
     folder = _save(spec, prepared, model, loaded, emit)
-    _answer_prompts(spec, prepared, model, emit, step=recorder.losses.count)
+    answer_prompts(spec, prepared, model, emit, step=recorder.losses.count)
     return recorder.outcome(folder)
-
-
-def _open_model(spec: TrainSpec, loaded: Loaded, emit: Emit) -> Any:
-    """The base with its adapter, or with all weights trainable; the same start as our own loop's for the same seed."""
-    set_seed(spec.training.seed)
-    if loaded.mode.name == "full":
-        model = full.open_weights(loaded.base)
-    else:
-        model = lora.add_lora(loaded.base, spec.lora, spec.base)
-        if spec.initial_adapter is not None:
-            lora.set_weights(model, spec.initial_adapter, spec.lora)
-        lora.note_start(model, spec)
-    model.to(loaded.device.kind)
-    weights = list(lora.trainable_weights(model).values())
-    what = "the model" if loaded.mode.name == "full" else "the adapter"
-    require_free_space(spec.folders.run, sum(weight.nbytes for weight in weights) + _MARGIN, what)
-    emit(
-        ModelLoaded(
-            name=spec.model.name,
-            revision=spec.base_commit,
-            config_sha256=load.config_digest(spec.base),
-            parameters=loaded.parameters,
-            trainable=sum(weight.numel() for weight in weights),
-            mode=loaded.mode.label,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=loaded.device.label,
-        )
-    )
-    emit(Notice(message="training with plain TRL: no preflight, no recovery when the GPU runs out of memory"))
-    return model
 
 
 def _order_visits(spec: TrainSpec, rows: int) -> list[int]:
@@ -271,42 +243,22 @@ def _look_up(collate: Collate, rows: Sequence[Any], heldout: Sequence[Any]) -> A
 
 def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, loaded: Loaded, emit: Emit) -> Path:
     """Publish what was trained; returns its folder."""
-    for name, weight in lora.trainable_weights(model).items():
-        if not torch.isfinite(weight).all():
-            raise TrainingDivergedError(f"{name} holds values that are not finite")
-    template = None if prepared.template.name == "tokenizer" else prepared.template.text
-    is_full = loaded.mode.name == "full"
-    if not is_full and "ref" in model.peft_config:
+    if loaded.mode.name != "full" and "ref" in model.peft_config:
         model.delete_adapter("ref")  # TRL's frozen copy of the adapter as it started
-    size = full.save_model(model, spec, template) if is_full else lora.save_adapter(model, spec, template)
-    folder = spec.folders.model if is_full else spec.folders.adapter
-    emit(AdapterSaved(path=str(folder), bytes=size))
-    return folder
-
-
-def _answer_prompts(spec: TrainSpec, prepared: AnyPrepared, model: Any, emit: Emit, *, step: int) -> None:
-    for prompt in spec.training.sample_prompts:
-        text = answer(
-            model,
-            prepared.tokenizer,
-            prepared.template,
-            prompt,
-            max_tokens=spec.training.sample_tokens,
-            ends=prepared.facts.stop_ids,
-        )
-        emit(SampleAnswer(step=step, prompt=prompt, answer=text))
+    guard = MemoryGuard(TorchMemory(), emit, enabled=False)
+    return save_result(spec, prepared, model, loaded.mode, emit, guard=guard, group=ProcessGroup())
 
 
 def _padding_tokenizer(spec: TrainSpec, prepared: AnyPrepared) -> Any:
     """TRL asks its tokenizer for the padding token; a model without one pads with what ends a turn."""
-    pad = prepared.facts.pad_id if prepared.facts.pad_id is not None else prepared.facts.stop_ids[0]
+    pad = pad_token(prepared)
     end = prepared.facts.eos_id if prepared.facts.eos_id is not None else pad
     text = prepared.tokenizer.token_text
     return load.build_tokenizer(spec.base, pad=text(pad), eos=text(end))
 
 
 @contextlib.contextmanager
-def _scratch_folder(spec: TrainSpec) -> Iterator[Path]:
+def _scratch(spec: TrainSpec) -> Iterator[Path]:
     folder = spec.folders.run / SCRATCH
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -316,9 +268,8 @@ def _scratch_folder(spec: TrainSpec) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """No usage reports, and no bars where TRL tokenizes its letters."""
-    hub_constants.HF_HUB_DISABLE_TELEMETRY = True  # each TRL trainer reports itself; the variable is read at import
+def _quiet_bars() -> Iterator[None]:
+    """No progress bars where TRL tokenizes its letters."""
     had_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

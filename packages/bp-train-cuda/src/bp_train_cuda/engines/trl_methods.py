@@ -21,6 +21,7 @@ from bp_data import IGNORED, TokenRow, build_pack, plan_packs
 from bp_runs.errors import InvalidSettingError
 from bp_runs.spec import Settings, TrainingSpec
 from bp_train_cuda.errors import VersionUntestedError
+from bp_train_cuda.third_party import release_numbers
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[Sequence[Any]], Batch]
@@ -28,6 +29,8 @@ Collate = Callable[[Sequence[Any]], Batch]
 
 _TEXT = MappingProxyType({"prompt": "a", "chosen": "b", "rejected": "c"})
 _NO_CUT = MappingProxyType({"max_length": None})  # rows are cut already
+# With older ones ORPO's and CPO's gradients are divided by the number of micro-batches twice, and TRL wants a GPU.
+_OLDEST = MappingProxyType({"transformers": "5.19", "trl": "1.16"})
 # TRL turns dropout off for these methods; here lora.dropout is the user's.
 _KEEP_DROPOUT = MappingProxyType({"disable_dropout": False})
 
@@ -62,7 +65,7 @@ class Method:
         raise VersionUntestedError(
             f"trl {version('trl')} has no {self.trainer}",
             cause=f"looked for it in {', '.join(self.modules)}",
-            way_out="Use our own loop: --engine native; or install a TRL that has it: pip install 'trl>=1.15,<2'",
+            way_out="Use our own loop: --engine native; or install a TRL that has it: pip install 'trl>=1.16,<2'",
         )
 
 
@@ -71,9 +74,15 @@ def require_trl(settings: Settings) -> None:
 
     Raises:
         InvalidSettingError: KTO with single rows, a preflight, or several visible GPUs.
-        VersionUntestedError: As `Method.load`.
+        VersionUntestedError: TRL or transformers is too old, or as `Method.load`.
     """
     training = settings.training
+    for package, oldest in _OLDEST.items():
+        if release_numbers(version(package)) < release_numbers(oldest):
+            raise VersionUntestedError(
+                f"the engine trl needs {package} {oldest}, and {version(package)} is installed",
+                way_out=f"Use our own loop: --engine native; or install it: pip install '{package}>={oldest}'",
+            )
     if training.method == "kto" and training.batch_size < 2:
         raise InvalidSettingError(
             "TRL's KTO takes its reference point from the other rows of a micro-batch, and batch_size is 1",

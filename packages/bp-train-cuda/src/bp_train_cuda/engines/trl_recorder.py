@@ -187,7 +187,9 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
 
     def _write(self, written: Path, folder: Path) -> None:
         with full_disk_coded(folder):
-            shutil.copytree(written, folder, dirs_exist_ok=True)
+            # Without the reference adapter of DPO and KTO: it is the start, which the seed makes again, and where a
+            # checkpoint has one, older transformers load it in place of what was trained.
+            shutil.copytree(written, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("ref"))
             if self._best:
                 save_file(self._best, folder / BEST_FILE)
             state = {

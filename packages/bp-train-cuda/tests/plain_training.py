@@ -1,31 +1,11 @@
-"""A pico training run on plain TRL, and the same training in sixty lines of PyTorch that share no code with it."""
+"""The losses of the papers and their training in sixty lines of PyTorch, which share no code with an engine."""
 
 import math
-from dataclasses import replace
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, set_seed
-
-from bp_data.loop.plan import hold_out
-from bp_train_cuda import probe
-from bp_train_cuda.engines import trl
-from bp_train_cuda.engines.base import Loaded
-from bp_train_cuda.load import load_model
-from bp_train_cuda.rows import prepare_rows
-
-
-def train_trl(spec, stop=lambda: False, rows=None):
-    """``rows``: trained on instead of those of the spec's file."""
-    events, prepared = [], prepare_rows(spec)
-    trained, heldout = hold_out(prepared.rows, spec.training)
-    device = probe.choose_device()
-    mode = probe.Mode("full" if spec.training.mode == "full" else "lora", "test")
-    base = load_model(spec.base, device, mode, dtype="float32", trust_remote_code=False)
-    loaded = Loaded(device, mode, sum(p.numel() for p in base.parameters()), base, "")
-    prepared = replace(prepared, rows=trained if rows is None else rows)
-    return trl.train(spec, prepared, heldout, events.append, stop, loaded=loaded), events
 
 
 def order_rows(count, seed, epoch):
