@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from bp_runs.spec import LoraSpec
 from bp_train_cuda import CudaRail, load, lora
-from bp_train_cuda.errors import TargetModulesError
+from bp_train_cuda.errors import PackingError, TargetModulesError
 from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets, find_experts
 from bp_train_cuda.model.head import find_decoder, find_head
 from bp_train_cuda.model.pico import shrink_config
@@ -121,7 +121,8 @@ def test_the_rail_says_it_before_the_weights_are_there(experts_folder, chat_file
 def test_a_mixture_of_experts_trains_and_its_adapter_changes_it(name, experts_folder, chat_file, tmp_path):
     folder = experts_folder(name)
     spec = spec_for(folder, chat_file, tmp_path / "run", training={"steps": 2, "learning_rate": 1e-2})
-    outcome, _ = train(spec)
+    outcome, events = train(spec)
+    assert [e for e in events if e.kind == "notice" and e.level == "warning" and "mixture of experts" in e.message]
     assert outcome.steps == 2
     weights = load_file(spec.folders.adapter / "adapter_model.safetensors")
     assert not [key for key in weights if ".experts." in key or "router" in key]
@@ -163,3 +164,13 @@ def test_router_losses_are_left_out(experts_folder):
         found = model(input_ids=ids, labels=ids)
     own = torch.nn.functional.cross_entropy(found.logits[0, :-1], ids[0, 1:])
     assert float(found.loss) == pytest.approx(float(own), rel=1e-5)
+
+
+def test_masks_of_our_own_are_trained_with_and_trl_which_passes_none_is_rejected(experts_folder, chat_file, tmp_path):
+    folder = experts_folder("gpt_oss")
+    spec = spec_for(folder, chat_file, tmp_path / "run", training={"steps": 1, "packing": True})
+    assert train(spec)[0].steps == 1
+    spec = spec_for(folder, chat_file, tmp_path / "trl", training={"steps": 1, "packing": True, "engine": "trl"})
+    with pytest.raises(PackingError, match="TRL's trainer can't keep packed examples") as raised:
+        train(spec)
+    assert "--engine native" in raised.value.way_out

@@ -48,6 +48,8 @@ class Loaded:
     base: Any
     kernels: str
     """Which fused kernels are in it, or why none."""
+    warnings: tuple[str, ...] = ()
+    """As `bp_train_cuda.check.Checked.warnings`."""
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -81,7 +83,7 @@ def open_base(spec: TrainSpec, cache: BaseCache | None, adapter: Path | None) ->
         if spec.training.fp8:
             use_fp8(base)
         kernels = apply_kernels(base, spec.training.kernels, device)
-        yield Loaded(device, mode, checked.parameters, base, kernels)
+        yield Loaded(device, mode, checked.parameters, base, kernels, checked.warnings)
 
 
 def open_model(spec: TrainSpec, loaded: Loaded, emit: Emit, group: ProcessGroup) -> Any:
@@ -110,6 +112,8 @@ def open_model(spec: TrainSpec, loaded: Loaded, emit: Emit, group: ProcessGroup)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _require_room(spec, model, loaded.mode)
     emit(_model_loaded(spec, model, loaded))
+    for warning in loaded.warnings:
+        emit(Notice(message=warning, level="warning"))
     if loaded.device.kind == "cpu":
         emit(Notice(message=f"training on the CPU ({loaded.device.why}): fine for small models, slow for others"))
     else:

@@ -46,7 +46,7 @@ from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.base import Loaded, answer_prompts, determinism, open_model, pad_token, save_result
 from bp_train_cuda.engines.trl_methods import METHODS, Collate, pack_items, token_count, trained_count
 from bp_train_cuda.engines.trl_recorder import Recorder
-from bp_train_cuda.errors import GpuOutOfMemoryError
+from bp_train_cuda.errors import GpuOutOfMemoryError, PackingError
 from bp_train_cuda.guards.monitor import open_monitor
 from bp_train_cuda.guards.oom import TorchMemory
 from bp_train_cuda.model.packing import require_packable
@@ -106,7 +106,7 @@ def _train(
         answer_prompts(spec, prepared, model, emit, step=0)
     rows: Sequence[Any] = prepared.rows
     if spec.training.packing:
-        require_packable(model)  # TRL passes all that this may ask for
+        _require_plain_packing(model)
         rows = pack_items(rows, prepared.max_seq_length)
     visits = _order_visits(spec, len(rows))
     recorder = Recorder(spec, model, emit, stop=stop, memory=memory, scratch=scratch)
@@ -126,6 +126,20 @@ def _train(
     folder = _save(spec, prepared, model, loaded, emit)
     answer_prompts(spec, prepared, model, emit, step=recorder.losses.count)
     return recorder.outcome(folder)
+
+
+def _require_plain_packing(model: Any) -> None:
+    """TRL passes ``cu_seq_lens`` and ``seq_idx``; masks it leaves to the model.
+
+    Raises:
+        PackingError: The model mixes packed examples, or would without masks of our own.
+    """
+    if require_packable(model).masked is not None:
+        raise PackingError(
+            "TRL's trainer can't keep packed examples of this model apart",
+            cause="the model makes its attention masks without positions",
+            way_out="Use the native loop: --engine native; or leave out --packing",
+        )
 
 
 def _order_visits(spec: TrainSpec, rows: int) -> list[int]:
