@@ -19,7 +19,7 @@ def test_a_mutation_fits_the_sources(mutation):
     assert text.count(mutation.old) == 1, f"{mutation.name}: change its entry in mutations.py with the source"
     changed = text.replace(mutation.old, mutation.new)
     assert ast.dump(ast.parse(changed)) != ast.dump(ast.parse(text))
-    file, _, name = mutation.test.partition("::")
+    file, _, name = mutation.test.partition("[")[0].partition("::")
     functions = [
         node.name for node in ast.parse((PACKAGES / file).read_text()).body if isinstance(node, ast.FunctionDef)
     ]

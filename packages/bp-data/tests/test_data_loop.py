@@ -6,7 +6,7 @@ import pytest
 
 from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import MemoryGuard
-from bp_data.loop.sampler import ExampleOrder, StepSampler, shuffle
+from bp_data.loop.sampler import ExampleOrder, StepSampler, shuffle, split_evenly
 from bp_data.loop.validation import Validator
 from bp_runs.errors import OomExhaustedError, TrainingDivergedError
 from bp_runs.events import EvalDone, Notice, StepDone
@@ -203,6 +203,15 @@ def test_out_of_memory_changes_nothing_but_the_chunks(room, chunks):
     assert warnings == [2, 4][: chunks // 2]
     # Random draws of failed attempts are undone: each chunk of the run has drawn once.
     assert scarce.draws == len(scarce.chunks)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5, 8])
+@pytest.mark.parametrize("parts", [1, 2, 4, 8])
+def test_chunks_hold_every_example_once_and_are_alike(count, parts):
+    chunks = list(split_evenly(list(range(count)), parts))
+    assert [example for chunk in chunks for example in chunk] == list(range(count))
+    assert len(chunks) == min(count, parts)
+    assert {len(chunk) for chunk in chunks} <= {count // max(1, len(chunks)), -(-count // max(1, len(chunks)))}
 
 
 def test_a_single_example_that_does_not_fit_ends_the_run():
