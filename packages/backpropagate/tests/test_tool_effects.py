@@ -196,6 +196,11 @@ def hub_model(b: Bench) -> tuple[str, str]:
     return "me/pico", "c" * 40
 
 
+def start_from_acts(b: Bench) -> bool:
+    before, on = b.train(), b.train(start_from=str(b.train().output / "lora"))
+    return on.steps()[0] < before.steps()[0] and on.record["parent"]["relation"] == "from"
+
+
 def revision_acts(b: Bench) -> bool:
     name, commit = hub_model(b)
     there, missing = b.train(model=name, revision="other"), b.train(model=name, revision="main")
@@ -382,6 +387,7 @@ EFFECTS = {
     "training.save_minutes": save_minutes_acts,
     "training.keep_checkpoints": lambda b: len(b.course().checkpoints()) < 3,
     "training.resume": resume_acts,
+    "training.start_from": start_from_acts,
     "training.output_dir": lambda b: (b.train().output / "lora").is_dir(),
     "training.seed": lambda b: b.differ(SFT, seed=1),
     "training.report_to": lambda b: any((b.course().output / "tensorboard").rglob("*tfevents*")),

@@ -12,7 +12,7 @@ from backpropagate.errors import AdapterSelectionError
 from backpropagate.selecting import find_adapter
 from bp_runs.adapter import read_adapter_folder, read_manifest
 from bp_runs.checkpoint import CheckpointFolder
-from bp_runs.errors import CheckpointInvalidError, RunNotFoundError
+from bp_runs.errors import AdapterInvalidError, CheckpointInvalidError, InvalidSettingError, RunNotFoundError
 from bp_runs.store import RunStore
 from bp_train_cuda import CudaRail
 
@@ -100,3 +100,37 @@ def test_a_checkpoint_that_is_no_adapter_says_so(trained, tmp_path, key, value):
     with pytest.raises(CheckpointInvalidError):
         CudaRail().write_adapter(checkpoint, record, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+def test_training_goes_on_from_a_checkpoint_of_another_run(trained):
+    folder, data, _, long = trained
+    kept = {**SETTINGS, "lora_r": None, "output": folder / "from"}
+    trainer = Trainer(read_adapter_folder(find_adapter(long, folder / "out")).base, rail=CudaRail(), **kept)
+    result = trainer.train(data, steps=1, start_from=str(folder / "out" / f"{long}@2"))
+    assert result.record.parent == {"run_id": long, "relation": "from"}
+    assert result.record.setting("lora.r") == 4, "the adapter's own shape"
+    curve = [e["loss"] for e in RunStore(folder / "out").read_metrics(long) if e["event"] == "step"]
+    assert result.outcome.first_loss < curve[0], "not from the beginning"
+    with pytest.raises(AdapterInvalidError, match=r"\(8, .*\(4, "):
+        trainer.train(data, steps=1, start_from=str(folder / "out" / long), lora_r=8)
+    with pytest.raises(InvalidSettingError, match="mode is full"):
+        trainer.train(data, steps=1, start_from=str(folder / "out" / long), mode="full")
+    with pytest.raises(InvalidSettingError, match="a multi-run"):
+        trainer.multi_run(data, start_from=str(folder / "out" / long))
+
+
+def test_a_run_is_extended_by_a_new_run_that_says_its_schedule(trained, monkeypatch, capsys):
+    folder, _, _, long = trained
+    before = weights(find_adapter(long, folder / "out"))
+    assert run(["extend", long, "--steps", "+3", "--output", str(folder / "out")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"continues run {long} from its weights after step 5, for 3 more steps" in told
+    assert "the learning rate warms up over 2 steps to 0.01 and stays there; the optimizer starts fresh" in told
+    store = RunStore(folder / "out")
+    record = store.load(store.list_runs()[0]["run_id"])
+    assert record.parent == {"run_id": long, "relation": "extend"}
+    assert record.result["steps"] == 3
+    assert all(np.array_equal(weights(find_adapter(long, folder / "out"))[name], before[name]) for name in before)
+    for steps, code in (("many", "INPUT_COMMAND_LINE"), ("0", "CONFIG_INVALID_SETTING")):
+        assert run(["extend", long, "--steps", steps, "--output", str(folder / "out")]) == 1
+        assert code in capsys.readouterr().err

@@ -98,7 +98,7 @@ _GPUS = "CUDA_VISIBLE_DEVICES"
 TOKEN_VARIABLE = "BACKPROPAGATE_RANKS_TOKEN"  # noqa: S105  # a name
 _PORTS = (20000, 10000)  # first and number of those that a launch without MASTER_PORT chooses from
 _PATIENCE = 60.0  # seconds in which a launcher ends its processes after one of them has failed
-COMMANDS = ("train", "resume", "replay")
+COMMANDS = ("train", "resume", "replay", "extend")
 """Commands that several processes can carry out together."""
 
 _calls = itertools.count()

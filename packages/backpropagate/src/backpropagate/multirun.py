@@ -60,6 +60,11 @@ def check_settings(wanted: Settings, files: int) -> Settings:
         raise InvalidSettingError(
             "training.mode is full, and a multi-run goes from adapter to adapter", way_out="Train adapters: --mode lora"
         )
+    if wanted.training.start_from is not None:
+        raise InvalidSettingError(
+            f"training.start_from is {wanted.training.start_from}, and a multi-run starts with a new adapter",
+            way_out="Leave out: --from",
+        )
     if start != "default":
         raise InvalidSettingError(
             f"lora.init_lora_weights is {start}, which changes the base that every run of a multi-run shares",

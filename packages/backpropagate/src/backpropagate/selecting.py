@@ -102,6 +102,9 @@ def materialize(selection: Selection, rail: Rail | None = None) -> Path:
         )
         if finished.is_dir() and is_meant:
             return finished
+    finished = selection.folder / ADAPTER_NAME
+    if which == "last" and finished.is_dir() and not CheckpointFolder(selection.folder).read():
+        return finished
     return _write(selection, *_find_checkpoint(selection), rail)
 
 

@@ -16,7 +16,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backpropagate import catalogue, launching, presets, rails, resuming, settings, stopping, system, trackers
+from backpropagate import (
+    catalogue,
+    continuing,
+    launching,
+    presets,
+    rails,
+    resuming,
+    settings,
+    stopping,
+    system,
+    trackers,
+)
 from backpropagate.errors import MainProcessError
 from backpropagate.exporting import ExportResult, export_adapter, push_model, warn_unexportable
 from backpropagate.session import RunSession, SessionContext
@@ -126,6 +137,7 @@ class Trainer:
             resolved = self._resolve({"data": data, **flags})
             self.settings = resolved.settings
             store = RunStore(self.output)
+            resolved = continuing.settle_start(resolved, store.output, self._rail)
             going_on = self._choose(store, resolved)
             if going_on is None:
                 return self._train(store, resolved, on_event)
@@ -199,6 +211,30 @@ class Trainer:
 
         return self._together(carry_out)
 
+    def extend(self, run: str, *, steps: int, on_event: Callable[[Event], None] | None = None) -> TrainResult:
+        """Train a finished run for more steps, as a new run that starts from its newest weights.
+
+        The schedule is planned anew for these steps, and the optimizer starts fresh; a notice says so. To finish an
+        interrupted run by its own schedule, use `resume`.
+
+        Args:
+            run: Its id or a part of it.
+            steps: So many more.
+            on_event: Called with every event, after it is recorded.
+
+        Raises:
+            AdapterSelectionError: The run can't be extended, or has left no weights.
+            CodedError: As `train`.
+        """
+
+        def carry_out() -> TrainResult:
+            store = RunStore(self.output)
+            record = store.load(run)
+            resolved, notice = continuing.plan_extension(store, run, steps, self._rail)
+            return self._train(store, resolved, on_event, parent=record, relation="extend", notice=notice)
+
+        return self._together(carry_out)
+
     def _together(self, carry_out: Callable[[], TrainResult]) -> TrainResult:
         """Carry out a call: alone, as the main process of several, or as one that only trains along."""
         launching.require_given(self._ranks, os.environ)
@@ -234,6 +270,8 @@ class Trainer:
         going_on: resuming.GoingOn | None = None,
         *,
         parent: RunRecord | None = None,
+        relation: Relation = "replay",
+        notice: Notice | None = None,
         take_over: bool = False,
     ) -> TrainResult:
         resolved = replace(resolved, settings=settings.with_output(resolved.settings, store.output))
@@ -245,14 +283,16 @@ class Trainer:
         store.require_own_adapter(result_name(resolved.to_record()))
         base = _find_base(context.rail, asked)
         if going_on is None:
-            remarks: list[Notice] = []
+            remarks: list[Notice] = [notice] if notice else []
+            made_by = continuing.parent_of(wanted.training.start_from, base.folder)
             if parent is None:
                 resolved, chosen = presets.settle_lora(resolved, context.rail, base.folder, context.machine)
-                remarks = presets.remarks(wanted.model.name, chosen)
+                remarks += presets.remarks(wanted.model.name, chosen)
             else:
-                remarks = resuming.base_notices(parent, base.folder)
-            relation: tuple[str, Relation] | None = (parent.run_id, "replay") if parent else None
-            session = RunSession.start(context, resolved.to_record(), parent=relation)
+                remarks += resuming.base_notices(parent, base.folder)
+            origin: tuple[str, Relation] | None = (made_by, "from") if made_by else None
+            origin = (parent.run_id, relation) if parent else origin
+            session = RunSession.start(context, resolved.to_record(), parent=origin)
         else:
             remarks = going_on.notices(system.installed_versions())
             session = _reopen(context, going_on, take_over=take_over)
@@ -263,7 +303,8 @@ class Trainer:
             run.track(wanted, name=wanted.training.run_name, done=going_on.step if going_on else None)
             for remark in remarks:
                 run.emit(remark)
-            outcome = run.train(wanted, base, rows, checkpoint=checkpoint)
+            start = None if checkpoint or wanted.training.start_from is None else Path(wanted.training.start_from)
+            outcome = run.train(wanted, base, rows, checkpoint=checkpoint, initial_adapter=start)
             adapter = run.publish(outcome)
             record = run.finish(outcome)
         self.last = TrainResult(run_id=run.run_id, adapter=adapter, outcome=outcome, record=record)

@@ -21,8 +21,9 @@ from bp_runs.process import process_birth
 from bp_runs.redact import redact_data
 from bp_runs.serialize import from_json
 
-Relation = Literal["replay", "member"]
-"""To its parent: done again with its settings; one run of a multi-run."""
+Relation = Literal["replay", "member", "from", "extend"]
+"""To its parent: done again with its settings; one run of a multi-run; trained on from its adapter; its
+extension by more steps."""
 
 
 def utc_now() -> str:

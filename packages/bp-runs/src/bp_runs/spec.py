@@ -204,6 +204,9 @@ class TrainingSpec:
         None,
         "Go on with the newest unfinished run as it is recorded; no: start anew; default: go on if the settings agree.",
     )
+    start_from: str | None = setting(
+        None, "Train on from this adapter: a folder, a run's id, RUN@50 or RUN@best; default: a new adapter."
+    )
     output_dir: str = setting("./output", "Output folder: adapter, runs and exports.")
     seed: int = setting(42, "Seed of rows' order, initial weights and dropout.")
     report_to: Literal["auto", "none", "tensorboard", "mlflow", "wandb", "trackio"] = setting(

@@ -151,6 +151,12 @@ COMMANDS = (
         "backprop replay 20261123 --override lr=1e-4 --override lora.r=8",
     ),
     Command(
+        "extend",
+        "resume:extend",
+        "Train a finished run for more steps.",
+        "backprop extend 20261123 --steps +100",
+    ),
+    Command(
         "diff-runs",
         "diff_runs:diff_runs",
         "Show what is different between two runs.",
@@ -238,7 +244,7 @@ GROUPS = {
 
 # The panels of the overview, in their order; the first word of each command stands in one.
 PANELS = {
-    "Train": ("quickstart", "train", "multi-run", "resume", "replay", "eval", "queue"),
+    "Train": ("quickstart", "train", "multi-run", "resume", "replay", "extend", "eval", "queue"),
     "Data": ("validate", "data"),
     "Use what was trained": ("export", "merge", "imatrix", "push", "chat", "ollama"),
     "Look back": ("list-runs", "show-run", "diff-runs", "prove", "export-runs", "runs", "ui"),

@@ -20,6 +20,7 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {
     "data.path": ("-d",),
     "training.output_dir": ("-o",),
     "training.learning_rate": ("--learning-rate",),
+    "training.start_from": ("--from",),
     "training.sample_prompts": ("--sample-prompt",),
     # As the older tool spelled them.
     "lora.use_dora": ("--use-dora",),

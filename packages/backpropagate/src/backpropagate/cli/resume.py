@@ -1,4 +1,4 @@
-"""`backprop resume` and `backprop replay`."""
+"""`backprop resume`, `backprop replay` and `backprop extend`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,37 @@ def replay(
         result = trainer.replay(run, overrides=dict(pairs), on_event=screen.show)
     if json:
         print_json("replay", document(result))
+    else:
+        tell_end(result, trainer.output)
+    return 130 if result.outcome.stopped else 0
+
+
+def extend(
+    run: str,
+    *,
+    steps: Annotated[str, Parameter(name=("--steps",))],
+    output: Output = None,
+    json: Json = False,
+) -> int:
+    """Train a finished run for more steps, as a new run that starts from its newest weights.
+
+    The learning rate warms up and falls again over these steps, and the optimizer starts fresh; a line says so.
+
+    Parameters
+    ----------
+    run: str
+        The run's id, or a part of it that only one run has.
+    steps: str
+        How many more: +100.
+    """
+    number = steps.removeprefix("+")
+    if not number.isdigit():
+        raise CommandLineError(f"--steps {steps!r} is no number of steps", way_out="Write it so: --steps +100")
+    trainer = open_trainer(output=output_folder(output))
+    with open_screen(as_json=json) as screen:
+        result = trainer.extend(run, steps=int(number), on_event=screen.show)
+    if json:
+        print_json("extend", document(result))
     else:
         tell_end(result, trainer.output)
     return 130 if result.outcome.stopped else 0

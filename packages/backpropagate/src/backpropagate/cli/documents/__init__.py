@@ -59,6 +59,7 @@ DOCUMENTS: Mapping[str, type] = {
     "show-run": ShowRun,
     "resume": Train,
     "replay": Train,
+    "extend": Train,
     "diff-runs": DiffRuns,
     "prove": Prove,
     "export-runs": ExportRuns,

@@ -36,7 +36,7 @@ class Outcome(TypedDict):
 
 
 class Train(TypedDict):
-    """`backprop train`, `resume` and `replay`."""
+    """`backprop train`, `resume`, `replay` and `extend`."""
 
     run_id: str
     status: RunStatus
