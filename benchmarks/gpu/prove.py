@@ -19,8 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
-from campaign import ON_GPU
 from randommodel import SHAPES, write_model, write_rows
 
 from bp_runs import Settings, TrainSpec
@@ -52,7 +52,7 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    is_dry, passed = options.dry or not ON_GPU, True
+    is_dry, passed = options.dry or not torch.cuda.is_available(), True
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         base = write_model(Path(scratch) / "base", "pico" if is_dry else options.shape)
         files = write_files(Path(scratch), base, options.tokens)
