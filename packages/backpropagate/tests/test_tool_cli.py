@@ -228,7 +228,7 @@ def test_three_lines_of_python(place):
         ([*TRAIN, "--lora-r", "0"], "CONFIG_INVALID_SETTING", 1, "lora.r"),
         ([*TRAIN, "--output", "d.jsonl"], "INPUT_OUTPUT_NOT_WRITABLE", 1, "d.jsonl"),
         (["show-run", "zzz"], "INPUT_RUN_NOT_FOUND", 1, "zzz"),
-        (["export", "none"], "INPUT_ADAPTER_INVALID", 1, "none"),
+        (["export", "none"], "INPUT_RUN_NOT_FOUND", 1, "there is no folder none, and no run matches"),
         (["export", "m", "--format", "merged", "--ollama"], "CONFIG_INVALID_SETTING", 1, "gguf"),
         (["errors", "INPUT_NONE"], "INPUT_COMMAND_LINE", 1, ""),
     ],

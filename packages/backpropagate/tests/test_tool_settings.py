@@ -44,6 +44,7 @@ OTHERS = {
     "training.deterministic": True,
     "training.report_to": "tensorboard",
     "training.run_name": "mine",
+    "training.start_from": "9f2c1a@50",
     "training.fp8": True,
     "training.learning_rate": 0.5,
     "training.batch_size": 7,

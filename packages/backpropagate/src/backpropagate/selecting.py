@@ -19,6 +19,7 @@ from backpropagate import rails, system
 from backpropagate.errors import AdapterSelectionError
 from bp_runs.adapter import read_manifest
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
+from bp_runs.errors import RunNotFoundError
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, runs_folder
 from bp_runs.rail import Rail, WritesAdapters
 from bp_runs.record import RunRecord
@@ -85,7 +86,14 @@ def select_run(target: str, output: Path) -> Selection:
         )
     path = Path(name)
     store = RunStore(path.parent if len(path.parts) > 1 else output)
-    return Selection(store.load(path.name), store, which)
+    try:
+        return Selection(store.load(path.name), store, which)
+    except RunNotFoundError as error:
+        if error.details.get("matches"):
+            raise
+        raise RunNotFoundError(
+            f"there is no folder {target}, and {error.message}", way_out=error.way_out, details=error.details
+        ) from error
 
 
 def materialize(selection: Selection, rail: Rail | None = None) -> Path:
