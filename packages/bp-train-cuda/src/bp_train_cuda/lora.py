@@ -104,9 +104,8 @@ def set_weights(model: Any, adapter: Path, spec: LoraSpec) -> None:
 def remove_adapter(model: Any) -> None:
     """Give a PEFT model's base its own layers back, in place; the model is of no use afterwards."""
     base = model.unload()
-    if "peft_config" in vars(
-        base
-    ):  # PEFT removes it itself since 0.20; else it takes the next adapter for a second one
+    # PEFT removes it itself since 0.20; else it takes the next adapter for a second one.
+    if "peft_config" in vars(base):
         del base.peft_config
 
 
