@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -132,8 +132,9 @@ class Trainer:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
             MainProcessError: In a process that is not the main one: there the call failed.
         """
-
-        def carry_out() -> TrainResult:
+        with self._main_process() as is_main:
+            if not is_main:
+                return self._newest_result()
             resolved = self._resolve({"data": data, **flags})
             self.settings = resolved.settings
             store = RunStore(self.output)
@@ -148,8 +149,6 @@ class Trainer:
                     raise
                 _log.warning("the run %s cannot go on, a new one begins: %s", going_on.record.run_id, error.cause)
                 return self._train(store, resolved, on_event)
-
-        return self._together(carry_out)
 
     def resume(
         self,
@@ -170,19 +169,16 @@ class Trainer:
             ResumeChangedError: Its data, template or model has changed; the run is left as it stood.
             CodedError: As `train`.
         """
-
-        def carry_out() -> TrainResult:
+        with self._main_process() as is_main:
+            if not is_main:
+                return self._newest_result()
             store = RunStore(self.output)
             record = resuming.find_record(store, run)
             if record.kind == "multi-run":
                 self.multi_run(resume=record.run_id, on_event=on_event)
-                if self.last is None:
-                    raise ContractError("a multi-run has left no result")
-                return self.last
+                return self._newest_result()
             going_on = resuming.prepare(store, record)
             return self._train(store, going_on.resolved, on_event, going_on, take_over=take_over)
-
-        return self._together(carry_out)
 
     def replay(
         self,
@@ -201,15 +197,14 @@ class Trainer:
         Raises:
             CodedError: As `train`; or an override that names no setting.
         """
-
-        def carry_out() -> TrainResult:
+        with self._main_process() as is_main:
+            if not is_main:
+                return self._newest_result()
             store = RunStore(self.output)
             record = store.load(run)
             if record.kind != "train" or record.is_imported:
                 raise ResumeNotFoundError(f"the record of the run {record.run_id} has not all that it was made with")
             return self._train(store, settings.from_record(record, overrides), on_event, parent=record)
-
-        return self._together(carry_out)
 
     def extend(self, run: str, *, steps: int, on_event: Callable[[Event], None] | None = None) -> TrainResult:
         """Train a finished run for more steps, as a new run that starts from its newest weights.
@@ -226,25 +221,31 @@ class Trainer:
             AdapterSelectionError: The run can't be extended, or has left no weights.
             CodedError: As `train`.
         """
-
-        def carry_out() -> TrainResult:
+        with self._main_process() as is_main:
+            if not is_main:
+                return self._newest_result()
             store = RunStore(self.output)
             record = store.load(run)
             resolved, notice = continuing.plan_extension(store, run, steps, self._rail)
             return self._train(store, resolved, on_event, parent=record, relation="extend", notice=notice)
 
-        return self._together(carry_out)
-
-    def _together(self, carry_out: Callable[[], TrainResult]) -> TrainResult:
-        """Carry out a call: alone, as the main process of several, or as one that only trains along."""
+    @contextlib.contextmanager
+    def _main_process(self) -> Iterator[bool]:
+        """Whether this process carries the call out: alone, or as the main one. Others train along in the meantime."""
         launching.require_given(self._ranks, os.environ)
         ranks = self._ranks = launching.count_call(self._ranks)
         if ranks is None or not ranks.rank:
             with launching.leading(ranks):
-                return carry_out()
+                yield True
+            return
         with self._interrupts() as stop:
             folders = launching.follow(ranks, stop)
         self.last = _read_result(folders, ranks)
+        yield False
+
+    def _newest_result(self) -> TrainResult:
+        if self.last is None:
+            raise ContractError("the call has left no result")
         return self.last
 
     def _choose(self, store: RunStore, resolved: settings.Resolved) -> resuming.GoingOn | None:
