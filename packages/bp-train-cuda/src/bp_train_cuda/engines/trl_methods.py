@@ -29,7 +29,7 @@ Collate = Callable[[Sequence[Any]], Batch]
 
 _TEXT = MappingProxyType({"prompt": "a", "chosen": "b", "rejected": "c"})
 _NO_CUT = MappingProxyType({"max_length": None})  # rows are cut already
-# With older ones ORPO's and CPO's gradients are divided by the number of micro-batches twice, and TRL wants a GPU.
+# The oldest that passed. transformers 5.5 divides gradients by the number of micro-batches twice; TRL 1.15 wants a GPU.
 _OLDEST = MappingProxyType({"transformers": "5.19", "trl": "1.16"})
 # TRL turns dropout off for these methods; here lora.dropout is the user's.
 _KEEP_DROPOUT = MappingProxyType({"disable_dropout": False})
