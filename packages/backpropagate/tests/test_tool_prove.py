@@ -127,6 +127,21 @@ def test_runs_that_began_elsewhere_cannot_be_proved(place, capsys, change, why):
     assert "INPUT_PROVE_UNSUPPORTED" in said.err
 
 
+def test_a_run_from_an_adapter_elsewhere_is_the_rail_s_to_reject(place, capsys):
+    store, starts = RunStore(place / "output"), []
+
+    class Noting(ProvingRail):
+        def replay_steps(self, spec, record, steps):
+            starts.append(spec.initial_adapter)
+            return super().replay_steps(spec, record, steps)
+
+    setting = {"training.start_from": {"value": str(place / "other"), "source": "flag"}}
+    store.update(store.list_runs()[0]["run_id"], lambda record: record.settings.update(setting))
+    with rails.use(Noting()):
+        assert run(["prove"]) == 0
+    assert starts == [place / "other"]
+
+
 def test_a_run_without_a_step_and_a_rail_without_a_loop(place, capsys):
     store = RunStore(place / "output")
     with rails.use(FakeRail()):

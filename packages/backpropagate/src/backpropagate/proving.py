@@ -54,7 +54,16 @@ def prove_run(store: RunStore, run: str | None, *, steps: int = 10, rail: Rail |
     base = catalogue.find_model(wanted.model.name, revision=wanted.model.revision, offline=offline)
     with tempfile.TemporaryDirectory(prefix="backprop-prove-") as scratch:
         folders = RunFolders(run_id=record.run_id, output=store.output, run=Path(scratch))
-        spec = TrainSpec.build(wanted, folders, base.folder, base.commit, rows=rows.path, rows_commit=rows.commit)
+        start = wanted.training.start_from
+        spec = TrainSpec.build(
+            wanted,
+            folders,
+            base.folder,
+            base.commit,
+            initial_adapter=None if start is None else Path(start),
+            rows=rows.path,
+            rows_commit=rows.commit,
+        )
         replay = rail.replay_steps(spec, record, len(recorded))
     proof = Proof(
         run_id=record.run_id,
