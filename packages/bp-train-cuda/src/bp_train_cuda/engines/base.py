@@ -82,7 +82,8 @@ def open_base(spec: TrainSpec, cache: BaseCache | None, adapter: Path | None) ->
     with (BaseCache() if cache is None or changes_base else cache).borrow(key, load_base) as base:
         if spec.training.fp8:
             use_fp8(base)
-        kernels = apply_kernels(base, spec.training.kernels, device)
+        own_kernels = spec.training.engine == "unsloth"
+        kernels = "Unsloth's kernels" if own_kernels else apply_kernels(base, spec.training.kernels, device)
         yield Loaded(device, mode, checked.parameters, base, kernels, checked.warnings)
 
 
