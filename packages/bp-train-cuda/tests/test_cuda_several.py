@@ -22,7 +22,7 @@ from bp_train_cuda.distributed import rules
 from bp_train_cuda.distributed.process_group import DistributedGroup
 from bp_train_cuda.distributed.rules import require_supported
 from bp_train_cuda.distributed.store import SignedStore
-from bp_train_cuda.engines.base import open_base
+from bp_train_cuda.engines import base
 from bp_train_cuda.errors import RankLostError, RanksChangedError, RanksError
 from bp_train_cuda.probe import Device
 
@@ -281,10 +281,10 @@ def test_weights_to_be_parted_are_not_loaded_to_a_card(pico_model, chat_file, tm
     def load(*_, place=None, **__):
         raise MemoryError(place)
 
-    monkeypatch.setattr(load, "load_model", load)
+    monkeypatch.setattr(base.load, "load_model", load)
     with (
         pytest.raises(MemoryError, match="cpu" if sharded else "None"),
-        open_base(replace(spec, ranks=rank), None, None),
+        base.open_base(replace(spec, ranks=rank), None, None),
     ):
         pass
 

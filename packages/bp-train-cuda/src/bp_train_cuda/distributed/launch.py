@@ -105,13 +105,13 @@ def _read_spec(store: SignedStore, number: int, ranks: Ranks) -> TrainSpec:
 
 @contextlib.contextmanager
 def _membership(group: DistributedGroup) -> Iterator[DistributedGroup]:
-    """Meet, and end together: what goes wrong on one rank is known to all."""
+    """Connect, and end together: an error on one rank ends all."""
     try:
         group.connect()
         yield group
     except BaseException as error:
-        if heard := group.remote_error():
-            raise heard from error
+        if remote := group.remote_error():
+            raise remote from error
         group.report_failure(error)
         raise
     finally:

@@ -35,14 +35,14 @@ from bp_train_cuda.errors import RankLostError, RanksError, TrainingFailedError
 from bp_train_cuda.guards.oom import TorchMemory
 
 _BUCKET = 64 * 2**20  # bytes of gradients that are added up at a time
-_LONG = timedelta(days=7)  # meetings find out who is missing; torch's own patience must not end a rest or a long save
-_LOOK_SECONDS = 0.5  # from one look at the other processes to the next
-_LONGEST_NAP = 0.005  # seconds between two looks into the store
+_LONG = timedelta(days=7)  # meetings notice who is missing; torch's timeout must not end a pause or a long save
+_WATCH_SECONDS = 0.5  # between two checks that the other processes are alive
+_LONGEST_NAP = 0.005  # seconds between two polls of the store
 _FAILED = "failed"
 
 
 class ProcessGroup:
-    """The ranks of one training as one of them sees them; this class: a process that trains alone."""
+    """The ranks of one training run, as one of them sees them. This class is a single process."""
 
     rank = 0
     count = 1
@@ -64,11 +64,11 @@ class ProcessGroup:
         return [to_json(mine)]
 
     def sum_values(self, values: Sequence[float]) -> list[float]:
-        """The sums over all ranks, place by place; the same bits on each."""
+        """Sums over all ranks, position by position; the same bits on each."""
         return [float(value) for value in values]
 
     def any(self, mine: bool) -> bool:
-        """Whether it is so on any rank."""
+        """Whether ``mine`` is true on any rank."""
         return mine
 
     def try_all(self, action: Callable[[], None]) -> CodedError | None:
@@ -80,16 +80,16 @@ class ProcessGroup:
         return None
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], emit: Emit) -> None:
-        """Let each parameter's gradient be the sum over the ranks'."""
+        """Sum each parameter's gradient over all ranks, in place."""
 
     def sum_tensor(self, tensor: torch.Tensor) -> None:
-        """Let ``tensor`` be the sum over the ranks', in place."""
+        """Sum ``tensor`` over all ranks, in place."""
 
     def broadcast_weights(self, weights: Sequence[torch.Tensor]) -> None:
-        """Let ``weights`` be rank 0's, in place."""
+        """Set ``weights`` to rank 0's, in place."""
 
     def take_warnings(self) -> list[Notice]:
-        """Warnings of ranks that do not speak to the user, since the last call."""
+        """Warnings recorded on this rank since the last call; only rank 0 shows them."""
         return []
 
 
@@ -97,8 +97,8 @@ class DistributedGroup(ProcessGroup):
     """One of several ranks.
 
     Args:
-        store: Where they meet; of this training alone.
-        stop: Polled while ranks wait for the first meeting: a launcher ends all where one does not come to it.
+        store: Where the ranks of this training run meet.
+        stop: Polled while the ranks wait for each other at the start; afterwards a stop is agreed on by the loop.
     """
 
     def __init__(self, ranks: Ranks, store: SignedStore, stop: Stop) -> None:
@@ -112,7 +112,7 @@ class DistributedGroup(ProcessGroup):
         self._closed = threading.Event()
 
     def record_warning(self, event: Event) -> None:
-        """Takes the events of a rank that does not speak to the user: of these, warnings are passed on to rank 0."""
+        """An emit function for ranks other than 0: keeps warnings for `take_warnings`, drops other events."""
         if isinstance(event, Notice) and event.level == "warning":
             self._notes.append(event)
 
@@ -122,27 +122,28 @@ class DistributedGroup(ProcessGroup):
         return found
 
     def connect(self) -> None:
-        """Tell the others of this process, and open torch's process group.
+        """Exchange process ids and GPUs, and initialize torch's process group.
 
         Raises:
-            RanksError: There are more ranks than cards.
+            RanksError: The ranks are on several machines, or there are more ranks than GPUs.
+            CodedError: As `all_gather`.
         """
         on_gpu = torch.cuda.is_available()
-        card = str(torch.cuda.get_device_properties(0).uuid) if on_gpu else "cpu"
+        gpu = str(torch.cuda.get_device_properties(0).uuid) if on_gpu else "cpu"
         process = psutil.Process()
-        found = self.all_gather([process.pid, process.create_time(), card, _host()])
+        found = self.all_gather([process.pid, process.create_time(), gpu, _host()])
         self._processes = [(pid, start) for pid, start, *_ in found]
-        cards = [card for _, _, card, _ in found]
+        gpus = {gpu for _, _, gpu, _ in found}
         if len(hosts := {host for *_, host in found}) > 1:
             raise RanksError(
                 f"the processes run on {len(hosts)} machines or containers; a run trains on the GPUs of one",
                 way_out="Start them on one machine: torchrun --standalone --nproc-per-node 2 -m backpropagate train …",
             )
-        if len(set(cards)) != (self.count if on_gpu else 1):
+        if len(gpus) != (self.count if on_gpu else 1):
             raise RanksError(
-                f"{self.count} processes were started and there are {len(set(cards) - {'cpu'})} cards for them",
-                way_out="Start as many processes as there are cards: torchrun --nproc-per-node 2; CUDA_VISIBLE_DEVICES "
-                "chooses among them.",
+                f"{self.count} processes were started for {len(gpus - {'cpu'})} GPUs",
+                way_out="Start one process per GPU: torchrun --standalone --nproc-per-node 2 -m backpropagate train …; "
+                "choose GPUs with CUDA_VISIBLE_DEVICES.",
             )
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if on_gpu else "gloo",
@@ -151,8 +152,10 @@ class DistributedGroup(ProcessGroup):
             world_size=self.count,
             timeout=_LONG,
         )
-        self.sum_tensor(torch.zeros(1, device="cuda" if on_gpu else "cpu"))  # NCCL takes its memory now, not later
-        if on_gpu and self.is_sharded:  # whose collectives are entered without a meeting
+        self.sum_tensor(
+            torch.zeros(1, device="cuda" if on_gpu else "cpu")
+        )  # NCCL allocates its memory now, so that preflight sees it
+        if on_gpu and self.is_sharded:  # FSDP2's collectives run without a meeting before them
             threading.Thread(target=self._watch, daemon=True).start()
 
     def all_gather(self, mine: Any) -> list[Any]:
@@ -194,11 +197,11 @@ class DistributedGroup(ProcessGroup):
             if any(has) and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         with torch.no_grad():
-            for bucket in _part([p.grad for p in parameters if p.grad is not None], buffer.nbytes):
+            for bucket in _bucketize([p.grad for p in parameters if p.grad is not None], buffer.nbytes):
                 self._sum_bucket(bucket, buffer)
 
     def _open_buffer(self, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
-        """Bytes for a bucket, and for the largest gradient where that is more."""
+        """Room for a bucket, or for the largest gradient if that is larger."""
         if self._buffer is None:
             size = max([_BUCKET, *(parameter.nbytes for parameter in parameters)])
             size = min(size, sum(parameter.nbytes for parameter in parameters))
@@ -206,7 +209,7 @@ class DistributedGroup(ProcessGroup):
         return self._buffer
 
     def _sum_bucket(self, gradients: Sequence[torch.Tensor], buffer: torch.Tensor) -> None:
-        """Gradients of one dtype, joined so that one collective carries them."""
+        """Sum gradients of one dtype in a single collective."""
         count = sum(gradient.numel() for gradient in gradients)
         joined = buffer.view(gradients[0].dtype)[:count]
         torch.cat([gradient.flatten() for gradient in gradients], out=joined)
@@ -227,12 +230,12 @@ class DistributedGroup(ProcessGroup):
             dist.broadcast(weight, src=0)
 
     def report_failure(self, error: BaseException) -> None:
-        """Leave word for the others that this rank has failed; the first word counts."""
+        """Tell the other ranks that this one has failed; the first report counts."""
         with contextlib.suppress(RankLostError):
             self._store.set_if_absent(_FAILED, {"rank": self.rank, "error": _pack(_coded(error))})
 
     def remote_error(self) -> CodedError | None:
-        """How another rank has failed; None where none has left word."""
+        """The error that another rank has reported, or None."""
         with contextlib.suppress(RankLostError):
             if self._store.has(_FAILED):
                 said = self._store.get(_FAILED, writer=None)
@@ -243,14 +246,15 @@ class DistributedGroup(ProcessGroup):
         """Leave torch's process group."""
         self._closed.set()
         if dist.is_initialized():
-            with contextlib.suppress(RuntimeError, ValueError):  # one that was aborted is left as it is
+            with contextlib.suppress(RuntimeError, ValueError):  # it was aborted
                 dist.destroy_process_group()
 
     def _watch(self) -> None:
-        """End a collective that waits for a rank which has failed; on a GPU nothing else does."""
-        while not self._closed.wait(_LOOK_SECONDS):
+        """Abort a collective that waits for a rank that has failed; NCCL itself would wait for ever."""
+        while not self._closed.wait(_WATCH_SECONDS):
             if self._has_failed() or not all(is_alive(*process) for process in self._processes):
-                dist.group.WORLD.abort()
+                if dist.group.WORLD is not None:
+                    dist.group.WORLD.abort()
                 return
 
     def _has_failed(self) -> bool:
@@ -260,15 +264,15 @@ class DistributedGroup(ProcessGroup):
             return True
 
     def _wait(self, keys: list[str]) -> None:
-        nap, looked = 0.0001, time.monotonic()
+        nap, checked = 0.0001, time.monotonic()
         while not self._store.has(*keys):
-            if heard := self.remote_error():
-                raise heard
-            if time.monotonic() - looked > _LOOK_SECONDS:
-                looked = time.monotonic()
+            if error := self.remote_error():
+                raise error
+            if time.monotonic() - checked > _WATCH_SECONDS:
+                checked = time.monotonic()
                 self._require_alive(keys)
                 if not self._processes and self._stop():
-                    raise InterruptedRunError("the training was stopped before all its processes had come")
+                    raise InterruptedRunError("stopped before all processes had joined")
             time.sleep(nap)
             nap = min(1.5 * nap, _LONGEST_NAP)
 
@@ -278,8 +282,8 @@ class DistributedGroup(ProcessGroup):
                 raise RankLostError(f"process {rank} of {self.count} (pid {pid}) is gone")
 
 
-def _part(gradients: Sequence[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
-    """Runs of gradients of one dtype of at most so many bytes together."""
+def _bucketize(gradients: Sequence[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
+    """Consecutive gradients of one dtype, up to ``most`` bytes together."""
     bucket: list[torch.Tensor] = []
     size = 0
     for gradient in gradients:
@@ -296,7 +300,7 @@ def _host() -> str:
     """The machine and its process id namespace: ranks watch each other by process id."""
     try:
         return f"{platform.node()} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return platform.node()
 
 
@@ -304,7 +308,7 @@ def _coded(error: BaseException) -> CodedError:
     if isinstance(error, CodedError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return InterruptedRunError("it was ended by a signal")
+        return InterruptedRunError("interrupted by a signal")
     return TrainingFailedError(f"{type(error).__name__}: {first_line(error)}")
 
 

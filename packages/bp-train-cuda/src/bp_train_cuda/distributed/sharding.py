@@ -1,8 +1,8 @@
-"""Weights parted among ranks by FSDP2: each holds a share of every layer, and gathers a layer while it computes.
+"""Sharding by FSDP2: each rank holds a shard of every layer and gathers a layer while it computes.
 
-All weights: parameters, gradients and moments are parted, in float32, and computed with in the base's own dtype. An
-adapter stays whole on each rank, since it is small; its base is parted. FSDP2 gathers inside forward and backward, so
-here all ranks run as many pieces: a micro-batch that does not fit is not halved.
+In full fine-tuning, parameters, gradients and optimizer state are sharded, in float32; products are computed in the
+base's dtype. An adapter is small and stays unsharded; only its base is sharded. FSDP2 gathers inside forward and
+backward, so all ranks must run as many chunks: a micro-batch that does not fit is not split.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bp_train_cuda.lora import trainable_weights
 
 
 def shard_model(root: Any, model: Any, base: Any, kind: str) -> None:
-    """Part the weights of ``base`` among the ranks, layer by layer and in place; FSDP2 moves each to its device first.
+    """Shard the weights of ``base`` among the ranks, layer by layer and in place; FSDP2 moves each to its device first.
 
     Args:
         model: What is trained: ``base`` itself, or ``base`` with an adapter.
@@ -49,31 +49,31 @@ def _find_layers(base: Any) -> list[Any]:
 
 
 def scale_gradients_to_sum(weights: Iterable[torch.Tensor]) -> None:
-    """Make sums of the means over ranks that FSDP2 leaves as gradients: a rank's loss is its part of the step's."""
+    """Multiply FSDP2's means over the ranks up to sums: each rank's loss is already its part of the step's."""
     for weight in weights:
         if weight.grad is not None:
             local_shard(weight.grad).mul_(dist.get_world_size())
 
 
 def is_sharded_weight(weight: torch.Tensor) -> bool:
-    """Whether this rank holds a share of ``weight``."""
+    """Whether this rank holds only a shard of ``weight``."""
     return isinstance(weight, DTensor)
 
 
 def local_shard(weight: torch.Tensor) -> torch.Tensor:
-    """The rank's share of a parted weight, or of a whole one all of it; the same memory."""
+    """The shard of a weight that this rank holds, or all of an unsharded one; the same memory."""
     local: torch.Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
     return local
 
 
 def local_weights(model: Any) -> dict[str, torch.Tensor]:
-    """As `bp_train_cuda.lora.trainable_weights`, this rank's shares."""
+    """As `bp_train_cuda.lora.trainable_weights`, this rank's shards."""
     _reshard(model)
     return {name: local_shard(weight) for name, weight in trainable_weights(model).items()}
 
 
 def gather_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All weights whole, in ``dtype`` on the CPU; all ranks must call it, and only rank 0 keeps what is joined."""
+    """All weights unsharded, in ``dtype`` on the CPU; all ranks must call it, and only rank 0 gets them."""
     _reshard(model)
     keeps, found = dist.get_rank() == 0, {}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # tied ones are joined once
@@ -86,34 +86,33 @@ def gather_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 
 def _reshard(model: Any) -> None:
-    """A forward pass without gradients leaves what is outside the layers whole, and its shares out of sight."""
+    """A forward pass without gradients leaves what is outside the layers gathered, and its shards hidden."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def full_norm(norm: Any) -> Any:
-    """The norm of parted gradients as one number on all ranks; all must call it."""
+    """The norm of sharded gradients as one number on all ranks; all must call it."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def local_optimizer_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with this rank's shares of the moments, to be saved."""
-    shares = {
-        place: {name: local_shard(value) if torch.is_tensor(value) else value for name, value in moments.items()}
-        for place, moments in state["state"].items()
+    """An optimizer's state with this rank's shards, to be saved."""
+    shards = {
+        place: {name: local_shard(value) if torch.is_tensor(value) else value for name, value in values.items()}
+        for place, values in state["state"].items()
     }
-    return {**state, "state": shares}
+    return {**state, "state": shards}
 
 
-def shard_optimizer_state(optimizer: Any) -> None:
-    """Undo `local_optimizer_state` in an optimizer that has loaded them."""
-    raw = getattr(optimizer, "optimizer", optimizer)
-    for weight, moments in raw.state.items():
+def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Undo `local_optimizer_state` in an optimizer that has loaded it."""
+    for weight, values in optimizer.state.items():
         if not isinstance(weight, DTensor):
             continue
-        for name, value in moments.items():
+        for name, value in values.items():
             if torch.is_tensor(value) and not isinstance(value, DTensor) and value.shape == weight.to_local().shape:
-                moments[name] = DTensor.from_local(
+                values[name] = DTensor.from_local(
                     value, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
                 )
