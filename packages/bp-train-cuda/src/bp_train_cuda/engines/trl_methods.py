@@ -28,7 +28,8 @@ Collate = Callable[[Sequence[Any]], Batch]
 """Rows of a micro-batch to tensors."""
 
 _TEXT = MappingProxyType({"prompt": "a", "chosen": "b", "rejected": "c"})
-_NO_CUT = MappingProxyType({"max_length": None})  # rows are cut already
+# Rows are cut already; and the routers of mixtures of experts are frozen, so their loss would only move the adapter.
+_AS_OURS = MappingProxyType({"max_length": None, "router_aux_loss_coef": 0.0})
 # The oldest that passed. transformers 5.5 divides gradients by the number of micro-batches twice; TRL 1.15 wants a GPU.
 _OLDEST = MappingProxyType({"transformers": "5.19", "trl": "1.16"})
 # TRL turns dropout off for these methods; here lora.dropout is the user's.
@@ -222,7 +223,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "SFTTrainer",
             "SFTConfig",
             ("trl",),
-            lambda _: {**_NO_CUT, "shuffle_dataset": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
+            lambda _: {**_AS_OURS, "shuffle_dataset": False, "dataset_kwargs": {"skip_prepare_dataset": True}},
             {},
             _collate_rows,
         ),
@@ -230,7 +231,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "DPOTrainer",
             "DPOConfig",
             ("trl",),
-            lambda training: {**_NO_CUT, **_KEEP_DROPOUT, "beta": training.dpo_beta},
+            lambda training: {**_AS_OURS, **_KEEP_DROPOUT, "beta": training.dpo_beta},
             _TEXT,
             _collate_pairs,
         ),
@@ -239,7 +240,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "KTOConfig",
             ("trl", "trl.experimental.kto"),
             lambda training: {
-                **_NO_CUT,
+                **_AS_OURS,
                 **_KEEP_DROPOUT,
                 "beta": training.kto_beta,
                 "desirable_weight": training.kto_desirable_weight,
