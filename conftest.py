@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the program does, see backpropagate.system
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: threads that spin would slow all of them
 
 pytest_plugins = ["raised_codes"]
 

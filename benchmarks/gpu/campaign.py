@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from bp_train_cuda.guards.optimizer import release_model
 from randommodel import write_model, write_rows
 
 from bp_runs import Settings, TrainSpec
@@ -32,10 +33,9 @@ from bp_runs.errors import CodedError
 from bp_runs.events import Event, ModelLoaded, Notice, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail
-from bp_train_cuda.estimate import estimate, read_load
-from bp_train_cuda.guards.optimizer import release_model
 from bp_train_cuda.guards.thermal import find_sensor
-from bp_train_cuda.shapes import read_shapes
+from bp_train_cuda.memory.estimate import estimate, read_load
+from bp_train_cuda.memory.shapes import read_shapes
 
 GIB = 2**30
 ON_GPU = torch.cuda.is_available()

@@ -12,7 +12,8 @@ from backpropagate.cli.app import run
 from bp_merge import blend, load_adapter
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.store import RunStore
-from bp_train_cuda import CudaRail, load
+from bp_train_cuda import CudaRail
+from bp_train_cuda.model import load
 
 FLAGS = {"steps": 3, "batch_size": 4, "gradient_accumulation": 1, "lr": 1e-2, "warmup_steps": 1, "lora_r": 4,
          "lora_dropout": 0.1, "max_seq_length": 64, "eval_share": 0.0}  # fmt: skip

@@ -459,7 +459,7 @@ MUTATIONS = (
     Mutation(
         "estimate",
         "estimate-vram is near what was measured",
-        "bp-train-cuda/src/bp_train_cuda/estimate.py",
+        "bp-train-cuda/src/bp_train_cuda/memory/estimate.py",
         "FRAGMENTS = 0.05",
         "FRAGMENTS = 0.5",
         "bp-train-cuda/tests/test_cuda_estimate_measured.py",

@@ -304,8 +304,8 @@ def early_stop_acts(b: Bench) -> bool:
 def temperature_acts(b: Bench) -> bool:
     """0 asks for no guard; else one is looked for."""
     from bp_runs.spec import TrainingSpec
+    from bp_train_cuda.backend import Device
     from bp_train_cuda.guards.monitor import open_monitor
-    from bp_train_cuda.probe import Device
 
     said = []
     card = Device(kind="cuda", why="a test", memory=2**34)

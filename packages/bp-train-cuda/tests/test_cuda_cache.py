@@ -9,8 +9,9 @@ from cuda_training import spec_for, train
 
 from bp_runs.errors import AdapterInvalidError, TrainingDivergedError
 from bp_runs.events import EvalDone, StepDone
-from bp_train_cuda import CudaRail, load
-from bp_train_cuda.cache import BaseCache
+from bp_train_cuda import CudaRail
+from bp_train_cuda.model import load
+from bp_train_cuda.model.cache import BaseCache
 
 
 def losses(events):

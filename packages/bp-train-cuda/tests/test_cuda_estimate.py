@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bp_train_cuda.errors import ShapesUnknownError
-from bp_train_cuda.estimate import Load, count_layer_bytes, count_saved_bytes, estimate, find_adapted
-from bp_train_cuda.shapes import read_shapes
+from bp_train_cuda.memory.estimate import Load, count_layer_bytes, count_saved_bytes, estimate, find_adapted
+from bp_train_cuda.memory.shapes import read_shapes
 
 SIZES = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -166,5 +166,5 @@ def test_what_is_unknown_is_said():
 def test_estimating_needs_no_framework():
     import subprocess
 
-    code = "import sys, bp_train_cuda.estimate, bp_train_cuda.shapes; assert 'torch' not in sys.modules"
+    code = "import sys, bp_train_cuda.memory.estimate, bp_train_cuda.memory.shapes; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ from test_cuda_oom import Scarce
 from transformers import LlamaModel
 
 from bp_runs.events import AdapterSaved, Notice, SampleAnswer
-from bp_train_cuda.fit import FITTED_FILE, FitMemory, Fitted, describe_load
+from bp_train_cuda.memory.fit import FITTED_FILE, FitMemory, Fitted, describe_load
 
 GIB = 2**30
 
@@ -64,7 +64,7 @@ def test_a_damaged_file_tells_nothing_and_is_written_anew(tmp_path, text):
 @pytest.fixture
 def steady(monkeypatch):
     """As much free memory in each run, whatever else this machine does."""
-    monkeypatch.setattr("bp_train_cuda.probe.psutil.virtual_memory", lambda: SimpleNamespace(available=15 * GIB))
+    monkeypatch.setattr("bp_train_cuda.backend.psutil.virtual_memory", lambda: SimpleNamespace(available=15 * GIB))
 
 
 @pytest.mark.usefixtures("steady")

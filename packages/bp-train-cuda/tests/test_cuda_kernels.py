@@ -6,9 +6,9 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 
+from bp_train_cuda.backend import Device
 from bp_train_cuda.errors import KernelsError
-from bp_train_cuda.kernels import apply_kernels, require_kernels
-from bp_train_cuda.probe import Device
+from bp_train_cuda.model.kernels import apply_kernels, require_kernels
 
 CPU, GPU = Device("cpu", "none", 1), Device("cuda", "a card", 1)
 
@@ -69,5 +69,5 @@ def test_none_are_none(liger):
 
 
 def test_one_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr("bp_train_cuda.kernels.find_spec", lambda name: None if name == "liger_kernel" else True)
+    monkeypatch.setattr("bp_train_cuda.model.kernels.find_spec", lambda name: None if name == "liger_kernel" else True)
     assert "liger-kernel is not installed" in apply_kernels(model("llama"), "auto", GPU)

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bp_runs.spec import LoraSpec
-from bp_train_cuda import CudaRail, load, lora
+from bp_train_cuda import CudaRail
 from bp_train_cuda.errors import PackingError, TargetModulesError
+from bp_train_cuda.model import load, lora
 from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets, find_experts
 from bp_train_cuda.model.head import find_decoder, find_head
 from bp_train_cuda.model.pico import shrink_config

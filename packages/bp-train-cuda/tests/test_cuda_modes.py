@@ -20,6 +20,7 @@ from bp_runs.events import AdapterSaved, EvalDone, ModelLoaded, StepDone
 from bp_runs.fingerprint import fingerprint_base
 from bp_runs.spec import LoraSpec, ModelSpec, TrainingSpec
 from bp_train_cuda import CudaRail
+from bp_train_cuda.backend import Device, Mode, choose_dtype, choose_mode
 from bp_train_cuda.check import require_start
 from bp_train_cuda.engines.unsloth import require_unsloth
 from bp_train_cuda.errors import (
@@ -33,10 +34,9 @@ from bp_train_cuda.errors import (
     UnslothError,
     VocabularyError,
 )
-from bp_train_cuda.fp8 import use_fp8
-from bp_train_cuda.lora import add_lora
+from bp_train_cuda.model.fp8 import use_fp8
+from bp_train_cuda.model.lora import add_lora
 from bp_train_cuda.optim import choose_optimizer
-from bp_train_cuda.probe import Device, Mode, choose_dtype, choose_mode
 
 CPU, GPU = Device("cpu", "none", 1), Device("cuda", "a card", 16 * 2**30)
 

@@ -20,6 +20,7 @@ from bp_runs.adapter import changed_files
 from bp_runs.errors import DiskFullError, TrainingDivergedError
 from bp_runs.events import DataReady, ModelLoaded, SampleAnswer, StepDone
 from bp_train_cuda import CudaRail
+from bp_train_cuda.backend import Device, choose_mode
 from bp_train_cuda.errors import (
     BitsandbytesError,
     DriverTooOldError,
@@ -31,7 +32,6 @@ from bp_train_cuda.errors import (
     TrainingFailedError,
 )
 from bp_train_cuda.examples import RowExamples
-from bp_train_cuda.probe import Device, choose_mode
 
 
 def test_it_learns_and_leaves_an_adapter_that_peft_loads(pico_model, chat_file, tmp_path):

@@ -8,7 +8,7 @@ import torch
 from cuda_training import spec_for, train
 from test_cuda_oom import Scarce
 
-from bp_train_cuda import load
+from bp_train_cuda.model import load
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import EvalDone, StepDone
 from bp_runs.spec import Ranks
+from bp_train_cuda.backend import Device
 from bp_train_cuda.checkpoint import require_ranks
 from bp_train_cuda.distributed import rules
 from bp_train_cuda.distributed.process_group import DistributedGroup
@@ -24,7 +25,6 @@ from bp_train_cuda.distributed.rules import require_supported
 from bp_train_cuda.distributed.store import SignedStore
 from bp_train_cuda.engines import base
 from bp_train_cuda.errors import RankLostError, RanksChangedError, RanksError
-from bp_train_cuda.probe import Device
 
 TOGETHER = Path(__file__).parent / "together.py"
 ROWS = 11  # with 4 rows a step the last step of an epoch has 3: the second rank has one row, or none at all

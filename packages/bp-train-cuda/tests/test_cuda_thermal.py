@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from bp_runs.events import CheckpointSaved, EvalDone, Notice, StepDone
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda import CudaRail
+from bp_train_cuda.backend import Device
 from bp_train_cuda.errors import GpuTemperatureError
 from bp_train_cuda.guards.monitor import Monitor, open_monitor
 from bp_train_cuda.guards.thermal import Governor, Limits, NvmlSensor, find_sensor
-from bp_train_cuda.probe import Device
 
 LIMITS = Limits.around(88)
 

@@ -15,7 +15,7 @@ from bp_data.loop.plan import require_length
 from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import AdapterInvalidError, InvalidSettingError, first_line
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
-from bp_train_cuda import load, probe
+from bp_train_cuda import backend
 from bp_train_cuda.engines import unsloth
 from bp_train_cuda.engines.trl_methods import require_trl
 from bp_train_cuda.errors import (
@@ -25,8 +25,9 @@ from bp_train_cuda.errors import (
     TargetModulesError,
     VocabularyError,
 )
-from bp_train_cuda.kernels import require_kernels
+from bp_train_cuda.model import load
 from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets
+from bp_train_cuda.model.kernels import require_kernels
 from bp_train_cuda.model.packing import check_packing
 from bp_train_cuda.third_party import require_names
 
@@ -35,8 +36,8 @@ from bp_train_cuda.third_party import require_names
 class Checked:
     """A model that can be trained as asked."""
 
-    device: probe.Device
-    mode: probe.Mode
+    device: backend.Device
+    mode: backend.Mode
     parameters: int
     warnings: tuple[str, ...] = ()
     """What the user should know before the weights are fetched."""
@@ -53,7 +54,7 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         VersionUntestedError: As `third_party.require_names`.
         AdapterInvalidError: As `require_adapter`.
         RemoteCodeError, ModelLoadError, GpuNotAvailableError: As `load.read_config`, `sketch_model`, `require_capable`.
-        ModeError, BitsandbytesError, FullModelTooLargeError, Bf16Error: As `probe.choose_mode` and `choose_dtype`.
+        ModeError, BitsandbytesError, FullModelTooLargeError, Bf16Error: As `backend.choose_mode` and `choose_dtype`.
         UnslothError, InvalidSettingError: As `unsloth.require_unsloth`.
         VersionUntestedError, InvalidSettingError: As `engines.trl_methods.require_trl`.
         PackingError: Packing is set and a small model of this kind mixes packed examples on the device.
@@ -62,13 +63,13 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
     """
     require_numbers(settings)
     require_names()
-    device, trust = probe.choose_device(), settings.model.trust_remote_code
+    device, trust = backend.choose_device(), settings.model.trust_remote_code
     config = load.read_config(base, trust_remote_code=trust)
     sketch = load.sketch_model(config, trust_remote_code=trust)
     parameters = load.count_parameters(sketch)
     load.require_capable(parameters, device)
-    mode = probe.choose_mode(settings.training.mode, parameters, device)
-    probe.choose_dtype(settings.model.dtype, device)
+    mode = backend.choose_mode(settings.training.mode, parameters, device)
+    backend.choose_dtype(settings.model.dtype, device)
     require_optimizer(settings)
     require_kernels(str(config.model_type), settings.training.kernels, device)
     if settings.training.fp8:
@@ -148,7 +149,7 @@ def require_optimizer(settings: Settings) -> None:
         raise BitsandbytesError(f"the optimizer {settings.training.optim} is bitsandbytes', which is not installed")
 
 
-def require_fp8(device: probe.Device, mode: probe.Mode) -> None:
+def require_fp8(device: backend.Device, mode: backend.Mode) -> None:
     """Refuse 8-bit floats where nothing computes in them."""
     if device.kind != "cuda" or torch.cuda.get_device_capability(0) < (9, 0):
         raise Fp8Error(f"{device.label} does not train in 8-bit floats")
@@ -177,7 +178,7 @@ def require_targets(model: Any, spec: LoraSpec) -> None:
             raise TargetModulesError(f"no layer that can carry an adapter is named {name!r}", cause=known)
 
 
-def require_start(spec: LoraSpec, mode: probe.Mode) -> None:
+def require_start(spec: LoraSpec, mode: backend.Mode) -> None:
     """Refuse a start of the adapter that its mode or form does not have."""
     start = spec.init_lora_weights
     if start == "loftq" and mode.name != "qlora":

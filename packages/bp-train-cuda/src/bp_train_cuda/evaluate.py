@@ -18,8 +18,7 @@ from bp_data.loop.validation import Validator
 from bp_runs.events import Emit
 from bp_runs.rail import EvalOutcome, RowOutcome
 from bp_runs.spec import TrainSpec
-from bp_train_cuda import lora, probe
-from bp_train_cuda.cache import BaseCache
+from bp_train_cuda import backend
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.base import Loaded, answer_prompts, open_base, pad_token, quiet_framework
 from bp_train_cuda.engines.framework import TorchFramework
@@ -27,6 +26,8 @@ from bp_train_cuda.examples import build_examples
 from bp_train_cuda.generate import complete
 from bp_train_cuda.guards.oom import TorchMemory
 from bp_train_cuda.losses.log_probs import LogProbModel
+from bp_train_cuda.model import lora
+from bp_train_cuda.model.cache import BaseCache
 
 
 def evaluate(
@@ -108,7 +109,7 @@ def measure_with(spec: TrainSpec, prepared: AnyPrepared, model: Any, loaded: Loa
         reader=MemoryGuard(TorchMemory(), emit, enabled=training.oom_recovery),
         device=torch.device(loaded.device.kind),
         autocast=loaded.autocast,
-        peak=probe.PeakMemory(loaded.device),
+        peak=backend.PeakMemory(loaded.device),
     )
 
 

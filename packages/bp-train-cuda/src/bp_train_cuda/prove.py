@@ -18,9 +18,9 @@ from bp_runs.errors import ProofUnsupportedError
 from bp_runs.rail import Replay
 from bp_runs.record import RunRecord
 from bp_runs.spec import LoraSpec, TrainingSpec, TrainSpec
-from bp_train_cuda import probe, prove_loop
+from bp_train_cuda import backend, prove_loop
 from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
-from bp_train_cuda.load import read_config
+from bp_train_cuda.model.load import read_config
 from bp_train_cuda.optim import choose_optimizer
 from bp_train_cuda.rows import PlannedRows, prepare_rows
 
@@ -164,7 +164,7 @@ def _lora_numbers(spec: LoraSpec) -> dict[str, Any]:
 
 def _optimizer(training: TrainingSpec, mode: Any, device: Any) -> str:
     """``adamw`` or ``adamw_8bit``; paging changes no number."""
-    chosen = choose_optimizer(training, probe.Mode(mode, "recorded"), probe.Device(device, "recorded", 0))
+    chosen = choose_optimizer(training, backend.Mode(mode, "recorded"), backend.Device(device, "recorded", 0))
     return "adamw_8bit" if "8bit" in chosen else "adamw"
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from bp_data import Prepared
     from bp_data.asked import AnyPrepared
     from bp_runs.checkpoint import Checkpoint
-    from bp_train_cuda.cache import BaseCache
+    from bp_train_cuda.model.cache import BaseCache
 
 
 _log = logging.getLogger("bp_train_cuda")
@@ -39,7 +39,7 @@ class CudaRail:
 
     def probe(self) -> Probe:
         """Usable on a CUDA device, and on a CPU for small models."""
-        from bp_train_cuda.probe import choose_device
+        from bp_train_cuda.backend import choose_device
 
         device = choose_device()
         note = "" if device.kind == "cuda" else "; models of up to 1 billion parameters train on the CPU"
@@ -77,14 +77,14 @@ class CudaRail:
         Raises:
             ShapesUnknownError, ModelLoadError: The config describes no language model.
         """
-        from bp_train_cuda.estimate import choose_base, estimate, read_load
-        from bp_train_cuda.fit import FitMemory
-        from bp_train_cuda.shapes import FAMILIES, read_shapes
+        from bp_train_cuda.memory.estimate import choose_base, estimate, read_load
+        from bp_train_cuda.memory.fit import FitMemory
+        from bp_train_cuda.memory.shapes import FAMILIES, read_shapes
 
         if config.get("model_type") in FAMILIES:
             shapes = read_shapes(config)
         else:
-            from bp_train_cuda.load import measure_shapes
+            from bp_train_cuda.model.load import measure_shapes
 
             shapes = measure_shapes(config)
         mode: str = settings.training.mode
@@ -211,7 +211,7 @@ class CudaRail:
     @contextlib.contextmanager
     def keep_base(self) -> Iterator[None]:
         """While the context lasts, the base that was loaded last stays in memory."""
-        from bp_train_cuda.cache import BaseCache
+        from bp_train_cuda.model.cache import BaseCache
 
         before, self._cache = self._cache, BaseCache()
         try:

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from bp_runs.events import Notice
 from bp_runs.spec import TrainingSpec, TrainSpec
+from bp_train_cuda.backend import choose_device
 from bp_train_cuda.checkpoint import require_ranks
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.errors import RanksError
-from bp_train_cuda.probe import choose_device
 
 
 def require_supported(spec: TrainSpec, group: ProcessGroup) -> None:

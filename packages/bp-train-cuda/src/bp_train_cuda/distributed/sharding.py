@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from bp_train_cuda.lora import trainable_weights
+from bp_train_cuda.model.lora import trainable_weights
 
 
 def shard_model(root: Any, model: Any, base: Any, kind: str) -> None:
@@ -67,7 +67,7 @@ def local_shard(weight: torch.Tensor) -> torch.Tensor:
 
 
 def local_weights(model: Any) -> dict[str, torch.Tensor]:
-    """As `bp_train_cuda.lora.trainable_weights`, this rank's shards."""
+    """As `bp_train_cuda.model.lora.trainable_weights`, this rank's shards."""
     _reshard(model)
     return {name: local_shard(weight) for name, weight in trainable_weights(model).items()}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,19 +19,27 @@ from transformers.utils import logging as transformers_logging
 
 from bp_data.asked import AnyPrepared
 from bp_data.loop.memory import MemoryGuard
-from bp_runs.errors import CodedError, DiskFullError, InvalidSettingError, OomExhaustedError, TrainingDivergedError
+from bp_runs.errors import (
+    CodedError,
+    DiskFullError,
+    InvalidSettingError,
+    OomExhaustedError,
+    TrainingDivergedError,
+    first_line,
+)
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
 from bp_runs.spec import TrainingSpec, TrainSpec
-from bp_train_cuda import check, full, load, lora, probe
-from bp_train_cuda.cache import BaseCache
+from bp_train_cuda import backend, check
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines import unsloth
 from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
-from bp_train_cuda.fp8 import use_fp8
 from bp_train_cuda.generate import answer
 from bp_train_cuda.guards.oom import TorchMemory
-from bp_train_cuda.kernels import apply_kernels
+from bp_train_cuda.model import full, load, lora
+from bp_train_cuda.model.cache import BaseCache
+from bp_train_cuda.model.fp8 import use_fp8
+from bp_train_cuda.model.kernels import apply_kernels
 
 _log = logging.getLogger("bp_train_cuda")
 _SMALL_FILES = 2**20  # bytes for settings and metrics
@@ -42,8 +49,8 @@ _SMALL_FILES = 2**20  # bytes for settings and metrics
 class Loaded:
     """A base model in memory."""
 
-    device: probe.Device
-    mode: probe.Mode
+    device: backend.Device
+    mode: backend.Mode
     parameters: int
     base: Any
     kernels: str
@@ -66,7 +73,7 @@ def open_base(spec: TrainSpec, cache: BaseCache | None, adapter: Path | None) ->
         adapter: An adapter that will go on the base; its shapes are checked.
 
     Raises:
-        CodedError: As `bp_train_cuda.check.check_model` and `bp_train_cuda.load.load_model`.
+        CodedError: As `bp_train_cuda.check.check_model` and `bp_train_cuda.model.load.load_model`.
     """
     checked, trust = check.check_model(spec, spec.base, adapter), spec.model.trust_remote_code
     device, mode = checked.device, checked.mode
@@ -122,7 +129,7 @@ def open_model(spec: TrainSpec, loaded: Loaded, emit: Emit, group: ProcessGroup)
     return model
 
 
-def _require_room(spec: TrainSpec, model: Any, mode: probe.Mode) -> None:
+def _require_room(spec: TrainSpec, model: Any, mode: backend.Mode) -> None:
     """Check for disk space before training, so that hours of work can be saved."""
     size = sum(weight.nbytes for weight in lora.trainable_weights(model).values())
     beside = sum((spec.base / name).stat().st_size for name in lora.COPIED_FILES if (spec.base / name).is_file())
@@ -131,7 +138,7 @@ def _require_room(spec: TrainSpec, model: Any, mode: probe.Mode) -> None:
     require_free_space(spec.folders.run, size + beside + _SMALL_FILES, what)
 
 
-def close_model(model: Any, mode: probe.Mode) -> None:
+def close_model(model: Any, mode: backend.Mode) -> None:
     """Give the base its own layers back, so that the next run can use it."""
     if mode.name != "full":
         lora.remove_adapter(model)
@@ -141,7 +148,7 @@ def save_result(
     spec: TrainSpec,
     prepared: AnyPrepared,
     model: Any,
-    mode: probe.Mode,
+    mode: backend.Mode,
     emit: Emit,
     *,
     guard: MemoryGuard,
@@ -239,11 +246,6 @@ def determinism(training: TrainingSpec, *, on_gpu: bool) -> Iterator[None]:
     if not training.deterministic:
         yield
         return
-    if on_gpu and os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
-        raise InvalidSettingError(
-            "deterministic training needs the environment variable CUBLAS_WORKSPACE_CONFIG",
-            way_out="Set it before Python starts: export CUBLAS_WORKSPACE_CONFIG=:4096:8",
-        )
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.deterministic,
@@ -252,10 +254,25 @@ def determinism(training: TrainingSpec, *, on_gpu: bool) -> Iterator[None]:
     torch.use_deterministic_algorithms(mode=True)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     try:
+        if on_gpu:
+            _require_deterministic_products()
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = before[1:]
+
+
+def _require_deterministic_products() -> None:
+    """Multiply once: cuBLAS is deterministic only if the environment says so, and torch raises if it does not."""
+    square = torch.zeros(2, 2, device="cuda")
+    try:
+        torch.mm(square, square)
+    except RuntimeError as error:
+        raise InvalidSettingError(
+            "deterministic training needs the environment variable CUBLAS_WORKSPACE_CONFIG",
+            cause=first_line(error),
+            way_out="Set it before Python starts: export CUBLAS_WORKSPACE_CONFIG=:4096:8",
+        ) from error
 
 
 @contextlib.contextmanager

@@ -12,15 +12,15 @@ import torch
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
 from bp_runs.spec import TrainingSpec
+from bp_train_cuda.backend import PeakMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import full_norm, is_sharded_weight, local_weights, scale_gradients_to_sum
 from bp_train_cuda.examples import Batch, JudgedExamples, Mismatch, PairExamples, RowExamples, to_device
 from bp_train_cuda.guards.oom import TorchMemory
-from bp_train_cuda.lora import trainable_weights
 from bp_train_cuda.losses.log_probs import LogProbModel
 from bp_train_cuda.losses.preference import PREFERENCE_METHODS, Completions
 from bp_train_cuda.losses.sft import sft_loss
-from bp_train_cuda.probe import PeakMemory
+from bp_train_cuda.model.lora import trainable_weights
 
 AnyExamples = RowExamples | PairExamples | JudgedExamples
 _PREFERENCE_SUMS = ("loss", "accuracy", "margin")

@@ -20,7 +20,7 @@ from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
-from bp_train_cuda import probe
+from bp_train_cuda import backend
 from bp_train_cuda.checkpoint import Checkpointer, Stateful, read_step
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import gather_weights, shard_model
@@ -86,7 +86,7 @@ class NativeRun:
     def _build(self) -> tuple[LogProbModel, LoopParts, LoopState, CardFit]:
         """The model in memory, and the loop at its first step or where its checkpoint was."""
         spec, group, device = self.spec, self.group, self.loaded.device
-        peak = probe.PeakMemory(device)
+        peak = backend.PeakMemory(device)
         model = open_model(spec, self.loaded, self.emit, group)
         wrapped = LogProbModel(model)
         packing = require_packable(model) if spec.training.packing else None
@@ -106,7 +106,7 @@ class NativeRun:
         saver.restore()
         return wrapped, parts, state, fit
 
-    def _build_framework(self, wrapped: LogProbModel, peak: probe.PeakMemory) -> TorchFramework:
+    def _build_framework(self, wrapped: LogProbModel, peak: backend.PeakMemory) -> TorchFramework:
         training, prepared, loaded = self.spec.training, self.prepared, self.loaded
         build = partial(
             build_examples, training.method, pad_id=pad_token(prepared), room=prepared.max_seq_length,
@@ -200,7 +200,7 @@ class NativeRun:
     def _save(self, wrapped: LogProbModel, guard: MemoryGuard) -> Path:
         weights = None
         if self.group.is_sharded:
-            dtype = probe.choose_dtype(self.spec.model.dtype, probe.choose_device())  # before it became float32
+            dtype = backend.choose_dtype(self.spec.model.dtype, backend.choose_device())  # before it became float32
             weights = partial(_gather, wrapped, dtype)
         mode = self.loaded.mode
         return save_result(

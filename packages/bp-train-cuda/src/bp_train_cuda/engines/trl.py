@@ -41,7 +41,7 @@ from bp_data.loop.schedule import rate_factor
 from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
-from bp_train_cuda import load, lora
+from bp_train_cuda.backend import PeakMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.base import Loaded, answer_prompts, determinism, open_model, pad_token, save_result
 from bp_train_cuda.engines.trl_methods import METHODS, Collate, pack_items, token_count, trained_count
@@ -49,9 +49,9 @@ from bp_train_cuda.engines.trl_recorder import Recorder
 from bp_train_cuda.errors import GpuOutOfMemoryError, PackingError
 from bp_train_cuda.guards.monitor import open_monitor
 from bp_train_cuda.guards.oom import TorchMemory
+from bp_train_cuda.model import load, lora
 from bp_train_cuda.model.packing import require_packable
 from bp_train_cuda.optim import choose_optimizer
-from bp_train_cuda.probe import PeakMemory
 
 SCRATCH = ".trl"
 """Folder of the run where transformers writes a checkpoint before it is published; gone after the run."""

@@ -20,11 +20,11 @@ from bp_runs.events import Emit, EvalDone, Notice, StepDone
 from bp_runs.losses import LossEnds
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
-from bp_train_cuda import lora
+from bp_train_cuda.backend import PeakMemory
 from bp_train_cuda.checkpoint import full_disk_coded
 from bp_train_cuda.errors import GpuTemperatureError
 from bp_train_cuda.guards.monitor import Monitor
-from bp_train_cuda.probe import PeakMemory
+from bp_train_cuda.model import lora
 
 STATE_FILE = "trl_state.json"
 BEST_FILE = "best.safetensors"

@@ -11,8 +11,8 @@ from typing import Any
 
 from bp_runs.errors import InvalidSettingError, first_line
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
+from bp_train_cuda.backend import Device, Mode, choose_dtype
 from bp_train_cuda.errors import UnslothError
-from bp_train_cuda.probe import Device, Mode, choose_dtype
 
 
 def require_unsloth(settings: Settings, device: Device) -> None:

@@ -10,11 +10,11 @@ from bp_data.loop.memory import HALVINGS
 from bp_runs.errors import DiskFullError, OutputNotWritableError, first_line
 from bp_runs.events import Emit, Notice
 from bp_runs.spec import TrainSpec
+from bp_train_cuda.backend import Device
 from bp_train_cuda.errors import ShapesUnknownError
-from bp_train_cuda.estimate import estimate, read_load
-from bp_train_cuda.fit import FitMemory, Fitted, describe_load
-from bp_train_cuda.probe import Device
-from bp_train_cuda.shapes import read_shapes
+from bp_train_cuda.memory.estimate import estimate, read_load
+from bp_train_cuda.memory.fit import FitMemory, Fitted, describe_load
+from bp_train_cuda.memory.shapes import read_shapes
 
 
 class CardFit:
@@ -78,7 +78,7 @@ class CardFit:
 
 
 def _estimate(spec: TrainSpec, mode: str, rows: int) -> int:
-    """Bytes in use as `bp_train_cuda.estimate` has them for ``rows`` rows at once; 0 where it cannot say."""
+    """Bytes in use as `bp_train_cuda.memory.estimate` has them for ``rows`` rows at once; 0 where it cannot say."""
     try:
         shapes = read_shapes(orjson.loads((spec.base / "config.json").read_bytes()))
     except ShapesUnknownError:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop
 from bp_runs.spec import TrainingSpec
+from bp_train_cuda.backend import Device
 from bp_train_cuda.guards.spill import SpillDetector, keep_on_card, read_gpu_memory
 from bp_train_cuda.guards.thermal import Governor, Limits, find_sensor
-from bp_train_cuda.probe import Device
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ from bp_data.loop.validation import Validator
 from bp_runs.events import Notice
 from bp_runs.files import require_free_space
 from bp_runs.spec import TrainSpec
+from bp_train_cuda.backend import Device
 from bp_train_cuda.engines.framework import TorchFramework
 from bp_train_cuda.examples import find_longest
 from bp_train_cuda.optim import count_state_bytes, reset_state
-from bp_train_cuda.probe import Device
 
 LONG_RUN = 50
 """Steps from which on a run on a GPU has a preflight by default."""

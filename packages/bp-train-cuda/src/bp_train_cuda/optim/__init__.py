@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bp_runs.spec import TrainingSpec
-from bp_train_cuda.probe import Device, Mode
+from bp_train_cuda.backend import Device, Mode
 
 _NORMS = ("norm", "bias")
 BETAS, EPS = (0.9, 0.999), 1e-8

@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
 from bp_runs.errors import first_line
+from bp_train_cuda.backend import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
 from bp_train_cuda.errors import DriverTooOldError, GpuNotAvailableError, ModelLoadError, RemoteCodeError
-from bp_train_cuda.probe import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
-from bp_train_cuda.shapes import Linear, Shapes
+from bp_train_cuda.memory.shapes import Linear, Shapes
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError, SafetensorError)
 
@@ -61,7 +61,7 @@ def count_parameters(model: Any) -> int:
 
 
 def measure_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The shapes of a model of a kind that `bp_train_cuda.shapes` does not know, built without weights.
+    """The shapes of a model of a kind that `bp_train_cuda.memory.shapes` does not know, built without weights.
 
     Args:
         config: The content of a config.json.

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from inspect import signature
 from typing import Any, Literal
 
+from bp_train_cuda.backend import Device
 from bp_train_cuda.errors import KernelsError
-from bp_train_cuda.probe import Device
 
 Kernels = Literal["auto", "none", "liger"]
 

@@ -15,7 +15,7 @@ from typing import Literal, cast
 
 from bp_runs.rail import MemoryEstimate
 from bp_runs.spec import Settings
-from bp_train_cuda.shapes import Linear, Shapes
+from bp_train_cuda.memory.shapes import Linear, Shapes
 
 CONTEXT = int(0.7 * 2**30)
 """Bytes that CUDA and its libraries take beside torch: 0.60 to 0.75 GiB were seen."""

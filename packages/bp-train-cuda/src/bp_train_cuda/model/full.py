@@ -11,7 +11,7 @@ import torch
 from bp_runs.adapter import MODEL_SCHEMA, write_manifest
 from bp_runs.files import publish_folder
 from bp_runs.spec import TrainSpec
-from bp_train_cuda.lora import copy_tokenizer
+from bp_train_cuda.model.lora import copy_tokenizer
 
 CONFIG_FILE = "config.json"
 
@@ -32,7 +32,7 @@ def save_model(
     Args:
         model: The trained model.
         spec: Names the base and the folder.
-        template: As for `bp_train_cuda.lora.save_adapter`.
+        template: As for `bp_train_cuda.model.lora.save_adapter`.
         weights: The weights to save, by name, where the model holds only a share of them; None: the model's.
     """
     dtype = model.dtype if weights is None else next(iter(weights.values())).dtype

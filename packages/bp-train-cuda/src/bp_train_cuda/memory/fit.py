@@ -36,7 +36,7 @@ class Fitted:
     peak: int
     """Bytes in use at most."""
     estimated: int
-    """What `bp_train_cuda.estimate` said before; 0: nothing."""
+    """What `bp_train_cuda.memory.estimate` said before; 0: nothing."""
     at: str
 
 

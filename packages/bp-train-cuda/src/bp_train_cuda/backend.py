@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from bp_train_cuda.errors import Bf16Error, BitsandbytesError, FullModelTooLargeError, ModeError
-from bp_train_cuda.estimate import WEIGHTS_SHARE
+from bp_train_cuda.memory.estimate import WEIGHTS_SHARE
 
 CPU_PARAMETER_LIMIT = 1_000_000_000
 FULL_PARAMETER_LIMIT = 4_500_000_000
