@@ -94,6 +94,10 @@ bench-runs:
 kills:
     uv run pytest -m slow -n 0 packages/bp-train-cuda/tests/test_cuda_kills.py packages/bp-runs/tests
 
+# The engine trl on a transformers whose private methods are renamed; the native loop's turn is in every run.
+renames:
+    uv run pytest -m slow -n 0 packages/bp-train-cuda/tests/test_cuda_renamed.py
+
 # The tests of training on the lowest versions that the packages say they take; 4 GB of wheels the first time.
 floors:
     uv run --isolated --no-project --resolution lowest-direct \

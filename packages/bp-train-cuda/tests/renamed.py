@@ -1,17 +1,14 @@
-"""Train in a process whose transformers has other private names: ``renamed.py MODEL DATA FOLDER NAME...``.
+"""Train in a process whose transformers has other private names: ``renamed.py MODEL DATA FOLDER ENGINE``.
 
-Prints one JSON document: the file that transformers' Trainer was read from and, for each engine, losses and saved steps.
+Prints one JSON document: the file that transformers' Trainer was read from, and the run's losses and saved steps.
 """
 
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-ENGINES = ("native", "trl")
 
 
 def copy_transformers(folder, names):
@@ -30,40 +27,33 @@ def copy_transformers(folder, names):
     return folder
 
 
-def train_apart(model, data, folder, names):
+def train_apart(model, data, folder, engine, names):
     """The document of a run of this file in a process of its own."""
     path = os.pathsep.join([str(copy_transformers(folder / "copy", names)), *sys.path])
-    command = [sys.executable, __file__, str(model), str(data), str(folder)]
+    command = [sys.executable, __file__, str(model), str(data), str(folder), engine]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def train_all(model, data, folder):
-    """Losses and saved steps by engine, or the code of its error."""
+def train_here(model, data, folder, engine):
+    """Losses and saved steps of a run in ``folder``, or the code of its error."""
     from cuda_training import spec_for, train
 
     from bp_runs.checkpoint import CheckpointFolder
     from bp_runs.errors import CodedError
     from bp_runs.events import StepDone
 
-    found = {}
-    for engine in ENGINES:
-        run = folder / engine
-        shutil.rmtree(run, ignore_errors=True)
-        training = {"steps": 5, "save_steps": 2, "keep_checkpoints": 9, "batch_size": 2, "eval_share": 0.0}
-        spec = spec_for(model, data, run, training={**training, "engine": engine})
-        try:
-            events = train(spec)[1]
-        except CodedError as error:
-            found[engine] = {"code": error.code}
-            continue
-        losses = [round(e.loss, 5) for e in events if isinstance(e, StepDone)]
-        saved = sorted(c.step for c in CheckpointFolder(run).read())
-        found[engine] = {"losses": losses, "saved": saved}
-    return found
+    training = {"steps": 5, "save_steps": 2, "keep_checkpoints": 9, "batch_size": 2, "eval_share": 0.0}
+    spec = spec_for(model, data, folder / "run", training={**training, "engine": engine})
+    try:
+        events = train(spec)[1]
+    except CodedError as error:
+        return {"code": error.code}
+    losses = [round(e.loss, 5) for e in events if isinstance(e, StepDone)]
+    return {"losses": losses, "saved": sorted(c.step for c in CheckpointFolder(folder / "run").read())}
 
 
 if __name__ == "__main__":
-    result = train_all(*(Path(argument) for argument in sys.argv[1:4]))
+    result = train_here(*(Path(argument) for argument in sys.argv[1:4]), sys.argv[4])
     print(json.dumps({"trainer": importlib.util.find_spec("transformers.trainer").origin, **result}))
