@@ -34,8 +34,8 @@ LAYERS = {
 }
 # Frameworks, and the only packages that may import them.
 OWNERS = {
-    "torch": {"bp-train-cuda", "backpropagate"},
-    "transformers": {"bp-train-cuda", "backpropagate"},
+    "torch": {"bp-train-cuda"},
+    "transformers": {"bp-train-cuda"},
     "peft": {"bp-train-cuda"},
     "trl": {"bp-train-cuda"},
     "datasets": {"bp-train-cuda", "bp-data"},  # bp-data asks it, in hub.py alone, which files a split has
@@ -44,8 +44,6 @@ OWNERS = {
     "cyclopts": {"backpropagate"},
     "rich": {"backpropagate"},
 }
-# The one module of the meta-package that unpacks quickstart's model with transformers.
-EXCEPTIONS = {"backpropagate/smallmodel.py"}
 
 
 def sources():
@@ -86,8 +84,6 @@ def test_layering():
 
 def test_frameworks_have_owners():
     for name, file, tree in sources():
-        if file.relative_to(PACKAGES[name] / "src").as_posix() in EXCEPTIONS:
-            continue
         for module, _ in imports(tree):
             allowed = OWNERS.get(module.split(".")[0])
             assert allowed is None or name in allowed, f"{file}: {name} must not import {module}"
@@ -223,8 +219,6 @@ def test_declared_dependencies_are_those_imported():
         needed = {Requirement(line).name.lower().replace("_", "-") for line in project(name)["dependencies"]}
         extras = [r for extra in project(name).get("optional-dependencies", {}).values() for r in extra]
         needed |= {Requirement(line).name.lower().replace("_", "-") for line in extras}
-        if file.relative_to(PACKAGES[name] / "src").as_posix() in EXCEPTIONS:
-            continue
         for module, _ in imports(tree):
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top == MODULES[name]:

@@ -6,16 +6,15 @@ those of the 4-bit file and no better; the folder's name says so.
 
 from __future__ import annotations
 
-import contextlib
-import io
 from importlib.util import find_spec
 from pathlib import Path
 
 import orjson
 
-from backpropagate import catalogue
+from backpropagate import catalogue, rails
 from backpropagate.errors import HubUnreachableError, SmallModelError
 from bp_runs.files import publish_folder, require_folder, require_free_space
+from bp_runs.rail import UnpacksModels
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FOLDER_NAME = "SmolLM2-135M-Instruct-from-Q4_1"
@@ -69,31 +68,18 @@ def unpack(file: Path, folder: Path) -> None:
     """De-quantize the GGUF into a Hugging Face folder: bfloat16 safetensors, config, tokenizer, chat template.
 
     Raises:
-        SmallModelError: transformers, which comes with the CUDA rail, is not installed.
+        SmallModelError: No rail that can do it is installed.
     """
-    try:
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-        from transformers.utils import logging
-    except ImportError as error:
-        way_out = "Install the rail that brings it: pip install bp-train-cuda"
+    rail: object = rails.find_rail("cuda")
+    if not isinstance(rail, UnpacksModels):
         raise SmallModelError(
-            "unpacking the small model needs transformers", cause=str(error), way_out=way_out
-        ) from error
-
-    logging.disable_progress_bar()
+            "unpacking the small model needs a rail that can read it",
+            way_out="Install the rail that brings it: pip install bp-train-cuda",
+        )
     require_folder(folder.parent)
     require_free_space(folder.parent, _NEEDS_BYTES, "the small model")
-    # transformers' own bar cannot be switched off here.
-    with publish_folder(folder) as partial, contextlib.redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            dtype=torch.bfloat16,
-            quantization_config=GgufConfig(dequantize=True),
-        )
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(partial)
+    with publish_folder(folder) as partial:
+        rail.unpack_gguf(file, partial)
         _restore_pre_tokenizer(partial / "tokenizer.json")
         for name in ("config.json", "tokenizer_config.json"):
             _drop_keys(partial / name)

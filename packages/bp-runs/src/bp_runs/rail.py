@@ -243,6 +243,19 @@ class ChecksMachine(Protocol):
         ...
 
 
+@runtime_checkable
+class UnpacksModels(Protocol):
+    """A rail that can turn a GGUF into a base model folder."""
+
+    def unpack_gguf(self, file: Path, folder: Path) -> None:
+        """Write the de-quantized weights, in bfloat16, with config and tokenizer, into the empty ``folder``.
+
+        Raises:
+            CodedError: The file can't be read.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """Losses of a run's first steps as an independent loop computes them."""

@@ -192,6 +192,12 @@ class CudaRail:
 
         return prove.replay_steps(spec, record, steps)
 
+    def unpack_gguf(self, file: Path, folder: Path) -> None:
+        """Write the de-quantized model of a GGUF, with config and tokenizer, into ``folder``."""
+        from bp_train_cuda.model import unpack
+
+        unpack.unpack_gguf(file, folder)
+
     def _pick(self, spec: TrainSpec, part: Part) -> AnyPrepared:
         """The rows to measure.
 
