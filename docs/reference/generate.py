@@ -18,6 +18,7 @@ from backpropagate.cli.app import COMMANDS, run
 from backpropagate.cli.documents import DOCUMENTS, build_schema
 from backpropagate.cli.errors import load_codes
 from backpropagate.cli.estimate_vram import CARDS, longest_rows
+from backpropagate.cli.flags import flag_names
 from backpropagate.presets import MODEL_PRESETS
 from backpropagate.rails import find_estimator
 from backpropagate.settings import TOML_FILE, all_settings, ui_settings
@@ -46,18 +47,24 @@ def build_settings() -> str:
         f"A value comes from the flag, else the environment, else `{TOML_FILE}` in the working folder, else the "
         "default; the run's record says which. In TOML the part before the dot is the table: `[lora]`, `r = 16`. "
         "In the environment several prompts, or folders, are joined by `|`. Settings of the group `ui` are the web "
-        "page's own (`backprop ui`); no run records them.\n"
+        "page's own (`backprop ui`); no run records them.\n\n"
+        "A setting has one key and may have other names, such as those of Hugging Face and of backpropagate 1.x. Every "
+        "name works everywhere: as a Python keyword (`learning_rate=1e-4`), a flag (`--learning-rate`), in "
+        "`--override` and `config explain`, in TOML and in the environment (`BACKPROPAGATE_TRAINING__LEARNING_RATE`, "
+        "or without the group, `BACKPROPAGATE_LR`). A name with a dot belongs to another group, and works only where the group is "
+        "written. Two names of one setting with different values are an error.\n"
     )
     lines = [
         "# Settings\n",
         note,
-        _NOTE + "| key | flag | environment | default | |\n| --- | --- | --- | --- | --- |",
+        _NOTE + "| key | flag | environment | other names | default | |\n| --- | --- | --- | --- | --- | --- |",
     ]
     for setting in (*all_settings().values(), *ui_settings().values()):
-        flag = "--" + ("sample-prompt" if setting.short == "sample_prompts" else setting.short.replace("_", "-"))
+        flag = flag_names(setting)[0]
+        others = ", ".join(f"`{name}`" for name in setting.other_names)
         default = "" if setting.default in (None, "", ()) else f"`{setting.default}`"
         text = setting.help.replace("|", "\\|")
-        lines.append(f"| `{setting.key}` | `{flag}` | `{setting.env}` | {default} | {text} |")
+        lines.append(f"| `{setting.key}` | `{flag}` | `{setting.env}` | {others} | {default} | {text} |")
     program = {
         "HOME": "Folder of downloads and caches; default `~/.backpropagate`.",
         "OFFLINE": "1: use no network; models must be folders or cached. As the flag `--offline`.",
@@ -130,9 +137,9 @@ def build_old_names() -> str:
     lines += [f"| `backprop {name}` | {old.now} | {old.why or ''} |" for name, old in oldnames.COMMANDS.items()]
     for command, flags in oldnames.FLAGS.items():
         lines += [f"| `{command} {flag}` | {old.now} | {old.why or ''} |" for flag, old in flags.items()]
-    lines += ["\n## Variables\n\n`BACKPROPAGATE_` stands before each.\n", "| was | now | why |", "| --- | --- | --- |"]
-    for name, key in oldnames.RENAMED_ENV.items():
-        lines.append(f"| `{name}` | still works; now `{key.replace('.', '__').upper()}` | |")
+    carried = "Variables that only changed their name still work: [Settings](settings.md) lists them as other names."
+    lines.append(f"\n## Variables\n\n`BACKPROPAGATE_` stands before each. {carried}\n")
+    lines += ["| was | now | why |", "| --- | --- | --- |"]
     settings = (*all_settings().values(), *ui_settings().values())
     known = {setting.env.removeprefix("BACKPROPAGATE_") for setting in settings}
     for name, old in oldnames.GONE_ENV.items():

@@ -8,7 +8,7 @@ from backpropagate import oldnames
 from backpropagate.cli.app import COMMANDS, GROUPS, build_app, run
 from backpropagate.cli.switches import SWITCHES
 from backpropagate.errors import OldNameError
-from backpropagate.settings import ENV_PREFIX, PROGRAM_ENV, all_settings, resolve, resolve_ui, ui_settings
+from backpropagate.settings import ENV_PREFIX, PROGRAM_ENV, all_settings, resolve, resolve_ui, run_names, ui_settings
 
 SHARED = """--model -m --data -d --steps --samples --batch-size --lr --lora-preset --lora-r --lora-alpha --lora-dropout
 --target-modules --init-lora-weights --use-dora --no-4bit --no-packing --no-gradient-checkpointing --optim --method
@@ -120,7 +120,8 @@ def test_an_old_variable_works_or_names_its_successor(name, monkeypatch):
     variable = ENV_PREFIX + name
     if name in PROGRAM_ENV:
         return
-    if key := {s.env: s.key for s in all_settings().values()}.get(variable) or oldnames.RENAMED_ENV.get(name):
+    if (setting := run_names().get(name.replace("__", ".").lower())) is not None:
+        key = setting.key
         value = _other_value(all_settings()[key])
         found = resolve({}, {variable: value})
         assert found.sources[key] == "env"
@@ -142,7 +143,6 @@ def test_the_new_name_of_a_variable_wins_over_the_old_one():
 
 
 def test_the_table_names_only_old_things():
-    assert set(oldnames.RENAMED_ENV.values()) <= set(all_settings())
     for command, flags in oldnames.FLAGS.items():
         assert command in OLD_FLAGS
         assert set(flags) <= set(OLD_FLAGS[command].split())

@@ -2,11 +2,21 @@ import json
 
 import pytest
 
-from backpropagate.cli.app import run
+from backpropagate.cli.app import build_app, run
 from backpropagate.errors import SettingsFileError, UnknownSettingError
-from backpropagate.settings import all_settings, overlay, resolve, ui_settings
+from backpropagate.settings import (
+    ENV_PREFIX,
+    all_settings,
+    by_short_name,
+    find_setting,
+    from_record,
+    overlay,
+    resolve,
+    ui_settings,
+)
 from bp_runs import Settings
 from bp_runs.errors import InvalidSettingError
+from bp_runs.record import RunRecord
 
 OTHERS = {
     "model.name": "x/y",
@@ -98,6 +108,16 @@ def as_text(value) -> str:
     return "|".join(value) if isinstance(value, tuple) else str(value)
 
 
+def spell_toml(value) -> str:
+    if isinstance(value, bool | int | float):
+        return str(value).lower()
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def record_of(recorded) -> RunRecord:
+    return RunRecord(run_id="r", kind="train", status="completed", settings=recorded, cwd="/")
+
+
 def test_every_setting_is_in_this_file():
     assert set(OTHERS) == set(all_settings())
     assert all(OTHERS[k] != s.default for k, s in all_settings().items())
@@ -109,12 +129,7 @@ def test_each_source_reaches_each_setting_and_the_nearer_wins(key, tmp_path):
     setting, value = all_settings()[key], OTHERS[key]
     group, name = key.split(".")
     toml = tmp_path / "backpropagate.toml"
-    quoted = (
-        str(value).lower()
-        if isinstance(value, bool | int | float)
-        else repr(list(value) if isinstance(value, tuple) else value)
-    )
-    toml.write_text(f"[{group}]\n{name} = {quoted}\n")
+    toml.write_text(f"[{group}]\n{name} = {spell_toml(value)}\n")
     for found, source in (
         (resolve({}, {}, toml), "toml"),
         (resolve({}, {setting.env: as_text(value)}, None), "env"),
@@ -138,10 +153,77 @@ def test_the_nearest_source_that_says_how_long_to_train_decides(tmp_path):
     found = resolve({"steps": 5}, {"BACKPROPAGATE_TRAINING__EPOCHS": "3"}, toml)
     assert (found.settings.training.steps, found.settings.training.epochs) == (5, None)
     assert overlay({"steps": 7, "lr": 1e-4}, {"epochs": 2}) == {"lr": 1e-4, "epochs": 2}
-    assert overlay({"steps": 7}, {"epochs": None}) == {"steps": 7, "epochs": None}
+    assert overlay({"max_steps": 7}, {"epochs": None}) == {"steps": 7}
     for together in ({"steps": 3, "epochs": 2.0}, {"epochs": 0.0}):
         with pytest.raises(InvalidSettingError):
             resolve(together, {}, None)
+
+
+NAMES = [(key, name) for key, found in all_settings().items() for name in (*found.words, *found.dotted)]
+
+
+def test_no_two_settings_share_a_name():
+    for settings in (all_settings(), ui_settings()):
+        named = [name for found in settings.values() for name in (*found.words, *found.dotted)]
+        assert len(named) == len(set(named))
+
+
+@pytest.mark.parametrize(("key", "name"), NAMES)
+def test_every_name_of_a_setting_is_known_to_every_parser(key, name, tmp_path):
+    setting, value = all_settings()[key], OTHERS[key]
+    group, _, word = name.rpartition(".")
+    toml = tmp_path / "backpropagate.toml"
+    toml.write_text(f"{f'[{group}]' if group else ''}\n{word} = {spell_toml(value)}\n")
+    variable = ENV_PREFIX + name.replace(".", "__").upper()
+    found = {
+        "keyword": resolve({name: value}),
+        "variable": resolve({}, {variable: as_text(value)}),
+        "toml": resolve({}, {}, toml),
+        "override": from_record(record_of({}), {name: as_text(value)}),
+    }
+    assert {source: resolved.settings.to_flat()[key] for source, resolved in found.items()} == dict.fromkeys(
+        found, value
+    )
+    assert by_short_name({name: value}) == {setting.short: value}
+    for spelled in (name, variable, name.upper(), name.replace("_", "-"), "--" + name.replace("_", "-")):
+        assert find_setting(spelled).key == key
+
+
+@pytest.mark.parametrize("command", ["train", "multi-run"])
+def test_every_name_of_a_setting_is_a_flag(command):
+    app = build_app()[command]
+    flags = {name for argument in app.assemble_argument_collection(parse_docstring=False) for name in argument.names}
+    wanted = {
+        "--" + word.replace("_", "-")
+        for found in all_settings().values()
+        if command == "multi-run" or not found.key.startswith("multirun.")
+        for word in found.words
+    }
+    assert wanted <= flags
+
+
+def test_a_flag_by_any_name_reaches_its_setting():
+    bind = build_app().parse_args
+    for flag, short in (("--learning-rate", "lr"), ("--max-steps", "steps"), ("--from", "start_from")):
+        assert bind(["train", flag, "3"], exit_on_error=False)[1].kwargs[short] in (3, "3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "toml"),
+    [
+        ({"lr": 1e-3, "learning_rate": 1e-4}, {}, ""),
+        ({}, {"BACKPROPAGATE_LR": "1e-3", "BACKPROPAGATE_TRAINING__LR": "1e-4"}, ""),
+        ({}, {}, "[training]\nlr = 1e-3\nlearning_rate = 1e-4\n"),
+    ],
+)
+def test_two_names_of_one_setting_must_agree(flags, environ, toml, tmp_path):
+    file = tmp_path / "b.toml"
+    file.write_text(toml)
+    with pytest.raises(InvalidSettingError, match=r"two names of training\.learning_rate") as caught:
+        resolve(flags, environ, file)
+    assert "Set one of them" in caught.value.way_out
+    same = dict.fromkeys(flags, 1e-4)
+    assert resolve(same).settings.training.learning_rate == (1e-4 if same else None)
 
 
 def test_defaults_are_bp_runs_own():
@@ -170,7 +252,7 @@ def test_the_record_shows_the_method_s_own_learning_rate_unless_one_is_named(fla
         ({}, {"BACKPROPAGATE_LORA__RANK": "3"}, "", "BACKPROPAGATE_LORA__R"),
         ({}, {"BACKPROPAGATE_HOEM": "3"}, "", None),
         ({}, {}, "[training]\nstep = 3\n", "training.steps"),
-        ({}, {}, "steps = 3\n", None),
+        ({}, {}, "stepz = 3\n", "steps"),
         ({}, {}, "[nothing]\nx = 3\n", None),
     ],
 )

@@ -134,22 +134,6 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
     },
 }  # fmt: skip
 
-RENAMED_ENV: Mapping[str, str] = {
-    "LORA__LORA_ALPHA": "lora.alpha",
-    "LORA__LORA_DROPOUT": "lora.dropout",
-    "LORA__RANDOM_STATE": "training.seed",
-    "TRAINING__MAX_STEPS": "training.steps",
-    "TRAINING__PER_DEVICE_TRAIN_BATCH_SIZE": "training.batch_size",
-    "TRAINING__GRADIENT_ACCUMULATION_STEPS": "training.gradient_accumulation",
-    "TRAINING__LR_SCHEDULER_TYPE": "training.scheduler",
-    "DATA__DATASET_NAME": "data.path",
-    "DATA__DATASET_SPLIT": "data.split",
-    "DATA__PACKING": "training.packing",
-    "DATA__MIN_TRACE_TOKENS": "data.trace_min_tokens",
-    "DATA__MAX_TRACE_TOKENS": "data.trace_max_tokens",
-}
-"""Variables, without their prefix, that carry over to a setting of another name."""
-
 _INERT = Old("Unset it.", "it never did anything")
 _NONE = Old("Unset it.", "there is nothing to choose any more")
 
@@ -167,7 +151,6 @@ GONE_ENV: Mapping[str, Old] = {
     "DATA__SHUFFLE": Old("BACKPROPAGATE_TRAINING__CURRICULUM=length keeps an order", "rows are shuffled by the seed"),
     "DATA__CHAT_FORMAT": Old("Unset it.", "the tokenizer's own chat template is used, and no other"),
     "DATA__PRE_TOKENIZE": _INERT,
-    "MULTIRUN__NUM_RUNS": Old("Give the flag: backprop multi-run --runs 5", "it never did anything"),
     "MULTIRUN__STEPS_PER_RUN": Old("Give the flag: backprop multi-run --steps 100", "it never did anything"),
     "MULTIRUN__SAMPLES_PER_RUN": Old("Give the flag: backprop multi-run --samples 1000", "it never did anything"),
     "MULTIRUN__CONTINUE_FROM_PREVIOUS": _INERT,

@@ -5,7 +5,7 @@ A setting is a field of `bp_runs.Settings`; nothing here lists them a second tim
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -43,6 +43,10 @@ class Setting:
     help: str
     is_secret: bool = False
     """Whether its value is never shown."""
+    aliases: tuple[str, ...] = ()
+    """Further names, see `bp_runs.spec.setting`: ``learning_rate``; with a dot, names in another group."""
+    is_path: bool = False
+    """Whether its value may name a file or folder."""
 
     @property
     def short(self) -> str:
@@ -53,6 +57,24 @@ class Setting:
     def env(self) -> str:
         """Name in the environment: ``BACKPROPAGATE_LORA__R``."""
         return ENV_PREFIX + self.key.replace(".", "__").upper()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Its names without a group, the short one first: Python keywords and, with dashes, flags."""
+        return (self.short, *(name for name in self.aliases if "." not in name))
+
+    @property
+    def other_names(self) -> tuple[str, ...]:
+        """Its names that follow from neither its key nor its usual flag: ``learning_rate``, ``lora.random_state``."""
+        shown = {self.short} if self.short == self.key.partition(".")[2] else set()
+        return tuple(name for name in (self.short, *self.aliases) if name not in shown)
+
+    @property
+    def dotted(self) -> tuple[str, ...]:
+        """Its names with a group, the key first: ``training.lr``, ``lora.random_state``; TOML and variables."""
+        group = self.key.partition(".")[0]
+        named = (f"{group}.{word}" for word in self.words)
+        return tuple(dict.fromkeys((self.key, *named, *(name for name in self.aliases if "." in name))))
 
 
 @cache
@@ -75,9 +97,32 @@ def _settings_of(group: str, spec: type[Any]) -> dict[str, Setting]:
     found = {}
     for f in fields(spec):
         default = f.default if f.default is not MISSING else None
-        is_secret = f.metadata.get("secret", False)
-        found[f"{group}.{f.name}"] = Setting(f"{group}.{f.name}", hints[f.name], default, f.metadata["help"], is_secret)
+        found[f"{group}.{f.name}"] = Setting(
+            f"{group}.{f.name}",
+            hints[f.name],
+            default,
+            f.metadata["help"],
+            is_secret=f.metadata.get("secret", False),
+            aliases=f.metadata.get("aliases", ()),
+            is_path=f.metadata.get("is_path", False),
+        )
     return found
+
+
+@cache
+def run_names() -> Mapping[str, Setting]:
+    """Every setting of a run by each of its names: the one table that all parsers read."""
+    return _by_name(all_settings())
+
+
+@cache
+def ui_names() -> Mapping[str, Setting]:
+    """As `run_names`, of the web page."""
+    return _by_name(ui_settings())
+
+
+def _by_name(known: Mapping[str, Setting]) -> Mapping[str, Setting]:
+    return MappingProxyType({name: s for s in known.values() for name in (*s.words, *s.dotted)})
 
 
 def find_setting(name: str) -> Setting:
@@ -86,21 +131,18 @@ def find_setting(name: str) -> Setting:
     Raises:
         UnknownSettingError: No setting has the name; the nearest one is named.
     """
-    by_name: dict[str, Setting] = {}
-    for setting in (*ui_settings().values(), *all_settings().values()):
-        for spelled in (setting.key, setting.env, setting.short):
-            by_name[_plain(spelled)] = setting
-    found = by_name.get(_plain(name)) or by_name.get(
-        _plain(oldnames.RENAMED_ENV.get(name.removeprefix(ENV_PREFIX), ""))
-    )
+    plain = name.removeprefix("--").replace("-", "_").lower()
+    own = _from_variable(plain.upper()) if plain.startswith(ENV_PREFIX.lower()) else plain
+    found = run_names().get(own) or ui_names().get(own)
     if found is None:
-        near = nearest(name.lower(), (*all_settings(), *ui_settings()))
+        near = nearest(own, (*run_names(), *ui_names()))
         raise UnknownSettingError(f"there is no setting {name!r}{near}", way_out="See them all: backprop config show")
     return found
 
 
-def _plain(name: str) -> str:
-    return name.removeprefix("--").replace("-", "_").lower()
+def _from_variable(name: str) -> str:
+    """A variable's name as one of a setting: ``BACKPROPAGATE_LORA__R`` as ``lora.r``."""
+    return name.removeprefix(ENV_PREFIX).replace("__", ".").lower()
 
 
 def choices(setting: Setting) -> tuple[str, ...]:
@@ -178,10 +220,10 @@ def _join(
     values: dict[str, Any] = {}
     sources: dict[str, Source] = dict.fromkeys(known, "default")
     layers: tuple[tuple[Source, Mapping[str, Any]], ...] = (
-        ("default", _from_flags(known, defaults)),
+        ("default", _from_flags(defaults, known)),
         ("toml", _from_toml(toml)),
         ("env", _from_env(environ)),
-        ("flag", _from_flags(known, flags)),
+        ("flag", _from_flags(flags, known)),
     )
     for source, layer in layers:
         for replaced in _replaced_lengths(layer):
@@ -198,18 +240,32 @@ _LENGTHS = ("training.steps", "training.epochs")
 """Two ways to say how long to train: the nearest source that says one of them decides."""
 
 
-def _replaced_lengths(given: Iterable[str]) -> tuple[str, ...]:
+def _replaced_lengths(given: Collection[str]) -> tuple[str, ...]:
     """The other setting of a run's length where ``given`` has one of the two keys."""
     named = [key for key in _LENGTHS if key in given]
     return tuple(key for key in _LENGTHS if len(named) == 1 and key not in named)
 
 
 def overlay(flags: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """``flags`` by short name with those ``given`` in their place; given epochs replace steps, and steps epochs."""
+    """``flags`` by short name with those ``given`` in their place; given epochs replace steps, and steps epochs.
+
+    Raises:
+        UnknownSettingError, InvalidSettingError: As `by_short_name`.
+    """
+    new = by_short_name(given)
     by_key = {key: short_name(key) for key in _LENGTHS}
-    named = [key for key, short in by_key.items() if given.get(short) is not None]
-    replaced = {by_key[key] for key in _replaced_lengths(named)}
-    return {name: value for name, value in flags.items() if name not in replaced} | dict(given)
+    replaced = {by_key[key] for key in _replaced_lengths([key for key, short in by_key.items() if short in new])}
+    return {name: value for name, value in by_short_name(flags).items() if name not in replaced} | new
+
+
+def by_short_name(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run by any of their names, as settings by short name; None means not given.
+
+    Raises:
+        UnknownSettingError: A name that no setting has; the nearest one is named.
+        InvalidSettingError: Two names of one setting, with different values.
+    """
+    return {short_name(key): value for key, value in _from_flags(flags, all_settings()).items()}
 
 
 def apply_lora_preset(resolved: Resolved, preset: str) -> Resolved:
@@ -290,33 +346,54 @@ def anchored(key: str, value: Any, cwd: str) -> Any:
     return str(there) if Path(cwd) != Path.cwd() and there.exists() else value
 
 
-def _from_flags(known: Mapping[str, Setting], flags: Mapping[str, Any]) -> dict[str, Any]:
-    by_short = {s.short: s.key for s in known.values()}
-    given = {name: value for name, value in flags.items() if value is not None}
-    for name in given:
-        if name not in by_short:
-            raise UnknownSettingError(f"there is no setting {name!r}{nearest(name, by_short)}")
-    return {by_short[name]: value for name, value in given.items()}
+def _from_flags(flags: Mapping[str, Any], known: Mapping[str, Setting]) -> dict[str, Any]:
+    names = run_names() if known is all_settings() else ui_names()
+    named: list[tuple[str, str, Any]] = []
+    for name, value in flags.items():
+        if value is None:
+            continue
+        if name not in names:
+            raise UnknownSettingError(f"there is no setting {name!r}{nearest(name, names)}")
+        named.append((name, names[name].key, value))
+    return _join_names(named)
+
+
+def _join_names(named: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Values by key, from triples of a name as it was spelled, its key and the value.
+
+    Raises:
+        InvalidSettingError: Two names of one setting, with different values.
+    """
+    found: dict[str, tuple[str, Any]] = {}
+    for name, key, value in named:
+        other, before = found.setdefault(key, (name, value))
+        if before is not value and str(before) != str(value):  # a path may be given as text too
+            raise InvalidSettingError(
+                f"{other} and {name} are two names of {key}, with different values: {before!r} and {value!r}",
+                way_out=f"Set one of them: {other}, or {name}.",
+            )
+    return {key: value for key, (_, value) in found.items()}
 
 
 def _from_env(environ: Mapping[str, str]) -> dict[str, Any]:
     by_env = {s.env: s.key for s in (*all_settings().values(), *ui_settings().values())}
-    found: dict[str, str] = {}
+    named: list[tuple[str, str, str]] = []
     for name, value in environ.items():
         own = name.removeprefix(ENV_PREFIX)
         if own == name or own in PROGRAM_ENV:
             continue
-        if name in by_env:
-            found[by_env[name]] = value
-        elif key := oldnames.RENAMED_ENV.get(own):
-            found.setdefault(key, environ.get(all_settings()[key].env, value))
+        spelled = _from_variable(name)
+        setting = run_names().get(spelled) or (ui_names().get(spelled) if "." in spelled else None)
+        if setting is not None:
+            if name == setting.env or setting.env not in environ:  # a variable's own name wins over its others
+                named.append((name, setting.key, value))
         elif old := oldnames.find_variable(own):
             raise OldNameError(
                 f"the environment variable {name} is no setting any more", cause=old.why, way_out=old.now
             )
         else:
             raise UnknownSettingError(f"the environment variable {name} is no setting{nearest(name, by_env)}")
-    return found
+    return _join_names(named)
 
 
 def _from_toml(file: Path | None) -> dict[str, Any]:
@@ -328,15 +405,15 @@ def _from_toml(file: Path | None) -> dict[str, Any]:
         tree = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise SettingsFileError(f"{file} cannot be read as TOML", cause=str(error)) from error
-    found = {}
+    names = {**ui_names(), **run_names()}
+    named: list[tuple[str, str, Any]] = []
     for group, table in tree.items():
         for name, value in table.items() if isinstance(table, dict) else [("", table)]:
-            key = f"{group}.{name}".rstrip(".")
-            if key not in all_settings() and key not in ui_settings():
-                near = nearest(key, (*all_settings(), *ui_settings()))
-                raise UnknownSettingError(f"{file} sets {key!r}, which is no setting{near}")
-            found[key] = value
-    return found
+            spelled = f"{group}.{name}".rstrip(".")
+            if spelled not in names:
+                raise UnknownSettingError(f"{file} sets {spelled!r}, which is no setting{nearest(spelled, names)}")
+            named.append((f"{spelled} in {file}", names[spelled].key, value))
+    return _join_names(named)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from bp_runs.errors import ContractError
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME
@@ -32,34 +33,40 @@ _LEARNING_RATES: Mapping[str, tuple[float, float]] = MappingProxyType(
     }
 )
 
-_SHORT_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "model.name": "model",
-        "data.path": "data",
-        "data.revision": "data_revision",
-        "training.learning_rate": "lr",
-        "training.output_dir": "output",
-    }
-)
-_PREFIXED = ("r", "alpha", "dropout", "preset")  # of the group lora; the others' names speak for themselves
-
 
 def short_name(key: str) -> str:
     """A setting's Python keyword and, with dashes, its flag: ``lora_r``, ``lr``, ``max_seq_length``."""
-    group, name = key.split(".")
-    return _SHORT_NAMES.get(key) or (f"lora_{name}" if group == "lora" and name in _PREFIXED else name)
+    return _short_names().get(key) or key.partition(".")[2]
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its default and its one-line help."""
-    return field(default=default, metadata={"help": help})
+@cache
+def _short_names() -> Mapping[str, str]:
+    """The short names that differ from the field's own, by dotted key."""
+    groups = {group.name: fields(cast("Any", group.default_factory)) for group in fields(Settings)}
+    return {f"{group}.{f.name}": f.metadata["short"] for group, found in groups.items() for f in found}
+
+
+def setting(
+    default: Any, help: str, *, short: str | None = None, aliases: tuple[str, ...] = (), is_path: bool = False
+) -> Any:
+    """A dataclass field with its default, its one-line help and its names.
+
+    Args:
+        default: The default value.
+        help: What the setting does.
+        short: The Python keyword and, with dashes, the flag; default: the field's name.
+        aliases: Further names that every parser knows: Python keywords, flags, overrides, variables and TOML. One with
+            a dot, as ``lora.random_state``, is a name in another group, known where groups are: in variables and TOML.
+        is_path: Whether the value may name a file or folder.
+    """
+    return field(default=default, metadata={"help": help, "short": short, "aliases": aliases, "is_path": is_path})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """The base model."""
 
-    name: str = setting(DEFAULT_MODEL, "Base model: a Hugging Face folder or Hub id.")
+    name: str = setting(DEFAULT_MODEL, "Base model: a Hugging Face folder or Hub id.", short="model", is_path=True)
     revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
     max_seq_length: int = setting(2048, "Longest row, in tokens; longer rows are truncated and counted.")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
@@ -72,11 +79,23 @@ class ModelSpec:
 class DataSpec:
     """The rows to learn from."""
 
-    path: str = setting("", "The data: a file, a folder, or the name of a data set on the Hub.")
+    path: str = setting(
+        "",
+        "The data: a file, a folder, or the name of a data set on the Hub.",
+        short="data",
+        aliases=("dataset", "dataset_name"),
+        is_path=True,
+    )
     subset: str | None = setting(None, "Subset (configuration) of a Hub data set; default: its own default.")
-    split: str | None = setting(None, "Split of a Hub data set; default: train, or the only one.")
-    revision: str | None = setting(None, "Branch, tag or commit of a Hub data set; what it stood for is recorded.")
-    samples: int | None = setting(None, "Use at most so many rows, drawn by the seed; default: all.")
+    split: str | None = setting(
+        None, "Split of a Hub data set; default: train, or the only one.", aliases=("dataset_split",)
+    )
+    revision: str | None = setting(
+        None, "Branch, tag or commit of a Hub data set; what it stood for is recorded.", short="data_revision"
+    )
+    samples: int | None = setting(
+        None, "Use at most so many rows, drawn by the seed; default: all.", aliases=("samples_per_run",)
+    )
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail", "What a row that cannot be used does: fail, or skip and count."
     )
@@ -91,8 +110,12 @@ class DataSpec:
     reasoning_trace: bool = setting(
         False, "Keep <think>…</think> as plain text and drop rows without a whole trace; rows may be 8192 tokens long."
     )
-    trace_min_tokens: int = setting(8, "Shortest reasoning trace that is kept, in tokens.")
-    trace_max_tokens: int = setting(8192, "Longest reasoning trace that is kept, in tokens.")
+    trace_min_tokens: int = setting(
+        8, "Shortest reasoning trace that is kept, in tokens.", aliases=("min_trace_tokens",)
+    )
+    trace_max_tokens: int = setting(
+        8192, "Longest reasoning trace that is kept, in tokens.", aliases=("max_trace_tokens",)
+    )
 
 
 LORA_PRESETS: Mapping[str, tuple[int, str]] = MappingProxyType(
@@ -109,10 +132,13 @@ class LoraSpec:
         "none",
         "Rank and layers where they are not set: quality (256, all), balanced (64, all), fast (16, q and v); auto: the "
         "first of these that fits the card.",
+        short="lora_preset",
     )
-    r: int = setting(16, "Rank of the adapter.")
-    alpha: float | None = setting(None, "Scale: the update counts alpha / r times. Default: twice the rank.")
-    dropout: float = setting(0.0, "Dropout on the adapter's input, 0 to 1.")
+    r: int = setting(16, "Rank of the adapter.", short="lora_r")
+    alpha: float | None = setting(
+        None, "Scale: the update counts alpha / r times. Default: twice the rank.", short="lora_alpha"
+    )
+    dropout: float = setting(0.0, "Dropout on the adapter's input, 0 to 1.", short="lora_dropout")
     init_lora_weights: Literal["default", "pissa", "loftq"] = setting(
         "default",
         "How the adapter starts: default: as no change; pissa: the base's main directions (arXiv:2404.02948); "
@@ -148,17 +174,23 @@ class TrainingSpec:
         "auto: native.",
     )
     steps: int | None = setting(
-        None, "Optimizer steps; default: planned from the data, about 3 epochs, at least 20 and at most 1,000 steps."
+        None,
+        "Optimizer steps; default: planned from the data, about 3 epochs, at least 20 and at most 1,000 steps.",
+        aliases=("max_steps", "steps_per_run"),
     )
     epochs: float | None = setting(None, "Passes over the training examples, instead of steps: 3, or 0.5 for half.")
     learning_rate: float | None = setting(
         None,
         "Peak learning rate; default: the method's and mode's own, 2e-4 for sft of an adapter, 2e-5 of all weights.",
+        short="lr",
+        aliases=("learning_rate",),
     )
-    batch_size: int = setting(2, "Rows in a micro-batch.")
-    gradient_accumulation: int = setting(4, "Micro-batches in a step.")
+    batch_size: int = setting(2, "Rows in a micro-batch.", aliases=("per_device_train_batch_size",))
+    gradient_accumulation: int = setting(4, "Micro-batches in a step.", aliases=("gradient_accumulation_steps",))
     warmup_steps: int = setting(5, "Steps in which the learning rate rises from 0.")
-    scheduler: Literal["linear", "cosine", "constant"] = setting("linear", "Course of the learning rate after warm-up.")
+    scheduler: Literal["linear", "cosine", "constant"] = setting(
+        "linear", "Course of the learning rate after warm-up.", aliases=("lr_scheduler_type",)
+    )
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.")
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = setting(
@@ -169,7 +201,9 @@ class TrainingSpec:
     fp8: bool = setting(False, "Multiply matrices in 8-bit floats, by torchao; Hopper cards and newer.")
     gradient_checkpointing: bool = setting(True, "Recompute activations in backward on a GPU: slower, far less memory.")
     packing: bool = setting(
-        False, "Pack short rows into rows of max_seq_length; none attends to another, each begins at position 0."
+        False,
+        "Pack short rows into rows of max_seq_length; none attends to another, each begins at position 0.",
+        aliases=("data.packing",),
     )
     curriculum: Literal["none", "length"] = setting(
         "none", "Order of rows: none shuffles by the seed, length goes from short to long."
@@ -205,10 +239,17 @@ class TrainingSpec:
         "Go on with the newest unfinished run as it is recorded; no: start anew; default: go on if the settings agree.",
     )
     start_from: str | None = setting(
-        None, "Train on from this adapter: a folder, a run's id, RUN@50 or RUN@best; default: a new adapter."
+        None,
+        "Train on from this adapter: a folder, a run's id, RUN@50 or RUN@best; default: a new adapter.",
+        aliases=("from",),
+        is_path=True,
     )
-    output_dir: str = setting("./output", "Output folder: adapter, runs and exports.")
-    seed: int = setting(42, "Seed of rows' order, initial weights and dropout.")
+    output_dir: str = setting(
+        "./output", "Output folder: adapter, runs and exports.", short="output", aliases=("output_dir",), is_path=True
+    )
+    seed: int = setting(
+        42, "Seed of rows' order, initial weights and dropout.", aliases=("random_state", "lora.random_state")
+    )
     report_to: Literal["auto", "none", "tensorboard", "mlflow", "wandb", "trackio"] = setting(
         "auto", "Tracker that follows the run; auto: all that are installed, wandb only with WANDB_API_KEY."
     )
@@ -216,7 +257,9 @@ class TrainingSpec:
     deterministic: bool = setting(
         False, "Take only computations that give the same bits each time, on a GPU too; slower."
     )
-    sample_prompts: tuple[str, ...] = setting((), "Prompts that are answered before and after training.")
+    sample_prompts: tuple[str, ...] = setting(
+        (), "Prompts that are answered before and after training.", aliases=("sample_prompt",)
+    )
     sample_tokens: int = setting(48, "Longest sample answer, in tokens.")
     dpo_beta: float = setting(0.1, "How closely dpo holds to the untrained model (arXiv:2305.18290).")
     orpo_beta: float = setting(0.1, "Weight of orpo's odds ratio beside its likelihood (arXiv:2403.07691, lambda).")
@@ -265,7 +308,11 @@ def _require_planned(key: str, value: int | None) -> int:
 class MultiRunSpec:
     """Several runs, each going on from the one before; only `backprop multi-run` looks at it."""
 
-    runs: int = setting(5, "Runs, each on its own slice of the data; with several data files: one run a file.")
+    runs: int = setting(
+        5,
+        "Runs, each on its own slice of the data; with several data files: one run a file.",
+        aliases=("num_runs", "multi_run.num_runs"),
+    )
     merge: Literal["ftba-mb", "slao", "slao-preserving", "none"] = setting(
         "ftba-mb",
         "How runs are merged. ftba-mb: blend B by 1/sqrt(i) and start from the last adapter, which forgot least in our "
@@ -279,13 +326,17 @@ class MultiRunSpec:
     replay: Literal["recent", "random", "all"] = setting(
         "random", "Rows that are replayed: of the run before, of any earlier one, or as many of every earlier one."
     )
-    heldout: float = setting(0.1, "Share of each run's rows that only measure what is forgotten; 0: none.")
+    heldout: float = setting(
+        0.1, "Share of each run's rows that only measure what is forgotten; 0: none.", aliases=("eval_heldout",)
+    )
     metric: Literal["none", "exact", "f1", "contains"] = setting(
         "none",
         "Beside the loss, how good answers to held-out rows are: equal to the row's, words in common, or holding it.",
     )
     eval_gate: bool = setting(False, "Leave out a run whose merge makes the held-out loss worse.")
-    max_regression: float = setting(0.0, "How much worse, in nats, the gate lets the mean held-out loss become.")
+    max_regression: float = setting(
+        0.0, "How much worse, in nats, the gate lets the mean held-out loss become.", aliases=("eval_max_regression",)
+    )
     patience: int = setting(0, "End after so many runs in a row without a lower mean held-out loss; 0: never.")
     keep_adapters: Literal["all", "last", "none"] = setting(
         "all", "Adapters of the single runs that stay, fine-tuned and merged; the result is kept always."

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cyclopts import App, CycloptsError, Group
 
@@ -18,6 +19,10 @@ from backpropagate.cli.failing import is_terminal_lost, prepare_process, report_
 from backpropagate.cli.switches import environment, overview, take_switches
 from backpropagate.offline import forbid_network
 from bp_runs.errors import CodedError, InterruptedRunError, PathUnusableError
+
+if TYPE_CHECKING:
+    from cyclopts.help import HelpPanel
+    from rich.console import Console, ConsoleOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +266,7 @@ def build_app() -> App:
         help="Fine-tune a language model on one GPU and have it running in Ollama.",
         help_epilogue=_EPILOGUE,
         help_format="plaintext",
+        group_parameters=Group("Parameters", sort_key=-1, help_formatter=show_usual_names),
         suppress_keyboard_interrupt=False,
         version=_read_version,
         version_flags=["--version", "-V"],
@@ -301,6 +307,14 @@ def build_app() -> App:
             target, name=name, help=command.line, help_epilogue=epilogue, group=panel, sort_key=sort_key
         )
     return app
+
+
+def show_usual_names(console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+    """Print a panel of the help with one spelling per flag; `backprop config explain` lists the others."""
+    from cyclopts.help import DefaultFormatter
+
+    entries = [entry.copy(positive_names=entry.positive_names[:1]) for entry in panel.entries]
+    DefaultFormatter()(console, options, panel.copy(entries=entries))
 
 
 def _explain_in_full(app: App, words: Sequence[str]) -> None:

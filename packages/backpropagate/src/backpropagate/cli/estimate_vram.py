@@ -6,20 +6,28 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from backpropagate import rails
-from backpropagate.cli.flags import Json
+from backpropagate.cli.flags import Json, flag_names
 from backpropagate.cli.screen import print_json
 from backpropagate.estimating import estimate_memory, read_config, require_estimator
 from backpropagate.presets import MODEL_PRESETS
-from backpropagate.settings import TOML_FILE, Resolved, apply_lora_preset, resolve
+from backpropagate.settings import TOML_FILE, Resolved, all_settings, apply_lora_preset, resolve
 from bp_runs.rail import Estimates, MemoryEstimate
 from bp_runs.spec import LORA_PRESETS
 
 CARDS = (8, 12, 16, 24, 32)
 """GiB of the cards in the table."""
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+def _named(key: str) -> Parameter:
+    return Parameter(name=flag_names(all_settings()[key]))
+
+
 _MODES = ("qlora", "lora", "full")
 
 
@@ -33,8 +41,8 @@ def estimate_vram(
     lora_r: int | None = None,
     target_modules: str | None = None,
     use_dora: bool | None = None,
-    batch_size: int | None = None,
-    gradient_accumulation: int | None = None,
+    batch_size: Annotated[int | None, _named("training.batch_size")] = None,
+    gradient_accumulation: Annotated[int | None, _named("training.gradient_accumulation")] = None,
     max_seq_length: int | None = None,
     table: bool = False,
     json: Json = False,

@@ -11,31 +11,40 @@ from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
+from backpropagate.cli.app import show_usual_names
 from backpropagate.settings import TOML_FILE, Setting, all_settings, resolve, ui_settings
 from backpropagate.system import to_path
 
-# Further spellings that people type.
-_ALIASES: Mapping[str, tuple[str, ...]] = {
-    "model.name": ("-m",),
-    "data.path": ("-d",),
-    "training.output_dir": ("-o",),
-    "training.learning_rate": ("--learning-rate",),
-    "training.start_from": ("--from",),
-    "training.sample_prompts": ("--sample-prompt",),
-    # As the older tool spelled them.
-    "lora.use_dora": ("--use-dora",),
-    "lora.use_rslora": ("--use-rslora",),
-    "multirun.max_regression": ("--eval-max-regression",),
-    "multirun.heldout": ("--eval-heldout",),
-    "ui.output": ("-o",),
+_LETTERS: Mapping[str, str] = {
+    "model.name": "-m",
+    "data.path": "-d",
+    "training.output_dir": "-o",
+    "ui.output": "-o",
 }
+# Flags whose usual spelling is not the Python keyword.
+_USUAL: Mapping[str, str] = {"training.start_from": "--from", "training.sample_prompts": "--sample-prompt"}
+
+
+def flag_names(setting: Setting) -> tuple[str, ...]:
+    """How the setting is spelled as a flag, the usual spelling first."""
+    usual = _USUAL.get(setting.key) or _to_flag(setting.short)
+    letter = (_LETTERS[setting.key],) if setting.key in _LETTERS else ()
+    return tuple(dict.fromkeys((usual, *letter, *map(_to_flag, setting.words))))
+
+
+def _to_flag(word: str) -> str:
+    return "--" + word.replace("_", "-")
+
 
 Json = Annotated[
     bool, Parameter(name="--json", negative="", show_default=False, help="Print one JSON document and nothing else.")
 ]
 Output = Annotated[
     str | None,
-    Parameter(name=("--output", "-o"), help="Output folder that holds the runs; default: the setting, ./output."),
+    Parameter(
+        name=flag_names(all_settings()["training.output_dir"]),
+        help="Output folder that holds the runs; default: the setting, ./output.",
+    ),
 ]
 
 
@@ -75,12 +84,6 @@ def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def flag_names(setting: Setting) -> tuple[str, ...]:
-    """How the setting is spelled as a flag, the usual spelling first."""
-    flag = "--sample-prompt" if setting.key == "training.sample_prompts" else "--" + setting.short.replace("_", "-")
-    return (flag, *(alias for alias in _ALIASES.get(setting.key, ()) if alias != flag))
-
-
 def _parameter(setting: Setting) -> inspect.Parameter:
     kind: Any = list[str] if "tuple" in str(setting.type) else setting.type
     shown = "" if setting.default in (None, "", ()) else f" [default: {spell(setting.default)}]"
@@ -103,7 +106,7 @@ def _group(name: str) -> Group:
     """The panel of the help page that a group's flags stand in, in the order of the settings."""
     names = list(dict.fromkeys(key.partition(".")[0] for key in (*all_settings(), *ui_settings())))
     title = {"lora": "LoRA", "multirun": "Multi-run", "ui": "Web page"}.get(name, name.capitalize())
-    return Group(title, sort_key=names.index(name))
+    return Group(title, sort_key=names.index(name), help_formatter=show_usual_names)
 
 
 def spell(value: Any) -> str:

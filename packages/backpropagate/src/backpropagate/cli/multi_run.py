@@ -7,18 +7,19 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from backpropagate.cli.flags import Json, keyword, with_settings
+from backpropagate.cli.flags import Json, flag_names, keyword, with_settings
 from backpropagate.cli.process import open_trainer
 from backpropagate.cli.screen import open_screen, print_json
 from backpropagate.multirun import MultiRunResult
 from backpropagate.resuming import resume_line
 from backpropagate.scorecard import card_html, card_text
+from backpropagate.settings import all_settings
 from bp_runs.files import publish_bytes
 
 Data = Annotated[
     list[str] | None,
     Parameter(
-        name=("--data", "-d"),
+        name=flag_names(all_settings()["data.path"]),
         negative_iterable="",
         help="The data: one file, folder or Hub name, cut into slices; or given several times: one a run.",
     ),

@@ -11,13 +11,15 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from backpropagate import catalogue, settings, system
+from backpropagate.cli.flags import flag_names
 from bp_runs.spec import DataSpec, Settings
 
-Model = Annotated[str | None, Parameter(name=("--model", "-m"))]
+Model = Annotated[str | None, Parameter(name=flag_names(settings.all_settings()["model.name"]))]
 
 
-def _help(key: str) -> Parameter:
-    return Parameter(help=settings.all_settings()[key].help)
+def _named(key: str) -> Parameter:
+    setting = settings.all_settings()[key]
+    return Parameter(name=flag_names(setting), help=setting.help)
 
 
 @Parameter(name="*")
@@ -25,9 +27,9 @@ def _help(key: str) -> Parameter:
 class Part:
     """Which part of a data set is meant."""
 
-    subset: Annotated[str | None, _help("data.subset")] = None
-    split: Annotated[str | None, _help("data.split")] = None
-    data_revision: Annotated[str | None, _help("data.revision")] = None
+    subset: Annotated[str | None, _named("data.subset")] = None
+    split: Annotated[str | None, _named("data.split")] = None
+    data_revision: Annotated[str | None, _named("data.revision")] = None
 
 
 def find_file(asked: str | DataSpec, part: Part | None = None) -> Path:
