@@ -19,7 +19,9 @@ from bp_runs import Settings, read_adapter_folder
 from bp_runs.adapter import changed_files
 from bp_runs.errors import DiskFullError, TrainingDivergedError
 from bp_runs.events import DataReady, ModelLoaded, SampleAnswer, StepDone
+from bp_runs.spec import TrainingSpec
 from bp_train_cuda import CudaRail
+from bp_train_cuda import train as train_alone
 from bp_train_cuda.backend import Device, choose_mode
 from bp_train_cuda.errors import (
     BitsandbytesError,
@@ -51,6 +53,15 @@ def test_it_learns_and_leaves_an_adapter_that_peft_loads(pico_model, chat_file, 
     after = PeftModel.from_pretrained(base, outcome.adapter)(ids).logits
     assert (after - before).abs().max() > 0.05
     assert [e.step for e in events if isinstance(e, SampleAnswer)] == [0, 6]
+
+
+def test_it_trains_alone_without_run_folders(pico_model, chat_file, tmp_path):
+    events = []
+    training = TrainingSpec(steps=3, learning_rate=1e-2)
+    outcome = train_alone(pico_model, chat_file, tmp_path / "new" / "out", training=training, emit=events.append)
+    assert outcome.adapter == tmp_path / "new" / "out" / "lora"
+    assert read_adapter_folder(outcome.adapter).r == 16
+    assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3]
 
 
 def test_events_tell_the_data_and_the_model(pico_model, chat_file, tmp_path):
