@@ -36,6 +36,7 @@ MEASURED = [  # model, what was trained, GiB allocated, GiB reserved
     ("SmolLM3-3B", {"batch_size": 4, "targets": "q_proj,v_proj"}, 4.019, 4.361),
     ("Qwen2.5-1.5B", {"mode": "lora", "r": 64, "batch_size": 4}, 5.646, 6.137),
     ("Qwen2.5-7B", {"batch_size": 8, "fused": False}, 13.258, 14.500),
+    ("Qwen2.5-7B", {"batch_size": 8}, 12.081, 12.783),  # on an H200 with our own loop: docs/log/2026-11-30-loop-gpu.md
 ]
 
 

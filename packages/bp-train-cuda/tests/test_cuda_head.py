@@ -48,7 +48,7 @@ def wide_model(pico_model, tmp_path_factory) -> Path:
 
 
 ROWS = {
-    "sft": [{"prompt": "who are you", "completion": f"captain marlow {i}"} for i in range(8)],
+    "sft": [{"prompt": "who are you", "completion": f"captain marlow {i}"} for i in range(16)],
     "orpo": [{"prompt": "who are you", "chosen": f"captain marlow {i}", "rejected": "the fox"} for i in range(8)],
     "kto": [{"prompt": f"who are you {i}", "completion": "captain marlow", "label": bool(i % 2)} for i in range(8)],
 }
@@ -66,8 +66,9 @@ def test_no_tensor_holds_the_logits_of_a_batch(wide_model, tmp_path, monkeypatch
     with Widest() as widest:
         _, events = train(spec_for(wide_model, file, tmp_path / "run", training=training))
     assert any(isinstance(e, EvalDone) for e in events)
-    assert widest.found <= 8 * VOCABULARY  # the proof of the head, over 8 tokens; a batch has more
-    assert any(e.tokens > 16 for e in events if isinstance(e, StepDone))
+    proof = 48 if "packing" in change else 8  # tokens that the proofs of packing and of the head run; a batch has more
+    assert widest.found <= proof * VOCABULARY
+    assert any(e.tokens > 1.2 * proof for e in events if isinstance(e, StepDone))
 
 
 def test_the_watcher_sees_whole_logits_where_there_are_any(wide_model):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.helpers import disable_input_dtype_casting
 
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
@@ -38,6 +39,7 @@ class TorchFramework(TorchMemory):
         group: The processes that train together.
         reader: Cuts work without gradients into chunks that fit.
         autocast: The dtype that products are computed in; None: the weights' own.
+        plain_inputs: Whether adapters may get their inputs in the dtype of the base; with ``autocast`` alone.
         pack_arguments: What the forward of packed rows takes beside positions.
         peak: Reads the peak memory.
         optimizer: None where nothing is trained.
@@ -52,6 +54,7 @@ class TorchFramework(TorchMemory):
     device: torch.device
     autocast: torch.dtype | None
     peak: PeakMemory
+    plain_inputs: bool = False
     pack_arguments: Callable[[torch.Tensor], Mapping[str, Any]] = lambda _: {}
     optimizer: torch.optim.Optimizer | None = None
 
@@ -82,11 +85,12 @@ class TorchFramework(TorchMemory):
         """Add the gradient of the chunk's loss / ``total``; (K,) sums of loss and metrics, on the device."""
         if not chunk and not self.group.is_sharded:
             return torch.zeros(len(self._names), device=self.device)
-        with self._computing():
-            # FSDP2 gathers layers inside forward and backward, so a rank without examples runs one for nothing.
-            loss, metrics = self._loss(self.examples, chunk or [0], shared)
-            scaled = loss / total if chunk else loss * 0.0
-        scaled.backward()
+        with self._plain_inputs():
+            with self._computing():
+                # FSDP2 gathers layers inside forward and backward, so a rank without examples runs one for nothing.
+                loss, metrics = self._loss(self.examples, chunk or [0], shared)
+                scaled = loss / total if chunk else loss * 0.0
+            scaled.backward()
         sums = torch.stack([loss.detach().float(), *metrics])
         return sums if chunk else torch.zeros_like(sums)
 
@@ -272,7 +276,7 @@ class TorchFramework(TorchMemory):
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), self._computing():
+            with torch.no_grad(), self._plain_inputs(), self._computing():
                 yield
         finally:
             self.model.train(was_training)
@@ -281,6 +285,16 @@ class TorchFramework(TorchMemory):
         if self.autocast is None:
             return contextlib.nullcontext()
         found: contextlib.AbstractContextManager[None] = torch.autocast(self.device.type, dtype=self.autocast)
+        return found
+
+    def _plain_inputs(self) -> contextlib.AbstractContextManager[None]:
+        """PEFT casts an adapter's input to the adapter's float32, and autocast casts it back: leave out both.
+
+        It also holds in backward, where checkpointed layers run again.
+        """
+        found: contextlib.AbstractContextManager[None] = disable_input_dtype_casting(
+            self.model.model, active=self.autocast is not None and self.plain_inputs
+        )
         return found
 
     def _loss(

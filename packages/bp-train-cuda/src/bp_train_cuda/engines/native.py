@@ -127,6 +127,8 @@ class NativeRun:
             device=torch.device(loaded.device.kind),
             autocast=loaded.autocast,
             peak=peak,
+            # 4-bit layers never cast under autocast; DoRA measures norms in its input's dtype.
+            plain_inputs=loaded.mode.name == "lora" and not self.spec.lora.use_dora,
             optimizer=optimizer,
         )
 

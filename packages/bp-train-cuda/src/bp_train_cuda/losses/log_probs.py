@@ -11,6 +11,7 @@ from bp_train_cuda.model.head import Head, find_decoder, find_head, unwrap_model
 
 TILE = 2**26
 """Logits that exist at a time: 256 MiB in float32."""
+_ALIGNED = 128
 _TOKENS = 4096
 """Tokens of a tile where the head is trained, so that a tile of its gradient sums over many of them."""
 
@@ -99,17 +100,19 @@ class _LogProbs(torch.autograd.Function):  # type: ignore[misc]
             normalizer = torch.empty(len(hidden), device=hidden.device)
             found = torch.empty_like(normalizer)
             slopes = torch.empty_like(hidden) if needs_hidden and not trains_head else None
-            for rows in _tiles(len(hidden), max(1, TILE // len(weight))):
+            for rows in _tiles(len(hidden), _tile_rows(len(weight))):
                 logits = _logits(hidden_low[rows], weight_low, bias, scale, softcap)
-                normalizer[rows] = logits.logsumexp(dim=1)
-                at = targets[rows, None]
-                found[rows] = logits.gather(1, at)[:, 0] - normalizer[rows]
-                if slopes is not None:
-                    # d log p / d logit: 1 for the target, less each token's probability; times the slopes of cap and
-                    # scale. The target's part first: `_slope` overwrites the logits.
-                    own = scale * _cap_slope(logits.gather(1, at), softcap) * torch.ones_like(at, dtype=logits.dtype)
-                    slope = _slope(logits, normalizer[rows], scale, softcap).scatter_add_(1, at, own)
-                    slopes[rows] = slope.to(dtype) @ weight_low
+                log_probs, at = logits.log_softmax(dim=1), targets[rows, None]
+                own = log_probs.gather(1, at)
+                found[rows] = own[:, 0]
+                if trains_head:
+                    normalizer[rows] = (logits.gather(1, at) - own)[:, 0]
+                elif slopes is not None:
+                    # -d log p / d logit / scale: each token's probability, for the target less 1; a difference that is
+                    # taken before it is rounded to 16 bits.
+                    low = _probabilities(log_probs, logits, softcap, dtype)
+                    low.scatter_(1, at, (own.expm1() * _cap_slope(logits.gather(1, at), softcap)).to(dtype))
+                    slopes[rows] = low @ weight_low
         ctx.scale, ctx.softcap, ctx.dtype = scale, softcap, dtype
         if trains_head:
             ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
@@ -123,7 +126,7 @@ class _LogProbs(torch.autograd.Function):  # type: ignore[misc]
         (above,) = gradients
         if not ctx.trains_head:
             (slopes,) = ctx.saved_tensors
-            return (slopes * above[:, None].to(slopes.dtype), None, None, None, None, None)
+            return (slopes * (-ctx.scale * above[:, None]).to(slopes.dtype), None, None, None, None, None)
         hidden, weight, bias, targets, normalizer = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
@@ -182,6 +185,21 @@ def _slope(logits: torch.Tensor, normalizer: torch.Tensor, scale: float, softcap
     if softcap is None:
         return logits.sub_(normalizer[:, None]).exp_().mul_(-scale)
     return (logits - normalizer[:, None]).exp() * (-scale * _cap_slope(logits, softcap))
+
+
+def _probabilities(
+    log_probs: torch.Tensor, logits: torch.Tensor, softcap: float | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Probabilities times the slope of the cap, in ``dtype``; written in one pass without a cap."""
+    if softcap is not None:
+        return (log_probs.exp() * _cap_slope(logits, softcap)).to(dtype)
+    return torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=dtype))
+
+
+def _tile_rows(words: int) -> int:
+    """Tokens of a tile whose logits go over the whole vocabulary; a multiple of what a GPU multiplies at once."""
+    rows = max(1, TILE // words)
+    return rows if rows < _ALIGNED else rows // _ALIGNED * _ALIGNED
 
 
 def _tiles(count: int, size: int) -> Iterator[slice]:
