@@ -1,7 +1,9 @@
 """Rows on disk, the cache, overflow policies, filters, and masks found the quick way."""
 
 import importlib.util
+import sys
 from array import array
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -121,6 +123,15 @@ def test_whatever_changes_tokens_misses_the_cache(model, tmp_path, write_lines):
     assert hit()
     path.write_text(path.read_text() + "\n")
     assert not hit()
+
+
+def test_a_checkout_that_is_not_installed_has_a_cache(chatml, tmp_path, write_lines, monkeypatch):
+    """Only on PYTHONPATH, as on machines without a network: packages have no version then."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if not list(Path(p).glob("bp_data-*.dist-info"))])
+    with pytest.raises(PackageNotFoundError):
+        version("bp-data")
+    path = write_lines([qa(("Q", "A"))])
+    assert [prepare(path, chatml, 64, cache=tmp_path / "c").from_cache for _ in range(2)] == [False, True]
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "gone", "meta"])

@@ -7,7 +7,7 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,7 +32,7 @@ def cache_key(data_sha256: str, tokenizer: Tokenizer, template: ChatTemplate, se
     parts = {
         "format": _FORMAT,
         "order": sys.byteorder,
-        "versions": {name: version(name) for name in ("bp-data", "tokenizers", "jinja2")},
+        "versions": {name: _version(name) for name in ("bp-data", "tokenizers", "jinja2")},
         "data": data_sha256,
         "tokenizer": tokenizer.sha256,
         "special": tokenizer.special_tokens,
@@ -42,6 +42,13 @@ def cache_key(data_sha256: str, tokenizer: Tokenizer, template: ChatTemplate, se
         "settings": dict(settings),
     }
     return hashlib.sha256(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # run from a checkout, through PYTHONPATH
 
 
 def read_entry(folder: Path) -> tuple[TokenRows, Ledger, dict[str, Any]] | None:
