@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import transformers
-from bp_train_cuda.guards.optimizer import release_model
 from randommodel import write_model, write_rows
 
 from bp_runs import Settings, TrainSpec
@@ -149,9 +148,9 @@ class Bench:
         shutil.rmtree(spec.folders.run)
         steps = [e for e in events if isinstance(e, StepDone)]
         notices = [e for e in events if isinstance(e, Notice)]
-        rehearsal = next((n.details["rehearsal"] for n in notices if "rehearsal" in n.details), None)
+        preflight = next((n.details["preflight"] for n in notices if "preflight" in n.details), None)
         peak = outcome.peak_memory if ON_GPU else 0
-        length = rehearsal["tokens"] // rehearsal["rows"] if rehearsal else case.seq
+        length = preflight["tokens"] // preflight["rows"] if preflight else case.seq
         speeds = [e.tokens_per_second for e in steps[3:]] or [steps[-1].tokens_per_second]
         return {
             "case": case.name,
@@ -163,10 +162,10 @@ class Bench:
             "tokens_per_second_range": [round(min(speeds), 1), round(max(speeds), 1)],
             "peak_gib": gib(peak),
             "reserved_gib": gib(torch.cuda.max_memory_reserved()) if ON_GPU else 0.0,
-            "preflight_gib": gib(rehearsal["peak_bytes"]) if rehearsal else None,
+            "preflight_gib": gib(preflight["peak_bytes"]) if preflight else None,
             "estimate": estimate_of(spec, case.mode, length),
             "trained": next(e for e in events if isinstance(e, ModelLoaded)).trainable,
-            "pieces": max((n.details["pieces"] for n in notices if "pieces" in n.details), default=1),
+            "chunks": max((n.details["chunks"] for n in notices if "chunks" in n.details), default=1),
             "thermal": [[n.details["thermal"], n.details["temperature"]] for n in notices if "thermal" in n.details],
             "hottest": max((e.temperature for e in steps if e.temperature is not None), default=None),
         }
@@ -217,8 +216,8 @@ def part_oom(bench: Bench, cap: float) -> dict[str, Any]:
     case = Case(shape="qwen2.5-7b", batch=16, steps=4)
     row = tell("oom", bench.train(case, preflight="off"))
     return {
-        "recovered": row["pieces"] > 1 or not ON_GPU,
-        "pieces": row["pieces"],
+        "recovered": row["chunks"] > 1 or not ON_GPU,
+        "chunks": row["chunks"],
         "steps": row["steps"],
         "reserved_gib": row["reserved_gib"],
         "fits": row["reserved_gib"] <= cap,
@@ -365,7 +364,7 @@ def train_with_trl(bench: Bench, case: Case, adapters: torch.dtype = torch.float
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    release_model(trainer.model)
+    trainer.accelerator.free_memory()
     tokens = sum(len(row.ids) for row in prepared.rows) / len(prepared.rows) * case.batch * case.accumulation
     speeds = [tokens / (b - a) for a, b in zip(stamps.times[3:], stamps.times[4:], strict=False)] or [0.0]
     return {

@@ -18,13 +18,15 @@ import sys
 import tempfile
 from pathlib import Path
 
+import bitsandbytes as bnb
 import transformers
 from campaign import ON_GPU, Bench, Case, cap_memory
 from randommodel import SHAPES
 
 from bp_runs import Settings, TrainSpec
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
-from bp_train_cuda import CudaRail, guarded
+from bp_train_cuda import CudaRail
+from bp_train_cuda.optim import adamw_8bit
 
 
 def main() -> int:
@@ -43,14 +45,13 @@ def main() -> int:
         return compare_types(options)
     cap_memory(options.cap_gib)
     transformers.utils.logging.disable_progress_bar()
-    rounds = guarded.round_by_chance
     optim = "paged_adamw_8bit"  # what auto takes on a card, so that a dry run takes it too
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         bench = Bench(Path(scratch), dry=options.dry or not ON_GPU)
         case = Case(shape=options.shape, mode="full", steps=options.steps)
         for rate in [None, *map(float, options.rates.split(","))]:
             for is_on in [True] if rate is None else [True, False, True]:
-                guarded.round_by_chance = rounds if is_on else lambda *_: True
+                round_stochastically(is_on)
                 steps = 2 if rate is None else case.steps
                 row = bench.train(case, steps=steps, learning_rate=rate or 1e-5, optim=optim)
                 told = ("loss", "tokens_per_second", "tokens_per_second_range", "peak_gib", "reserved_gib", "seconds")
@@ -59,12 +60,25 @@ def main() -> int:
     return 0
 
 
+STOCHASTIC = adamw_8bit.PagedAdamW8bitStochastic
+
+
+class Nearest(STOCHASTIC):
+    """The same optimizer with bitsandbytes' own update, which rounds to nearest."""
+
+    update_step = bnb.optim.PagedAdamW8bit.update_step
+
+
+def round_stochastically(is_on: bool) -> None:
+    """Which of the two the next training takes."""
+    adamw_8bit.PagedAdamW8bitStochastic = STOCHASTIC if is_on else Nearest
+
+
 def compare_types(options: argparse.Namespace) -> int:
     """Three trainings of all weights of a real model, on 4 rows of up to 64 tokens a step."""
-    rounds = guarded.round_by_chance
     for rate in map(float, options.rates.split(",")):
         for name, dtype in (("float32", "float32"), ("nearest", "bfloat16"), ("by chance", "bfloat16")):
-            guarded.round_by_chance = rounds if name != "nearest" else lambda *_: True
+            round_stochastically(name != "nearest")
             with tempfile.TemporaryDirectory(dir=options.scratch) as run:
                 settings = Settings(
                     model=ModelSpec(name=str(options.model), max_seq_length=64, dtype=dtype),

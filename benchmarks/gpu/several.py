@@ -271,11 +271,15 @@ def work(order: Path) -> int:
 
 
 def break_memory() -> None:
-    """Let every forward pass of this process be out of memory."""
+    """Let every forward pass of this process that is trained on be out of memory."""
     import torch
 
-    def forward(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
+    whole = torch.nn.functional.scaled_dot_product_attention
+
+    def forward(*args: Any, **more: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
+        return whole(*args, **more)
 
     torch.nn.functional.scaled_dot_product_attention = forward
 

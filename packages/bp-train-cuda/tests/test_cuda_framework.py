@@ -7,12 +7,13 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from bp_data import prepare
 from bp_data.loop.memory import MemoryGuard
-from bp_train_cuda import lora, probe
+from bp_train_cuda import backend
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.framework import TorchFramework
 from bp_train_cuda.examples import build_examples
 from bp_train_cuda.guards.oom import TorchMemory
 from bp_train_cuda.losses.log_probs import LogProbModel
+from bp_train_cuda.model import lora
 
 
 class Casts(TorchDispatchMode):
@@ -47,7 +48,7 @@ def measure(base, file, run, *, plain_inputs):
         reader=MemoryGuard(TorchMemory(), lambda _: None),
         device=torch.device("cpu"),
         autocast=torch.bfloat16,
-        peak=probe.PeakMemory(probe.choose_device()),
+        peak=backend.PeakMemory(backend.choose_device()),
         plain_inputs=plain_inputs,
     )
     with Casts() as casts:
