@@ -27,7 +27,7 @@ LAYERS = {
     "bp-runs": set(),
     "bp-data": {"bp_runs"},
     "bp-merge": {"bp_runs"},
-    "bp-export": {"bp_runs", "bp_merge"},
+    "bp-export": {"bp_runs", "bp_merge", "bp_data"},
     "bp-train-cuda": {"bp_runs", "bp_data"},
     "bp-train-mlx": {"bp_runs", "bp_data"},
     "backpropagate": {"bp_runs", "bp_data", "bp_merge", "bp_export"},
@@ -89,6 +89,63 @@ def test_frameworks_have_owners():
             assert allowed is None or name in allowed, f"{file}: {name} must not import {module}"
             if name == "backpropagate":
                 assert module.split(".")[0] not in {"torch", "transformers"}, f"{file} imports {module}"
+
+
+# The web UI renders its own HTML pages with Jinja.
+RENDERERS = {"bp_data/templates/engine.py": "the chat-template engine", "backpropagate/ui/showing.py": "HTML pages"}
+# Template languages, and the calls of transformers that render chats.
+OTHER_ENGINES = {"jinja2", "minijinja", "chevron", "pystache", "mako"}
+OTHER_CALLS = {"apply_chat_template", "render_jinja_template"}
+
+
+def second_renderers(place, tree):
+    """Lines of a module that render a template without the one engine."""
+    for node in () if place in RENDERERS else ast.walk(tree):
+        names = set()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found = list(imports(ast.Module([node], [])))
+            names = {part for module, name in found for part in (module.split(".")[0], name)}
+        elif isinstance(node, ast.Call):
+            call = ast.unparse(node.func).rpartition(".")[2]
+            loads = call in ("import_module", "__import__")
+            names = {call, *(a.value for a in node.args if loads and isinstance(a, ast.Constant))}
+        if names & (OTHER_ENGINES | OTHER_CALLS):
+            yield node.lineno
+
+
+def test_there_is_one_chat_template_engine():
+    for name, file, tree in sources():
+        place = file.relative_to(PACKAGES[name] / "src").as_posix()
+        lines = list(second_renderers(place, tree))
+        assert not lines, f"{file}:{lines}: render chats with bp_data.templates.engine.ChatTemplate"
+    for place in RENDERERS:
+        assert any((folder / "src" / place).is_file() for folder in PACKAGES.values()), f"{place} is gone"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import jinja2", "from jinja2.sandbox import ImmutableSandboxedEnvironment", "import_module('jinja2')",
+        "def f():\n    from jinja2 import Environment", "tokenizer.apply_chat_template(chat)",
+    ],
+)  # fmt: skip
+def test_a_second_chat_template_engine_is_seen(code):
+    assert list(second_renderers("bp_export/template.py", ast.parse(code)))
+    assert not list(second_renderers("bp_data/templates/engine.py", ast.parse(code)))
+
+
+def test_template_files_and_ends_of_turns_have_one_reader():
+    """The files of chat templates are named where they are read or copied, and nowhere else."""
+    known = {"bp_data/templates/reader.py", "bp_data/templates/engine.py", "bp_runs/adapter.py"}
+    # Written from a GGUF, written for a model without one, compared byte by byte.
+    known |= {"backpropagate/smallmodel.py", "bp_train_cuda/lora.py", "bp_merge/merge.py"}
+    for name, file, tree in sources():
+        place = file.relative_to(PACKAGES[name] / "src").as_posix()
+        for node in ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            assert place in known or text not in {"chat_template", "chat_template.jinja", "chat_template.json"}, (
+                f"{file}:{node.lineno}: read chat templates with bp_data.templates.reader"
+            )
 
 
 def test_no_underscore_imports_across_packages():

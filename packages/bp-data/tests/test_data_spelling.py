@@ -9,7 +9,7 @@ from bp_data.batch import Encoder
 from bp_data.example import Row
 from bp_data.mask import Marked, Span
 from bp_data.spelling import Spelling
-from bp_data.template import load_template
+from bp_data.templates.reader import load_template
 from bp_data.tokens import Tokenizer, load_tokenizer
 
 PIECES = (

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 
+from bp_data.templates.conversations import CONVERSATIONS, TOOLS
+from bp_data.templates.engine import ChatTemplate
+from bp_data.templates.reader import SpecialTokens
 from bp_export.cli import main
-from bp_export.conversations import CONVERSATIONS, TOOLS
 from bp_export.errors import ParityFailedError
 from bp_export.mixture import QUANTIZATIONS
 from bp_export.parity import verify_gguf
@@ -15,7 +17,6 @@ from bp_export.plan import build_plan
 from bp_export.probing import Place, compute_divergence
 from bp_export.report import BOUNDS
 from bp_export.stream import write_gguf
-from bp_export.template import render_template
 from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
 
 skip_without_llama_cpp()
@@ -53,8 +54,9 @@ def test_a_right_file_passes_and_nothing_is_left(folder, quantization):
     assert set(folder.iterdir()) - before <= {outcome.path}
     report = outcome.parity
     found = {check.name: check for check in report.checks}
-    assert list(found) == ["template", "greedy", "divergence", "stop", "effect"]
-    assert {check.result for check in report.checks} == {"passed"}
+    assert list(found) == ["training", "template", "greedy", "divergence", "stop", "effect"]
+    assert {check.result for check in report.checks[1:]} == {"passed"}
+    assert (found["training"].result, found["training"].note[:10]) == ("skipped", "not tested")
     assert found["template"].note == "10 conversations"
     assert 0 <= found["divergence"].value <= BOUNDS[quantization].divergence
     assert found["effect"].value > 0.5
@@ -70,10 +72,10 @@ def test_a_model_without_an_adapter_has_no_effect_to_show(folder):
 def test_tools_and_calls_give_the_same_ids(tmp_path):
     base = write_base(tmp_path / "base", kind="qwen2")
     (base / "chat_template.jinja").write_text(TOOL_TEMPLATE)
-    text = render_template(TOOL_TEMPLATE, CONVERSATIONS[-1], {"tools": TOOLS})
+    text = ChatTemplate(TOOL_TEMPLATE, SpecialTokens({})).render(CONVERSATIONS[-1], TOOLS, add_generation_prompt=True)
     assert '"arguments": {"city": "Paris"}}' in text
     report = export_adapter(base, quantization="q8_0", verify=True).parity
-    assert report.checks[0].note == "10 conversations"
+    assert report.checks[1].note == "10 conversations"
 
 
 def test_a_conversation_that_the_template_refuses_is_left_out(tmp_path):
@@ -84,7 +86,7 @@ def test_a_conversation_that_the_template_refuses_is_left_out(tmp_path):
     template = (base / "chat_template.jinja").read_text()
     (base / "chat_template.jinja").write_text(refusal + template)
     report = export_adapter(base, quantization="q8_0", verify=True).parity
-    assert report.checks[0].note == "8 conversations, 2 that the template refuses"
+    assert report.checks[1].note == "8 conversations, 2 that the template refuses"
 
 
 def test_another_splitting_rule_is_noticed(tmp_path, capsys):

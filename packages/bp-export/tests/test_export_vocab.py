@@ -13,7 +13,6 @@ from bp_export import read_settings
 from bp_export.errors import PreTokenizerUnknownError, TokenizerUnsupportedError
 from bp_export.pieces import read_pieces
 from bp_export.pretokenizers import recognise_pre
-from bp_export.template import find_default_system, find_turn_end
 from bp_export.vocab import read_vocabulary
 
 TRIALS = (
@@ -99,37 +98,6 @@ def test_the_adapters_own_tokens_and_template_count(tmp_path):
     assert settings["tokenizer.chat_template"] == "{{ 'mine' }}"
     # But not its splitting rule, which saving may have changed.
     assert settings["tokenizer.ggml.pre"] == "smollm"
-
-
-@pytest.mark.parametrize(
-    ("template", "end"),
-    [
-        (TEMPLATE, "<|im_end|>"),
-        ("{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}", "</s>"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", None),
-        ("{{ raise_exception('no') }}", None),
-        ("{% for m in messages %}{{ m.content.missing.deeper }}{% endfor %}", None),
-        ("{% broken", None),
-    ],
-)
-def test_the_end_of_a_turn_is_read_from_the_template(template, end):
-    assert find_turn_end(template, {"<|im_end|>", "<|im", "</s>"}, {"eos_token": "</s>"}) == end
-
-
-@pytest.mark.parametrize(
-    ("start", "system"),
-    [
-        ("", None),
-        (
-            "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are Smol.<|im_end|>\n{% endif %}",
-            "You are Smol.",
-        ),
-        ("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}", None),
-        ("{% if messages[0].role != 'system' %}<|im_start|>other\nx<|im_end|>\n{% endif %}", None),
-    ],
-)
-def test_the_system_message_that_a_template_adds_is_found(start, system):
-    assert find_default_system(start + TEMPLATE, {}) == system
 
 
 def test_a_trainers_marks_do_not_reach_the_file(tmp_path):

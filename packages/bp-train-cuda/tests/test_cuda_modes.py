@@ -69,6 +69,7 @@ def test_all_weights_are_trained_and_saved_as_a_model(pico_model, chat_file, tmp
         "20260101-000000-abcdef",
         str(pico_model),
     )
+    assert len(set(manifest["template"]["rendered"])) == 10
     assert manifest["base_fingerprint"] == fingerprint_base(pico_model) != fingerprint_base(outcome.adapter)
     assert changed_files(outcome.adapter) == []
     config, base_config = (json.loads((f / "config.json").read_text()) for f in (outcome.adapter, pico_model))

@@ -14,9 +14,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bp_data import DatasetGateError, TokenRow, prepare
+from bp_data import DatasetGateError, TokenRow, load_template, load_tokenizer, prepare
+from bp_data.templates.conversations import hash_conversations
 from bp_runs import Settings, read_adapter_folder
-from bp_runs.adapter import changed_files
+from bp_runs.adapter import changed_files, read_manifest
 from bp_runs.errors import DiskFullError, TrainingDivergedError
 from bp_runs.events import DataReady, ModelLoaded, SampleAnswer, StepDone
 from bp_runs.spec import TrainingSpec
@@ -47,6 +48,8 @@ def test_it_learns_and_leaves_an_adapter_that_peft_loads(pico_model, chat_file, 
     folder = read_adapter_folder(outcome.adapter)
     assert (folder.r, folder.alpha, folder.base) == (4, 8.0, str(pico_model))
     assert changed_files(folder.path) == []
+    hashes = hash_conversations(load_template(pico_model, load_tokenizer(pico_model)))
+    assert read_manifest(folder.path)["template"] == hashes.to_dict()
     base = AutoModelForCausalLM.from_pretrained(pico_model)
     ids = torch.arange(3, 40)[None]
     before = base(ids).logits.detach().clone()

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from bp_data.rewrite import Rewritten, clean_file, convert_example, convert_file, split_file
     from bp_data.split import split_rows
     from bp_data.store import TokenRows
-    from bp_data.template import DEFAULT_TEMPLATE_NAME, ChatTemplate, load_template
+    from bp_data.templates.engine import ChatTemplate
+    from bp_data.templates.reader import DEFAULT_TEMPLATE_NAME, load_template
     from bp_data.tokenrow import IGNORED, TokenRow
     from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 
@@ -143,9 +144,9 @@ _HOMES = {
     ),
     "split": ("split_rows",),
     "store": ("TokenRows",),
-    "template": (
+    "templates.engine": ("ChatTemplate",),
+    "templates.reader": (
         "DEFAULT_TEMPLATE_NAME",
-        "ChatTemplate",
         "load_template",
     ),
     "tokenrow": (

@@ -31,7 +31,7 @@ from bp_data.read import excerpt
 from bp_data.reasoning import TraceBand, find_trace, keep_trace
 from bp_data.skeleton import SpanFinder
 from bp_data.spelling import Spelling
-from bp_data.template import ChatTemplate
+from bp_data.templates.engine import ChatTemplate
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer
 

@@ -24,7 +24,8 @@ from bp_data.overflow import OnOverflow, fit_row
 from bp_data.read import AS_UTF8, place_of, read_rows
 from bp_data.reasoning import TraceBand
 from bp_data.store import TokenRows, TokenWriter
-from bp_data.template import ChatTemplate, load_template
+from bp_data.templates.engine import ChatTemplate
+from bp_data.templates.reader import load_template
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 from bp_runs.errors import ContractError

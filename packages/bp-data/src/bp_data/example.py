@@ -73,15 +73,8 @@ class Message:
         return list(self.fields.get("tool_calls") or [])
 
     def to_dict(self) -> dict[str, Any]:
-        """The turn as templates expect it; reasoning is given under each name that templates know."""
-        reasoning = next((self.fields[name] for name in REASONING_FIELDS if self.fields.get(name) is not None), None)
-        turn: dict[str, Any] = {"role": self.role, "content": self.content}
-        if reasoning is not None:
-            turn["thinking"] = reasoning
-        turn.update(self.fields)
-        if reasoning is not None:
-            turn["reasoning_content"] = reasoning
-        return turn
+        """The turn as `bp_data.templates.engine.ChatTemplate.render` takes it."""
+        return {"role": self.role, "content": self.content, **self.fields}
 
 
 @dataclass(frozen=True, slots=True)

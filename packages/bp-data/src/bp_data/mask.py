@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat, Message, Text
 from bp_data.formats import tool_name
-from bp_data.template import ChatTemplate
+from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Encoded, Tokenizer
 
 _STAND_IN = "\ue0f3turn\ue0f3"

@@ -20,7 +20,7 @@ from bp_data.gate import Gate
 from bp_data.ledger import Ledger
 from bp_data.overflow import OnOverflow, cut_row
 from bp_data.store import TokenRows, TokenWriter
-from bp_data.template import ChatTemplate
+from bp_data.templates.engine import ChatTemplate
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer, TokenizerFacts
 from bp_runs.errors import ContractError

@@ -17,7 +17,7 @@ from bp_data.example import Chat, Judged, Rejected, Row, Text
 from bp_data.formats import recognise
 from bp_data.overflow import OnOverflow, cut_row
 from bp_data.read import read_rows
-from bp_data.template import ChatTemplate
+from bp_data.templates.engine import ChatTemplate
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer
 

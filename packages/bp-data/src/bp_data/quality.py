@@ -19,7 +19,7 @@ from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Te
 from bp_data.files import list_files, sha256_data
 from bp_data.formats import recognise
 from bp_data.read import read_rows
-from bp_data.template import ChatTemplate
+from bp_data.templates.engine import ChatTemplate
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer
 from bp_runs.redact import MASK, redact

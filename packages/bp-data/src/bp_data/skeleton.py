@@ -14,7 +14,7 @@ from typing import Final
 from bp_data.errors import RowFaultError
 from bp_data.example import Chat, Message
 from bp_data.mask import Marked, Span, find_spans
-from bp_data.template import ChatTemplate
+from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 
 _PAD: Final = "\u2003"  # a blank that no template writes: where it is gone, the template trims

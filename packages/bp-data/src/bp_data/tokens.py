@@ -19,9 +19,7 @@ from tokenizers.decoders import ByteLevel
 from tokenizers.pre_tokenizers import Metaspace
 
 from bp_data.errors import TokenizerInvalidError
-
-# Names under which tokenizer_config.json and special_tokens_map.json keep special tokens; templates see them all.
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from bp_data.templates.reader import read_json_object, read_special_tokens
 
 
 class Encoded(NamedTuple):
@@ -179,30 +177,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     raw = _read(folder / "tokenizer.json")
     core = _build_core(raw, folder / "tokenizer.json")
     special = read_special_tokens(folder)
-    stops = _read_object(folder / "generation_config.json").get("eos_token_id")
+    stops = read_json_object(folder / "generation_config.json").get("eos_token_id")
     stop_ids = [i for i in (stops if isinstance(stops, list) else [stops]) if isinstance(i, int)]
     return Tokenizer(core, special, stop_ids, hashlib.sha256(raw).hexdigest())
-
-
-def read_special_tokens(folder: Path) -> dict[str, Any]:
-    """Named special tokens of a model folder as texts; tokenizer_config.json wins over special_tokens_map.json.
-
-    Raises:
-        TokenizerInvalidError: One of the two is not a JSON object.
-    """
-    found: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        data = _read_object(folder / name)
-        found.update({key: text for key in _SPECIAL_NAMES if (text := _token_text(data.get(key))) is not None})
-        for key in ("additional_special_tokens", "extra_special_tokens"):
-            if isinstance(data.get(key), list):
-                found["additional_special_tokens"] = [t for t in map(_token_text, data[key]) if t is not None]
-    return found
-
-
-def _token_text(value: Any) -> str | None:
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
 
 
 def _build_core(raw: bytes, path: Path) -> _Core:
@@ -236,15 +213,3 @@ def _read(path: Path) -> bytes:
         raise TokenizerInvalidError(f"{path.parent} has no {path.name}") from error
     except OSError as error:
         raise TokenizerInvalidError(f"{path} cannot be read", cause=str(error)) from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        data = orjson.loads(_read(path))
-    except orjson.JSONDecodeError as error:
-        raise TokenizerInvalidError(f"{path} is not valid JSON", cause=str(error)) from error
-    if not isinstance(data, dict):
-        raise TokenizerInvalidError(f"{path} is not a JSON object", cause=f"it holds a {type(data).__name__}")
-    return data

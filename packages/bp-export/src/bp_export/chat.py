@@ -13,6 +13,8 @@ from typing import Any, Self
 from bp_export.errors import ChatFailedError
 from bp_export.gguf import read_settings
 from bp_export.serving import LlamaServer
+from bp_export.trained_template import check_gguf, check_server
+from bp_runs.errors import CodedError
 
 _ADDRESS = "/v1/chat/completions"
 
@@ -26,14 +28,24 @@ class LlamaChat:
 
     Raises:
         LlamaCppMissingError: xllamacpp is not installed.
+        TemplateChangedError: Its chat template renders chats differently than training did.
         ChatFailedError: The file is no GGUF, or llama.cpp cannot load it.
     """
 
     def __init__(self, path: Path, *, context: int = 2048) -> None:
-        self.template = read_settings(path).get("tokenizer.chat_template")
+        settings = read_settings(path)
+        self.template = settings.get("tokenizer.chat_template")
         """The Jinja template in the file; None without one."""
+        self.rendering = check_gguf(path, settings)
+        """Whether it renders ten conversations as at training."""
         self._path = path
         self._server: LlamaServer | None = LlamaServer(path, context)
+        if self.rendering.result == "passed":
+            try:
+                check_server(self._server, path, settings)
+            except CodedError:
+                self.close()
+                raise
 
     def __enter__(self) -> Self:
         return self

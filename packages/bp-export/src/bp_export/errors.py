@@ -8,6 +8,7 @@
     ├── PreTokenizerUnknownError     INPUT_EXPORT_PRE_TOKENIZER           its splitting rule is not in the table
     ├── QuantizationUnknownError     INPUT_EXPORT_QUANTIZATION            no such --quantization, or not for this format
     ├── AdapterFormatError           INPUT_EXPORT_ADAPTER_FORMAT          the format cannot say what the adapter does
+    ├── TemplateChangedError         INPUT_EXPORT_TEMPLATE_CHANGED        chats render differently than at training
     ├── ImportanceInvalidError       INPUT_EXPORT_IMPORTANCE              the importance matrix is damaged or another's
     ├── OutputTakenError             INPUT_EXPORT_OUTPUT_TAKEN            something is where the output should go
     ├── OllamaNameTakenError         INPUT_OLLAMA_NAME_TAKEN              Ollama has a model of that name
@@ -91,6 +92,14 @@ class AdapterFormatError(UserError):
     code = "INPUT_EXPORT_ADAPTER_FORMAT"
     when = "The adapter does more than the asked-for format can say, or the format needs something that is not given."
     default_way_out = "Export base and adapter as one file instead: --format gguf"
+
+
+class TemplateChangedError(UserError):
+    """Chats render differently than when the model was trained."""
+
+    code = "INPUT_EXPORT_TEMPLATE_CHANGED"
+    when = "The chat template renders the ten conversations differently than it did when the model was trained."
+    default_way_out = "Restore the chat template that the model was trained with, and export it again."
 
 
 class ImportanceInvalidError(UserError):

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
+from bp_data.templates.conversations import ConversationHashes, Messages
 from bp_export.adapter import require_plain, write_gguf_adapter, write_mlx_adapter
 from bp_export.architectures import find_architecture
-from bp_export.conversations import Messages
 from bp_export.dryrun import ExportPlan, build_export_plan
 from bp_export.errors import (
     AdapterFormatError,
@@ -33,6 +33,7 @@ from bp_export.plan import GgufPlan, build_plan, read_config
 from bp_export.quantize import describe_kernels
 from bp_export.report import ParityReport
 from bp_export.stream import cut_plan, write_gguf, write_split
+from bp_export.trained_template import RenderingCheck, check_folder, read_trained_hashes
 from bp_export.vocab import TOKENIZER_FILE, read_vocabulary
 from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter, load_adapter, open_model
 from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, is_other_base, read_adapter_folder
@@ -59,6 +60,8 @@ class ExportOutcome:
     seconds: float
     sha256: str
     """Of the GGUF, of model.safetensors (or of its index, where there are shards), or of adapter_model.safetensors."""
+    rendering: RenderingCheck
+    """Whether the chat template renders ten conversations as at training."""
     parity: ParityReport | None = None
     """How the GGUF compares with the model in llama.cpp; None where that was not asked for or cannot be tried here."""
     kernels: str | None = None
@@ -73,6 +76,12 @@ class _Source:
     adapter: LoraAdapter | None
     tokenizer: Path
     name: str
+    hashes: ConversationHashes | None
+    """How training rendered ten conversations; None for adapters and models from elsewhere."""
+
+    def check_rendering(self) -> RenderingCheck:
+        """Compare the template that is going to be exported with training."""
+        return check_folder(self.tokenizer, self.hashes)
 
     @property
     def folders(self) -> list[Path]:
@@ -144,15 +153,22 @@ def export_adapter(
         )
     verify = _decide_to_verify(verify)
     source = _read_source(adapter, base, name, dequantize=dequantize)
+    rendering = source.check_rendering()
     with FoldedModel(open_model(source.base, dequantize=dequantize), source.adapter) as model:
         if format == "merged":
             target = output or adapter.parent / f"{source.name}-merged"
             require_free_folder(target, force=force, sources=source.folders)
             size, sha256 = write_merged(
-                model, source.base, source.tokenizer, target, progress=progress, threads=threads
+                model,
+                source.base,
+                source.tokenizer,
+                target,
+                hashes=source.hashes,
+                progress=progress,
+                threads=threads,
             )
             seconds = time.monotonic() - begun
-            return ExportOutcome(target, format, None, size, len(model.tensors), seconds, sha256)
+            return ExportOutcome(target, format, None, size, len(model.tensors), seconds, sha256, rendering)
         if format in ("gguf-adapter", "ollama-adapter"):
             target = output or adapter.parent / f"{source.name}{_ADAPTER_ENDS[format]}"
             return _export_adapter_alone(source, model, target, format, runs_on=ollama_base, force=force, begun=begun)
@@ -182,7 +198,16 @@ def export_adapter(
     seconds = time.monotonic() - begun
     size = sum(size for size, _ in written)
     return ExportOutcome(
-        paths[0], format, asked.name, size, len(plan.tensors), seconds, written[0][1], parity, describe_kernels()
+        path=paths[0],
+        format=format,
+        quantization=asked.name,
+        bytes=size,
+        tensors=len(plan.tensors),
+        seconds=seconds,
+        sha256=written[0][1],
+        rendering=rendering,
+        parity=parity,
+        kernels=describe_kernels(),
     )
 
 
@@ -256,6 +281,7 @@ def _plan(
         name=source.name,
         pre=pre,
         importance=read_importance(importance) if importance else None,
+        hashes=source.hashes,
     )
 
 
@@ -265,6 +291,7 @@ def _export_adapter_alone(
     if source.adapter is None:
         raise AdapterFormatError(f"{source.base} is a model and not an adapter")
     require_plain(source.adapter, format)
+    rendering = source.check_rendering()
     config = read_config(source.base)
     architecture = find_architecture(config)
     if format == "gguf-adapter":
@@ -288,9 +315,10 @@ def _export_adapter_alone(
             runs_on=runs_on,
             name=source.name,
             stop=[] if words.turn_end is None else [str(words.tokens[words.turn_end])],
+            hashes=source.hashes,
         )
     tensors, size, sha256 = written
-    return ExportOutcome(target, format, None, size, tensors, time.monotonic() - begun, sha256)
+    return ExportOutcome(target, format, None, size, tensors, time.monotonic() - begun, sha256, rendering)
 
 
 def _decide_to_verify(asked: bool | None) -> bool:
@@ -306,20 +334,24 @@ def _export_folder(
     folder = read_adapter_folder(adapter)
     target = output or adapter.parent / f"{name or _name_after(folder.base)}-{format}"
     require_free_folder(target, force=force, sources=[adapter])
+    hashes = read_trained_hashes(adapter)
+    if hashes is not None and not (adapter / TOKENIZER_FILE).is_file():
+        hashes = None  # the template stayed with the base
+    rendering = check_folder(adapter, hashes)
     if format == "mlx":
         loaded = load_adapter(adapter)
         require_plain(loaded, format)
         tensors, size, sha256 = write_mlx_adapter(loaded, target)
     else:
         tensors, size, sha256 = copy_adapter(folder, target)
-    return ExportOutcome(target, format, None, size, tensors, time.monotonic() - begun, sha256)
+    return ExportOutcome(target, format, None, size, tensors, time.monotonic() - begun, sha256, rendering)
 
 
 def _read_source(folder: Path, base: Path | None, name: str | None, *, dequantize: bool) -> _Source:
     """Find the base of an adapter folder; a folder without an adapter is its own base."""
     if _is_model(folder):
         _require_unpacked(read_config(folder), folder, dequantize=dequantize)
-        return _Source(folder, None, folder, name or folder.resolve().name)
+        return _Source(folder, None, folder, name or folder.resolve().name, read_trained_hashes(folder))
     adapter = load_adapter(folder)
     named = Path(adapter.folder.base)
     where = base or named
@@ -336,7 +368,7 @@ def _read_source(folder: Path, base: Path | None, name: str | None, *, dequantiz
             f"If you are sure of this one, take base_fingerprint out of {folder / MANIFEST_FILE}.",
         )
     tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else where
-    return _Source(where, adapter, tokenizer, name or _name_after(adapter.folder.base))
+    return _Source(where, adapter, tokenizer, name or _name_after(adapter.folder.base), read_trained_hashes(folder))
 
 
 def _is_model(folder: Path) -> bool:

@@ -10,12 +10,13 @@ from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
+from bp_data.templates.conversations import ConversationHashes
 from bp_export.behind import Behind
 from bp_export.outputs import MARK_FILE, write_mark
 from bp_export.plan import grow_vocabulary, read_config
 from bp_export.stream import CHUNK_WEIGHTS, compute_in_order, count_parts, count_threads
 from bp_merge import FoldedModel, TensorInfo, build_header, encode, read_index
-from bp_runs.adapter import TOKENIZER_FILES, AdapterFolder
+from bp_runs.adapter import TEMPLATE_FOLDER, AdapterFolder, copy_tokenizer_files
 from bp_runs.files import publish_folder, publish_json, require_folder, require_free_space, sha256_file
 
 SHARD_BYTES = 5 * 10**9
@@ -31,6 +32,7 @@ def write_merged(
     tokenizer: Path,
     output: Path,
     *,
+    hashes: ConversationHashes | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -44,6 +46,7 @@ def write_merged(
         base: Its folder.
         tokenizer: The folder whose tokenizer goes along.
         output: The folder to make; it appears there only when it is whole.
+        hashes: How training rendered ten conversations; the folder carries them.
         progress: Called with bytes done and bytes in all.
         threads: As `bp_export.stream.write_gguf`.
         shard_bytes: Weights a file; a model with more gets shards and an index.
@@ -77,8 +80,8 @@ def write_merged(
         grown.pop("quantization_config", None)  # what was packed is written unpacked
         if grown != config:
             publish_json(folder / "config.json", grown)
-        _copy_files(tokenizer, folder, TOKENIZER_FILES)
-        write_mark(folder, "merged")
+        copy_tokenizer_files(tokenizer, folder)
+        write_mark(folder, "merged", None if hashes is None else hashes.to_dict())
     size = sum(file.stat().st_size for file in output.iterdir())
     return size, sha256_file(output / _INDEX_FILE) if len(shards) > 1 else digests[next(iter(shards))]
 
@@ -110,7 +113,7 @@ def _cut_rows(info: TensorInfo) -> list[tuple[int, int]]:
 
 
 def copy_adapter(adapter: AdapterFolder, output: Path) -> tuple[int, int, str]:
-    """Copy an adapter folder's files (not its sub-folders) to ``output``.
+    """Copy an adapter folder's files to ``output``; of its sub-folders only the one with chat templates.
 
     Returns:
         Tensors, bytes of all files, and the SHA-256 of the weights.
@@ -127,6 +130,8 @@ def copy_adapter(adapter: AdapterFolder, output: Path) -> tuple[int, int, str]:
     with publish_folder(output) as folder:
         for file in files:
             shutil.copyfile(file, folder / file.name)
+        if (adapter.path / TEMPLATE_FOLDER).is_dir():
+            shutil.copytree(adapter.path / TEMPLATE_FOLDER, folder / TEMPLATE_FOLDER)
         write_mark(folder, "lora")
     return len(tensors), size, sha256_file(output / adapter.weights.name)
 

@@ -2,7 +2,7 @@
 
     adapter.gguf   the LoRA, as llama.cpp reads it
     Modelfile      FROM, ADAPTER and stop words, for `ollama create`
-    base.json      {"base", "config_sha256", "from", "layout": {GGUF key: value}, "stop"}
+    base.json      {"base", "config_sha256", "from", "layout": {GGUF key: value}, "stop", "template": hashes | None}
 
 Ollama 0.34.1 and later refuse adapters; the way there is a merged GGUF.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader
 
+from bp_data.templates.conversations import ConversationHashes
 from bp_export.adapter import write_gguf_adapter
 from bp_export.architectures import Architecture
 from bp_export.errors import AdapterFormatError
@@ -39,6 +40,8 @@ class OllamaAdapter:
     layout: Mapping[str, Any]
     """GGUF settings that its base has: architecture, layers, width."""
     stop: tuple[str, ...]
+    hashes: ConversationHashes | None = None
+    """How training rendered ten conversations; None if it did not store that."""
 
     @property
     def base_file(self) -> Path | None:
@@ -56,6 +59,7 @@ def write_ollama_adapter(
     runs_on: str,
     name: str,
     stop: Sequence[str],
+    hashes: ConversationHashes | None = None,
 ) -> tuple[int, int, str]:
     """Write the folder.
 
@@ -68,6 +72,7 @@ def write_ollama_adapter(
         runs_on: The base in Ollama: a model's name, or the path of a GGUF, which is compared with the base.
         name: The adapter's ``general.name``.
         stop: Stop words.
+        hashes: How training rendered ten conversations.
 
     Returns:
         Tensors, bytes of all files, and the SHA-256 of the adapter.
@@ -90,6 +95,7 @@ def write_ollama_adapter(
                 "from": runs_on,
                 "layout": _read_layout(architecture),
                 "stop": list(stop),
+                "template": None if hashes is None else hashes.to_dict(),
             },
         )
         write_mark(folder, "ollama-adapter")
@@ -104,7 +110,9 @@ def read_ollama_adapter(folder: Path) -> OllamaAdapter:
     """
     try:
         told = json.loads((folder / BASE_FILE).read_bytes())
-        found = OllamaAdapter(folder / ADAPTER_FILE, str(told["from"]), dict(told["layout"]), tuple(told["stop"]))
+        hashes = ConversationHashes.from_dict(told.get("template"))
+        layout, stop = dict(told["layout"]), tuple(told["stop"])
+        found = OllamaAdapter(folder / ADAPTER_FILE, str(told["from"]), layout, stop, hashes)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterFormatError(
             f"{folder} is no folder of the format ollama-adapter",

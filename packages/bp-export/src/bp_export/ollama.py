@@ -12,6 +12,7 @@ from typing import Any
 
 from ollama import Client
 
+from bp_data.templates.engine import find_default_system
 from bp_export.errors import OllamaRegistrationError
 from bp_export.gguf import read_settings, read_stop_strings
 from bp_export.gotemplates import find_go_template
@@ -26,12 +27,13 @@ from bp_export.ollamaserver import (
     require_name,
     takes_adapters,
 )
-from bp_export.template import find_default_system
+from bp_export.trained_template import RenderingCheck, check_gguf, read_gguf_template
 from bp_runs.files import sha256_file
 
 FIRST_QUESTION = "Say hello in one short sentence."
 _FIRST_TOKENS = 16
 _RAW = "{{ .Prompt }}"
+_OWN_TEMPLATE = "not tested: Ollama renders chats with a template of its own and not with the GGUF's"
 # Ollama's own default for repetitions is 1.1, which is not what was trained nor what was verified.
 _PLAIN: Mapping[str, Any] = {"repeat_penalty": 1.0}
 
@@ -54,6 +56,8 @@ class OllamaModel:
     """Whether Ollama would pass prompts on without any template (old versions, unknown templates)."""
     answer: str | None
     """Its first words to the question that tries it; None where it was not asked."""
+    rendering: RenderingCheck
+    """Whether its chat template renders ten conversations as at training."""
 
 
 def register_gguf(
@@ -91,6 +95,7 @@ def register_gguf(
         OllamaNameTakenError: There is a model of that name, and ``force`` is not set.
         OllamaRegistrationError: The server is away, refuses the name or the file, ends without success, or cannot run
             the model (which stays registered then).
+        TemplateChangedError: Its chat template renders chats differently than training did.
         ChatFailedError: The file is no GGUF.
     """
     version, server = _require_place(name, host, force=force), find_server(host)
@@ -101,6 +106,7 @@ def register_gguf(
         raise OllamaRegistrationError(
             f"{path} is one of several files, and Ollama takes one", way_out="Export it again without --split-mib."
         )
+    rendering = check_gguf(path, settings)
     system = _find_system(settings) if system is None else system
     words = tuple(stop if stop is not None else read_stop_strings(settings))
     asked = _build_request(name, words, context, system, license or _find_license(settings))
@@ -112,8 +118,9 @@ def register_gguf(
         if template is None and known and found.strip() == _RAW:
             _create(client, {**asked, "template": known}, status)
             found = _read_template(client, name)
+    rendering = _unless_replaced(rendering, found, settings)
     answer = None if question is None else _try(name, question, server)
-    return OllamaModel(name, server, version, found, words, found.strip() == _RAW, answer)
+    return OllamaModel(name, server, version, found, words, found.strip() == _RAW, answer, rendering)
 
 
 def register_adapter(
@@ -143,6 +150,11 @@ def register_adapter(
         OllamaNameTakenError: As `register_gguf`.
     """
     adapter = read_ollama_adapter(folder)
+    settings: Mapping[str, Any] = {}
+    rendering = RenderingCheck("not tested", _OWN_TEMPLATE)
+    if adapter.base_file is not None:
+        settings = read_settings(adapter.base_file)
+        rendering = check_gguf(adapter.base_file, settings, adapter.hashes)
     version, server = _require_place(name, host, force=force), find_server(host)
     if not takes_adapters(version):
         raise OllamaRegistrationError(f"Ollama {version} takes no adapters", way_out=MERGED_WAY)
@@ -152,8 +164,9 @@ def register_adapter(
         asked["adapters"] = {adapter.path.name: _upload(client, server, adapter.path, status)}
         _create(client, asked, status)
         found = _read_template(client, name)
+    rendering = _unless_replaced(rendering, found, settings)
     answer = None if question is None else _try(name, question, server)
-    return OllamaModel(name, server, version, found, adapter.stop, found.strip() == _RAW, answer)
+    return OllamaModel(name, server, version, found, adapter.stop, found.strip() == _RAW, answer, rendering)
 
 
 def read_license(path: Path) -> str:
@@ -239,10 +252,14 @@ def _find_base(client: Client, server: str, adapter: OllamaAdapter, status: Stat
 
 
 def _find_system(settings: Mapping[str, Any]) -> str | None:
-    template, tokens = settings.get("tokenizer.chat_template"), settings.get("tokenizer.ggml.tokens", [])
-    ids = {f"{kind}_token": settings.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("bos", "eos")}
-    words = {name: tokens[i] for name, i in ids.items() if isinstance(i, int) and 0 <= i < len(tokens)}
-    return find_default_system(template, words) if isinstance(template, str) else None
+    template = read_gguf_template(settings)
+    return None if template is None else find_default_system(template)
+
+
+def _unless_replaced(check: RenderingCheck, found: str, settings: Mapping[str, Any]) -> RenderingCheck:
+    """The check of a GGUF's template, unless the server shows that it renders chats with another one."""
+    is_other = bool(found.strip()) and found != settings.get("tokenizer.chat_template")
+    return RenderingCheck("not tested", _OWN_TEMPLATE) if is_other else check
 
 
 def _find_license(settings: Mapping[str, Any]) -> str | None:

@@ -7,8 +7,9 @@ may be a model that somebody downloaded or trained, whatever else is in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bp_export.errors import OutputTakenError
 from bp_export.gguf import MAGIC
@@ -22,10 +23,15 @@ _ELSEWHERE = "Name another folder: --output ./other; or take this one away yours
 _LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
 
-def write_mark(folder: Path, format: str) -> None:
-    """Note in a finished folder, not yet in its place, that an export wrote it, and what."""
+def write_mark(folder: Path, format: str, template: Mapping[str, Any] | None = None) -> None:
+    """Note in a finished folder, not yet in its place, that an export wrote it, and what.
+
+    Args:
+        template: Hashes of ten rendered conversations as training stored them, for a folder without a ``run.json``.
+    """
     files = sorted(path.name for path in folder.iterdir())
-    publish_json(folder / MARK_FILE, {"schema": MARK_SCHEMA, "format": format, "files": files})
+    stored = {} if template is None else {"template": dict(template)}
+    publish_json(folder / MARK_FILE, {"schema": MARK_SCHEMA, "format": format, "files": files, **stored})
 
 
 def require_free_folder(path: Path, *, force: bool, sources: Sequence[Path]) -> None:
@@ -59,12 +65,21 @@ def read_format(folder: Path) -> str | None:
     return mark[0] if mark else None
 
 
+def read_mark(folder: Path) -> Mapping[str, Any] | None:
+    """What an export noted in a folder that it wrote; None if none did."""
+    try:
+        mark: dict[str, Any] = json.loads((folder / MARK_FILE).read_bytes())
+        return mark if mark["schema"] == MARK_SCHEMA else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _read_mark(folder: Path) -> tuple[str, set[str]] | None:
     """The format, and the names of what an export wrote there; None where none did."""
     try:
-        mark = json.loads((folder / MARK_FILE).read_bytes())
-        return (str(mark["format"]), set(map(str, mark["files"]))) if mark["schema"] == MARK_SCHEMA else None
-    except (OSError, ValueError, KeyError, TypeError):
+        mark = read_mark(folder)
+        return None if mark is None else (str(mark["format"]), set(map(str, mark["files"])))
+    except (KeyError, TypeError):
         return None
 
 

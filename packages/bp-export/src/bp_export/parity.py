@@ -1,5 +1,6 @@
 """The parity gate: a written GGUF, loaded in llama.cpp, against the model that was trained.
 
+    training     the ten conversations render with the file's template as they did at training, by their hashes
     template     prompt token ids of ten conversations: the Hugging Face template and tokenizer against llama.cpp's
     greedy       next token at places where the model is clear about it, exported file against reference
     divergence   mean Kullback-Leibler divergence of the next-token distributions from the reference's, in nats
@@ -26,15 +27,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from bp_export.conversations import CONVERSATIONS, TOOLS, Messages
-from bp_export.errors import ChatFailedError, ParityFailedError
+from bp_data.templates.conversations import CONVERSATIONS, Messages, with_tools
+from bp_export.errors import ParityFailedError, TemplateChangedError
 from bp_export.mixture import QUANTIZATIONS, Quantization
 from bp_export.plan import GgufPlan, build_plan
 from bp_export.probing import Answer, Place, compute_divergence, read_answer, read_places
 from bp_export.report import BOUNDS, CheckName, ParityCheck, ParityReport
 from bp_export.serving import LlamaServer, is_installed
 from bp_export.stream import write_gguf
-from bp_export.template import render_template
+from bp_export.trained_template import check_gguf, render_in_llama_cpp
 from bp_export.vocab import TOKENIZER_FILE
 from bp_merge import FoldedModel
 from bp_runs.files import require_free_space
@@ -89,7 +90,7 @@ def verify_gguf(
         build = _Builder(Path(scratch), plan, base, tokenizer)
         asked = _build_prompts(plan, prompts)
         with LlamaServer(path, CONTEXT) as served:
-            checks = [_check_template(served, plan, base, tokenizer)]
+            checks = [_check_training(path), _check_template(served, plan, base, tokenizer)]
             ids = [_tokenize(served, prompt) for prompt in asked]
             compared = None
             if reference is not None:
@@ -154,24 +155,15 @@ def _choose_reference(model: FoldedModel, quantization: Quantization) -> Quantiz
 
 def _build_prompts(plan: GgufPlan, prompts: Sequence[Messages] | None) -> list[str]:
     """Texts to go on from: conversations through the template, or their last words where there is no template."""
-    template, words = _read_template(plan), _read_words(plan)
-    rendered = [render_template(template, messages, words) if template else None for messages in prompts or ()]
-    rendered = [text for text in rendered if text]
-    if not rendered:
-        chats = CONVERSATIONS[:-1]
-        rendered = [render_template(template, chat, words) if template else None for chat in chats]
-        rendered = [text or str(chat[-1]["content"]) for text, chat in zip(rendered, chats, strict=True)]
+    rendered = [_render(plan, messages) for messages in prompts or ()]
+    if not any(rendered):
+        rendered = [_render(plan, chat) or str(chat[-1]["content"]) for chat in CONVERSATIONS[:-1]]
     return [text for text in rendered if text]
 
 
-def _read_template(plan: GgufPlan) -> str | None:
-    template = plan.vocabulary.special.chat_template
-    return template if isinstance(template, str) else None
-
-
-def _read_words(plan: GgufPlan) -> dict[str, str]:
-    ids = plan.vocabulary.special.special_token_ids
-    return {f"{kind}_token": str(plan.vocabulary.tokens[i]) for kind, i in ids.items()}
+def _render(plan: GgufPlan, messages: Messages, tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:
+    template = plan.vocabulary.template
+    return None if template is None else template.try_render(messages, tools, add_generation_prompt=True)
 
 
 def _tokenize(server: LlamaServer, text: str, *, add_special: bool = False) -> list[int]:
@@ -191,6 +183,14 @@ def _load_tokenizer(base: Path, tokenizer: Path) -> Callable[[str], list[int]]:
     return lambda text: list(loaded.encode(text, add_special_tokens=False).ids)
 
 
+def _check_training(path: Path) -> ParityCheck:
+    try:
+        check = check_gguf(path)
+    except TemplateChangedError as error:
+        return ParityCheck("training", "failed", None, None, f"{error.message}: {error.cause}")
+    return ParityCheck("training", "passed" if check.result == "passed" else "skipped", None, None, check.note)
+
+
 def _check_template(server: LlamaServer, plan: GgufPlan, base: Path, tokenizer: Path) -> ParityCheck:
     encode = _load_tokenizer(base, tokenizer)
     pairs = list(_read_prompt_pairs(server, plan, encode))
@@ -205,14 +205,12 @@ def _read_prompt_pairs(
     server: LlamaServer, plan: GgufPlan, encode: Callable[[str], list[int]]
 ) -> Iterator[tuple[str, list[int], list[int]]]:
     """Name, ids by the Hugging Face template and tokenizer, ids by llama.cpp; none where the template refuses."""
-    template, words = _read_template(plan), _read_words(plan)
-    for number, messages in enumerate(CONVERSATIONS, 1):
-        tools = TOOLS if number == len(CONVERSATIONS) else None
-        if template is None:
+    for number, (messages, tools) in enumerate(with_tools(), 1):
+        if plan.vocabulary.template is None:
             text = str(messages[-1]["content"])
             yield f"text {number}", encode(text), _tokenize(server, text)
             continue
-        rendered = render_template(template, messages, {**words, **({"tools": tools} if tools else {})})
+        rendered = _render(plan, messages, tools)
         if rendered is not None:
             yield f"conversation {number}", encode(rendered), _apply_template(server, messages, tools)
 
@@ -222,21 +220,8 @@ def _apply_template(server: LlamaServer, messages: Messages, tools: Sequence[Map
 
     The chat takes the BOS that a template writes away, and adds the vocabulary's own.
     """
-    body: dict[str, Any] = {"messages": [_to_openai(message) for message in messages]}
-    try:
-        reply = server.post("/apply-template", {**body, **({"tools": tools} if tools else {})})
-        return _tokenize(server, reply["prompt"], add_special=True)
-    except ChatFailedError:
-        return []
-
-
-def _to_openai(message: Mapping[str, Any]) -> dict[str, Any]:
-    """llama.cpp takes a call's arguments as OpenAI's API has them: as a JSON string."""
-    calls = [
-        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
-        for call in message.get("tool_calls", ())
-    ]
-    return {**message, **({"tool_calls": calls} if calls else {})}
+    text = render_in_llama_cpp(server, messages, tools)
+    return [] if text is None else _tokenize(server, text, add_special=True)
 
 
 def _describe_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:

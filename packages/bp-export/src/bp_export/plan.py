@@ -11,6 +11,7 @@ from typing import Any
 
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, Metadata, size_label
 
+from bp_data.templates.conversations import ConversationHashes
 from bp_export.architectures import Architecture, find_architecture
 from bp_export.architectures.change import KEEP, Change
 from bp_export.cardhead import read_license
@@ -19,6 +20,7 @@ from bp_export.gguf import add_tensor, align, order_like_quantizer
 from bp_export.importance import Importance, check_importance
 from bp_export.mixture import MixtureFacts, Quantization, choose_types, is_big_llama, sort_like_quantizer
 from bp_export.quantize import TensorType, compute_row_bytes
+from bp_export.trained_template import add_hashes
 from bp_export.vocab import Vocabulary, read_vocabulary
 from bp_merge import AdapterMismatchError, FoldedModel
 
@@ -112,6 +114,7 @@ def build_plan(
     name: str,
     pre: str | None = None,
     importance: Importance | None = None,
+    hashes: ConversationHashes | None = None,
 ) -> GgufPlan:
     """Decide the whole file.
 
@@ -124,6 +127,7 @@ def build_plan(
             folder's name.
         pre: llama.cpp's name of the splitting rule, instead of recognising it.
         importance: How much each column of a tensor matters, for the quantizers that ask.
+        hashes: How training rendered ten conversations; the file carries them.
 
     Raises:
         ImportanceInvalidError: It was made for another model.
@@ -135,6 +139,8 @@ def build_plan(
     tensors = _plan_tensors(model, architecture, quantization, importance)
     vocabulary = read_vocabulary(tokenizer, vocab_size=architecture.vocab_size, model_config=config, pre=pre, base=base)
     writer = _build_writer(architecture, vocabulary, tensors, quantization, _read_metadata(base, name, tensors))
+    if hashes is not None:
+        add_hashes(writer, hashes)
     return GgufPlan(tensors, writer, architecture, vocabulary, importance or {})
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
-CheckName: TypeAlias = Literal["template", "greedy", "divergence", "stop", "effect"]
+CheckName: TypeAlias = Literal["training", "template", "greedy", "divergence", "stop", "effect"]
 Result: TypeAlias = Literal["passed", "failed", "skipped"]
 
 

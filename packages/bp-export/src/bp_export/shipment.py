@@ -18,7 +18,7 @@ from bp_export.errors import PushSourceError
 from bp_export.gguf import MAGIC, read_settings
 from bp_export.outputs import read_format
 from bp_export.places import hide_homes, hide_places, is_place, tell_model
-from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, TOKENIZER_FILES, WEIGHTS_FILE, read_adapter_folder
+from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, find_tokenizer_files, read_adapter_folder
 from bp_runs.redact import redact
 
 _ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE)
@@ -131,10 +131,10 @@ def _gather(source: Path) -> Shipment:
         raise PushSourceError(f"{source} is an adapter in the form of {format}", way_out=_ITS_OWN)
     if (source / CONFIG_FILE).is_file():
         read_adapter_folder(source)
-        return Shipment("adapter", _pick(source, (*_ADAPTER_FILES, *TOKENIZER_FILES, *_LICENSES)))
+        return Shipment("adapter", _pick(source, (*_ADAPTER_FILES, *find_tokenizer_files(source), *_LICENSES)))
     weights = sorted(path.name for path in source.glob("*.safetensors")) if source.is_dir() else []
     if weights and (source / "config.json").is_file():
-        return Shipment("merged", _pick(source, (*_MODEL_FILES, *weights, *TOKENIZER_FILES, *_LICENSES)))
+        return Shipment("merged", _pick(source, (*_MODEL_FILES, *weights, *find_tokenizer_files(source), *_LICENSES)))
     raise PushSourceError(f"{source} is no adapter folder, model folder or GGUF")
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from bp_export.chat import LlamaChat
 from bp_export.ollama import stream_answer
 from bp_export.onloan import open_gguf
+from bp_export.trained_template import RenderingCheck
 
 CONTEXT = 4096
 RESET, LEAVE = "/reset", "/bye"
@@ -24,6 +25,11 @@ Messages = Sequence[Mapping[str, str]]
 
 class Talk(Protocol):
     """Something that answers."""
+
+    @property
+    def rendering(self) -> RenderingCheck:
+        """Whether its chat template renders ten conversations as at training."""
+        ...
 
     def stream(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
         """The next message, piece by piece.
@@ -40,6 +46,11 @@ class OllamaTalk:
 
     name: str
     host: str | None = None
+
+    @property
+    def rendering(self) -> RenderingCheck:
+        """Never tested here: the template was checked when the model was registered."""
+        return RenderingCheck("not tested", "not tested: a model in Ollama is checked when it is registered")
 
     def stream(self, messages: Messages, max_tokens: int, temperature: float, seed: int) -> Iterator[str]:
         """As `bp_export.ollama.stream_answer`."""

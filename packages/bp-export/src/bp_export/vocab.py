@@ -21,10 +21,11 @@ from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
+from bp_data.templates.engine import ChatTemplate, remove_generation_marks
+from bp_data.templates.reader import SpecialTokens, read_special_tokens, read_template_files
 from bp_export.errors import TokenizerUnsupportedError
 from bp_export.pieces import ADDED_SCORE, UNUSED_SCORE, Piece, read_pieces, read_space_prefix
 from bp_export.pretokenizers import recognise_pre
-from bp_export.template import find_turn_end, read_chat_template
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
@@ -49,6 +50,8 @@ class Vocabulary:
     """Merges, special ids, whether to add them, chat template."""
     turn_end: int | None
     """Id of the token that ends an assistant's turn, where the template shows it."""
+    template: ChatTemplate | None
+    """The folder's chat template, as training renders it; None without one."""
     space_prefix: bool | None
     """The tokenizer's ``add_prefix_space``, where it says so."""
     scores: Sequence[float] | None = None
@@ -100,11 +103,12 @@ def read_vocabulary(
     _require_room(folder, max(by_id), size)
     entries = [_to_entry(i, by_id.get(i), added.get(i)) for i in range(size)]
     special = _read_special(folder, model_config, size)
-    turn_end = _set_turn_end(special, {token: i for i, token in by_id.items()}, added)
+    template = _read_template(folder, special, added)
+    turn_end = _set_turn_end(special, template, {token: i for i, token in by_id.items()})
     if pre is None:
         pre = recognise_pre(_read_tokenizer(base) if base and (base / TOKENIZER_FILE).is_file() else tokenizer)
     tokens, types = [token for token, _ in entries], [kind for _, kind in entries]
-    return Vocabulary(tokens, types, pre, special, turn_end, config.get("add_prefix_space"))
+    return Vocabulary(tokens, types, pre, special, turn_end, template, config.get("add_prefix_space"))
 
 
 def _read_sentencepiece(
@@ -128,13 +132,15 @@ def _read_sentencepiece(
     unused = int(TokenType.UNUSED)
     listed = [pieces.get(i) or Piece(f"[PAD{i}]", UNUSED_SCORE, unused) for i in range(size)]
     special = _read_special(folder, model_config, size, load_merges=False)
-    turn_end = _set_turn_end(special, {piece.text: i for i, piece in enumerate(listed)}, added)
+    template = _read_template(folder, special, added)
+    turn_end = _set_turn_end(special, template, {piece.text: i for i, piece in enumerate(listed)})
     return Vocabulary(
         tokens=[piece.text for piece in listed],
         types=[piece.kind for piece in listed],
         pre=pre or "default",
         special=special,
         turn_end=turn_end,
+        template=template,
         space_prefix=config.get("add_prefix_space"),
         scores=[piece.score for piece in listed],
         has_space_prefix=True if pre else read_space_prefix(tokenizer),
@@ -212,8 +218,6 @@ def _read_special(
 ) -> SpecialVocab:
     """gguf-py's reading of the folder, with the model's own ids where the tokenizer names none."""
     special = SpecialVocab(folder, load_merges=load_merges)
-    if template := read_chat_template(folder):
-        special.chat_template = template
     for kind in _SPECIAL_KINDS:
         value = model_config.get(f"{kind}_token_id")
         if kind not in special.special_token_ids and isinstance(value, int) and 0 <= value < size:
@@ -221,15 +225,21 @@ def _read_special(
     return special
 
 
-def _set_turn_end(special: SpecialVocab, ids: Mapping[str, int], added: Mapping[int, Any]) -> int | None:
-    template = special.chat_template
-    if not isinstance(template, str):
+def _read_template(folder: Path, special: SpecialVocab, added: Mapping[int, Any]) -> ChatTemplate | None:
+    """The folder's chat template, also put among what the GGUF says, for llama.cpp without generation marks."""
+    files = read_template_files(folder)
+    if files is None:
+        special.chat_template = None
         return None
-    names = {str(entry["content"]) for entry in added.values()}
-    by_kind = {kind: special.special_token_ids.get(kind) for kind in ("bos", "eos")}
-    words = {f"{kind}_token": str(added[i]["content"]) for kind, i in by_kind.items() if i is not None and i in added}
-    token = find_turn_end(template, names, words)
-    if token is None:
-        return None
-    special.special_token_ids["eos"] = ids[token]
-    return ids[token]
+    texts = {name: remove_generation_marks(text) for name, text in files.texts.items()}
+    named = [{"name": name, "template": text} for name, text in texts.items()]
+    special.chat_template = texts["default"] if list(texts) == ["default"] else named
+    names = [str(entry["content"]) for entry in added.values()]
+    return ChatTemplate(files.texts, SpecialTokens(read_special_tokens(folder), names), source=files.source)
+
+
+def _set_turn_end(special: SpecialVocab, template: ChatTemplate | None, ids: Mapping[str, int]) -> int | None:
+    end = None if template is None or template.terminator is None else ids.get(template.terminator)
+    if end is not None:
+        special.special_token_ids["eos"] = end
+    return end

@@ -23,11 +23,18 @@ from bp_merge.methods import Method, find_method
 from bp_merge.options import MergeOptions, ModulePlan, check_options
 from bp_merge.source import AdapterSource, require_alike
 from bp_merge.tensors import Dtype, Floats, TensorStreamWriter, write_tensors
-from bp_runs.adapter import CONFIG_FILE, MANIFEST_SCHEMA, TOKENIZER_FILES, WEIGHTS_FILE, read_manifest, write_manifest
+from bp_runs.adapter import (
+    CONFIG_FILE,
+    MANIFEST_SCHEMA,
+    WEIGHTS_FILE,
+    copy_tokenizer_files,
+    read_manifest,
+    write_manifest,
+)
 from bp_runs.errors import OutputTakenError
 from bp_runs.files import publish_folder, require_free_space
 
-_COPIED = (*TOKENIZER_FILES, "generation_config.json")
+_GENERATION_FILE = "generation_config.json"
 _MOST_AT_ONCE, _MOST_WHOLE = 4, 2  # modules in memory: their factors, or whole changes of a weight
 _MARGIN = 64 * 2**20  # tokenizer and settings
 
@@ -273,24 +280,29 @@ def _finish(
 ) -> None:
     """Settings, tokenizer and manifest beside the weights."""
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    for name in _COPIED:
-        if (model / name).is_file():
-            shutil.copyfile(model / name, partial / name)
+    copy_tokenizer_files(model, partial)
+    if (model / _GENERATION_FILE).is_file():
+        shutil.copyfile(model / _GENERATION_FILE, partial / _GENERATION_FILE)
+    # The template is the first adapter's, so what training knew of its renderings holds here too.
+    template = read_manifest(model).get("template")
     base = str(config["base_model_name_or_path"])
-    write_manifest(partial, run_id=run_id, base=base, fingerprint=fingerprint, origin=origin, known=known)
+    write_manifest(
+        partial, run_id=run_id, base=base, fingerprint=fingerprint, origin=origin, known=known, template=template
+    )
 
 
 def _compare_templates(adapters: Sequence[Path]) -> Iterator[str]:
-    """A note for each adapter whose chat template is another one than the first's."""
-    first = _read_template(adapters[0])
+    """A note for each adapter that was trained with another chat template than the first."""
     for path in adapters[1:]:
-        if _read_template(path) != first:
+        if _has_other_template(adapters[0], path):
             yield f"{path} was trained with another chat template than {adapters[0]}, whose one is kept"
 
 
-def _read_template(folder: Path) -> Any:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    return json.loads(settings.read_bytes()).get("chat_template") if settings.is_file() else None
+def _has_other_template(first: Path, other: Path) -> bool:
+    """Compares what training stored of its renderings; adapters without that are compared by their template's bytes."""
+    stored = [read_manifest(path).get("template") for path in (first, other)]
+    if None not in stored:
+        return bool(stored[0] != stored[1])
+    files = [path / "chat_template.jinja" for path in (first, other)]
+    texts = [file.read_bytes() if file.is_file() else None for file in files]
+    return texts[0] != texts[1]

@@ -3,13 +3,17 @@
     adapter_config.json          PEFT's settings: base, r, lora_alpha, target_modules, …
     adapter_model.safetensors    lora_A (r, d_in) and lora_B (d_out, r) of each adapted module
     tokenizer.json, chat_template.jinja, …   as trained
-    run.json                     {"schema", "run_id", "base", "base_fingerprint", "files": {name: sha256}}
+    run.json                     {"schema", "run_id", "base", "base_fingerprint", "files": {name: sha256}, "template"}
+
+``template`` holds the hashes of ten rendered conversations (`bp_data.templates.conversations`), which whoever renders
+chats for the model later must reproduce.
 
 Every rail writes it; merge and export read only it.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +34,14 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "tokenizer.model",
     "vocab.json",
     "merges.txt",
 )
-"""Files that make up a tokenizer and its chat template, of which a folder has some."""
+"""Files that make up a tokenizer and its chat template, of which a folder has some; see `find_tokenizer_files`."""
+TEMPLATE_FOLDER = "additional_chat_templates"
+"""Folder next to the tokenizer for chat templates with names, such as ``tool_use.jinja``."""
 MANIFEST_SCHEMA = "backpropagate.adapter/1"
 MODEL_SCHEMA = "backpropagate.model/1"
 
@@ -96,6 +103,22 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
     return _read_json(file) if file.is_file() else {}
 
 
+def find_tokenizer_files(folder: Path) -> list[str]:
+    """Names, relative to ``folder``, of the files that make up its tokenizer and chat templates."""
+    named = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
+    return [
+        *(name for name in TOKENIZER_FILES if (folder / name).is_file()),
+        *(f"{TEMPLATE_FOLDER}/{file.name}" for file in named if file.is_file()),
+    ]
+
+
+def copy_tokenizer_files(source: Path, target: Path) -> None:
+    """Copy a folder's tokenizer and chat templates into another folder."""
+    for name in find_tokenizer_files(source):
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
 def write_manifest(
     path: Path,
     *,
@@ -106,6 +129,7 @@ def write_manifest(
     origin: Mapping[str, Any] | None = None,
     schema: str = MANIFEST_SCHEMA,
     known: Mapping[str, str] | None = None,
+    template: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``run.json`` into a finished adapter's or model's folder: the run's id and every file's SHA-256.
 
@@ -114,12 +138,16 @@ def write_manifest(
         fingerprint: The base's, for an adapter that was made of others which know it.
         origin: For adapters that were not trained but made of others: how, and of which.
         known: SHA-256 of files by name, where they were computed while these were written.
+        template: Hashes of ten rendered conversations, `bp_data.templates.conversations.ConversationHashes.to_dict`.
     """
-    names = sorted(p.name for p in path.iterdir() if p.is_file() and p.name != MANIFEST_FILE)
+    own = {p.name for p in path.iterdir() if p.is_file() and p.name != MANIFEST_FILE}
+    names = sorted(own | set(find_tokenizer_files(path)))
     files = {name: (known or {}).get(name) or sha256_file(path / name) for name in names}
     manifest: dict[str, Any] = {"schema": schema, "run_id": run_id, "base": base, "files": files}
     if found := fingerprint if base_folder is None else fingerprint_base(base_folder):
         manifest["base_fingerprint"] = found
+    if template is not None:
+        manifest["template"] = dict(template)
     publish_json(path / MANIFEST_FILE, manifest if origin is None else {**manifest, "origin": dict(origin)})
 
 

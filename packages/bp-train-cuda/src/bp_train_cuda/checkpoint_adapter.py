@@ -15,13 +15,14 @@ from typing import Any
 
 import orjson
 
-from bp_runs.adapter import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, write_manifest
+from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, copy_tokenizer_files, read_manifest, write_manifest
 from bp_runs.checkpoint import Checkpoint
 from bp_runs.errors import CheckpointInvalidError
 from bp_runs.files import coded_disk_errors, publish_folder
 from bp_runs.paths import ADAPTER_NAME
 from bp_runs.record import RunRecord
 
+_GENERATION_FILE = "generation_config.json"
 _WEIGHTS, _BEST = "weights.safetensors", "best.safetensors"
 _ADAPTER = ".default"
 """PEFT's name of the adapter inside parameter names; files leave it out."""
@@ -57,6 +58,8 @@ def write_adapter(checkpoint: Checkpoint, record: RunRecord, folder: Path, *, be
             base=str(record.setting("model.name")),
             base_folder=Path(base) if base and Path(base).is_dir() else None,
             origin={"checkpoint": checkpoint.path.name, "step": checkpoint.step, "best": best},
+            # A run that did not end has stored no hashes of rendered conversations yet.
+            template=read_manifest(checkpoint.path.parents[1] / ADAPTER_NAME).get("template"),
         )
 
 
@@ -115,6 +118,6 @@ def _copy_tokenizer(run: Path, record: RunRecord, folder: Path) -> None:
     """As the finished adapter has it, else as the base does."""
     finished, base = run / ADAPTER_NAME, record.base.get("folder")
     place = finished if finished.is_dir() else Path(base) if base else finished
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
-        if (place / name).is_file():
-            shutil.copyfile(place / name, folder / name)
+    copy_tokenizer_files(place, folder)
+    if (place / _GENERATION_FILE).is_file():
+        shutil.copyfile(place / _GENERATION_FILE, folder / _GENERATION_FILE)

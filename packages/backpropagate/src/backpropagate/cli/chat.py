@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -84,11 +85,14 @@ def chat(
         )
     with opened as talk:
         if prompt is None:
+            print(f"  template  {talk.rendering.note}", file=sys.stderr)  # noqa: T201
             bp_export.converse(talk, manner, lambda: input("> " if sys.stdin.isatty() else ""), _write)
             return 0
         pieces = bp_export.ask_once(talk, prompt, manner)
         if json:
-            print_json("chat", {"target": wanted, "prompt": prompt, "answer": "".join(pieces)})
+            answer = "".join(pieces)
+            rendering = asdict(talk.rendering)
+            print_json("chat", {"target": wanted, "prompt": prompt, "answer": answer, "rendering": rendering})
             return 0
         for piece in pieces:
             _write(piece)

@@ -144,6 +144,8 @@ def _tell_end(result: ExportResult, folder: Path) -> None:
     done = result.outcome
     kind = f"{done.format} {done.quantization}" if done.format == "gguf" else done.format
     print(f"  exported  {done.path}  ({kind}, {done.bytes / 2**20:,.1f} MiB, {done.seconds:.1f} s)")  # noqa: T201
+    if done.parity is None:
+        print(f"  {'training':<11} {done.rendering.result:<8} {done.rendering.note}")  # noqa: T201
     for check in done.parity.checks if done.parity else ():
         print(f"  {check.name:<11} {check.result:<8} {check.note}")  # noqa: T201
     if result.ollama:

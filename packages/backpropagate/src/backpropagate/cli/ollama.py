@@ -50,6 +50,7 @@ def register(
         print_json("ollama-register", asdict(made))
         return 0
     print(f"  ollama    {made.name} in Ollama {made.version}")  # noqa: T201
+    print(f"  template  {made.rendering.note}")  # noqa: T201
     print(f"  it says   {' '.join((made.answer or '').split())}")  # noqa: T201
     print(f"  next      ollama run {made.name}")  # noqa: T201
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,9 +48,12 @@ def run(options: argparse.Namespace) -> int:
     manner = Manner(options.system, options.max_tokens, options.temperature, options.seed)
     with _open(options) as talk:
         if options.prompt is None:
+            print(f"chat template: {talk.rendering.note}", file=sys.stderr)  # noqa: T201
             converse(talk, manner, lambda: input("> " if sys.stdin.isatty() else ""), _write)
         elif options.json:
-            tell_json({"target": options.target, "answer": "".join(ask_once(talk, options.prompt, manner))})
+            answer = "".join(ask_once(talk, options.prompt, manner))
+            told = {"target": options.target, "answer": answer, "rendering": dataclasses.asdict(talk.rendering)}
+            tell_json(told)
         else:
             for piece in ask_once(talk, options.prompt, manner):
                 _write(piece)

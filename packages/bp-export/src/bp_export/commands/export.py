@@ -142,6 +142,8 @@ def _tell_outcome(outcome: ExportOutcome, registered: str | None, *, as_json: bo
     size = f"{outcome.bytes / 2**20:,.1f} MiB, {outcome.tensors} tensors, {outcome.seconds:.1f} s"
     size += f", {outcome.kernels} kernels" if outcome.kernels else ""
     tell(f"{outcome.path}\n  {kind}, {size}\n  sha256 {outcome.sha256}")
+    if outcome.parity is None:
+        tell(f"  {'training':<11} {outcome.rendering.result:<8} {outcome.rendering.note}")
     for check in outcome.parity.checks if outcome.parity else ():
         tell(f"  {check.name:<11} {check.result:<8} {check.note}")
     if registered:

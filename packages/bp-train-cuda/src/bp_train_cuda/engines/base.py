@@ -132,7 +132,7 @@ def open_model(spec: TrainSpec, loaded: Loaded, emit: Emit, group: ProcessGroup)
 def _require_room(spec: TrainSpec, model: Any, mode: backend.Mode) -> None:
     """Check for disk space before training, so that hours of work can be saved."""
     size = sum(weight.nbytes for weight in lora.trainable_weights(model).values())
-    beside = sum((spec.base / name).stat().st_size for name in lora.COPIED_FILES if (spec.base / name).is_file())
+    beside = lora.copied_bytes(spec.base)
     what = "the model" if mode.name == "full" else "the adapter"
     what = f"{what} ({size / 2**20:,.1f} MiB) and its tokenizer ({beside / 2**20:,.1f} MiB)"
     require_free_space(spec.folders.run, size + beside + _SMALL_FILES, what)
@@ -165,7 +165,6 @@ def save_result(
     """
     if error := group.try_all(partial(_require_finite, model)):
         raise error
-    template = None if prepared.template.name == "tokenizer" else prepared.template.text
     is_full = mode.name == "full"
     write: Callable[..., int] = full.save_model if is_full else lora.save_adapter
     folder = spec.folders.model if is_full else spec.folders.adapter
@@ -173,7 +172,7 @@ def save_result(
         write = partial(write, weights=weights())
     if group.rank:
         return folder
-    size = guard.retry(lambda: write(model, spec, template), "the save")
+    size = guard.retry(lambda: write(model, spec, prepared.template), "the save")
     emit(AdapterSaved(path=str(folder), bytes=size))
     return folder
 

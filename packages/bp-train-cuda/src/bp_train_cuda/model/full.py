@@ -8,6 +8,8 @@ from typing import Any
 import orjson
 import torch
 
+from bp_data.templates.conversations import hash_conversations
+from bp_data.templates.engine import ChatTemplate
 from bp_runs.adapter import MODEL_SCHEMA, write_manifest
 from bp_runs.files import publish_folder
 from bp_runs.spec import TrainSpec
@@ -23,7 +25,7 @@ def open_weights(model: Any) -> Any:
 
 
 def save_model(
-    model: Any, spec: TrainSpec, template: str | None, weights: dict[str, torch.Tensor] | None = None
+    model: Any, spec: TrainSpec, template: ChatTemplate, weights: dict[str, torch.Tensor] | None = None
 ) -> int:
     """Publish the model's folder: Hugging Face's layout, and ``run.json``; returns the weights' size in bytes.
 
@@ -41,7 +43,12 @@ def save_model(
         _write_config(spec.base, partial, str(dtype).removeprefix("torch."))
         copy_tokenizer(spec.base, partial, template)
         write_manifest(
-            partial, run_id=spec.folders.run_id, base=spec.model.name, base_folder=spec.base, schema=MODEL_SCHEMA
+            partial,
+            run_id=spec.folders.run_id,
+            base=spec.model.name,
+            base_folder=spec.base,
+            schema=MODEL_SCHEMA,
+            template=hash_conversations(template).to_dict(),
         )
     return sum(file.stat().st_size for file in spec.folders.model.glob("*.safetensors"))
 

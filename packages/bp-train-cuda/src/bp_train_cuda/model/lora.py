@@ -12,7 +12,16 @@ from peft import LoraConfig, PeftModel, get_peft_model, replace_lora_weights_lof
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from bp_runs.adapter import CONFIG_FILE, TOKENIZER_FILES, WEIGHTS_FILE, read_adapter_folder, write_manifest
+from bp_data.templates.conversations import hash_conversations
+from bp_data.templates.engine import ChatTemplate
+from bp_runs.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    copy_tokenizer_files,
+    find_tokenizer_files,
+    read_adapter_folder,
+    write_manifest,
+)
 from bp_runs.errors import AdapterInvalidError, first_line
 from bp_runs.files import publish_folder
 from bp_runs.spec import LoraSpec, TrainSpec
@@ -23,7 +32,7 @@ _PISSA = "pissa_niter_16"  # the paper's fast decomposition, near the exact one
 _START = "start"
 """Folder of the run for the adapter as it started, where it is taken off the result at the end."""
 
-COPIED_FILES = (*TOKENIZER_FILES, "generation_config.json")
+_GENERATION_FILE = "generation_config.json"
 
 
 def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
@@ -121,13 +130,14 @@ def trainable_weights(model: Any) -> dict[str, Any]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def save_adapter(model: Any, spec: TrainSpec, template: str | None) -> int:
+def save_adapter(model: Any, spec: TrainSpec, template: ChatTemplate) -> int:
     """Publish the adapter folder of the contract; returns the weights' size in bytes.
 
     Args:
         model: The trained PEFT model.
         spec: Names the base and the folder.
-        template: Jinja source to save where the base brings no chat template; None: the base has its own.
+        template: The chat template that training used. The folder gets hashes of ten conversations that it rendered,
+            and its text if the base has none.
     """
     folder, start = spec.folders.adapter, spec.folders.run / _START
     with publish_folder(folder) as partial:
@@ -138,17 +148,26 @@ def save_adapter(model: Any, spec: TrainSpec, template: str | None) -> int:
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         _name_base(partial / CONFIG_FILE, spec)
         copy_tokenizer(spec.base, partial, template)
-        write_manifest(partial, run_id=spec.folders.run_id, base=spec.model.name, base_folder=spec.base)
+        hashes = hash_conversations(template).to_dict()
+        write_manifest(
+            partial, run_id=spec.folders.run_id, base=spec.model.name, base_folder=spec.base, template=hashes
+        )
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
-def copy_tokenizer(base: Path, folder: Path, template: str | None) -> None:
-    """Put the base's tokenizer and generation settings beside trained weights, and ``template`` where it has none."""
-    for name in COPIED_FILES:
-        if (base / name).is_file():
-            shutil.copyfile(base / name, folder / name)
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+def copy_tokenizer(base: Path, folder: Path, template: ChatTemplate) -> None:
+    """Put the base's tokenizer and generation settings next to trained weights, and ``template`` if it has none."""
+    copy_tokenizer_files(base, folder)
+    if (base / _GENERATION_FILE).is_file():
+        shutil.copyfile(base / _GENERATION_FILE, folder / _GENERATION_FILE)
+    if template.source == "default":
+        (folder / "chat_template.jinja").write_text(template.text, encoding="utf-8")
+
+
+def copied_bytes(base: Path) -> int:
+    """Size of what `copy_tokenizer` copies."""
+    files = [base / name for name in (*find_tokenizer_files(base), _GENERATION_FILE)]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _take_off_start(adapter: Path, start: Path) -> None:

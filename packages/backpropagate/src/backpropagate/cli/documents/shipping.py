@@ -5,6 +5,13 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 
+class Rendering(TypedDict):
+    """Whether a chat template renders ten conversations as at training."""
+
+    result: str
+    note: str
+
+
 class Export(TypedDict):
     """`backprop export`."""
 
@@ -15,6 +22,7 @@ class Export(TypedDict):
     tensors: int
     seconds: float
     sha256: str
+    rendering: Rendering
     parity: dict[str, Any] | None
     ollama: str | None
     run_id: str | None
@@ -75,6 +83,7 @@ class Chat(TypedDict):
     target: str
     prompt: str
     answer: str
+    rendering: Rendering
 
 
 class OllamaRegister(TypedDict):
@@ -87,6 +96,7 @@ class OllamaRegister(TypedDict):
     stop: list[str]
     is_raw: bool
     answer: str | None
+    rendering: Rendering
 
 
 class OllamaRow(TypedDict):

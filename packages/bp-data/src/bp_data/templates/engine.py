@@ -1,14 +1,17 @@
-"""The model's own chat template, rendered as transformers renders it."""
+"""The chat-template engine: Jinja set up and fed as transformers' ``apply_chat_template`` does (5.23).
+
+The rest of Backpropagate renders chats through `ChatTemplate` alone; a law test fails if another module imports Jinja.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, Protocol, TypeAlias
 
 import orjson
 from jinja2 import Environment, TemplateError, nodes
@@ -19,12 +22,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from bp_data.errors import RowFault, RowFaultError, TemplateFailedError
-from bp_data.tokens import Tokenizer
+from bp_data.example import REASONING_FIELDS
+from bp_data.templates.end_of_turn import find_end_of_turn
 
-DEFAULT_TEMPLATE_NAME: Final = "chatml"
-"""The name of the template that a model without one gets."""
-
-TemplateSource: TypeAlias = Literal["chat_template.jinja", "tokenizer_config.json", "default"]
+TemplateSource: TypeAlias = Literal["chat_template.jinja", "tokenizer_config.json", "chat_template.json", "default"]
 
 # What a template can raise by itself: it is a program, and its input is the user's.
 TEMPLATE_FAULTS: Final = (
@@ -41,11 +42,24 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _MARKS = "generation_marks"
 # Private-use characters: a rendering that holds them by itself is never searched for marks.
 _OPEN, _CLOSE = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
-_PROBE = "\ue0f2answer\ue0f2"
+
+
+class TemplateTokens(Protocol):
+    """The tokens that a template names or writes: a `bp_data.tokens.Tokenizer`, or `reader.SpecialTokens`."""
+
+    @property
+    def special_tokens(self) -> Mapping[str, Any]:
+        """Named special tokens (``bos_token`` …) as texts; templates see them as variables."""
+        ...
+
+    @property
+    def added(self) -> Collection[str]:
+        """Texts of all added tokens."""
+        ...
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}…{% endgeneration %}``: what the assistant says, put between marks when asked for."""
+    """``{% generation %}…{% endgeneration %}``: what the assistant says, between marks if they are requested."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
@@ -61,32 +75,32 @@ class _GenerationTag(Extension):
 
 
 class _SafeNamespace(Namespace):
-    """``namespace()`` without the underscored names that lead out of the sandbox."""
+    """``namespace()`` without underscored names, which lead out of the sandbox."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        # No `self` in the signature, so that a template may name a field so.
+        # No `self` in the signature, so that a template may have a field of that name.
         for name in dict(*args[1:], **kwargs):
-            _refuse_underscore(name)
+            _reject_underscore(name)
         Namespace.__init__(*args, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscore(name)
+        _reject_underscore(name)
         Namespace.__setitem__(self, name, value)
 
 
-def _refuse_underscore(name: Any) -> None:
+def _reject_underscore(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a template's namespace may not hold {name!r}")
+        raise SecurityError(f"a template's namespace can't hold {name!r}")
 
 
-class _DictMaker:
+class _DictFactory:
     """``dict()`` for templates, without the class itself."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
+    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args, **kwargs)
 
 
 def _tojson(
@@ -108,7 +122,7 @@ def _build_environment(now: datetime) -> Environment:
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": now.strftime,
-        "dict": _DictMaker(),
+        "dict": _DictFactory(),
         "namespace": _SafeNamespace,
     }
     return environment
@@ -117,20 +131,31 @@ def _build_environment(now: datetime) -> Environment:
 class ChatTemplate:
     """A chat template, compiled.
 
+    Args:
+        texts: The Jinja source, or several by name, as `reader.TemplateFiles.texts`.
+        tokenizer: Special tokens and added tokens.
+        source: Where the text comes from.
+        name: Its name.
+        now: What ``strftime_now`` shows; the present time by default.
+
     Attributes:
         texts: Jinja sources by name; ``default`` is always there, ``tool_use`` serves chats with tools.
-        source: The file it came from, or ``default`` where the model has none.
+        source: The file it came from, or ``default`` if the model has none.
         name: ``tokenizer`` for the model's own, else the default's name.
-        sha256: Hex SHA-256 of the text, or, where there are several, of their JSON with sorted names.
+        sha256: Hex SHA-256 of the text, or, if there are several, of their JSON with sorted names.
+        special_tokens: Named special tokens as texts, which the template sees as variables.
         now: The time that ``strftime_now`` gives, the same for every row of a run.
-        lead: What a turn of the assistant begins with, between its prompt and its words: Mistral's blank.
-        terminator: The text of the token that ends the assistant's turn; None where the template has none.
+        lead: What an assistant's turn begins with, between its prompt and its words: Mistral's blank.
+        terminator: The text of the token that ends the assistant's turn; None if the template has none.
+
+    Raises:
+        TemplateFailedError: Not valid Jinja, or several texts without a ``default``.
     """
 
     def __init__(
         self,
         texts: Mapping[str, str] | str,
-        tokenizer: Tokenizer,
+        tokenizer: TemplateTokens,
         *,
         source: TemplateSource = "tokenizer_config.json",
         name: str = "tokenizer",
@@ -141,12 +166,20 @@ class ChatTemplate:
             raise TemplateFailedError(f"no chat template is named default; there are: {', '.join(sorted(self.texts))}")
         self.source: TemplateSource = source
         self.name = name
-        self.now = now or datetime.now()  # noqa: DTZ005 - templates print the local day
+        self.now = now or datetime.now()  # noqa: DTZ005 - templates print the local day, as in transformers
         self.sha256 = _hash(self.texts)
-        self._variables = dict(tokenizer.special_tokens)
+        self._tokenizer = tokenizer
+        self.special_tokens = {key: text for key, text in tokenizer.special_tokens.items() if isinstance(text, str)}
         environment = _build_environment(self.now)
         self._compiled = {key: _compile(environment, key, text) for key, text in self.texts.items()}
-        self.lead, self.terminator = self._probe(tokenizer)
+        ends = [*tokenizer.added, *filter(None, [self.special_tokens.get("eos_token")])]
+        self.lead, self.terminator = find_end_of_turn(
+            lambda chat, prompt: self.try_render(chat, add_generation_prompt=prompt), ends
+        )
+
+    def at_time(self, now: datetime) -> ChatTemplate:
+        """The same template on another day."""
+        return ChatTemplate(self.texts, self._tokenizer, source=self.source, name=self.name, now=now)
 
     @property
     def text(self) -> str:
@@ -166,10 +199,28 @@ class ChatTemplate:
     ) -> str:
         """The chat as the one text that the model reads.
 
+        Args:
+            messages: Each with ``role``, and whatever else the template reads; keys whose value is None are dropped.
+            tools: JSON schemas of the tools on offer.
+            add_generation_prompt: Whether to end where the model begins to answer.
+
         Raises:
-            RowFaultError: ROW_TEMPLATE_REFUSED, with the template's own words.
+            RowFaultError: ROW_TEMPLATE_REFUSED, with the template's own message.
         """
         return self._render(messages, tools, add_generation_prompt=add_generation_prompt, marks=False)
+
+    def try_render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str | None:
+        """As `render`, but None if the template rejects the chat."""
+        try:
+            return self.render(messages, tools, add_generation_prompt=add_generation_prompt)
+        except RowFaultError:
+            return None
 
     def render_marked(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
@@ -199,9 +250,9 @@ class ChatTemplate:
         marks: bool,
     ) -> str:
         given = {
-            **self._variables,
-            "messages": list(messages),
-            "tools": None if tools is None else list(tools),
+            **self.special_tokens,
+            "messages": [_prepare_message(message) for message in messages],
+            "tools": None if tools is None else _to_plain(list(tools)),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             _MARKS: marks,
@@ -211,16 +262,34 @@ class ChatTemplate:
         except TEMPLATE_FAULTS as error:
             raise RowFaultError(RowFault.TEMPLATE_REFUSED, f"the chat template refuses it: {error}") from error
 
-    def _probe(self, tokenizer: Tokenizer) -> tuple[str, str | None]:
-        chat = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _PROBE}]
-        try:
-            before, _, after = self.render(chat).partition(_PROBE)
-            prompt = self.render(chat[:1], add_generation_prompt=True)
-        except RowFaultError:
-            return "", None
-        ends = [*tokenizer.added, *filter(None, [tokenizer.special_tokens.get("eos_token")])]
-        end = max((text for text in ends if after.lstrip().startswith(text)), key=len, default=None)
-        return before.removeprefix(prompt) if before.startswith(prompt) else "", end
+
+def _prepare_message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers gives it to a template: without None, plain, its reasoning under each usual name."""
+    turn: dict[str, Any] = _to_plain({key: value for key, value in message.items() if value is not None})
+    reasoning = next((turn[name] for name in REASONING_FIELDS if name in turn), None)
+    return turn if reasoning is None else {"thinking": reasoning, **turn, "reasoning_content": reasoning}
+
+
+def _to_plain(value: Any) -> Any:
+    """A copy of JSON types alone: the sandbox can't know which methods of other objects write files."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):  # a subclass may have methods of its own, such as an enumeration's
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {_to_plain(key): _to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_to_plain(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _to_plain(getattr(value, field.name)) for field in fields(value)}
+    if callable(dump := getattr(value, "model_dump", None)):
+        return _to_plain(dump())
+    return f"<{type(value).__name__}>"
 
 
 def _compile(environment: Environment, name: str, text: str) -> Any:
@@ -248,71 +317,26 @@ def _take_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
     return text, [span for span in spans if span[0] < span[1]]
 
 
-def load_template(folder: Path, tokenizer: Tokenizer, *, now: datetime | None = None) -> ChatTemplate:
-    """The chat template of a model folder; the default one where the model has none.
+def remove_generation_marks(text: str) -> str:
+    """``{% generation %}`` blocks as blocks that every engine knows, with the same effect on white space.
 
-    chat_template.jinja wins over tokenizer_config.json; additional_chat_templates/*.jinja are its named siblings.
-
-    Raises:
-        TemplateFailedError: Not valid Jinja; several without a default; or no default can be made.
+    Some trainers add the marks around what an assistant generates; llama.cpp does not know them.
     """
-    texts = _texts_of_files(folder)
-    if texts:
-        return ChatTemplate(texts, tokenizer, source="chat_template.jinja", now=now)
-    texts = _texts_of_config(folder / "tokenizer_config.json")
-    if texts:
-        return ChatTemplate(texts, tokenizer, source="tokenizer_config.json", now=now)
-    return default_template(tokenizer, now=now)
+    opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", text)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)
 
 
-def _texts_of_files(folder: Path) -> dict[str, str]:
-    files = {"default": folder / "chat_template.jinja"}
-    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-    try:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items() if path.is_file()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise TemplateFailedError(f"the chat template in {folder} cannot be read", cause=str(error)) from error
+def find_default_system(template: ChatTemplate) -> str | None:
+    """The system message that a template adds to conversations without one; None if it adds none.
 
-
-def _texts_of_config(path: Path) -> dict[str, str]:
-    if not path.is_file():
-        return {}
-    try:
-        found = orjson.loads(path.read_bytes()).get("chat_template")
-    except (OSError, orjson.JSONDecodeError, AttributeError) as error:
-        raise TemplateFailedError(f"{path} cannot be read", cause=str(error)) from error
-    if found is None:
-        return {}
-    if isinstance(found, str):
-        return {"default": found}
-    entries = found if isinstance(found, list) else []
-    texts = {e["name"]: e["template"] for e in entries if isinstance(e, dict) and {"name", "template"} <= e.keys()}
-    if not texts or not all(isinstance(text, str) for pair in texts.items() for text in pair):
-        raise TemplateFailedError(f"{path}: chat_template is neither a text nor a list of named texts")
-    return texts
-
-
-def default_template(tokenizer: Tokenizer, *, now: datetime | None = None) -> ChatTemplate:
-    """ChatML for a model without a template, in words that this tokenizer has.
-
-    Turns end with ``<|im_end|>`` where that is one token, and with the eos token otherwise (then it is named
-    ``chatml-eos``), since the model must be able to learn where to stop. It begins with the begin-of-text token where
-    the tokenizer itself would put one.
-
-    Raises:
-        TemplateFailedError: The tokenizer has neither.
+    Found by rendering one question with a system message and without: what stands in its place is the default.
     """
-    whole = "<|im_end|>" in tokenizer.added
-    if not whole and tokenizer.eos_id is None:
-        raise TemplateFailedError("the model has no chat template, and its tokenizer has no token that ends a turn")
-    end = "'<|im_end|>'" if whole else "eos_token"
-    text = (
-        ("{{- bos_token }}" if tokenizer.adds_bos else "")
-        + "{%- for message in messages %}"
-        + "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + "
-        + end
-        + " + '\\n' }}"
-        + "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-    )
-    name = DEFAULT_TEMPLATE_NAME if whole else f"{DEFAULT_TEMPLATE_NAME}-eos"
-    return ChatTemplate(text, tokenizer, source="default", name=name, now=now)
+    mark, question = "Qsystemx", [{"role": "user", "content": "Qquestionx"}]
+    given = template.try_render([{"role": "system", "content": mark}, *question], add_generation_prompt=True)
+    alone = template.try_render(question, add_generation_prompt=True)
+    if given is None or alone is None or given.count(mark) != 1:
+        return None
+    before, _, after = given.partition(mark)
+    if len(alone) <= len(before) + len(after) or not (alone.startswith(before) and alone.endswith(after)):
+        return None
+    return alone[len(before) : len(alone) - len(after)]
