@@ -33,6 +33,18 @@ def _own_surroundings(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def _words_of_the_package(request):
+    """Hints of a library are tested in plain words, whatever program another test has imported."""
+    from bp_runs.wording import PlainWording, use_wording
+
+    if not any(part.startswith("bp-") for part in request.path.parts):
+        yield
+        return
+    with use_wording(PlainWording()):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def _json_documents_keep_their_schemas(monkeypatch):
     """What `backprop … --json` prints in a test is one document, held to the published JSON Schema of its kind."""
     from backpropagate.cli import screen

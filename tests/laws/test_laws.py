@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -414,3 +415,33 @@ def test_no_file_names_a_machine_s_path():
             text = file.read_text(encoding="utf-8", errors="ignore")
             found = re.search(r"/(work/(main|shared)|home/\w+/|root/)", text)
             assert not found, f"{name} names {found[0]}"
+
+
+# Flags of other programs that a library may name: pip, hf, torchrun, ollama.
+_FOREIGN = r"(pip install|hf download|torchrun|iconv|ollama) [^;]*"
+_COMMAND_LINE = re.compile(r"(?<![\w-])--[a-z…]|\bbackprop [a-z{…-]")
+_SILENT = ("bp-runs", "bp-data")
+
+
+def _spoken(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Every string of a module, f-strings with their values left out; docstrings too, for they are help."""
+    inside = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+            yield node.lineno, "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inside:
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("package", _SILENT)
+def test_libraries_speak_no_command_line(package):
+    """They name settings and commands by references (`bp_runs.wording`); the program in front words them."""
+    wrong = []
+    for file in sorted((ROOT / "packages" / package / "src").rglob("*.py")):
+        if file.parent.name == "commands" or file.parts[-2:] == ("bp_export", "cli.py"):
+            continue  # bp-export's own command line
+        for line, text in _spoken(ast.parse(file.read_text(encoding="utf-8"))):
+            if _COMMAND_LINE.search(re.sub(_FOREIGN, "", text)):
+                wrong.append(f"{file.name}:{line}: {text}")
+    assert not wrong

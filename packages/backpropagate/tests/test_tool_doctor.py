@@ -9,9 +9,11 @@ import pytest
 
 from backpropagate import doctor, rails
 from backpropagate.cli.app import run
+from backpropagate.cli.wording import CommandLineWording
 from bp_runs.errors import DiskFullError
 from bp_runs.rail import Check, ChecksMachine, Finding
 from bp_runs.testing import FakeRail
+from bp_runs.wording import render
 
 
 class CheckedRail(FakeRail):
@@ -47,7 +49,7 @@ def test_what_a_check_raises_is_a_finding_with_a_fix(here, capsys):
         assert found["broken"] == {
             "name": "broken", "state": "failed", "fix": "Install another driver.",
             "message": "RuntimeError: CUDA error: no kernel image is available"}  # fmt: skip
-        assert found["coded"]["fix"] == DiskFullError.default_way_out
+        assert found["coded"]["fix"] == render(DiskFullError.default_way_out, CommandLineWording())
         assert run(["doctor"]) == 65
     shown = capsys.readouterr()
     assert shown.err.startswith("[RUNTIME_DOCTOR_FAILED]: 2 of ")

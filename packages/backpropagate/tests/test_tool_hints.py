@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from backpropagate import oldnames
 from backpropagate.cli.app import COMMANDS, GROUPS, build_app
 from backpropagate.cli.errors import load_codes
 from backpropagate.cli.switches import SWITCHES, take_switches
+from backpropagate.cli.wording import CommandLineWording, flag_of
+from backpropagate.settings import all_settings
+from backpropagate.wording import PythonWording
+from bp_runs.wording import command_ref, find_references, parse_reference, render
 
 ROOT = Path(__file__).parents[3]
 # Flags of other programs that hints name.
@@ -18,6 +23,7 @@ THEIRS = {"--no-deps", "--force-reinstall", "--local-dir", "--upgrade", "--gpus"
 THEIRS |= {"--nproc-per-node", "--standalone", "--num_processes"}
 
 
+@cache
 def all_flags() -> set[str]:
     """Every flag of every command."""
     found = {switch.flag for switch in SWITCHES} | {"--help", "--version", "--install-completion"}
@@ -33,7 +39,8 @@ def all_flags() -> set[str]:
 
 def hints() -> dict[str, str]:
     """Every text that tells what to do, by where it stands."""
-    found = {code: f"{cls.default_way_out} {cls.when}" for code, cls in load_codes().items()}
+    words = CommandLineWording()
+    found = {code: render(f"{cls.default_way_out} {cls.when}", words) for code, cls in load_codes().items()}
     for name, old in {**oldnames.COMMANDS, **oldnames.GONE_ENV}.items():
         found[name] = old.now
     for command, flags in oldnames.FLAGS.items():
@@ -44,15 +51,83 @@ def hints() -> dict[str, str]:
                 parts = [
                     n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant) and isinstance(n.value, str)
                 ]
-                found[f"{file.name}:{node.value.lineno}"] = " ".join(parts)
+                found[f"{file.name}:{node.value.lineno}"] = render(" ".join(parts), words)
     return found
+
+
+def references() -> set[tuple[str, str]]:
+    """Kind and content of every reference that the source holds, or builds with values that are known later."""
+    found = set()
+    for file in ROOT.glob("packages/*/src/*/**/*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= {reference for reference in find_references(node.value) if file.name != "wording.py"}
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                found |= set(find_references(_built(node) or ""))
+    return found
+
+
+def _built(call: ast.Call) -> str | None:
+    first, *others = call.args or [None]
+    if not isinstance(first, ast.Constant) or not isinstance(first.value, str):
+        return None
+    if call.func.id == "setting_ref" and len(others) == 1 and not call.keywords:
+        return f"{{set:{first.value}=1}}"
+    if call.func.id != "command_ref":
+        return None
+    named = {}
+    for keyword in call.keywords:
+        keys = [keyword.arg] if keyword.arg else [key.value for key in keyword.value.keys]
+        named |= dict.fromkeys(keys, "1")
+    return command_ref(first.value, *("1" for _ in others), **named)
 
 
 HINTS = hints()
 
 
+REFERENCES = sorted(references())
+
+
 def test_there_are_hints():
     assert len(HINTS) > 150
+    assert len(REFERENCES) > 15
+
+
+@pytest.mark.parametrize("content", [content for kind, content in REFERENCES if kind == "do"])
+def test_every_command_of_a_hint_is_a_command_line(content):
+    words = shlex.split(CommandLineWording().command(*parse_reference(content)))
+    assert words[0] == "backprop"
+    build_app().parse_args(words[1:], exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize("content", [content for kind, content in REFERENCES if kind == "set"])
+def test_every_setting_of_a_hint_is_a_flag(content):
+    words, settings = parse_reference(content)
+    for key in (*words, *settings):
+        assert flag_of(key) in all_flags(), key
+        assert "." not in key or key in all_settings(), key
+
+
+@pytest.mark.parametrize("cls", load_codes().values(), ids=lambda cls: cls.code)
+def test_every_error_can_be_said_in_each_programs_words(cls):
+    for wording in (CommandLineWording(), PythonWording()):
+        assert not find_references(render(cls.default_way_out, wording))
+        assert "{set:" not in render(cls.default_way_out, wording)
+    assert not find_references(cls.when)
+    assert cls.setting is None or cls.setting in all_settings()
+
+
+def test_one_hint_in_two_programs_words():
+    hint = "{set:data.on_bad_row=skip training.packing=false lora.r=8 force=true}; {do:show-run 7 output=./o lora.r=8}"
+    typed = "--on-bad-row skip --no-packing --lora-r 8 --force; backprop show-run 7 --output ./o --lora-r 8"
+    assert render(hint, CommandLineWording()) == typed
+    keywords = 'on_bad_row="skip", packing=False, lora_r=8, force=True; backprop show-run 7 --output ./o --lora-r 8'
+    assert render(hint, PythonWording()) == keywords
+    hint = (
+        "{do:replay 7 lora.r=8 output='o o'}; {do:train training.start_from=7@best training.resume=false}; {set:lora.r}"
+    )
+    typed = "backprop replay 7 --override lora.r=8 --output 'o o'; backprop train --from 7@best --no-resume; --lora-r"
+    assert render(hint, CommandLineWording()) == typed
 
 
 def test_hints_name_only_flags_that_exist():

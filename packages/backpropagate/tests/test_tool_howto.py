@@ -9,9 +9,11 @@ import pytest
 
 from backpropagate.cli.app import run
 from backpropagate.cli.errors import load_codes
+from backpropagate.cli.wording import CommandLineWording
 from bp_data import Rejected, Row, recognise
 from bp_data.errors import RowFault
 from bp_runs.redact import redact
+from bp_runs.wording import render
 
 PAGE = (Path(__file__).parents[3] / "docs" / "how-to" / "data-formats.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)(?: (\w+))?\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -57,4 +59,5 @@ def test_the_pages_codes_are_ours():
 
 def test_what_to_do_is_never_taken_for_a_secret():
     for code, error in load_codes().items():
-        assert redact(error.default_way_out) == error.default_way_out, code
+        shown = render(error.default_way_out, CommandLineWording())
+        assert redact(shown) == shown, code

@@ -99,7 +99,7 @@ def test_what_the_hub_does_not_have_is_told_with_what_it_has(fetched):
     split, subset, revision, name, gated = fetched[0][4:9]
     assert split[0] == subset[0] == "INPUT_DATASET_PART_UNKNOWN"
     assert "train, test" in split[1]
-    assert split[2] == "Name one of them: --split train"
+    assert split[2] == 'Name one of them: data.split="train"'
     assert "en, de" in subset[1]
     assert revision[0] == name[0] == "INPUT_DATASET_NOT_FOUND"
     assert "v9" in revision[1]

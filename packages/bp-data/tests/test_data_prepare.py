@@ -90,7 +90,7 @@ def test_the_first_bad_row_ends_it_with_place_reason_and_way_out(chatml, tmp_pat
         prepare(path, chatml, 32)
     assert isinstance(caught.value, CodedError)
     if error is not DatasetFormatUnsupportedError:
-        assert "--on-bad-row skip" in caught.value.way_out
+        assert 'data.on_bad_row="skip"' in caught.value.way_out
     assert caught.value.details["row_code"].startswith("ROW_")
 
 

@@ -1,6 +1,7 @@
 import pytest
 
 from bp_runs.errors import CodedError, ContractError, DiskFullError, GateError, UserError, registered_codes
+from bp_runs.wording import render
 
 
 def test_two_owners_of_one_code_fail_at_definition():
@@ -37,7 +38,8 @@ def test_an_error_is_data_until_it_is_printed():
         "code": "STATE_DISK_FULL",
         "message": "no room",
         "cause": "ENOSPC",
-        "way_out": DiskFullError.default_way_out,
+        "way_out": render(DiskFullError.default_way_out),
+        "setting": None,
         "exit_status": 2,
         "details": {"need_bytes": 3},
     }

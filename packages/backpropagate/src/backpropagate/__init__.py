@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from backpropagate.wording import PythonWording
+from bp_runs.wording import set_wording
+
 if TYPE_CHECKING:
     from backpropagate.evaluating import EvalResult
     from backpropagate.exporting import ExportResult
@@ -23,6 +26,8 @@ __all__ = [
     "on_interrupt",
     "take_ranks",
 ]
+
+set_wording(PythonWording())  # the command line sets its own
 
 _HOMES = {
     "EvalResult": "backpropagate.evaluating",

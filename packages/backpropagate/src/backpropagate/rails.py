@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from backpropagate.errors import RailUnknownError, RailUnusableError
 from bp_runs.errors import CodedError, first_line
 from bp_runs.rail import Check, Estimates, Finding, Probe, Rail
+from bp_runs.wording import render
 
 GROUP = "backpropagate.rails"
 _ORDER = ("cuda", "mlx")
@@ -85,11 +86,12 @@ def free_memory() -> int | None:
 def run_check(check: Check) -> Finding:
     """A check's finding; whatever a framework raises in it is one too."""
     try:
-        return check.run()
+        found = check.run()
+        return replace(found, fix=found.fix and render(found.fix))
     except CodedError as error:
         return Finding(state="failed", message=str(error), fix=error.way_out)
     except Exception as error:  # noqa: BLE001  # an edge: a broken framework may raise anything
-        return Finding(state="failed", message=f"{type(error).__name__}: {first_line(error)}", fix=check.fix)
+        return Finding(state="failed", message=f"{type(error).__name__}: {first_line(error)}", fix=render(check.fix))
 
 
 def choose_rail(backend: str) -> Rail:

@@ -27,6 +27,7 @@ from backpropagate import launching, offline, resuming, stopping, system, tracke
 from backpropagate.catalogue import BaseModel, Rows
 from backpropagate.logs import follow_run
 from backpropagate.watching import Watcher
+from bp_runs import wording
 from bp_runs.adapter import read_manifest
 from bp_runs.errors import AdapterInvalidError, CodedError, InterruptedRunError
 from bp_runs.events import Event, Notice
@@ -248,7 +249,7 @@ class RunSession:
         try:
             yield
         except CodedError as error:
-            error.way_out = name_run(error.way_out, self.run_id, self._context.store.output)
+            error.hint = name_run(error.hint, self.run_id, self._context.store.output)
             raise
 
     @contextlib.contextmanager
@@ -267,6 +268,7 @@ class RunSession:
 
 def name_run(hint: str, run_id: str, output: Path) -> str:
     """A hint with the run's id in place of the word RUN."""
+    hint = wording.name_run(hint, run_id, None if output == Path("output") else output)
     return re.sub(r"\bRUN\b", f"{run_id}{system.where(output)}", hint)
 
 

@@ -41,7 +41,8 @@ def require_fitting(settings: Settings) -> None:
         value = attrgetter(wrong[0])(settings)
         raise InvalidSettingError(
             f"{wrong[0]} = {value!r} does not go with the method {method}, which compares answers",
-            way_out=f"Leave {wrong[0]} at its default, or train with --method sft.",
+            way_out=f"Leave {wrong[0]} at its default, or use supervised fine-tuning: {{set:training.method=sft}}",
+            setting=wrong[0],
         )
 
 

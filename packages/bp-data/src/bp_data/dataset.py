@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from bp_data import cache as cached
@@ -350,6 +351,25 @@ def is_filtered(bad: Rejected, source: Source | _Wanted) -> bool:
     return bad.code in _FILTERED or source.on_bad_row == "skip"
 
 
+# What to do about a row, and the setting at fault; the others have the error's own.
+_ROW_FIXES: Mapping[RowFault, tuple[str, str]] = MappingProxyType(
+    {
+        RowFault.CUT_AWAY: (
+            "Allow longer examples: {set:model.max_seq_length=4096}; or skip such rows: {set:data.on_bad_row=skip}",
+            "model.max_seq_length",
+        ),
+        RowFault.WRONG_KIND: (
+            "Use the method that the row is for: {set:training.method}; or skip such rows: {set:data.on_bad_row=skip}",
+            "training.method",
+        ),
+        RowFault.OVERFLOW: (
+            "Allow longer examples: {set:model.max_seq_length=4096}; or shorten them: {set:data.on_overflow=truncate}",
+            "data.on_overflow",
+        ),
+    }
+)
+
+
 def bad_row(
     source: Path, bad: Rejected
 ) -> DatasetParseFailedError | DatasetFormatUnsupportedError | DatasetInvalidError:
@@ -359,14 +379,8 @@ def bad_row(
     details = {"path": str(source), "row": bad.number, "row_code": bad.code.value}
     if bad.code in _PARSE_FAULTS:
         way_out = AS_UTF8 if bad.code is RowFault.NOT_UTF8 else None
-        return DatasetParseFailedError(message, way_out=way_out, details=details)
+        return DatasetParseFailedError(message, way_out=way_out, setting="data.on_bad_row", details=details)
     if bad.code is RowFault.COLUMNS_UNKNOWN:
         return DatasetFormatUnsupportedError(message, details=details)
-    way_out = None
-    if bad.code is RowFault.CUT_AWAY:
-        way_out = "Allow longer rows (--max-seq-length), or leave such rows out: --on-bad-row skip"
-    if bad.code is RowFault.WRONG_KIND:
-        way_out = "Train with the method that the row is for (--method), or leave such rows out: --on-bad-row skip"
-    if bad.code is RowFault.OVERFLOW:
-        way_out = "Allow longer rows (--max-seq-length), or choose what becomes of them: --on-overflow truncate"
-    return DatasetInvalidError(message, way_out=way_out, details=details)
+    way_out, setting = _ROW_FIXES.get(bad.code, (None, None))
+    return DatasetInvalidError(message, way_out=way_out, setting=setting, details=details)

@@ -35,14 +35,16 @@ class DatasetNotFoundError(DataError):
     """No file has the given path, and no data set the given name."""
 
     code = "INPUT_DATASET_NOT_FOUND"
+    setting = "data.path"
     when = "The data file does not exist, nor a data set of this name on the Hub."
-    default_way_out = "Check the path, relative to the folder you are in: --data ./my_data.jsonl"
+    default_way_out = "Check the path, relative to the current folder: {set:data.path=./my_data.jsonl}"
 
 
 class DatasetUnreadableError(DataError):
     """The file exists, and the system refuses to read it."""
 
     code = "INPUT_DATASET_UNREADABLE"
+    setting = "data.path"
     when = "The data file exists and the system refuses to read it (permissions, a bad disk)."
     default_way_out = "Make the file readable for your user, or copy it to a folder of yours."
 
@@ -63,21 +65,23 @@ class DatasetParseFailedError(DataError):
 
     code = "INPUT_DATASET_PARSE_FAILED"
     when = "The data file is binary, not UTF-8, or holds broken JSON or CSV."
-    default_way_out = "Fix the place that the message names, or leave broken rows out: --on-bad-row skip"
+    default_way_out = "Fix the place that the message names, or skip broken rows: {set:data.on_bad_row=skip}"
 
 
 class DatasetInvalidError(DataError):
     """A row can be read and cannot be trained on."""
 
     code = "INPUT_DATASET_INVALID"
-    when = "A row of the data can be read and cannot be trained on, and --on-bad-row is fail."
-    default_way_out = "Fix the row that the message names, or leave bad rows out: --on-bad-row skip"
+    setting = "data.on_bad_row"
+    when = "A row of the data can be read but not trained on, and bad rows are not skipped."
+    default_way_out = "Fix the row that the message names, or skip bad rows: {set:data.on_bad_row=skip}"
 
 
 class DatasetEmptyError(DataError):
     """The file has no rows at all."""
 
     code = "INPUT_DATASET_EMPTY"
+    setting = "data.path"
     when = "The data file has no rows."
     default_way_out = "Check that the file was written completely; it needs at least one row."
 
@@ -87,13 +91,14 @@ class DatasetPartUnknownError(DataError):
 
     code = "INPUT_DATASET_PART_UNKNOWN"
     when = "A data set has no subset or split of the given name, or has several and none was named."
-    default_way_out = "Name one of those that the message lists: --subset NAME, --split NAME"
+    default_way_out = "Name one of those that the message lists: {set:data.subset=NAME}, or {set:data.split=NAME}"
 
 
 class TokenizerInvalidError(DataError):
     """The model folder has no tokenizer that can be read."""
 
     code = "INPUT_TOKENIZER_INVALID"
+    setting = "model.name"
     when = "The model folder lacks tokenizer.json, or it is damaged."
     default_way_out = "Download the model again, with its tokenizer.json; older tokenizer files alone are not enough."
 
@@ -102,6 +107,7 @@ class TemplateFailedError(DataError):
     """The tokenizer's chat template cannot be used for any row."""
 
     code = "INPUT_TEMPLATE_FAILED"
+    setting = "model.name"
     when = "The chat template of the model is not valid Jinja, or none can be chosen or made."
     default_way_out = "Use a model folder whose chat_template.jinja is whole, or a model with a chat template."
 
@@ -110,14 +116,16 @@ class DatasetUnreachableError(DependencyError):
     """The Hub is not to be reached, or must not be, and the data set was not fetched before."""
 
     code = "DEP_DATASET_UNREACHABLE"
+    setting = "data.path"
     when = "A data set of the Hub was not fetched yet, and the Hub cannot be reached or offline mode is on."
-    default_way_out = "Go online once so that it is kept, or give a file or folder: --data ./my_data.jsonl"
+    default_way_out = "Go online once to download it, or give a file or folder: {set:data.path=./my_data.jsonl}"
 
 
 class DatasetAccessError(DependencyError):
     """The Hub wants a login, or accepted terms."""
 
     code = "DEP_DATASET_ACCESS"
+    setting = "data.path"
     when = "The data set is gated and the Hub refused access."
     default_way_out = "Accept the terms on the data set's page, then: hf auth login"
 
@@ -129,7 +137,7 @@ class DatasetGateError(GateError):
     when = (
         "Before the first step: no rows are left, a row has nothing to learn, or the model would never learn to stop."
     )
-    default_way_out = "Look at what would be trained: backprop data preview my_data.jsonl"
+    default_way_out = "Look at what would be trained on: {do:data preview my_data.jsonl}"
 
 
 class RowFault(StrEnum):
@@ -179,10 +187,10 @@ class RowFault(StrEnum):
         "ROW_MASK_UNVERIFIED",
         "The tokens to train do not decode to the very text that should be trained.",
     )
-    OVERFLOW = "ROW_OVERFLOW", "The row is longer than max_seq_length, and --on-overflow is drop or fail."
+    OVERFLOW = "ROW_OVERFLOW", "The row is longer than max_seq_length, and such rows are dropped or rejected."
     DUPLICATE = "ROW_DUPLICATE", "The row is the same as, or nearly the same as, an earlier one."
     PERSONAL = "ROW_PERSONAL", "The row has hints of personal data, and it was asked to leave such rows out."
-    TOO_SHORT = "ROW_TOO_SHORT", "The row has fewer tokens than --min-tokens."
+    TOO_SHORT = "ROW_TOO_SHORT", "The row has fewer tokens than the setting min_tokens."
     CUT_AWAY = "ROW_CUT_AWAY", "Within max_seq_length tokens there is nothing of an answer left to learn."
 
 

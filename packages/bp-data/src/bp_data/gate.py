@@ -73,7 +73,8 @@ class Gate:
                 f"none of the {self._chats} chats has its end token among the learnt tokens: "
                 "the model would never stop",
                 cause="every chat is longer than max_seq_length, and its end was cut off",
-                way_out="Allow longer rows (--max-seq-length), or shorten the chats.",
+                way_out="Allow longer examples: {set:model.max_seq_length=4096}; or shorten the chats.",
+                setting="model.max_seq_length",
             )
 
 

@@ -36,6 +36,7 @@ from bp_data.files import kind_of
 from bp_runs.errors import OutputLockedError, first_line
 from bp_runs.files import coded_disk_errors, publish_folder, publish_json
 from bp_runs.locks import acquire
+from bp_runs.wording import setting_ref
 
 _log = logging.getLogger("bp_data")
 _NAME: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -253,7 +254,8 @@ def _choose(name: str, what: str, wanted: str | None, known: Sequence[str], usua
     listed = ", ".join(known)
     raise DatasetPartUnknownError(
         f"{name} has {asked}; there {'is' if len(known) == 1 else 'are'}: {listed}",
-        way_out=f"Name one of them: --{what} {known[0]}",
+        way_out=f"Name one of them: {setting_ref(f'data.{what}', known[0])}",
+        setting=f"data.{what}",
         details={f"{what}s": list(known)},
     )
 
@@ -316,5 +318,5 @@ def _coded(name: str, revision: str | None = None) -> Iterator[None]:
         raise DatasetFormatUnsupportedError(
             f"the data set {name} cannot be read by its files",
             cause=first_line(error),
-            way_out="Where it is made by a script, take the Hub's copy: --data-revision refs/convert/parquet",
+            way_out="If a script makes it, use the Hub's converted copy: {set:data.revision=refs/convert/parquet}",
         ) from error

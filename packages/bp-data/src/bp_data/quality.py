@@ -23,6 +23,7 @@ from bp_data.templates.engine import ChatTemplate
 from bp_data.tokenrow import TokenRow
 from bp_data.tokens import Tokenizer
 from bp_runs.redact import MASK, redact
+from bp_runs.wording import command_ref
 
 _SHOWN: Final = 20  # rows named of each kind
 _BINS: Final = 20
@@ -180,7 +181,8 @@ def check_limits(report: Report, limits: Limits) -> None:
     if broken:
         raise DatasetGateError(
             f"{report.path}: {'; '.join(broken)}",
-            way_out="See which rows: backprop data report my_data.jsonl, and take them out: backprop data clean",
+            way_out=f"See which rows: {command_ref('data report', report.path)}; remove them: "
+            f"{command_ref('data clean', report.path, output='clean.jsonl')}",
             details={"broken": broken},
         )
 

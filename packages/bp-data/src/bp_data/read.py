@@ -26,7 +26,7 @@ LONGEST_LINE: Final = 64 * 2**20
 
 AS_UTF8: Final = (
     "Save the file as UTF-8: iconv -f ISO-8859-1 -t UTF-8 my.csv > my-utf8.csv; "
-    "or leave such rows out: --on-bad-row skip"
+    "or skip such rows: {set:data.on_bad_row=skip}"
 )
 """What to do about bytes that are not UTF-8."""
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -40,6 +39,7 @@ from bp_runs.files import (
 )
 from bp_runs.record import utc_now
 from bp_runs.spec import TrainSpec
+from bp_runs.wording import command_ref
 
 MANIFEST_FILE = "manifest.json"
 PROTECTED_FILE = "protected"
@@ -153,7 +153,7 @@ class CheckpointFolder:
         if damaged:
             told = "; ".join(f"{name}: {wrong}" for name, wrong in damaged.items())
             run = self.path.parent
-            again = f"backprop replay {run.name} --output {shlex.quote(str(run.parent.parent))}"
+            again = command_ref("replay", run.name, output=run.parent.parent)
             raise CheckpointInvalidError(
                 f"no checkpoint in {self.path} is whole",
                 cause=told,
@@ -244,7 +244,7 @@ class CheckpointFolder:
                     (checkpoint.path / PROTECTED_FILE).touch()
                 return checkpoint
         run = self.path.parent
-        shown = f"backprop show-run {run.name} --output {shlex.quote(str(run.parent.parent))}"
+        shown = command_ref("show-run", run.name, output=run.parent.parent)
         raise CheckpointInvalidError(f"{self.path} has no checkpoint of step {step}", way_out=f"See them: {shown}")
 
     def _folders(self) -> list[Path]:

@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+from bp_runs.wording import render
+
 RunStatus = Literal["running", "completed", "stopped", "failed", "diverged", "interrupted"]
 """completed: all steps done. stopped: the user asked, the adapter is kept. interrupted: cut off, no adapter."""
 
@@ -36,8 +38,12 @@ class CodedError(Exception):
     Args:
         message: What happened, in one sentence, with the offending value.
         cause: Why, where that is known and not obvious from the message.
-        way_out: What to do or type next; falls back on the class's own.
-        details: Machine-readable facts for ``--json`` and records.
+        way_out: What to do next, with references to settings and commands (`bp_runs.wording`); default: the class's.
+        setting: Dotted key of the setting at fault, such as ``data.on_bad_row``; default: the class's.
+        details: Machine-readable facts, for JSON and records.
+
+    Attributes:
+        hint: ``way_out`` with its references.
 
     Raises:
         ContractError: When a class without a code is raised.
@@ -48,6 +54,7 @@ class CodedError(Exception):
     when: ClassVar[str] = ""
     default_way_out: ClassVar[str] = ""
     prefixes: ClassVar[tuple[str, ...]] = ()
+    setting: str | None = None
     run_status: ClassVar[RunStatus] = "failed"
     """The status that a run ended by this error is recorded with."""
 
@@ -62,6 +69,7 @@ class CodedError(Exception):
         *,
         cause: str | None = None,
         way_out: str | None = None,
+        setting: str | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> None:
         if not self.code:
@@ -69,19 +77,26 @@ class CodedError(Exception):
         super().__init__(message)
         self.message = message
         self.cause = cause
-        self.way_out = way_out or self.default_way_out
+        self.hint = way_out or self.default_way_out
+        self.setting = setting or self.setting
         self.details: Mapping[str, Any] = MappingProxyType(dict(details or {}))
+
+    @property
+    def way_out(self) -> str:
+        """What to do next, in the words of the program that runs."""
+        return render(self.hint)
 
     def __str__(self) -> str:
         return f"[{self.code}]: {self.message}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The error as JSON-ready data: code, message, cause, way_out, exit_status, details."""
+        """The error as JSON-ready data: code, message, cause, way_out, setting, exit_status, details."""
         return {
             "code": self.code,
             "message": self.message,
             "cause": self.cause,
             "way_out": self.way_out,
+            "setting": self.setting,
             "exit_status": self.exit_status,
             "details": dict(self.details),
         }
@@ -156,7 +171,7 @@ class InvalidSettingError(UserError):
 
     code = "CONFIG_INVALID_SETTING"
     when = "A setting has a value of the wrong type, out of its range, or one that does not go with another setting."
-    default_way_out = "See what it takes: backprop train --help"
+    default_way_out = "Give it a value that the message allows; see all settings: {do:config show}"
 
 
 class OutputNotWritableError(UserError):
@@ -164,7 +179,7 @@ class OutputNotWritableError(UserError):
 
     code = "INPUT_OUTPUT_NOT_WRITABLE"
     when = "The output folder cannot be created or written."
-    default_way_out = "Choose a folder of yours: --output ./output"
+    default_way_out = "Choose a folder that you can write to: {set:output=./output}"
 
 
 class OutputTakenError(UserError):
@@ -175,7 +190,7 @@ class OutputTakenError(UserError):
         "The output folder holds a lora folder that no run of ours has written, or the output is the file that is "
         "read; it would have been replaced."
     )
-    default_way_out = "Move it away, or choose another folder: --output ./output2"
+    default_way_out = "Move it away, or choose another folder: {set:output=./output2}"
 
 
 class PathUnusableError(UserError):
@@ -191,7 +206,7 @@ class OutputLockedError(StateError):
 
     code = "STATE_OUTPUT_LOCKED"
     when = "Another process has held the output folder's lock for too long."
-    default_way_out = "Wait for the other backprop command to end, or use another --output."
+    default_way_out = "Wait for the other process to end, or use another folder: {set:output=./output2}"
 
 
 class DiskFullError(StateError):
@@ -199,7 +214,7 @@ class DiskFullError(StateError):
 
     code = "STATE_DISK_FULL"
     when = "The disk has, or would have, no room for a file; nothing half-written is left."
-    default_way_out = "Free some space or choose another disk: --output /other/disk/output"
+    default_way_out = "Free some space, or choose another disk: {set:output=/other/disk/output}"
 
 
 class RunNotFoundError(UserError):
@@ -207,7 +222,7 @@ class RunNotFoundError(UserError):
 
     code = "INPUT_RUN_NOT_FOUND"
     when = "No run in the output folder has the given id, or several ids start with it."
-    default_way_out = "See the ids: backprop list-runs"
+    default_way_out = "See the ids: {do:list-runs}"
 
 
 class RunActiveError(StateError):
@@ -223,7 +238,7 @@ class ResumeNotFoundError(UserError):
 
     code = "INPUT_RESUME_NOT_FOUND"
     when = "The output folder has no unfinished run, or the named one is finished or diverged."
-    default_way_out = "See the runs and how they ended: backprop list-runs"
+    default_way_out = "See the runs and how they ended: {do:list-runs}"
 
 
 class ResumeChangedError(UserError):
@@ -231,7 +246,7 @@ class ResumeChangedError(UserError):
 
     code = "INPUT_RESUME_CHANGED"
     when = "A run was to be continued, but its data, chat template or base model has changed since it began."
-    default_way_out = "Put back what the run began with, or start anew with its settings: backprop replay RUN"
+    default_way_out = "Put back what the run began with, or start over with its settings: {do:replay RUN}"
 
 
 class ProofUnsupportedError(UserError):
@@ -239,7 +254,7 @@ class ProofUnsupportedError(UserError):
 
     code = "INPUT_PROVE_UNSUPPORTED"
     when = "A run was to be replayed by an independent loop, which can't repeat how it was trained, or on what."
-    default_way_out = "Prove a plain run of the same data: backprop train --steps 10 --lora-dropout 0"
+    default_way_out = "Prove a plain run of the same data: {do:train training.steps=10 lora.dropout=0}"
 
 
 class CheckpointInvalidError(StateError):
@@ -247,7 +262,7 @@ class CheckpointInvalidError(StateError):
 
     code = "STATE_CHECKPOINT_INVALID"
     when = "A run has checkpoints, and the hashes of none of them hold; or one does not fit the model."
-    default_way_out = "Start anew with the same settings: backprop replay RUN"
+    default_way_out = "Start from scratch with the same settings: {do:replay RUN}"
 
 
 class RecordNewerError(StateError):
@@ -263,7 +278,7 @@ class HistoryInvalidError(UserError):
 
     code = "INPUT_HISTORY_INVALID"
     when = "The file to import is not the older tool's run history: a JSON list of rows with run ids."
-    default_way_out = "Name the file: backprop runs import ./old-output/run_history.json"
+    default_way_out = "Name the file: {do:runs import ./old-output/run_history.json}"
 
 
 class RecordInvalidError(StateError):
@@ -282,8 +297,8 @@ class AdapterInvalidError(UserError):
     code = "INPUT_ADAPTER_INVALID"
     when = "A folder given as an adapter lacks its files, or they are damaged."
     default_way_out = (
-        "Give the folder that `backprop train` wrote, such as ./output/lora; there is none yet? "
-        "backprop train --data my_data.jsonl"
+        "Give the folder that training wrote, such as ./output/lora. If there is none yet: "
+        "{do:train data.path=my_data.jsonl}"
     )
 
 
@@ -294,7 +309,7 @@ class InterruptedRunError(RunFailedError):
     exit_status = 130
     run_status = "interrupted"
     when = "Ctrl-C came a second time, or while nothing could be kept; finished files are untouched."
-    default_way_out = "See how far it came: backprop list-runs"
+    default_way_out = "See how far it came: {do:list-runs}"
 
 
 class TrainingDivergedError(RunFailedError):
@@ -303,7 +318,9 @@ class TrainingDivergedError(RunFailedError):
     code = "RUNTIME_TRAINING_DIVERGED"
     run_status = "diverged"
     when = "The loss became NaN or infinite; the run is recorded as diverged and no adapter is published."
-    default_way_out = "Lower the learning rate, for example --lr 5e-5, and look at the data: backprop validate"
+    default_way_out = (
+        "Lower the learning rate: {set:training.learning_rate=5e-5}; and check the data: {do:validate my_data.jsonl}"
+    )
 
 
 class NothingHeldOutError(UserError):
@@ -311,7 +328,9 @@ class NothingHeldOutError(UserError):
 
     code = "INPUT_NOTHING_HELD_OUT"
     when = "A model was to be measured on held-out rows, and training with these settings holds out none."
-    default_way_out = "Hold out more: --eval-share 0.2 --eval-min-rows 1; or name a file of rows to measure on."
+    default_way_out = (
+        "Hold out more: {set:training.eval_share=0.2 training.eval_min_rows=1}; or name a file of held-out rows."
+    )
 
 
 class OomExhaustedError(RunFailedError):
@@ -320,6 +339,6 @@ class OomExhaustedError(RunFailedError):
     code = "RUNTIME_OOM_RECOVERY_EXHAUSTED"
     when = "A micro-batch did not fit in memory after three halvings, or a single example does not fit."
     default_way_out = (
-        "Use shorter examples (--max-seq-length), a 4-bit base (--mode qlora) or a smaller model; see what fits: "
-        "backprop estimate-vram"
+        "Use shorter examples: {set:model.max_seq_length=1024}; a 4-bit base: {set:training.mode=qlora}; or a smaller "
+        "model. See what fits: {do:estimate-vram}"
     )

@@ -25,6 +25,7 @@ from bp_runs.index import run_ids
 from bp_runs.losses import LossEnds
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
+from bp_runs.wording import render
 
 _STATUSES: Mapping[str, RunStatus] = {"completed": "completed", "failed": "failed", "running": "interrupted"}
 _KINDS = {"single_run": "train", "multi_run": "multi-run"}
@@ -172,7 +173,7 @@ def _settings(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _error(reason: str) -> dict[str, Any]:
-    return {"code": "", "message": reason, "cause": None, "way_out": "Run it again: backprop train"}
+    return {"code": "", "message": reason, "cause": None, "way_out": render("Run it again: {do:train}")}
 
 
 def _run_id(row: Mapping[str, Any]) -> str:

@@ -120,7 +120,7 @@ class Rail(Protocol):
 
     @property
     def name(self) -> str:
-        """The word after ``--backend``."""
+        """Value of the setting that chooses the rail."""
         ...
 
     def probe(self) -> Probe:
@@ -220,18 +220,18 @@ class Finding:
     """warning: training works, something else may not. failed: training does not work."""
     message: str
     fix: str | None = None
-    """What to do or type; None where there is nothing to do."""
+    """What to do, a hint of `bp_runs.wording`; None if there is nothing to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that `backprop doctor` tries."""
+    """One thing that a check of this machine tries."""
 
     name: str
     run: Callable[[], Finding]
     """Tries it; what it raises is a failed finding."""
-    fix: str = "Send the output of `backprop info` and `backprop doctor` along with a report."
-    """What to do where trying it raises."""
+    fix: str = "Report it with the output of: {do:info}; and of: {do:doctor}"
+    """What to do if trying it raises, a hint of `bp_runs.wording`."""
 
 
 @runtime_checkable

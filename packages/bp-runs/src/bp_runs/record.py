@@ -20,6 +20,7 @@ from bp_runs.paths import RECORD_FILE
 from bp_runs.process import process_birth
 from bp_runs.redact import redact_data
 from bp_runs.serialize import from_json
+from bp_runs.wording import render
 
 Relation = Literal["replay", "member", "from", "extend"]
 """To its parent: done again with its settings; one run of a multi-run; trained on from its adapter; its
@@ -100,6 +101,11 @@ class RunRecord:
         """Steps that the run is to do; None while they are neither set nor planned from the data."""
         steps: int | None = self.plan.get("steps", self.setting("training.steps"))
         return steps
+
+    def describe_fix(self) -> str:
+        """What to do about the error, in the words of the program that reads the record; empty if there is none."""
+        error = self.error or {}
+        return render(error.get("hint") or error.get("way_out") or "")
 
     def describe_plan(self) -> str:
         """How long the run trains, in words; empty where that is not recorded."""

@@ -24,6 +24,7 @@ from bp_runs.files import coded_disk_errors, publish_json, sha256_file
 from bp_runs.metrics import read_last_time, read_progress
 from bp_runs.migrations import RECORD_SCHEMA
 from bp_runs.record import RunRecord, parse_record, read_record, utc_now
+from bp_runs.wording import command_ref
 
 _NOT_COPIED = frozenset(
     ("status", "ended_at", "host", "pid", "process_started", "sessions", "progress", "result", "artifacts", "error",
@@ -81,7 +82,8 @@ def rebuild(run: Path) -> RunRecord:
     if copy is None:
         raise RecordInvalidError(
             f"{run / paths.RECORD_FILE} is damaged, and no checkpoint has a copy of it",
-            way_out=f"Restore {run / paths.RECORD_FILE} from a backup, or delete the run: backprop runs rm {run.name}",
+            way_out=f"Restore {run / paths.RECORD_FILE} from a backup, or delete the run: "
+            f"{command_ref('runs rm', run.name)}",
         )
     record, metrics = copy.record, run / paths.METRICS_FILE
     record.progress = read_progress(metrics)

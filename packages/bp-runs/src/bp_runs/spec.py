@@ -1,7 +1,7 @@
 """What a run is asked to do: every setting that acts, and no other.
 
-A setting's dotted key is its place here: ``lora.r``, flag ``--lora-r``, environment ``BACKPROPAGATE_LORA__R``,
-``[lora] r = …`` in TOML. ``metadata["help"]`` of each field is the text that the CLI and the docs show.
+A setting's dotted key is its place here: ``lora.r``, environment ``BACKPROPAGATE_LORA__R``, ``[lora] r = …`` in
+TOML. ``metadata["help"]`` of each field is the text that the CLI and the docs show.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class LoraSpec:
 class TrainingSpec:
     """The loop."""
 
-    backend: str = setting("auto", "Rail to train on: auto, or a name that `backprop info` lists.")
+    backend: str = setting("auto", "Rail to train on: auto, or the name of an installed rail, such as cuda or mlx.")
     method: Literal["sft", "dpo", "orpo", "simpo", "kto"] = setting(
         "sft",
         "What is learnt from: answers (sft), a better and a worse answer (dpo, orpo, simpo), judged answers (kto).",
@@ -306,7 +306,7 @@ def _require_planned(key: str, value: int | None) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MultiRunSpec:
-    """Several runs, each going on from the one before; only `backprop multi-run` looks at it."""
+    """Several runs, each going on from the one before; only multi-runs read it."""
 
     runs: int = setting(
         5,

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import os
 import platform
-import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from bp_runs.metrics import read_events, read_last_time, read_progress
 from bp_runs.process import process_birth
 from bp_runs.record import Relation, RunRecord, read_record, utc_now, write_record
 from bp_runs.redact import redact_data
+from bp_runs.wording import command_ref
 
 if TYPE_CHECKING:
     from bp_runs.writer import RunWriter
@@ -108,11 +108,12 @@ class RunStore:
         """
         require_folder(self.folder(run_id))
         record = self.load(run_id)
-        if record.status == "running" and not (take_over and record.host != platform.node()):
-            elsewhere = "; if that machine is gone for good: --take-over" if record.host != platform.node() else ""
+        is_elsewhere = record.host != platform.node()
+        if record.status == "running" and not (take_over and is_elsewhere):
+            elsewhere = "; if that machine is gone for good: {set:take_over=true}" if is_elsewhere else ""
             raise RunActiveError(
                 f"the run {run_id} is going on in process {record.pid} on {record.host}",
-                way_out=f"{RunActiveError.default_way_out[:-1]}{elsewhere}.",
+                way_out=RunActiveError.default_way_out.removesuffix(".") + elsewhere,
             )
         before = copy.deepcopy(record)
         record.begin_session(from_step=from_step, checkpoint=checkpoint)
@@ -201,7 +202,7 @@ class RunStore:
         if place.is_dir() and (not any(place.iterdir()) or read_manifest(place).get("schema") in ours):
             return
         if place.exists() or place.is_symlink():
-            raise OutputTakenError(f"{place} was not written by backprop and would be replaced")
+            raise OutputTakenError(f"{place} is not one of our outputs and would be replaced")
 
     def list_runs(self) -> list[dict[str, Any]]:
         """Summary rows, newest first; a running run whose process is gone is recorded as interrupted now.
@@ -243,7 +244,7 @@ class RunStore:
         found = f"{len(matches)} runs match" if matches else "no run matches"
         raise RunNotFoundError(
             f"{found} {partial_id!r} in {self.output}",
-            way_out=f"See the ids: backprop list-runs --output {shlex.quote(str(self.output))}",
+            way_out=f"See the ids: {command_ref('list-runs', output=self.output)}",
             cause=", ".join(matches[:_NAMED]) + (" …" if len(matches) > _NAMED else "") if matches else None,
             details={"matches": matches[:_NAMED]},
         )
@@ -267,7 +268,7 @@ class RunStore:
                 error.message,
                 cause=error.cause,
                 way_out=f"Rebuild it from {copy.place} and resume the run: "
-                f"backprop resume {run_id} --output {shlex.quote(str(self.output))}",
+                f"{command_ref('resume', run_id, output=self.output)}",
             ) from error
 
     def folder(self, run_id: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +25,7 @@ from bp_runs.metrics import MetricsFile, read_progress
 from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord, read_record, utc_now
 from bp_runs.spec import RunFolders
+from bp_runs.wording import command_ref
 
 if TYPE_CHECKING:
     from bp_runs.store import RunStore
@@ -135,7 +135,7 @@ class RunWriter:
         self._refuse(what, told, changed)
 
     def _refuse(self, what: str, cause: str, details: dict[str, Any] | None = None) -> NoReturn:
-        anew = f"backprop replay {self.run_id} --output {shlex.quote(str(self.folders.output))}"
+        anew = command_ref("replay", self.run_id, output=self.folders.output)
         raise ResumeChangedError(
             f"the {what} changed since the run began",
             cause=cause,
@@ -184,7 +184,7 @@ class RunWriter:
             self._record = self._before
             self._close()
         elif isinstance(error, CodedError):
-            self._record.error = error.to_dict()
+            self._record.error = {**error.to_dict(), "hint": error.hint}
             self._end(error.run_status)
         else:
             name = type(error).__name__

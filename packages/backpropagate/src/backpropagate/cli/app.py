@@ -17,8 +17,10 @@ from backpropagate import launching, system
 from backpropagate.cli import process
 from backpropagate.cli.failing import is_terminal_lost, prepare_process, report_bug, report_error, set_up_logs
 from backpropagate.cli.switches import environment, overview, take_switches
+from backpropagate.cli.wording import CommandLineWording
 from backpropagate.offline import forbid_network
 from bp_runs.errors import CodedError, InterruptedRunError, PathUnusableError
+from bp_runs.wording import use_wording
 
 if TYPE_CHECKING:
     from cyclopts.help import HelpPanel
@@ -337,6 +339,11 @@ def _read_version() -> str:
 
 def run(argv: Sequence[str]) -> int:
     """Carry out one command line and return its exit status; every error has been told."""
+    with use_wording(CommandLineWording()):
+        return _run_switched(argv)
+
+
+def _run_switched(argv: Sequence[str]) -> int:
     as_json = "--json" in argv
     try:
         line = take_switches(argv)

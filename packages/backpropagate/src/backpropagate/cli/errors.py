@@ -10,6 +10,7 @@ from backpropagate.cli.screen import print_json
 from backpropagate.errors import CommandLineError
 from backpropagate.settings import nearest
 from bp_runs.errors import CodedError, registered_codes
+from bp_runs.wording import render
 
 _OWNERS = ("bp_runs", "bp_data", "bp_merge", "bp_export", "bp_train_cuda", "bp_train_mlx", "backpropagate")
 
@@ -32,7 +33,7 @@ def errors(code: str | None = None, *, json: Json = False) -> int:
         print_json("errors", {"errors": [_row(name, cls) for name, cls in chosen.items()]})
         return 0
     for name, cls in chosen.items():
-        print(f"{name}  (exit {cls.exit_status})\n  {cls.when}\n  {cls.default_way_out}")  # noqa: T201
+        print(f"{name}  (exit {cls.exit_status})\n  {cls.when}\n  {render(cls.default_way_out)}")  # noqa: T201
     return 0
 
 
@@ -45,4 +46,4 @@ def load_codes() -> dict[str, type[CodedError]]:
 
 
 def _row(name: str, cls: type[CodedError]) -> dict[str, object]:
-    return {"code": name, "when": cls.when, "way_out": cls.default_way_out, "exit_status": cls.exit_status}
+    return {"code": name, "when": cls.when, "way_out": render(cls.default_way_out), "exit_status": cls.exit_status}

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 
 import orjson
 
+from backpropagate.cli.wording import CommandLineWording
 from bp_runs.events import (
     AdapterSaved,
     CheckpointSaved,
@@ -25,7 +26,6 @@ from bp_runs.events import (
 )
 from bp_runs.paths import MODEL_NAME
 from bp_runs.redact import redact, redact_data
-from bp_runs.spec import short_name
 
 _PLAIN_LINES = 10
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -166,8 +166,8 @@ def _line(event: Event, since: float) -> str:
 
 def _remedy(event: Notice) -> str:
     """The flags that the notice recommends."""
-    flags = [f"--{short_name(key).replace('_', '-')} {value}" for key, value in event.details.get("try", {}).items()]
-    return f". Try: {' '.join(flags)}" if flags else ""
+    settings = {key: str(value) for key, value in event.details.get("try", {}).items()}
+    return f". Try: {CommandLineWording().settings(settings)}" if settings else ""
 
 
 def _facts(event: StepDone) -> str:

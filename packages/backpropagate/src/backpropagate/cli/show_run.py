@@ -102,7 +102,7 @@ def _went(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
             lines.append(f"  so far    step {done['step']} of {done.get('steps', '?')}, loss {loss}")
     if record.error:
         lines.append(f"  error     [{record.error['code']}]: {record.error['message']}")
-        lines.append(f"  do        {record.error['way_out']}")
+        lines.append(f"  do        {record.describe_fix()}")
     return lines + [f"  {artifact['kind']:<9} {artifact['path']}" for artifact in record.artifacts]
 
 

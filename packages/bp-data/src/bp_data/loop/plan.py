@@ -155,11 +155,16 @@ def require_length(training: TrainingSpec) -> None:
         raise InvalidSettingError(
             f"training.steps = {training.steps} and training.epochs = {training.epochs:g} both say how long to train",
             way_out="Set one of them and leave out the other.",
+            setting="training.epochs",
         )
     if training.steps is not None and training.steps < 1:
-        raise InvalidSettingError(f"training.steps is {training.steps}; it must be at least 1")
+        raise InvalidSettingError(
+            f"training.steps is {training.steps}; it must be at least 1", setting="training.steps"
+        )
     if training.epochs is not None and not 0 < training.epochs < math.inf:
-        raise InvalidSettingError(f"training.epochs is {training.epochs}; it must be a positive number")
+        raise InvalidSettingError(
+            f"training.epochs is {training.epochs}; it must be a positive number", setting="training.epochs"
+        )
 
 
 @overload

@@ -88,12 +88,13 @@ class Errors(TypedDict):
 
 
 class ErrorBody(TypedDict):
-    """What went wrong."""
+    """What went wrong; setting: dotted key of the setting at fault, if there is one."""
 
     code: str
     message: str
     cause: str | None
     way_out: str
+    setting: str | None
     exit_status: int
     details: dict[str, Any]
 

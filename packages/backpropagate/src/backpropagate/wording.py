@@ -1,0 +1,26 @@
+"""Hints in the words of the Python API: ``on_bad_row="skip"``; a command that is none of it, as it is typed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bp_runs.wording import Settings, literal
+
+
+class PythonWording:
+    """Keywords of `Trainer` and of its methods."""
+
+    def settings(self, settings: Settings) -> str:
+        """``lora_r=8, packing=False``."""
+        from bp_runs.spec import short_name
+
+        names = {key: short_name(key) if "." in key else key for key in settings}
+        return ", ".join(
+            names[key] if value is None else f"{names[key]}={literal(value)}" for key, value in settings.items()
+        )
+
+    def command(self, words: Sequence[str], settings: Settings) -> str:
+        """``backprop show-run 20261123 --output ./out``: the facade comes with the command."""
+        from backpropagate.cli.wording import CommandLineWording
+
+        return CommandLineWording().command(words, settings)
