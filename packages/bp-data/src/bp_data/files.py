@@ -6,10 +6,12 @@ import contextlib
 import gzip
 import hashlib
 import io
+import sys
 import zlib
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import BinaryIO, Final, Literal, TypeAlias, cast
+from typing import Any, BinaryIO, Final, Literal, TypeAlias, cast
 
 from bp_data.errors import (
     DatasetFormatUnsupportedError,
@@ -149,15 +151,19 @@ def _refuse_binary(path: Path, head: bytes) -> None:
         )
 
 
+def load_zstd() -> Any:
+    """Python's own Zstandard module, which versions before 3.14 have as the package backports.zstd."""
+    return import_module("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd")
+
+
 class _ZstdFile(io.RawIOBase):
     """Zstandard frames, unpacked block by block; data that ends inside a frame is an error and no end of file."""
 
     def __init__(self, raw: BinaryIO) -> None:
-        import zstandard
-
+        zstd = load_zstd()
         self._raw = raw
-        self._error = zstandard.ZstdError
-        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._error = zstd.ZstdError
+        self._new = zstd.ZstdDecompressor
         self._frame = self._new()
         self._begun = False
         self._ready = b""

@@ -26,6 +26,7 @@ from bp_merge.tensors import Dtype, Floats, TensorStreamWriter, write_tensors
 from bp_runs.adapter import (
     CONFIG_FILE,
     MANIFEST_SCHEMA,
+    TEMPLATE_FILE,
     WEIGHTS_FILE,
     copy_tokenizer_files,
     read_manifest,
@@ -303,6 +304,6 @@ def _has_other_template(first: Path, other: Path) -> bool:
     stored = [read_manifest(path).get("template") for path in (first, other)]
     if None not in stored:
         return bool(stored[0] != stored[1])
-    files = [path / "chat_template.jinja" for path in (first, other)]
+    files = [path / TEMPLATE_FILE for path in (first, other)]
     texts = [file.read_bytes() if file.is_file() else None for file in files]
     return texts[0] != texts[1]

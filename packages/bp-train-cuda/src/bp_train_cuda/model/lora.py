@@ -16,6 +16,7 @@ from bp_data.templates.conversations import hash_conversations
 from bp_data.templates.engine import ChatTemplate
 from bp_runs.adapter import (
     CONFIG_FILE,
+    TEMPLATE_FILE,
     WEIGHTS_FILE,
     copy_tokenizer_files,
     find_tokenizer_files,
@@ -161,7 +162,7 @@ def copy_tokenizer(base: Path, folder: Path, template: ChatTemplate) -> None:
     if (base / _GENERATION_FILE).is_file():
         shutil.copyfile(base / _GENERATION_FILE, folder / _GENERATION_FILE)
     if template.source == "default":
-        (folder / "chat_template.jinja").write_text(template.text, encoding="utf-8")
+        (folder / TEMPLATE_FILE).write_text(template.text, encoding="utf-8")
 
 
 def copied_bytes(base: Path) -> int:
