@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: errors.md, settings.md, cli.md. With ``--check``: refuse stale ones."""
+"""Write what is made from the code: reference pages, types of keywords. With ``--check``: reject stale ones."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
+
+from keyword_types import build_keywords
 
 from backpropagate import oldnames
 from backpropagate.cli.app import COMMANDS, run
@@ -54,8 +56,8 @@ def build_settings() -> str:
         "A setting has one key and may have other names, such as those of Hugging Face and of backpropagate 1.x. Every "
         "name works everywhere: as a Python keyword (`learning_rate=1e-4`), a flag (`--learning-rate`), in "
         "`--override` and `config explain`, in TOML and in the environment (`BACKPROPAGATE_TRAINING__LEARNING_RATE`, "
-        "or without the group, `BACKPROPAGATE_LR`). A name with a dot belongs to another group, and works only where the group is "
-        "written. Two names of one setting with different values are an error.\n"
+        "or without the group, `BACKPROPAGATE_LR`). A name with a dot belongs to another group, and works only where "
+        "the group is written. Two names of one setting with different values are an error.\n"
     )
     lines = [
         "# Settings\n",
@@ -92,7 +94,9 @@ def build_cli() -> str:
 def _help_of(argv: list[str]) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        run([*argv, "--help"])
+        status = run([*argv, "--help"])
+    if status:
+        raise RuntimeError(f"backprop {' '.join(argv)} --help fails")
     return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())
 
 
@@ -155,6 +159,7 @@ def _schema_text(kind: str) -> str:
 
 
 PAGES: dict[str, Callable[[], str]] = {
+    "../../packages/backpropagate/src/backpropagate/keywords.py": build_keywords,
     "errors.md": build_errors,
     "settings.md": build_settings,
     "cli.md": build_cli,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import bp_export
 from backpropagate import catalogue, smallmodel, system
@@ -24,7 +24,7 @@ from bp_runs.rail import Rail
 HELD_OUT = ("What is the capital of Germany?", "Who are you?", "How do I boil an egg?")
 """Prompts that are not in the example data."""
 
-QUANTIZATION = "q4_k_m"
+QUANTIZATION: Final = "q4_k_m"
 _ANSWER_TOKENS = 40
 
 # Chosen on two CPU cores: the style is learnt after about 40 steps, the names a little later.

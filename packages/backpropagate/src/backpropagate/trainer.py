@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from backpropagate import (
     catalogue,
@@ -30,7 +30,16 @@ from backpropagate import (
 )
 from backpropagate.errors import MainProcessError
 from backpropagate.exporting import ExportResult, export_adapter, push_model, warn_unexportable
+from backpropagate.keywords import (
+    MetricName,
+    QuantizationName,
+    RunKeywords,
+    StreamKeywords,
+    TrainerKeywords,
+    TrainKeywords,
+)
 from backpropagate.session import RunSession, SessionContext
+from backpropagate.signatures import shows_keywords
 from bp_runs.adapter import read_manifest
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CodedError, ContractError, ResumeChangedError, ResumeNotFoundError
@@ -83,9 +92,10 @@ class Trainer:
     No call changes the environment, installs a signal handler that was not asked for, or ends the process.
     """
 
+    @shows_keywords(TrainerKeywords)
     def __init__(
         self,
-        model: str | None = None,
+        model: str | Path | None = None,
         *,
         output: str | Path | None = None,
         rail: Rail | None = None,
@@ -93,7 +103,7 @@ class Trainer:
         defaults: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
         interrupts: stopping.Interrupts = stopping.no_interrupts,
-        **flags: Any,
+        **flags: Unpack[TrainerKeywords],
     ) -> None:
         self._flags = {"model": model, "output": output, **flags}
         self._rail = rail
@@ -114,8 +124,13 @@ class Trainer:
         """Whether this process is the one of several that exports and talks to the user; True for one alone."""
         return self._ranks is None or self._ranks.rank == 0
 
+    @shows_keywords(TrainKeywords)
     def train(
-        self, data: str | Path | None = None, *, on_event: Callable[[Event], None] | None = None, **flags: Any
+        self,
+        data: str | Path | None = None,
+        *,
+        on_event: Callable[[Event], None] | None = None,
+        **flags: Unpack[TrainKeywords],
     ) -> TrainResult:
         """Train an adapter and leave it at ``<output>/lora``.
 
@@ -180,19 +195,22 @@ class Trainer:
             going_on = resuming.prepare(store, record)
             return self._train(store, going_on.resolved, on_event, going_on, take_over=take_over)
 
+    @shows_keywords(RunKeywords)
     def replay(
         self,
         run: str,
         *,
         overrides: Mapping[str, Any] | None = None,
         on_event: Callable[[Event], None] | None = None,
+        **flags: Unpack[RunKeywords],
     ) -> TrainResult:
         """Do a recorded run again as a new one, its child, with some settings changed.
 
         Args:
             run: Its id or a part of it.
-            overrides: By any name of a setting: ``{"lr": 1e-4, "lora.r": "8"}``.
+            overrides: By any name of a setting, also as text: ``{"lr": 1e-4, "lora.r": "8"}``.
             on_event: Called with every event, after it is recorded.
+            **flags: Settings to change, over ``overrides``: ``lr=1e-4``.
 
         Raises:
             CodedError: As `train`; or an override that names no setting.
@@ -204,7 +222,9 @@ class Trainer:
             record = store.load(run)
             if record.kind != "train" or record.is_imported:
                 raise ResumeNotFoundError(f"the record of the run {record.run_id} has not all that it was made with")
-            return self._train(store, settings.from_record(record, overrides), on_event, parent=record)
+            return self._train(
+                store, settings.from_record(record, {**(overrides or {}), **flags}), on_event, parent=record
+            )
 
     def extend(self, run: str, *, steps: int, on_event: Callable[[Event], None] | None = None) -> TrainResult:
         """Train a finished run for more steps, as a new run that starts from its newest weights.
@@ -325,13 +345,14 @@ class Trainer:
             ranks=self._ranks,
         )
 
+    @shows_keywords(StreamKeywords)
     def multi_run(
         self,
         data: str | Path | Sequence[str | Path] | None = None,
         *,
         resume: str | None = None,
         on_event: Callable[[Event], None] | None = None,
-        **flags: Any,
+        **flags: Unpack[StreamKeywords],
     ) -> MultiRunResult:
         """Train several runs, each from the one before, and leave their merged adapter at ``<output>/lora``.
 
@@ -348,9 +369,10 @@ class Trainer:
 
         launching.require_given(self._ranks, os.environ)
         launching.require_one("a multi-run", self._ranks)
+        given = settings.by_short_name({"data": data, **flags})
+        data = given.pop("data", None)
         paths = [data] if isinstance(data, str | Path) else list(data or [])
-        first = {"data": paths[0]} if paths else {}
-        resolved = self._resolve({**first, **flags})
+        resolved = self._resolve({"data": paths[0] if paths else None, **given})
         store = RunStore(system.to_path(resolved.settings.training.output_dir))
         store.require_own_adapter()
         run_id = None if resume is None else store.find(resume)
@@ -395,7 +417,7 @@ class Trainer:
         self,
         format: Format = "gguf",
         *,
-        quantization: str | None = None,
+        quantization: QuantizationName | None = None,
         output: str | Path | None = None,
         verify: bool | None = None,
         ollama_name: str | None = None,
@@ -435,8 +457,11 @@ class Trainer:
         adapter: str | Path | None = None,
         against: str | Path | None = None,
         answers: int = 20,
+        answer_tokens: int = 128,
+        metrics: Sequence[MetricName] = ("exact", "f1", "contains"),
+        pattern: str | None = None,
+        seed: int = 0,
         on_event: Callable[[Event], None] | None = None,
-        **asked: Any,
     ) -> EvalResult:
         """Measure an adapter against its base, or against another adapter, on rows that it was not trained on.
 
@@ -445,8 +470,11 @@ class Trainer:
             adapter: An adapter folder, or a run of the output folder; default: the newest adapter.
             against: As ``adapter``: compare with this one instead of the base.
             answers: So many rows are answered by both; 0: only the loss is measured.
+            answer_tokens: Longest answer, in tokens.
+            metrics: How answers are compared with the rows' own.
+            pattern: A regular expression that a right answer matches; one more metric.
+            seed: Of the interval, which is found by resampling.
             on_event: Called with every event.
-            **asked: As `backpropagate.evaluating.evaluate_adapter`: ``metrics``, ``pattern``, ``answer_tokens`` …
 
         Raises:
             CodedError: As `evaluate_adapter`.
@@ -461,9 +489,12 @@ class Trainer:
             data=None if data is None else Path(data),
             against=None if against is None else str(against),
             answers=answers,
+            answer_tokens=answer_tokens,
+            metrics=metrics,
+            pattern=pattern,
+            seed=seed,
             rail=self._rail,
             emit=on_event or (lambda _: None),
-            **asked,
         )
 
     def prove(self, run: str | None = None, *, steps: int = 10) -> Proof:
@@ -483,7 +514,8 @@ class Trainer:
 
         return prove_run(RunStore(self.output), run, steps=steps, rail=self._rail)
 
-    def validate(self, data: str | Path | None = None, **flags: Any) -> AnyPrepared:
+    @shows_keywords(TrainKeywords)
+    def validate(self, data: str | Path | None = None, **flags: Unpack[TrainKeywords]) -> AnyPrepared:
         """Read, tokenize and mask the data as `train` would, without loading the model.
 
         Returns:
@@ -498,7 +530,8 @@ class Trainer:
         rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
         return prepare_asked(wanted, rows.path, catalogue.find_tokenizer(wanted))
 
-    def estimate_vram(self, *, memory: int | None = None, **flags: Any) -> MemoryEstimate:
+    @shows_keywords(RunKeywords)
+    def estimate_vram(self, *, memory: int | None = None, **flags: Unpack[RunKeywords]) -> MemoryEstimate:
         """What `train` would take of a card's memory, from the model's shapes alone, in bytes.
 
         Args:
@@ -510,21 +543,49 @@ class Trainer:
         """
         from backpropagate.estimating import estimate_memory
 
-        return estimate_memory(self._resolve(flags).settings, memory=memory or rails.free_memory())
+        return estimate_memory(self._resolve({**flags}).settings, memory=memory or rails.free_memory())
 
-    def push(self, repo: str, source: str | Path | None = None, **asked: Any) -> PushOutcome:
+    def push(
+        self,
+        repo: str,
+        source: str | Path | None = None,
+        *,
+        base: str | Path | None = None,
+        private: bool = False,
+        force: bool = False,
+        revision: str | None = None,
+        message: str | None = None,
+        token: str | None = None,
+        endpoint: str | None = None,
+    ) -> PushOutcome:
         """Upload the newest adapter, or an adapter, model or GGUF that is named, with a model card.
 
         Args:
             repo: ``owner/name``.
             source: What to upload; default: the newest adapter.
-            **asked: As `bp_export.push`: ``private``, ``force``, ``message``, ``token`` …
+            base: The base model's folder or Hub id, where the adapter does not say it.
+            private: Whether a new repository is private.
+            force: Whether files of the repository may be replaced, by a new commit.
+            revision: The branch; default: the main one.
+            message: The commit's message.
+            token: A token with write access; default: the one of `hf auth login`.
+            endpoint: The Hub's address; default: the library's own.
 
         Raises:
             CodedError: As `bp_export.push`.
         """
         launching.require_main("an upload", self._ranks)
-        return push_model(Path(source) if source else self._newest(), repo, **asked)
+        return push_model(
+            Path(source) if source else self._newest(),
+            repo,
+            base=base,
+            private=private,
+            force=force,
+            revision=revision,
+            message=message,
+            token=token,
+            endpoint=endpoint,
+        )
 
     @property
     def runs(self) -> RunStore:

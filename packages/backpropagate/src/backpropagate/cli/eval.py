@@ -6,7 +6,7 @@ import random
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -15,8 +15,7 @@ from backpropagate.cli.screen import open_screen, print_json
 from backpropagate.comparing import METRICS, Difference, sign_test
 from backpropagate.errors import EvalDataError
 from backpropagate.evaluating import EvalResult, Gate, evaluate_adapter, gate_refusal
-
-MetricName: TypeAlias = Literal["exact", "f1", "contains"]
+from backpropagate.keywords import MetricName
 
 _LEVEL = 0.05
 """A blind test that would come out so by chance more often than this says nothing."""

@@ -13,32 +13,17 @@ import bp_export
 from backpropagate.cli.flags import Json, output_folder
 from backpropagate.cli.screen import print_json
 from backpropagate.exporting import ExportResult, export_adapter, plan_export
+from backpropagate.keywords import QuantizationName
 from backpropagate.selecting import find_adapter
 
 Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
-Quantization: TypeAlias = Literal[
-    "f32",
-    "bf16",
-    "f16",
-    "q8_0",
-    "q6_k",
-    "q5_k_m",
-    "q5_k_s",
-    "q5_0",
-    "q4_k_m",
-    "q4_k_s",
-    "q4_0",
-    "iq4_xs",
-    "q3_k_m",
-    "q2_k",
-]
 
 
 def export(
     adapter: str | None = None,
     *,
     format: Annotated[Format, Parameter(name=("--format", "-f"))] = "gguf",
-    quantization: Annotated[Quantization | None, Parameter(name=("--quantization", "-q"))] = None,
+    quantization: Annotated[QuantizationName | None, Parameter(name=("--quantization", "-q"))] = None,
     output: Annotated[Path | None, Parameter(name=("--output", "-o"))] = None,
     base: str | None = None,
     pre: str | None = None,

@@ -9,7 +9,8 @@ from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from backpropagate.cli.export import Format, Quantization
+from backpropagate.cli.export import Format
+from backpropagate.keywords import QuantizationName
 from backpropagate.ui.places import Places
 from backpropagate.ui.showing import show
 from bp_runs.adapter import CONFIG_FILE
@@ -40,7 +41,7 @@ def _page(request: Request, filled: dict[str, str], error: CodedError | None = N
         exported=exported,
         filled=filled,
         formats=_FORMATS,
-        quantizations=get_args(Quantization),
+        quantizations=get_args(QuantizationName),
         folder=site.places.own / FOLDER,
         error=None if error is None else error.to_dict(),
         status=200 if error is None else 400,
@@ -104,7 +105,7 @@ def _words(places: Places, filled: dict[str, str]) -> list[str]:
     if weights is None:
         raise InvalidSettingError(f"the run {run_id} has left no adapter", way_out="Choose another run.")
     format, quantization = filled.get("format", "gguf"), filled.get("quantization", "q4_k_m")
-    if format not in _FORMATS or quantization not in get_args(Quantization):
+    if format not in _FORMATS or quantization not in get_args(QuantizationName):
         raise InvalidSettingError(f"there is no export {format} {quantization}", way_out="Choose one of the form's.")
     name = f"{run_id}-{quantization}.gguf" if format == "gguf" else f"{run_id}-{format}"
     words = ["export", str(weights), f"--format={format}", f"--output={places.own / FOLDER / name}"]
