@@ -57,7 +57,14 @@ def test_the_parity_table_is_in_the_answer(tmp_path, adapter, capsys):
     assert run([*argv, "--json"]) == 0
     parity = json.loads(capsys.readouterr().out)["parity"]
     assert parity["passed"] is True
-    assert {check["name"] for check in parity["checks"]} == {"template", "greedy", "divergence", "stop", "effect"}
+    assert {check["name"] for check in parity["checks"]} == {
+        "training",
+        "template",
+        "greedy",
+        "divergence",
+        "stop",
+        "effect",
+    }
 
 
 def test_an_absent_ollama_is_noticed_before_the_export(tmp_path, adapter, monkeypatch):

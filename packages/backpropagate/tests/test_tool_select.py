@@ -1,6 +1,7 @@
 """RUN, RUN@50, RUN@best: every checkpoint of a run is an adapter, whatever command is given it. On a real pico model."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -89,6 +90,25 @@ def test_commands_take_a_checkpoint(trained, monkeypatch, capsys):
     assert "INPUT_ADAPTER_SELECTION" in capsys.readouterr().err
     assert run(["chat", f"{long}@7", "--prompt", "hi"]) == 1
     assert "INPUT_ADAPTER_SELECTION" in capsys.readouterr().err
+
+
+def test_a_checkpoint_has_the_template_of_its_run_also_while_the_run_has_no_adapter(trained, tmp_path):
+    folder, _, _, long = trained
+    record = RunStore(folder / "out").load(long)
+    whole = read_manifest(find_adapter(long, folder / "out"))["template"]
+    run = shutil.copytree(folder / "out/runs" / long, tmp_path / "run", symlinks=True)
+    shutil.rmtree(run / "lora", ignore_errors=True)
+    CudaRail().write_adapter(CheckpointFolder(run).read()[0], record, tmp_path / "a")
+    assert read_manifest(tmp_path / "a")["template"] == whole
+    stored = json.loads((run / "template.json").read_text())
+    (run / "template.json").write_text(
+        json.dumps({**stored, "default": "{{ messages }}"})
+    )  # a model without a template
+    CudaRail().write_adapter(CheckpointFolder(run).read()[0], record, tmp_path / "b")
+    assert (tmp_path / "b/chat_template.jinja").read_text() == "{{ messages }}"
+    (run / "template.json").unlink()  # a run of an earlier version
+    CudaRail().write_adapter(CheckpointFolder(run).read()[0], record, tmp_path / "c")
+    assert "template" not in read_manifest(tmp_path / "c")
 
 
 @pytest.mark.parametrize(("key", "value"), [("training.mode", "full"), ("lora.init_lora_weights", "pissa")])

@@ -13,7 +13,9 @@ from bp_data.templates.conversations import (
     ConversationHashes,
     find_differences,
     hash_conversations,
+    read_template_record,
     with_tools,
+    write_template_record,
 )
 from bp_data.templates.engine import ChatTemplate, find_default_system, remove_generation_marks
 from bp_data.templates.reader import SpecialTokens, load_template, read_special_tokens, read_template_files
@@ -216,6 +218,16 @@ def test_hashes_tell_renderings_apart_and_do_not_depend_on_the_day():
     assert find_differences(first, ConversationHashes("another set", first.rendered)) is None
     for data in (None, [], {}, {"conversations": 1, "rendered": []}, {"conversations": "a", "rendered": "b"}):
         assert ConversationHashes.from_dict(data) is None
+
+
+def test_a_run_keeps_its_template(tmp_path, model):
+    assert read_template_record(tmp_path) == (None, None)
+    own = ChatTemplate(families.CHATML, TOKENS)
+    write_template_record(tmp_path, own)
+    assert read_template_record(tmp_path) == (None, hash_conversations(own))
+    made = load_template(model("chatml"), load_tokenizer(model("chatml")))
+    write_template_record(tmp_path, made)
+    assert (made.source, read_template_record(tmp_path)) == ("default", (made.text, hash_conversations(made)))
 
 
 def test_generation_marks_can_be_taken_out():

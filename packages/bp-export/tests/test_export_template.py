@@ -136,7 +136,7 @@ def test_ollama_gets_no_file_that_renders_otherwise(adapter, tmp_path, monkeypat
         path.unlink()
         with pytest.raises(TemplateChangedError, match="10 of 10") as caught:
             register_gguf(write_other_template(adapter), "wrong", host=server.url)
-        assert "backprop export" in caught.value.way_out
+        assert "export ADAPTER" in caught.value.way_out
         assert "wrong" not in str(server.models)
 
 

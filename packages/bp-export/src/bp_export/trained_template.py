@@ -98,7 +98,7 @@ def check_gguf(
     hashes = hashes or read_gguf_hashes(settings)
     if hashes is None:
         return RenderingCheck("not tested", _NO_HASHES)
-    fix = "Export the adapter again with the chat template that it was trained with: backprop export ADAPTER --force"
+    fix = "Export the adapter again: {do:export ADAPTER force=true}"
     return _compare(hashes, read_gguf_template(settings), str(path), fix)
 
 
@@ -133,7 +133,7 @@ def check_server(server: LlamaServer, path: Path, settings: Mapping[str, Any]) -
         raise TemplateChangedError(
             f"llama.cpp renders the chat template of {path} differently than training did: "
             f"conversations {', '.join(map(str, wrong))}",
-            way_out="Update llama.cpp, which may know the template by then: pip install --upgrade xllamacpp",
+            way_out="Install a llama.cpp that renders the template: pip install --upgrade xllamacpp",
             details={"conversations": wrong},
         )
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import orjson
 
-from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, copy_tokenizer_files, read_manifest, write_manifest
+from bp_data.templates.conversations import ConversationHashes, read_template_record
+from bp_runs.adapter import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE, copy_tokenizer_files, write_manifest
 from bp_runs.checkpoint import Checkpoint
 from bp_runs.errors import CheckpointInvalidError
 from bp_runs.files import coded_disk_errors, publish_folder
@@ -50,7 +51,7 @@ def write_adapter(checkpoint: Checkpoint, record: RunRecord, folder: Path, *, be
             _copy_weights(source, partial / WEIGHTS_FILE)
             config = _read_config(checkpoint, record)
             (partial / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
-            _copy_tokenizer(checkpoint.path.parents[1], record, partial)
+            hashes = _copy_tokenizer(checkpoint.path.parents[1], record, partial)
         base = record.base.get("folder")
         write_manifest(
             partial,
@@ -58,8 +59,7 @@ def write_adapter(checkpoint: Checkpoint, record: RunRecord, folder: Path, *, be
             base=str(record.setting("model.name")),
             base_folder=Path(base) if base and Path(base).is_dir() else None,
             origin={"checkpoint": checkpoint.path.name, "step": checkpoint.step, "best": best},
-            # A run that did not end has stored no hashes of rendered conversations yet.
-            template=read_manifest(checkpoint.path.parents[1] / ADAPTER_NAME).get("template"),
+            template=None if hashes is None else hashes.to_dict(),
         )
 
 
@@ -114,10 +114,14 @@ def _commit(model: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _copy_tokenizer(run: Path, record: RunRecord, folder: Path) -> None:
-    """As the finished adapter has it, else as the base does."""
+def _copy_tokenizer(run: Path, record: RunRecord, folder: Path) -> ConversationHashes | None:
+    """As the finished adapter has it, else as the base does; returns how training rendered chats, if that is known."""
     finished, base = run / ADAPTER_NAME, record.base.get("folder")
     place = finished if finished.is_dir() else Path(base) if base else finished
     copy_tokenizer_files(place, folder)
     if (place / _GENERATION_FILE).is_file():
         shutil.copyfile(place / _GENERATION_FILE, folder / _GENERATION_FILE)
+    default, hashes = read_template_record(run)
+    if default is not None:
+        (folder / TEMPLATE_FILE).write_text(default, encoding="utf-8")
+    return hashes

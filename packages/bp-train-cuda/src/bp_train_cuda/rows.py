@@ -83,6 +83,7 @@ def plan_rows(spec: TrainSpec, emit: Emit, group: ProcessGroup) -> tuple[TrainSp
         CodedError: The rows can't be trained on, by this model or by these settings.
     """
     from bp_data.loop.plan_warnings import warn_about_plan
+    from bp_data.templates.conversations import write_template_record
     from bp_train_cuda import check
 
     prepared = _prepare_together(spec, group)
@@ -91,6 +92,7 @@ def plan_rows(spec: TrainSpec, emit: Emit, group: ProcessGroup) -> tuple[TrainSp
     emit(plan := rows.to_event())
     if group.rank == 0:
         prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
+        write_template_record(spec.folders.run, prepared.template)
     if prepared.ledger.dropped:
         message = f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}"
         emit(Notice(message=message, level="warning" if group.rank == 0 else "info"))

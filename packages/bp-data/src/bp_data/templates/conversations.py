@@ -10,11 +10,13 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import orjson
 
 from bp_data.templates.engine import ChatTemplate
+from bp_runs.files import publish_json
 
 Tools: TypeAlias = Sequence[Mapping[str, Any]]
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
@@ -70,6 +72,7 @@ CONVERSATIONS: Sequence[Messages] = (
 )
 """The last one is a tool call, and goes along with `TOOLS`."""
 
+_RECORD_FILE: Final = "template.json"
 # Templates that print the date must give the same hashes on every day.
 _DAY: Final = datetime(2026, 1, 2, 3, 4, 5)
 
@@ -114,6 +117,26 @@ def hash_rendered(render: Callable[..., str | None]) -> ConversationHashes:
         _hash(orjson.dumps([CONVERSATIONS, TOOLS])),
         tuple("" if text is None else _hash(text.encode()) for text in texts),
     )
+
+
+def write_template_record(folder: Path, template: ChatTemplate) -> None:
+    """Store in a run's folder how its template renders chats, for adapters that are made of its checkpoints.
+
+    Raises:
+        DiskFullError, OutputNotWritableError: The file can't be written.
+    """
+    text = template.text if template.source == "default" else None
+    publish_json(folder / _RECORD_FILE, {"default": text, "hashes": hash_conversations(template).to_dict()})
+
+
+def read_template_record(folder: Path) -> tuple[str | None, ConversationHashes | None]:
+    """The text of a run's template if its model had none, and the hashes of its renderings; None if not stored."""
+    try:
+        stored = orjson.loads((folder / _RECORD_FILE).read_bytes())
+        text = stored["default"]
+        return (text if isinstance(text, str) else None), ConversationHashes.from_dict(stored["hashes"])
+    except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
+        return None, None
 
 
 def with_tools() -> list[tuple[Messages, Tools | None]]:
