@@ -361,3 +361,18 @@ def test_config_explain_of_an_unknown_key_names_the_nearest(here, capsys):
     error = capsys.readouterr().err
     assert error.startswith("[CONFIG_UNKNOWN_SETTING]: there is no setting 'lora.rank'; did you mean 'lora.r'?")
     assert "backprop config show" in error
+
+
+@pytest.mark.parametrize(
+    ("environ", "toml", "named"),
+    [
+        ({"BACKPROPAGATE_TRAINING__MAX_STEPS": "x"}, "", "BACKPROPAGATE_TRAINING__MAX_STEPS"),
+        ({}, "[training]\nmax_steps = 'x'\n", "training.max_steps in backpropagate.toml"),
+    ],
+)
+def test_a_wrong_value_is_reported_under_the_name_that_was_written(environ, toml, named, tmp_path):
+    file = tmp_path / "backpropagate.toml"
+    file.write_text(toml)
+    with pytest.raises(InvalidSettingError) as caught:
+        resolve({}, environ, file)
+    assert caught.value.message == f"{named} cannot be 'x'"

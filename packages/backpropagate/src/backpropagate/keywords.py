@@ -141,7 +141,7 @@ class TrainingKeywords(TypedDict, total=False):
     """The loop."""
 
     backend: str | None
-    """Rail to train on: auto, or a name that `backprop info` lists."""
+    """Rail to train on: auto, or the name of an installed rail, such as cuda or mlx."""
 
     method: Literal["sft", "dpo", "orpo", "simpo", "kto"] | None
     """What is learnt from: answers (sft), a better and a worse answer (dpo, orpo, simpo), judged answers

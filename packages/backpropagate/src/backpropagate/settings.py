@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from backpropagate import oldnames
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
@@ -219,7 +219,7 @@ def _join(
     """Values that are set, the nearest source's, and the source of every known setting."""
     values: dict[str, Any] = {}
     sources: dict[str, Source] = dict.fromkeys(known, "default")
-    layers: tuple[tuple[Source, Mapping[str, Any]], ...] = (
+    layers: tuple[tuple[Source, _Layer], ...] = (
         ("default", _from_flags(defaults, known)),
         ("toml", _from_toml(toml)),
         ("env", _from_env(environ)),
@@ -229,12 +229,15 @@ def _join(
         for replaced in _replaced_lengths(layer):
             values.pop(replaced, None)
             sources[replaced] = "default"
-        for key, raw in layer.items():
+        for key, (name, raw) in layer.items():
             if key in known:
-                values[key] = _convert(known[key], raw, source)
+                values[key] = _convert(known[key], raw, source, name)
                 sources[key] = source
     return values, sources
 
+
+_Layer: TypeAlias = Mapping[str, tuple[str, Any]]
+"""One source's settings by key: the name as it was spelled there, and the value."""
 
 _LENGTHS = ("training.steps", "training.epochs")
 """Two ways to say how long to train: the nearest source that says one of them decides."""
@@ -265,7 +268,7 @@ def by_short_name(flags: Mapping[str, Any]) -> dict[str, Any]:
         UnknownSettingError: A name that no setting has; the nearest one is named.
         InvalidSettingError: Two names of one setting, with different values.
     """
-    return {short_name(key): value for key, value in _from_flags(flags, all_settings()).items()}
+    return {short_name(key): value for key, (_, value) in _from_flags(flags, all_settings()).items()}
 
 
 def apply_lora_preset(resolved: Resolved, preset: str) -> Resolved:
@@ -317,7 +320,7 @@ def from_record(record: RunRecord, overrides: Mapping[str, Any] | None = None) -
     sources: dict[str, Source] = dict.fromkeys(all_settings(), "default")
     for name, raw in (overrides or {}).items():
         setting = find_setting(name)
-        values[setting.key] = _convert(setting, raw, "override")
+        values[setting.key] = _convert(setting, raw, "override", name)
         sources[setting.key] = "override"
     replaced = _replaced_lengths(values)
     for key, entry in record.settings.items():
@@ -331,7 +334,7 @@ def from_record(record: RunRecord, overrides: Mapping[str, Any] | None = None) -
             continue
         if MASK in str(entry["value"]):
             raise InvalidSettingError(f"{key} holds a secret, which the record of {record.run_id} does not keep")
-        values[key] = _convert(setting, anchored(key, entry["value"], record.cwd), "record")
+        values[key] = _convert(setting, anchored(key, entry["value"], record.cwd), "record", setting.short)
         sources[key] = entry["source"] if entry["source"] in ("default", "preset") else "record"
     if sources["lora.preset"] == "override" and values["lora.preset"] in LORA_PRESETS:
         _fill_lora(values, sources, values["lora.preset"])
@@ -346,7 +349,7 @@ def anchored(key: str, value: Any, cwd: str) -> Any:
     return str(there) if Path(cwd) != Path.cwd() and there.exists() else value
 
 
-def _from_flags(flags: Mapping[str, Any], known: Mapping[str, Setting]) -> dict[str, Any]:
+def _from_flags(flags: Mapping[str, Any], known: Mapping[str, Setting]) -> _Layer:
     names = run_names() if known is all_settings() else ui_names()
     named: list[tuple[str, str, Any]] = []
     for name, value in flags.items():
@@ -358,8 +361,8 @@ def _from_flags(flags: Mapping[str, Any], known: Mapping[str, Setting]) -> dict[
     return _join_names(named)
 
 
-def _join_names(named: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
-    """Values by key, from triples of a name as it was spelled, its key and the value.
+def _join_names(named: Iterable[tuple[str, str, Any]]) -> _Layer:
+    """A source's settings, from triples of a name as it was spelled, its key and the value.
 
     Raises:
         InvalidSettingError: Two names of one setting, with different values.
@@ -372,10 +375,10 @@ def _join_names(named: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
                 f"{other} and {name} are two names of {key}, with different values: {before!r} and {value!r}",
                 way_out=f"Set one of them: {other}, or {name}.",
             )
-    return {key: value for key, (_, value) in found.items()}
+    return found
 
 
-def _from_env(environ: Mapping[str, str]) -> dict[str, Any]:
+def _from_env(environ: Mapping[str, str]) -> _Layer:
     by_env = {s.env: s.key for s in (*all_settings().values(), *ui_settings().values())}
     named: list[tuple[str, str, str]] = []
     for name, value in environ.items():
@@ -396,7 +399,7 @@ def _from_env(environ: Mapping[str, str]) -> dict[str, Any]:
     return _join_names(named)
 
 
-def _from_toml(file: Path | None) -> dict[str, Any]:
+def _from_toml(file: Path | None) -> _Layer:
     if file is None or not file.is_file():
         return {}
     import tomllib  # only where there is a file: commands start without it
@@ -412,7 +415,7 @@ def _from_toml(file: Path | None) -> dict[str, Any]:
             spelled = f"{group}.{name}".rstrip(".")
             if spelled not in names:
                 raise UnknownSettingError(f"{file} sets {spelled!r}, which is no setting{nearest(spelled, names)}")
-            named.append((f"{spelled} in {file}", names[spelled].key, value))
+            named.append((f"{spelled} in {file.name}", names[spelled].key, value))
     return _join_names(named)
 
 
@@ -424,8 +427,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
-def _convert(setting: Setting, raw: Any, source: Source) -> Any:
-    """``raw`` as the setting's type; text from the environment is read as the type wants it."""
+def _convert(setting: Setting, raw: Any, source: Source, name: str) -> Any:
+    """``raw`` as the setting's type; text from the environment is read as the type wants it.
+
+    Raises:
+        InvalidSettingError: It can't be; ``name`` is the setting's as it was spelled.
+    """
     if isinstance(raw, str) and "tuple" in str(setting.type):
         raw = [part.strip() for part in raw.split("|") if part.strip()]
     if isinstance(raw, Path):
@@ -437,9 +444,7 @@ def _convert(setting: Setting, raw: Any, source: Source) -> Any:
     try:
         return msgspec.convert(raw, setting.type, strict=source == "toml")
     except msgspec.ValidationError as error:
-        where = {"env": setting.env, "toml": f"{setting.key} in {TOML_FILE}"}.get(
-            source, "--" + setting.short.replace("_", "-")
-        )
+        where = name if source in ("env", "toml") else "--" + name.replace("_", "-")
         raise InvalidSettingError(f"{where} cannot be {raw!r}", cause=str(error)) from error
 
 
