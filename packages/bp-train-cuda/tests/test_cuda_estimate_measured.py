@@ -6,6 +6,8 @@ context of CUDA, outside torch's count, took 0.60 to 0.75 GiB there.
 
 import pytest
 
+from bp_train_cuda.losses import log_probs
+from bp_train_cuda.memory import estimate as memory_estimate
 from bp_train_cuda.memory.estimate import Load, estimate
 from bp_train_cuda.memory.shapes import read_shapes
 
@@ -46,3 +48,7 @@ def test_an_estimate_is_near_what_was_measured(model, load, allocated, reserved)
     assert found.in_use / GIB == pytest.approx(allocated, rel=0.031)
     needed = (found.in_use + found.beside) / GIB
     assert 0.93 * (reserved + CONTEXT[0]) < needed < 1.05 * (reserved + CONTEXT[1])
+
+
+def test_the_estimate_knows_the_loss_heads_tiles():
+    assert memory_estimate._TILE == log_probs.TILE  # not imported there, since it would take torch

@@ -102,17 +102,16 @@ class _LogProbs(torch.autograd.Function):  # type: ignore[misc]
             slopes = torch.empty_like(hidden) if needs_hidden and not trains_head else None
             for rows in _tiles(len(hidden), _tile_rows(len(weight))):
                 logits = _logits(hidden_low[rows], weight_low, bias, scale, softcap)
-                log_probs, at = logits.log_softmax(dim=1), targets[rows, None]
-                own = log_probs.gather(1, at)
-                found[rows] = own[:, 0]
+                at = targets[rows, None]
                 if trains_head:
-                    normalizer[rows] = (logits.gather(1, at) - own)[:, 0]
-                elif slopes is not None:
-                    # -d log p / d logit / scale: each token's probability, for the target less 1; a difference that is
-                    # taken before it is rounded to 16 bits.
-                    low = _probabilities(log_probs, logits, softcap, dtype)
-                    low.scatter_(1, at, (own.expm1() * _cap_slope(logits.gather(1, at), softcap)).to(dtype))
-                    slopes[rows] = low @ weight_low
+                    normalizer[rows] = logits.logsumexp(dim=1)
+                    found[rows] = logits.gather(1, at)[:, 0] - normalizer[rows]
+                    continue
+                log_probs = logits.log_softmax(dim=1)
+                found[rows] = log_probs.gather(1, at)[:, 0]
+                if slopes is not None:
+                    slopes[rows] = _probabilities(log_probs, logits, at, softcap, dtype) @ weight_low
+                del logits, log_probs  # before the next tile needs the memory
         ctx.scale, ctx.softcap, ctx.dtype = scale, softcap, dtype
         if trains_head:
             ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
@@ -188,12 +187,18 @@ def _slope(logits: torch.Tensor, normalizer: torch.Tensor, scale: float, softcap
 
 
 def _probabilities(
-    log_probs: torch.Tensor, logits: torch.Tensor, softcap: float | None, dtype: torch.dtype
+    log_probs: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Probabilities times the slope of the cap, in ``dtype``; written in one pass without a cap."""
-    if softcap is not None:
-        return (log_probs.exp() * _cap_slope(logits, softcap)).to(dtype)
-    return torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=dtype))
+    """-d log p / d logit without scale, in ``dtype``: probabilities, less 1 for the target; times the slope of the cap.
+
+    The target's difference is taken before it is rounded. Without a cap the rest is written in one pass.
+    """
+    if softcap is None:
+        found = torch.exp(log_probs, out=torch.empty_like(log_probs, dtype=dtype))
+    else:
+        found = (log_probs.exp() * _cap_slope(logits, softcap)).to(dtype)
+    own = log_probs.gather(1, targets).expm1() * _cap_slope(logits.gather(1, targets), softcap)
+    return found.scatter_(1, targets, own.to(dtype))
 
 
 def _tile_rows(words: int) -> int:

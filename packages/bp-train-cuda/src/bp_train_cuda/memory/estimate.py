@@ -27,7 +27,7 @@ WEIGHTS_SHARE = 0.6
 Mode = Literal["lora", "qlora", "full"]
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight; scales of 64 weights in 8 bits, of 256 scales in 32
-_TILE = (4096, 32768)  # tokens and words of the vocabulary that TRL projects at a time
+_TILE = 2**26  # logits that the loss head computes at a time, as in bp_train_cuda.losses.log_probs
 _ROWS = {"dpo": 2, "orpo": 2, "simpo": 2}  # a pair is two rows
 _OPTIMIZERS: Mapping[str, str] = {"lora": "adamw_torch", "qlora": "adamw_8bit", "full": "paged_adamw_8bit"}
 """What ``auto`` takes."""
@@ -212,6 +212,7 @@ def _unpack(shapes: Shapes, load: Load) -> int:
 
 def _count_head_bytes(shapes: Shapes, load: Load) -> int:
     """Bytes while the loss is taken: a tile of logits, the hidden states and their gradient, the head's own."""
-    tile = 2 * min(load.tokens, _TILE[0]) * min(shapes.vocabulary, _TILE[1])
+    logits = min(_TILE, load.tokens * shapes.vocabulary)
+    tile = (8 if load.mode == "full" else 10) * logits  # logits and their softmax in float32; once more in 16 bits
     own = 6 * shapes.vocabulary * shapes.hidden if load.mode == "full" else 0
     return tile + 10 * shapes.hidden * load.tokens + own

@@ -97,7 +97,7 @@ def _measure(
     trained = sum(weight.nbytes for weight in framework.own_weights().values())
     return Preflight(
         peak=peak,
-        rows=len(batch),
+        rows=min(len(batch), len(ids)),  # packs are joined to one row; a pair has two
         tokens=ids.numel(),
         save_bytes=trained + state,
         validated=validator is not None,

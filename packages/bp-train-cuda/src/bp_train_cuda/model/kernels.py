@@ -1,7 +1,7 @@
 """Liger's fused kernels for norms, rotary positions and the feed-forward part, where they can be used.
 
-The loss needs none of them: TRL's head takes it in tiles of 4,096 tokens by 32,768 words, on any device and under every
-method, so logits never exist whole; Liger's fused cross-entropy would take its place and TRL refuses it.
+The loss needs none of them: `bp_train_cuda.losses.log_probs` computes it in tiles, on any device and for every method,
+so the full logits tensor is never allocated.
 """
 
 from __future__ import annotations
