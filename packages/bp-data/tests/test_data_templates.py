@@ -12,12 +12,13 @@ from bp_data.templates.conversations import (
     CONVERSATIONS,
     ConversationHashes,
     find_differences,
+    find_server_variables,
     hash_conversations,
     read_template_record,
     with_tools,
     write_template_record,
 )
-from bp_data.templates.engine import ChatTemplate, find_default_system, remove_generation_marks
+from bp_data.templates.engine import ChatTemplate, find_default_system, leave_undefined, remove_generation_marks
 from bp_data.templates.reader import SpecialTokens, load_template, read_special_tokens, read_template_files
 from bp_data.tokens import load_tokenizer
 
@@ -218,6 +219,16 @@ def test_hashes_tell_renderings_apart_and_do_not_depend_on_the_day():
     assert find_differences(first, ConversationHashes("another set", first.rendered)) is None
     for data in (None, [], {}, {"conversations": 1, "rendered": []}, {"conversations": "a", "rendered": "b"}):
         assert ConversationHashes.from_dict(data) is None
+
+
+def test_variables_that_servers_set_can_be_left_undefined(judge):
+    plain = "\n  {% if true %}{{ enable_thinking is defined }}{{ date_string or 'no day' }}{% endif %}"
+    assert find_server_variables(ChatTemplate(plain, TOKENS)) == ["enable_thinking", "date_string"]
+    assert find_server_variables(ChatTemplate("{# datetime #}{{ enable_thinking is none }}", TOKENS)) == []
+    set_by_server = {"enable_thinking": True, "date_string": "01 Jan 2000"}
+    kept = ChatTemplate(leave_undefined(plain, list(set_by_server)), TOKENS)
+    assert kept.render(HI, variables=set_by_server) == ChatTemplate(plain, TOKENS).render(HI) == judge(plain, HI)
+    assert ChatTemplate(plain, TOKENS).render(HI, variables=set_by_server) == "\nTrue01 Jan 2000"
 
 
 def test_a_run_keeps_its_template(tmp_path, model):

@@ -188,12 +188,36 @@ def test_chat_says_whether_its_template_was_tested(adapter, tmp_path, capsys, mo
     assert json.loads(capsys.readouterr().out)["rendering"]["result"] == "not tested"
 
 
-def test_chat_rejects_a_template_that_llama_cpp_renders_otherwise(tmp_path):
-    """llama.cpp says itself whether thinking is on; training left that to the template."""
+THINKING = "{% if enable_thinking is defined %}[thinking]{% endif %}" + TEMPLATE
+DATED = (
+    "\n  {%- if not date_string is defined %}{%- set date_string = '26 Jul 2024' %}{%- endif %}[{{ date_string }}]"
+    + TEMPLATE
+)
+
+
+@pytest.mark.parametrize("template", [THINKING, DATED], ids=["thinking", "dated"])
+def test_what_llama_cpp_sets_by_itself_stays_undefined_as_at_training(tmp_path, template):
+    """Qwen3.5 and Llama 3.1: training renders without thinking and with a fixed day, llama.cpp with and with today."""
     skip_without_llama_cpp()
     base = write_base(tmp_path / "base")
     lora = write_lora(tmp_path / "lora", base)
-    store_hashes(lora, base, "{% if enable_thinking is defined %}[thinking]{% endif %}" + TEMPLATE)
+    store_hashes(lora, base, template)
+    made = export_adapter(lora, quantization="f16", verify=True)
+    checks = {check.name: check.result for check in made.parity.checks}
+    assert (checks["training"], checks["template"]) == ("passed", "passed")
+    LlamaChat(made.path).close()
+    (lora / "run.json").unlink()
+    assert (
+        read_settings(export_adapter(lora, quantization="f16", force=True).path)["tokenizer.chat_template"] == template
+    )
+
+
+def test_chat_rejects_a_template_that_llama_cpp_renders_otherwise(tmp_path):
+    skip_without_llama_cpp()
+    base = write_base(tmp_path / "base")
+    lora = write_lora(tmp_path / "lora", base)
+    # A filter that Jinja has and llama.cpp's engine does not apply as Jinja does.
+    store_hashes(lora, base, "{{ '%s' | format(messages[0].content) }}" + TEMPLATE)
     path = export_adapter(lora, quantization="q8_0").path
     assert check_gguf(path).result == "passed"
     with pytest.raises(TemplateChangedError, match=r"llama\.cpp renders"):

@@ -137,7 +137,14 @@ def build_plan(
     config = grow_vocabulary(read_config(base), model)
     architecture = find_architecture(config)
     tensors = _plan_tensors(model, architecture, quantization, importance)
-    vocabulary = read_vocabulary(tokenizer, vocab_size=architecture.vocab_size, model_config=config, pre=pre, base=base)
+    vocabulary = read_vocabulary(
+        tokenizer,
+        vocab_size=architecture.vocab_size,
+        model_config=config,
+        pre=pre,
+        base=base,
+        is_trained=hashes is not None,
+    )
     writer = _build_writer(architecture, vocabulary, tensors, quantization, _read_metadata(base, name, tensors))
     if hashes is not None:
         add_hashes(writer, hashes)

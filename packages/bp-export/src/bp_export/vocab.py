@@ -21,7 +21,8 @@ from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
-from bp_data.templates.engine import ChatTemplate, remove_generation_marks
+from bp_data.templates.conversations import find_server_variables
+from bp_data.templates.engine import ChatTemplate, leave_undefined, remove_generation_marks
 from bp_data.templates.reader import SpecialTokens, read_special_tokens, read_template_files
 from bp_export.errors import TokenizerUnsupportedError
 from bp_export.pieces import ADDED_SCORE, UNUSED_SCORE, Piece, read_pieces, read_space_prefix
@@ -77,6 +78,7 @@ def read_vocabulary(
     model_config: Mapping[str, Any],
     pre: str | None = None,
     base: Path | None = None,
+    is_trained: bool = False,
 ) -> Vocabulary:
     """Read the tokenizer in a folder.
 
@@ -87,6 +89,8 @@ def read_vocabulary(
         pre: llama.cpp's name of the splitting rule, instead of recognising it.
         base: The base model's folder. Where it has a tokenizer, its splitting rule counts: a framework that saves a
             tokenizer beside an adapter may have rebuilt the rule, while the model learned the base's.
+        is_trained: Whether the template must render chats as at training, whatever llama.cpp sets by itself: thinking
+            on (Qwen3.5), the date of the day (Llama 3.1).
 
     Raises:
         TokenizerUnsupportedError: Files missing or damaged, not a byte-level BPE, or more tokens than the model has.
@@ -94,7 +98,7 @@ def read_vocabulary(
     """
     tokenizer = _read_tokenizer(folder)
     if tokenizer["model"].get("byte_fallback"):
-        return _read_sentencepiece(folder, tokenizer, vocab_size, model_config, pre)
+        return _read_sentencepiece(folder, tokenizer, vocab_size, model_config, pre, is_trained=is_trained)
     config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
     added = _read_added(config, tokenizer)
     by_id = {int(i): token for token, i in tokenizer["model"]["vocab"].items()}
@@ -103,7 +107,7 @@ def read_vocabulary(
     _require_room(folder, max(by_id), size)
     entries = [_to_entry(i, by_id.get(i), added.get(i)) for i in range(size)]
     special = _read_special(folder, model_config, size)
-    template = _read_template(folder, special, added)
+    template = _read_template(folder, special, added, is_trained=is_trained)
     turn_end = _set_turn_end(special, template, {token: i for i, token in by_id.items()})
     if pre is None:
         pre = recognise_pre(_read_tokenizer(base) if base and (base / TOKENIZER_FILE).is_file() else tokenizer)
@@ -117,6 +121,8 @@ def _read_sentencepiece(
     vocab_size: int | None,
     model_config: Mapping[str, Any],
     pre: str | None,
+    *,
+    is_trained: bool,
 ) -> Vocabulary:
     """As ``_create_vocab_sentencepiece`` of llama.cpp's converter; tokens that only tokenizer.json adds count too."""
     config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -132,7 +138,7 @@ def _read_sentencepiece(
     unused = int(TokenType.UNUSED)
     listed = [pieces.get(i) or Piece(f"[PAD{i}]", UNUSED_SCORE, unused) for i in range(size)]
     special = _read_special(folder, model_config, size, load_merges=False)
-    template = _read_template(folder, special, added)
+    template = _read_template(folder, special, added, is_trained=is_trained)
     turn_end = _set_turn_end(special, template, {piece.text: i for i, piece in enumerate(listed)})
     return Vocabulary(
         tokens=[piece.text for piece in listed],
@@ -225,17 +231,21 @@ def _read_special(
     return special
 
 
-def _read_template(folder: Path, special: SpecialVocab, added: Mapping[int, Any]) -> ChatTemplate | None:
+def _read_template(
+    folder: Path, special: SpecialVocab, added: Mapping[int, Any], *, is_trained: bool
+) -> ChatTemplate | None:
     """The folder's chat template, also put among what the GGUF says, for llama.cpp without generation marks."""
     files = read_template_files(folder)
     if files is None:
         special.chat_template = None
         return None
-    texts = {name: remove_generation_marks(text) for name, text in files.texts.items()}
+    names = [str(entry["content"]) for entry in added.values()]
+    template = ChatTemplate(files.texts, SpecialTokens(read_special_tokens(folder), names), source=files.source)
+    unset = find_server_variables(template) if is_trained else []
+    texts = {name: leave_undefined(remove_generation_marks(text), unset) for name, text in files.texts.items()}
     named = [{"name": name, "template": text} for name, text in texts.items()]
     special.chat_template = texts["default"] if list(texts) == ["default"] else named
-    names = [str(entry["content"]) for entry in added.values()]
-    return ChatTemplate(files.texts, SpecialTokens(read_special_tokens(folder), names), source=files.source)
+    return template
 
 
 def _set_turn_end(special: SpecialVocab, template: ChatTemplate | None, ids: Mapping[str, int]) -> int | None:

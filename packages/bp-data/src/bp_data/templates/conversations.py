@@ -72,6 +72,13 @@ CONVERSATIONS: Sequence[Messages] = (
 )
 """The last one is a tool call, and goes along with `TOOLS`."""
 
+SERVER_VARIABLES: Final[Mapping[str, object]] = {
+    "enable_thinking": True,
+    "date_string": "01 Jan 2000",
+    "datetime": "Jan 01 2000 00:00:00 GMT",
+}
+"""Variables that llama.cpp gives to templates, each with a value that it may have; in training they are undefined."""
+
 _RECORD_FILE: Final = "template.json"
 # Templates that print the date must give the same hashes on every day.
 _DAY: Final = datetime(2026, 1, 2, 3, 4, 5)
@@ -142,6 +149,20 @@ def read_template_record(folder: Path) -> tuple[str | None, ConversationHashes |
 def with_tools() -> list[tuple[Messages, Tools | None]]:
     """Each conversation with its tools."""
     return [(chat, TOOLS if chat is CONVERSATIONS[-1] else None) for chat in CONVERSATIONS]
+
+
+def find_server_variables(template: ChatTemplate) -> list[str]:
+    """Names of `SERVER_VARIABLES` that change how the template renders a conversation."""
+    text = "".join(template.texts.values())
+    return [name for name, value in SERVER_VARIABLES.items() if name in text and _reads(template, name, value)]
+
+
+def _reads(template: ChatTemplate, name: str, value: object) -> bool:
+    return any(
+        template.try_render(chat, tools, add_generation_prompt=True, variables={name: value})
+        != template.try_render(chat, tools, add_generation_prompt=True)
+        for chat, tools in with_tools()
+    )
 
 
 def find_differences(expected: ConversationHashes, found: ConversationHashes) -> list[int] | None:

@@ -196,6 +196,7 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The chat as the one text that the model reads.
 
@@ -203,11 +204,12 @@ class ChatTemplate:
             messages: Each with ``role``, and whatever else the template reads; keys whose value is None are dropped.
             tools: JSON schemas of the tools on offer.
             add_generation_prompt: Whether to end where the model begins to answer.
+            variables: What else the template sees by name, such as ``enable_thinking``.
 
         Raises:
             RowFaultError: ROW_TEMPLATE_REFUSED, with the template's own message.
         """
-        return self._render(messages, tools, add_generation_prompt=add_generation_prompt, marks=False)
+        return self._render(messages, tools, {**(variables or {}), "add_generation_prompt": add_generation_prompt})
 
     def try_render(
         self,
@@ -215,10 +217,11 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         *,
         add_generation_prompt: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> str | None:
         """As `render`, but None if the template rejects the chat."""
         try:
-            return self.render(messages, tools, add_generation_prompt=add_generation_prompt)
+            return self.render(messages, tools, add_generation_prompt=add_generation_prompt, variables=variables)
         except RowFaultError:
             return None
 
@@ -235,7 +238,7 @@ class ChatTemplate:
         plain = self.render(messages, tools)
         if _OPEN in plain or _CLOSE in plain:
             return None
-        text, spans = _take_marks(self._render(messages, tools, add_generation_prompt=False, marks=True))
+        text, spans = _take_marks(self._render(messages, tools, {"add_generation_prompt": False, _MARKS: True}))
         return (plain, spans) if text == plain else None
 
     def _pick(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
@@ -245,17 +248,14 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
-        *,
-        add_generation_prompt: bool,
-        marks: bool,
+        variables: Mapping[str, Any],
     ) -> str:
         given = {
             **self.special_tokens,
             "messages": [_prepare_message(message) for message in messages],
             "tools": None if tools is None else _to_plain(list(tools)),
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            _MARKS: marks,
+            **variables,
         }
         try:
             return str(self._compiled[self._pick(tools)].render(given))
@@ -324,6 +324,14 @@ def remove_generation_marks(text: str) -> str:
     """
     opened = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", text)
     return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", opened)
+
+
+def leave_undefined(text: str, names: Sequence[str]) -> str:
+    """A template that sees variables as undefined, although a server defines them.
+
+    The line feed makes the text begin a line, as it did; Jinja drops it after a block.
+    """
+    return "".join(f"{{%- set {name} = undefined_at_training %}}\n" for name in names) + text
 
 
 def find_default_system(template: ChatTemplate) -> str | None:

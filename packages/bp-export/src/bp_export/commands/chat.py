@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
             converse(talk, manner, lambda: input("> " if sys.stdin.isatty() else ""), _write)
         elif options.json:
             answer = "".join(ask_once(talk, options.prompt, manner))
-            told = {"target": options.target, "answer": answer, "rendering": dataclasses.asdict(talk.rendering)}
-            tell_json(told)
+            document = {"target": options.target, "answer": answer, "rendering": dataclasses.asdict(talk.rendering)}
+            tell_json(document)
         else:
             for piece in ask_once(talk, options.prompt, manner):
                 _write(piece)
