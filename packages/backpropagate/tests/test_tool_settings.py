@@ -206,6 +206,10 @@ def test_a_flag_by_any_name_reaches_its_setting():
     bind = build_app().parse_args
     for flag, short in (("--learning-rate", "lr"), ("--max-steps", "steps"), ("--from", "start_from")):
         assert bind(["train", flag, "3"], exit_on_error=False)[1].kwargs[short] in (3, "3")
+    for words in (["d.jsonl"], ["--data", "d.jsonl"], ["--dataset", "d.jsonl"]):
+        assert bind(["validate", *words], exit_on_error=False)[1].arguments["data"] == "d.jsonl"
+    for flag in ("--batch-size", "--per-device-train-batch-size"):
+        assert bind(["estimate-vram", flag, "3"], exit_on_error=False)[1].kwargs["batch_size"] == 3
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from cyclopts.validators import Number
 from rich.console import Console
 
 from backpropagate.catalogue import find_tokenizer
-from backpropagate.cli.flags import Json, keyword, with_settings
+from backpropagate.cli.flags import Json, flag_names, keyword, with_settings
 from backpropagate.cli.painting import legend, paint
 from backpropagate.cli.screen import print_json
 from backpropagate.cli.sources import find_file, resolve_settings
@@ -57,7 +57,9 @@ def _tell(prepared: AnyPrepared, rows: int) -> None:
         console.print(f"  … and {ledger.dropped - _SHOWN:,} more; --json lists them all")
 
 
-_DATA = Parameter(help="The data file, a folder, or the name of a data set on the Hub.")
+_DATA = Parameter(
+    name=flag_names(all_settings()["data.path"]), help="The data file, a folder, or the name of a data set on the Hub."
+)
 _ROWS = Parameter(help="How many rows to show.", validator=Number(gte=0))
 
 with_settings(
