@@ -419,7 +419,7 @@ def test_no_file_names_a_machine_s_path():
 # Flags of other programs that a library may name: pip, hf, torchrun, ollama.
 _FOREIGN = r"(pip install|hf download|torchrun|iconv|ollama) [^;]*"
 _COMMAND_LINE = re.compile(r"(?<![\w-])--[a-z…]|\bbackprop [a-z{…-]")
-_SILENT = ("bp-runs", "bp-data")
+_SILENT = ("bp-runs", "bp-data", "bp-train-cuda", "bp-merge", "bp-train-mlx")
 
 
 def _spoken(tree: ast.AST) -> Iterator[tuple[int, str]]:

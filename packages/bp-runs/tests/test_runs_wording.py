@@ -23,6 +23,8 @@ class Shouting:
         ("the setting {set:data.path}", "the setting data.path"),
         ("{do:list-runs}", "list-runs"),
         ("{do:replay RUN override=lora.r=8}", 'replay RUN (override="lora.r=8")'),
+        ("{set:weights=0.5,0.5 scale=2}", "weights=[0.5, 0.5], scale=2"),
+        ("torchrun {program:train …}", "torchrun your_script.py"),
         ('{"messages": []} and {x} and {set:}', '{"messages": []} and {x} and {set:}'),
     ],
 )

@@ -174,4 +174,4 @@ def test_masks_of_our_own_are_trained_with_and_trl_which_passes_none_is_rejected
     spec = spec_for(folder, chat_file, tmp_path / "trl", training={"steps": 1, "packing": True, "engine": "trl"})
     with pytest.raises(PackingError, match="TRL's trainer can't keep packed examples") as raised:
         train(spec)
-    assert "--engine native" in raised.value.way_out
+    assert 'training.engine="native"' in raised.value.way_out

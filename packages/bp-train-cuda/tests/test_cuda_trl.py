@@ -194,7 +194,7 @@ def test_a_lack_of_memory_names_the_engine_that_can(files, pico_model, tmp_path,
     monkeypatch.setattr(LlamaModel, "forward", scarce)
     with pytest.raises(GpuOutOfMemoryError) as error:
         train(spec(files, pico_model, tmp_path / "run", "sft"))
-    assert "--engine native" in error.value.way_out
+    assert 'training.engine="native"' in error.value.way_out
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(files, pico_model, tmp_path):

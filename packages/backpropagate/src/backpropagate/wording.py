@@ -24,3 +24,7 @@ class PythonWording:
         from backpropagate.cli.wording import CommandLineWording
 
         return CommandLineWording().command(words, settings)
+
+    def program(self, words: Sequence[str], settings: Settings) -> str:  # noqa: ARG002  # as the protocol has it
+        """``your_script.py``, which calls `Trainer` in every process."""
+        return "your_script.py"

@@ -40,7 +40,7 @@ class AdapterMismatchError(UserError):
 
     code = "INPUT_ADAPTER_MISMATCH"
     when = "A module of the adapter is not in the base model, or its shape differs."
-    default_way_out = "Name the base that the adapter was trained on: --base /path/to/that/model"
+    default_way_out = "Name the base that the adapter was trained on: {set:base=/path/to/that/model}"
 
 
 class AdapterUnmergeableError(UserError):
@@ -64,7 +64,7 @@ class MergeOptionError(UserError):
 
     code = "CONFIG_MERGE_OPTION"
     when = "A merge has an unknown method, or a weight, density, scale, rank or output that it cannot take."
-    default_way_out = "See what it takes: backprop merge --help"
+    default_way_out = "See the options of each method: {do:merge help=true}"
 
 
 class SlaoStateError(StateError):
@@ -72,7 +72,7 @@ class SlaoStateError(StateError):
 
     code = "STATE_SLAO_INVALID"
     when = "The file with the state of a stream of runs is missing, damaged or of another kind."
-    default_way_out = "Start the stream anew: backprop multi-run; finished adapters are untouched."
+    default_way_out = "Start a new stream, which leaves finished adapters as they are: {do:multi-run}"
 
 
 class SlaoStreamError(StateError):
@@ -80,4 +80,4 @@ class SlaoStreamError(StateError):
 
     code = "STATE_SLAO_OTHER_STREAM"
     when = "The state of a stream of runs was made by another stream, or its adapters have other ranks or layers."
-    default_way_out = "Go on with the stream that made it, or start a new one: backprop multi-run"
+    default_way_out = "Continue the stream that made it, or start a new one: {do:multi-run}"

@@ -33,6 +33,7 @@ from bp_merge.options import ModulePlan
 from bp_merge.source import AdapterSource
 from bp_merge.tensors import Floats, TensorReader, read_index, read_metadata, write_tensors
 from bp_runs.files import publish_file
+from bp_runs.wording import setting_ref
 
 STATE_SCHEMA = "backpropagate.slao/1"
 _TUNED, _MERGED = "B_tuned", "B_merged"
@@ -145,7 +146,8 @@ class SlaoState:
             if r > inputs:
                 raise AdapterUnmergeableError(
                     f"{module} has {inputs} inputs, so its A can't have {r} orthonormal rows, one for each rank",
-                    way_out=f"Train with a rank of at most {inputs} (--lora-r {inputs}), or use: --merge ftba-mb",
+                    way_out=f"Train with a rank of at most {inputs}: {setting_ref('lora.r', inputs)}; or use "
+                    "another merge: {set:multirun.merge=ftba-mb}",
                 )
 
     def _require_kin(self, source: AdapterSource) -> None:

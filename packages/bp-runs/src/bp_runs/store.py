@@ -202,7 +202,7 @@ class RunStore:
         if place.is_dir() and (not any(place.iterdir()) or read_manifest(place).get("schema") in ours):
             return
         if place.exists() or place.is_symlink():
-            raise OutputTakenError(f"{place} is not one of our outputs and would be replaced")
+            raise OutputTakenError(f"{place} was not written by a training run and would be replaced")
 
     def list_runs(self) -> list[dict[str, Any]]:
         """Summary rows, newest first; a running run whose process is gone is recorded as interrupted now.

@@ -7,6 +7,7 @@ references, which are plain text until somebody shows the hint:
     {set:training.batch_size=1 lora.r=8}         several
     {set:force=true}                             a keyword of the call that failed, such as ``export(force=True)``
     {do:show-run RUN output=./out}               a command, its arguments and its settings
+    {program:resume RUN}                         the same after a launcher such as torchrun
 
 `render` puts them in words. The words belong to the program: it calls `use_wording` once, at its start. Without a
 program, `PlainWording` names settings as they are in `bp_runs.spec`. Values with spaces, quotes or braces are quoted
@@ -24,7 +25,7 @@ from typing import Protocol
 Settings = Mapping[str, str | None]
 """Values by dotted key, or by keyword of the call; None: the setting itself is meant, not a value."""
 
-_REFERENCE = re.compile(r"""\{(set|do):((?:[^{}'"]|'[^']*'|"[^"]*")+)\}""")
+_REFERENCE = re.compile(r"""\{(set|do|program):((?:[^{}'"]|'[^']*'|"[^"]*")+)\}""")
 _KEYWORD = re.compile(r"[a-z][a-z0-9_.]*=")
 _LITERAL = re.compile(r"True|False|None|-?\d+(\.\d+)?(e[-+]?\d+)?")
 
@@ -40,6 +41,10 @@ class Wording(Protocol):
         """A command to run: its name and arguments, and its settings."""
         ...
 
+    def program(self, words: Sequence[str], settings: Settings) -> str:
+        """The program that carries out a command, as the last argument of a launcher such as torchrun."""
+        ...
+
 
 class PlainWording:
     """Names as in `bp_runs.spec`: ``data.on_bad_row="skip"``."""
@@ -52,6 +57,10 @@ class PlainWording:
         """``show-run 20261123 (output="./out")``."""
         named = f" ({self.settings(settings)})" if settings else ""
         return f"{shlex.join(words)}{named}"
+
+    def program(self, words: Sequence[str], settings: Settings) -> str:  # noqa: ARG002  # as the protocol has it
+        """``your_script.py``: a library alone is called by a script."""
+        return "your_script.py"
 
 
 _wording: Wording = PlainWording()
@@ -89,7 +98,7 @@ def _in_words(wording: Wording, kind: str, content: str) -> str:
     words, settings = parse_reference(content)
     if kind == "set":
         return wording.settings(dict.fromkeys(words) | settings)
-    return wording.command(words, settings)
+    return wording.command(words, settings) if kind == "do" else wording.program(words, settings)
 
 
 def parse_reference(content: str) -> tuple[list[str], dict[str, str | None]]:
@@ -106,7 +115,7 @@ def parse_reference(content: str) -> tuple[list[str], dict[str, str | None]]:
 
 
 def find_references(text: str) -> list[tuple[str, str]]:
-    """Kind (``set`` or ``do``) and content of every reference of a hint."""
+    """Kind (``set``, ``do`` or ``program``) and content of every reference of a hint."""
     return [(found[1], found[2]) for found in _REFERENCE.finditer(text)]
 
 
@@ -138,6 +147,8 @@ def name_run(text: str, run_id: str, output: object = None) -> str:
 
 
 def literal(value: str) -> str:
-    """A value as Python code: numbers and truth values bare, any other text in quotes."""
+    """A value as Python code: numbers, lists of numbers and truth values bare, any other text in quotes."""
+    if "," in value and all(_LITERAL.fullmatch(part) for part in value.split(",")):
+        return f"[{', '.join(value.split(','))}]"
     value = {"true": "True", "false": "False", "none": "None"}.get(value, value)
     return value if _LITERAL.fullmatch(value) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'

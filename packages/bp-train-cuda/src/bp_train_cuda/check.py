@@ -15,6 +15,7 @@ from bp_data.loop.plan import require_length
 from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import AdapterInvalidError, InvalidSettingError, first_line
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
+from bp_runs.wording import setting_ref
 from bp_train_cuda import backend
 from bp_train_cuda.engines import unsloth
 from bp_train_cuda.engines.trl_methods import require_trl
@@ -100,10 +101,10 @@ def require_numbers(settings: Settings) -> None:
     }
     for key, value in lowest.items():
         if value < 1:
-            raise InvalidSettingError(f"{key} is {value}; it must be at least 1")
+            raise InvalidSettingError(f"{key} is {value}; it must be at least 1", setting=key)
     require_length(training)
     if not lora.resolved_alpha > 0:
-        raise InvalidSettingError(f"lora.alpha is {lora.alpha}; it must be a positive number")
+        raise InvalidSettingError(f"lora.alpha is {lora.alpha}; it must be a positive number", setting="lora.alpha")
 
 
 def require_adapter(adapter: Path, base: Path, sketch: Any) -> None:
@@ -154,10 +155,15 @@ def require_fp8(device: backend.Device, mode: backend.Mode) -> None:
     if device.kind != "cuda" or torch.cuda.get_device_capability(0) < (9, 0):
         raise Fp8Error(f"{device.label} does not train in 8-bit floats")
     if mode.name == "qlora":
-        raise Fp8Error("a 4-bit base is not multiplied in 8-bit floats", way_out="Choose one: --fp8 --mode lora")
+        raise Fp8Error(
+            "a 4-bit base can't be multiplied in 8-bit floats",
+            way_out="Use a 16-bit base: {set:training.fp8=true training.mode=lora}; or 4 bits alone: "
+            "{set:training.fp8=false}",
+        )
     if find_spec("torchao") is None:
         raise Fp8Error(
-            "torchao is not installed", way_out="Install it: pip install bp-train-cuda[fp8]; or leave out --fp8."
+            "torchao is not installed",
+            way_out="Install it: pip install bp-train-cuda[fp8]; or train without it: {set:training.fp8=false}",
         )
 
 
@@ -182,13 +188,24 @@ def require_start(spec: LoraSpec, mode: backend.Mode) -> None:
     """Refuse a start of the adapter that its mode or form does not have."""
     start = spec.init_lora_weights
     if start == "loftq" and mode.name != "qlora":
-        raise InvalidSettingError("loftq makes up for what 4 bits lose", way_out="Add --mode qlora, or leave it out.")
+        raise InvalidSettingError(
+            "loftq makes up for what 4 bits lose",
+            way_out="Use a 4-bit base: {set:training.mode=qlora}; or start as usual: "
+            "{set:lora.init_lora_weights=default}",
+            setting="lora.init_lora_weights",
+        )
     if start == "pissa" and mode.name == "qlora":
         raise InvalidSettingError(
-            "pissa changes the base's weights, which 4 bits cannot hold", way_out="Add --mode lora, or take loftq."
+            "pissa changes the base's weights, which 4 bits cannot hold",
+            way_out="Use a 16-bit base: {set:training.mode=lora}; or loftq: {set:lora.init_lora_weights=loftq}",
+            setting="lora.init_lora_weights",
         )
     if start != "default" and spec.use_dora:
-        raise InvalidSettingError(f"{start} and DoRA cannot be had together", way_out="Leave one of them out.")
+        raise InvalidSettingError(
+            f"{start} and DoRA do not work together",
+            way_out="Leave one out: {set:lora.use_dora=false}, or {set:lora.init_lora_weights=default}",
+            setting="lora.init_lora_weights",
+        )
 
 
 def require_rows_fit(spec: TrainSpec, prepared: AnyPrepared) -> None:
@@ -202,7 +219,7 @@ def require_rows_fit(spec: TrainSpec, prepared: AnyPrepared) -> None:
     if positions and spec.model.max_seq_length > positions and (longest := _longest(prepared)) > positions:
         raise SequenceTooLongError(
             f"a row has {longest} tokens and the model has positions for {positions}",
-            way_out=f"Cut rows shorter: --max-seq-length {positions}",
+            way_out=f"Truncate examples: {setting_ref('model.max_seq_length', positions)}",
         )
     if prepared.facts.vocab_size > config.vocab_size:
         raise VocabularyError(

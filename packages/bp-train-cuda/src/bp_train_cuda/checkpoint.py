@@ -230,12 +230,13 @@ def require_ranks(checkpoint: Path, count: int) -> None:
     if before != count:
         raise RanksChangedError(
             f"the run was trained by {before} processes, and {count} are to resume it",
-            way_out=f"Start as many as before: {_launcher(before)}; or start from scratch: --no-resume",
+            way_out=f"Start as many as before: {_launcher(before)}; or start from scratch: "
+            "{set:training.resume=false}",
         )
 
 
 def _launcher(count: int) -> str:
-    return "without torchrun" if count == 1 else f"torchrun --nproc-per-node {count} -m backpropagate …"
+    return "without torchrun" if count == 1 else f"torchrun --nproc-per-node {count} {{program:resume RUN}}"
 
 
 def _read_state(folder: Path, parts: set[str] | None = None) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from bp_train_cuda.third_party import TESTED, Tested, install_command, installed
 
 _CUDA_TORCH = "Install a torch with CUDA: pytorch.org/get-started names the line for your system and driver."
 _DRIVER = "Update NVIDIA's driver; `nvidia-smi` shows its version and the newest CUDA that it can run."
-_BITSANDBYTES = "Install it anew: pip install --force-reinstall --no-deps bitsandbytes; or use --mode lora"
-_REINSTALL = "Install the framework anew: pip install --force-reinstall torch transformers peft"
+_BITSANDBYTES = (
+    "Reinstall it: pip install --force-reinstall --no-deps bitsandbytes; or use a 16-bit base: {set:training.mode=lora}"
+)
+_REINSTALL = "Reinstall the framework: pip install --force-reinstall torch transformers peft"
 _SIZE = 256
 _STEPS = 3
 

@@ -58,23 +58,25 @@ class BitsandbytesError(DependencyError):
 
     code = "DEP_BITSANDBYTES_MISSING"
     when = "A 4-bit base was asked for, or is needed to fit the memory, and bitsandbytes cannot be imported."
-    default_way_out = "Install it: pip install bitsandbytes; or train on a 16-bit base: --mode lora"
+    default_way_out = "Install it: pip install bitsandbytes; or use a 16-bit base: {set:training.mode=lora}"
 
 
 class KernelsError(DependencyError):
     """The fused kernels that were asked for cannot be used."""
 
     code = "DEP_KERNELS_UNUSABLE"
+    setting = "training.kernels"
     when = "Liger's kernels were asked for and are not installed, do not know the model, or there is no GPU."
-    default_way_out = "Install them: pip install liger-kernel; or let the rail choose: --kernels auto"
+    default_way_out = "Install them: pip install liger-kernel; or let the rail choose: {set:training.kernels=auto}"
 
 
 class UnslothError(DependencyError):
     """Unsloth cannot be used."""
 
     code = "DEP_UNSLOTH_UNUSABLE"
+    setting = "training.engine"
     when = "The engine unsloth was asked for where it is not installed, or does not import: it wants a GPU to do so."
-    default_way_out = "Train without it: --engine native"
+    default_way_out = "Train without it: {set:training.engine=native}"
 
 
 class VersionUntestedError(DependencyError):
@@ -89,25 +91,28 @@ class ModeError(UserError):
     """The mode cannot be trained on this device."""
 
     code = "CONFIG_MODE_UNSUPPORTED"
+    setting = "training.mode"
     when = (
         "4-bit training was asked for on a CPU. There bitsandbytes may repack the weights after a forward pass without "
         "gradients and then silently gives wrong ones, so it is refused."
     )
-    default_way_out = "Train on the whole weights: --mode lora"
+    default_way_out = "Use a 16-bit base: {set:training.mode=lora}"
 
 
 class ModelLoadError(DependencyError):
     """The base model cannot be loaded."""
 
     code = "DEP_MODEL_LOAD_FAILED"
+    setting = "model.name"
     when = "The base model's files are damaged, incomplete, or of a kind that transformers does not know."
-    default_way_out = "Check the folder, or fetch the model again; `backprop info` shows the versions installed."
+    default_way_out = "Check the folder, or download the model again; see the installed versions: {do:info}"
 
 
 class RemoteCodeError(UserError):
     """The model brings its own Python code, which is not run unasked."""
 
     code = "CONFIG_TRUST_REMOTE_CODE_REQUIRED"
+    setting = "model.trust_remote_code"
     when = "The model's config points to its own Python code, and trust_remote_code is off."
     default_way_out = "Read that code first; then set BACKPROPAGATE_MODEL__TRUST_REMOTE_CODE=true"
 
@@ -116,24 +121,27 @@ class ShapesUnknownError(UserError):
     """The sizes of a model cannot be read from its config."""
 
     code = "INPUT_SHAPES_UNKNOWN"
+    setting = "model.name"
     when = "A model's config.json names a kind of model that is not known, or lacks a size."
-    default_way_out = "Check the folder's config.json; `backprop models` lists models that are known to train."
+    default_way_out = "Check the folder's config.json; see models that are known to train: {do:models}"
 
 
 class SequenceTooLongError(UserError):
     """Rows are longer than the model can tell positions apart."""
 
     code = "CONFIG_SEQUENCE_TOO_LONG"
+    setting = "model.max_seq_length"
     when = "A row has more tokens than the model's config has positions."
-    default_way_out = "Cut rows shorter: --max-seq-length 2048"
+    default_way_out = "Truncate examples: {set:model.max_seq_length=2048}"
 
 
 class Bf16Error(UserError):
     """The card does not compute in bfloat16."""
 
     code = "CONFIG_BF16_UNSUPPORTED"
+    setting = "model.dtype"
     when = "dtype bfloat16 was asked for on a card older than Ampere, which only emulates it."
-    default_way_out = "Let the card decide: leave out --dtype."
+    default_way_out = "Let the GPU decide: {set:model.dtype=auto}"
 
 
 class RanksError(UserError):
@@ -149,13 +157,17 @@ class RanksChangedError(UserError):
 
     code = "CONFIG_RANKS_CHANGED"
     when = "A run is to go on in more or fewer processes than trained it so far, which would change what a step is."
-    default_way_out = "Start as many processes as before: torchrun --nproc-per-node 2; or begin anew: --no-resume"
+    default_way_out = (
+        "Start as many processes as before: torchrun --nproc-per-node 2 {program:resume RUN}; "
+        "or start from scratch: {set:training.resume=false}"
+    )
 
 
 class VocabularyError(UserError):
     """The tokenizer makes tokens that the model has no embedding for."""
 
     code = "INPUT_TOKENIZER_TOO_LARGE"
+    setting = "model.name"
     when = "tokenizer.json has more tokens than the model's embedding has rows."
     default_way_out = "Use the tokenizer that came with the model, or a model whose embedding was resized for it."
 
@@ -164,29 +176,32 @@ class TargetModulesError(UserError):
     """The adapter's target modules do not occur in the model, or cannot carry an adapter."""
 
     code = "CONFIG_TARGET_MODULES"
+    setting = "lora.target_modules"
     when = "No layer of the model has a name given as target module, or it is the embedding or the output layer."
-    default_way_out = "Adapt all linear layers: --target-modules all-linear"
+    default_way_out = "Adapt all linear layers: {set:lora.target_modules=all-linear}"
 
 
 class PackingError(UserError):
     """Packed examples would not be kept apart."""
 
     code = "CONFIG_PACKING_MIXES_ROWS"
+    setting = "training.packing"
     when = (
         "packing was set for a model whose layers carry a state from one packed example to the next on this device: "
         "hybrids such as Qwen3.5, Granite 4 and Falcon-H1 without their GPU kernels, or models that take no positions."
     )
-    default_way_out = "Train without packing: leave out --packing"
+    default_way_out = "Train without packing: {set:training.packing=false}"
 
 
 class FullModelTooLargeError(RunFailedError):
     """All weights of the model are too many to train."""
 
     code = "RUNTIME_FULL_FT_MODEL_TOO_LARGE"
+    setting = "training.mode"
     when = "mode full was asked for with a model of over 4 billion parameters."
     default_way_out = (
-        "Train an adapter: --mode lora; or all weights of a smaller model: Qwen-3.5-4B, Phi-4-mini-3.8B, SmolLM3-3B, "
-        "Llama-3.2-3B or Llama-3.2-1B."
+        "Train an adapter: {set:training.mode=lora}; or all weights of a smaller model: Qwen-3.5-4B, Phi-4-mini-3.8B, "
+        "SmolLM3-3B, Llama-3.2-3B or Llama-3.2-1B."
     )
 
 
@@ -194,8 +209,9 @@ class Fp8Error(RunFailedError):
     """Matrices cannot be multiplied in 8-bit floats here."""
 
     code = "RUNTIME_FP8_UNSUPPORTED"
+    setting = "training.fp8"
     when = "fp8 was asked for on a card older than Hopper, on a CPU, with a 4-bit base, or without torchao."
-    default_way_out = "Leave out --fp8."
+    default_way_out = "Train without it: {set:training.fp8=false}"
 
 
 class GpuOutOfMemoryError(RunFailedError):
@@ -203,7 +219,7 @@ class GpuOutOfMemoryError(RunFailedError):
 
     code = "RUNTIME_GPU_OOM"
     when = "The GPU ran out of memory while loading or training; nothing of earlier runs is touched."
-    default_way_out = "Halve the micro-batch or the row length: --batch-size 1 --max-seq-length 1024"
+    default_way_out = "Use smaller batches or shorter examples: {set:training.batch_size=1 model.max_seq_length=1024}"
 
 
 class RankLostError(RunFailedError):
@@ -233,7 +249,7 @@ class GpuTemperatureError(RunFailedError):
 
     code = "RUNTIME_GPU_TEMPERATURE_CRITICAL"
     when = "The GPU got critically hot, or did not cool down while training paused; the work was saved before the stop."
-    default_way_out = "Clear the card's air way and let it cool; then go on where the run stopped: backprop resume"
+    default_way_out = "Improve the GPU's airflow and let it cool; then continue where the run stopped: {do:resume RUN}"
 
 
 class TrainingFailedError(RunFailedError):
@@ -241,4 +257,4 @@ class TrainingFailedError(RunFailedError):
 
     code = "RUNTIME_TRAINING_FAILED"
     when = "transformers, TRL or torch raised an error in the training loop."
-    default_way_out = "Report it with the output of `backprop info`; the run's metrics.jsonl shows how far it came."
+    default_way_out = "Report it with the output of: {do:info}; the run's metrics.jsonl shows how far it came."

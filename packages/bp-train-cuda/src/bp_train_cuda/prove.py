@@ -18,6 +18,7 @@ from bp_runs.errors import ProofUnsupportedError
 from bp_runs.rail import Replay
 from bp_runs.record import RunRecord
 from bp_runs.spec import LoraSpec, TrainingSpec, TrainSpec
+from bp_runs.wording import command_ref
 from bp_train_cuda import backend, prove_loop
 from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
 from bp_train_cuda.model.load import read_config
@@ -45,31 +46,27 @@ def require_replayable(spec: TrainSpec, record: RunRecord, *, mode: str, device:
         ProofUnsupportedError: Why not, and what can be proved instead.
     """
     lora, training = spec.lora, spec.training
-    override = f"backprop replay {record.run_id} --override steps=10 --override"
     adapter = mode != "full"
-    reasons = (
+    reasons: tuple[tuple[bool, str, dict[str, object] | None], ...] = (  # what to change, so that it can be proved
         (mode not in ("lora", "qlora", "full"), "its record does not say how the base was loaded", None),
-        (training.engine == "unsloth", "Unsloth's kernels and model are its own", f"{override} engine=native"),
-        (
-            training.engine == "trl",
-            "TRL joins epochs and weighs batches its own way",
-            f"{override} engine=native",
-        ),
-        (training.fp8, "its matrices were multiplied in 8-bit floats", f"{override} fp8=false"),
-        (adapter and lora.dropout > 0, "dropout draws other random numbers", f"{override} lora_dropout=0"),
+        (training.engine == "unsloth", "Unsloth's kernels and model are its own", {"training.engine": "native"}),
+        (training.engine == "trl", "TRL joins epochs and weighs batches its own way", {"training.engine": "native"}),
+        (training.fp8, "its matrices were multiplied in 8-bit floats", {"training.fp8": False}),
+        (adapter and lora.dropout > 0, "dropout draws other random numbers", {"lora.dropout": 0}),
         (
             adapter and lora.init_lora_weights != "default",
             f"its adapter starts as {lora.init_lora_weights}, from a decomposition of the base",
-            f"{override} init_lora_weights=default",
+            {"lora.init_lora_weights": "default"},
         ),
         (record.hardware.get("sharing") == "fsdp2", "its weights were sharded over several processes", None),
         (spec.initial_adapter is not None, "it started from another adapter", None),
         (device == "cuda" and not torch.cuda.is_available(), "it was trained on a GPU, and there is none here", None),
         (_has_dropout(spec), "the base model itself uses dropout", None),
     )
-    for wrong, why, command in reasons:
+    for wrong, why, changes in reasons:
         if wrong:
-            fix = None if command is None else f"Train it again without that, and prove the new run: {command}"
+            again = command_ref("replay", record.run_id, **{"training.steps": 10, **(changes or {})})
+            fix = None if changes is None else f"Train it again without that, and prove the new run: {again}"
             raise ProofUnsupportedError(f"the run {record.run_id} can't be replayed: {why}", way_out=fix)
 
 

@@ -2,7 +2,7 @@
 
     python -I prove_loop.py JOB.json
 
-`backprop prove` runs this file in a process of its own. Nothing of Backpropagate is imported: the order of the
+`bp_train_cuda.prove` runs this file in a process of its own. Nothing of Backpropagate is imported: the order of the
 examples, the losses, the schedule and the optimizer are written here a second time, and two independent programs have
 to agree. Examples are run one by one, so nothing is padded, packed, split or fused. Read it from top to bottom.
 """

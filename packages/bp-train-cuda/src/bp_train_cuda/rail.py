@@ -46,7 +46,7 @@ class CudaRail:
         return Probe(usable=True, why=device.why + note, device=device.kind, memory=device.memory)
 
     def checks(self) -> Sequence[Check]:
-        """What `backprop doctor` tries; nothing is imported before a check runs."""
+        """What to try of this machine; nothing is imported before a check runs."""
         from bp_train_cuda import doctor
 
         return doctor.checks()

@@ -13,5 +13,6 @@ class MlxUnavailableError(DependencyError):
     """MLX cannot train here."""
 
     code = "DEP_MLX_UNAVAILABLE"
+    setting = "training.backend"
     when = "Training on MLX was asked for where it cannot be done."
-    default_way_out = "Train on the other rail: --backend cuda"
+    default_way_out = "Train on the other rail: {set:training.backend=cuda}"

@@ -42,6 +42,10 @@ class CommandLineWording:
         spell = _override if words[0] in _OVERRIDING else _flag
         return " ".join(["backprop", *map(_word, words), *(spell(key, value) for key, value in settings.items())])
 
+    def program(self, words: Sequence[str], settings: Settings) -> str:
+        """``-m backpropagate resume 20261123``."""
+        return f"-m backpropagate {self.command(words, settings).removeprefix('backprop ')}"
+
 
 def _override(key: str, value: str | None) -> str:
     return f"--override {_word(f'{key}={value}')}" if "." in key else _flag(key, value)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import attrgetter
 
 from bp_runs.events import Notice
 from bp_runs.spec import TrainingSpec, TrainSpec
+from bp_runs.wording import setting_ref
 from bp_train_cuda.backend import choose_device
 from bp_train_cuda.checkpoint import require_ranks
 from bp_train_cuda.distributed.process_group import ProcessGroup
@@ -25,7 +27,8 @@ def require_supported(spec: TrainSpec, group: ProcessGroup) -> None:
         require_ranks(spec.checkpoint, group.count)
     if group.count > 1 and (engine := spec.training.engine) in {"trl", "unsloth"}:
         raise RanksError(
-            f"the engine {engine} trains in one process", way_out="Add: --engine native; or leave out torchrun"
+            f"the engine {engine} trains in one process",
+            way_out="Use our own loop: {set:training.engine=native}; or start one process.",
         )
     if group.is_sharded:
         _require_shardable(spec)
@@ -38,23 +41,26 @@ def _require_alike(gpus: Sequence[str]) -> None:
     if len(set(gpus)) > 1:
         raise RanksError(
             f"full fine-tuning needs GPUs of one kind, and these differ: {', '.join(gpus)}",
-            way_out="Choose GPUs of one kind with CUDA_VISIBLE_DEVICES; or train an adapter: --mode lora",
+            way_out="Choose GPUs of one kind with CUDA_VISIBLE_DEVICES; or train an adapter: {set:training.mode=lora}",
         )
 
 
 def _require_shardable(spec: TrainSpec) -> None:
     training = spec.training
-    wrong = {
-        "--mode qlora": training.mode == "qlora",
-        "--fp8": training.fp8,
-        f"--optim {training.optim}": "8bit" in training.optim and training.mode == "full",
-        "--preflight on": training.preflight == "on",
-    }
-    if found := [flag for flag, is_wrong in wrong.items() if is_wrong]:
-        raise RanksError(
-            f"{found[0]} does not work with FSDP2, which shards the weights",
-            way_out=f"Leave out {found[0]}; or use DDP: torchrun, or accelerate without FSDP.",
-        )
+    # Key, value that works, whether the one that is set does not.
+    rules = (
+        ("training.mode", "lora", training.mode == "qlora"),
+        ("training.fp8", False, training.fp8),
+        ("training.optim", "adamw_torch", "8bit" in training.optim and training.mode == "full"),
+        ("training.preflight", "off", training.preflight == "on"),
+    )
+    for key, instead, is_wrong in rules:
+        if is_wrong:
+            raise RanksError(
+                f"{key} = {attrgetter(key)(spec)} does not work with FSDP2, which shards the weights",
+                way_out=f"Change it: {setting_ref(key, instead)}; or use DDP: torchrun, or accelerate without FSDP.",
+                setting=key,
+            )
 
 
 def sharded_training(training: TrainingSpec) -> TrainingSpec:

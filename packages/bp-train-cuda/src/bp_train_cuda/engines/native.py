@@ -20,6 +20,7 @@ from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
+from bp_runs.wording import command_ref
 from bp_train_cuda import backend
 from bp_train_cuda.checkpoint import Checkpointer, Stateful, read_step
 from bp_train_cuda.distributed.process_group import ProcessGroup
@@ -42,8 +43,9 @@ from bp_train_cuda.memory import preflight
 from bp_train_cuda.model.packing import require_packable
 from bp_train_cuda.optim import build_optimizer, choose_optimizer, rounds_away
 
-_ROUNDED_AWAY = (
-    "this optimizer rounds small changes of bfloat16 weights away; --optim adamw_8bit or paged_adamw_8bit keeps them"
+_ROUNDED_AWAY = Notice(
+    message="this optimizer rounds small changes of bfloat16 weights away; adamw_8bit and paged_adamw_8bit keep them",
+    details={"try": {"training.optim": "adamw_8bit"}},
 )
 
 
@@ -115,7 +117,7 @@ class NativeRun:
         name = choose_optimizer(training, loaded.mode, loaded.device, is_sharded=self.group.is_sharded)
         optimizer = build_optimizer(name, wrapped.model, training)
         if rounds_away(optimizer):
-            self.emit(Notice(message=_ROUNDED_AWAY))
+            self.emit(_ROUNDED_AWAY)
         wrapped.train()
         return TorchFramework(
             model=wrapped,
@@ -219,10 +221,12 @@ class NativeRun:
         parts.framework.load_weights(validator.best)  # type: ignore[attr-defined]
         folder = self._save(wrapped, parts.guard)
         rate = self.spec.training.resolved_learning_rate / 4
+        again = command_ref("train", **{"training.start_from": f"{run}@best", "training.learning_rate": f"{rate:.2g}"})
         return TrainingDivergedError(
             f"{error.message}; the best weights, of step {validator.best_step}, are in {folder}",
             cause=error.cause,
-            way_out=f"Go back to them at a lower rate: backprop train --from {run}@best --lr {rate:.2g}",
+            way_out=f"Go back to them at a lower rate: {again}",
+            setting="training.learning_rate",
             details={**error.details, "adapter": str(folder), "best_step": validator.best_step},
         )
 

@@ -218,7 +218,8 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             raise CheckpointInvalidError(
                 f"{folder} was not written by the engine trl",
                 cause=f"it has no {STATE_FILE}",
-                way_out="Resume with the engine that wrote it: --engine native; or start from scratch: --no-resume",
+                way_out="Resume with the engine that wrote it: {set:training.engine=native}; or start from scratch: "
+                "{set:training.resume=false}",
             ) from error
         if state["schema"] != STATE_SCHEMA:
             raise CheckpointInvalidError(f"{folder} has {state['schema']}, and this version reads {STATE_SCHEMA}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from operator import attrgetter
 from typing import Any
 
 from bp_runs.errors import InvalidSettingError, first_line
@@ -24,7 +25,8 @@ def require_unsloth(settings: Settings, device: Device) -> None:
     """
     if find_spec("unsloth") is None:
         raise UnslothError(
-            "unsloth is not installed", way_out="pip install unsloth; or train without it: --engine native"
+            "unsloth is not installed",
+            way_out="Install it: pip install unsloth; or train without it: {set:training.engine=native}",
         )
     if device.kind != "cuda":
         raise UnslothError(f"unsloth needs a CUDA device: {device.why}")
@@ -38,7 +40,11 @@ def require_unsloth(settings: Settings, device: Device) -> None:
     }
     if any(wrong.values()):
         key = next(key for key, is_wrong in wrong.items() if is_wrong)
-        raise InvalidSettingError(f"the engine unsloth does not go with this {key}", way_out="Add: --engine native")
+        raise InvalidSettingError(
+            f"the engine unsloth does not support {key} = {attrgetter(key)(settings)}",
+            way_out="Use our own loop: {set:training.engine=native}",
+            setting=key,
+        )
 
 
 def load_model(spec: TrainSpec, device: Device, mode: Mode) -> Any:
