@@ -177,7 +177,7 @@ def test_what_cannot_be_talked_to(made, tmp_path):
         assert "./output/lora" in told.value.way_out
     with open_talk(made["gguf"], context=256) as talk, pytest.raises(ChatFailedError) as caught:
         list(ask_once(talk, "the cat " * 400, SHORT))
-    assert "--context" in caught.value.way_out
+    assert "context=8192" in caught.value.way_out
 
 
 def test_without_llama_cpp_it_is_said_before_a_file_is_made(made, monkeypatch, tmp_path, capsys):

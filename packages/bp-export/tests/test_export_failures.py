@@ -109,13 +109,9 @@ def test_unknown_words(lora):
 
 @pytest.mark.parametrize("format", ["merged", "lora", "mlx", "gguf-adapter", "ollama-adapter"])
 def test_what_only_a_gguf_can_have_is_not_left_out_without_a_word(lora, format):
-    for word, asked in (
-        ("quantization", {"quantization": "q8_0"}),
-        ("imatrix", {"importance": lora / "x"}),
-        ("split-mib", {"split_bytes": 9}),
-        ("pre", {"pre": "x"}),
-    ):
-        expect(InvalidSettingError, f"--{word} is for --format gguf", lora, format=format, **asked)
+    for asked in ({"quantization": "q8_0"}, {"importance": lora / "x"}, {"split_bytes": 9}, {"pre": "x"}):
+        error = expect(InvalidSettingError, f"{next(iter(asked))} is for the format gguf", lora, format=format, **asked)
+        assert error.setting == next(iter(asked))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +276,7 @@ def test_what_stands_at_the_output_is_not_replaced(tmp_path, lora):
 def test_an_earlier_export_is_replaced_only_by_force(lora, format):
     words = {"format": format, "ollama_base": "x"}
     first = export_adapter(lora, **words)
-    assert "--force" in expect(OutputTakenError, "exists", lora, **words).way_out
+    assert "force=True" in expect(OutputTakenError, "exists", lora, **words).way_out
     again = export_adapter(lora, **words, force=True)
     assert (again.path, again.sha256) == (first.path, first.sha256)
 
@@ -291,7 +287,7 @@ def test_a_folder_that_no_export_wrote_is_never_replaced(tmp_path, base, lora, f
     words = {"format": format, "ollama_base": "x", "force": True}
     for place in (write_base(tmp_path / "downloaded"), write_lora(tmp_path / "trained", base)):
         error = expect(OutputTakenError, "no export's folder", lora, **words, output=place)
-        assert "--output" in error.way_out
+        assert "output=" in error.way_out
     (tmp_path / "downloaded" / "export.json").write_text('{"files": ["config.json"]}')  # and some file of that name
     expect(OutputTakenError, "no export's folder", lora, **words, output=tmp_path / "downloaded")
     made = export_adapter(lora, **words, output=tmp_path / "made").path

@@ -25,7 +25,8 @@ from bp_export.errors import (
     PushRepoTakenError,
     PushSourceError,
 )
-from bp_export.origin import find_origin, write_train_command
+from bp_export.origin import find_origin
+from bp_export.recipe import write_train_command
 from bp_merge import write_tensors
 from bp_runs.adapter import changed_files, read_adapter_folder, read_manifest, write_manifest
 from bp_runs.events import DataReady, ModelLoaded, RowCounts, StepDone
@@ -299,7 +300,7 @@ def test_the_base_is_told_by_a_name_that_others_know(tmp_path, monkeypatch, name
     sent = sent if isinstance(sent, bytes) else (lora / "adapter_config.json").read_bytes()
     assert json.loads(sent) == {**config, "base_model_name_or_path": told}
     assert (f'base_model: "{told}"' in prepared.card) == ("/" in told)
-    assert ("name its Hub id" in caplog.text) == ("/" not in told)
+    assert ("Give its Hub id" in caplog.text) == ("/" not in told)
     with pytest.raises(PushSourceError, match="no folder and no Hub id"):
         prepare_push(lora, "me/tuned", base="no such folder")
 

@@ -52,9 +52,12 @@ def test_any_value_survives(value):
 
 
 def test_an_error_speaks_the_words_of_the_program_that_shows_it():
-    error = DiskFullError("no room", way_out="Try {set:output=/b} or {do:list-runs output=/b}", setting="output")
+    error = DiskFullError(
+        "no room in {set:output}", way_out="Try {set:output=/b} or {do:list-runs output=/b}", setting="output"
+    )
     assert error.way_out == 'Try output="/b" or list-runs (output="/b")'
     with use_wording(Shouting()):
+        assert str(error) == "[STATE_DISK_FULL]: no room in output!None"
         assert error.way_out == error.to_dict()["way_out"] == "Try output!/b or list-runs/output"
     assert error.way_out == render(error.hint, PlainWording())
     assert error.to_dict()["setting"] == "output"

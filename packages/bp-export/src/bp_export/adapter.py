@@ -40,7 +40,7 @@ def require_plain(adapter: LoraAdapter, format: str) -> None:
 def write_gguf_adapter(
     model: FoldedModel, adapter: LoraAdapter, architecture: Architecture, path: Path, *, name: str
 ) -> tuple[int, int, str]:
-    """Write ``<tensor>.lora_a`` (r, d_in) and ``.lora_b`` (d_out, r) in float32, as llama.cpp's ``--lora`` reads them.
+    """Write ``<tensor>.lora_a`` (r, d_in) and ``.lora_b`` (d_out, r) in float32, as llama.cpp reads an adapter.
 
     Args:
         model: The base with the adapter, which knows which tensor each module is.

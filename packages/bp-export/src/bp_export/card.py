@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
 from bp_export.cardhead import License
-from bp_export.origin import Origin, is_hub_id, list_changes, write_train_command
+from bp_export.origin import Origin, is_hub_id, list_changes
 from bp_export.places import hide_homes
+from bp_export.recipe import write_download_commands, write_export_command, write_train_command
 from bp_runs.record import RunRecord
 from bp_runs.redact import redact
 
@@ -108,9 +109,7 @@ def _write_use(facts: CardFacts) -> Iterator[str]:
     else:
         yield _fence("python", _write_loading(facts))
         yield "Or as one file for Ollama, without torch:"
-        base = "" if facts.base_id else f" --base ./{facts.base}"
-        lines = ("pip install bp-export", f"hf download {facts.repo} --local-dir adapter", f"bp-export adapter{base}")
-        yield _fence("bash", "\n".join(lines))
+        yield _fence("bash", "\n".join(write_download_commands(facts.repo, None if facts.base_id else facts.base)))
 
 
 def _write_loading(facts: CardFacts) -> str:
@@ -201,9 +200,9 @@ def list_commands(facts: CardFacts) -> Iterator[str]:
         yield "pip install backpropagate"
         yield train
         if facts.kind == "gguf":
-            yield f"backprop export ./output/lora --quantization {facts.artifact.get('quantization') or 'q4_k_m'}"
+            yield write_export_command(facts.artifact.get("quantization") or "q4_k_m")
         elif facts.kind == "merged" and facts.artifact:  # and not trained as it stands
-            yield "backprop export ./output/lora --format merged"
+            yield write_export_command(None)
 
 
 def _write_license(facts: CardFacts) -> Iterator[str]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from types import FrameType, MappingProxyType
+from types import FrameType, MappingProxyType, ModuleType
 from typing import NoReturn
 
 from bp_export.commands.telling import tell_error
+from bp_export.commands.wording import ExportWording
 from bp_runs.errors import CodedError
+from bp_runs.wording import use_wording
 
 _INTERRUPTED = 130
 # By first word; anything else is the path of what is to be exported.
@@ -34,6 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = words.pop(0) if words[:1] and words[0] in COMMANDS else "export"
     command = importlib.import_module(f"bp_export.commands.{name}")
     options = command.build_parser().parse_args(words)
+    with use_wording(ExportWording()):
+        return _carry_out(command, options)
+
+
+def _carry_out(command: ModuleType, options: argparse.Namespace) -> int:
     try:
         return int(command.run(options))
     except CodedError as error:

@@ -6,7 +6,7 @@
     ├── ArchitectureUnsupportedError INPUT_EXPORT_ARCHITECTURE            no GGUF layout for this kind of model
     ├── TokenizerUnsupportedError    INPUT_EXPORT_TOKENIZER               not a byte-level BPE, or damaged
     ├── PreTokenizerUnknownError     INPUT_EXPORT_PRE_TOKENIZER           its splitting rule is not in the table
-    ├── QuantizationUnknownError     INPUT_EXPORT_QUANTIZATION            no such --quantization, or not for this format
+    ├── QuantizationUnknownError     INPUT_EXPORT_QUANTIZATION            no such quantization, or not for this format
     ├── AdapterFormatError           INPUT_EXPORT_ADAPTER_FORMAT          the format cannot say what the adapter does
     ├── TemplateChangedError         INPUT_EXPORT_TEMPLATE_CHANGED        chats render differently than at training
     ├── ImportanceInvalidError       INPUT_EXPORT_IMPORTANCE              the importance matrix is damaged or another's
@@ -43,7 +43,7 @@ class BaseModelNotFoundError(UserError):
 
     code = "INPUT_EXPORT_BASE_NOT_FOUND"
     when = "The adapter's base model is not a local folder with a config.json."
-    default_way_out = "Download it and name its folder: --base /path/to/base-model"
+    default_way_out = "Download it and name its folder: {set:base=/path/to/base-model}"
 
 
 class ModelInvalidError(UserError):
@@ -59,7 +59,7 @@ class ArchitectureUnsupportedError(UserError):
 
     code = "INPUT_EXPORT_ARCHITECTURE"
     when = "The model's architecture, or an option of it, is not one that the GGUF export can write."
-    default_way_out = "Export it as a merged model instead: --format merged"
+    default_way_out = "Export it as a merged model instead: {set:format=merged}"
 
 
 class TokenizerUnsupportedError(UserError):
@@ -67,7 +67,7 @@ class TokenizerUnsupportedError(UserError):
 
     code = "INPUT_EXPORT_TOKENIZER"
     when = "The tokenizer.json is missing or damaged, or is not a byte-level BPE."
-    default_way_out = "Export it as a merged model instead: --format merged"
+    default_way_out = "Export it as a merged model instead: {set:format=merged}"
 
 
 class PreTokenizerUnknownError(UserError):
@@ -75,7 +75,7 @@ class PreTokenizerUnknownError(UserError):
 
     code = "INPUT_EXPORT_PRE_TOKENIZER"
     when = "The tokenizer.json splits text by a rule that is not in the table, so that llama.cpp might split otherwise."
-    default_way_out = "If you know llama.cpp's name of the rule, give it: --pre llama-bpe"
+    default_way_out = "If you know llama.cpp's name of the rule, give it: {set:pre=llama-bpe}"
 
 
 class QuantizationUnknownError(UserError):
@@ -83,7 +83,9 @@ class QuantizationUnknownError(UserError):
 
     code = "INPUT_EXPORT_QUANTIZATION"
     when = "The name given as quantization or format is unknown."
-    default_way_out = "Use one of the names in `bp-export --help`: --format gguf --quantization q4_k_m"
+    default_way_out = (
+        "Use one of the names that the help lists ({do:export help=true}): {set:format=gguf quantization=q4_k_m}"
+    )
 
 
 class AdapterFormatError(UserError):
@@ -91,7 +93,7 @@ class AdapterFormatError(UserError):
 
     code = "INPUT_EXPORT_ADAPTER_FORMAT"
     when = "The adapter does more than the asked-for format can say, or the format needs something that is not given."
-    default_way_out = "Export base and adapter as one file instead: --format gguf"
+    default_way_out = "Export base and adapter as one file instead: {set:format=gguf}"
 
 
 class TemplateChangedError(UserError):
@@ -107,15 +109,15 @@ class ImportanceInvalidError(UserError):
 
     code = "INPUT_EXPORT_IMPORTANCE"
     when = "The importance matrix is missing or damaged, or was measured on another model."
-    default_way_out = "Measure one on this model: bp-export imatrix MODEL.gguf --text TEXT; or leave it out."
+    default_way_out = "Measure one on this model: {do:imatrix MODEL.gguf text=TEXT}; or leave it out."
 
 
 class OutputTakenError(UserError):
     """The output's place is taken by something that an export must not replace."""
 
     code = "INPUT_EXPORT_OUTPUT_TAKEN"
-    when = "The output exists. --force replaces a GGUF or the folder of an earlier export, and nothing else."
-    default_way_out = "Replace it with --force, or choose another place: --output ./output/export"
+    when = "The output exists. Only a GGUF or the folder of an earlier export can be replaced, and only if you say so."
+    default_way_out = "Replace it: {set:force=true}; or choose another place: {set:output=./output/export}"
 
 
 class OllamaNameTakenError(UserError):
@@ -123,7 +125,7 @@ class OllamaNameTakenError(UserError):
 
     code = "INPUT_OLLAMA_NAME_TAKEN"
     when = "Ollama has a model of the asked-for name, which it would replace without a word."
-    default_way_out = "Replace it with --force, or choose another name: --ollama-name my-model-2"
+    default_way_out = "Replace it: {set:force=true}; or choose another name: {set:ollama_name=my-model-2}"
 
 
 class ChatTargetError(UserError):
@@ -131,7 +133,7 @@ class ChatTargetError(UserError):
 
     code = "INPUT_CHAT_TARGET"
     when = "What should be talked to is neither a file nor a folder on this machine."
-    default_way_out = "Name a GGUF, an adapter or a model folder; for a model in Ollama add --ollama."
+    default_way_out = "Name a GGUF, an adapter or a model folder; for a model in Ollama, add {set:ollama=true}."
 
 
 class PushSourceError(UserError):
@@ -139,7 +141,7 @@ class PushSourceError(UserError):
 
     code = "INPUT_HUB_PUSH_SOURCE"
     when = "What should be uploaded is no adapter folder, model folder or GGUF, or one of its files holds a secret."
-    default_way_out = "Name what training or an export wrote: backprop push ./output/lora --repo me/my-model"
+    default_way_out = "Name what training or an export wrote: {do:push ./output/lora repo=me/my-model}"
 
 
 class PushRepoInvalidError(UserError):
@@ -147,7 +149,7 @@ class PushRepoInvalidError(UserError):
 
     code = "INPUT_HUB_PUSH_INVALID_REPO"
     when = "The name of the repository is not one that the Hub takes."
-    default_way_out = "Use your name there and letters, digits, -, _ and .: --repo me/my-model"
+    default_way_out = "Use your name there and letters, digits, -, _ and .: {set:repo=me/my-model}"
 
 
 class PushRepoTakenError(UserError):
@@ -156,7 +158,7 @@ class PushRepoTakenError(UserError):
     code = "INPUT_HUB_PUSH_REPO_TAKEN"
     when = "The repository holds files already, and the upload would replace some of them."
     default_way_out = (
-        "Add a commit that replaces them with --force (the old ones stay in its history), or name another."
+        "Add a commit that replaces them (the old ones stay in its history): {set:force=true}; or name another."
     )
 
 
@@ -173,7 +175,7 @@ class GgmlMissingError(DependencyError):
 
     code = "DEP_GGML_MISSING"
     when = "The package libggml-python is not installed for this platform, or its library does not load."
-    default_way_out = "Install it again: pip install --force-reinstall libggml-python"
+    default_way_out = "Reinstall it: pip install --force-reinstall libggml-python"
 
 
 class LlamaCppMissingError(DependencyError):
@@ -223,7 +225,7 @@ class ParityFailedError(PartialError):
 
     code = "PARTIAL_EXPORT_PARITY_FAILED"
     when = "The GGUF is kept, but in llama.cpp its prompt tokens, next tokens or stops are not the trained model's."
-    default_way_out = "Look at the table; try --quantization q8_0 or bf16, or --no-verify to leave the check out."
+    default_way_out = "Look at the table; try {set:quantization=q8_0}, or leave the check out: {set:verify=false}"
 
 
 class ChatFailedError(RunFailedError):
@@ -232,7 +234,7 @@ class ChatFailedError(RunFailedError):
     code = "RUNTIME_CHAT_FAILED"
     when = "llama.cpp cannot load the GGUF, or its answer is an error."
     default_way_out = (
-        "Export the model again; if it fails again, try --quantization bf16 to see whether the type matters."
+        "Export the model again; if it fails again, try {set:quantization=bf16} to see whether the type matters."
     )
 
 
@@ -241,4 +243,6 @@ class MeasureFailedError(RunFailedError):
 
     code = "RUNTIME_MEASURE_FAILED"
     when = "llama.cpp cannot load or run the model, or the installed build of it is laid out otherwise than expected."
-    default_way_out = "Try another version of xllamacpp, or measure with llama.cpp's own llama-imatrix: --imatrix FILE"
+    default_way_out = (
+        "Try another version of xllamacpp, or measure with llama.cpp's own llama-imatrix: {set:importance=FILE}"
+    )

@@ -39,6 +39,7 @@ from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter, load_adapte
 from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import InvalidSettingError
 from bp_runs.files import require_folder, require_free_space
+from bp_runs.wording import setting_ref
 
 Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
 
@@ -115,8 +116,8 @@ def export_adapter(
         output: The GGUF's path, or the folder for the other formats. By default beside ``adapter``:
             ``<name>-<quantization>.gguf``, ``<name>-merged`` or ``<name>-lora``.
         format: ``gguf`` writes one file for llama.cpp, ``merged`` a Hugging Face folder. The others are the adapter by
-            itself: ``lora`` a copy, ``gguf-adapter`` a file for llama.cpp's ``--lora``, ``ollama-adapter`` a folder
-            with a Modelfile, ``mlx`` a folder for mlx-lm.
+            itself: ``lora`` a copy, ``gguf-adapter`` a file that llama.cpp loads as an adapter, ``ollama-adapter``
+            a folder with a Modelfile, ``mlx`` a folder for mlx-lm.
         quantization: For ``gguf``: one of `QUANTIZATIONS`; None for ``q4_k_m``.
         base: The base's folder, instead of the one that the adapter names. The adapter's own counts if it is a
             folder on this machine; Hub ids are for the caller to resolve.
@@ -142,14 +143,14 @@ def export_adapter(
     if format not in get_args(Format):
         raise QuantizationUnknownError(f"there is no format {format!r}; there are {', '.join(get_args(Format))}")
     _require_use(
-        format, {"--quantization": quantization, "--imatrix": importance, "--split-mib": split_bytes, "--pre": pre}
+        format, {"quantization": quantization, "importance": importance, "split_bytes": split_bytes, "pre": pre}
     )
     if format in ("lora", "mlx"):
         return _export_folder(adapter, format, output, name, force=force, begun=begun)
     asked = read_quantization(quantization)
     if split_bytes is not None and split_bytes < 1:
         raise QuantizationUnknownError(
-            "files of no bytes cannot be written", way_out="Say how many MiB a file may have: --split-mib 2048"
+            "files of no bytes cannot be written", way_out="Say how large a file may be: {set:split_bytes=2147483648}"
         )
     verify = _decide_to_verify(verify)
     source = _read_source(adapter, base, name, dequantize=dequantize)
@@ -264,9 +265,11 @@ def find_own_type(folder: Path, base: Path | None = None, *, dequantize: bool = 
 
 def _require_use(format: Format, asked: Mapping[str, object]) -> None:
     """Refuse what only a GGUF of a whole model can have, instead of leaving it out without a word."""
-    if format != "gguf" and (unused := [flag for flag, value in asked.items() if value is not None]):
+    if format != "gguf" and (unused := [name for name, value in asked.items() if value is not None]):
         raise InvalidSettingError(
-            f"{unused[0]} is for --format gguf, and this is {format}", way_out=f"Leave out {unused[0]}."
+            f"{{set:{unused[0]}}} is for the format gguf, and this is {format}",
+            way_out=f"Leave it out: {{set:{unused[0]}}}",
+            setting=unused[0],
         )
 
 
@@ -302,7 +305,7 @@ def _export_adapter_alone(
         if runs_on is None:
             raise AdapterFormatError(
                 "an adapter for Ollama goes on a model there, and none is named",
-                way_out="Name the same base as Ollama has it, or a GGUF of it: --ollama-base smollm2:135m",
+                way_out="Name the same base as Ollama has it, or a GGUF of it: {set:ollama_base=smollm2:135m}",
             )
         require_free_folder(target, force=force, sources=source.folders)
         words = read_vocabulary(source.tokenizer, vocab_size=None, model_config=config, pre="default")
@@ -364,7 +367,7 @@ def _read_source(folder: Path, base: Path | None, name: str | None, *, dequantiz
         raise AdapterMismatchError(
             f"{where} is not the base that the adapter was trained on: its norms are others",
             cause=f"the adapter names {adapter.folder.base} as its base",
-            way_out="Name that one: --base FOLDER. "
+            way_out="Name that one: {set:base=FOLDER}. "
             f"If you are sure of this one, take base_fingerprint out of {folder / MANIFEST_FILE}.",
         )
     tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else where
@@ -387,8 +390,8 @@ def _require_unpacked(config: Mapping[str, Any], folder: Path, *, dequantize: bo
     if not (dequantize and is_known):
         raise ModelInvalidError(
             f"{folder} holds weights packed by {kind} quantization; the export needs them in 16 or 32 bits",
-            way_out=f"Name the model that it was made from: --base {original}"
-            + ("; or take what 4 bits left of it: --dequantize" if is_known else ""),
+            way_out=f"Name the model that it was made from: {setting_ref('base', original)}"
+            + ("; or use what 4 bits left of it: {set:dequantize=true}" if is_known else ""),
         )
 
 

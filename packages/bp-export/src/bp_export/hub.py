@@ -35,6 +35,7 @@ from bp_export.places import has_hub_form, tell_model
 from bp_export.shipment import Shipment, clean_settings, gather
 from bp_runs.adapter import read_adapter_folder
 from bp_runs.errors import first_line
+from bp_runs.wording import render
 
 _log = logging.getLogger(__name__)
 _CARD = "README.md"
@@ -194,14 +195,18 @@ def _tell_base(named: str, base: Path | str | None, origin: Origin | None) -> st
         PushSourceError: ``base`` is neither a folder nor a Hub id.
     """
     if base is not None and not Path(base).is_dir() and not has_hub_form(str(base)):
-        raise PushSourceError(f"the base {base} is no folder and no Hub id", way_out="Name it: --base owner/name")
+        raise PushSourceError(f"the base {base} is no folder and no Hub id", way_out="Name it: {set:base=owner/name}")
     recorded = str(origin.record.setting("model.name") or "") if origin else ""
     told = [tell_model(str(name)) for name in (base or "", named, recorded)]
     if found := next((name for name in told if is_hub_id(name)), None):
         return found
     name = told[1].rpartition("/")[2]
     if name:
-        _log.warning("the base is told as %s, which only you know; name its Hub id: --base owner/name", name)
+        _log.warning(
+            "the card names the base %s, which only you know. %s",
+            name,
+            render("Give its Hub id: {set:base=owner/name}"),
+        )
     return name
 
 

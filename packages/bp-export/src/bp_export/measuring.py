@@ -34,6 +34,7 @@ from bp_export.outputs import require_free_file
 from bp_export.serving import require_installed
 from bp_merge import Floats
 from bp_runs.files import publish_bytes, require_folder
+from bp_runs.wording import setting_ref
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -88,7 +89,7 @@ def measure_importance(
     if chunk_tokens < _LEAST_VECTORS or (chunks is not None and chunks < 1):
         raise ImportanceInvalidError(
             f"a matrix is measured on one chunk or more, each of {_LEAST_VECTORS} tokens or more",
-            way_out=f"Leave out --chunks, or say: --chunk-tokens {CHUNK_TOKENS}",
+            way_out=f"Measure on all chunks, each of the usual size: {setting_ref('chunk_tokens', CHUNK_TOKENS)}",
         )
     read_settings(model)
     try:

@@ -24,7 +24,7 @@ _VALUES = ("attn_v.weight", "attn_qkv.weight")
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """One value of ``--quantization``."""
+    """A quantization, by its name."""
 
     name: str
     file_type: LlamaFileType

@@ -104,7 +104,8 @@ def register_gguf(
         raise _refuse_bare_adapter(path)
     if settings.get("split.count", 1) > 1:
         raise OllamaRegistrationError(
-            f"{path} is one of several files, and Ollama takes one", way_out="Export it again without --split-mib."
+            f"{path} is one of several files, and Ollama takes one",
+            way_out="Export it as one file, without {set:split_bytes}.",
         )
     rendering = check_gguf(path, settings)
     system = _find_system(settings) if system is None else system
@@ -179,7 +180,7 @@ def read_license(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OllamaRegistrationError(
-            f"the licence {path} cannot be read", cause=str(error), way_out="Name a text file: --license LICENSE"
+            f"the licence {path} cannot be read", cause=str(error), way_out="Name a text file: {set:license=LICENSE}"
         ) from error
 
 

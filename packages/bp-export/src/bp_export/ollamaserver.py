@@ -144,7 +144,7 @@ def require_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise OllamaRegistrationError(
             f"{name!r} is no name for an Ollama model",
-            way_out="Use letters, digits, -, _ and .: --ollama-name my-model",
+            way_out="Use letters, digits, -, _ and .: {set:ollama_name=my-model}",
         )
 
 
@@ -191,6 +191,6 @@ def _build_refusal(error: ResponseError) -> OllamaRegistrationError:
 
 
 MERGED_WAY = (
-    "Since 0.34.1 Ollama takes no adapters and does not quantize: export base and adapter as one quantized file, "
-    "--format gguf --quantization q4_k_m --ollama"
+    "Since 0.34.1 Ollama takes no adapters and does not quantize: export base and adapter as one quantized file: "
+    "{do:export ./output/lora format=gguf quantization=q4_k_m ollama=true}"
 )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from bp_export.places import has_hub_form
@@ -13,13 +12,11 @@ from bp_runs.adapter import read_manifest
 from bp_runs.errors import CodedError
 from bp_runs.proof import Proof, read_proof
 from bp_runs.record import RunRecord
-from bp_runs.spec import Settings, short_name
+from bp_runs.spec import Settings
 from bp_runs.store import RunStore
 
 # Where things were and how it was begun, which says nothing of what was learned.
 _PLACES = ("model.name", "model.revision", "data.path", "data.revision", "training.output_dir", "training.resume")
-# A flag for one of several, where the setting is all of them.
-_SINGULAR: Mapping[str, str] = {"training.sample_prompts": "--sample-prompt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,26 +64,6 @@ def is_hub_id(name: str) -> bool:
     return has_hub_form(name) and not Path(name).exists()
 
 
-def write_train_command(record: RunRecord) -> str | None:
-    """The command that trains it again, from the folder that holds the data; None for what `train` cannot repeat.
-
-    A base that was a folder is looked for beside the data.
-
-    Every setting that is not at its default is a flag of it, whatever it was set by.
-    """
-    if record.kind != "train":
-        return None
-    data, model = str(record.setting("data.path") or ""), str(record.setting("model.name") or "")
-    commits = {"--revision": record.model.get("revision"), "--data-revision": record.data.get("revision")}
-    where = model if commits["--revision"] or is_hub_id(model) else f"./{PurePath(model).name}"
-    rows = data if commits["--data-revision"] else PurePath(data).name
-    words = ["backprop", "train", "--model", where, "--data", rows]
-    words += [word for flag, commit in commits.items() if commit for word in (flag, str(commit))]
-    for key, value in list_changes(record).items():
-        words += _to_words(key, value)
-    return shlex.join(words)
-
-
 def list_changes(record: RunRecord) -> dict[str, Any]:
     """The settings that are not at their defaults, by dotted key, but for the places of model, data and output."""
     defaults = Settings().to_flat()
@@ -99,15 +76,6 @@ def list_changes(record: RunRecord) -> dict[str, Any]:
 
 def _differs(value: Any, default: Any) -> bool:
     return list(value) != list(default) if isinstance(default, tuple) else bool(value != default)
-
-
-def _to_words(key: str, value: Any) -> list[str]:
-    flag = _SINGULAR.get(key) or "--" + short_name(key).replace("_", "-")
-    if isinstance(value, bool):
-        return [flag if value else "--no-" + flag.removeprefix("--")]
-    if isinstance(value, list | tuple):
-        return [word for part in value for word in (flag, str(part))]
-    return [] if value is None else [flag, str(value)]
 
 
 def _read_run_id(path: Path) -> str | None:

@@ -15,10 +15,11 @@ from bp_export.errors import OutputTakenError
 from bp_export.gguf import MAGIC
 from bp_export.origin import find_origin
 from bp_runs.files import publish_json, sha256_file
+from bp_runs.wording import setting_ref
 
 MARK_FILE = "export.json"
 MARK_SCHEMA = "backpropagate.export/1"
-_ELSEWHERE = "Name another folder: --output ./other; or take this one away yourself."
+_ELSEWHERE = "Name another folder: {set:output=./other}; or move this one away yourself."
 # What file browsers leave in any folder.
 _LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 
@@ -48,7 +49,9 @@ def require_free_folder(path: Path, *, force: bool, sources: Sequence[Path]) -> 
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if any(source.resolve().is_relative_to(path.resolve()) for source in sources):
-        raise OutputTakenError(f"{path} holds what is to be exported", way_out="Name another folder: --output ./other")
+        raise OutputTakenError(
+            f"{path} holds what is to be exported", way_out="Name another folder: {set:output=./other}"
+        )
     if not force:
         raise OutputTakenError(f"{path} exists and is not empty")
     mark = _read_mark(path)
@@ -102,13 +105,17 @@ def require_free_file(path: Path, *, force: bool, sources: Sequence[Path] = ()) 
         OutputTakenError: Why not.
     """
     if path.is_dir():
-        raise OutputTakenError(f"{path} is a folder", way_out=f"Name a file: --output {path / 'model.gguf'}")
+        raise OutputTakenError(
+            f"{path} is a folder", way_out=f"Name a file: {setting_ref('output', path / 'model.gguf')}"
+        )
     if not path.exists():
         return
     if not force:
         raise OutputTakenError(f"{path} exists")
     if path.resolve() in [source.resolve() for source in sources]:
-        raise OutputTakenError(f"{path} is read for it", way_out="Name another file: --output ./other.gguf")
+        raise OutputTakenError(f"{path} is read for it", way_out="Name another file: {set:output=./other.gguf}")
     with path.open("rb") as file:
         if file.read(len(MAGIC)) not in (MAGIC, b""):
-            raise OutputTakenError(f"{path} exists and is no GGUF", way_out="Name another file: --output ./model.gguf")
+            raise OutputTakenError(
+                f"{path} exists and is no GGUF", way_out="Name another file: {set:output=./model.gguf}"
+            )

@@ -27,7 +27,7 @@ from bp_export.errors import ChatFailedError, LlamaCppMissingError
 
 _QUIET = -1
 _END = "[DONE]"
-_MORE_ROOM = "Give it more room: --context 8192; or begin anew with /reset."
+_MORE_ROOM = "Give it more room: {set:context=8192}; or start over with /reset."
 _LAST_WORDS = 500  # characters of stderr that an error carries
 _WAIT_SECONDS, _LAST_SECONDS = 10.0, 1.0
 _ANSWER_SECONDS = 600.0

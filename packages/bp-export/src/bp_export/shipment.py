@@ -27,7 +27,7 @@ _LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 # A token in a text of prose or of a vocabulary is none: only settings are searched.
 # The manifest comes last, since it holds the others' hashes.
 _SEARCHED = (CONFIG_FILE, "config.json", "generation_config.json", "tokenizer_config.json", MANIFEST_FILE)
-_ITS_OWN = "Push the adapter's own folder: backprop push ./output/lora --repo me/my-model"
+_ITS_OWN = "Push the adapter's own folder: {do:push ./output/lora repo=me/my-model}"
 _MOST_HEADER = 100 * 2**20
 _SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 

@@ -36,7 +36,7 @@ class CodedError(Exception):
     """An error that a user may meet.
 
     Args:
-        message: What happened, in one sentence, with the offending value.
+        message: What happened, in one sentence, with the offending value; may have references, as ``way_out``.
         cause: Why, where that is known and not obvious from the message.
         way_out: What to do next, with references to settings and commands (`bp_runs.wording`); default: the class's.
         setting: Dotted key of the setting at fault, such as ``data.on_bad_row``; default: the class's.
@@ -75,11 +75,16 @@ class CodedError(Exception):
         if not self.code:
             raise ContractError(f"{type(self).__name__} has no code; raise one of its leaves")
         super().__init__(message)
-        self.message = message
+        self._message = message
         self.cause = cause
         self.hint = way_out or self.default_way_out
         self.setting = setting or self.setting
         self.details: Mapping[str, Any] = MappingProxyType(dict(details or {}))
+
+    @property
+    def message(self) -> str:
+        """What happened, in the words of the program that runs."""
+        return render(self._message)
 
     @property
     def way_out(self) -> str:

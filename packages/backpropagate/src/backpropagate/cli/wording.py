@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
+from bp_export.commands.wording import spell_option
 from bp_runs.wording import Settings
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ def flag_of(key: str) -> str:
     from backpropagate.cli.flags import flag_names
 
     known = _setting(key)
-    return "--" + key.replace("_", "-") if known is None else flag_names(known)[0]
+    return spell_option(key, None) if known is None else flag_names(known)[0]
 
 
 def _setting(key: str) -> Setting | None:
@@ -52,6 +53,8 @@ def _override(key: str, value: str | None) -> str:
 
 
 def _flag(key: str, value: str | None) -> str:
+    if "." not in key:
+        return spell_option(key, value)
     flag = flag_of(key)
     if value is None or (value == "true" and _is_switch(key)):
         return flag

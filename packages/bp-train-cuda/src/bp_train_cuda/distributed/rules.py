@@ -57,7 +57,7 @@ def _require_shardable(spec: TrainSpec) -> None:
     for key, instead, is_wrong in rules:
         if is_wrong:
             raise RanksError(
-                f"{key} = {attrgetter(key)(spec)} does not work with FSDP2, which shards the weights",
+                f"{setting_ref(key, attrgetter(key)(spec))} does not work with FSDP2, which shards the weights",
                 way_out=f"Change it: {setting_ref(key, instead)}; or use DDP: torchrun, or accelerate without FSDP.",
                 setting=key,
             )

@@ -12,6 +12,7 @@ from typing import Any
 
 from bp_runs.errors import InvalidSettingError, first_line
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
+from bp_runs.wording import setting_ref
 from bp_train_cuda.backend import Device, Mode, choose_dtype
 from bp_train_cuda.errors import UnslothError
 
@@ -41,7 +42,7 @@ def require_unsloth(settings: Settings, device: Device) -> None:
     if any(wrong.values()):
         key = next(key for key, is_wrong in wrong.items() if is_wrong)
         raise InvalidSettingError(
-            f"the engine unsloth does not support {key} = {attrgetter(key)(settings)}",
+            f"the engine unsloth does not support {setting_ref(key, attrgetter(key)(settings))}",
             way_out="Use our own loop: {set:training.engine=native}",
             setting=key,
         )
