@@ -43,20 +43,28 @@ def test_the_run_is_the_same_to_the_bit(pico_model, chat_file, tmp_path, change)
     assert found["rows"] == (1 if "packing" in change else 2)
 
 
-def test_pairs_too(pico_model, tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    rows = [{"prompt": "who are you", "chosen": f"captain marlow {i}", "rejected": "the fox" * i} for i in range(1, 9)]
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_answers_too(pico_model, tmp_path, method):
+    file = tmp_path / "answers.jsonl"
+    # In an order in which the longest held-out ones do not lie next to each other.
+    answers = [("captain marlow " * (1 + i % 7), "the fox " * (1 + i % 5), i % 3 > 0) for i in range(24)]
+    rows = [
+        {"prompt": f"who are you {i}", "completion": good, "label": label}
+        if method == "kto"
+        else {"prompt": f"who are you {i}", "chosen": good, "rejected": bad}
+        for i, (good, bad, label) in enumerate(answers)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(name, preflight):
-        training = {**HELD, "method": "dpo", "steps": 2, "preflight": preflight}
+        training = {**HELD, "method": method, "batch_size": 3, "steps": 2, "preflight": preflight}
         outcome, events = train(spec_for(pico_model, file, tmp_path / name, training=training))
         return load_file(outcome.adapter / "adapter_model.safetensors"), preflights(events)
 
     plain, _ = run("plain", "off")
     weights, (found,) = run("measured", "on")
     assert all(torch.equal(weights[name], tensor) for name, tensor in plain.items())
-    assert found["rows"] == 2
+    assert found["rows"] == 3
 
 
 def test_it_meets_the_longest_rows(pico_model, chat_file, tmp_path):

@@ -68,13 +68,13 @@ def local_shard(weight: torch.Tensor) -> torch.Tensor:
 
 def local_weights(model: Any) -> dict[str, torch.Tensor]:
     """As `bp_train_cuda.model.lora.trainable_weights`, this rank's shards."""
-    _reshard(model)
+    reshard(model)
     return {name: local_shard(weight) for name, weight in trainable_weights(model).items()}
 
 
 def gather_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """All weights unsharded, in ``dtype`` on the CPU; all ranks must call it, and only rank 0 gets them."""
-    _reshard(model)
+    reshard(model)
     keeps, found = dist.get_rank() == 0, {}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # tied ones are joined once
     buffers = {name: buffer for name, buffer in model.state_dict().items() if name not in names}
@@ -85,7 +85,7 @@ def gather_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return found
 
 
-def _reshard(model: Any) -> None:
+def reshard(model: Any) -> None:
     """A forward pass without gradients leaves what is outside the layers gathered, and its shards hidden."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

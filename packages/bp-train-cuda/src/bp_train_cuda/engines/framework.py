@@ -16,7 +16,7 @@ from bp_runs.spec import TrainingSpec
 from bp_train_cuda.backend import PeakMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import full_norm, is_sharded_weight, local_weights, scale_gradients_to_sum
-from bp_train_cuda.examples import Batch, JudgedExamples, Mismatch, PairExamples, RowExamples, to_device
+from bp_train_cuda.examples import Batch, JudgedExamples, Mismatch, PairExamples, RowExamples, find_longest, to_device
 from bp_train_cuda.guards.oom import TorchMemory
 from bp_train_cuda.losses.log_probs import LogProbModel
 from bp_train_cuda.losses.preference import PREFERENCE_METHODS, Completions
@@ -180,12 +180,19 @@ class TorchFramework(TorchMemory):
         """Whether the method measures change from the model before training."""
         return self._method is not None and self._method.needs_reference
 
-    def measure_references(self, visited: Sequence[int], steps: Iterable[Sequence[int]]) -> None:
+    def longest_heldout(self) -> Sequence[int]:
+        """The held-out examples that a preflight measures: as many of the longest as a micro-batch has."""
+        return () if self.heldout is None else find_longest(self.heldout.lengths(), self.training.batch_size)
+
+    def measure_references(
+        self, visited: Sequence[int], steps: Iterable[Sequence[int]], longest: Sequence[int] = ()
+    ) -> None:
         """Let the model as it is now be what preference methods measure change from.
 
         Args:
             visited: Examples that the run will train on; of held-out ones all are measured.
             steps: The examples of each step to come, for kto's reference point.
+            longest: Held-out examples that a preflight will measure together.
         """
         if not self.needs_reference:
             return
@@ -195,7 +202,7 @@ class TorchFramework(TorchMemory):
             size = self.training.batch_size * self.group.count
             everything = range(self.heldout.count)
             batches = [everything[start : start + size] for start in everything[::size]]
-            self._measure_reference(self.heldout, everything, batches)
+            self._measure_reference(self.heldout, everything, [*batches, longest] if longest else batches)
 
     def _measure_reference(
         self, examples: AnyExamples, indexes: Sequence[int], batches: Iterable[Sequence[int]]
@@ -246,7 +253,8 @@ class TorchFramework(TorchMemory):
         pairs = [(index, partners[index]) for index in mine]
         change = 0.0
         size = self.training.batch_size
-        for start in range(0, max(1, len(pairs)), size):
+        # By the examples of all: with sharded weights a rank that has fewer runs as many batches, some for nothing.
+        for start in range(0, size * -(-len(everyone) // (size * self.group.count)), size):
             change += self._sum_changes(examples, pairs[start : start + size])
         total, count = self.group.sum_values([change, float(len(pairs))])
         return torch.tensor(max(0.0, total / max(1.0, count)), device=self.device)

@@ -24,7 +24,7 @@ from bp_runs.wording import command_ref
 from bp_train_cuda import backend
 from bp_train_cuda.checkpoint import Checkpointer, Stateful, read_step
 from bp_train_cuda.distributed.process_group import ProcessGroup
-from bp_train_cuda.distributed.sharding import gather_weights, shard_model
+from bp_train_cuda.distributed.sharding import gather_weights, reshard, shard_model
 from bp_train_cuda.engines.base import (
     Loaded,
     answer_prompts,
@@ -114,6 +114,8 @@ class NativeRun:
             build_examples, training.method, pad_id=pad_token(prepared), room=prepared.max_seq_length,
             seed=training.seed,
         )  # fmt: skip
+        if self.group.is_sharded:
+            reshard(wrapped)  # sample answers left whole weights in their place, which no step would update
         name = choose_optimizer(training, loaded.mode, loaded.device, is_sharded=self.group.is_sharded)
         optimizer = build_optimizer(name, wrapped.model, training)
         if rounds_away(optimizer):
@@ -191,7 +193,7 @@ class NativeRun:
             steps.append(find_longest(framework.examples.lengths(), spec.training.batch_size))
         if framework.needs_reference:
             self.emit(Notice(message=f"measuring the model before training on {len(visited)} examples"))
-            framework.measure_references(visited, steps)
+            framework.measure_references(visited, steps, framework.longest_heldout() if is_preflight else ())
         if is_preflight:
             preflight.run_preflight(spec, parts, framework, self.loaded.device)
 

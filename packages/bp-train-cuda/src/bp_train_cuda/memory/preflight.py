@@ -88,7 +88,7 @@ def _measure(
         _accumulate(framework, guard, batch, min(2, accumulation))  # once more, now that there is optimizer state
         framework.clear_gradients()
         if validator is not None and framework.heldout is not None:
-            heldout = find_longest(framework.heldout.lengths(), framework.training.batch_size)
+            heldout = framework.longest_heldout()
             validator.measure_batches([(heldout, heldout)])
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     if on_gpu:
