@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
-from bp_export.commands.wording import spell_option
 from bp_runs.wording import Settings
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ def flag_of(key: str) -> str:
     from backpropagate.cli.flags import flag_names
 
     known = _setting(key)
-    return spell_option(key, None) if known is None else flag_names(known)[0]
+    return _spell(key, None) if known is None else flag_names(known)[0]
 
 
 def _setting(key: str) -> Setting | None:
@@ -48,13 +47,20 @@ class CommandLineWording:
         return f"-m backpropagate {self.command(words, settings).removeprefix('backprop ')}"
 
 
+def _spell(key: str, value: str | None) -> str:
+    """An option of a command, by its keyword; imported late, since the help needs none."""
+    from bp_export.commands.wording import spell_option
+
+    return spell_option(key, value)
+
+
 def _override(key: str, value: str | None) -> str:
     return f"--override {_word(f'{key}={value}')}" if "." in key else _flag(key, value)
 
 
 def _flag(key: str, value: str | None) -> str:
     if "." not in key:
-        return spell_option(key, value)
+        return _spell(key, value)
     flag = flag_of(key)
     if value is None or (value == "true" and _is_switch(key)):
         return flag
