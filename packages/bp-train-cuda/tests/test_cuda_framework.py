@@ -1,12 +1,16 @@
 """Torch behind the loop, where a GPU does something else than a CPU: products in bfloat16 under autocast."""
 
+import pytest
 import torch
-from cuda_training import spec_for
+from cuda_training import spec_for, train
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, set_seed
 
 from bp_data import prepare
 from bp_data.loop.memory import MemoryGuard
+from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.errors import TrainingDivergedError
 from bp_train_cuda import backend
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.framework import TorchFramework
@@ -65,3 +69,22 @@ def test_adapters_take_the_bases_dtype_and_give_the_same_bits(pico_model, chat_f
     assert all(torch.equal(gradients[name], theirs[name]) for name in gradients)
     layers = sum(".lora_A." in name for name in gradients)
     assert more_casts - casts >= 2 * layers
+
+
+def test_no_checkpoint_holds_weights_that_a_gradient_has_spoiled(pico_model, chat_file, tmp_path, monkeypatch):
+    keep, calls = TorchFramework.sum_gradients, []
+
+    def spoil_third(self):
+        keep(self)
+        calls.append(1)
+        if len(calls) == 3:
+            self._weights[0].grad.view(-1)[0] = float("nan")
+
+    monkeypatch.setattr(TorchFramework, "sum_gradients", spoil_third)
+    training = {"steps": 6, "batch_size": 2, "save_steps": 1, "keep_checkpoints": 1}
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training=training)
+    with pytest.raises(TrainingDivergedError, match="norm is nan at step 3"):
+        train(spec)
+    (left,) = CheckpointFolder(spec.folders.run).read()
+    assert left.step == 2
+    assert all(torch.isfinite(weight).all() for weight in load_file(left.path / "weights.safetensors").values())

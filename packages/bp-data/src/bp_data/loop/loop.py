@@ -74,7 +74,7 @@ def run_loop(parts: LoopParts, state: LoopState) -> None:  # noqa: C901, PLR0915
     """Train from the step after ``state.step`` to the last, or until the run is stopped; ``state`` is kept up to date.
 
     Raises:
-        TrainingDivergedError: The loss is not finite.
+        TrainingDivergedError: The loss or the gradient is not finite.
         OomExhaustedError: Not even a single example fits the device's memory.
         CodedError: A guard ends the run, another process failed, or a checkpoint cannot be written.
     """
@@ -113,6 +113,7 @@ def run_loop(parts: LoopParts, state: LoopState) -> None:  # noqa: C901, PLR0915
         pending = framework.clip(training.max_grad_norm, sums)
         parts.guard.retry(lambda: framework.update(rate), "the optimizer step")  # noqa: B023
         numbers = dict(pending())
+        norm = numbers["grad_norm"]
 
         # 4. Events.
         state.step += 1
@@ -122,6 +123,10 @@ def run_loop(parts: LoopParts, state: LoopState) -> None:  # noqa: C901, PLR0915
         loss = _report(parts, state, numbers, total=total, rate=rate, speed=speed)
         if not math.isfinite(loss):
             raise TrainingDivergedError(f"the loss is {loss} at step {state.step}", details={"step": state.step})
+        if not math.isfinite(norm):  # the update has spoiled the weights: no checkpoint of them
+            raise TrainingDivergedError(
+                f"the gradient's norm is {norm} at step {state.step}", details={"step": state.step}
+            )
         state.losses.add(loss)
         is_last = state.step == parts.steps
         state.stopped = not is_last and group.any(parts.stop())
