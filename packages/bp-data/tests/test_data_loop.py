@@ -299,3 +299,15 @@ def test_ranks_share_each_step_as_one_process_would_run_it(rows, ranks, accumula
         assert seen == list(order.epoch(epoch))
     assert samplers[0].visited(1) == list(order.epoch(0))[: 2 * accumulation * ranks]
     assert sorted(samplers[0].visited(steps)) == list(range(rows))
+
+
+def test_an_early_stop_before_the_checkpoint_holds_after_it():
+    line, events, state = Line([9.0] * 8), [], LoopState()
+    parts = loop_of(line, events, steps=50, heldout=3, early_stop=2)
+    run_loop(parts, state)
+    again = LoopState()
+    again.restore_state(state.read_state())
+    resumed = loop_of(Line([9.0] * 8, w=line.w), [], steps=50, heldout=3, early_stop=2)
+    resumed.validator.restore_state(parts.validator.read_state())
+    run_loop(resumed, again)
+    assert again.step == state.step < 50

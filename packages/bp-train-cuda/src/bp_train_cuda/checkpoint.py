@@ -4,7 +4,7 @@
     best.safetensors        those of the lowest validation loss so far, where there was a validation
     adapter_config.json     PEFT's description of them; absent for full fine-tuning
     optimizer.pt random.pt  the optimizer's state, and the generators of the CPU and the GPU
-    rank-1/ …               of each further rank its generators, and where weights are sharded the files above
+    rank-1/ …               of each further rank its generators and chunks, and its shards of the files above
     state.json              the loop's: schema, step, tokens, seconds, losses, chunks, validation so far
 
 The order of examples is drawn from the seed and the epoch, so the step alone says where in the data the run was.
@@ -46,6 +46,8 @@ STATE_NUMBER = 3
 """1 and 2 held the files of transformers' Trainer."""
 STATE_SCHEMA = f"{STATE_NAME}/{STATE_NUMBER}"
 RANK_FOLDER = "rank-{}"
+_OWN_PARTS = ("guard", "reader")
+"""Parts that differ from rank to rank: each has its own chunks."""
 _FULL = 2**20  # bytes that a full disk may still call free
 _MARGIN = 16 * 2**20  # bytes for what is small: generators, losses, manifest
 
@@ -110,6 +112,8 @@ class Checkpointer:
         self._stage_own()
         if not self._group.rank:
             self._guard.retry(lambda: self._save(step, reason), "a checkpoint")
+            for rank in range(1, self._group.count):
+                shutil.rmtree(self._stage(rank), ignore_errors=True)
         self._last_step = step
         self._schedule.saved()
 
@@ -142,7 +146,7 @@ class Checkpointer:
         generators = torch.load(own / RANDOM_FILE, weights_only=True)
         self._framework.set_random_state((generators["cpu"], generators["cuda"]))
         for name, part in self._parts.items():
-            part.restore_state(state[name])
+            part.restore_state(generators["parts"].get(name, state[name]))
         if self._validator and (whole / BEST_FILE).is_file():
             # Copies: loaded tensors keep their file mapped, and Windows would not let it be pruned.
             best = load_file(whole / BEST_FILE).items()
@@ -177,7 +181,8 @@ class Checkpointer:
     def _write_own(self, folder: Path) -> None:
         """What differs from rank to rank: generators, and of sharded weights and optimizer state the shards."""
         cpu, cuda = self._framework.random_state()
-        torch.save({"cpu": cpu, "cuda": cuda}, folder / RANDOM_FILE)
+        own = {name: self._parts[name].read_state() for name in _OWN_PARTS if name in self._parts}
+        torch.save({"cpu": cpu, "cuda": cuda, "parts": own}, folder / RANDOM_FILE)
         if self._group.is_sharded or not self._group.rank:
             weights = {name: weight.detach().contiguous() for name, weight in self._framework.own_weights().items()}
             save_file(weights, folder / WEIGHTS_FILE)
@@ -209,15 +214,6 @@ class Checkpointer:
 def rank_folder(checkpoint: Path, group: ProcessGroup) -> Path:
     """Where a rank finds what differs from rank to rank."""
     return checkpoint / RANK_FOLDER.format(group.rank) if group.rank else checkpoint
-
-
-def read_step(checkpoint: Path | None) -> int:
-    """Optimizer steps that a checkpoint holds; 0 for none.
-
-    Raises:
-        CheckpointInvalidError: It was saved by another version.
-    """
-    return 0 if checkpoint is None else int(_read_state(checkpoint)["loop"]["step"])
 
 
 def require_ranks(checkpoint: Path, count: int) -> None:

@@ -80,7 +80,8 @@ def run_loop(parts: LoopParts, state: LoopState) -> None:  # noqa: C901, PLR0915
     """
     framework, group, training = parts.framework, parts.group, parts.training
     clock = _Clock(state.seconds, parts.monitor)
-    while state.step < parts.steps and not state.stopped:
+    is_early = parts.validator is not None and parts.validator.is_stalled  # an early stop before the checkpoint
+    while state.step < parts.steps and not (state.stopped or is_early):
         # 1. The step's examples, and what their losses are divided by: a sum over all processes.
         micro_batches = [framework.expand(indexes) for indexes in parts.sampler.step(state.step)]
         mine = [(framework.weigh(batch), framework.count_tokens(batch)) for batch in micro_batches]
@@ -132,7 +133,6 @@ def run_loop(parts: LoopParts, state: LoopState) -> None:  # noqa: C901, PLR0915
         state.stopped = not is_last and group.any(parts.stop())
 
         # 5. Validation and early stop.
-        is_early = False
         if parts.validator is not None and parts.validator.is_due(state.step, is_last=is_last):
             is_early = parts.validator.validate(state.step) and not is_last
             if is_early:
@@ -154,8 +154,6 @@ def run_loop(parts: LoopParts, state: LoopState) -> None:  # noqa: C901, PLR0915
         elif parts.saver.is_due(state.step):
             parts.saver.save(state.step, "schedule")
             clock.skip()
-        if is_early:
-            return
 
 
 def _report(

@@ -60,6 +60,11 @@ class Validator:
         """Whether to validate after ``step``."""
         return step != self._last_step and (is_last or step % self._eval_steps == 0)
 
+    @property
+    def is_stalled(self) -> bool:
+        """Whether ``early_stop`` validations in a row have not improved, also those before a resumed checkpoint."""
+        return bool(self._training.early_stop) and self._since_best >= self._training.early_stop
+
     def loss_after(self, step: int) -> float | None:
         """The validation loss after ``step``, in nats, if that was the last step validated."""
         return self._last_loss if step == self._last_step else None
@@ -75,7 +80,7 @@ class Validator:
         else:
             self._since_best += 1
         self._emit(EvalDone(step=step, loss=loss, tokens=tokens, best=is_best, metrics=metrics))
-        return bool(self._training.early_stop) and self._since_best >= self._training.early_stop
+        return self.is_stalled
 
     def restore_best(self, last_step: int) -> None:
         """Set the weights back to the best ones, unless the last are the best or the settings keep the last."""

@@ -137,15 +137,15 @@ class TorchFramework(TorchMemory):
         self.optimizer.step()
         self.clear_gradients()
 
-    def random_state(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Of the CPU's generator and every GPU's."""
-        return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    def random_state(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the CPU's generator, and of this process's GPU; None without one."""
+        return torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
 
-    def set_random_state(self, state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    def set_random_state(self, state: tuple[torch.Tensor, torch.Tensor | None]) -> None:
         """Undo draws since `random_state`."""
         torch.set_rng_state(state[0])
-        if state[1]:
-            torch.cuda.set_rng_state_all(state[1])
+        if state[1] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state[1])
 
     def peak_memory(self) -> int:
         """Bytes."""

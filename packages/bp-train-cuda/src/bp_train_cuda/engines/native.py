@@ -22,7 +22,7 @@ from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
 from bp_runs.wording import command_ref
 from bp_train_cuda import backend
-from bp_train_cuda.checkpoint import Checkpointer, Stateful, read_step
+from bp_train_cuda.checkpoint import Checkpointer, Stateful
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import gather_weights, reshard, shard_model
 from bp_train_cuda.engines.base import (
@@ -186,15 +186,14 @@ class NativeRun:
     def _start(self, parts: LoopParts, framework: TorchFramework) -> None:
         """Measure the reference of methods that have one, and run the preflight."""
         spec, sampler = self.spec, parts.sampler
-        visited = sampler.visited(parts.steps)
-        steps = [sampler.all_indexes(step) for step in range(read_step(spec.checkpoint), parts.steps)]
-        is_preflight = preflight.is_due(spec, self.loaded.device)
-        if is_preflight:
-            steps.append(find_longest(framework.examples.lengths(), spec.training.batch_size))
         if framework.needs_reference:
+            visited = sampler.visited(parts.steps)
+            # All steps and the preflight's batches, also in a resumed run: so the same batches give the same bits.
+            steps = [sampler.all_indexes(step) for step in range(parts.steps)]
+            steps.append(find_longest(framework.examples.lengths(), spec.training.batch_size))
             self.emit(Notice(message=f"measuring the model before training on {len(visited)} examples"))
-            framework.measure_references(visited, steps, framework.longest_heldout() if is_preflight else ())
-        if is_preflight:
+            framework.measure_references(visited, steps, framework.longest_heldout())
+        if preflight.is_due(spec, self.loaded.device):
             preflight.run_preflight(spec, parts, framework, self.loaded.device)
 
     def _answer(self, wrapped: LogProbModel, step: int) -> None:

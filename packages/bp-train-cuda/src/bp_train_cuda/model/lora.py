@@ -145,7 +145,6 @@ def save_adapter(model: Any, spec: TrainSpec, template: ChatTemplate) -> int:
         model.save_pretrained(partial, save_embedding_layers=False)
         if start.is_dir():
             _take_off_start(partial, start)
-            shutil.rmtree(start)
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         _name_base(partial / CONFIG_FILE, spec)
         copy_tokenizer(spec.base, partial, template)
@@ -153,6 +152,7 @@ def save_adapter(model: Any, spec: TrainSpec, template: ChatTemplate) -> int:
         write_manifest(
             partial, run_id=spec.folders.run_id, base=spec.model.name, base_folder=spec.base, template=hashes
         )
+    shutil.rmtree(start, ignore_errors=True)  # only now: a save that ran out of memory is tried again
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
