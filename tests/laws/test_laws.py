@@ -439,6 +439,26 @@ def _spoken(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
+def _speaks(text: str) -> bool:
+    return _COMMAND_LINE.search(re.sub(_FOREIGN, "", text)) is not None
+
+
+@pytest.mark.parametrize(
+    ("code", "seen"),
+    [
+        ("x = 'Leave it out: --on-bad-row skip'", True),
+        ("x = f'Name it: --{what} {value}'", True),
+        ("x = 'See the runs: backprop list-runs'", True),
+        ("def f():\n    'As with --force.'", True),
+        ("x = 'pip install --upgrade x; or use --mode lora'", True),
+        ("x = 'pip install --upgrade x; or {set:training.mode=lora}'", False),
+        ("x = 'backpropagate trains -- no more'", False),
+    ],
+)
+def test_a_command_line_in_a_string_is_seen(code, seen):
+    assert any(_speaks(text) for _, text in _spoken(ast.parse(code))) == seen
+
+
 @pytest.mark.parametrize("package", _SILENT)
 def test_libraries_speak_no_command_line(package):
     """They name settings and commands by references (`bp_runs.wording`); the program in front words them."""
@@ -449,6 +469,6 @@ def test_libraries_speak_no_command_line(package):
         if file.parts[-2:] == ("bp_export", "recipe.py"):
             continue  # commands on a model card, for whoever reads it
         for line, text in _spoken(ast.parse(file.read_text(encoding="utf-8"))):
-            if _COMMAND_LINE.search(re.sub(_FOREIGN, "", text)):
+            if _speaks(text):
                 wrong.append(f"{file.name}:{line}: {text}")
     assert not wrong

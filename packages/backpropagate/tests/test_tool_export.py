@@ -162,4 +162,4 @@ def test_training_warns_of_a_model_that_cannot_become_gguf(tmp_path, caplog, arc
     (base / "model.safetensors").write_bytes(b"")
     with caplog.at_level("WARNING", logger="backpropagate"):
         Trainer(str(base), output=str(tmp_path / "o"), rail=FakeRail()).train(str(rows), steps=1)
-    assert ("--format gguf will not work" in caplog.text) == is_warned
+    assert ("an export to GGUF will not work" in caplog.text) == is_warned

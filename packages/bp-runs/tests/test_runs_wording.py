@@ -3,6 +3,7 @@
 import pytest
 
 from bp_runs.errors import DiskFullError, InvalidSettingError, TrainingDivergedError
+from bp_runs.record import RunRecord
 from bp_runs.wording import PlainWording, command_ref, find_references, name_run, render, setting_ref, use_wording
 
 
@@ -62,6 +63,7 @@ def test_an_error_speaks_the_words_of_the_program_that_shows_it():
     assert error.way_out == render(error.hint, PlainWording())
     assert error.to_dict()["setting"] == "output"
     assert InvalidSettingError("x").to_dict()["setting"] is None
+    assert InvalidSettingError("x", setting="lora.r").way_out == "See what it takes: config explain lora.r"
 
 
 def test_a_wording_ends_with_its_context_even_after_an_error():
@@ -75,3 +77,17 @@ def test_a_run_is_named_in_references_only():
     assert name_run(text, "7") == "RUN it again: {do:replay 7}"
     assert name_run(text, "7", "o o") == "RUN it again: {do:replay 7 output='o o'}"
     assert render(name_run(text, "7", "o o"), Shouting()) == "RUN it again: replay/7/output"
+
+
+def _record(**facts):
+    return RunRecord(run_id="1", status="failed", created_at="", sequence=1, **facts)
+
+
+def test_a_record_is_read_in_the_words_of_its_reader():
+    error = DiskFullError("no room", way_out="Try {set:output=/b}")
+    record = _record(error={**error.to_dict(), "hint": error.hint})
+    assert record.describe_fix() == record.error["way_out"] == 'Try output="/b"'
+    with use_wording(Shouting()):
+        assert record.describe_fix() == "Try output!/b"
+    older = _record(error={"way_out": "Try --output /b"})
+    assert (older.describe_fix(), _record().describe_fix()) == ("Try --output /b", "")

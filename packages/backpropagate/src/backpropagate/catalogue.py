@@ -155,14 +155,22 @@ def find_rows(data: DataSpec, environ: Mapping[str, str], *, offline: bool = Fal
     if not data.path:
         raise DataMissingError("no data file was named")
     path = to_path(data.path)
-    part = {"--subset": data.subset, "--split": data.split, "--data-revision": data.revision}
-    asked = [flag for flag, value in part.items() if value is not None]
+    part = {"data.subset": data.subset, "data.split": data.split, "data.revision": data.revision}
+    asked = [key for key, value in part.items() if value is not None]
     if path.exists() and not (path.is_dir() and asked):
         if asked:
-            raise InvalidSettingError(f"{asked[0]} chooses a part of a data set, and {data.path} is a file")
+            raise InvalidSettingError(
+                f"{{set:{asked[0]}}} chooses a part of a data set, and {data.path} is a file",
+                way_out=f"Leave it out: {{set:{asked[0]}}}",
+                setting=asked[0],
+            )
         return Rows(path, None)
     if path.is_dir() and data.revision is not None:
-        raise InvalidSettingError(f"--data-revision is for data sets of the Hub, and {data.path} is a folder")
+        raise InvalidSettingError(
+            f"{{set:data.revision}} is for data sets of the Hub, and {data.path} is a folder",
+            way_out="Leave it out: {set:data.revision}",
+            setting="data.revision",
+        )
     if not path.is_dir() and not looks_like_hub_name(data.path):
         raise DatasetNotFoundError(f"there is no data file {data.path}")
     found = fetch_dataset(

@@ -71,7 +71,8 @@ def parent_of(adapter: str | None, base: Path) -> str | None:
         return None
     if is_other_base(Path(adapter), base):
         raise AdapterInvalidError(
-            f"{adapter} was trained on another base than {base}", way_out="Name the adapter's own base: --model NAME"
+            f"{adapter} was trained on another base than {base}",
+            way_out="Name the adapter's own base: {set:model.name=NAME}",
         )
     return read_adapter_folder(Path(adapter)).run_id
 
@@ -88,12 +89,12 @@ def plan_extension(store: RunStore, run: str, steps: int, rail: Rail | None = No
     """
     record = store.load(run)
     if steps < 1:
-        raise InvalidSettingError(f"{steps} more steps are none", way_out="Train at least one: --steps +100")
+        raise InvalidSettingError(f"{steps} more steps are none", way_out="Train at least one: {set:steps=+100}")
     if record.kind != "train" or record.is_imported or record.status == "running":
         why = "is running" if record.status == "running" else f"is of the kind {record.kind}, or was imported"
         raise AdapterSelectionError(
             f"run {record.run_id} {why}, and can't be extended",
-            way_out=f"Train on from its adapter: backprop train --data FILE --from {record.run_id}",
+            way_out=f"Train on from its adapter: {{do:train data.path=FILE training.start_from={record.run_id}}}",
         )
     adapter = materialize(Selection(record, store, "last"), rail)
     resolved = from_record(record)

@@ -64,7 +64,7 @@ def own_checks(environ: Mapping[str, str], output: Path) -> tuple[Check, ...]:
     """The checks that need no rail."""
     return (
         Check("settings", lambda: check_settings(environ)),
-        Check("disk", lambda: check_disk(environ, output), "Choose another folder: --output /other/disk/output"),
+        Check("disk", lambda: check_disk(environ, output), "Choose another folder: {set:output=/other/disk/output}"),
         Check("page file", check_page_file),
         Check("llama.cpp", check_llama_cpp),
         Check("ollama", lambda: check_ollama(environ)),
@@ -86,7 +86,9 @@ def check_disk(environ: Mapping[str, str], output: Path) -> Finding:
     room = {name: shutil.disk_usage(_existing(place)).free for name, place in places.items()}
     told = ", ".join(f"{name}: {free / 2**30:.0f} GiB free" for name, free in room.items())
     if not os.access(_existing(output), os.W_OK):
-        return Finding(state="failed", message=f"{output} cannot be written", fix="Choose another folder: --output DIR")
+        return Finding(
+            state="failed", message=f"{output} cannot be written", fix="Choose another folder: {set:output=DIR}"
+        )
     if min(room.values()) < _ROOM:
         return Finding(state="warning", message=f"{told}; a 7B model needs 20", fix="Free some space.")
     return Finding(state="ok", message=told)

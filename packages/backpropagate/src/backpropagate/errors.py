@@ -55,7 +55,7 @@ class UnknownSettingError(UserError):
 
     code = "CONFIG_UNKNOWN_SETTING"
     when = "A setting in the environment, backpropagate.toml or a Python call has a name that does not exist."
-    default_way_out = "See the settings: backprop config show"
+    default_way_out = "See the settings: {do:config show}"
 
 
 class SettingsFileError(UserError):
@@ -63,15 +63,17 @@ class SettingsFileError(UserError):
 
     code = "CONFIG_INVALID"
     when = "backpropagate.toml cannot be read or is not TOML."
-    default_way_out = "Mend the file at the named line, or move it away."
+    default_way_out = "Fix the file at the line that the message names, or move it away."
 
 
 class ResumeDiffersError(UserError):
     """A run was to go on with other settings than it began with."""
 
     code = "CONFIG_RESUME_DIFFERS"
-    when = "A run was to go on, and a flag asks for something else than its record."
-    default_way_out = "Go on without the flags: backprop resume; or start anew: --no-resume"
+    when = "A run was to be resumed, and a setting differs from its record."
+    default_way_out = (
+        "Resume it with its own settings: {do:resume RUN}; or start from scratch: {set:training.resume=false}"
+    )
 
 
 class CommandLineError(UserError):
@@ -87,7 +89,7 @@ class RunsAndRowsError(UserError):
 
     code = "INPUT_MULTIRUN_ROWS"
     when = "A multi-run has more runs than rows or files, or one of its runs would have no row to train or measure on."
-    default_way_out = "Ask for fewer runs: --runs 2; or hold out nothing: --heldout 0"
+    default_way_out = "Ask for fewer runs: {set:multirun.runs=2}; or hold out nothing: {set:multirun.heldout=0}"
 
 
 class DataMissingError(UserError):
@@ -95,7 +97,7 @@ class DataMissingError(UserError):
 
     code = "INPUT_DATA_MISSING"
     when = "Training was asked for without a data file."
-    default_way_out = "Name your file: backprop train --data my_data.jsonl"
+    default_way_out = "Name your file: {do:train data.path=my_data.jsonl}"
 
 
 class ModelNotFoundError(UserError):
@@ -126,7 +128,7 @@ class RailUnknownError(UserError):
     """No rail has the name."""
 
     code = "CONFIG_UNKNOWN_BACKEND"
-    when = "--backend names a rail that is not installed."
+    when = "The setting training.backend names a rail that is not installed."
     default_way_out = "See the rails: backprop info"
 
 
@@ -233,7 +235,7 @@ class HubUnreachableError(DependencyError):
 
     code = "DEP_HUB_UNREACHABLE"
     when = "A Hub model is not in the local cache, and the Hub cannot be reached or offline mode is on."
-    default_way_out = "Go online once so that the model is cached, or give a local folder: --model ./my-model"
+    default_way_out = "Go online once so that the model is cached, or give a local folder: {set:model.name=./my-model}"
 
 
 class HubAccessError(DependencyError):
@@ -267,7 +269,9 @@ class MultiRunGateError(GateError):
 
     code = "RUNTIME_MULTIRUN_GATE"
     when = "The gate of a multi-run left out every run: each one's merge made the held-out loss worse."
-    default_way_out = "Lower the learning rate, for example --lr 5e-5, or allow more: --max-regression 0.05"
+    default_way_out = (
+        "Lower the learning rate: {set:training.learning_rate=5e-5}; or allow more: {set:multirun.max_regression=0.05}"
+    )
 
 
 class MultiRunStateError(StateError):
@@ -283,7 +287,7 @@ class TrackerMissingError(DependencyError):
 
     code = "DEP_TRACKER_MISSING"
     when = "report_to names a tracker that is not installed."
-    default_way_out = "Install it, or train without: --report-to none"
+    default_way_out = "Install it, or train without: {set:training.report_to=none}"
 
 
 class SeveralProcessesError(UserError):

@@ -18,6 +18,7 @@ from bp_export.errors import ArchitectureUnsupportedError, ParityFailedError, Pu
 from bp_runs.adapter import CONFIG_FILE, read_adapter_folder, read_manifest
 from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError
 from bp_runs.store import RunStore
+from bp_runs.wording import render
 
 _log = logging.getLogger("backpropagate")
 
@@ -82,9 +83,13 @@ def export_adapter(
     """
     wants_ollama = ollama or ollama_name is not None
     if wants_ollama and format != "gguf":
-        raise InvalidSettingError(f"Ollama takes GGUF files, not {format!r}", way_out="Add: --format gguf")
+        raise InvalidSettingError(
+            f"Ollama takes GGUF files, not {format!r}", way_out="Export a GGUF: {set:format=gguf}"
+        )
     if wants_ollama and split_bytes is not None:
-        raise InvalidSettingError("Ollama takes one file, and this would be several", way_out="Leave out: --split-mib")
+        raise InvalidSettingError(
+            "Ollama takes one file, and this would be several", way_out="Leave it out: {set:split_bytes}"
+        )
     base_name, run_id = _read_origin(adapter)
     name = _name_after(base_name, run_id)
     if wants_ollama:
@@ -138,7 +143,9 @@ def plan_export(
         CodedError: As `export_adapter`; InvalidSettingError for another format.
     """
     if format != "gguf":
-        raise InvalidSettingError(f"--dry-run plans GGUF files, not {format!r}", way_out="Add: --format gguf")
+        raise InvalidSettingError(
+            f"a dry run plans GGUF files, not {format!r}", way_out="Plan a GGUF: {set:format=gguf}"
+        )
     return bp_export.plan_export(
         adapter,
         output=output,
@@ -164,8 +171,8 @@ def warn_unexportable(base: Path) -> None:
         if config.get("architectures"):
             find_architecture(config)
     except ArchitectureUnsupportedError as error:
-        formats = "The adapter, its merged model (--format merged) and training itself work."
-        _log.warning("After training, --format gguf will not work: %s. %s", error.message, formats)
+        formats = render("The adapter, its merged model ({set:format=merged}) and training itself work.")
+        _log.warning("After training, an export to GGUF will not work: %s. %s", error.message, formats)
     except (OSError, ValueError, CodedError):
         return  # whoever loads the model says what is wrong with its config
 
@@ -264,5 +271,5 @@ def push_model(source: Path, repo: str, **asked: Any) -> bp_export.PushOutcome:
         CodedError: As `bp_export.push`.
     """
     if system.is_offline(os.environ):
-        raise PushNetworkError("nothing can be pushed in offline mode", way_out="Leave out --offline.")
+        raise PushNetworkError("nothing can be pushed in offline mode", way_out="Go online, and turn offline mode off.")
     return bp_export.push(source, repo, **asked)

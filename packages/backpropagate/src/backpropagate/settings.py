@@ -202,7 +202,9 @@ def resolve_ui(
     values, sources = _join(ui_settings(), flags, environ or {}, toml, {})
     spec = UiSpec(**{key.partition(".")[2]: value for key, value in values.items()})
     if not 0 <= spec.port <= _HIGHEST_PORT:
-        raise InvalidSettingError(f"ui.port is {spec.port}; it must be at least 0 and at most {_HIGHEST_PORT}")
+        raise InvalidSettingError(
+            f"ui.port is {spec.port}; it must be at least 0 and at most {_HIGHEST_PORT}", setting="ui.port"
+        )
     return spec, MappingProxyType(sources)
 
 
@@ -444,8 +446,8 @@ def _convert(setting: Setting, raw: Any, source: Source, name: str) -> Any:
     try:
         return msgspec.convert(raw, setting.type, strict=source == "toml")
     except msgspec.ValidationError as error:
-        where = name if source in ("env", "toml") else "--" + name.replace("_", "-")
-        raise InvalidSettingError(f"{where} cannot be {raw!r}", cause=str(error)) from error
+        where = name if source in ("env", "toml") else f"{{set:{name.replace('-', '_')}}}"
+        raise InvalidSettingError(f"{where} cannot be {raw!r}", cause=str(error), setting=setting.key) from error
 
 
 def _build(values: Mapping[str, Any]) -> Settings:
@@ -509,15 +511,16 @@ def _check(settings: Settings) -> Settings:
         value = flat[key]
         if value is not None and (not value >= low or (high is not None and value > high)):
             upper = f" and at most {high}" if high is not None else ""
-            raise InvalidSettingError(f"{key} is {value}; it must be at least {low}{upper}")
+            raise InvalidSettingError(f"{key} is {value}; it must be at least {low}{upper}", setting=key)
     for key in _POSITIVE:
         value = flat[key]
         if value is not None and not 0 < value < float("inf"):
-            raise InvalidSettingError(f"{key} is {value}; it must be a positive number")
+            raise InvalidSettingError(f"{key} is {value}; it must be a positive number", setting=key)
     if settings.training.steps is not None and settings.training.epochs is not None:
         raise InvalidSettingError(
             f"training.steps is {settings.training.steps} and training.epochs is {settings.training.epochs:g}: "
             "both say how long to train",
-            way_out="Set one of them: --steps 200, or --epochs 3",
+            way_out="Set one of them: {set:training.steps=200}, or {set:training.epochs=3}",
+            setting="training.epochs",
         )
     return settings

@@ -190,7 +190,8 @@ def choose_trackers(wanted: str, environ: Mapping[str, str]) -> list[str]:
         return []
     if find_spec(wanted) is None:
         raise TrackerMissingError(
-            f"the tracker {wanted} is not installed", way_out=f"pip install {wanted}; or --report-to none"
+            f"the tracker {wanted} is not installed",
+            way_out=f"Install it: pip install {wanted}; or train without: {{set:training.report_to=none}}",
         )
     return [wanted]
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
-from bp_runs.wording import render
+from bp_runs.wording import command_ref, render
 
 RunStatus = Literal["running", "completed", "stopped", "failed", "diverged", "interrupted"]
 """completed: all steps done. stopped: the user asked, the adapter is kept. interrupted: cut off, no adapter."""
@@ -177,6 +177,19 @@ class InvalidSettingError(UserError):
     code = "CONFIG_INVALID_SETTING"
     when = "A setting has a value of the wrong type, out of its range, or one that does not go with another setting."
     default_way_out = "Give it a value that the message allows; see all settings: {do:config show}"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        cause: str | None = None,
+        way_out: str | None = None,
+        setting: str | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
+        if way_out is None and setting and "." in setting:
+            way_out = f"See what it takes: {command_ref('config explain', setting)}"
+        super().__init__(message, cause=cause, way_out=way_out, setting=setting, details=details)
 
 
 class OutputNotWritableError(UserError):
