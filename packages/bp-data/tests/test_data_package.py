@@ -61,4 +61,4 @@ def test_the_readme_example_runs(model, write_lines, monkeypatch, capsys):
     monkeypatch.chdir(path.parent)
     code = README.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     exec(code.replace("path/to/model", str(model("chatml"))), {})
-    assert "'trained': 1" in capsys.readouterr().out
+    assert "'whole': 1" in capsys.readouterr().out

@@ -73,29 +73,30 @@ def test_the_next_run_begins_where_this_one_ended(pico_model, chat_file, tmp_pat
         spec = spec_for(pico_model, chat_file, tmp_path / name, training={"steps": 2, "batch_size": 8, **training})
         spec = replace(spec, folders=replace(spec.folders, machine=tmp_path / "machine"))
         _, events = train(spec)
-        return spec, [e.message for e in events if isinstance(e, Notice) and "pieces" in e.details]
+        return spec, [e.message for e in events if isinstance(e, Notice) and "chunks" in e.details]
 
     scarce = Scarce(monkeypatch, 2, "forward")
     spec, first = run("first")
-    assert ["out of GPU memory" in message for message in first] == [True, True]
+    assert ["out of memory" in message for message in first] == [True, True]
     (entry,) = json.loads((tmp_path / "machine" / FITTED_FILE).read_text())["cards"]["cpu"].items()
     assert entry[0] == describe_load(spec, "lora")
     assert entry[1]["rows"] == 2
     scarce.hits = 0
     _, second = run("second")
-    assert second == ["micro-batches of 8 rows run in 4 pieces, which is what fitted this card before"]
+    assert second == ["micro-batches of 8 rows run in 4 chunks, which is what fitted this GPU before"]
     assert scarce.hits == 0
 
 
 @pytest.mark.usefixtures("steady")
 @pytest.mark.parametrize("batch", [1, 2])
-def test_packs_are_remembered_in_their_pieces_too(pico_model, chat_file, tmp_path, monkeypatch, batch):
+def test_packs_are_remembered_in_their_chunks_too(pico_model, chat_file, tmp_path, monkeypatch, batch):
     """A pack is one row of the micro-batch, and is cut between the rows that lie in it."""
     forward, longest = LlamaModel.forward, []
 
     def scarce(model, *args, **kwargs):
         tokens = kwargs["input_ids"].numel()
-        longest.append(tokens)
+        if torch.is_grad_enabled():  # the proofs of head and packing run a few tokens without gradients
+            longest.append(tokens)
         if torch.is_grad_enabled() and tokens > 40 * batch:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(model, *args, **kwargs)
@@ -106,16 +107,16 @@ def test_packs_are_remembered_in_their_pieces_too(pico_model, chat_file, tmp_pat
         spec = replace(spec, folders=replace(spec.folders, machine=tmp_path / "machine"))
         longest.clear()
         _, events = train(spec)
-        return [e.message for e in events if isinstance(e, Notice) and "pieces" in e.details], max(longest)
+        return [e.message for e in events if isinstance(e, Notice) and "chunks" in e.details], max(longest)
 
     monkeypatch.setattr(LlamaModel, "forward", scarce)
     first, most = run("first")
     assert most > 40 * batch
-    assert "out of GPU memory" in first[0]
+    assert "out of memory" in first[0]
     second, most = run("second")
     assert most <= 40 * batch
-    pieces = 2 ** len(first)
-    assert second == [f"micro-batches of {batch} packs run in {pieces} pieces, which is what fitted this card before"]
+    chunks = 2 ** len(first)
+    assert second == [f"micro-batches of {batch} packs run in {chunks} chunks, which is what fitted this GPU before"]
 
 
 def test_a_home_that_cannot_be_written_costs_no_adapter(pico_model, chat_file, tmp_path, monkeypatch):

@@ -242,7 +242,7 @@ def test_a_cpu_is_not_watched_and_a_card_without_a_sensor_is_told_once(monkeypat
     monkeypatch.setattr("bp_train_cuda.guards.thermal.find_spec", lambda _: None)
     card = Device("cuda", "a card", 1)
     assert open_monitor(spec, card, events.append, lambda: False).temperature is None
-    assert [e.message for e in events] == ["the GPU's temperature is not monitored: nvidia-ml-py is not installed"]
+    assert [e.message for e in events] == ["the GPU temperature is not monitored: nvidia-ml-py is not installed"]
     assert open_monitor(TrainingSpec(gpu_max_temp=0), card, events.append, lambda: False) == Monitor()
     assert len(events) == 1
 
