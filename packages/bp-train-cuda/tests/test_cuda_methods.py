@@ -157,3 +157,14 @@ def test_a_run_that_is_cut_off_goes_on_with_what_it_started_from(files, chat_fil
     resumed, _ = train(replace(cut, checkpoint=newest.path))
     name = "adapter_model.safetensors"
     assert (resumed.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
+
+
+def test_every_method_is_one_row_and_has_a_loss():
+    from typing import get_args
+
+    from bp_runs.methods import METHODS as TABLE
+    from bp_runs.methods import MethodName
+    from bp_train_cuda.losses.preference import PREFERENCE_LOSSES
+
+    assert tuple(TABLE) == get_args(MethodName)
+    assert set(PREFERENCE_LOSSES) == {name for name, row in TABLE.items() if row.learns_from != "rows"}

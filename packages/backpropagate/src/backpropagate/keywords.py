@@ -144,7 +144,7 @@ class TrainingKeywords(TypedDict, total=False):
     """Rail to train on: auto, or the name of an installed rail, such as cuda or mlx."""
 
     method: Literal["sft", "dpo", "orpo", "simpo", "kto"] | None
-    """What is learnt from: answers (sft), a better and a worse answer (dpo, orpo, simpo), judged answers
+    """What to learn from: answers (sft), a chosen and a rejected answer (dpo, orpo, simpo), labeled answers
     (kto).
     """
 

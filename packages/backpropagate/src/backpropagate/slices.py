@@ -22,6 +22,7 @@ from bp_data import Rejected, Row, read_rows
 from bp_data.dataset import bad_row
 from bp_data.dedupe import exact_key
 from bp_runs.files import coded_disk_errors, publish_folder
+from bp_runs.methods import METHODS
 from bp_runs.spec import Settings
 
 PLAN_FILE = "plan.json"
@@ -80,7 +81,11 @@ def write_slices(folder: Path, sources: Sequence[Path], wanted: Settings, say: S
         seen = Counter(spool.keys[place] for _, places in parts for place in places)
         for number, (source, places) in enumerate(parts, start=1):
             is_single = [seen[spool.keys[place]] == 1 for place in places]
-            labels = [spool.labels[place] for place in places] if wanted.training.method == "kto" else []
+            labels = (
+                [spool.labels[place] for place in places]
+                if METHODS[wanted.training.method].learns_from == "judged"
+                else []
+            )
             heldout, own = _hold_out(number, source, places, is_single, labels=labels, share=wanted.multirun.heldout)
             replayed = _replay(trained, len(own), wanted, draw)
             trained.append(own)

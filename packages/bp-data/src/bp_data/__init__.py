@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bp_data.answers import AnswerRows, JudgedRow, JudgedRows, PairRow, PairRows
-    from bp_data.asked import DATA_KINDS, prepare_asked, require_fitting
+    from bp_data.asked import prepare_asked, require_fitting
     from bp_data.dataset import Prepared, prepare, tokenize_rows
     from bp_data.dedupe import Contaminated, Duplicate, find_contamination, find_duplicates
     from bp_data.errors import (
@@ -53,7 +53,6 @@ _HOMES = {
         "PairRows",
     ),
     "asked": (
-        "DATA_KINDS",
         "prepare_asked",
         "require_fitting",
     ),
@@ -162,7 +161,6 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "DATA_KINDS",
     "DEFAULT_TEMPLATE_NAME",
     "IGNORED",
     "AnswerRows",

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from bp_data.dataset import Prepared, prepare
 from bp_data.pairs import Compared, JudgedRow, PairRow, prepare_judged, prepare_pairs
 from bp_data.reasoning import TraceBand
 from bp_runs.errors import InvalidSettingError
+from bp_runs.methods import METHODS
 from bp_runs.spec import Settings
-
-DataKind: TypeAlias = Literal["rows", "pairs", "judged"]
-"""What a method learns from: whole rows, a better and a worse answer, or answers judged good or bad."""
-
-DATA_KINDS: Final[Mapping[str, DataKind]] = MappingProxyType(
-    {"sft": "rows", "dpo": "pairs", "orpo": "pairs", "simpo": "pairs", "kto": "judged"}
-)
-"""What each method learns from."""
 
 AnyPrepared: TypeAlias = Prepared | Compared[PairRow] | Compared[JudgedRow]
 
@@ -37,7 +28,7 @@ def require_fitting(settings: Settings) -> None:
     method = settings.training.method
     wrong = [key for key, off in _ROWS_ONLY if attrgetter(key)(settings) != off]
     wrong += ["data.on_overflow"] if settings.data.on_overflow == "split" else []
-    if DATA_KINDS[method] != "rows" and wrong:
+    if METHODS[method].learns_from != "rows" and wrong:
         value = attrgetter(wrong[0])(settings)
         raise InvalidSettingError(
             f"{wrong[0]} = {value!r} does not go with the method {method}, which compares answers",
@@ -70,7 +61,7 @@ def prepare_asked(settings: Settings, path: str | Path, model: str | Path, *, ca
         "dedup": data.dedup,
         "curriculum": settings.training.curriculum,
     }
-    match DATA_KINDS[settings.training.method]:
+    match METHODS[settings.training.method].learns_from:
         case "rows":
             trace = TraceBand(data.trace_min_tokens, data.trace_max_tokens) if data.reasoning_trace else None
             return prepare(path, model, min_tokens=data.min_tokens, trace=trace, cache=cache, **asked)

@@ -14,24 +14,11 @@ from types import MappingProxyType
 from typing import Any, Literal, Self, cast
 
 from bp_runs.errors import ContractError
+from bp_runs.methods import METHODS, MethodName
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME
 from bp_runs.serialize import from_json, to_json
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
-
-# Peak learning rates of an adapter and of all weights, where the user names none. All weights: TRL's for sft, Zephyr's
-# DPO (arXiv:2310.16944), the published ones of ORPO (arXiv:2403.07691), SimPO (the upper end; arXiv:2405.14734) and KTO
-# (at a beta of 0.1; arXiv:2402.01306). Adapters: QLoRA's for sft (arXiv:2305.14314), else five to ten times what all
-# weights take; ORPO's loss holds a whole likelihood term, and its rate serves both.
-_LEARNING_RATES: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "sft": (2e-4, 2e-5),
-        "dpo": (5e-6, 5e-7),
-        "orpo": (8e-6, 8e-6),
-        "simpo": (1e-5, 1e-6),
-        "kto": (5e-6, 1e-6),
-    }
-)
 
 
 def short_name(key: str) -> str:
@@ -159,9 +146,9 @@ class TrainingSpec:
     """The loop."""
 
     backend: str = setting("auto", "Rail to train on: auto, or the name of an installed rail, such as cuda or mlx.")
-    method: Literal["sft", "dpo", "orpo", "simpo", "kto"] = setting(
+    method: MethodName = setting(  # noqa: RUF009  # a field, as all of them
         "sft",
-        "What is learnt from: answers (sft), a better and a worse answer (dpo, orpo, simpo), judged answers (kto).",
+        "What to learn from: answers (sft), a chosen and a rejected answer (dpo, orpo, simpo), labeled answers (kto).",
     )
     mode: Literal["auto", "lora", "qlora", "full"] = setting(
         "auto",
@@ -277,7 +264,8 @@ class TrainingSpec:
     @property
     def usual_learning_rate(self) -> float:
         """The default peak learning rate of this method, for an adapter or for all weights."""
-        return _LEARNING_RATES[self.method][self.mode == "full"]
+        method = METHODS[self.method]
+        return method.full_rate if self.mode == "full" else method.adapter_rate
 
     @property
     def planned_steps(self) -> int:

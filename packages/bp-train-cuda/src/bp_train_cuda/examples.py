@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from bp_data import JudgedRow, PairRow, TokenRow, TokenRows, plan_packs
+from bp_runs.methods import METHODS
 
 Batch = dict[str, torch.Tensor]
 Mismatch = tuple[int, int]
@@ -266,11 +267,13 @@ def build_examples(
     Args:
         room: Longest row, in tokens; also of a pack.
     """
-    if method == "sft":
-        return RowExamples(rows, pad_id, room if packing else None)
-    if method == "kto":
-        return JudgedExamples(rows, pad_id, room=room, seed=seed)
-    return PairExamples(rows, pad_id)
+    match METHODS[method].learns_from:
+        case "rows":
+            return RowExamples(rows, pad_id, room if packing else None)
+        case "pairs":
+            return PairExamples(rows, pad_id)
+        case "judged":
+            return JudgedExamples(rows, pad_id, room=room, seed=seed)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

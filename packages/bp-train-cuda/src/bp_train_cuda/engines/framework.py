@@ -12,6 +12,7 @@ from peft.helpers import disable_input_dtype_casting
 
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
+from bp_runs.methods import METHODS
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.backend import PeakMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
@@ -19,7 +20,7 @@ from bp_train_cuda.distributed.sharding import full_norm, is_sharded_weight, loc
 from bp_train_cuda.examples import Batch, JudgedExamples, Mismatch, PairExamples, RowExamples, find_longest, to_device
 from bp_train_cuda.guards.oom import TorchMemory
 from bp_train_cuda.losses.log_probs import LogProbModel
-from bp_train_cuda.losses.preference import PREFERENCE_METHODS, Completions
+from bp_train_cuda.losses.preference import PREFERENCE_LOSSES, Completions
 from bp_train_cuda.losses.sft import sft_loss
 from bp_train_cuda.model.lora import trainable_weights
 
@@ -62,8 +63,8 @@ class TorchFramework(TorchMemory):
         self._weights = list(trainable_weights(self.model.model).values())
         self._sharded = [weight for weight in self._weights if is_sharded_weight(weight)]
         self._whole = [weight for weight in self._weights if not is_sharded_weight(weight)]
-        self._method = PREFERENCE_METHODS.get(self.training.method)
-        self._names = ("loss",) if self._method is None else _PREFERENCE_SUMS
+        self._preference = PREFERENCE_LOSSES.get(self.training.method)
+        self._names = ("loss",) if self._preference is None else _PREFERENCE_SUMS
 
     # What the loop counts.
 
@@ -178,7 +179,7 @@ class TorchFramework(TorchMemory):
     @property
     def needs_reference(self) -> bool:
         """Whether the method measures change from the model before training."""
-        return self._method is not None and self._method.needs_reference
+        return METHODS[self.training.method].needs_reference
 
     def longest_heldout(self) -> Sequence[int]:
         """The held-out examples that a preflight measures: as many of the longest as a micro-batch has."""
@@ -311,8 +312,8 @@ class TorchFramework(TorchMemory):
         """The chunk's summed loss, a scalar, and its summed metrics."""
         if isinstance(examples, RowExamples):
             return sft_loss(self._log_probs(examples.collate(chunk))), ()
-        assert self._method is not None  # noqa: S101
-        losses, margins = self._method.loss(self._completions(examples, chunk, shared), self.training)
+        assert self._preference is not None  # noqa: S101
+        losses, margins = self._preference(self._completions(examples, chunk, shared), self.training)
         margins = margins.detach().float()
         return losses.sum(), ((margins > 0).float().sum(), margins.sum())
 

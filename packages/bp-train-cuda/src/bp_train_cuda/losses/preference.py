@@ -5,8 +5,9 @@ An example of dpo, orpo and simpo has two completions, the chosen one first; one
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -86,18 +87,7 @@ def kto_loss(found: Completions, training: TrainingSpec) -> Losses:
     return weight * torch.sigmoid(-margins), margins
 
 
-@dataclass(frozen=True, slots=True)
-class PreferenceMethod:
-    """A method that compares completions."""
-
-    loss: Callable[[Completions, TrainingSpec], Losses]
-    needs_reference: bool = False
-    """Whether it measures change from the model before training."""
-
-
-PREFERENCE_METHODS = {
-    "dpo": PreferenceMethod(dpo_loss, needs_reference=True),
-    "orpo": PreferenceMethod(orpo_loss),
-    "simpo": PreferenceMethod(simpo_loss),
-    "kto": PreferenceMethod(kto_loss, needs_reference=True),
-}
+PREFERENCE_LOSSES: Mapping[str, Callable[[Completions, TrainingSpec], Losses]] = MappingProxyType(
+    {"dpo": dpo_loss, "orpo": orpo_loss, "simpo": simpo_loss, "kto": kto_loss}
+)
+"""By `bp_runs.methods.Method.name`, of the methods that compare completions."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, cast
 
+from bp_runs.methods import METHODS
 from bp_runs.rail import MemoryEstimate
 from bp_runs.spec import Settings
 from bp_train_cuda.memory.shapes import Linear, Shapes
@@ -28,7 +29,6 @@ Mode = Literal["lora", "qlora", "full"]
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight; scales of 64 weights in 8 bits, of 256 scales in 32
 _TILE = 2**26  # logits that the loss head computes at a time, as in bp_train_cuda.losses.log_probs
-_ROWS = {"dpo": 2, "orpo": 2, "simpo": 2}  # a pair is two rows
 _OPTIMIZERS: Mapping[str, str] = {"lora": "adamw_torch", "qlora": "adamw_8bit", "full": "paged_adamw_8bit"}
 """What ``auto`` takes."""
 _8BIT = 2 + 8 / 256  # bytes a weight: two moments, and a float32 scale of each for 256 weights
@@ -57,7 +57,7 @@ class Load:
     @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
-        return self.batch_size * self.seq_length * _ROWS.get(self.method, 1)
+        return self.batch_size * self.seq_length * METHODS[self.method].completions
 
 
 def read_load(settings: Settings, mode: str, rows: int | None = None) -> Load:
