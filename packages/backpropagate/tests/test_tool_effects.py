@@ -339,7 +339,7 @@ EFFECTS = {
     "data.path": lambda b: b.read(data=b.traces).read == 4 != b.read().read,
     "data.subset": lambda b: part_acts(b, subset="de"),
     "data.split": lambda b: part_acts(b, split="test"),
-    "data.revision": lambda b: "data-revision" in b.train(data_revision="v1").told,
+    "data.revision": lambda b: "data_revision" in b.train(data_revision="v1").told,
     "data.samples": lambda b: b.read(samples=3).whole == 3,
     "data.on_bad_row": lambda b: b.read(data=b.odd_rows) == "INPUT_DATASET_FORMAT_UNSUPPORTED" or b.read(data=b.odd_rows, on_bad_row="skip").dropped == 1,
     "data.on_overflow": lambda b: b.read(data=b.odd_rows, on_bad_row="skip", on_overflow="drop").dropped == 2,

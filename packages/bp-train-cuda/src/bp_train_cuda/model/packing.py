@@ -193,12 +193,15 @@ class _Proof:
 
         Experts and kernels may sum in another order when other rows are in the batch.
         """
-        row = self.rest[0]
-        width = len(row)
-        batches = [torch.stack([first[:width], row]) for first in (self.first, self.other)]
-        one, two = (self._run(batch)[1] for batch in batches)
-        alone = self._run(row[None])[0]
-        return _difference(one, two), _difference(one, alone)
+        moved, off = 0.0, 0.0
+        for row in self.rest:
+            width = min(len(row), len(self.first))
+            part = row[:width]
+            batches = [torch.stack([first[:width], part]) for first in (self.first, self.other)]
+            one, two = (self._run(batch)[1] for batch in batches)
+            moved = max(moved, _difference(one, two))
+            off = max(off, _difference(one, self._run(part[None])[0]))
+        return moved, off
 
 
 def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
