@@ -64,7 +64,8 @@ def weights(outcome):
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize(("rows", "accumulation", "first"), [(2, 1, 1), (1, 1, 1), (2, 2, 2), (1, 2, 4)])
 def test_the_same_weights_as_without_it(pico_model, chat_file, tmp_path, monkeypatch, where, rows, accumulation, first):
-    loop = {"steps": 4, "batch_size": 4, "gradient_accumulation": accumulation}
+    # AdamW divides by the size of a gradient, so rounding in a tiny one moves a weight by up to the rate: a small one here.
+    loop = {"steps": 4, "batch_size": 4, "gradient_accumulation": accumulation, "learning_rate": 2e-3}
     calm, calm_events = train(spec_for(pico_model, chat_file, tmp_path / "calm", training=loop))
     scarce = Scarce(monkeypatch, rows, where, first)
     outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "scarce", training=loop))
@@ -79,8 +80,9 @@ def test_the_same_weights_as_without_it(pico_model, chat_file, tmp_path, monkeyp
         [(e.step, e.tokens) for e in all_events if isinstance(e, StepDone)] for all_events in (calm_events, events)
     ]
     assert steps[0] == steps[1]
-    losses = [[e.loss for e in all_events if isinstance(e, StepDone)] for all_events in (calm_events, events)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name in ("loss", "grad_norm"):
+        one, other = ([getattr(e, name) for e in found if isinstance(e, StepDone)] for found in (calm_events, events))
+        assert other == pytest.approx(one, rel=1e-5)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])

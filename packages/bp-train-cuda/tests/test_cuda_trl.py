@@ -120,7 +120,9 @@ def test_routers_get_no_loss_of_their_own(files, expert_model, tmp_path, method)
         assert found["trl"] == pytest.approx(found["native"], abs=0.3)
 
 
-@pytest.mark.parametrize("method", ["sft", "dpo", "kto"])
+@pytest.mark.parametrize(
+    "method", ["sft", pytest.param("dpo", marks=pytest.mark.slow), pytest.param("kto", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_ends_in_the_same_bytes(files, pico_model, tmp_path, method):
     """Stopped after the second step; DPO and KTO bring a second adapter, the reference, into the checkpoint."""
     whole, _ = train(spec(files, pico_model, tmp_path / "whole", method, steps=4))
