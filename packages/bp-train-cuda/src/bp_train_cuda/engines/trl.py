@@ -43,7 +43,7 @@ from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.backend import PeakMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
-from bp_train_cuda.engines.base import Loaded, answer_prompts, determinism, open_model, pad_token, save_result
+from bp_train_cuda.engines.base import Loaded, answer_prompts, open_model, pad_token, save_result
 from bp_train_cuda.engines.trl_methods import METHODS, Collate, pack_items, token_count, trained_count
 from bp_train_cuda.engines.trl_recorder import Recorder
 from bp_train_cuda.errors import GpuOutOfMemoryError, PackingError
@@ -79,7 +79,7 @@ def train(
         DiskFullError, OutputNotWritableError: A checkpoint or the result can't be written.
     """
     try:
-        with determinism(spec.training, on_gpu=loaded.device.kind == "cuda"), _quiet_bars(), _scratch(spec) as scratch:
+        with _quiet_bars(), _scratch(spec) as scratch:
             return _train(spec, prepared, heldout, emit, stop, loaded=loaded, scratch=scratch)
     except torch.OutOfMemoryError as error:
         raise GpuOutOfMemoryError(
