@@ -80,7 +80,7 @@ def test_training_offline_tries_no_connection(typed):
 
 @pytest.mark.skipif(not can_be_alone(), reason="this system does not let us have a network namespace")
 def test_a_hub_model_fails_in_the_same_words_with_and_without_a_network(tmp_path):
-    """--offline says so at once; without it the Hub is asked, and the error names the same way out."""
+    """--offline says so at once; without it the Hub is asked, and the error names the same fix."""
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
     environ = {k: v for k, v in os.environ.items() if k not in {"HF_HUB_OFFLINE", "BACKPROPAGATE_OFFLINE"}}
     environ["HF_HOME"] = str(tmp_path / "hub")

@@ -233,7 +233,7 @@ def test_three_lines_of_python(place):
         (["errors", "INPUT_NONE"], "INPUT_COMMAND_LINE", 1, ""),
     ],
 )  # fmt: skip
-def test_bad_input_has_a_code_a_way_out_and_leaves_runs_alone(place, fake, capsys, argv, code, status, near):
+def test_bad_input_has_a_code_a_fix_and_leaves_runs_alone(place, fake, capsys, argv, code, status, near):
     assert run(TRAIN) == 0
     capsys.readouterr()
     before = {p: p.read_bytes() for p in (place / "output").rglob("*") if p.is_file()}

@@ -49,7 +49,7 @@ def test_what_a_check_raises_is_a_finding_with_a_fix(here, capsys):
         assert found["broken"] == {
             "name": "broken", "state": "failed", "fix": "Install another driver.",
             "message": "RuntimeError: CUDA error: no kernel image is available"}  # fmt: skip
-        assert found["coded"]["fix"] == render(DiskFullError.default_way_out, CommandLineWording())
+        assert found["coded"]["fix"] == render(DiskFullError.default_fix, CommandLineWording())
         assert run(["doctor"]) == 65
     shown = capsys.readouterr()
     assert shown.err.startswith("[RUNTIME_DOCTOR_FAILED]: 2 of ")

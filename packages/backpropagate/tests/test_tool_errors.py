@@ -45,7 +45,7 @@ def test_a_gated_model_names_the_licence(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(HubAccessError, match="a/b is gated") as caught:
         catalogue.find_model("a/b")
-    assert "hf auth login" in caught.value.way_out
+    assert "hf auth login" in caught.value.fix
 
 
 @pytest.mark.parametrize(

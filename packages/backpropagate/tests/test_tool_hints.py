@@ -1,4 +1,4 @@
-"""What errors tell people to type can be typed: every command and flag that a way out names exists."""
+"""What errors tell people to type can be typed: every command and flag that a fix names exists."""
 
 import ast
 import re
@@ -40,14 +40,14 @@ def all_flags() -> set[str]:
 def hints() -> dict[str, str]:
     """Every text that tells what to do, by where it stands."""
     words = CommandLineWording()
-    found = {code: render(f"{cls.default_way_out} {cls.when}", words) for code, cls in load_codes().items()}
+    found = {code: render(f"{cls.default_fix} {cls.when}", words) for code, cls in load_codes().items()}
     for name, old in {**oldnames.COMMANDS, **oldnames.GONE_ENV}.items():
         found[name] = old.now
     for command, flags in oldnames.FLAGS.items():
         found |= {f"{command} {flag}": old.now for flag, old in flags.items()}
     for file in ROOT.glob("packages/*/src/*/**/*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.keyword) and node.arg in {"way_out", "fix"}:
+            if isinstance(node, ast.keyword) and node.arg in {"fix", "fix"}:
                 parts = [
                     n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant) and isinstance(n.value, str)
                 ]
@@ -111,8 +111,8 @@ def test_every_setting_of_a_hint_is_a_flag(content):
 @pytest.mark.parametrize("cls", load_codes().values(), ids=lambda cls: cls.code)
 def test_every_error_can_be_said_in_each_programs_words(cls):
     for wording in (CommandLineWording(), PythonWording()):
-        assert not find_references(render(cls.default_way_out, wording))
-        assert "{set:" not in render(cls.default_way_out, wording)
+        assert not find_references(render(cls.default_fix, wording))
+        assert "{set:" not in render(cls.default_fix, wording)
     assert not find_references(cls.when)
     assert cls.setting is None or cls.setting in all_settings()
 

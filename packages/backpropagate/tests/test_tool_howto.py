@@ -59,5 +59,5 @@ def test_the_pages_codes_are_ours():
 
 def test_what_to_do_is_never_taken_for_a_secret():
     for code, error in load_codes().items():
-        shown = render(error.default_way_out, CommandLineWording())
+        shown = render(error.default_fix, CommandLineWording())
         assert redact(shown) == shown, code

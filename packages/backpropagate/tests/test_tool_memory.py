@@ -126,9 +126,9 @@ def test_a_multi_run_goes_on_with_the_ranks_that_it_began_with(pico_model, tmp_p
     place = {"output": tmp_path / "out", "steps": 1, "lora_preset": "auto", "merge": "none"}
     with pytest.raises(InterruptedRunError) as cut:
         Trainer(str(pico_model), rail=CutOff(memory=16 * GIB), **place).multi_run(tmp_path / "d.jsonl", runs=3)
-    assert f"--output {tmp_path / 'out'}" in cut.value.way_out
+    assert f"--output {tmp_path / 'out'}" in cut.value.fix
     trainer = Trainer(str(pico_model), rail=Card(memory=1), **place)
-    result = trainer.multi_run(resume=re.search(r"resume (\S+)", cut.value.way_out)[1])
+    result = trainer.multi_run(resume=re.search(r"resume (\S+)", cut.value.fix)[1])
     store = RunStore(tmp_path / "out")
     assert [store.load(member).setting("lora.r") for member in result.members] == [256] * 3
 

@@ -95,8 +95,8 @@ def test_each_arm_is_what_its_name_says(place, arm):
 def test_a_rank_over_the_inputs_has_no_orthonormal_rows(place, arm):
     with pytest.raises(AdapterUnmergeableError, match="has 8 inputs, so its A can't have 9 orthonormal rows") as caught:
         Trainer("./m", output="o", rail=FakeRail(), steps=3, lora_r=9).multi_run("d.jsonl", runs=2, merge=arm)
-    assert "lora_r=8" in caught.value.way_out
-    assert 'merge="ftba-mb"' in caught.value.way_out
+    assert "lora_r=8" in caught.value.fix
+    assert 'merge="ftba-mb"' in caught.value.fix
 
 
 def test_runs_are_recorded_with_their_parent(place):

@@ -133,7 +133,7 @@ def test_an_old_variable_works_or_names_its_successor(name, monkeypatch):
     with pytest.raises(OldNameError) as caught:
         resolve({}, {variable: "1"})
     assert variable in caught.value.message
-    assert caught.value.way_out != OldNameError.default_way_out
+    assert caught.value.fix != OldNameError.default_fix
 
 
 def test_the_new_name_of_a_variable_wins_over_the_old_one():

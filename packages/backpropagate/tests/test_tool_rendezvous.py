@@ -61,7 +61,7 @@ def test_a_folder_that_others_can_enter_is_refused(environ, tmp_path):
     (tmp_path / "backpropagate").chmod(0o750)
     with pytest.raises(RanksTokenError, match="isn't private") as caught:
         publish_secret(LAUNCH, environ)
-    assert "export BACKPROPAGATE_RANKS_TOKEN=$(openssl rand -hex 32)" in caught.value.way_out
+    assert "export BACKPROPAGATE_RANKS_TOKEN=$(openssl rand -hex 32)" in caught.value.fix
 
 
 @posix
@@ -102,7 +102,7 @@ def test_rank_0_does_not_take_the_place_of_another_that_runs(environ):
         with pytest.raises(RanksTokenError, match=f"process {running.pid} trains at the same address") as caught:
             publish_secret(LAUNCH, environ)
         running.communicate()
-    assert "export MASTER_PORT=" in caught.value.way_out
+    assert "export MASTER_PORT=" in caught.value.fix
 
 
 def test_a_rank_whose_rank_0_never_comes_ends_by_a_code(environ, monkeypatch):

@@ -111,7 +111,7 @@ def test_a_screen_shows_the_plan_and_at_the_end_what_became_of_every_row(place, 
     assert "  plan      80 rows: 0.5 epochs = 5 steps of 8, not validated; 40 rows not reached\n" in shown
     assert "  rows      80 read = 40 trained on + 40 not reached; 50% of an epoch\n" in shown
     told = refused(capsys, ["train", "--data", "d.jsonl", "--model", "./m", "--epochs", "2", "--steps", "9"])
-    assert (told["code"], "--epochs 3" in told["way_out"]) == ("CONFIG_INVALID_SETTING", True)
+    assert (told["code"], "--epochs 3" in told["fix"]) == ("CONFIG_INVALID_SETTING", True)
 
 
 def test_epochs_and_steps_replace_each_other_in_a_replay_and_over_the_trainers_own(place, capsys):
@@ -151,7 +151,7 @@ def test_resume_takes_the_record_and_no_other_settings(place, capsys):
     error = refused(capsys, [*TRAIN, "--lora-r", "8", "--resume"])
     assert error["code"] == "CONFIG_RESUME_DIFFERS"
     assert "lora.r is 8 and was 4" in error["cause"]
-    assert "--override lora.r=8" in error["way_out"]
+    assert "--override lora.r=8" in error["fix"]
     done = out(capsys, ["train", "--resume"])
     assert done["run_id"] == run_id
     settings = STORE.load(run_id).settings
@@ -196,7 +196,7 @@ def test_ways_out_name_the_output_folder(place, capsys):
     assert run(["list-runs", "--output", "o o"]) == 0
     assert "--output 'o o'" in capsys.readouterr().out
     done = out(capsys, [*TRAIN, "--output", "o o"])["run_id"]
-    assert "--output 'o o' --override" in refused(capsys, ["resume", done, "--output", "o o"])["way_out"]
+    assert "--output 'o o' --override" in refused(capsys, ["resume", done, "--output", "o o"])["fix"]
     other = out(capsys, [*TRAIN, "--output", "o o"])["run_id"]
     error = refused(capsys, ["show-run", "2", "--output", "o o"])
     assert error["cause"] == ", ".join(sorted((done, other)))
@@ -235,7 +235,7 @@ def test_changed_data_stops_resume_and_begins_anew_by_itself(place, capsys, auto
         error = refused(capsys, ["resume"])
         assert error["code"] == "INPUT_RESUME_CHANGED"
         assert "sha256" in error["cause"]
-        assert f"backprop replay {run_id} --output output" in error["way_out"]
+        assert f"backprop replay {run_id} --output output" in error["fix"]
     assert STORE.load(run_id) == before
 
 
@@ -280,7 +280,7 @@ def test_what_cannot_go_on_says_why(place, capsys):
     diverged = STORE.list_runs()[0]["run_id"]
     error = refused(capsys, ["resume", diverged])
     assert "diverged" in error["message"]
-    assert "replay" in error["way_out"]
+    assert "replay" in error["fix"]
     assert refused(capsys, ["resume", "zzz"])["code"] == "INPUT_RUN_NOT_FOUND"
 
 
@@ -540,7 +540,7 @@ def test_other_weights_under_the_same_config_are_refused(place, capsys, automati
             "INPUT_RESUME_CHANGED",
             "the base model changed since the run began",
         )
-        assert f"backprop replay {run_id}" in error["way_out"]
+        assert f"backprop replay {run_id}" in error["fix"]
         shown = out(capsys, ["replay", run_id])["run_id"]
         notices = [e["message"] for e in STORE.read_metrics(shown) if e["event"] == "notice"]
         assert any(f"changed since the run {run_id}, so the result will differ" in text for text in notices)
@@ -567,8 +567,8 @@ def test_a_damaged_record_without_a_checkpoint_is_named(place, capsys, caplog):
     tear(run_id)
     error = refused(capsys, ["resume"])
     assert error["code"] == "STATE_RECORD_INVALID"
-    assert f"backprop runs rm {run_id}" in error["way_out"]
-    assert f"resume the older run: backprop resume {older}" in error["way_out"]
+    assert f"backprop runs rm {run_id}" in error["fix"]
+    assert f"resume the older run: backprop resume {older}" in error["fix"]
     assert out(capsys, TRAIN)["run_id"] == older
     assert f"the record of the run {run_id} is damaged; if it was this run, it is not resumed" in caplog.text
 
@@ -581,11 +581,11 @@ def test_resume_next_to_a_run_at_work_names_it(place, capsys, how):
         assert error["code"] == "STATE_RUN_ACTIVE"
         process = f"process {os.getpid()} on {platform.node()}"
         assert error["message"] == f"the run {alive.run_id} is being trained right now by {process}"
-        assert f"backprop show-run {alive.run_id}" in error["way_out"]
-        assert f"kill -INT {os.getpid()}" in error["way_out"]
-        assert f"backprop resume {older}" in error["way_out"]
+        assert f"backprop show-run {alive.run_id}" in error["fix"]
+        assert f"kill -INT {os.getpid()}" in error["fix"]
+        assert f"backprop resume {older}" in error["fix"]
         STORE.update(alive.run_id, lambda record: setattr(record, "host", "elsewhere"))
-        assert "--take-over" in refused(capsys, how)["way_out"]
+        assert "--take-over" in refused(capsys, how)["fix"]
         raise KeyboardInterrupt
 
 
@@ -601,7 +601,7 @@ def test_after_the_clock_went_back_the_last_run_is_resumed(place, capsys, monkey
     assert out(capsys, ["resume"])["run_id"] == older.name
 
 
-@pytest.mark.parametrize("code", [code for code, kind in registered_codes().items() if "RUN" in kind.default_way_out])
+@pytest.mark.parametrize("code", [code for code, kind in registered_codes().items() if "RUN" in kind.default_fix])
 def test_no_printed_hint_says_run_where_it_means_a_run(place, capsys, code):
     failure = registered_codes()[code]("it went wrong")
     with rails.use(FakeRail(fail_at=2, failure=failure)):
@@ -610,4 +610,4 @@ def test_no_printed_hint_says_run_where_it_means_a_run(place, capsys, code):
     hint = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("  do:"))
     assert row["run_id"] in hint
     assert "RUN" not in hint
-    assert row["run_id"] in STORE.load(row["run_id"]).error["way_out"]
+    assert row["run_id"] in STORE.load(row["run_id"]).error["fix"]

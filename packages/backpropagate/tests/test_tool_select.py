@@ -69,7 +69,7 @@ def test_what_is_not_there_is_named_with_what_is(trained):
     with pytest.raises(AdapterSelectionError, match="has no 3") as refused:
         find_adapter(f"{long}@3", folder / "out")
     assert "step 2, 4" in refused.value.cause
-    assert f"{long}@4" in refused.value.way_out
+    assert f"{long}@4" in refused.value.fix
     with pytest.raises(AdapterSelectionError, match="is no step"):
         find_adapter(f"{long}@half", folder / "out")
     with pytest.raises(AdapterSelectionError, match="has no 1"):

@@ -225,7 +225,7 @@ def test_two_names_of_one_setting_must_agree(flags, environ, toml, tmp_path):
     file.write_text(toml)
     with pytest.raises(InvalidSettingError, match=r"two names of training\.learning_rate") as caught:
         resolve(flags, environ, file)
-    assert "Set one of them" in caught.value.way_out
+    assert "Set one of them" in caught.value.fix
     same = dict.fromkeys(flags, 1e-4)
     assert resolve(same).settings.training.learning_rate == (1e-4 if same else None)
 

@@ -105,14 +105,14 @@ def test_a_launch_whose_port_nobody_knows_is_refused_with_the_command(launched, 
     launched({key: value for key, value in OTHER_LAUNCHERS[name].items() if key != "MASTER_PORT"})
     with pytest.raises(SeveralProcessesError, match="none knows the port") as caught:
         process.read_ranks()
-    assert f"MASTER_PORT=29500 {start}" in caught.value.way_out
+    assert f"MASTER_PORT=29500 {start}" in caught.value.fix
 
 
 def test_several_machines_of_slurm_are_refused(launched):
     launched(OTHER_LAUNCHERS["srun"], SLURM_STEP_NUM_NODES="2")
     with pytest.raises(SeveralProcessesError, match="several machines") as caught:
         process.read_ranks()
-    assert "srun --nodes 1" in caught.value.way_out
+    assert "srun --nodes 1" in caught.value.fix
 
 
 def test_a_short_token_is_refused_and_a_token_is_never_shown(launched):
@@ -250,7 +250,7 @@ def test_a_script_under_a_launcher_must_pass_its_ranks(tmp_path, pico_model, cha
     for call in (trainer.train, trainer.multi_run):
         with pytest.raises(SeveralProcessesError, match="not passed its ranks") as refused:
             call(chat_file)
-    assert "take_ranks(os.environ)" in refused.value.way_out
+    assert "take_ranks(os.environ)" in refused.value.fix
 
 
 TAKEN = """

@@ -127,14 +127,14 @@ def test_empty_packed_files(tmp_path):
             list(read_rows(tmp_path / name))
 
 
-def test_parquet_without_pyarrow_names_the_way_out(tmp_path, monkeypatch):
+def test_parquet_without_pyarrow_names_the_fix(tmp_path, monkeypatch):
     import sys
 
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(DatasetFormatUnsupportedError) as caught:
         list(read_rows(tmp_path / "a.parquet"))
-    assert "bp-data[parquet]" in caught.value.way_out
+    assert "bp-data[parquet]" in caught.value.fix
 
 
 def test_broken_parquet_is_coded(tmp_path):
@@ -260,7 +260,7 @@ def test_a_csv_in_latin_1_loses_only_the_rows_that_cannot_be_read(tmp_path):
     path.write_bytes("qué,answer\na,b\n".encode("latin-1"))
     with pytest.raises(DatasetParseFailedError, match="0xe9") as caught:
         list(read_rows(path))
-    assert "iconv" in caught.value.way_out
+    assert "iconv" in caught.value.fix
 
 
 def test_a_table_gives_no_call_the_arguments_of_another(tmp_path):

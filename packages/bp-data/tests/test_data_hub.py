@@ -38,7 +38,7 @@ for asked in json.loads(sys.argv[2]):
         rows = [(row.source, row.data["completion"]) for row in read_rows(found.path)]
         print(json.dumps([found.subset, found.split, found.commit, rows]))
     except CodedError as error:
-        print(json.dumps([error.code, str(error), error.way_out]))
+        print(json.dumps([error.code, str(error), error.fix]))
 if len(sys.argv) > 3:
     from datasets.config import HF_UPDATE_DOWNLOAD_COUNTS
     from huggingface_hub.constants import HF_HUB_DISABLE_TELEMETRY
@@ -210,13 +210,13 @@ def test_folders_that_are_no_data_sets(tmp_path):
         fetch_dataset("owner/never", tmp_path / "kept", offline=True)
 
 
-def test_without_the_library_the_way_out_is_named(chats, tmp_path, monkeypatch):
+def test_without_the_library_the_fix_is_named(chats, tmp_path, monkeypatch):
     for module in ("datasets", "datasets.data_files", "datasets.exceptions"):
         monkeypatch.setitem(sys.modules, module, None)
     for name in (chats, "owner/chats"):
         with pytest.raises(DatasetFormatUnsupportedError) as caught:
             fetch_dataset(name, tmp_path / "kept", split="test")
-        assert "bp-data[hub]" in caught.value.way_out
+        assert "bp-data[hub]" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", ["owner/chats", "squad", "HuggingFaceH4/ultrachat_200k"])

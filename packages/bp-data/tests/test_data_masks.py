@@ -155,7 +155,7 @@ def test_originals_are_as_they_were_published():
         assert hashlib.sha256(families.read_template(name).encode()).hexdigest() in listed
 
 
-def test_a_left_out_system_prompt_is_told_with_the_way_out(model):
+def test_a_left_out_system_prompt_is_told_with_the_fix(model):
     folder = model("mistral", families.read_template("mistral-7b-instruct-v0.3"))
     with pytest.raises(RowFaultError, match="user's first turn"):
         learnt(chat(("system", "Be brief."), *TWO_TURNS), folder)

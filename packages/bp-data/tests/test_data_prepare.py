@@ -83,14 +83,14 @@ def test_loaded_parts_may_be_given(chatml, write_lines):
         ([json.dumps(qa("x" * 100))], DatasetInvalidError, "line 1: of"),
     ],
 )
-def test_the_first_bad_row_ends_it_with_place_reason_and_way_out(chatml, tmp_path, lines, error, words):
+def test_the_first_bad_row_ends_it_with_place_reason_and_fix(chatml, tmp_path, lines, error, words):
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(error, match=words) as caught:
         prepare(path, chatml, 32)
     assert isinstance(caught.value, CodedError)
     if error is not DatasetFormatUnsupportedError:
-        assert 'data.on_bad_row="skip"' in caught.value.way_out
+        assert 'data.on_bad_row="skip"' in caught.value.fix
     assert caught.value.details["row_code"].startswith("ROW_")
 
 

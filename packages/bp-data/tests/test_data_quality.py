@@ -364,7 +364,7 @@ def test_new_files_are_json_lines_and_never_the_file_that_is_read(write_lines, t
     path = write_lines([{"prompt": "Q", "completion": "A"}])
     with pytest.raises(DatasetFormatUnsupportedError, match="JSON lines") as caught:
         clean_file(path, tmp_path / "x.csv")
-    assert "x.jsonl" in caught.value.way_out
+    assert "x.jsonl" in caught.value.fix
     with pytest.raises(OutputTakenError):
         clean_file(path, tmp_path / "." / path.name)
     assert path.read_text() == '{"prompt": "Q", "completion": "A"}\n'

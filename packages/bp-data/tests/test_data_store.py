@@ -187,7 +187,7 @@ def test_rows_that_are_too_long(chatml, write_lines, policy, rows, counts):
 def test_overflow_fail_names_the_row_and_both_ways_out(chatml, write_lines):
     with pytest.raises(DatasetInvalidError, match="line 2: it has") as caught:
         prepare(write_lines([qa(("Hi", "Hello")), LONG]), chatml, 40, on_overflow="fail", on_bad_row="skip")
-    assert "model.max_seq_length=" in caught.value.way_out
+    assert "model.max_seq_length=" in caught.value.fix
     assert caught.value.details["row_code"] == "ROW_OVERFLOW"
 
 
@@ -405,7 +405,7 @@ def test_pairs_that_are_too_long_or_bad(chatml, write_lines):
         prepare_pairs(write_lines([long, PAIR]), chatml, 40, on_overflow="fail")
     with pytest.raises(DatasetInvalidError, match="is wanted") as caught:
         prepare_pairs(write_lines([qa(("Q", "A"))]), chatml, 40)
-    assert "training.method" in caught.value.way_out
+    assert "training.method" in caught.value.fix
     with pytest.raises(DatasetInvalidError, match="the same"):
         prepare_pairs(write_lines([{**PAIR, "chosen": "bad"}]), chatml, 40)
     with pytest.raises(DatasetGateError, match="no row"):

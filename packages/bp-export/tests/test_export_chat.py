@@ -174,10 +174,10 @@ def test_what_cannot_be_talked_to(made, tmp_path):
         alone = export_adapter(made["lora"], format=format, output=tmp_path / format, ollama_base="pico").path
         with pytest.raises(ChatTargetError, match=r"is an adapter") as told, open_talk(alone):
             pass
-        assert "./output/lora" in told.value.way_out
+        assert "./output/lora" in told.value.fix
     with open_talk(made["gguf"], context=256) as talk, pytest.raises(ChatFailedError) as caught:
         list(ask_once(talk, "the cat " * 400, SHORT))
-    assert "context=8192" in caught.value.way_out
+    assert "context=8192" in caught.value.fix
 
 
 def test_without_llama_cpp_it_is_said_before_a_file_is_made(made, monkeypatch, tmp_path, capsys):

@@ -276,7 +276,7 @@ def test_what_stands_at_the_output_is_not_replaced(tmp_path, lora):
 def test_an_earlier_export_is_replaced_only_by_force(lora, format):
     words = {"format": format, "ollama_base": "x"}
     first = export_adapter(lora, **words)
-    assert "force=True" in expect(OutputTakenError, "exists", lora, **words).way_out
+    assert "force=True" in expect(OutputTakenError, "exists", lora, **words).fix
     again = export_adapter(lora, **words, force=True)
     assert (again.path, again.sha256) == (first.path, first.sha256)
 
@@ -287,7 +287,7 @@ def test_a_folder_that_no_export_wrote_is_never_replaced(tmp_path, base, lora, f
     words = {"format": format, "ollama_base": "x", "force": True}
     for place in (write_base(tmp_path / "downloaded"), write_lora(tmp_path / "trained", base)):
         error = expect(OutputTakenError, "no export's folder", lora, **words, output=place)
-        assert "output=" in error.way_out
+        assert "output=" in error.fix
     (tmp_path / "downloaded" / "export.json").write_text('{"files": ["config.json"]}')  # and some file of that name
     expect(OutputTakenError, "no export's folder", lora, **words, output=tmp_path / "downloaded")
     made = export_adapter(lora, **words, output=tmp_path / "made").path

@@ -34,7 +34,7 @@ def test_without_llama_cpp_nothing_is_verified_or_asked(hide, tmp_path):
     ):
         with pytest.raises(LlamaCppMissingError) as caught:
             act()
-        assert "pip install" in caught.value.way_out
+        assert "pip install" in caught.value.fix
     assert not list(tmp_path.glob("*.gguf"))
     assert bp_export.export_adapter(lora, base=tmp_path / "base").parity is None, "by default it goes without"
 
@@ -45,7 +45,7 @@ def test_without_ggml_only_its_own_types_are_refused(hide, monkeypatch):
     try:
         with pytest.raises(GgmlMissingError) as caught:
             quantize.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q4_K, np.ones(256, np.float32))
-        assert "pip install" in caught.value.way_out
+        assert "pip install" in caught.value.fix
         assert quantize.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q8_0).size == 272
     finally:
         quantize.load_ggml.cache_clear()
@@ -55,4 +55,4 @@ def test_without_the_hub_s_client_nothing_is_pushed(hide, tmp_path):
     hide("huggingface_hub")
     with pytest.raises(HubMissingError) as caught:
         bp_export.push(tmp_path, "me/model")
-    assert "bp-export[hub]" in caught.value.way_out
+    assert "bp-export[hub]" in caught.value.fix

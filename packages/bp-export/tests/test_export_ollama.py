@@ -197,7 +197,7 @@ def test_from_0_34_1_on_adapters_are_refused_and_the_merged_gguf_named(tmp_path,
         for path, register in ((shipped, register_adapter), (shipped / "adapter.gguf", register_gguf)):
             with pytest.raises(OllamaRegistrationError, match="adapter") as caught:
                 register(path, "tuned", host=ollama.url)
-            assert 'format="gguf"' in caught.value.way_out
+            assert 'format="gguf"' in caught.value.fix
         assert ollama.calls == []
         assert register_gguf(model, "merged", host=ollama.url).answer is not None
 
@@ -255,7 +255,7 @@ def test_an_absent_server_says_how_to_start_it(model):
         port = free.getsockname()[1]
     with pytest.raises(OllamaRegistrationError, match="does not answer") as caught:
         register_gguf(model, "pico", host=f"http://127.0.0.1:{port}")
-    assert "ollama serve" in caught.value.way_out
+    assert "ollama serve" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-x", "a/b/c/d", "x:", "../x"])

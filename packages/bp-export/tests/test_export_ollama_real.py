@@ -50,7 +50,7 @@ def test_upload_create_show_chat_list_remove(host, tmp_path):
     assert "bp-pico:test" not in [model.name for model in list_models(host)]
 
 
-def test_an_adapter_on_its_base_or_the_way_out_where_the_server_takes_none(host, tmp_path):
+def test_an_adapter_on_its_base_or_the_fix_where_the_server_takes_none(host, tmp_path):
     base = write_base(tmp_path / "base", hidden=256, inner=256)
     path = export_adapter(base, quantization="q8_0").path
     register_gguf(path, "bp-base:test", host=host, force=True, question=None)

@@ -74,8 +74,8 @@ def test_a_packed_base_is_refused_or_exported_as_its_unpacked_self(tmp_path, bas
     expected = pack(base, kind="nf4", nested=True)
     with pytest.raises(ModelInvalidError, match="bitsandbytes") as caught:
         export_adapter(lora)
-    assert 'base="pico";' in caught.value.way_out
-    assert "dequantize=True" in caught.value.way_out
+    assert 'base="pico";' in caught.value.fix
+    assert "dequantize=True" in caught.value.fix
 
     weights = safetensors.load_file(plain / "model.safetensors")
     weights |= {name: torch.from_numpy(values).bfloat16() for name, values in expected.items()}

@@ -88,7 +88,7 @@ def test_a_changed_template_is_not_exported(adapter, tmp_path, format):
     with pytest.raises(TemplateChangedError, match="10 of 10 conversations") as caught:
         export_adapter(adapter, format=format, output=tmp_path / "out", ollama_base="b" if "ollama" in format else None)
     assert caught.value.details == {"conversations": list(range(1, 11))}
-    assert str(adapter) in caught.value.way_out
+    assert str(adapter) in caught.value.fix
     assert not (tmp_path / "out").exists()
 
 
@@ -136,7 +136,7 @@ def test_ollama_gets_no_file_that_renders_otherwise(adapter, tmp_path, monkeypat
         path.unlink()
         with pytest.raises(TemplateChangedError, match="10 of 10") as caught:
             register_gguf(write_other_template(adapter), "wrong", host=server.url)
-        assert "export ADAPTER" in caught.value.way_out
+        assert "export ADAPTER" in caught.value.fix
         assert "wrong" not in str(server.models)
 
 

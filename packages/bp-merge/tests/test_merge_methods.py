@@ -263,7 +263,7 @@ def test_options_that_make_no_sense(tmp_path, method, options, word):
 def test_weights_that_do_not_sum_are_given_back_as_shares_and_a_factor(tmp_path):
     with pytest.raises(MergeOptionError) as caught:
         merge(tmp_path, [tmp_path, tmp_path], "linear", weights=(1.0, 1.0))
-    assert caught.value.way_out.endswith("weights=[0.5, 0.5], scale=2")
+    assert caught.value.fix.endswith("weights=[0.5, 0.5], scale=2")
 
 
 def test_a_merged_adapter_knows_its_base_as_those_that_it_is_made_of(tmp_path):
@@ -331,7 +331,7 @@ def test_only_folders_of_ours_are_replaced(tmp_path):
     before = (trained / "adapter_model.safetensors").read_bytes()
     with pytest.raises(OutputTakenError, match="trained") as caught:
         merge_adapters(folders, trained, run_id="r1")
-    assert "force=True" in caught.value.way_out
+    assert "force=True" in caught.value.fix
     assert (trained / "adapter_model.safetensors").read_bytes() == before
     merge_adapters(folders, trained, run_id="r1", force=True)
     assert (trained / "adapter_model.safetensors").read_bytes() != before

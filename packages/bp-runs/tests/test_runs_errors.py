@@ -9,7 +9,7 @@ def test_two_owners_of_one_code_fail_at_definition():
         type(
             "Thief",
             (UserError,),
-            {"code": "INPUT_RUN_NOT_FOUND", "when": "x", "default_way_out": "y", "__module__": "t"},
+            {"code": "INPUT_RUN_NOT_FOUND", "when": "x", "default_fix": "y", "__module__": "t"},
         )
     assert registered_codes()["INPUT_RUN_NOT_FOUND"].__name__ == "RunNotFoundError"
 
@@ -17,11 +17,11 @@ def test_two_owners_of_one_code_fail_at_definition():
 @pytest.mark.parametrize("code", ["input_lower", "WRONG_PREFIX", "DEP_NOT_FOR_USERS", "INPUT"])
 def test_a_code_must_have_its_branch_s_prefix(code):
     with pytest.raises(ContractError, match="must start with"):
-        type("Odd", (UserError,), {"code": code, "when": "x", "default_way_out": "y", "__module__": "t"})
+        type("Odd", (UserError,), {"code": code, "when": "x", "default_fix": "y", "__module__": "t"})
 
 
 def test_a_code_needs_words():
-    with pytest.raises(ContractError, match="way out"):
+    with pytest.raises(ContractError, match="fix"):
         type("Mute", (UserError,), {"code": "INPUT_MUTE_TEST", "__module__": "t"})
     assert "INPUT_MUTE_TEST" not in registered_codes()
 
@@ -38,7 +38,7 @@ def test_an_error_is_data_until_it_is_printed():
         "code": "STATE_DISK_FULL",
         "message": "no room",
         "cause": "ENOSPC",
-        "way_out": render(DiskFullError.default_way_out),
+        "fix": render(DiskFullError.default_fix),
         "setting": None,
         "exit_status": 2,
         "details": {"need_bytes": 3},

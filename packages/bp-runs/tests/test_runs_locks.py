@@ -65,7 +65,7 @@ def test_what_another_machine_left_is_named(tmp_path, unknown):
     began = time.monotonic()
     with pytest.raises(OutputLockedError) as caught:
         locks.acquire(tmp_path / "lock", 0.2)
-    assert str(marker) in caught.value.way_out
+    assert str(marker) in caught.value.fix
     assert time.monotonic() - began < 5
     marker.unlink()
     locks.acquire(tmp_path / "lock", 0).release()

@@ -139,7 +139,7 @@ def test_a_damaged_record_is_rebuilt_from_a_checkpoint(tmp_path):
     tear(store, run_id)
     with pytest.raises(RecordInvalidError) as caught:
         store.load(run_id)
-    assert f"resume {run_id} (output=" in caught.value.way_out
+    assert f"resume {run_id} (output=" in caught.value.fix
     rebuilt = store.rebuild_record(run_id)
     same = ("settings", "base", "versions", "hardware", "sequence", "created_at", "kind", "rail", "cwd", "command")
     assert {name: getattr(rebuilt, name) for name in same} == {name: getattr(before, name) for name in same}
@@ -159,7 +159,7 @@ def test_a_copy_that_was_changed_is_not_taken(tmp_path):
     tear(store, run_id)
     with pytest.raises(RecordInvalidError, match="no checkpoint has a copy") as caught:
         store.rebuild_record(run_id)
-    assert f"runs rm {run_id}" in caught.value.way_out
+    assert f"runs rm {run_id}" in caught.value.fix
 
 
 def test_a_checkpoint_after_the_damage_takes_the_copy_of_the_one_before(tmp_path):

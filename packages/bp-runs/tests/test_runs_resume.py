@@ -187,7 +187,7 @@ def test_a_run_of_another_machine_is_taken_over_only_when_told_to(tmp_path):
     store.save(record)
     with pytest.raises(RunActiveError) as caught:
         store.reopen(run_id, from_step=0, checkpoint=None)
-    assert "take_over=True" in caught.value.way_out
+    assert "take_over=True" in caught.value.fix
     with store.reopen(run_id, from_step=0, checkpoint=None, take_over=True) as run:
         assert store.load(run.run_id).host == platform.node()
 

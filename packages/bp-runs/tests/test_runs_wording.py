@@ -54,16 +54,16 @@ def test_any_value_survives(value):
 
 def test_an_error_speaks_the_words_of_the_program_that_shows_it():
     error = DiskFullError(
-        "no room in {set:output}", way_out="Try {set:output=/b} or {do:list-runs output=/b}", setting="output"
+        "no room in {set:output}", fix="Try {set:output=/b} or {do:list-runs output=/b}", setting="output"
     )
-    assert error.way_out == 'Try output="/b" or list-runs (output="/b")'
+    assert error.fix == 'Try output="/b" or list-runs (output="/b")'
     with use_wording(Shouting()):
         assert str(error) == "[STATE_DISK_FULL]: no room in output!None"
-        assert error.way_out == error.to_dict()["way_out"] == "Try output!/b or list-runs/output"
-    assert error.way_out == render(error.hint, PlainWording())
+        assert error.fix == error.to_dict()["fix"] == "Try output!/b or list-runs/output"
+    assert error.fix == render(error.hint, PlainWording())
     assert error.to_dict()["setting"] == "output"
     assert InvalidSettingError("x").to_dict()["setting"] is None
-    assert InvalidSettingError("x", setting="lora.r").way_out == "See what it takes: config explain lora.r"
+    assert InvalidSettingError("x", setting="lora.r").fix == "See what it takes: config explain lora.r"
 
 
 def test_a_wording_ends_with_its_context_even_after_an_error():
@@ -84,10 +84,10 @@ def _record(**facts):
 
 
 def test_a_record_is_read_in_the_words_of_its_reader():
-    error = DiskFullError("no room", way_out="Try {set:output=/b}")
+    error = DiskFullError("no room", fix="Try {set:output=/b}")
     record = _record(error={**error.to_dict(), "hint": error.hint})
-    assert record.describe_fix() == record.error["way_out"] == 'Try output="/b"'
+    assert record.describe_fix() == record.error["fix"] == 'Try output="/b"'
     with use_wording(Shouting()):
         assert record.describe_fix() == "Try output!/b"
-    older = _record(error={"way_out": "Try --output /b"})
+    older = _record(error={"fix": "Try --output /b"})
     assert (older.describe_fix(), _record().describe_fix()) == ("Try --output /b", "")

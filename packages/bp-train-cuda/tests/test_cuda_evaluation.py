@@ -98,7 +98,7 @@ def test_a_run_that_diverges_keeps_its_best_adapter(pico_model, chat_file, tmp_p
         CudaRail().train(spec, events.append, lambda: False)
     best = min(evals(events), key=lambda e: e.loss)
     assert caught.value.details["best_step"] == best.step == 4
-    assert f'train (training.start_from="{spec.folders.run_id}@best", training.learning_rate=' in caught.value.way_out
+    assert f'train (training.start_from="{spec.folders.run_id}@best", training.learning_rate=' in caught.value.fix
     assert caught.value.details["adapter"] == str(spec.folders.adapter)
     _, heldout = split_rows(prepare(chat_file, pico_model, 128).rows, 2, spec.training.seed)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), spec.folders.adapter)

@@ -65,7 +65,7 @@ def test_layers_of_the_same_name_as_experts_are_rejected_where_peft_redirects_th
     model = pico("qwen3_next")
     with pytest.raises(TargetModulesError, match="gate_proj") as raised:
         choose_targets(model, "q_proj,gate_proj,up_proj,down_proj")
-    assert "q_proj,k_proj,v_proj,o_proj" in raised.value.way_out
+    assert "q_proj,k_proj,v_proj,o_proj" in raised.value.fix
     warning = choose_targets(model, "all-linear").warnings[0]
     assert "PEFT can't adapt down_proj, gate_proj, up_proj" in warning
 
@@ -174,4 +174,4 @@ def test_masks_of_our_own_are_trained_with_and_trl_which_passes_none_is_rejected
     spec = spec_for(folder, chat_file, tmp_path / "trl", training={"steps": 1, "packing": True, "engine": "trl"})
     with pytest.raises(PackingError, match="TRL's trainer can't keep packed examples") as raised:
         train(spec)
-    assert 'training.engine="native"' in raised.value.way_out
+    assert 'training.engine="native"' in raised.value.fix

@@ -89,7 +89,7 @@ def test_the_error_names_the_package_that_keeps_examples_apart():
     with pytest.raises(PackingError, match="qwen3_5_text model can't be kept apart on cpu") as raised:
         require_packable(pico("qwen3_5_text"))
     assert "causal_conv1d" in raised.value.cause
-    assert "training.packing=False" in raised.value.way_out
+    assert "training.packing=False" in raised.value.fix
 
 
 def test_state_arguments_are_those_of_transformers():

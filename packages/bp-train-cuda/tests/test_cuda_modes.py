@@ -186,8 +186,8 @@ def test_four_billion_is_the_most_that_full_takes():
     assert choose_mode("full", 4_000_000_000, GPU).name == "full"
     with pytest.raises(FullModelTooLargeError, match=r"7\.6 billion") as caught:
         choose_mode("full", 7_600_000_000, GPU)
-    assert 'training.mode="lora"' in caught.value.way_out
-    assert "SmolLM3-3B" in caught.value.way_out
+    assert 'training.mode="lora"' in caught.value.fix
+    assert "SmolLM3-3B" in caught.value.fix
 
 
 def refused(base, **changes):
@@ -308,7 +308,7 @@ def test_rows_that_the_model_cannot_hold(pico_model, chat_file, tmp_path):
     base = copy_model(pico_model, tmp_path / "short", max_position_embeddings=16)
     with pytest.raises(SequenceTooLongError, match="16") as caught:
         train(spec_for(base, chat_file, tmp_path / "a"))
-    assert "model.max_seq_length=16" in caught.value.way_out
+    assert "model.max_seq_length=16" in caught.value.fix
     base = copy_model(pico_model, tmp_path / "small", vocab_size=300)
     with pytest.raises(VocabularyError, match="300"):
         train(spec_for(base, chat_file, tmp_path / "b"))

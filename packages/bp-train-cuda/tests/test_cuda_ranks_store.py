@@ -76,7 +76,7 @@ def test_a_value_without_our_signature_is_rejected_by_its_key(forged):
     with pytest.raises(RankMessageError, match="'run/a' is rejected") as caught:
         one.get("a", writer=0)
     assert caught.value.details["key"] == "run/a"
-    assert "BACKPROPAGATE_RANKS_TOKEN=" in caught.value.way_out
+    assert "BACKPROPAGATE_RANKS_TOKEN=" in caught.value.fix
 
 
 def test_another_launchs_token_is_rejected():
@@ -161,7 +161,7 @@ def test_a_port_in_use_is_told_with_the_command():
         port = taken.getsockname()[1]
         with pytest.raises(RanksError, match=f"can't listen on 127.0.0.1:{port}") as caught:
             open_store(ranks_of(port=port), lambda: False)
-    assert f"MASTER_PORT={port + 1}" in caught.value.way_out
+    assert f"MASTER_PORT={port + 1}" in caught.value.fix
 
 
 def test_waiting_for_a_store_ends_with_rank_0_and_by_a_stop():

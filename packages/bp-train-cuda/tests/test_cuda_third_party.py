@@ -224,7 +224,7 @@ def test_a_name_that_is_gone_stops_a_run_before_it_loads(pico_model, chat_file, 
     spec = spec_for(pico_model, chat_file, tmp_path / "run")
     with pytest.raises(VersionUntestedError, match=f"has no torch.distributed.{name}") as error:
         check.check_model(spec, pico_model)
-    assert "pip install 'torch>=2.9,<=" in error.value.way_out
+    assert "pip install 'torch>=2.9,<=" in error.value.fix
 
 
 def test_doctor_names_versions_that_were_never_tested(monkeypatch):

@@ -196,7 +196,7 @@ def test_a_lack_of_memory_names_the_engine_that_can(files, pico_model, tmp_path,
     monkeypatch.setattr(LlamaModel, "forward", scarce)
     with pytest.raises(GpuOutOfMemoryError) as error:
         train(spec(files, pico_model, tmp_path / "run", "sft"))
-    assert 'training.engine="native"' in error.value.way_out
+    assert 'training.engine="native"' in error.value.fix
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(files, pico_model, tmp_path):
@@ -229,8 +229,8 @@ def test_what_trl_cannot_do_is_rejected_before_a_model_is_loaded(files, pico_mod
         patch.setattr(trl_methods, "version", {"transformers": "5.18.2", "trl": "1.16.0"}.get)
         with pytest.raises(VersionUntestedError, match=r"needs transformers 5.19, and 5.18.2") as error:
             check("sft")
-        assert "pip install 'transformers>=5.19'" in error.value.way_out
+        assert "pip install 'transformers>=5.19'" in error.value.fix
     monkeypatch.setitem(sys.modules, "trl.experimental.orpo", None)
     with pytest.raises(VersionUntestedError, match="no ORPOTrainer") as error:
         check("orpo")
-    assert "pip install" in error.value.way_out
+    assert "pip install" in error.value.fix

@@ -161,14 +161,14 @@ def find_rows(data: DataSpec, environ: Mapping[str, str], *, offline: bool = Fal
         if asked:
             raise InvalidSettingError(
                 f"{{set:{asked[0]}}} chooses a part of a data set, and {data.path} is a file",
-                way_out=f"Leave it out: {{set:{asked[0]}}}",
+                fix=f"Leave it out: {{set:{asked[0]}}}",
                 setting=asked[0],
             )
         return Rows(path, None)
     if path.is_dir() and data.revision is not None:
         raise InvalidSettingError(
             f"{{set:data.revision}} is for data sets of the Hub, and {data.path} is a folder",
-            way_out="Leave it out: {set:data.revision}",
+            fix="Leave it out: {set:data.revision}",
             setting="data.revision",
         )
     if not path.is_dir() and not looks_like_hub_name(data.path):

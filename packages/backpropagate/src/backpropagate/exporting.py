@@ -83,12 +83,10 @@ def export_adapter(
     """
     wants_ollama = ollama or ollama_name is not None
     if wants_ollama and format != "gguf":
-        raise InvalidSettingError(
-            f"Ollama takes GGUF files, not {format!r}", way_out="Export a GGUF: {set:format=gguf}"
-        )
+        raise InvalidSettingError(f"Ollama takes GGUF files, not {format!r}", fix="Export a GGUF: {set:format=gguf}")
     if wants_ollama and split_bytes is not None:
         raise InvalidSettingError(
-            "Ollama takes one file, and this would be several", way_out="Leave it out: {set:split_bytes}"
+            "Ollama takes one file, and this would be several", fix="Leave it out: {set:split_bytes}"
         )
     base_name, run_id = _read_origin(adapter)
     name = _name_after(base_name, run_id)
@@ -143,9 +141,7 @@ def plan_export(
         CodedError: As `export_adapter`; InvalidSettingError for another format.
     """
     if format != "gguf":
-        raise InvalidSettingError(
-            f"a dry run plans GGUF files, not {format!r}", way_out="Plan a GGUF: {set:format=gguf}"
-        )
+        raise InvalidSettingError(f"a dry run plans GGUF files, not {format!r}", fix="Plan a GGUF: {set:format=gguf}")
     return bp_export.plan_export(
         adapter,
         output=output,
@@ -227,7 +223,7 @@ def ollama_host(environ: Mapping[str, str]) -> str | None:
         port = parts.port or ({"http": 80, "https": 443}[parts.scheme] if "://" in host else 11434)
     except (ValueError, KeyError) as error:
         raise InvalidSettingError(
-            f"OLLAMA_HOST cannot be {host!r}", cause=str(error), way_out="Say: OLLAMA_HOST=127.0.0.1:11434"
+            f"OLLAMA_HOST cannot be {host!r}", cause=str(error), fix="Say: OLLAMA_HOST=127.0.0.1:11434"
         ) from error
     name = parts.hostname or "127.0.0.1"
     name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # noqa: S104  # listening everywhere includes here
@@ -271,5 +267,5 @@ def push_model(source: Path, repo: str, **asked: Any) -> bp_export.PushOutcome:
         CodedError: As `bp_export.push`.
     """
     if system.is_offline(os.environ):
-        raise PushNetworkError("nothing can be pushed in offline mode", way_out="Go online, and turn offline mode off.")
+        raise PushNetworkError("nothing can be pushed in offline mode", fix="Go online, and turn offline mode off.")
     return bp_export.push(source, repo, **asked)

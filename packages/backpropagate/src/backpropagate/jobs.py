@@ -108,7 +108,7 @@ class Queue:
             if found is None:
                 raise JobNotFoundError(f"there is no job {number}")
             if found.state == "running" and (self.is_run() or self.is_at_work(found)):
-                raise JobNotFoundError(f"job {number} is running", way_out="Stop it first: Ctrl-C where the queue runs")
+                raise JobNotFoundError(f"job {number} is running", fix="Stop it first: Ctrl-C where the queue runs")
             jobs.remove(found)
             self._lock_file(number).unlink(missing_ok=True)
         return found

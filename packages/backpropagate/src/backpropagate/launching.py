@@ -205,7 +205,7 @@ def _find_port(launcher: Launcher, variables: Mapping[str, str]) -> int:
     if not job or not all(job):
         raise SeveralProcessesError(
             f"{launcher.name} started {_count(launcher, variables)} processes, and none knows the port where they meet",
-            way_out=f"Choose a free port for all of them: MASTER_PORT=29500 {launcher.start} backpropagate train …",
+            fix=f"Choose a free port for all of them: MASTER_PORT=29500 {launcher.start} backpropagate train …",
         )
     first, number = _PORTS
     return first + zlib.crc32(".".join(job).encode()) % number
@@ -233,21 +233,21 @@ def _require_possible(launcher: Launcher, variables: Mapping[str, str], *, shard
     count = _count(launcher, variables)
     if _is_on(variables, "ACCELERATE_USE_DEEPSPEED") or _is_on(variables, "ACCELERATE_USE_MEGATRON_LM"):
         raise SeveralProcessesError(
-            "DeepSpeed and Megatron are not supported", way_out="Choose DDP or FSDP2 in accelerate's config."
+            "DeepSpeed and Megatron are not supported", fix="Choose DDP or FSDP2 in accelerate's config."
         )
     if sharded and variables.get("FSDP_VERSION", "1") != "2":
         raise SeveralProcessesError(
-            "FSDP version 1 is not supported", way_out="Set in accelerate's config: fsdp_version: 2"
+            "FSDP version 1 is not supported", fix="Set in accelerate's config: fsdp_version: 2"
         )
     if sharded and count == 1:
         raise SeveralProcessesError(
             "FSDP2 shards the weights among several processes, and one was started",
-            way_out="Start one for each GPU: accelerate launch --num_processes 2 -m backpropagate train …",
+            fix="Start one for each GPU: accelerate launch --num_processes 2 -m backpropagate train …",
         )
     if count > _number(variables, launcher.local_count, count) or _number(variables, launcher.machines, 1) > 1:
         raise SeveralProcessesError(
             f"{count} processes were started on several machines; a run trains on the GPUs of one",
-            way_out=f"Start it on one machine: {launcher.start} backpropagate train …",
+            fix=f"Start it on one machine: {launcher.start} backpropagate train …",
         )
 
 
@@ -270,7 +270,7 @@ def require_given(ranks: Ranks | None, environ: Mapping[str, str]) -> None:
     if found is not None:
         raise SeveralProcessesError(
             f"a launcher started {found.count} processes, and Trainer was not passed its ranks",
-            way_out="Pass them, before torch is imported: Trainer(..., ranks=backpropagate.take_ranks(os.environ))",
+            fix="Pass them, before torch is imported: Trainer(..., ranks=backpropagate.take_ranks(os.environ))",
         )
 
 
@@ -283,7 +283,7 @@ def require_main(what: str, ranks: Ranks | None) -> None:
     if ranks is not None and ranks.rank:
         raise SeveralProcessesError(
             f"{what} works in the main process, and this is process {ranks.rank} of {ranks.count}",
-            way_out="Ask first: if trainer.is_main_process: ...",
+            fix="Ask first: if trainer.is_main_process: ...",
         )
 
 

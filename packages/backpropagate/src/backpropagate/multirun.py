@@ -59,32 +59,32 @@ def check_settings(wanted: Settings, files: int) -> Settings:
     if wanted.training.mode == "full":
         raise InvalidSettingError(
             "training.mode is full, and a multi-run goes from adapter to adapter",
-            way_out="Train adapters: {set:training.mode=lora}",
+            fix="Train adapters: {set:training.mode=lora}",
             setting="training.mode",
         )
     if wanted.training.start_from is not None:
         raise InvalidSettingError(
             f"training.start_from is {wanted.training.start_from}, and a multi-run starts with a new adapter",
-            way_out="Leave it out: {set:training.start_from}",
+            fix="Leave it out: {set:training.start_from}",
             setting="training.start_from",
         )
     if start != "default":
         raise InvalidSettingError(
             f"lora.init_lora_weights is {start}, which changes the base that every run of a multi-run shares",
-            way_out="Leave it out: {set:lora.init_lora_weights}",
+            fix="Leave it out: {set:lora.init_lora_weights}",
             setting="lora.init_lora_weights",
         )
     if multi.merge != "none" and wanted.lora.use_dora:
         raise InvalidSettingError(
             f"lora.use_dora is true and multirun.merge is {multi.merge}, which can't merge DoRA's magnitudes",
-            way_out="Train without DoRA: {set:lora.use_dora=false}; or merge nothing: {set:multirun.merge=none}",
+            fix="Train without DoRA: {set:lora.use_dora=false}; or merge nothing: {set:multirun.merge=none}",
             setting="lora.use_dora",
         )
     _check_measures(wanted)
     if files > 1 and multi.runs not in (files, MultiRunSpec().runs):
         raise RunsAndRowsError(
             f"there are {files} data files and {multi.runs} runs were asked for; with several files each is one run",
-            way_out="Leave it out: {set:multirun.runs}",
+            fix="Leave it out: {set:multirun.runs}",
             setting="multirun.runs",
         )
     return replace(wanted, multirun=replace(multi, runs=files)) if files > 1 else wanted
@@ -102,13 +102,13 @@ def _check_measures(wanted: Settings) -> None:
     if told and not multi.heldout:
         raise InvalidSettingError(
             f"multirun.{told} and multirun.heldout is 0: there would be nothing to measure on",
-            way_out="Hold out some rows: {set:multirun.heldout=0.1}",
+            fix="Hold out some rows: {set:multirun.heldout=0.1}",
             setting="multirun.heldout",
         )
     if multi.metric != "none" and method != "sft":
         raise InvalidSettingError(
             f"multirun.metric is {multi.metric} and training.method is {method}, whose rows hold no single answer",
-            way_out="Leave it out: {set:multirun.metric}",
+            fix="Leave it out: {set:multirun.metric}",
             setting="multirun.metric",
         )
 
@@ -206,7 +206,7 @@ class MultiRun:
         if not progress.members and stopped:
             raise InterruptedRunError(
                 "the multi-run was stopped before its first run was merged",
-                way_out=f"Go on with it: {resume_line(folders.run_id, folders.output)}",
+                fix=f"Go on with it: {resume_line(folders.run_id, folders.output)}",
             )
         if not progress.members:
             raise MultiRunGateError(f"the gate left out all {len(progress.rejected)} runs")

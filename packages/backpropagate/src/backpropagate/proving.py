@@ -32,22 +32,20 @@ def prove_run(store: RunStore, run: str | None, *, steps: int = 10, rail: Rail |
         CodedError: The run, its base or its data can't be used.
     """
     if steps < 1:
-        raise InvalidSettingError(
-            f"--steps is {steps}; it must be at least 1", way_out="Try: backprop prove --steps 10"
-        )
+        raise InvalidSettingError(f"--steps is {steps}; it must be at least 1", fix="Try: backprop prove --steps 10")
     record = store.load(run or _newest(store))
     _require_plain(store, record)
     recorded = _recorded_losses(store, record)[:steps]
     if not recorded:
         raise ProofUnsupportedError(
             f"the run {record.run_id} recorded no step",
-            way_out=f"Choose a run that trained: backprop list-runs{where(store.output)}",
+            fix=f"Choose a run that trained: backprop list-runs{where(store.output)}",
         )
     wanted = resuming.pin(settings.from_record(record).settings, record)
     rail = rail or rails.choose_rail(record.rail)
     if not isinstance(rail, ReplaysSteps):
         raise ProofUnsupportedError(
-            f"the backend {rail.name} can't replay steps", way_out="Prove a run of the backend cuda."
+            f"the backend {rail.name} can't replay steps", fix="Prove a run of the backend cuda."
         )
     offline = system.is_offline(os.environ)
     rows = catalogue.find_rows(wanted.data, os.environ, offline=offline)
@@ -93,7 +91,7 @@ def failure(proof: Proof) -> ProofFailedError | None:
 def _newest(store: RunStore) -> str:
     rows = [row for row in store.list_newest(50)[0] if row["kind"] == "train"]
     if not rows:
-        raise RunNotFoundError(f"no runs in {store.output}", way_out="Start one: backprop train --data my_data.jsonl")
+        raise RunNotFoundError(f"no runs in {store.output}", fix="Start one: backprop train --data my_data.jsonl")
     return str(rows[0]["run_id"])
 
 
@@ -103,12 +101,12 @@ def _require_plain(store: RunStore, record: RunRecord) -> None:
     relation = (record.parent or {}).get("relation")
     if record.is_imported:
         raise ProofUnsupportedError(
-            f"the run {record.run_id} was imported: its record lacks the settings it was trained with", way_out=choose
+            f"the run {record.run_id} was imported: its record lacks the settings it was trained with", fix=choose
         )
     if record.kind != "train" or relation not in (None, "replay"):
         what = "is a multi-run" if record.kind != "train" else f"started from the run {(record.parent or {})['run_id']}"
         raise ProofUnsupportedError(
-            f"the run {record.run_id} {what}, and only a run that starts from the base is replayed", way_out=choose
+            f"the run {record.run_id} {what}, and only a run that starts from the base is replayed", fix=choose
         )
 
 

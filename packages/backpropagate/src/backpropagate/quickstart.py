@@ -135,7 +135,7 @@ def run_quickstart(
     if training.outcome.stopped:
         raise InterruptedRunError(
             f"quickstart was stopped after {training.outcome.steps} steps; the adapter so far is {training.adapter}",
-            way_out=f"Start it again, or use what is there: backprop export {training.adapter}",
+            fix=f"Start it again, or use what is there: backprop export {training.adapter}",
         )
     say(f"export    base and adapter become one {QUANTIZATION} GGUF")
     export = trainer.export("gguf", quantization=QUANTIZATION)

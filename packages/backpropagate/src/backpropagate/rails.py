@@ -89,7 +89,7 @@ def run_check(check: Check) -> Finding:
         found = check.run()
         return replace(found, fix=found.fix and render(found.fix))
     except CodedError as error:
-        return Finding(state="failed", message=str(error), fix=error.way_out)
+        return Finding(state="failed", message=str(error), fix=error.fix)
     except Exception as error:  # noqa: BLE001  # an edge: a broken framework may raise anything
         return Finding(state="failed", message=f"{type(error).__name__}: {first_line(error)}", fix=render(check.fix))
 

@@ -62,7 +62,7 @@ def publish_secret(launch: str, environ: Mapping[str, str]) -> Secret:
     if before is not None and before.main_process is not None and before.main_process[0] != os.getpid():
         raise RanksTokenError(
             f"process {before.main_process[0]} trains at the same address and port ({launch})",
-            way_out="Choose another port for all ranks: export MASTER_PORT=29501",
+            fix="Choose another port for all ranks: export MASTER_PORT=29501",
         )
     secret = Secret(secrets.token_hex(32), (os.getpid(), psutil.Process().create_time()))
     partial = file.with_suffix(f".{os.getpid()}")

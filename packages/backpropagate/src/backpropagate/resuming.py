@@ -91,23 +91,23 @@ def find_record(store: RunStore, partial_id: str | None) -> RunRecord:
     if record.is_imported:
         raise ResumeNotFoundError(
             f"the run {record.run_id} was imported: its record has not all that it was made with",
-            way_out="Train anew: backprop train --data FILE --model NAME",
+            fix="Train anew: backprop train --data FILE --model NAME",
         )
     if record.parent and record.parent.get("relation") == "member":
         raise ResumeNotFoundError(
             f"the run {record.run_id} is one of the multi-run {record.parent['run_id']} and does not go on alone",
-            way_out=f"Go on with all of it: backprop resume {record.parent['run_id']}{where(store.output)}",
+            fix=f"Go on with all of it: backprop resume {record.parent['run_id']}{where(store.output)}",
         )
     replay = f"backprop replay {record.run_id}{where(store.output)}"
     if record.status == "diverged":
         raise ResumeNotFoundError(
             f"the run {record.run_id} diverged and would do so again",
-            way_out=f"Run it again with a lower rate: {replay} --override lr=5e-5",
+            fix=f"Run it again with a lower rate: {replay} --override lr=5e-5",
         )
     if record.status == "completed":
         raise ResumeNotFoundError(
             f"the run {record.run_id} is finished",
-            way_out=f"Run it again with other settings: {replay} --override steps=200",
+            fix=f"Run it again with other settings: {replay} --override steps=200",
         )
     return record
 
@@ -196,7 +196,7 @@ def require_same(resolved: Resolved, recorded: Resolved, run_id: str) -> None:
         raise ResumeDiffersError(
             f"the run {run_id} was begun with other settings",
             cause=told,
-            way_out=f"Go on without these flags, or run it anew with them: backprop replay {run_id} {overrides}",
+            fix=f"Go on without these flags, or run it anew with them: backprop replay {run_id} {overrides}",
         )
 
 
@@ -232,8 +232,8 @@ def _newest(store: RunStore) -> RunRecord:
         is_member = (record.parent or {}).get("relation") == "member"
         if record.status in UNFINISHED and not is_member and not record.is_imported:
             return record
-    way_out = f"See the runs and how they ended: backprop list-runs{where(store.output)}"
-    raise ResumeNotFoundError(f"no unfinished run in {store.output}", way_out=way_out)
+    fix = f"See the runs and how they ended: backprop list-runs{where(store.output)}"
+    raise ResumeNotFoundError(f"no unfinished run in {store.output}", fix=fix)
 
 
 def _is_damaged(row: Mapping[str, Any]) -> bool:
@@ -249,7 +249,7 @@ def _active(store: RunStore, row: Mapping[str, Any], older: Sequence[Mapping[str
     gone = "" if here else f"; if that machine is gone for good: {line} --take-over"
     return RunActiveError(
         f"the run {record.run_id} is being trained right now by process {record.pid} on {record.host}",
-        way_out=f"Watch it: backprop show-run {record.run_id}{where(store.output)}; save and stop it: {stop}"
+        fix=f"Watch it: backprop show-run {record.run_id}{where(store.output)}; save and stop it: {stop}"
         f"{gone}{_older_hint(store, older)}",
     )
 
@@ -274,7 +274,7 @@ def _load_or_rebuild(store: RunStore, run_id: str, older: Sequence[Mapping[str, 
             raise RecordInvalidError(
                 f"the record of the run {run_id} is damaged, and no checkpoint has a copy of it",
                 cause=damage.message,
-                way_out=f"Restore {store.folder(run_id) / RECORD_FILE} from a backup, or delete the run: "
+                fix=f"Restore {store.folder(run_id) / RECORD_FILE} from a backup, or delete the run: "
                 f"backprop runs rm {run_id}{where(store.output)}{_older_hint(store, older)}",
             ) from error
         _log.warning("the record of the run %s was damaged: %s", run_id, record.note)

@@ -82,7 +82,7 @@ def select_run(target: str, output: Path) -> Selection:
         which = int(text)
     elif at:
         raise AdapterSelectionError(
-            f"{target!r}: {text!r} is no step", way_out=f"Write a step, best or last: {name}@50, {name}@best"
+            f"{target!r}: {text!r} is no step", fix=f"Write a step, best or last: {name}@50, {name}@best"
         )
     path = Path(name)
     store = RunStore(path.parent if len(path.parts) > 1 else output)
@@ -92,7 +92,7 @@ def select_run(target: str, output: Path) -> Selection:
         if error.details.get("matches"):
             raise
         raise RunNotFoundError(
-            f"there is no folder {target}, and {error.message}", way_out=error.way_out, details=error.details
+            f"there is no folder {target}, and {error.message}", fix=error.fix, details=error.details
         ) from error
 
 
@@ -147,7 +147,7 @@ def _missing(selection: Selection, whole: list[Checkpoint]) -> AdapterSelectionE
     return AdapterSelectionError(
         f"run {run_id} has no {wanted}",
         cause=f"{kept}; older ones are removed (--keep-checkpoints, backprop runs protect)",
-        way_out=hint,
+        fix=hint,
         details={"run_id": run_id, "steps": sorted({checkpoint.step for checkpoint in whole})},
     )
 

@@ -261,7 +261,7 @@ class RunSession:
             line = resuming.resume_line(self.run_id, self._context.store.output, ranks.count if ranks else 1)
             raise InterruptedRunError(
                 f"the run {self.run_id} was cut off",
-                way_out=f"Resume it: {line}",
+                fix=f"Resume it: {line}",
                 details={"run_id": self.run_id},
             ) from error
 

@@ -136,7 +136,7 @@ def find_setting(name: str) -> Setting:
     found = run_names().get(own) or ui_names().get(own)
     if found is None:
         near = nearest(own, (*run_names(), *ui_names()))
-        raise UnknownSettingError(f"there is no setting {name!r}{near}", way_out="See them all: backprop config show")
+        raise UnknownSettingError(f"there is no setting {name!r}{near}", fix="See them all: backprop config show")
     return found
 
 
@@ -375,7 +375,7 @@ def _join_names(named: Iterable[tuple[str, str, Any]]) -> _Layer:
         if before is not value and str(before) != str(value):  # a path may be given as text too
             raise InvalidSettingError(
                 f"{other} and {name} are two names of {key}, with different values: {before!r} and {value!r}",
-                way_out=f"Set one of them: {other}, or {name}.",
+                fix=f"Set one of them: {other}, or {name}.",
             )
     return found
 
@@ -393,9 +393,7 @@ def _from_env(environ: Mapping[str, str]) -> _Layer:
             if name == setting.env or setting.env not in environ:  # a variable's own name wins over its others
                 named.append((name, setting.key, value))
         elif old := oldnames.find_variable(own):
-            raise OldNameError(
-                f"the environment variable {name} is no setting any more", cause=old.why, way_out=old.now
-            )
+            raise OldNameError(f"the environment variable {name} is no setting any more", cause=old.why, fix=old.now)
         else:
             raise UnknownSettingError(f"the environment variable {name} is no setting{nearest(name, by_env)}")
     return _join_names(named)
@@ -520,7 +518,7 @@ def _check(settings: Settings) -> Settings:
         raise InvalidSettingError(
             f"training.steps is {settings.training.steps} and training.epochs is {settings.training.epochs:g}: "
             "both say how long to train",
-            way_out="Set one of them: {set:training.steps=200}, or {set:training.epochs=3}",
+            fix="Set one of them: {set:training.steps=200}, or {set:training.epochs=3}",
             setting="training.epochs",
         )
     return settings

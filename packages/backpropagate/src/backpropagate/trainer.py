@@ -278,7 +278,7 @@ class Trainer:
         record = resuming.find_record(store, None)
         if record.kind != "train":
             line = resuming.resume_line(record.run_id, store.output)
-            raise ResumeNotFoundError(f"the newest unfinished run, {record.run_id}, is a multi-run", way_out=line)
+            raise ResumeNotFoundError(f"the newest unfinished run, {record.run_id}, is a multi-run", fix=line)
         found = resuming.prepare(store, record)
         resuming.require_same(resolved, found.resolved, found.record.run_id)
         return found

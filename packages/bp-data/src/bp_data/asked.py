@@ -32,7 +32,7 @@ def require_fitting(settings: Settings) -> None:
         value = attrgetter(wrong[0])(settings)
         raise InvalidSettingError(
             f"{wrong[0]} = {value!r} does not go with the method {method}, which compares answers",
-            way_out=f"Leave {wrong[0]} at its default, or use supervised fine-tuning: {{set:training.method=sft}}",
+            fix=f"Leave {wrong[0]} at its default, or use supervised fine-tuning: {{set:training.method=sft}}",
             setting=wrong[0],
         )
 

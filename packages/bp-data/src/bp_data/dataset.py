@@ -378,9 +378,9 @@ def bad_row(
     message = f"{file}, {place_of(file, bad.number)}: {bad.reason}"
     details = {"path": str(source), "row": bad.number, "row_code": bad.code.value}
     if bad.code in _PARSE_FAULTS:
-        way_out = AS_UTF8 if bad.code is RowFault.NOT_UTF8 else None
-        return DatasetParseFailedError(message, way_out=way_out, setting="data.on_bad_row", details=details)
+        fix = AS_UTF8 if bad.code is RowFault.NOT_UTF8 else None
+        return DatasetParseFailedError(message, fix=fix, setting="data.on_bad_row", details=details)
     if bad.code is RowFault.COLUMNS_UNKNOWN:
         return DatasetFormatUnsupportedError(message, details=details)
-    way_out, setting = _ROW_FIXES.get(bad.code, (None, None))
-    return DatasetInvalidError(message, way_out=way_out, setting=setting, details=details)
+    fix, setting = _ROW_FIXES.get(bad.code, (None, None))
+    return DatasetInvalidError(message, fix=fix, setting=setting, details=details)

@@ -37,7 +37,7 @@ class DatasetNotFoundError(DataError):
     code = "INPUT_DATASET_NOT_FOUND"
     setting = "data.path"
     when = "The data file does not exist, nor a data set of this name on the Hub."
-    default_way_out = "Check the path, relative to the current folder: {set:data.path=./my_data.jsonl}"
+    default_fix = "Check the path, relative to the current folder: {set:data.path=./my_data.jsonl}"
 
 
 class DatasetUnreadableError(DataError):
@@ -46,7 +46,7 @@ class DatasetUnreadableError(DataError):
     code = "INPUT_DATASET_UNREADABLE"
     setting = "data.path"
     when = "The data file exists and the system refuses to read it (permissions, a bad disk)."
-    default_way_out = "Make the file readable for your user, or copy it to a folder of yours."
+    default_fix = "Make the file readable for your user, or copy it to a folder of yours."
 
 
 class DatasetFormatUnsupportedError(DataError):
@@ -54,7 +54,7 @@ class DatasetFormatUnsupportedError(DataError):
 
     code = "INPUT_DATASET_FORMAT_UNSUPPORTED"
     when = "The kind of file, or the columns of a row, are none of those understood."
-    default_way_out = (
+    default_fix = (
         "Give a .jsonl, .json, .csv, .parquet, .txt or .md file (also .gz, .zst) whose rows have `messages`, "
         "`conversations`, `instruction` and `output`, `prompt` and `completion`, `chosen` and `rejected`, or `text`."
     )
@@ -65,7 +65,7 @@ class DatasetParseFailedError(DataError):
 
     code = "INPUT_DATASET_PARSE_FAILED"
     when = "The data file is binary, not UTF-8, or holds broken JSON or CSV."
-    default_way_out = "Fix the place that the message names, or skip broken rows: {set:data.on_bad_row=skip}"
+    default_fix = "Fix the place that the message names, or skip broken rows: {set:data.on_bad_row=skip}"
 
 
 class DatasetInvalidError(DataError):
@@ -74,7 +74,7 @@ class DatasetInvalidError(DataError):
     code = "INPUT_DATASET_INVALID"
     setting = "data.on_bad_row"
     when = "A row of the data can be read but not trained on, and bad rows are not skipped."
-    default_way_out = "Fix the row that the message names, or skip bad rows: {set:data.on_bad_row=skip}"
+    default_fix = "Fix the row that the message names, or skip bad rows: {set:data.on_bad_row=skip}"
 
 
 class DatasetEmptyError(DataError):
@@ -83,7 +83,7 @@ class DatasetEmptyError(DataError):
     code = "INPUT_DATASET_EMPTY"
     setting = "data.path"
     when = "The data file has no rows."
-    default_way_out = "Check that the file was written completely; it needs at least one row."
+    default_fix = "Check that the file was written completely; it needs at least one row."
 
 
 class DatasetPartUnknownError(DataError):
@@ -91,7 +91,7 @@ class DatasetPartUnknownError(DataError):
 
     code = "INPUT_DATASET_PART_UNKNOWN"
     when = "A data set has no subset or split of the given name, or has several and none was named."
-    default_way_out = "Name one of those that the message lists: {set:data.subset=NAME}, or {set:data.split=NAME}"
+    default_fix = "Name one of those that the message lists: {set:data.subset=NAME}, or {set:data.split=NAME}"
 
 
 class TokenizerInvalidError(DataError):
@@ -100,7 +100,7 @@ class TokenizerInvalidError(DataError):
     code = "INPUT_TOKENIZER_INVALID"
     setting = "model.name"
     when = "The model folder lacks tokenizer.json, or it is damaged."
-    default_way_out = "Download the model again, with its tokenizer.json; older tokenizer files alone are not enough."
+    default_fix = "Download the model again, with its tokenizer.json; older tokenizer files alone are not enough."
 
 
 class TemplateFailedError(DataError):
@@ -109,7 +109,7 @@ class TemplateFailedError(DataError):
     code = "INPUT_TEMPLATE_FAILED"
     setting = "model.name"
     when = "The chat template of the model is not valid Jinja, or none can be chosen or made."
-    default_way_out = "Use a model folder whose chat_template.jinja is whole, or a model with a chat template."
+    default_fix = "Use a model folder whose chat_template.jinja is whole, or a model with a chat template."
 
 
 class DatasetUnreachableError(DependencyError):
@@ -118,7 +118,7 @@ class DatasetUnreachableError(DependencyError):
     code = "DEP_DATASET_UNREACHABLE"
     setting = "data.path"
     when = "A data set of the Hub was not fetched yet, and the Hub cannot be reached or offline mode is on."
-    default_way_out = "Go online once to download it, or give a file or folder: {set:data.path=./my_data.jsonl}"
+    default_fix = "Go online once to download it, or give a file or folder: {set:data.path=./my_data.jsonl}"
 
 
 class DatasetAccessError(DependencyError):
@@ -127,7 +127,7 @@ class DatasetAccessError(DependencyError):
     code = "DEP_DATASET_ACCESS"
     setting = "data.path"
     when = "The data set is gated and the Hub refused access."
-    default_way_out = "Accept the terms on the data set's page, then: hf auth login"
+    default_fix = "Accept the terms on the data set's page, then: hf auth login"
 
 
 class DatasetGateError(GateError):
@@ -137,7 +137,7 @@ class DatasetGateError(GateError):
     when = (
         "Before the first step: no rows are left, a row has nothing to learn, or the model would never learn to stop."
     )
-    default_way_out = "Look at what would be trained on: {do:data preview my_data.jsonl}"
+    default_fix = "Look at what would be trained on: {do:data preview my_data.jsonl}"
 
 
 class RowFault(StrEnum):

@@ -94,7 +94,7 @@ def coded_read_errors(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         what = "its compressed data is cut short or damaged"
         raise DatasetParseFailedError(
-            f"{path}: {what}", cause=str(error), way_out="Download or pack the file again; it is not whole."
+            f"{path}: {what}", cause=str(error), fix="Download or pack the file again; it is not whole."
         ) from error
     except OSError as error:
         raise DatasetUnreadableError(f"cannot read {path}", cause=str(error)) from error
@@ -137,7 +137,7 @@ def _require_magic(path: Path, raw: BinaryIO, magic: bytes, name: str) -> None:
     head = raw.read(len(magic))
     raw.seek(0)
     if head and head != magic:
-        raise DatasetParseFailedError(f"{path} is not {name} data", way_out=f"Pack it again, or drop {path.suffix}.")
+        raise DatasetParseFailedError(f"{path} is not {name} data", fix=f"Pack it again, or drop {path.suffix}.")
 
 
 def _refuse_binary(path: Path, head: bytes) -> None:
@@ -147,7 +147,7 @@ def _refuse_binary(path: Path, head: bytes) -> None:
     if found is not None:
         raise DatasetParseFailedError(
             f"{path} is {found}, not UTF-8 text",
-            way_out="Save or unpack it as UTF-8 text, or give it the ending that it should have.",
+            fix="Save or unpack it as UTF-8 text, or give it the ending that it should have.",
         )
 
 

@@ -73,7 +73,7 @@ class Gate:
                 f"none of the {self._chats} chats has its end token among the learnt tokens: "
                 "the model would never stop",
                 cause="every chat is longer than max_seq_length, and its end was cut off",
-                way_out="Allow longer examples: {set:model.max_seq_length=4096}; or shorten the chats.",
+                fix="Allow longer examples: {set:model.max_seq_length=4096}; or shorten the chats.",
                 setting="model.max_seq_length",
             )
 
@@ -85,7 +85,7 @@ def _check_row(row: TokenRow, facts: TokenizerFacts, *, ended: bool) -> None:
         what = "no end-of-text token" if facts.terminator_id is None else f"end token {facts.terminator_id} not learnt"
         raise DatasetGateError(
             f"row {row.number} has {what}: the model would never stop",
-            way_out="Use a model whose chat template ends a turn with a token, and whose tokenizer has an eos_token.",
+            fix="Use a model whose chat template ends a turn with a token, and whose tokenizer has an eos_token.",
         )
 
 

@@ -254,7 +254,7 @@ def _choose(name: str, what: str, wanted: str | None, known: Sequence[str], usua
     listed = ", ".join(known)
     raise DatasetPartUnknownError(
         f"{name} has {asked}; there {'is' if len(known) == 1 else 'are'}: {listed}",
-        way_out=f"Name one of them: {setting_ref(f'data.{what}', known[0])}",
+        fix=f"Name one of them: {setting_ref(f'data.{what}', known[0])}",
         setting=f"data.{what}",
         details={f"{what}s": list(known)},
     )
@@ -293,7 +293,7 @@ def _coded(name: str, revision: str | None = None) -> Iterator[None]:
         from datasets.exceptions import DatasetNotFoundError as UnknownDatasetError
         from huggingface_hub import errors as hub
     except ImportError as error:
-        raise DatasetFormatUnsupportedError("data sets by name need the datasets library", way_out=_MISSING) from error
+        raise DatasetFormatUnsupportedError("data sets by name need the datasets library", fix=_MISSING) from error
     unreachable: tuple[type[Exception], ...] = (hub.LocalEntryNotFoundError, *network_errors())
     what = f"{name} at revision {revision}" if revision else name
     try:
@@ -304,7 +304,7 @@ def _coded(name: str, revision: str | None = None) -> Iterator[None]:
         raise DatasetNotFoundError(
             f"there is no file {name}, and the Hub has no data set {what}",
             cause=first_line(error),
-            way_out="Check the spelling; a private data set wants a login: hf auth login",
+            fix="Check the spelling; a private data set wants a login: hf auth login",
         ) from error
     except (EmptyDatasetError, DataFilesNotFoundError) as error:
         raise DatasetEmptyError(f"the data set {name} has no data files", cause=first_line(error)) from error
@@ -318,5 +318,5 @@ def _coded(name: str, revision: str | None = None) -> Iterator[None]:
         raise DatasetFormatUnsupportedError(
             f"the data set {name} cannot be read by its files",
             cause=first_line(error),
-            way_out="If a script makes it, use the Hub's converted copy: {set:data.revision=refs/convert/parquet}",
+            fix="If a script makes it, use the Hub's converted copy: {set:data.revision=refs/convert/parquet}",
         ) from error

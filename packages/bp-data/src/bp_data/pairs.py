@@ -93,7 +93,7 @@ def prepare_judged(
     if len(set(reading.labels)) < 2:
         raise DatasetGateError(
             f"all {len(reading.labels)} answers have the same label, and KTO learns from the difference",
-            way_out="Add answers of the other kind, or use supervised fine-tuning: {set:training.method=sft}",
+            fix="Add answers of the other kind, or use supervised fine-tuning: {set:training.method=sft}",
         )
     return reading.close(JudgedRows(reading.rows, bytes(reading.labels)), curriculum)
 

@@ -181,7 +181,7 @@ def check_limits(report: Report, limits: Limits) -> None:
     if broken:
         raise DatasetGateError(
             f"{report.path}: {'; '.join(broken)}",
-            way_out=f"See which rows: {command_ref('data report', report.path)}; remove them: "
+            fix=f"See which rows: {command_ref('data report', report.path)}; remove them: "
             f"{command_ref('data clean', report.path, output='clean.jsonl')}",
             details={"broken": broken},
         )

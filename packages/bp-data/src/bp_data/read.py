@@ -271,11 +271,9 @@ def _read_csv(file: Path, stream: BinaryIO, source: str) -> Iterator[Row | Rejec
         try:
             fields = next(reader, None)
         except csv.Error as error:
-            way_out = (
-                "Close every quote that is opened, or save the table as CSV again; such a file has no safe next row."
-            )
+            fix = "Close every quote that is opened, or save the table as CSV again; such a file has no safe next row."
             message = f"{file}: broken CSV at line {reader.line_num}: {error}"
-            raise DatasetParseFailedError(message, way_out=way_out) from error
+            raise DatasetParseFailedError(message, fix=fix) from error
         if fields is None:
             return
         if not fields:
@@ -304,9 +302,7 @@ def _find_stray_byte(text: str) -> int | None:
 def _check_header(file: Path, fields: list[str]) -> list[str]:
     names = [name.strip() for name in fields]
     if (byte := _find_stray_byte("".join(names))) is not None:
-        raise DatasetParseFailedError(
-            f"{file}: the header has the byte 0x{byte:02x}, which is not UTF-8", way_out=AS_UTF8
-        )
+        raise DatasetParseFailedError(f"{file}: the header has the byte 0x{byte:02x}, which is not UTF-8", fix=AS_UTF8)
     if len(set(names)) < len(names):
         raise DatasetParseFailedError(f"{file}: the header names a column twice: {', '.join(names)}")
     return names
@@ -349,7 +345,7 @@ def _read_parquet(file: Path, stream: BinaryIO, source: str) -> Iterator[Row | R
         from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise DatasetFormatUnsupportedError(
-            f"{file.name}: reading Parquet needs pyarrow", way_out="Install it: pip install 'bp-data[parquet]'"
+            f"{file.name}: reading Parquet needs pyarrow", fix="Install it: pip install 'bp-data[parquet]'"
         ) from error
     number = 0
     try:

@@ -193,10 +193,10 @@ def _require_outputs(path: Path, outputs: Sequence[Path]) -> None:
     for output in outputs:
         if output.suffix.lower() != ".jsonl":
             raise DatasetFormatUnsupportedError(
-                f"{output} would hold JSON lines", way_out=f"Name a .jsonl file: {output.with_suffix('.jsonl')}"
+                f"{output} would hold JSON lines", fix=f"Name a .jsonl file: {output.with_suffix('.jsonl')}"
             )
         if output.resolve() in read:
-            raise OutputTakenError(f"{output} is the file that is read", way_out="Name another file for the result.")
+            raise OutputTakenError(f"{output} is the file that is read", fix="Name another file for the result.")
 
 
 def _place(row: Row, place: Callable[[Row], tuple[Path, Any]]) -> tuple[Path, bytes] | Rejected:

@@ -100,9 +100,7 @@ class LlamaChat:
         self, messages: Sequence[Mapping[str, str]], max_tokens: int, temperature: float, seed: int
     ) -> dict[str, Any]:
         if not self.template:
-            raise ChatFailedError(
-                f"{self._path} has no chat template", way_out="Export it with a tokenizer that has one."
-            )
+            raise ChatFailedError(f"{self._path} has no chat template", fix="Export it with a tokenizer that has one.")
         return {
             "messages": [dict(message) for message in messages],
             "max_tokens": max_tokens,

@@ -43,7 +43,7 @@ class BaseModelNotFoundError(UserError):
 
     code = "INPUT_EXPORT_BASE_NOT_FOUND"
     when = "The adapter's base model is not a local folder with a config.json."
-    default_way_out = "Download it and name its folder: {set:base=/path/to/base-model}"
+    default_fix = "Download it and name its folder: {set:base=/path/to/base-model}"
 
 
 class ModelInvalidError(UserError):
@@ -51,7 +51,7 @@ class ModelInvalidError(UserError):
 
     code = "INPUT_EXPORT_MODEL_INVALID"
     when = "The model's config.json is missing, damaged or incomplete, or its tensors do not fit it."
-    default_way_out = "Download or save the base model again; its folder must hold config.json and all of its weights."
+    default_fix = "Download or save the base model again; its folder must hold config.json and all of its weights."
 
 
 class ArchitectureUnsupportedError(UserError):
@@ -59,7 +59,7 @@ class ArchitectureUnsupportedError(UserError):
 
     code = "INPUT_EXPORT_ARCHITECTURE"
     when = "The model's architecture, or an option of it, is not one that the GGUF export can write."
-    default_way_out = "Export it as a merged model instead: {set:format=merged}"
+    default_fix = "Export it as a merged model instead: {set:format=merged}"
 
 
 class TokenizerUnsupportedError(UserError):
@@ -67,7 +67,7 @@ class TokenizerUnsupportedError(UserError):
 
     code = "INPUT_EXPORT_TOKENIZER"
     when = "The tokenizer.json is missing or damaged, or is not a byte-level BPE."
-    default_way_out = "Export it as a merged model instead: {set:format=merged}"
+    default_fix = "Export it as a merged model instead: {set:format=merged}"
 
 
 class PreTokenizerUnknownError(UserError):
@@ -75,7 +75,7 @@ class PreTokenizerUnknownError(UserError):
 
     code = "INPUT_EXPORT_PRE_TOKENIZER"
     when = "The tokenizer.json splits text by a rule that is not in the table, so that llama.cpp might split otherwise."
-    default_way_out = "If you know llama.cpp's name of the rule, give it: {set:pre=llama-bpe}"
+    default_fix = "If you know llama.cpp's name of the rule, give it: {set:pre=llama-bpe}"
 
 
 class QuantizationUnknownError(UserError):
@@ -83,7 +83,7 @@ class QuantizationUnknownError(UserError):
 
     code = "INPUT_EXPORT_QUANTIZATION"
     when = "The name given as quantization or format is unknown."
-    default_way_out = (
+    default_fix = (
         "Use one of the names that the help lists ({do:export help=true}): {set:format=gguf quantization=q4_k_m}"
     )
 
@@ -93,7 +93,7 @@ class AdapterFormatError(UserError):
 
     code = "INPUT_EXPORT_ADAPTER_FORMAT"
     when = "The adapter does more than the asked-for format can say, or the format needs something that is not given."
-    default_way_out = "Export base and adapter as one file instead: {set:format=gguf}"
+    default_fix = "Export base and adapter as one file instead: {set:format=gguf}"
 
 
 class TemplateChangedError(UserError):
@@ -101,7 +101,7 @@ class TemplateChangedError(UserError):
 
     code = "INPUT_EXPORT_TEMPLATE_CHANGED"
     when = "The chat template renders the ten conversations differently than it did when the model was trained."
-    default_way_out = "Restore the chat template that the model was trained with, and export it again."
+    default_fix = "Restore the chat template that the model was trained with, and export it again."
 
 
 class ImportanceInvalidError(UserError):
@@ -109,7 +109,7 @@ class ImportanceInvalidError(UserError):
 
     code = "INPUT_EXPORT_IMPORTANCE"
     when = "The importance matrix is missing or damaged, or was measured on another model."
-    default_way_out = "Measure one on this model: {do:imatrix MODEL.gguf text=TEXT}; or leave it out."
+    default_fix = "Measure one on this model: {do:imatrix MODEL.gguf text=TEXT}; or leave it out."
 
 
 class OutputTakenError(UserError):
@@ -117,7 +117,7 @@ class OutputTakenError(UserError):
 
     code = "INPUT_EXPORT_OUTPUT_TAKEN"
     when = "The output exists. Only a GGUF or the folder of an earlier export can be replaced, and only if you say so."
-    default_way_out = "Replace it: {set:force=true}; or choose another place: {set:output=./output/export}"
+    default_fix = "Replace it: {set:force=true}; or choose another place: {set:output=./output/export}"
 
 
 class OllamaNameTakenError(UserError):
@@ -125,7 +125,7 @@ class OllamaNameTakenError(UserError):
 
     code = "INPUT_OLLAMA_NAME_TAKEN"
     when = "Ollama has a model of the asked-for name, which it would replace without a word."
-    default_way_out = "Replace it: {set:force=true}; or choose another name: {set:ollama_name=my-model-2}"
+    default_fix = "Replace it: {set:force=true}; or choose another name: {set:ollama_name=my-model-2}"
 
 
 class ChatTargetError(UserError):
@@ -133,7 +133,7 @@ class ChatTargetError(UserError):
 
     code = "INPUT_CHAT_TARGET"
     when = "What should be talked to is neither a file nor a folder on this machine."
-    default_way_out = "Name a GGUF, an adapter or a model folder; for a model in Ollama, add {set:ollama=true}."
+    default_fix = "Name a GGUF, an adapter or a model folder; for a model in Ollama, add {set:ollama=true}."
 
 
 class PushSourceError(UserError):
@@ -141,7 +141,7 @@ class PushSourceError(UserError):
 
     code = "INPUT_HUB_PUSH_SOURCE"
     when = "What should be uploaded is no adapter folder, model folder or GGUF, or one of its files holds a secret."
-    default_way_out = "Name what training or an export wrote: {do:push ./output/lora repo=me/my-model}"
+    default_fix = "Name what training or an export wrote: {do:push ./output/lora repo=me/my-model}"
 
 
 class PushRepoInvalidError(UserError):
@@ -149,7 +149,7 @@ class PushRepoInvalidError(UserError):
 
     code = "INPUT_HUB_PUSH_INVALID_REPO"
     when = "The name of the repository is not one that the Hub takes."
-    default_way_out = "Use your name there and letters, digits, -, _ and .: {set:repo=me/my-model}"
+    default_fix = "Use your name there and letters, digits, -, _ and .: {set:repo=me/my-model}"
 
 
 class PushRepoTakenError(UserError):
@@ -157,7 +157,7 @@ class PushRepoTakenError(UserError):
 
     code = "INPUT_HUB_PUSH_REPO_TAKEN"
     when = "The repository holds files already, and the upload would replace some of them."
-    default_way_out = (
+    default_fix = (
         "Add a commit that replaces them (the old ones stay in its history): {set:force=true}; or name another."
     )
 
@@ -167,7 +167,7 @@ class PushDeniedError(UserError):
 
     code = "INPUT_HUB_PUSH_DENIED"
     when = "There is no token, it is not valid, or it may not write to that repository."
-    default_way_out = "Make a token with write access in the Hub's settings, then: hf auth login"
+    default_fix = "Make a token with write access in the Hub's settings, then: hf auth login"
 
 
 class GgmlMissingError(DependencyError):
@@ -175,7 +175,7 @@ class GgmlMissingError(DependencyError):
 
     code = "DEP_GGML_MISSING"
     when = "The package libggml-python is not installed for this platform, or its library does not load."
-    default_way_out = "Reinstall it: pip install --force-reinstall libggml-python"
+    default_fix = "Reinstall it: pip install --force-reinstall libggml-python"
 
 
 class LlamaCppMissingError(DependencyError):
@@ -183,7 +183,7 @@ class LlamaCppMissingError(DependencyError):
 
     code = "DEP_LLAMA_CPP_MISSING"
     when = "A GGUF should be tried in llama.cpp, and the package xllamacpp is not installed."
-    default_way_out = "Install the extra: pip install 'bp-export[verify]'"
+    default_fix = "Install the extra: pip install 'bp-export[verify]'"
 
 
 class HubMissingError(DependencyError):
@@ -191,7 +191,7 @@ class HubMissingError(DependencyError):
 
     code = "DEP_HUB_MISSING"
     when = "Something should be pushed to the Hub, and huggingface_hub or Pillow is not installed."
-    default_way_out = "Install the extra: pip install 'bp-export[hub]'"
+    default_fix = "Install the extra: pip install 'bp-export[hub]'"
 
 
 class PushNetworkError(DependencyError):
@@ -199,7 +199,7 @@ class PushNetworkError(DependencyError):
 
     code = "DEP_HUB_PUSH_NETWORK"
     when = "The Hub does not answer, or the connection broke; what was uploaded so far is not sent again."
-    default_way_out = "Look at the connection, and that offline mode is off; then repeat the command."
+    default_fix = "Look at the connection, and that offline mode is off; then repeat the command."
 
 
 class PushRefusedError(DependencyError):
@@ -207,7 +207,7 @@ class PushRefusedError(DependencyError):
 
     code = "DEP_HUB_PUSH_REFUSED"
     when = "The Hub answers with an error that is neither about the token nor about the name."
-    default_way_out = "Read what it says, then repeat the command; status.huggingface.co tells of outages."
+    default_fix = "Read what it says, then repeat the command; status.huggingface.co tells of outages."
 
 
 class OllamaRegistrationError(DependencyError):
@@ -215,9 +215,7 @@ class OllamaRegistrationError(DependencyError):
 
     code = "DEP_OLLAMA_REGISTRATION_FAILED"
     when = "Ollama does not answer, or refuses the model; the exported file is kept."
-    default_way_out = (
-        "Start it in another terminal with `ollama serve` (or open the Ollama app), then repeat the command."
-    )
+    default_fix = "Start it in another terminal with `ollama serve` (or open the Ollama app), then repeat the command."
 
 
 class ParityFailedError(PartialError):
@@ -225,7 +223,7 @@ class ParityFailedError(PartialError):
 
     code = "PARTIAL_EXPORT_PARITY_FAILED"
     when = "The GGUF is kept, but in llama.cpp its prompt tokens, next tokens or stops are not the trained model's."
-    default_way_out = "Look at the table; try {set:quantization=q8_0}, or leave the check out: {set:verify=false}"
+    default_fix = "Look at the table; try {set:quantization=q8_0}, or leave the check out: {set:verify=false}"
 
 
 class ChatFailedError(RunFailedError):
@@ -233,7 +231,7 @@ class ChatFailedError(RunFailedError):
 
     code = "RUNTIME_CHAT_FAILED"
     when = "llama.cpp cannot load the GGUF, or its answer is an error."
-    default_way_out = (
+    default_fix = (
         "Export the model again; if it fails again, try {set:quantization=bf16} to see whether the type matters."
     )
 
@@ -243,6 +241,6 @@ class MeasureFailedError(RunFailedError):
 
     code = "RUNTIME_MEASURE_FAILED"
     when = "llama.cpp cannot load or run the model, or the installed build of it is laid out otherwise than expected."
-    default_way_out = (
+    default_fix = (
         "Try another version of xllamacpp, or measure with llama.cpp's own llama-imatrix: {set:importance=FILE}"
     )

@@ -150,7 +150,7 @@ def export_adapter(
     asked = read_quantization(quantization)
     if split_bytes is not None and split_bytes < 1:
         raise QuantizationUnknownError(
-            "files of no bytes cannot be written", way_out="Say how large a file may be: {set:split_bytes=2147483648}"
+            "files of no bytes cannot be written", fix="Say how large a file may be: {set:split_bytes=2147483648}"
         )
     verify = _decide_to_verify(verify)
     source = _read_source(adapter, base, name, dequantize=dequantize)
@@ -268,7 +268,7 @@ def _require_use(format: Format, asked: Mapping[str, object]) -> None:
     if format != "gguf" and (unused := [name for name, value in asked.items() if value is not None]):
         raise InvalidSettingError(
             f"{{set:{unused[0]}}} is for the format gguf, and this is {format}",
-            way_out=f"Leave it out: {{set:{unused[0]}}}",
+            fix=f"Leave it out: {{set:{unused[0]}}}",
             setting=unused[0],
         )
 
@@ -305,7 +305,7 @@ def _export_adapter_alone(
         if runs_on is None:
             raise AdapterFormatError(
                 "an adapter for Ollama goes on a model there, and none is named",
-                way_out="Name the same base as Ollama has it, or a GGUF of it: {set:ollama_base=smollm2:135m}",
+                fix="Name the same base as Ollama has it, or a GGUF of it: {set:ollama_base=smollm2:135m}",
             )
         require_free_folder(target, force=force, sources=source.folders)
         words = read_vocabulary(source.tokenizer, vocab_size=None, model_config=config, pre="default")
@@ -367,7 +367,7 @@ def _read_source(folder: Path, base: Path | None, name: str | None, *, dequantiz
         raise AdapterMismatchError(
             f"{where} is not the base that the adapter was trained on: its norms are others",
             cause=f"the adapter names {adapter.folder.base} as its base",
-            way_out="Name that one: {set:base=FOLDER}. "
+            fix="Name that one: {set:base=FOLDER}. "
             f"If you are sure of this one, take base_fingerprint out of {folder / MANIFEST_FILE}.",
         )
     tokenizer = folder if (folder / TOKENIZER_FILE).is_file() else where
@@ -390,7 +390,7 @@ def _require_unpacked(config: Mapping[str, Any], folder: Path, *, dequantize: bo
     if not (dequantize and is_known):
         raise ModelInvalidError(
             f"{folder} holds weights packed by {kind} quantization; the export needs them in 16 or 32 bits",
-            way_out=f"Name the model that it was made from: {setting_ref('base', original)}"
+            fix=f"Name the model that it was made from: {setting_ref('base', original)}"
             + ("; or use what 4 bits left of it: {set:dequantize=true}" if is_known else ""),
         )
 

@@ -195,7 +195,7 @@ def _tell_base(named: str, base: Path | str | None, origin: Origin | None) -> st
         PushSourceError: ``base`` is neither a folder nor a Hub id.
     """
     if base is not None and not Path(base).is_dir() and not has_hub_form(str(base)):
-        raise PushSourceError(f"the base {base} is no folder and no Hub id", way_out="Name it: {set:base=owner/name}")
+        raise PushSourceError(f"the base {base} is no folder and no Hub id", fix="Name it: {set:base=owner/name}")
     recorded = str(origin.record.setting("model.name") or "") if origin else ""
     told = [tell_model(str(name)) for name in (base or "", named, recorded)]
     if found := next((name for name in told if is_hub_id(name)), None):
@@ -252,7 +252,7 @@ def _coded() -> Iterator[None]:
         raise PushNetworkError("the Hub does not answer", cause=first_line(error)) from error
     except OSError as error:
         raise PushSourceError(
-            "a file cannot be read", cause=str(error), way_out="Make it readable, or export it again; then push again."
+            "a file cannot be read", cause=str(error), fix="Make it readable, or export it again; then push again."
         ) from error
     except (ValueError, RuntimeError) as error:  # what the library makes of answers that it does not expect
         raise PushRefusedError("the upload failed", cause=first_line(error.__cause__ or error)) from error

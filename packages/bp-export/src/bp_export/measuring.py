@@ -89,7 +89,7 @@ def measure_importance(
     if chunk_tokens < _LEAST_VECTORS or (chunks is not None and chunks < 1):
         raise ImportanceInvalidError(
             f"a matrix is measured on one chunk or more, each of {_LEAST_VECTORS} tokens or more",
-            way_out=f"Measure on all chunks, each of the usual size: {setting_ref('chunk_tokens', CHUNK_TOKENS)}",
+            fix=f"Measure on all chunks, each of the usual size: {setting_ref('chunk_tokens', CHUNK_TOKENS)}",
         )
     read_settings(model)
     try:

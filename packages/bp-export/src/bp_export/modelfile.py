@@ -117,12 +117,12 @@ def read_ollama_adapter(folder: Path) -> OllamaAdapter:
         raise AdapterFormatError(
             f"{folder} is no folder of the format ollama-adapter",
             cause=str(error),
-            way_out="Write one: {do:export ADAPTER format=ollama-adapter ollama_base=NAME}; or register a GGUF.",
+            fix="Write one: {do:export ADAPTER format=ollama-adapter ollama_base=NAME}; or register a GGUF.",
         ) from error
     for file in (found.path, *([found.base_file] if found.base_file else [])):
         if not file.is_file():
             raise AdapterFormatError(
-                f"{file} is missing", way_out="Export the adapter again: {do:export ADAPTER format=ollama-adapter}"
+                f"{file} is missing", fix="Export the adapter again: {do:export ADAPTER format=ollama-adapter}"
             )
     return found
 

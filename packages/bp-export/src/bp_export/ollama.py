@@ -105,7 +105,7 @@ def register_gguf(
     if settings.get("split.count", 1) > 1:
         raise OllamaRegistrationError(
             f"{path} is one of several files, and Ollama takes one",
-            way_out="Export it as one file, without {set:split_bytes}.",
+            fix="Export it as one file, without {set:split_bytes}.",
         )
     rendering = check_gguf(path, settings)
     system = _find_system(settings) if system is None else system
@@ -158,7 +158,7 @@ def register_adapter(
         rendering = check_gguf(adapter.base_file, settings, adapter.hashes)
     version, server = _require_place(name, host, force=force), find_server(host)
     if not takes_adapters(version):
-        raise OllamaRegistrationError(f"Ollama {version} takes no adapters", way_out=MERGED_WAY)
+        raise OllamaRegistrationError(f"Ollama {version} takes no adapters", fix=MERGED_WAY)
     asked = _build_request(name, adapter.stop, context, system, license)
     with connect(server) as client:
         asked |= _find_base(client, server, adapter, status)
@@ -180,7 +180,7 @@ def read_license(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OllamaRegistrationError(
-            f"the licence {path} cannot be read", cause=str(error), way_out="Name a text file: {set:license=LICENSE}"
+            f"the licence {path} cannot be read", cause=str(error), fix="Name a text file: {set:license=LICENSE}"
         ) from error
 
 
@@ -233,7 +233,7 @@ def _require_place(name: str, host: str | None, *, force: bool) -> str:
 
 
 def _refuse_bare_adapter(path: Path) -> OllamaRegistrationError:
-    return OllamaRegistrationError(f"{path} is an adapter and not a model", way_out=MERGED_WAY)
+    return OllamaRegistrationError(f"{path} is an adapter and not a model", fix=MERGED_WAY)
 
 
 def _build_request(

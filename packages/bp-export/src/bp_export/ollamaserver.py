@@ -21,7 +21,7 @@ try:
     from ollama import Client, ResponseError
 except ValueError as error:  # at its import the client reads a variable that we take as an argument
     raise InvalidSettingError(
-        "OLLAMA_HOST cannot be read as an address", cause=str(error), way_out="Say: OLLAMA_HOST=127.0.0.1:11434"
+        "OLLAMA_HOST cannot be read as an address", cause=str(error), fix="Say: OLLAMA_HOST=127.0.0.1:11434"
     ) from error
 
 DEFAULT_HOST = "http://127.0.0.1:11434"
@@ -144,7 +144,7 @@ def require_name(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise OllamaRegistrationError(
             f"{name!r} is no name for an Ollama model",
-            way_out="Use letters, digits, -, _ and .: {set:ollama_name=my-model}",
+            fix="Use letters, digits, -, _ and .: {set:ollama_name=my-model}",
         )
 
 
@@ -184,9 +184,9 @@ def _coded(server: str) -> Iterator[None]:
 def _build_refusal(error: ResponseError) -> OllamaRegistrationError:
     words = str(error.error).strip() or f"HTTP {error.status_code}"
     if "no longer supported" in words or ("quantize" in words and "llama.cpp" in words):
-        return OllamaRegistrationError(f"Ollama refuses: {words}", way_out=MERGED_WAY)
+        return OllamaRegistrationError(f"Ollama refuses: {words}", fix=MERGED_WAY)
     return OllamaRegistrationError(
-        f"Ollama refuses: {words}", way_out="Read what it says; an older Ollama may need an update: ollama --version"
+        f"Ollama refuses: {words}", fix="Read what it says; an older Ollama may need an update: ollama --version"
     )
 
 

@@ -43,11 +43,11 @@ def open_gguf(
     require_installed()
     if target.is_file():
         if read_settings(target).get("general.type") == "adapter":
-            raise ChatTargetError(f"{target} is an adapter and not a model", way_out=_WHOLE)
+            raise ChatTargetError(f"{target} is an adapter and not a model", fix=_WHOLE)
         yield target
         return
     if (format := read_format(target)) in ("mlx", "ollama-adapter"):
-        raise ChatTargetError(f"{target} is an adapter in the form of {format}", way_out=_WHOLE)
+        raise ChatTargetError(f"{target} is an adapter in the form of {format}", fix=_WHOLE)
     if not target.is_dir():
         raise ChatTargetError(f"there is no file or folder {target}")
     with tempfile.TemporaryDirectory(prefix="bp-export-") as scratch:

@@ -49,17 +49,15 @@ def require_free_folder(path: Path, *, force: bool, sources: Sequence[Path]) -> 
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     if any(source.resolve().is_relative_to(path.resolve()) for source in sources):
-        raise OutputTakenError(
-            f"{path} holds what is to be exported", way_out="Name another folder: {set:output=./other}"
-        )
+        raise OutputTakenError(f"{path} holds what is to be exported", fix="Name another folder: {set:output=./other}")
     if not force:
         raise OutputTakenError(f"{path} exists and is not empty")
     mark = _read_mark(path)
     if mark is None and not _is_recorded(path):
-        raise OutputTakenError(f"{path} is no export's folder", way_out=_ELSEWHERE)
+        raise OutputTakenError(f"{path} is no export's folder", fix=_ELSEWHERE)
     there = {entry.name for entry in path.iterdir()} - _LITTER - {MARK_FILE}
     if mark is not None and (added := sorted(there - mark[1])):
-        raise OutputTakenError(f"{path} holds {added[0]}, which no export wrote", way_out=_ELSEWHERE)
+        raise OutputTakenError(f"{path} holds {added[0]}, which no export wrote", fix=_ELSEWHERE)
 
 
 def read_format(folder: Path) -> str | None:
@@ -105,17 +103,13 @@ def require_free_file(path: Path, *, force: bool, sources: Sequence[Path] = ()) 
         OutputTakenError: Why not.
     """
     if path.is_dir():
-        raise OutputTakenError(
-            f"{path} is a folder", way_out=f"Name a file: {setting_ref('output', path / 'model.gguf')}"
-        )
+        raise OutputTakenError(f"{path} is a folder", fix=f"Name a file: {setting_ref('output', path / 'model.gguf')}")
     if not path.exists():
         return
     if not force:
         raise OutputTakenError(f"{path} exists")
     if path.resolve() in [source.resolve() for source in sources]:
-        raise OutputTakenError(f"{path} is read for it", way_out="Name another file: {set:output=./other.gguf}")
+        raise OutputTakenError(f"{path} is read for it", fix="Name another file: {set:output=./other.gguf}")
     with path.open("rb") as file:
         if file.read(len(MAGIC)) not in (MAGIC, b""):
-            raise OutputTakenError(
-                f"{path} exists and is no GGUF", way_out="Name another file: {set:output=./model.gguf}"
-            )
+            raise OutputTakenError(f"{path} exists and is no GGUF", fix="Name another file: {set:output=./model.gguf}")

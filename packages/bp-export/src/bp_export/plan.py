@@ -158,7 +158,7 @@ def _plan_tensors(
     if lost := sorted(name for name in model.changed if named[name] is None):
         raise AdapterMismatchError(
             f"the adapter changes {lost[0]}, which this model shares with its embedding",
-            way_out="Train without that module: {set:lora.target_modules=all-linear}, which leaves lm_head out.",
+            fix="Train without that module: {set:lora.target_modules=all-linear}, which leaves lm_head out.",
         )
     sources = {gguf: hf for hf, gguf in named.items() if gguf is not None}
     shapes = {name: value.shape for name, value in architecture.build_extra_tensors().items()}

@@ -134,8 +134,8 @@ class LlamaServer:
         except urllib.error.HTTPError as error:
             with error:
                 words = error.read()[:500].decode(errors="replace")
-            way_out = _MORE_ROOM if "context size" in words else None
-            raise ChatFailedError("llama.cpp could not answer", cause=words, way_out=way_out) from error
+            fix = _MORE_ROOM if "context size" in words else None
+            raise ChatFailedError("llama.cpp could not answer", cause=words, fix=fix) from error
         except (OSError, ValueError, HTTPException) as error:
             raise ChatFailedError("llama.cpp could not answer", cause=self._explain(error)) from error
 

@@ -68,7 +68,7 @@ def gather(source: Path) -> Shipment:
     for name, path in shipment.files.items():
         if name in _SEARCHED and redact(text := path.read_text(encoding="utf-8", errors="replace")) != text:
             raise PushSourceError(
-                f"{path} holds what looks like a secret", way_out="Take it out of the file, and replace the secret."
+                f"{path} holds what looks like a secret", fix="Take it out of the file, and replace the secret."
             )
         if shipment.kind == "gguf":
             _require_no_place(path, read_settings(path), "Export the model again with bp-export, and push that.")
@@ -108,10 +108,10 @@ def _clean(name: str, told: Any, base: str, cleaned: Mapping[str, bytes]) -> Any
     return clean
 
 
-def _require_no_place(file: Path, told: Mapping[str, Any], way_out: str) -> None:
+def _require_no_place(file: Path, told: Mapping[str, Any], fix: str) -> None:
     for key, value in told.items():
         if isinstance(value, str) and (is_place(value) or hide_homes(value) != value):
-            raise PushSourceError(f"{file} names a folder of a machine as {key}: {value[:200]}", way_out=way_out)
+            raise PushSourceError(f"{file} names a folder of a machine as {key}: {value[:200]}", fix=fix)
 
 
 def _read_metadata(file: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _gather(source: Path) -> Shipment:
     if source.is_file():
         return Shipment("gguf", {path.name: path for path in _find_parts(source)})
     if (format := read_format(source)) in ("mlx", "ollama-adapter"):
-        raise PushSourceError(f"{source} is an adapter in the form of {format}", way_out=_ITS_OWN)
+        raise PushSourceError(f"{source} is an adapter in the form of {format}", fix=_ITS_OWN)
     if (source / CONFIG_FILE).is_file():
         read_adapter_folder(source)
         return Shipment("adapter", _pick(source, (*_ADAPTER_FILES, *find_tokenizer_files(source), *_LICENSES)))
@@ -151,5 +151,5 @@ def _find_parts(file: Path) -> list[Path]:
         return [file]
     parts = [file.with_name(f"{split[1]}-{i:05}-of-{split[2]}.gguf") for i in range(1, int(split[2]) + 1)]
     if missing := [part for part in parts if not part.is_file()]:
-        raise PushSourceError(f"{missing[0]} is missing", way_out="Export it again; all parts must be there.")
+        raise PushSourceError(f"{missing[0]} is missing", fix="Export it again; all parts must be there.")
     return parts

@@ -187,6 +187,6 @@ def _compute_chunk(tensor: TensorPlan, weights: Floats | None, model: FoldedMode
     if not is_finite(rows):
         raise TensorsInvalidError(
             f"{tensor.source} holds weights that are not finite",
-            way_out="Download the base model again; if only the merged weights are not finite, the training diverged.",
+            fix="Download the base model again; if only the merged weights are not finite, the training diverged.",
         )
     return quantize_rows(rows, tensor.kind, weights).data

@@ -133,7 +133,7 @@ def check_server(server: LlamaServer, path: Path, settings: Mapping[str, Any]) -
         raise TemplateChangedError(
             f"llama.cpp renders the chat template of {path} differently than training did: "
             f"conversations {', '.join(map(str, wrong))}",
-            way_out="Install a llama.cpp that renders the template: pip install --upgrade xllamacpp",
+            fix="Install a llama.cpp that renders the template: pip install --upgrade xllamacpp",
             details={"conversations": wrong},
         )
 
@@ -186,7 +186,7 @@ _ADDED = (int(TokenType.CONTROL), int(TokenType.USER_DEFINED))
 
 def _compare(expected: ConversationHashes, template: ChatTemplate | None, place: str, fix: str) -> RenderingCheck:
     if template is None:
-        raise TemplateChangedError(f"{place} has no chat template, and the model was trained with one", way_out=fix)
+        raise TemplateChangedError(f"{place} has no chat template, and the model was trained with one", fix=fix)
     found = hash_conversations(template)
     wrong = find_differences(expected, found)
     if wrong is None:
@@ -196,7 +196,7 @@ def _compare(expected: ConversationHashes, template: ChatTemplate | None, place:
         raise TemplateChangedError(
             f"{place} renders chats differently than training did: {len(wrong)} of {len(found.rendered)} conversations",
             cause=f"the hashes of conversations {numbers} differ from those stored at training",
-            way_out=fix,
+            fix=fix,
             details={"conversations": wrong},
         )
     return RenderingCheck("passed", f"{len(found.rendered)} conversations render as at training")

@@ -24,7 +24,7 @@ class TensorsInvalidError(UserError):
 
     code = "INPUT_TENSORS_INVALID"
     when = "A safetensors file is missing, cut short or damaged, or holds a dtype other than BF16, F16 and F32."
-    default_way_out = "Download or save the model again, in bf16, f16 or f32, without bitsandbytes quantization."
+    default_fix = "Download or save the model again, in bf16, f16 or f32, without bitsandbytes quantization."
 
 
 class AdapterUnfoldableError(UserError):
@@ -32,7 +32,7 @@ class AdapterUnfoldableError(UserError):
 
     code = "INPUT_ADAPTER_UNFOLDABLE"
     when = "The adapter uses a PEFT feature whose merge is not implemented (PiSSA, target_parameters, …)."
-    default_way_out = "Merge it with PEFT's merge_and_unload(), save that model, and give that folder instead."
+    default_fix = "Merge it with PEFT's merge_and_unload(), save that model, and give that folder instead."
 
 
 class AdapterMismatchError(UserError):
@@ -40,7 +40,7 @@ class AdapterMismatchError(UserError):
 
     code = "INPUT_ADAPTER_MISMATCH"
     when = "A module of the adapter is not in the base model, or its shape differs."
-    default_way_out = "Name the base that the adapter was trained on: {set:base=/path/to/that/model}"
+    default_fix = "Name the base that the adapter was trained on: {set:base=/path/to/that/model}"
 
 
 class AdapterUnmergeableError(UserError):
@@ -48,7 +48,7 @@ class AdapterUnmergeableError(UserError):
 
     code = "INPUT_ADAPTER_UNMERGEABLE"
     when = "An adapter to merge has DoRA's magnitudes, biases, embeddings or whole layers, which no method can merge."
-    default_way_out = "Train adapters to merge with plain LoRA or rsLoRA on linear layers, without DoRA."
+    default_fix = "Train adapters to merge with plain LoRA or rsLoRA on linear layers, without DoRA."
 
 
 class AdaptersDifferError(UserError):
@@ -56,7 +56,7 @@ class AdaptersDifferError(UserError):
 
     code = "INPUT_ADAPTERS_DIFFER"
     when = "Adapters to merge have different bases, adapted layers or shapes, or for slao different ranks or scales."
-    default_way_out = "Merge adapters of one base with the same adapted layers; linear, cat and ties take any ranks."
+    default_fix = "Merge adapters of one base with the same adapted layers; linear, cat and ties take any ranks."
 
 
 class MergeOptionError(UserError):
@@ -64,7 +64,7 @@ class MergeOptionError(UserError):
 
     code = "CONFIG_MERGE_OPTION"
     when = "A merge has an unknown method, or a weight, density, scale, rank or output that it cannot take."
-    default_way_out = "See the options of each method: {do:merge help=true}"
+    default_fix = "See the options of each method: {do:merge help=true}"
 
 
 class SlaoStateError(StateError):
@@ -72,7 +72,7 @@ class SlaoStateError(StateError):
 
     code = "STATE_SLAO_INVALID"
     when = "The file with the state of a stream of runs is missing, damaged or of another kind."
-    default_way_out = "Start a new stream, which leaves finished adapters as they are: {do:multi-run}"
+    default_fix = "Start a new stream, which leaves finished adapters as they are: {do:multi-run}"
 
 
 class SlaoStreamError(StateError):
@@ -80,4 +80,4 @@ class SlaoStreamError(StateError):
 
     code = "STATE_SLAO_OTHER_STREAM"
     when = "The state of a stream of runs was made by another stream, or its adapters have other ranks or layers."
-    default_way_out = "Continue the stream that made it, or start a new one: {do:multi-run}"
+    default_fix = "Continue the stream that made it, or start a new one: {do:multi-run}"

@@ -161,9 +161,7 @@ def _check_places(adapters: Sequence[Path], output: Path, *, force: bool) -> Non
     if len(adapters) < 2:
         raise MergeOptionError(f"{len(adapters)} adapter was named; a merge needs two or more")
     if output.resolve() in [path.resolve() for path in adapters]:
-        raise MergeOptionError(
-            f"{output} is one of the adapters", way_out="Write to another folder: {set:output=./merged}"
-        )
+        raise MergeOptionError(f"{output} is one of the adapters", fix="Write to another folder: {set:output=./merged}")
     if not (output.exists() or output.is_symlink()) or (output.is_dir() and not any(output.iterdir())):
         return
     manifest = read_manifest(output) if output.is_dir() else {}
@@ -172,7 +170,7 @@ def _check_places(adapters: Sequence[Path], output: Path, *, force: bool) -> Non
     if not force and "adapters" not in (manifest.get("origin") or {}):  # as `_origin` writes
         raise OutputTakenError(
             f"{output} is an adapter that was trained, and would be replaced",
-            way_out="Write to another folder: {set:output=./merged}; or replace it: {set:force=true}",
+            fix="Write to another folder: {set:output=./merged}; or replace it: {set:force=true}",
         )
 
 

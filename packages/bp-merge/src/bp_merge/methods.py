@@ -69,4 +69,4 @@ def find_method(name: str) -> Method:
         return METHODS[name]
     near = difflib.get_close_matches(name, METHODS, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise MergeOptionError(f"there is no merge method {name!r}{hint}", way_out=f"Choose one of: {', '.join(METHODS)}")
+    raise MergeOptionError(f"there is no merge method {name!r}{hint}", fix=f"Choose one of: {', '.join(METHODS)}")

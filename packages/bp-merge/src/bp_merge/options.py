@@ -53,7 +53,7 @@ def check_options(options: MergeOptions, takes: Sequence[str], method: str, coun
     """
     for name in ("weights", "density", "scale", "rank", "seed"):
         if getattr(options, name) is not None and name not in takes:
-            raise MergeOptionError(f"{method} takes no {name}", way_out=f"Leave it out: {{set:{name}}}")
+            raise MergeOptionError(f"{method} takes no {name}", fix=f"Leave it out: {{set:{name}}}")
     if options.weights is not None:
         _check_weights(options.weights, count)
     if options.density is not None and not 0 < options.density <= 1:
@@ -72,8 +72,8 @@ def _check_weights(weights: Sequence[float], count: int) -> None:
         raise MergeOptionError(f"the weights are {told}; each must be a number from 0 on")
     total = math.fsum(weights)
     if abs(total - 1) > _SUM_TOLERANCE:
-        way_out = "Give shares that sum to 1, and a factor on the whole: {set:scale}"
+        fix = "Give shares that sum to 1, and a factor on the whole: {set:scale}"
         if total > 0:
             shares = ",".join(f"{w / total:.6g}" for w in weights)
-            way_out = f"Give shares and a factor: {{set:weights={shares} scale={total:g}}}"
-        raise MergeOptionError(f"the weights {told} sum to {total:g}, not to 1", way_out=way_out)
+            fix = f"Give shares and a factor: {{set:weights={shares} scale={total:g}}}"
+        raise MergeOptionError(f"the weights {told} sum to {total:g}, not to 1", fix=fix)

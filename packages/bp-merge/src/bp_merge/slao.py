@@ -146,7 +146,7 @@ class SlaoState:
             if r > inputs:
                 raise AdapterUnmergeableError(
                     f"{module} has {inputs} inputs, so its A can't have {r} orthonormal rows, one for each rank",
-                    way_out=f"Train with a rank of at most {inputs}: {setting_ref('lora.r', inputs)}; or use "
+                    fix=f"Train with a rank of at most {inputs}: {setting_ref('lora.r', inputs)}; or use "
                     "another merge: {set:multirun.merge=ftba-mb}",
                 )
 

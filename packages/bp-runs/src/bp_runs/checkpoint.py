@@ -157,7 +157,7 @@ class CheckpointFolder:
             raise CheckpointInvalidError(
                 f"no checkpoint in {self.path} is whole",
                 cause=told,
-                way_out=f"Start from scratch with the same settings: {again}",
+                fix=f"Start from scratch with the same settings: {again}",
                 details=damaged,
             )
         return None, {}
@@ -245,7 +245,7 @@ class CheckpointFolder:
                 return checkpoint
         run = self.path.parent
         shown = command_ref("show-run", run.name, output=run.parent.parent)
-        raise CheckpointInvalidError(f"{self.path} has no checkpoint of step {step}", way_out=f"See them: {shown}")
+        raise CheckpointInvalidError(f"{self.path} has no checkpoint of step {step}", fix=f"See them: {shown}")
 
     def _folders(self) -> list[Path]:
         try:

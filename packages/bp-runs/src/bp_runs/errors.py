@@ -1,13 +1,13 @@
 """Coded errors: what went wrong, why, and what to type next.
 
-    CodedError                     every error a user may meet; carries code, cause, way out, exit status
+    CodedError                     every error a user may meet; carries code, cause, fix, exit status
     ├── UserError       exit 1     the user's input or settings: INPUT_*, CONFIG_*
     ├── DependencyError exit 2     something outside is missing or refuses: DEP_*
     ├── RunFailedError  exit 2     the work itself failed: RUNTIME_*
     ├── StateError      exit 2     files of ours are damaged or cannot be written: STATE_*
     ├── PartialError    exit 3     some of it succeeded: PARTIAL_*
     └── GateError       exit 65    a check said no; nothing is broken
-    ContractError                  a programmer's mistake; has no code and no way out, only a traceback
+    ContractError                  a programmer's mistake; has no code and no fix, only a traceback
 
 A leaf class states its ``code``; that registers it. Two classes with one code fail at import.
 """
@@ -36,14 +36,14 @@ class CodedError(Exception):
     """An error that a user may meet.
 
     Args:
-        message: What happened, in one sentence, with the offending value; may have references, as ``way_out``.
+        message: What happened, in one sentence, with the offending value; may have references, as ``fix``.
         cause: Why, where that is known and not obvious from the message.
-        way_out: What to do next, with references to settings and commands (`bp_runs.wording`); default: the class's.
+        fix: What to do next, with references to settings and commands (`bp_runs.wording`); default: the class's.
         setting: Dotted key of the setting at fault, such as ``data.on_bad_row``; default: the class's.
         details: Machine-readable facts, for JSON and records.
 
     Attributes:
-        hint: ``way_out`` with its references.
+        hint: ``fix`` with its references.
 
     Raises:
         ContractError: When a class without a code is raised.
@@ -52,7 +52,7 @@ class CodedError(Exception):
     code: ClassVar[str] = ""
     exit_status: ClassVar[int] = 2
     when: ClassVar[str] = ""
-    default_way_out: ClassVar[str] = ""
+    default_fix: ClassVar[str] = ""
     prefixes: ClassVar[tuple[str, ...]] = ()
     setting: str | None = None
     run_status: ClassVar[RunStatus] = "failed"
@@ -68,7 +68,7 @@ class CodedError(Exception):
         message: str,
         *,
         cause: str | None = None,
-        way_out: str | None = None,
+        fix: str | None = None,
         setting: str | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> None:
@@ -77,7 +77,7 @@ class CodedError(Exception):
         super().__init__(message)
         self._message = message
         self.cause = cause
-        self.hint = way_out or self.default_way_out
+        self.hint = fix or self.default_fix
         self.setting = setting or self.setting
         self.details: Mapping[str, Any] = MappingProxyType(dict(details or {}))
 
@@ -87,7 +87,7 @@ class CodedError(Exception):
         return render(self._message)
 
     @property
-    def way_out(self) -> str:
+    def fix(self) -> str:
         """What to do next, in the words of the program that runs."""
         return render(self.hint)
 
@@ -95,12 +95,12 @@ class CodedError(Exception):
         return f"[{self.code}]: {self.message}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The error as JSON-ready data: code, message, cause, way_out, setting, exit_status, details."""
+        """The error as JSON-ready data: code, message, cause, fix, setting, exit_status, details."""
         return {
             "code": self.code,
             "message": self.message,
             "cause": self.cause,
-            "way_out": self.way_out,
+            "fix": self.fix,
             "setting": self.setting,
             "exit_status": self.exit_status,
             "details": dict(self.details),
@@ -113,8 +113,8 @@ def _register(cls: type[CodedError]) -> None:
         raise ContractError(
             f"{cls.__qualname__}: {code!r} must start with one of {cls.prefixes} and be upper snake case"
         )
-    if not cls.when or not cls.default_way_out:
-        raise ContractError(f"{cls.__qualname__} ({code}) must say when it occurs and the way out")
+    if not cls.when or not cls.default_fix:
+        raise ContractError(f"{cls.__qualname__} ({code}) must say when it occurs and the fix")
     owner = _registry.setdefault(code, cls)
     if (owner.__module__, owner.__qualname__) != (cls.__module__, cls.__qualname__):
         raise ContractError(
@@ -176,20 +176,20 @@ class InvalidSettingError(UserError):
 
     code = "CONFIG_INVALID_SETTING"
     when = "A setting has a value of the wrong type, out of its range, or one that does not go with another setting."
-    default_way_out = "Give it a value that the message allows; see all settings: {do:config show}"
+    default_fix = "Give it a value that the message allows; see all settings: {do:config show}"
 
     def __init__(
         self,
         message: str,
         *,
         cause: str | None = None,
-        way_out: str | None = None,
+        fix: str | None = None,
         setting: str | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        if way_out is None and setting and "." in setting:
-            way_out = f"See what it takes: {command_ref('config explain', setting)}"
-        super().__init__(message, cause=cause, way_out=way_out, setting=setting, details=details)
+        if fix is None and setting and "." in setting:
+            fix = f"See what it takes: {command_ref('config explain', setting)}"
+        super().__init__(message, cause=cause, fix=fix, setting=setting, details=details)
 
 
 class OutputNotWritableError(UserError):
@@ -197,7 +197,7 @@ class OutputNotWritableError(UserError):
 
     code = "INPUT_OUTPUT_NOT_WRITABLE"
     when = "The output folder cannot be created or written."
-    default_way_out = "Choose a folder that you can write to: {set:output=./output}"
+    default_fix = "Choose a folder that you can write to: {set:output=./output}"
 
 
 class OutputTakenError(UserError):
@@ -208,7 +208,7 @@ class OutputTakenError(UserError):
         "The output folder holds a lora folder that no run of ours has written, or the output is the file that is "
         "read; it would have been replaced."
     )
-    default_way_out = "Move it away, or choose another folder: {set:output=./output2}"
+    default_fix = "Move it away, or choose another folder: {set:output=./output2}"
 
 
 class PathUnusableError(UserError):
@@ -216,7 +216,7 @@ class PathUnusableError(UserError):
 
     code = "INPUT_PATH_UNUSABLE"
     when = "The system refuses a path that was given: no permission, too long a name, an unknown user's home."
-    default_way_out = "Check the path and its folders' permissions."
+    default_fix = "Check the path and its folders' permissions."
 
 
 class OutputLockedError(StateError):
@@ -224,7 +224,7 @@ class OutputLockedError(StateError):
 
     code = "STATE_OUTPUT_LOCKED"
     when = "Another process has held the output folder's lock for too long."
-    default_way_out = "Wait for the other process to end, or use another folder: {set:output=./output2}"
+    default_fix = "Wait for the other process to end, or use another folder: {set:output=./output2}"
 
 
 class DiskFullError(StateError):
@@ -232,7 +232,7 @@ class DiskFullError(StateError):
 
     code = "STATE_DISK_FULL"
     when = "The disk has, or would have, no room for a file; nothing half-written is left."
-    default_way_out = "Free some space, or choose another disk: {set:output=/other/disk/output}"
+    default_fix = "Free some space, or choose another disk: {set:output=/other/disk/output}"
 
 
 class RunNotFoundError(UserError):
@@ -240,7 +240,7 @@ class RunNotFoundError(UserError):
 
     code = "INPUT_RUN_NOT_FOUND"
     when = "No run in the output folder has the given id, or several ids start with it."
-    default_way_out = "See the ids: {do:list-runs}"
+    default_fix = "See the ids: {do:list-runs}"
 
 
 class RunActiveError(StateError):
@@ -248,7 +248,7 @@ class RunActiveError(StateError):
 
     code = "STATE_RUN_ACTIVE"
     when = "The run is still going on in another process, here or on another machine."
-    default_way_out = "Wait for it to end, or stop it there with Ctrl-C."
+    default_fix = "Wait for it to end, or stop it there with Ctrl-C."
 
 
 class ResumeNotFoundError(UserError):
@@ -256,7 +256,7 @@ class ResumeNotFoundError(UserError):
 
     code = "INPUT_RESUME_NOT_FOUND"
     when = "The output folder has no unfinished run, or the named one is finished or diverged."
-    default_way_out = "See the runs and how they ended: {do:list-runs}"
+    default_fix = "See the runs and how they ended: {do:list-runs}"
 
 
 class ResumeChangedError(UserError):
@@ -264,7 +264,7 @@ class ResumeChangedError(UserError):
 
     code = "INPUT_RESUME_CHANGED"
     when = "A run was to be continued, but its data, chat template or base model has changed since it began."
-    default_way_out = "Put back what the run began with, or start over with its settings: {do:replay RUN}"
+    default_fix = "Put back what the run began with, or start over with its settings: {do:replay RUN}"
 
 
 class ProofUnsupportedError(UserError):
@@ -272,7 +272,7 @@ class ProofUnsupportedError(UserError):
 
     code = "INPUT_PROVE_UNSUPPORTED"
     when = "A run was to be replayed by an independent loop, which can't repeat how it was trained, or on what."
-    default_way_out = "Prove a plain run of the same data: {do:train training.steps=10 lora.dropout=0}"
+    default_fix = "Prove a plain run of the same data: {do:train training.steps=10 lora.dropout=0}"
 
 
 class CheckpointInvalidError(StateError):
@@ -280,7 +280,7 @@ class CheckpointInvalidError(StateError):
 
     code = "STATE_CHECKPOINT_INVALID"
     when = "A run has checkpoints, and the hashes of none of them hold; or one does not fit the model."
-    default_way_out = "Start from scratch with the same settings: {do:replay RUN}"
+    default_fix = "Start from scratch with the same settings: {do:replay RUN}"
 
 
 class RecordNewerError(StateError):
@@ -288,7 +288,7 @@ class RecordNewerError(StateError):
 
     code = "STATE_RECORD_NEWER"
     when = "A run's record was written by a newer version and was to be changed by this one."
-    default_way_out = "Update: pip install -U backpropagate"
+    default_fix = "Update: pip install -U backpropagate"
 
 
 class HistoryInvalidError(UserError):
@@ -296,7 +296,7 @@ class HistoryInvalidError(UserError):
 
     code = "INPUT_HISTORY_INVALID"
     when = "The file to import is not the older tool's run history: a JSON list of rows with run ids."
-    default_way_out = "Name the file: {do:runs import ./old-output/run_history.json}"
+    default_fix = "Name the file: {do:runs import ./old-output/run_history.json}"
 
 
 class RecordInvalidError(StateError):
@@ -304,7 +304,7 @@ class RecordInvalidError(StateError):
 
     code = "STATE_RECORD_INVALID"
     when = "A run's run.json is missing, damaged or not a record."
-    default_way_out = (
+    default_fix = (
         "The run's other files are untouched; restore run.json from a backup, or look at metrics.jsonl beside it."
     )
 
@@ -314,7 +314,7 @@ class AdapterInvalidError(UserError):
 
     code = "INPUT_ADAPTER_INVALID"
     when = "A folder given as an adapter lacks its files, or they are damaged."
-    default_way_out = (
+    default_fix = (
         "Give the folder that training wrote, such as ./output/lora. If there is none yet: "
         "{do:train data.path=my_data.jsonl}"
     )
@@ -327,7 +327,7 @@ class InterruptedRunError(RunFailedError):
     exit_status = 130
     run_status = "interrupted"
     when = "Ctrl-C came a second time, or while nothing could be kept; finished files are untouched."
-    default_way_out = "See how far it came: {do:list-runs}"
+    default_fix = "See how far it came: {do:list-runs}"
 
 
 class TrainingDivergedError(RunFailedError):
@@ -336,7 +336,7 @@ class TrainingDivergedError(RunFailedError):
     code = "RUNTIME_TRAINING_DIVERGED"
     run_status = "diverged"
     when = "The loss became NaN or infinite; the run is recorded as diverged and no adapter is published."
-    default_way_out = (
+    default_fix = (
         "Lower the learning rate: {set:training.learning_rate=5e-5}; and check the data: {do:validate my_data.jsonl}"
     )
 
@@ -346,7 +346,7 @@ class NothingHeldOutError(UserError):
 
     code = "INPUT_NOTHING_HELD_OUT"
     when = "A model was to be measured on held-out rows, and training with these settings holds out none."
-    default_way_out = (
+    default_fix = (
         "Hold out more: {set:training.eval_share=0.2 training.eval_min_rows=1}; or name a file of held-out rows."
     )
 
@@ -356,7 +356,7 @@ class OomExhaustedError(RunFailedError):
 
     code = "RUNTIME_OOM_RECOVERY_EXHAUSTED"
     when = "A micro-batch did not fit in memory after three halvings, or a single example does not fit."
-    default_way_out = (
+    default_fix = (
         "Use shorter examples: {set:model.max_seq_length=1024}; a 4-bit base: {set:training.mode=qlora}; or a smaller "
         "model. See what fits: {do:estimate-vram}"
     )

@@ -43,6 +43,6 @@ def acquire(file: Path, seconds: float) -> BaseFileLock:
                 lock.acquire()
     except Timeout as error:
         gone = f"; if nothing runs on any machine, delete {marker}" if marker.exists() else ""
-        way_out = f"{OutputLockedError.default_way_out}{gone}" if gone else None
-        raise OutputLockedError(f"{file} has been held for {seconds:.0f} seconds", way_out=way_out) from error
+        fix = f"{OutputLockedError.default_fix}{gone}" if gone else None
+        raise OutputLockedError(f"{file} has been held for {seconds:.0f} seconds", fix=fix) from error
     return lock

@@ -173,7 +173,7 @@ def _settings(row: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _error(reason: str) -> dict[str, Any]:
-    return {"code": "", "message": reason, "cause": None, "way_out": render("Run it again: {do:train}")}
+    return {"code": "", "message": reason, "cause": None, "fix": render("Run it again: {do:train}")}
 
 
 def _run_id(row: Mapping[str, Any]) -> str:

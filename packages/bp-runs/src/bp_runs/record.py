@@ -105,7 +105,7 @@ class RunRecord:
     def describe_fix(self) -> str:
         """What to do about the error, in the words of the program that reads the record; empty if there is none."""
         error = self.error or {}
-        return render(error.get("hint") or error.get("way_out") or "")
+        return render(error.get("hint") or error.get("fix") or "")
 
     def describe_plan(self) -> str:
         """How long the run trains, in words; empty where that is not recorded."""

@@ -82,7 +82,7 @@ def rebuild(run: Path) -> RunRecord:
     if copy is None:
         raise RecordInvalidError(
             f"{run / paths.RECORD_FILE} is damaged, and no checkpoint has a copy of it",
-            way_out=f"Restore {run / paths.RECORD_FILE} from a backup, or delete the run: "
+            fix=f"Restore {run / paths.RECORD_FILE} from a backup, or delete the run: "
             f"{command_ref('runs rm', run.name)}",
         )
     record, metrics = copy.record, run / paths.METRICS_FILE

@@ -113,7 +113,7 @@ class RunStore:
             elsewhere = "; if that machine is gone for good: {set:take_over=true}" if is_elsewhere else ""
             raise RunActiveError(
                 f"the run {run_id} is going on in process {record.pid} on {record.host}",
-                way_out=RunActiveError.default_way_out.removesuffix(".") + elsewhere,
+                fix=RunActiveError.default_fix.removesuffix(".") + elsewhere,
             )
         before = copy.deepcopy(record)
         record.begin_session(from_step=from_step, checkpoint=checkpoint)
@@ -244,7 +244,7 @@ class RunStore:
         found = f"{len(matches)} runs match" if matches else "no run matches"
         raise RunNotFoundError(
             f"{found} {partial_id!r} in {self.output}",
-            way_out=f"See the ids: {command_ref('list-runs', output=self.output)}",
+            fix=f"See the ids: {command_ref('list-runs', output=self.output)}",
             cause=", ".join(matches[:_NAMED]) + (" …" if len(matches) > _NAMED else "") if matches else None,
             details={"matches": matches[:_NAMED]},
         )
@@ -267,7 +267,7 @@ class RunStore:
             raise RecordInvalidError(
                 error.message,
                 cause=error.cause,
-                way_out=f"Rebuild it from {copy.place} and resume the run: "
+                fix=f"Rebuild it from {copy.place} and resume the run: "
                 f"{command_ref('resume', run_id, output=self.output)}",
             ) from error
 

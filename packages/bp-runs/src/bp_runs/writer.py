@@ -139,7 +139,7 @@ class RunWriter:
         raise ResumeChangedError(
             f"the {what} changed since the run began",
             cause=cause,
-            way_out=f"Put back what the run began with, or start over with its settings: {anew}",
+            fix=f"Put back what the run began with, or start over with its settings: {anew}",
             details=details,
         )
 
@@ -192,7 +192,7 @@ class RunWriter:
                 "code": "RUNTIME_BUG",
                 "message": f"{name}: {error}",
                 "cause": None,
-                "way_out": "Report it.",
+                "fix": "Report it.",
             }
             self._end("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
         return self._record

@@ -118,7 +118,7 @@ def require_adapter(adapter: Path, base: Path, sketch: Any) -> None:
         raise AdapterInvalidError(
             f"{adapter} was trained on another base than {base}: their norms differ",
             cause=f"it names {folder.base} as its base",
-            way_out=f"Take that one; if you are sure of this one, take base_fingerprint out of {MANIFEST_FILE}.",
+            fix=f"Take that one; if you are sure of this one, take base_fingerprint out of {MANIFEST_FILE}.",
         )
     layers = dict(sketch.named_modules())
     for name, side, width in _read_widths(folder.weights):
@@ -157,13 +157,13 @@ def require_fp8(device: backend.Device, mode: backend.Mode) -> None:
     if mode.name == "qlora":
         raise Fp8Error(
             "a 4-bit base can't be multiplied in 8-bit floats",
-            way_out="Use a 16-bit base: {set:training.fp8=true training.mode=lora}; or 4 bits alone: "
+            fix="Use a 16-bit base: {set:training.fp8=true training.mode=lora}; or 4 bits alone: "
             "{set:training.fp8=false}",
         )
     if find_spec("torchao") is None:
         raise Fp8Error(
             "torchao is not installed",
-            way_out="Install it: pip install bp-train-cuda[fp8]; or train without it: {set:training.fp8=false}",
+            fix="Install it: pip install bp-train-cuda[fp8]; or train without it: {set:training.fp8=false}",
         )
 
 
@@ -190,20 +190,19 @@ def require_start(spec: LoraSpec, mode: backend.Mode) -> None:
     if start == "loftq" and mode.name != "qlora":
         raise InvalidSettingError(
             "loftq makes up for what 4 bits lose",
-            way_out="Use a 4-bit base: {set:training.mode=qlora}; or start as usual: "
-            "{set:lora.init_lora_weights=default}",
+            fix="Use a 4-bit base: {set:training.mode=qlora}; or start as usual: {set:lora.init_lora_weights=default}",
             setting="lora.init_lora_weights",
         )
     if start == "pissa" and mode.name == "qlora":
         raise InvalidSettingError(
             "pissa changes the base's weights, which 4 bits cannot hold",
-            way_out="Use a 16-bit base: {set:training.mode=lora}; or loftq: {set:lora.init_lora_weights=loftq}",
+            fix="Use a 16-bit base: {set:training.mode=lora}; or loftq: {set:lora.init_lora_weights=loftq}",
             setting="lora.init_lora_weights",
         )
     if start != "default" and spec.use_dora:
         raise InvalidSettingError(
             f"{start} and DoRA do not work together",
-            way_out="Leave one out: {set:lora.use_dora=false}, or {set:lora.init_lora_weights=default}",
+            fix="Leave one out: {set:lora.use_dora=false}, or {set:lora.init_lora_weights=default}",
             setting="lora.init_lora_weights",
         )
 
@@ -219,7 +218,7 @@ def require_rows_fit(spec: TrainSpec, prepared: AnyPrepared) -> None:
     if positions and spec.model.max_seq_length > positions and (longest := _longest(prepared)) > positions:
         raise SequenceTooLongError(
             f"a row has {longest} tokens and the model has positions for {positions}",
-            way_out=f"Truncate examples: {setting_ref('model.max_seq_length', positions)}",
+            fix=f"Truncate examples: {setting_ref('model.max_seq_length', positions)}",
         )
     if prepared.facts.vocab_size > config.vocab_size:
         raise VocabularyError(

@@ -226,8 +226,7 @@ def require_ranks(checkpoint: Path, count: int) -> None:
     if before != count:
         raise RanksChangedError(
             f"the run was trained by {before} processes, and {count} are to resume it",
-            way_out=f"Start as many as before: {_launcher(before)}; or start from scratch: "
-            "{set:training.resume=false}",
+            fix=f"Start as many as before: {_launcher(before)}; or start from scratch: {{set:training.resume=false}}",
         )
 
 

@@ -39,7 +39,7 @@ class GpuNotAvailableError(DependencyError):
 
     code = "DEP_GPU_NOT_AVAILABLE"
     when = "A model of over 1 billion parameters was to be trained where no CUDA device can be used."
-    default_way_out = "Use a machine with an NVIDIA card and its driver, or a model under 1 billion parameters."
+    default_fix = "Use a machine with an NVIDIA card and its driver, or a model under 1 billion parameters."
 
 
 class DriverTooOldError(DependencyError):
@@ -50,7 +50,7 @@ class DriverTooOldError(DependencyError):
         "A model of over 1 billion parameters was to be trained on a card whose driver is older than torch's CUDA; "
         "smaller ones train on the CPU then."
     )
-    default_way_out = "Update the NVIDIA driver and restart; or install a torch built for an older CUDA."
+    default_fix = "Update the NVIDIA driver and restart; or install a torch built for an older CUDA."
 
 
 class BitsandbytesError(DependencyError):
@@ -58,7 +58,7 @@ class BitsandbytesError(DependencyError):
 
     code = "DEP_BITSANDBYTES_MISSING"
     when = "A 4-bit base was asked for, or is needed to fit the memory, and bitsandbytes cannot be imported."
-    default_way_out = "Install it: pip install bitsandbytes; or use a 16-bit base: {set:training.mode=lora}"
+    default_fix = "Install it: pip install bitsandbytes; or use a 16-bit base: {set:training.mode=lora}"
 
 
 class KernelsError(DependencyError):
@@ -67,7 +67,7 @@ class KernelsError(DependencyError):
     code = "DEP_KERNELS_UNUSABLE"
     setting = "training.kernels"
     when = "Liger's kernels were asked for and are not installed, do not know the model, or there is no GPU."
-    default_way_out = "Install them: pip install liger-kernel; or let the rail choose: {set:training.kernels=auto}"
+    default_fix = "Install them: pip install liger-kernel; or let the rail choose: {set:training.kernels=auto}"
 
 
 class UnslothError(DependencyError):
@@ -76,7 +76,7 @@ class UnslothError(DependencyError):
     code = "DEP_UNSLOTH_UNUSABLE"
     setting = "training.engine"
     when = "The engine unsloth was asked for where it is not installed, or does not import: it wants a GPU to do so."
-    default_way_out = "Train without it: {set:training.engine=native}"
+    default_fix = "Train without it: {set:training.engine=native}"
 
 
 class VersionUntestedError(DependencyError):
@@ -84,7 +84,7 @@ class VersionUntestedError(DependencyError):
 
     code = "DEP_VERSION_UNTESTED"
     when = "transformers, TRL, PEFT or torch is installed in a version that lacks a name this version uses."
-    default_way_out = "Install versions that are tested together: pip install --upgrade --force-reinstall bp-train-cuda"
+    default_fix = "Install versions that are tested together: pip install --upgrade --force-reinstall bp-train-cuda"
 
 
 class ModeError(UserError):
@@ -96,7 +96,7 @@ class ModeError(UserError):
         "4-bit training was asked for on a CPU. There bitsandbytes may repack the weights after a forward pass without "
         "gradients and then silently gives wrong ones, so it is refused."
     )
-    default_way_out = "Use a 16-bit base: {set:training.mode=lora}"
+    default_fix = "Use a 16-bit base: {set:training.mode=lora}"
 
 
 class ModelLoadError(DependencyError):
@@ -105,7 +105,7 @@ class ModelLoadError(DependencyError):
     code = "DEP_MODEL_LOAD_FAILED"
     setting = "model.name"
     when = "The base model's files are damaged, incomplete, or of a kind that transformers does not know."
-    default_way_out = "Check the folder, or download the model again; see the installed versions: {do:info}"
+    default_fix = "Check the folder, or download the model again; see the installed versions: {do:info}"
 
 
 class RemoteCodeError(UserError):
@@ -114,7 +114,7 @@ class RemoteCodeError(UserError):
     code = "CONFIG_TRUST_REMOTE_CODE_REQUIRED"
     setting = "model.trust_remote_code"
     when = "The model's config points to its own Python code, and trust_remote_code is off."
-    default_way_out = "Read that code first; then set BACKPROPAGATE_MODEL__TRUST_REMOTE_CODE=true"
+    default_fix = "Read that code first; then set BACKPROPAGATE_MODEL__TRUST_REMOTE_CODE=true"
 
 
 class ShapesUnknownError(UserError):
@@ -123,7 +123,7 @@ class ShapesUnknownError(UserError):
     code = "INPUT_SHAPES_UNKNOWN"
     setting = "model.name"
     when = "A model's config.json names a kind of model that is not known, or lacks a size."
-    default_way_out = "Check the folder's config.json; see models that are known to train: {do:models}"
+    default_fix = "Check the folder's config.json; see models that are known to train: {do:models}"
 
 
 class SequenceTooLongError(UserError):
@@ -132,7 +132,7 @@ class SequenceTooLongError(UserError):
     code = "CONFIG_SEQUENCE_TOO_LONG"
     setting = "model.max_seq_length"
     when = "A row has more tokens than the model's config has positions."
-    default_way_out = "Truncate examples: {set:model.max_seq_length=2048}"
+    default_fix = "Truncate examples: {set:model.max_seq_length=2048}"
 
 
 class Bf16Error(UserError):
@@ -141,7 +141,7 @@ class Bf16Error(UserError):
     code = "CONFIG_BF16_UNSUPPORTED"
     setting = "model.dtype"
     when = "dtype bfloat16 was asked for on a card older than Ampere, which only emulates it."
-    default_way_out = "Let the GPU decide: {set:model.dtype=auto}"
+    default_fix = "Let the GPU decide: {set:model.dtype=auto}"
 
 
 class RanksError(UserError):
@@ -149,7 +149,7 @@ class RanksError(UserError):
 
     code = "CONFIG_RANKS_UNSUPPORTED"
     when = "torchrun or accelerate launch started several processes for a training that they cannot share."
-    default_way_out = "Start it without torchrun; choose the card with CUDA_VISIBLE_DEVICES=0"
+    default_fix = "Start it without torchrun; choose the card with CUDA_VISIBLE_DEVICES=0"
 
 
 class RanksChangedError(UserError):
@@ -157,7 +157,7 @@ class RanksChangedError(UserError):
 
     code = "CONFIG_RANKS_CHANGED"
     when = "A run is to go on in more or fewer processes than trained it so far, which would change what a step is."
-    default_way_out = (
+    default_fix = (
         "Start as many processes as before: torchrun --nproc-per-node 2 {program:resume RUN}; "
         "or start from scratch: {set:training.resume=false}"
     )
@@ -169,7 +169,7 @@ class VocabularyError(UserError):
     code = "INPUT_TOKENIZER_TOO_LARGE"
     setting = "model.name"
     when = "tokenizer.json has more tokens than the model's embedding has rows."
-    default_way_out = "Use the tokenizer that came with the model, or a model whose embedding was resized for it."
+    default_fix = "Use the tokenizer that came with the model, or a model whose embedding was resized for it."
 
 
 class TargetModulesError(UserError):
@@ -178,7 +178,7 @@ class TargetModulesError(UserError):
     code = "CONFIG_TARGET_MODULES"
     setting = "lora.target_modules"
     when = "No layer of the model has a name given as target module, or it is the embedding or the output layer."
-    default_way_out = "Adapt all linear layers: {set:lora.target_modules=all-linear}"
+    default_fix = "Adapt all linear layers: {set:lora.target_modules=all-linear}"
 
 
 class PackingError(UserError):
@@ -190,7 +190,7 @@ class PackingError(UserError):
         "packing was set for a model whose layers carry a state from one packed example to the next on this device: "
         "hybrids such as Qwen3.5, Granite 4 and Falcon-H1 without their GPU kernels, or models that take no positions."
     )
-    default_way_out = "Train without packing: {set:training.packing=false}"
+    default_fix = "Train without packing: {set:training.packing=false}"
 
 
 class FullModelTooLargeError(RunFailedError):
@@ -199,7 +199,7 @@ class FullModelTooLargeError(RunFailedError):
     code = "RUNTIME_FULL_FT_MODEL_TOO_LARGE"
     setting = "training.mode"
     when = "mode full was asked for with a model of over 4 billion parameters."
-    default_way_out = (
+    default_fix = (
         "Train an adapter: {set:training.mode=lora}; or all weights of a smaller model: Qwen-3.5-4B, Phi-4-mini-3.8B, "
         "SmolLM3-3B, Llama-3.2-3B or Llama-3.2-1B."
     )
@@ -211,7 +211,7 @@ class Fp8Error(RunFailedError):
     code = "RUNTIME_FP8_UNSUPPORTED"
     setting = "training.fp8"
     when = "fp8 was asked for on a card older than Hopper, on a CPU, with a 4-bit base, or without torchao."
-    default_way_out = "Train without it: {set:training.fp8=false}"
+    default_fix = "Train without it: {set:training.fp8=false}"
 
 
 class GpuOutOfMemoryError(RunFailedError):
@@ -219,7 +219,7 @@ class GpuOutOfMemoryError(RunFailedError):
 
     code = "RUNTIME_GPU_OOM"
     when = "The GPU ran out of memory while loading or training; nothing of earlier runs is touched."
-    default_way_out = "Use smaller batches or shorter examples: {set:training.batch_size=1 model.max_seq_length=1024}"
+    default_fix = "Use smaller batches or shorter examples: {set:training.batch_size=1 model.max_seq_length=1024}"
 
 
 class RankLostError(RunFailedError):
@@ -227,7 +227,7 @@ class RankLostError(RunFailedError):
 
     code = "RUNTIME_RANK_LOST"
     when = "A process of several that train together was killed, or the place where they meet cannot be reached."
-    default_way_out = (
+    default_fix = (
         "Look at the end of the other processes' output and the system's log (a lack of RAM kills too); then go on "
         "where the run stopped, with the same command."
     )
@@ -238,7 +238,7 @@ class RankMessageError(RunFailedError):
 
     code = "RUNTIME_RANK_MESSAGE_REJECTED"
     when = "A value in the key-value store where processes meet has a wrong signature: another process wrote it."
-    default_way_out = (
+    default_fix = (
         "Find out who can reach the port. Start again with a new token, on an address that only this machine reaches: "
         "export MASTER_ADDR=127.0.0.1 BACKPROPAGATE_RANKS_TOKEN=$(openssl rand -hex 32)"
     )
@@ -249,7 +249,7 @@ class GpuTemperatureError(RunFailedError):
 
     code = "RUNTIME_GPU_TEMPERATURE_CRITICAL"
     when = "The GPU got critically hot, or did not cool down while training paused; the work was saved before the stop."
-    default_way_out = "Improve the GPU's airflow and let it cool; then continue where the run stopped: {do:resume RUN}"
+    default_fix = "Improve the GPU's airflow and let it cool; then continue where the run stopped: {do:resume RUN}"
 
 
 class TrainingFailedError(RunFailedError):
@@ -257,4 +257,4 @@ class TrainingFailedError(RunFailedError):
 
     code = "RUNTIME_TRAINING_FAILED"
     when = "transformers, TRL or torch raised an error in the training loop."
-    default_way_out = "Report it with the output of: {do:info}; the run's metrics.jsonl shows how far it came."
+    default_fix = "Report it with the output of: {do:info}; the run's metrics.jsonl shows how far it came."

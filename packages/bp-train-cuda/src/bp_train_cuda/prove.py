@@ -67,7 +67,7 @@ def require_replayable(spec: TrainSpec, record: RunRecord, *, mode: str, device:
         if wrong:
             again = command_ref("replay", record.run_id, **{"training.steps": 10, **(changes or {})})
             fix = None if changes is None else f"Train it again without that, and prove the new run: {again}"
-            raise ProofUnsupportedError(f"the run {record.run_id} can't be replayed: {why}", way_out=fix)
+            raise ProofUnsupportedError(f"the run {record.run_id} can't be replayed: {why}", fix=fix)
 
 
 def _has_dropout(spec: TrainSpec) -> bool:
@@ -144,7 +144,7 @@ def _require_same_rows(record: RunRecord, prepared: AnyPrepared, heldout: int) -
             raise ProofUnsupportedError(
                 f"the data or its chat template changed since the run {record.run_id}",
                 cause=f"{name} was {record.data.get(name)} and is {value}",
-                way_out="Put back the data and the model that the run was trained with, then prove it again.",
+                fix="Put back the data and the model that the run was trained with, then prove it again.",
             )
 
 

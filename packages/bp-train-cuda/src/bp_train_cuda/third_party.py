@@ -67,7 +67,7 @@ def require_names() -> None:
             raise VersionUntestedError(
                 f"{used.package} {version(used.package)} has no {used.module}.{used.name}",
                 cause=f"{used.used_in} needs it: {used.reason}",
-                way_out=f"Install a tested version: {install_command(used.package)}",
+                fix=f"Install a tested version: {install_command(used.package)}",
             )
 
 

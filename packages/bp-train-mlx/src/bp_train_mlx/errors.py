@@ -15,4 +15,4 @@ class MlxUnavailableError(DependencyError):
     code = "DEP_MLX_UNAVAILABLE"
     setting = "training.backend"
     when = "Training on MLX was asked for where it cannot be done."
-    default_way_out = "Train on the other rail: {set:training.backend=cuda}"
+    default_fix = "Train on the other rail: {set:training.backend=cuda}"

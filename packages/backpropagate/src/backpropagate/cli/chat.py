@@ -63,9 +63,9 @@ def chat(
         The target is a model in Ollama.
     """
     if json and prompt is None:
-        raise InvalidSettingError("--json needs one question", way_out='Add: --prompt "What is the capital of France?"')
+        raise InvalidSettingError("--json needs one question", fix='Add: --prompt "What is the capital of France?"')
     if ollama and target is None:
-        raise InvalidSettingError("--ollama needs a model's name", way_out="See which there are: backprop ollama list")
+        raise InvalidSettingError("--ollama needs a model's name", fix="See which there are: backprop ollama list")
     runs = output_folder(None)
     wanted = target or str(runs / "lora")
     if target and not ollama:

@@ -157,9 +157,9 @@ def report(
         Fewest usable rows.
     """
     if model is None and max_overlong is not None:
-        raise InvalidSettingError("--max-overlong counts tokens", way_out="Name the model as well: --model NAME")
+        raise InvalidSettingError("--max-overlong counts tokens", fix="Name the model as well: --model NAME")
     if against is None and max_contaminated is not None:
-        raise InvalidSettingError("--max-contaminated compares two files", way_out="Name the other: --against FILE")
+        raise InvalidSettingError("--max-contaminated compares two files", fix="Name the other: --against FILE")
     folder, longest = (None, 2048) if model is None else _model_folder(model)
     other = None if against is None else find_file(against)
     data = find_file(file, part)

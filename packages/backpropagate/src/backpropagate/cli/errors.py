@@ -26,14 +26,14 @@ def errors(code: str | None = None, *, json: Json = False) -> int:
     known = load_codes()
     if code is not None and code.upper() not in known:
         raise CommandLineError(
-            f"there is no error code {code!r}{nearest(code.upper(), known)}", way_out="List them: backprop errors"
+            f"there is no error code {code!r}{nearest(code.upper(), known)}", fix="List them: backprop errors"
         )
     chosen = known if code is None else {code.upper(): known[code.upper()]}
     if json:
         print_json("errors", {"errors": [_row(name, cls) for name, cls in chosen.items()]})
         return 0
     for name, cls in chosen.items():
-        print(f"{name}  (exit {cls.exit_status})\n  {cls.when}\n  {render(cls.default_way_out)}")  # noqa: T201
+        print(f"{name}  (exit {cls.exit_status})\n  {cls.when}\n  {render(cls.default_fix)}")  # noqa: T201
     return 0
 
 
@@ -46,4 +46,4 @@ def load_codes() -> dict[str, type[CodedError]]:
 
 
 def _row(name: str, cls: type[CodedError]) -> dict[str, object]:
-    return {"code": name, "when": cls.when, "way_out": render(cls.default_way_out), "exit_status": cls.exit_status}
+    return {"code": name, "when": cls.when, "fix": render(cls.default_fix), "exit_status": cls.exit_status}

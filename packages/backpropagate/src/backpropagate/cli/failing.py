@@ -83,7 +83,7 @@ def report_error(error: CodedError, *, as_json: bool) -> int:
     lines = [str(error)]
     if error.cause:
         lines.append(f"  cause: {error.cause}")
-    lines.append(f"  do:    {error.way_out}")
+    lines.append(f"  do:    {error.fix}")
     lines.append(f"  more:  backprop errors {error.code}")
     _tell(sys.stderr, redact("\n".join(lines)))
     return error.exit_status
@@ -94,7 +94,7 @@ class _BugError(RunFailedError):
 
     code = "RUNTIME_BUG"
     when = "The program itself made a mistake; the traceback is kept in a file."
-    default_way_out = "Report it with that file and the output of `backprop info`."
+    default_fix = "Report it with that file and the output of `backprop info`."
 
 
 def report_bug(error: Exception, *, as_json: bool) -> int:

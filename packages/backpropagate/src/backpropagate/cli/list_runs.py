@@ -36,7 +36,7 @@ def list_runs(
     """
     folder = output_folder(output)
     if limit < 0:
-        raise CommandLineError(f"--limit is {limit}; it must be 0 or more", way_out="All of them: --limit 0")
+        raise CommandLineError(f"--limit is {limit}; it must be 0 or more", fix="All of them: --limit 0")
     shown, total = _find(RunStore(folder), status, tag, limit)
     if json:
         print_json("list-runs", {"runs": shown, "total": total})

@@ -42,9 +42,9 @@ def _check(words: list[str]) -> None:
     from backpropagate.cli.app import build_app
 
     if not words:
-        raise CommandLineError("no command to queue", way_out="Name it: backprop queue add train --data my_data.jsonl")
+        raise CommandLineError("no command to queue", fix="Name it: backprop queue add train --data my_data.jsonl")
     if words[0] == "queue" or words[0].startswith("-"):
-        raise CommandLineError(f"{words[0]!r} cannot be queued", way_out="Queue a command such as train or export.")
+        raise CommandLineError(f"{words[0]!r} cannot be queued", fix="Queue a command such as train or export.")
     build_app().parse_args(words, exit_on_error=False, print_error=False)
 
 

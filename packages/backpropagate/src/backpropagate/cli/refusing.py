@@ -22,26 +22,26 @@ def explain(error: CycloptsError, commands: Sequence[str]) -> CodedError:
     chain = tuple(error.command_chain or ())
     if isinstance(error, UnknownCommandError) and error.unused_tokens:
         return _unknown_command(chain, error.unused_tokens[0], commands)
-    way_out = f"See what it takes: backprop {' '.join((*chain, '--help'))}"
+    fix = f"See what it takes: backprop {' '.join((*chain, '--help'))}"
     if isinstance(error, UnknownOptionError):
         flag = (error.token.keyword or error.token.value).partition("=")[0]
         if chain and (old := oldnames.find_flag(" ".join(chain), flag)):
-            return OldNameError(f"backprop {' '.join(chain)} has no {flag} any more", cause=old.why, way_out=old.now)
+            return OldNameError(f"backprop {' '.join(chain)} has no {flag} any more", cause=old.why, fix=old.now)
         known = {name for argument in error.argument_collection if argument.parse for name in argument.names}
         known |= {switch.flag for switch in SWITCHES}
-        return CommandLineError(f"unknown flag {flag}{nearest(flag, known)}", way_out=way_out)
-    return CommandLineError(" ".join(str(error).split()).rstrip("."), way_out=way_out)
+        return CommandLineError(f"unknown flag {flag}{nearest(flag, known)}", fix=fix)
+    return CommandLineError(" ".join(str(error).split()).rstrip("."), fix=fix)
 
 
 def _unknown_command(chain: Sequence[str], word: str, commands: Iterable[str]) -> CodedError:
     typed = " ".join((*chain, word))
     if old := oldnames.find_command(typed):
-        return OldNameError(f"backprop {typed} is no command any more", cause=old.why, way_out=old.now)
+        return OldNameError(f"backprop {typed} is no command any more", cause=old.why, fix=old.now)
     if chain and (old := oldnames.find_flag(" ".join(chain), word)):
-        return OldNameError(f"backprop {' '.join(chain)} has no {word} any more", cause=old.why, way_out=old.now)
+        return OldNameError(f"backprop {' '.join(chain)} has no {word} any more", cause=old.why, fix=old.now)
     depth = len(chain)
     known = {name.split()[depth] for name in commands if name.split()[:depth] == list(chain) and name != typed}
     if word.startswith("-"):
         known = {switch.flag for switch in SWITCHES} | {"--help", "--version"}
-    way_out = f"See the commands: backprop {' '.join((*chain, '--help'))}"
-    return CommandLineError(f"there is no command {typed!r}{nearest(word, known)}", way_out=way_out)
+    fix = f"See the commands: backprop {' '.join((*chain, '--help'))}"
+    return CommandLineError(f"there is no command {typed!r}{nearest(word, known)}", fix=fix)

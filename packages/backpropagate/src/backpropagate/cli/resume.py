@@ -89,7 +89,7 @@ def extend(
     """
     number = steps.removeprefix("+")
     if not number.isdigit():
-        raise CommandLineError(f"--steps {steps!r} is no number of steps", way_out="Write it so: --steps +100")
+        raise CommandLineError(f"--steps {steps!r} is no number of steps", fix="Write it so: --steps +100")
     trainer = open_trainer(output=output_folder(output))
     with open_screen(as_json=json) as screen:
         result = trainer.extend(run, steps=int(number), on_event=screen.show)
@@ -103,5 +103,5 @@ def extend(
 def _split(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise CommandLineError(f"--override {text!r} is not key=value", way_out="Write it so: --override lr=1e-4")
+        raise CommandLineError(f"--override {text!r} is not key=value", fix="Write it so: --override lr=1e-4")
     return key.strip(), value

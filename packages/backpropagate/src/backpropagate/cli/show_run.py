@@ -53,7 +53,7 @@ def show_run(run: str | None = None, *, output: Output = None, json: Json = Fals
 def _newest(store: RunStore) -> str:
     rows, _ = store.list_newest(1)
     if not rows:
-        raise RunNotFoundError(f"no runs in {store.output}", way_out="Start one: backprop train --data my_data.jsonl")
+        raise RunNotFoundError(f"no runs in {store.output}", fix="Start one: backprop train --data my_data.jsonl")
     return str(rows[0]["run_id"])
 
 

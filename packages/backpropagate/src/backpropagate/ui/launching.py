@@ -161,7 +161,7 @@ class Launches:
         if record.host != platform.node():
             raise RunActiveError(f"the run {record.run_id} is going on on {record.host}")
         if not CAN_STOP:
-            raise RunActiveError("Windows cannot ask another process to save", way_out="Press Ctrl-C where it runs.")
+            raise RunActiveError("Windows cannot ask another process to save", fix="Press Ctrl-C where it runs.")
         if record.status == "running" and process_birth(record.pid) == record.process_started:
             os.kill(record.pid, signal.SIGTERM)
             self._asked.add(record.run_id)

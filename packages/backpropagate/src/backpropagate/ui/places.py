@@ -125,7 +125,7 @@ class Places:
         """
         if not _NAME.fullmatch(name):
             raise UiPathError(
-                f"{name!r} cannot name a folder", way_out="Take up to 64 letters, digits, hyphens and underscores."
+                f"{name!r} cannot name a folder", fix="Take up to 64 letters, digits, hyphens and underscores."
             )
         path = self.own / name
         if path.is_symlink() or _resolve(path).parent != self.own:

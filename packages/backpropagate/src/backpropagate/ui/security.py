@@ -64,13 +64,13 @@ def require_guarded(spec: UiSpec) -> None:
         InvalidSettingError: The host is empty, or the password too short.
     """
     if not spec.host.strip():
-        raise InvalidSettingError("ui.host is empty", way_out="Stay local: backprop ui --host 127.0.0.1")
+        raise InvalidSettingError("ui.host is empty", fix="Stay local: backprop ui --host 127.0.0.1")
     if spec.auth is not None:
         name, _, password = spec.auth.partition(":")
         if not name or len(password) < _SHORTEST_PASSWORD:
             raise InvalidSettingError(
                 f"ui.auth must be a name, a colon and a password of at least {_SHORTEST_PASSWORD} characters",
-                way_out="Set it where no list of processes shows it: BACKPROPAGATE_UI__AUTH=user:password",
+                fix="Set it where no list of processes shows it: BACKPROPAGATE_UI__AUTH=user:password",
             )
     elif spec.share or not is_loopback(spec.host):
         where = "--share" if spec.share else f"--host {spec.host}"

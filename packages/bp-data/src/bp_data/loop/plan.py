@@ -154,7 +154,7 @@ def require_length(training: TrainingSpec) -> None:
     if training.steps is not None and training.epochs is not None:
         raise InvalidSettingError(
             f"training.steps = {training.steps} and training.epochs = {training.epochs:g} both say how long to train",
-            way_out="Set one of them and leave out the other.",
+            fix="Set one of them and leave out the other.",
             setting="training.epochs",
         )
     if training.steps is not None and training.steps < 1:

@@ -28,11 +28,11 @@ def tell(text: str) -> None:
 
 
 def tell_error(error: CodedError, *, as_json: bool) -> None:
-    """Code, message, cause and way out: on stderr, or on stdout as JSON."""
+    """Code, message, cause and fix: on stderr, or on stdout as JSON."""
     if as_json:
         tell_json(error.to_dict())
         return
-    lines = [str(error), *([f"  because: {error.cause}"] if error.cause else []), f"  {error.way_out}"]
+    lines = [str(error), *([f"  because: {error.cause}"] if error.cause else []), f"  {error.fix}"]
     print(redact("\n".join(lines)), file=sys.stderr)  # noqa: T201
 
 

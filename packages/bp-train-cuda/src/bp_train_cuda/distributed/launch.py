@@ -99,7 +99,7 @@ def _read_spec(store: SignedStore, number: int, ranks: Ranks) -> TrainSpec:
         return replace(TrainSpec.from_dict(said["spec"]), ranks=replace(ranks, sharded=said["sharded"]))
     except ContractError as error:
         raise RankMessageError(
-            "rank 0's training can't be read", cause=str(error), way_out="Install the same version for all ranks."
+            "rank 0's training can't be read", cause=str(error), fix="Install the same version for all ranks."
         ) from error
 
 

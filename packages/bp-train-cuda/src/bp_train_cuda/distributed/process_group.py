@@ -137,12 +137,12 @@ class DistributedGroup(ProcessGroup):
         if len(hosts := {host for *_, host in found}) > 1:
             raise RanksError(
                 f"the processes run on {len(hosts)} machines or containers; a run trains on the GPUs of one",
-                way_out="Start them on one machine: torchrun --standalone --nproc-per-node 2 {program:train …}",
+                fix="Start them on one machine: torchrun --standalone --nproc-per-node 2 {program:train …}",
             )
         if len(gpus) != (self.count if on_gpu else 1):
             raise RanksError(
                 f"{self.count} processes were started for {len(gpus - {'cpu'})} GPUs",
-                way_out="Start one process per GPU: torchrun --standalone --nproc-per-node 2 {program:train …}; "
+                fix="Start one process per GPU: torchrun --standalone --nproc-per-node 2 {program:train …}; "
                 "choose GPUs with CUDA_VISIBLE_DEVICES.",
             )
         dist.init_process_group(
@@ -322,7 +322,7 @@ def _unpack(rank: int, said: dict[str, Any]) -> CodedError:
     return kind(
         f"in process {rank}: {said['message']}",
         cause=said["cause"],
-        way_out=said["hint"],
+        fix=said["hint"],
         setting=said["setting"],
         details=said["details"],
     )

@@ -28,7 +28,7 @@ def require_supported(spec: TrainSpec, group: ProcessGroup) -> None:
     if group.count > 1 and (engine := spec.training.engine) in {"trl", "unsloth"}:
         raise RanksError(
             f"the engine {engine} trains in one process",
-            way_out="Use our own loop: {set:training.engine=native}; or start one process.",
+            fix="Use our own loop: {set:training.engine=native}; or start one process.",
         )
     if group.is_sharded:
         _require_shardable(spec)
@@ -41,7 +41,7 @@ def _require_alike(gpus: Sequence[str]) -> None:
     if len(set(gpus)) > 1:
         raise RanksError(
             f"full fine-tuning needs GPUs of one kind, and these differ: {', '.join(gpus)}",
-            way_out="Choose GPUs of one kind with CUDA_VISIBLE_DEVICES; or train an adapter: {set:training.mode=lora}",
+            fix="Choose GPUs of one kind with CUDA_VISIBLE_DEVICES; or train an adapter: {set:training.mode=lora}",
         )
 
 
@@ -58,7 +58,7 @@ def _require_shardable(spec: TrainSpec) -> None:
         if is_wrong:
             raise RanksError(
                 f"{setting_ref(key, attrgetter(key)(spec))} does not work with FSDP2, which shards the weights",
-                way_out=f"Change it: {setting_ref(key, instead)}; or use DDP: torchrun, or accelerate without FSDP.",
+                fix=f"Change it: {setting_ref(key, instead)}; or use DDP: torchrun, or accelerate without FSDP.",
                 setting=key,
             )
 

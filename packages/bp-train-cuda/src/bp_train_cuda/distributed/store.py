@@ -46,7 +46,7 @@ class SignedStore:
     def __init__(self, store: dist.Store, token: str, rank: int, prefix: str) -> None:
         if len(token) < 16:
             raise RanksError(
-                "the ranks share no token that signs their messages", way_out="Give all ranks one random token."
+                "the ranks share no token that signs their messages", fix="Give all ranks one random token."
             )
         self._store, self._token, self._rank, self._prefix = store, token, rank, prefix
         self._key = hashlib.sha256(b"backpropagate ranks:" + token.encode()).digest()
@@ -193,7 +193,7 @@ def _listen(ranks: Ranks) -> socket.socket:
         raise RanksError(
             f"rank 0 can't listen on {ranks.address}:{ranks.port}",
             cause=first_line(error),
-            way_out="Choose an address of this machine and a free port, for all ranks: "
+            fix="Choose an address of this machine and a free port, for all ranks: "
             f"export MASTER_ADDR=127.0.0.1 MASTER_PORT={ranks.port + 1}",
         ) from error
     return listener

@@ -270,7 +270,7 @@ def _require_deterministic_products() -> None:
         raise InvalidSettingError(
             "deterministic training needs the environment variable CUBLAS_WORKSPACE_CONFIG",
             cause=first_line(error),
-            way_out="Set it before Python starts: export CUBLAS_WORKSPACE_CONFIG=:4096:8",
+            fix="Set it before Python starts: export CUBLAS_WORKSPACE_CONFIG=:4096:8",
         ) from error
 
 

@@ -226,7 +226,7 @@ class NativeRun:
         return TrainingDivergedError(
             f"{error.message}; the best weights, of step {validator.best_step}, are in {folder}",
             cause=error.cause,
-            way_out=f"Go back to them at a lower rate: {again}",
+            fix=f"Go back to them at a lower rate: {again}",
             setting="training.learning_rate",
             details={**error.details, "adapter": str(folder), "best_step": validator.best_step},
         )

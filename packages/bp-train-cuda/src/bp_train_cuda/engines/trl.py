@@ -85,7 +85,7 @@ def train(
         raise GpuOutOfMemoryError(
             "the GPU ran out of memory, and the engine trl does not split micro-batches",
             cause=str(error).split(". ")[0],
-            way_out="Use our own loop, which does: {set:training.engine=native}; or smaller batches: "
+            fix="Use our own loop, which does: {set:training.engine=native}; or smaller batches: "
             "{set:training.batch_size=1}",
         ) from error
 
@@ -139,7 +139,7 @@ def _require_plain_packing(model: Any) -> None:
         raise PackingError(
             "TRL's trainer can't keep packed examples of this model apart",
             cause="the model makes its attention masks without positions",
-            way_out="Use our own loop: {set:training.engine=native}; or do not pack: {set:training.packing=false}",
+            fix="Use our own loop: {set:training.engine=native}; or do not pack: {set:training.packing=false}",
         )
 
 

@@ -66,7 +66,7 @@ class Method:
         raise VersionUntestedError(
             f"trl {version('trl')} has no {self.trainer}",
             cause=f"looked for it in {', '.join(self.modules)}",
-            way_out="Use our own loop: {set:training.engine=native}; or install a TRL that has it: "
+            fix="Use our own loop: {set:training.engine=native}; or install a TRL that has it: "
             "pip install 'trl>=1.16,<2'",
         )
 
@@ -83,26 +83,25 @@ def require_trl(settings: Settings) -> None:
         if release_numbers(version(package)) < release_numbers(oldest):
             raise VersionUntestedError(
                 f"the engine trl needs {package} {oldest}, and {version(package)} is installed",
-                way_out="Use our own loop: {set:training.engine=native}; or install it: "
+                fix="Use our own loop: {set:training.engine=native}; or install it: "
                 f"pip install '{package}>={oldest}'",
             )
     if training.method == "kto" and training.batch_size < 2:
         raise InvalidSettingError(
             "TRL's KTO takes its reference point from the other rows of a micro-batch, and batch_size is 1",
-            way_out="Use two examples or more: {set:training.batch_size=2}; or our own loop: "
-            "{set:training.engine=native}",
+            fix="Use two examples or more: {set:training.batch_size=2}; or our own loop: {set:training.engine=native}",
             setting="training.batch_size",
         )
     if training.preflight == "on":
         raise InvalidSettingError(
             "the engine trl has no preflight",
-            way_out="Leave it out: {set:training.preflight=auto}; or use our own loop: {set:training.engine=native}",
+            fix="Leave it out: {set:training.preflight=auto}; or use our own loop: {set:training.engine=native}",
             setting="training.preflight",
         )
     if (count := torch.cuda.device_count()) > 1:
         raise InvalidSettingError(
             f"the engine trl trains on one GPU, and this process sees {count}",
-            way_out="Set CUDA_VISIBLE_DEVICES=0; or use our own loop: {set:training.engine=native}",
+            fix="Set CUDA_VISIBLE_DEVICES=0; or use our own loop: {set:training.engine=native}",
             setting="training.engine",
         )
     METHODS[training.method].load()

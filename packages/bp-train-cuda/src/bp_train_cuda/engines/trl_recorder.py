@@ -218,7 +218,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]  # transformers is not ty
             raise CheckpointInvalidError(
                 f"{folder} was not written by the engine trl",
                 cause=f"it has no {STATE_FILE}",
-                way_out="Resume with the engine that wrote it: {set:training.engine=native}; or start from scratch: "
+                fix="Resume with the engine that wrote it: {set:training.engine=native}; or start from scratch: "
                 "{set:training.resume=false}",
             ) from error
         if state["schema"] != STATE_SCHEMA:

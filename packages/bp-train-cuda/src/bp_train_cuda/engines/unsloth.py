@@ -27,7 +27,7 @@ def require_unsloth(settings: Settings, device: Device) -> None:
     if find_spec("unsloth") is None:
         raise UnslothError(
             "unsloth is not installed",
-            way_out="Install it: pip install unsloth; or train without it: {set:training.engine=native}",
+            fix="Install it: pip install unsloth; or train without it: {set:training.engine=native}",
         )
     if device.kind != "cuda":
         raise UnslothError(f"unsloth needs a CUDA device: {device.why}")
@@ -43,7 +43,7 @@ def require_unsloth(settings: Settings, device: Device) -> None:
         key = next(key for key, is_wrong in wrong.items() if is_wrong)
         raise InvalidSettingError(
             f"the engine unsloth does not support {setting_ref(key, attrgetter(key)(settings))}",
-            way_out="Use our own loop: {set:training.engine=native}",
+            fix="Use our own loop: {set:training.engine=native}",
             setting=key,
         )
 

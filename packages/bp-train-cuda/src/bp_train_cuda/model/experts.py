@@ -120,7 +120,7 @@ def _require_plain(model: Any, names: Sequence[str]) -> None:
             raise TargetModulesError(
                 f"{name!r} can't be a target on a {model.config.model_type} model",
                 cause="PEFT applies it to the fused experts, and no merge or export takes such an adapter",
-                way_out="Adapt the attention: {set:lora.target_modules=q_proj,k_proj,v_proj,o_proj}",
+                fix="Adapt the attention: {set:lora.target_modules=q_proj,k_proj,v_proj,o_proj}",
             )
 
 

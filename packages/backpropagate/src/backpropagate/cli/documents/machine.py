@@ -77,7 +77,7 @@ class ErrorRow(TypedDict):
 
     code: str
     when: str
-    way_out: str
+    fix: str
     exit_status: int
 
 
@@ -93,7 +93,7 @@ class ErrorBody(TypedDict):
     code: str
     message: str
     cause: str | None
-    way_out: str
+    fix: str
     setting: str | None
     exit_status: int
     details: dict[str, Any]

@@ -103,10 +103,10 @@ def _words(places: Places, filled: dict[str, str]) -> list[str]:
     run_id = store.find(run_id)
     weights = _weights(store.folder(run_id))
     if weights is None:
-        raise InvalidSettingError(f"the run {run_id} has left no adapter", way_out="Choose another run.")
+        raise InvalidSettingError(f"the run {run_id} has left no adapter", fix="Choose another run.")
     format, quantization = filled.get("format", "gguf"), filled.get("quantization", "q4_k_m")
     if format not in _FORMATS or quantization not in get_args(QuantizationName):
-        raise InvalidSettingError(f"there is no export {format} {quantization}", way_out="Choose one of the form's.")
+        raise InvalidSettingError(f"there is no export {format} {quantization}", fix="Choose one of the form's.")
     name = f"{run_id}-{quantization}.gguf" if format == "gguf" else f"{run_id}-{format}"
     words = ["export", str(weights), f"--format={format}", f"--output={places.own / FOLDER / name}"]
     if format == "gguf":

@@ -197,9 +197,7 @@ def start(request: Request, form: FormData) -> Response:
         flags = read_flags(form)
         wanted = check(site.places, flags)
         if not wanted.settings.data.path:
-            raise DataMissingError(
-                "no data file was named", way_out="Name one of your folder, or a data set of the Hub."
-            )
+            raise DataMissingError("no data file was named", fix="Name one of your folder, or a data set of the Hub.")
         original = _run_of(site.places, again) if again else None
         if original is not None and _can_replay(*original):
             folder = original[0].path
@@ -234,7 +232,7 @@ def _overrides(record: RunRecord, form: FormData) -> list[str]:
             continue
         value = text or ("" if back[key] is None else _text(back[key]))
         if not value:
-            raise InvalidSettingError(f"{key} was set in the run that is done again", way_out="Give it another value.")
+            raise InvalidSettingError(f"{key} was set in the run that is done again", fix="Give it another value.")
         if "bool" in str(setting.type):
             value = {"yes": "true", "no": "false"}.get(value, value)
         words.append(f"--override={key}={value.replace(chr(10), '|')}")
