@@ -10,7 +10,7 @@ import pytest
 from backpropagate.cli.app import run
 from backpropagate.cli.errors import load_codes
 from backpropagate.cli.wording import CommandLineWording
-from bp_data import Rejected, Row, recognise
+from bp_data import Rejected, Row, parse_row
 from bp_data.errors import RowFault
 from bp_runs.redact import redact
 from bp_runs.wording import render
@@ -37,7 +37,7 @@ def place(tmp_path, monkeypatch, write_letters):
 
 @pytest.mark.parametrize(("kind", "line"), ROWS)
 def test_each_row_of_the_page_is_what_it_says(kind, line):
-    example = recognise(Row(1, json.loads(line)), kind)
+    example = parse_row(Row(1, json.loads(line)), kind)
     assert not isinstance(example, Rejected), example
 
 

@@ -19,7 +19,7 @@ from bp_data.errors import (
 )
 from bp_data.example import Rejected, Row
 from bp_data.files import load_zstd, sha256_data
-from bp_data.jsonlist import BrokenListError, read_items
+from bp_data.json_items import BrokenListError, read_items
 
 ROWS = [{"prompt": f"Q{i} 😀", "completion": f'A{i}\n"x"'} for i in range(50)]
 
@@ -230,14 +230,14 @@ JSON = st.recursive(
 def test_a_list_in_pieces_is_the_list(items, indent, block):
     import io
 
-    from bp_data import jsonlist
+    from bp_data import json_items
 
-    before, jsonlist._BLOCK = jsonlist._BLOCK, block
+    before, json_items._BLOCK = json_items._BLOCK, block
     try:
         found = read_items(io.BytesIO(json.dumps(items, indent=indent).encode()), 10_000)
         assert [json.loads(item.text) for item in found] == items
     finally:
-        jsonlist._BLOCK = before
+        json_items._BLOCK = before
 
 
 @pytest.mark.parametrize("text", ["[1 2]", "[1,", "[", "[1] 2", "[{]", '["a]', "{}", "[" * 5000, '["\udcff"]'])

@@ -2,13 +2,13 @@
 
 import pytest
 
-from bp_data import recognise
+from bp_data import parse_row
 from bp_data.errors import RowFault
 from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Text
 
 
 def read(**data):
-    return recognise(Row(7, data))
+    return parse_row(Row(7, data))
 
 
 QA = (Message("user", "Q"), Message("assistant", "A"))
@@ -184,11 +184,11 @@ PAIR = Preference((Message("user", "Q"),), (Message("assistant", "A"),), (Messag
     ],
 )
 def test_preferences(data):
-    assert recognise(Row(7, data), "preference") == PAIR
+    assert parse_row(Row(7, data), "preference") == PAIR
 
 
 def test_preferences_keep_system_tools_and_turns_that_both_share():
-    found = recognise(
+    found = parse_row(
         Row(1, {"system": "S", "chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, ANSWER, USER, OTHER]})
     )
     assert [turn.content for turn in found.prompt] == ["S", "Q", "A", "Q"]
@@ -224,7 +224,7 @@ def test_prompt_and_completion_as_lists_train_the_completion_only():
     ],
 )
 def test_rows_of_another_kind_are_refused(wanted, data):
-    assert recognise(Row(1, data), wanted).code is RowFault.WRONG_KIND
+    assert parse_row(Row(1, data), wanted).code is RowFault.WRONG_KIND
 
 
 def test_deep_values_are_no_trouble():

@@ -17,12 +17,13 @@ from bp_data import (
     convert_file,
     find_contamination,
     find_duplicates,
+    parse_row,
     read_rows,
-    recognise,
     report_html,
     report_text,
     split_file,
 )
+from bp_data.convert import normal_form
 from bp_data.dedupe import exact_key, reject_duplicates, row_text, shingles
 from bp_data.errors import (
     DatasetFormatUnsupportedError,
@@ -33,8 +34,7 @@ from bp_data.errors import (
     RowFaultError,
 )
 from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Text
-from bp_data.quality import find_oddities, find_personal
-from bp_data.rewrite import normal_form
+from bp_data.quality import find_odd_turns, find_personal
 from bp_runs.errors import ContractError, OutputTakenError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -142,15 +142,17 @@ def test_contamination_between_two_files(write_lines):
 )
 def test_odd_turns(turns, odd):
     roles = {"u": "user", "a": "assistant", "s": "system", "t": "tool"}
-    assert find_oddities(Chat(tuple(Message(roles[turn], f"{turn}{place}") for place, turn in enumerate(turns)))) == odd
+    assert (
+        find_odd_turns(Chat(tuple(Message(roles[turn], f"{turn}{place}") for place, turn in enumerate(turns)))) == odd
+    )
 
 
 def test_other_oddities():
-    assert find_oddities(Chat((Message("user", "same"), Message("assistant", "same ")))) == ["answer_repeats_question"]
-    assert find_oddities(Text("caf\ufffd")) == ["replacement_character"]
+    assert find_odd_turns(Chat((Message("user", "same"), Message("assistant", "same ")))) == ["answer_repeats_question"]
+    assert find_odd_turns(Text("caf\ufffd")) == ["replacement_character"]
     pair = Preference((Message("user", "Q"),), (Message("assistant", "A"),), (Message("assistant", "B"),))
-    assert find_oddities(pair) == []
-    assert find_oddities(Judged(Chat((Message("assistant", "A"),)), label=True)) == ["answer_first"]
+    assert find_odd_turns(pair) == []
+    assert find_odd_turns(Judged(Chat((Message("assistant", "A"),)), label=True)) == ["answer_first"]
 
 
 @pytest.mark.parametrize(
@@ -329,7 +331,7 @@ def test_what_is_converted_reads_back_the_same(example, to):
         row = convert_example(example, to)
     except RowFaultError:
         return
-    found = recognise(Row(1, json.loads(json.dumps(row))))
+    found = parse_row(Row(1, json.loads(json.dumps(row))))
     assert normal_form(found) == normal_form(example)
 
 
@@ -337,11 +339,11 @@ def test_what_is_converted_reads_back_the_same(example, to):
 @given(PLAIN, st.booleans())
 def test_each_format_holds_what_it_is_for(chat, label):
     for to in ("messages", "conversations", "alpaca"):
-        assert recognise(Row(1, convert_example(chat, to))) == chat
+        assert parse_row(Row(1, convert_example(chat, to))) == chat
     judged = Judged(Chat(chat.messages, None, len(chat.messages) - 1), label)
-    assert recognise(Row(1, convert_example(judged, "kto"))) == judged
+    assert parse_row(Row(1, convert_example(judged, "kto"))) == judged
     pair = Preference(chat.messages[:-1], chat.messages[-1:], (Message("assistant", "another one"),))
-    assert recognise(Row(1, convert_example(pair, "preference"))) == pair
+    assert parse_row(Row(1, convert_example(pair, "preference"))) == pair
 
 
 def test_converting_a_file(tmp_path, write_lines):

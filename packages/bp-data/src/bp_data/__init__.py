@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bp_data.answers import AnswerRows, JudgedRow, JudgedRows, PairRow, PairRows
     from bp_data.asked import prepare_asked, require_fitting
+    from bp_data.convert import ConvertResult, clean_file, convert_example, convert_file, split_file
     from bp_data.dataset import Prepared, prepare, tokenize_rows
     from bp_data.dedupe import Contaminated, Duplicate, find_contamination, find_duplicates
     from bp_data.errors import (
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         TokenizerInvalidError,
     )
     from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
-    from bp_data.formats import recognise
+    from bp_data.formats import parse_row
     from bp_data.gate import Gate, check_gate
     from bp_data.hub import HubData, fetch_dataset, looks_like_hub_name
     from bp_data.ledger import Ledger
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from bp_data.read import read_rows
     from bp_data.reasoning import TraceBand
     from bp_data.report import report_html, report_text
-    from bp_data.rewrite import Rewritten, clean_file, convert_example, convert_file, split_file
     from bp_data.split import split_rows
     from bp_data.store import TokenRows
     from bp_data.templates.engine import ChatTemplate
@@ -93,7 +93,7 @@ _HOMES = {
         "Row",
         "Text",
     ),
-    "formats": ("recognise",),
+    "formats": ("parse_row",),
     "gate": (
         "Gate",
         "check_gate",
@@ -134,8 +134,8 @@ _HOMES = {
         "report_html",
         "report_text",
     ),
-    "rewrite": (
-        "Rewritten",
+    "convert": (
+        "ConvertResult",
         "clean_file",
         "convert_example",
         "convert_file",
@@ -168,6 +168,7 @@ __all__ = [
     "ChatTemplate",
     "Compared",
     "Contaminated",
+    "ConvertResult",
     "DataError",
     "DatasetAccessError",
     "DatasetEmptyError",
@@ -198,7 +199,6 @@ __all__ = [
     "PreviewedRow",
     "Rejected",
     "Report",
-    "Rewritten",
     "Row",
     "RowFault",
     "TemplateFailedError",
@@ -224,6 +224,7 @@ __all__ = [
     "load_tokenizer",
     "looks_like_hub_name",
     "pack_rows",
+    "parse_row",
     "plan_packs",
     "prepare",
     "prepare_asked",
@@ -232,7 +233,6 @@ __all__ = [
     "preview_file",
     "preview_rows",
     "read_rows",
-    "recognise",
     "report_html",
     "report_text",
     "require_fitting",

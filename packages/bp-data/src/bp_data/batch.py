@@ -17,7 +17,7 @@ import orjson
 
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat, Rejected, Row, Text
-from bp_data.formats import recognise
+from bp_data.formats import parse_row
 from bp_data.mask import (
     Marked,
     compare_run,
@@ -105,7 +105,7 @@ class Encoder:
 
     def _plan(self, row: Row) -> _Planned:
         """What of a row is to be encoded and learnt."""
-        example = recognise(row, "sft")
+        example = parse_row(row, "sft")
         if isinstance(example, Rejected):
             return _Planned(row, rejected=_with_excerpt(example, row))
         if isinstance(example, Text):

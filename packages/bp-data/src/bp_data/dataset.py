@@ -22,7 +22,7 @@ from bp_data.files import sha256_data
 from bp_data.gate import Gate
 from bp_data.ledger import Ledger
 from bp_data.overflow import OnOverflow, fit_row
-from bp_data.read import AS_UTF8, place_of, read_rows
+from bp_data.read import AS_UTF8, locate_row, read_rows
 from bp_data.reasoning import TraceBand
 from bp_data.store import TokenRows, TokenWriter
 from bp_data.templates.engine import ChatTemplate
@@ -375,7 +375,7 @@ def bad_row(
 ) -> DatasetParseFailedError | DatasetFormatUnsupportedError | DatasetInvalidError:
     """The error that a bad row ends a run with."""
     file = source / bad.source if source.is_dir() and bad.source else source
-    message = f"{file}, {place_of(file, bad.number)}: {bad.reason}"
+    message = f"{file}, {locate_row(file, bad.number)}: {bad.reason}"
     details = {"path": str(source), "row": bad.number, "row_code": bad.code.value}
     if bad.code in _PARSE_FAULTS:
         fix = AS_UTF8 if bad.code is RowFault.NOT_UTF8 else None

@@ -52,7 +52,7 @@ ROLES: Final[Mapping[str, Role]] = {
 _CORE_FIELDS = frozenset({"role", "from", "content", "value", "weight", "function_call", "tool_calls"})
 
 
-def recognise(row: Row, wanted: Wanted | None = None) -> Example | Rejected:
+def parse_row(row: Row, wanted: Wanted | None = None) -> Example | Rejected:
     """The row as an `Example`, or why it is none; whatever the fields hold, nothing else is raised.
 
     Args:

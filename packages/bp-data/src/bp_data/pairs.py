@@ -15,7 +15,7 @@ from bp_data.dataset import bad_row as error_of
 from bp_data.errors import DatasetGateError, RowFault, RowFaultError
 from bp_data.example import Chat, Judged, Preference, Rejected, Row
 from bp_data.files import sha256_data
-from bp_data.formats import recognise
+from bp_data.formats import parse_row
 from bp_data.gate import Gate
 from bp_data.ledger import Ledger
 from bp_data.overflow import OnOverflow, cut_row
@@ -188,7 +188,7 @@ class _Reading:
             yield row, example, [first, next(found)] if isinstance(example, Preference) else [first]
 
     def _recognise(self, row: Row) -> _Example | Rejected:
-        example = recognise(row, self._wanted)
+        example = parse_row(row, self._wanted)
         if isinstance(example, Rejected):
             return replace(example, excerpt=excerpt_row(row))
         if not isinstance(example, Preference | Judged):

@@ -14,7 +14,7 @@ from bp_data.batch import Encoder
 from bp_data.dataset import is_document, load_source, tokenizer_facts
 from bp_data.errors import RowFaultError
 from bp_data.example import Chat, Judged, Rejected, Row, Text
-from bp_data.formats import recognise
+from bp_data.formats import parse_row
 from bp_data.overflow import OnOverflow, cut_row
 from bp_data.read import read_rows
 from bp_data.templates.engine import ChatTemplate
@@ -121,7 +121,7 @@ def _encode(row: Row | Rejected, encoder: Encoder) -> Iterator[tuple[Answer, Tok
     if isinstance(row, Rejected):
         yield "", row
         return
-    example = recognise(row)
+    example = parse_row(row)
     if isinstance(example, Rejected):
         yield "", example
     elif isinstance(example, Text | Chat):

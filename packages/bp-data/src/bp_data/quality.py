@@ -17,7 +17,7 @@ from bp_data.dedupe import Duplicate, find_contamination, find_duplicates, row_t
 from bp_data.errors import DatasetGateError
 from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Text
 from bp_data.files import list_files, sha256_data
-from bp_data.formats import recognise
+from bp_data.formats import parse_row
 from bp_data.read import read_rows
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokenrow import TokenRow
@@ -287,14 +287,14 @@ def _look(rows: Iterable[Row | Rejected], counts: _Counts) -> Iterator[Row]:
     """The usable rows, all of them counted."""
     for row in rows:
         counts.rows += 1
-        example = row if isinstance(row, Rejected) else recognise(row)
+        example = row if isinstance(row, Rejected) else parse_row(row)
         if isinstance(example, Rejected):
             counts.rejected.setdefault(example.code.value, _Tally()).take(example.number, row.source, example.reason)
         elif isinstance(row, Row):
             counts.formats[type(example).__name__.lower()] += 1
             if isinstance(example, Chat | Judged):
                 counts.turns[len((example if isinstance(example, Chat) else example.chat).messages)] += 1
-            for name in find_oddities(example):
+            for name in find_odd_turns(example):
                 counts.oddities.setdefault(name, _Tally()).take(row.number, row.source)
             for name, example_text in find_personal(row_text(row)).items():
                 counts.personal.setdefault(name, _Tally()).take(row.number, row.source, example_text)
@@ -320,7 +320,7 @@ def _measure_tokens(rows: Iterator[Row], counts: _Counts, tokenizer: Tokenizer, 
 def _as_chats(rows: Iterator[Row]) -> Iterator[Row]:
     """Rows that compare answers as the chat that their better, or only, answer makes."""
     for row in rows:
-        example = recognise(row)
+        example = parse_row(row)
         chat = None
         if isinstance(example, Preference):
             chat = Chat((*example.prompt, *example.chosen), example.tools)
@@ -378,7 +378,7 @@ def _duplicates(duplicates: Iterable[Duplicate]) -> tuple[Found, Found]:
     return tallies["exact"].found(), tallies["near"].found()
 
 
-def find_oddities(example: Chat | Text | Preference | Judged) -> list[str]:
+def find_odd_turns(example: Chat | Text | Preference | Judged) -> list[str]:
     """Names in `ODDITIES` of what is odd in an example."""
     if isinstance(example, Text):
         return ["replacement_character"] if "\ufffd" in example.text else []

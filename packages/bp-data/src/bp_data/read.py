@@ -17,9 +17,9 @@ import orjson
 from bp_data.errors import DatasetEmptyError, DatasetFormatUnsupportedError, DatasetParseFailedError, RowFault
 from bp_data.example import Rejected, Row
 from bp_data.files import UNDERSTOOD, Kind, coded_read_errors, kind_of, list_files, open_data
-from bp_data.jsonlist import BrokenListError, read_items
+from bp_data.json_items import BrokenListError, read_items
 
-__all__ = ["LONGEST_LINE", "UNDERSTOOD", "name_type", "place_of", "read_rows"]
+__all__ = ["LONGEST_LINE", "UNDERSTOOD", "locate_row", "name_type", "read_rows"]
 
 LONGEST_LINE: Final = 64 * 2**20
 """Bytes; a longer line, list item or document is rejected and never held in memory whole."""
@@ -71,7 +71,7 @@ def _read_file(file: Path, source: str) -> Iterator[Row | Rejected]:
         yield from _READERS[kind](file, stream, source)
 
 
-def place_of(path: str | Path, number: int) -> str:
+def locate_row(path: str | Path, number: int) -> str:
     """How a person finds row ``number`` of a file: by its line, or by its position in a list."""
     name = str(path).lower()
     for ending in (".gz", ".zst"):

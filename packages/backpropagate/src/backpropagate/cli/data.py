@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.text import Text
 
 from backpropagate.catalogue import find_tokenizer
+from backpropagate.cli.data_options import Model, Part, find_file, resolve_settings
 from backpropagate.cli.flags import Json
-from backpropagate.cli.painting import legend, paint
 from backpropagate.cli.screen import print_json
-from backpropagate.cli.sources import Model, Part, find_file, resolve_settings
+from backpropagate.cli.token_colors import color_tokens, legend
 from bp_data import Limits, build_report, check_limits, clean_file, convert_file, preview_file, report_html, report_text
+from bp_data.convert import ConvertResult, Format, split_file
 from bp_data.errors import DatasetGateError
 from bp_data.preview import PreviewedRow
 from bp_data.quality import Report
-from bp_data.rewrite import Format, Rewritten, split_file
 from bp_runs.errors import InvalidSettingError
 from bp_runs.files import publish_bytes
 
@@ -96,10 +96,10 @@ def _row_text(row: PreviewedRow, console: Console) -> Text:
     title = f"\n{row.source + ', ' if row.source else ''}row {row.number}{', ' + row.answer if row.answer else ''}: "
     counts = f"{row.trained:,} of {row.tokens:,} tokens trained" + (f", {row.cut:,} cut off" if row.cut else "")
     if row.rejected is None:
-        return Text(f"{title}{counts}\n", style="bold").append_text(_plain(paint(row.pieces, console)))
+        return Text(f"{title}{counts}\n", style="bold").append_text(_plain(color_tokens(row.pieces, console)))
     told = Text(f"{title}not trained on\n", style="bold")
     told.append(f"{row.rejected.code.value}: {row.rejected.reason}", style="red")
-    return told.append("\n").append_text(_plain(paint(row.pieces, console))) if row.pieces else told
+    return told.append("\n").append_text(_plain(color_tokens(row.pieces, console))) if row.pieces else told
 
 
 def _plain(text: Text) -> Text:
@@ -285,7 +285,7 @@ def convert(
     return _tell(convert_file(find_file(file, part), output, to, on_bad_row=on_bad_row), "convert", json=json)
 
 
-def _tell(done: Rewritten, name: str, *, json: bool) -> int:
+def _tell(done: ConvertResult, name: str, *, json: bool) -> int:
     if json:
         print_json(f"data-{name}", done.to_dict())
         return 0

@@ -10,10 +10,10 @@ from cyclopts.validators import Number
 from rich.console import Console
 
 from backpropagate.catalogue import find_tokenizer
+from backpropagate.cli.data_options import find_file, resolve_settings
 from backpropagate.cli.flags import Json, flag_names, keyword, with_settings
-from backpropagate.cli.painting import legend, paint
 from backpropagate.cli.screen import print_json
-from backpropagate.cli.sources import find_file, resolve_settings
+from backpropagate.cli.token_colors import color_tokens, legend
 from backpropagate.settings import all_settings
 from bp_data import prepare_asked, preview_rows
 from bp_data.asked import AnyPrepared
@@ -44,7 +44,7 @@ def _tell(prepared: AnyPrepared, rows: int) -> None:
     if rows:
         console.print(legend(console))
     for tokens in preview_rows(prepared, rows):
-        console.print(paint(tokens, console), soft_wrap=True)
+        console.print(color_tokens(tokens, console), soft_wrap=True)
     console.print(
         f"  {ledger.read:,} rows read = {ledger.whole:,} whole + {ledger.truncated:,} truncated + "
         f"{ledger.dropped:,} dropped; {prepared.trained_tokens:,} of {prepared.tokens:,} tokens carry loss",

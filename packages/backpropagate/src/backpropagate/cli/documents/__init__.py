@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backpropagate.cli.documents.data import DataPreview, DataReport, DataRewritten, Validate
+from backpropagate.cli.documents.data import DataPreview, DataReport, DataWritten, Validate
 from backpropagate.cli.documents.machine import ConfigShow, Doctor, Error, Errors, Info, SettingRow, Ui
 from backpropagate.cli.documents.measuring import Eval
 from backpropagate.cli.documents.merging import Merge, MultiRun
@@ -71,9 +71,9 @@ DOCUMENTS: Mapping[str, type] = {
     "validate": Validate,
     "data-preview": DataPreview,
     "data-report": DataReport,
-    "data-split": DataRewritten,
-    "data-clean": DataRewritten,
-    "data-convert": DataRewritten,
+    "data-split": DataWritten,
+    "data-clean": DataWritten,
+    "data-convert": DataWritten,
     "queue-add": QueueAdd,
     "queue-run": QueueRun,
     "queue-list": QueueList,

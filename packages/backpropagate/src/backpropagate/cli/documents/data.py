@@ -74,7 +74,7 @@ class DataReport(TypedDict):
     gate: DataGate | None
 
 
-class DataRewritten(TypedDict):
+class DataWritten(TypedDict):
     """`backprop data split`, `clean` and `convert`: rows written by file."""
 
     read: int

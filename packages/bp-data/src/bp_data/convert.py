@@ -19,7 +19,7 @@ from bp_data.dedupe import exact_key, reject_duplicates, row_text
 from bp_data.errors import DatasetFormatUnsupportedError, RowFault, RowFaultError
 from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
 from bp_data.files import list_files
-from bp_data.formats import recognise
+from bp_data.formats import parse_row
 from bp_data.ledger import Ledger
 from bp_data.quality import find_personal
 from bp_data.read import read_rows
@@ -30,7 +30,7 @@ Format: TypeAlias = Literal["messages", "conversations", "alpaca", "prompt-compl
 
 
 @dataclass(frozen=True, slots=True)
-class Rewritten:
+class ConvertResult:
     """What became of the rows.
 
     Attributes:
@@ -65,7 +65,7 @@ def split_file(
     share: float = 0.05,
     seed: int = 0,
     on_bad_row: OnBadRow = "fail",
-) -> Rewritten:
+) -> ConvertResult:
     """Part a file in two; rows with the same texts always land on the same side.
 
     Args:
@@ -106,7 +106,7 @@ def split_file(
     return _rewrite(Path(path), read_rows(path), (train, heldout), place, on_bad_row)
 
 
-def clean_file(path: str | Path, output: Path, *, dedup: Dedup = "near", personal: bool = False) -> Rewritten:
+def clean_file(path: str | Path, output: Path, *, dedup: Dedup = "near", personal: bool = False) -> ConvertResult:
     """Write the rows that can be used, each as it was; broken ones and duplicates are left out and listed.
 
     Args:
@@ -123,7 +123,7 @@ def clean_file(path: str | Path, output: Path, *, dedup: Dedup = "near", persona
         rows = reject_duplicates(lambda: read_rows(path), near=dedup == "near")
 
     def place(row: Row) -> tuple[Path, Any]:
-        example = recognise(row)
+        example = parse_row(row)
         if isinstance(example, Rejected):
             raise RowFaultError(example.code, example.reason)
         if personal and (hints := find_personal(row_text(row))):
@@ -133,7 +133,7 @@ def clean_file(path: str | Path, output: Path, *, dedup: Dedup = "near", persona
     return _rewrite(Path(path), rows, (output,), place, "skip")
 
 
-def convert_file(path: str | Path, output: Path, to: Format, *, on_bad_row: OnBadRow = "fail") -> Rewritten:
+def convert_file(path: str | Path, output: Path, to: Format, *, on_bad_row: OnBadRow = "fail") -> ConvertResult:
     """Write every row in one format; a row that the format cannot hold is a bad row, and nothing of it is lost.
 
     Raises:
@@ -141,7 +141,7 @@ def convert_file(path: str | Path, output: Path, to: Format, *, on_bad_row: OnBa
     """
 
     def place(row: Row) -> tuple[Path, Any]:
-        example = recognise(row)
+        example = parse_row(row)
         if isinstance(example, Rejected):
             raise RowFaultError(example.code, example.reason)
         return output, convert_example(example, to)
@@ -155,7 +155,7 @@ def _rewrite(
     outputs: tuple[Path, ...],
     place: Callable[[Row], tuple[Path, Any]],
     on_bad_row: OnBadRow,
-) -> Rewritten:
+) -> ConvertResult:
     _require_outputs(path, outputs)
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
@@ -179,7 +179,7 @@ def _rewrite(
     else:
         rejected.unlink(missing_ok=True)  # an earlier call's list would be taken for this one's
     counts = {str(output): count for output, count in written.items()}
-    return Rewritten(ledger.read, counts, ledger, rejected if ledger.drops else None)
+    return ConvertResult(ledger.read, counts, ledger, rejected if ledger.drops else None)
 
 
 def _require_outputs(path: Path, outputs: Sequence[Path]) -> None:
@@ -233,7 +233,7 @@ _SPEAKERS: Final = {"system": "system", "user": "human", "assistant": "gpt", "to
 
 
 def convert_example(example: Example, to: Format) -> dict[str, Any]:
-    """An example as a row of one format; `recognise` reads the same example back.
+    """An example as a row of one format; `parse_row` reads the same example back.
 
     Raises:
         RowFaultError: ROW_WRONG_KIND or ROW_FIELD_UNSUPPORTED: the format cannot hold it whole.

@@ -25,7 +25,7 @@ def legend(console: Console) -> Text:
     return text.append("special", style=_SPECIAL) if _has_colours(console) else text
 
 
-def paint(pieces: Iterable[PreviewToken], console: Console) -> Text:
+def color_tokens(pieces: Iterable[PreviewToken], console: Console) -> Text:
     """The pieces one after the other, each in its style; of what is cut off, the beginning."""
     text = Text()
     for state, group in groupby(_shorten(pieces), key=_state_of):
