@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from filelock import FileLock
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: threads that spin would slow all of them
 
-pytest_plugins = ["raised_codes"]
+pytest_plugins = ["raised_codes", "cpu_seconds"]
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -32,12 +31,17 @@ def _own_surroundings(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
+def _is_library_test(request) -> bool:
+    """Tests of a bp-* package run without the facade, which may not be installed."""
+    return any(part.startswith("bp-") for part in request.path.parts)
+
+
 @pytest.fixture(autouse=True)
 def _words_of_the_package(request):
     """Hints of a library are tested in plain words, whatever program another test has imported."""
     from bp_runs.wording import PlainWording, use_wording
 
-    if not any(part.startswith("bp-") for part in request.path.parts):
+    if not _is_library_test(request):
         yield
         return
     with use_wording(PlainWording()):
@@ -45,9 +49,11 @@ def _words_of_the_package(request):
 
 
 @pytest.fixture(autouse=True)
-def _json_documents_keep_their_schemas(monkeypatch):
+def _json_documents_keep_their_schemas(request, monkeypatch):
     """What `backprop … --json` prints in a test is one document, held to the published JSON Schema of its kind."""
-    from backpropagate.cli import screen
+    if _is_library_test(request):
+        return
+    from backpropagate.cli import app, screen
 
     build = screen.build_document
     printed: list[str] = []
@@ -64,9 +70,6 @@ def _json_documents_keep_their_schemas(monkeypatch):
         return document
 
     monkeypatch.setattr(screen, "build_document", checked)
-    app = sys.modules.get("backpropagate.cli.app")
-    if app is None:
-        return
     carry_out = app._run
 
     def one_document(argv, *, as_json):

@@ -20,6 +20,10 @@ types:
 test:
     uv run pytest
 
+# The suite, and the CPU seconds of each test file, children included.
+test-cpu:
+    uv run pytest --cpu-seconds
+
 # The heavy campaigns that the default run leaves out.
 slow:
     uv run pytest -m slow -n 0
