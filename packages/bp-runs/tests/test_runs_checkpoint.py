@@ -11,8 +11,9 @@ import pytest
 from odd_disks import small_disk
 
 from bp_runs import checkpoint, files
-from bp_runs.checkpoint import MANIFEST_FILE, CheckpointFolder, SaveSchedule
+from bp_runs.checkpoint import MANIFEST_FILE, CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError, DiskFullError, OutputNotWritableError
+from bp_runs.save import SaveSchedule
 from bp_runs.spec import RunFolders, Settings, TrainingSpec, TrainSpec
 
 

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("fcntl")
 import fcntl
 
-from bp_runs import locks
+from bp_runs import process
 from bp_runs.errors import OutputLockedError, OutputNotWritableError, RunActiveError
 from bp_runs.store import RunStore
 
@@ -64,11 +64,11 @@ def test_what_another_machine_left_is_named(tmp_path, unknown):
     marker.write_text("4711\nelsewhere\n")
     began = time.monotonic()
     with pytest.raises(OutputLockedError) as caught:
-        locks.acquire(tmp_path / "lock", 0.2)
+        process.acquire_lock(tmp_path / "lock", 0.2)
     assert str(marker) in caught.value.fix
     assert time.monotonic() - began < 5
     marker.unlink()
-    locks.acquire(tmp_path / "lock", 0).release()
+    process.acquire_lock(tmp_path / "lock", 0).release()
 
 
 def test_other_errors_of_the_disk_stay_what_they_are(tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_other_errors_of_the_disk_stay_what_they_are(tmp_path, monkeypatch):
 
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputNotWritableError):
-        locks.acquire(tmp_path / "file" / "lock", 0)
+        process.acquire_lock(tmp_path / "file" / "lock", 0)
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(OSError, match="broken"):
-        locks.acquire(tmp_path / "lock", 0)
+        process.acquire_lock(tmp_path / "lock", 0)

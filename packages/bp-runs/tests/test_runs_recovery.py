@@ -8,10 +8,11 @@ import pytest
 from fake_runs import fake_run
 
 from bp_runs import paths, record
-from bp_runs.checkpoint import CheckpointFolder, save_checkpoint
+from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import RecordInvalidError, ResumeChangedError, RunActiveError
 from bp_runs.fingerprint import fingerprint_weights
 from bp_runs.recovery import DAMAGED_RECORD
+from bp_runs.save import save_checkpoint
 from bp_runs.spec import Settings, TrainingSpec, TrainSpec
 from bp_runs.store import RunStore
 

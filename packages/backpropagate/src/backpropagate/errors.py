@@ -15,6 +15,7 @@ UserError
 ├── QueueBusyError         INPUT_QUEUE_BUSY          another process works through the queue
 ├── EvalDataError          INPUT_EVAL_DATA           no rows to compare two models on
 ├── ShellUnknownError      INPUT_SHELL_UNKNOWN       completion for a shell that cannot be told
+├── HistoryInvalidError    INPUT_HISTORY_INVALID     a file to import is not a run history of 1.x
 ├── UiFolderError          CONFIG_UI_FOLDER          the web page would write where nothing of ours belongs
 ├── UiPathError            INPUT_UI_PATH             the web page was asked for a file outside its folders
 ├── SeveralProcessesError  CONFIG_SEVERAL_PROCESSES  several processes are to do what only one can
@@ -358,3 +359,11 @@ class UiPathError(UserError):
     code = "INPUT_UI_PATH"
     when = "The web page was asked for a file, folder or run that does not lie in the folders it may read."
     default_fix = "Start it where the file lies, or name its folder: backprop ui --data-dirs ./data"
+
+
+class HistoryInvalidError(UserError):
+    """A file given to import is no run history."""
+
+    code = "INPUT_HISTORY_INVALID"
+    when = "The file to import is not the older tool's run history: a JSON list of rows with run ids."
+    default_fix = "Name the file: {do:runs import ./old-output/run_history.json}"

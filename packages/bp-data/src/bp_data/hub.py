@@ -35,7 +35,7 @@ from bp_data.errors import (
 from bp_data.files import kind_of
 from bp_runs.errors import OutputLockedError, first_line
 from bp_runs.files import coded_disk_errors, publish_folder, publish_json
-from bp_runs.locks import acquire
+from bp_runs.process import acquire_lock
 from bp_runs.wording import setting_ref
 
 _log = logging.getLogger("bp_data")
@@ -203,10 +203,10 @@ def _one_at_a_time(folder: Path, key: str) -> Iterator[None]:
     with coded_disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock = acquire(file, 0)
+        lock = acquire_lock(file, 0)
     except OutputLockedError:
         _log.warning("another process fetches %s; waiting for it", key.rpartition("-")[0])
-        lock = acquire(file, -1)
+        lock = acquire_lock(file, -1)
     try:
         yield
     finally:

@@ -291,14 +291,6 @@ class RecordNewerError(StateError):
     default_fix = "Update: pip install -U backpropagate"
 
 
-class HistoryInvalidError(UserError):
-    """A file given to import is no run history."""
-
-    code = "INPUT_HISTORY_INVALID"
-    when = "The file to import is not the older tool's run history: a JSON list of rows with run ids."
-    default_fix = "Name the file: {do:runs import ./old-output/run_history.json}"
-
-
 class RecordInvalidError(StateError):
     """A run's record cannot be read."""
 

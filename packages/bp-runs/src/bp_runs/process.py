@@ -1,9 +1,22 @@
-"""Whether the process that a record names still lives: a number alone is given to the next process that comes."""
+"""Locks between processes, and whether the process named in a record is still alive.
+
+A process id alone proves nothing: the system reuses it. A record therefore also holds when the process started.
+"""
 
 from __future__ import annotations
 
+import errno
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bp_runs.errors import OutputLockedError
+from bp_runs.files import coded_disk_errors
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 _QUERY_LIMITED_INFORMATION = 0x1000  # Windows' PROCESS_QUERY_LIMITED_INFORMATION
 _BIRTH_FIELD = 19  # of /proc/<pid>/stat after the name: start in clock ticks since boot
@@ -55,3 +68,36 @@ def _birth_on_windows(pid: int) -> str | None:
     got = kernel.GetProcessTimes(process, *(ctypes.byref(t) for t in times))
     kernel.CloseHandle(process)
     return str(times[0].value) if got and not times[1].value else None
+
+
+def acquire_lock(file: Path, seconds: float) -> BaseFileLock:
+    """Hold ``file`` until the caller releases the lock, or its process ends.
+
+    A disk may know no locks: NFS without its daemon, Lustre without ``flock``, some FUSE disks. There a marker beside
+    the file stands in, which names its process and is taken over when that is gone; one of another machine is not.
+
+    Args:
+        seconds: How long to wait for whoever holds it; 0: not at all, negative: as long as it takes.
+
+    Raises:
+        OutputLockedError: It is held.
+        OutputNotWritableError, DiskFullError: The file cannot be made.
+    """
+    from filelock import FileLock, SoftFileLock, Timeout  # a list of runs that are done needs none
+
+    marker = file.with_name(f"{file.name}.held")
+    try:
+        with coded_disk_errors(file):
+            try:
+                lock: BaseFileLock = FileLock(file, timeout=seconds, fallback_to_soft=False)
+                lock.acquire()
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                lock = SoftFileLock(marker, timeout=seconds)
+                lock.acquire()
+    except Timeout as error:
+        gone = f"; if nothing runs on any machine, delete {marker}" if marker.exists() else ""
+        fix = f"{OutputLockedError.default_fix}{gone}" if gone else None
+        raise OutputLockedError(f"{file} has been held for {seconds:.0f} seconds", fix=fix) from error
+    return lock

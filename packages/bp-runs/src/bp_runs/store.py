@@ -26,9 +26,8 @@ from bp_runs.errors import (
     RunNotFoundError,
 )
 from bp_runs.files import coded_disk_errors, publish_folder, rename, require_folder
-from bp_runs.locks import acquire
 from bp_runs.metrics import read_events, read_last_time, read_progress
-from bp_runs.process import process_birth
+from bp_runs.process import acquire_lock, process_birth
 from bp_runs.record import Relation, RunRecord, read_record, utc_now, write_record
 from bp_runs.redact import redact_data
 from bp_runs.wording import command_ref
@@ -149,7 +148,7 @@ class RunStore:
         with contextlib.suppress(RecordInvalidError):
             return self.load(run_id)
         try:
-            lock = acquire(folder / paths.LOCK_FILE, 0)
+            lock = acquire_lock(folder / paths.LOCK_FILE, 0)
         except OutputLockedError as error:
             raise RunActiveError(f"another process works on the run {run_id}, whose record is damaged") from error
         try:
@@ -314,7 +313,7 @@ class RunStore:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """Hold the output folder; a new lock each time, since a fork must not inherit one."""
-        lock = acquire(self.output / ".run_history.lock", _LOCK_SECONDS)
+        lock = acquire_lock(self.output / ".run_history.lock", _LOCK_SECONDS)
         try:
             yield
         finally:
@@ -344,7 +343,7 @@ class RunStore:
         if record.status != "running" or record.host != platform.node():
             return record  # this machine knows nothing of another's processes
         try:
-            lock = acquire(self.folder(run_id) / paths.LOCK_FILE, 0)
+            lock = acquire_lock(self.folder(run_id) / paths.LOCK_FILE, 0)
         except OutputLockedError:
             return record
         except (OSError, DiskFullError, OutputNotWritableError):

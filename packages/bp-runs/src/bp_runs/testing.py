@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 
 from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, write_manifest
-from bp_runs.checkpoint import Reason, SaveSchedule, save_checkpoint
+from bp_runs.checkpoint import Reason
 from bp_runs.errors import CodedError, NothingHeldOutError
 from bp_runs.events import (
     AdapterSaved,
@@ -26,8 +26,9 @@ from bp_runs.events import (
     StepDone,
 )
 from bp_runs.files import publish_folder, sha256_file
-from bp_runs.losses import LossEnds
+from bp_runs.metrics import LossEnds
 from bp_runs.rail import EvalOutcome, Part, Probe, RowOutcome, Stop, TrainOutcome
+from bp_runs.save import SaveSchedule, save_checkpoint
 from bp_runs.spec import Settings, TrainSpec
 
 _STATE_FILE = "losses.json"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import Any, NoReturn, Protocol, Self
 
 from bp_runs import paths
 from bp_runs.adapter import WEIGHTS_FILE
@@ -20,15 +21,12 @@ from bp_runs.errors import (
 from bp_runs.events import CheckpointSaved, DataReady, Event, ModelLoaded, Notice, Resumed, RunPlanned
 from bp_runs.files import sha256_file
 from bp_runs.fingerprint import fingerprint_weights
-from bp_runs.locks import acquire
 from bp_runs.metrics import MetricsFile, read_progress
+from bp_runs.process import acquire_lock
 from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord, read_record, utc_now
 from bp_runs.spec import RunFolders
 from bp_runs.wording import command_ref
-
-if TYPE_CHECKING:
-    from bp_runs.store import RunStore
 
 _LOOK_SECONDS = 5.0  # who looks whether the run lives holds its lock for a moment
 _OTHERS = ("tags", "note", "artifacts")  # fields that people and exports may change meanwhile
@@ -41,6 +39,20 @@ _BEFORE_STEPS = (DataReady, RunPlanned, ModelLoaded, Notice)
 """Events before the first step; they are held back until a resumed run is known to be the same."""
 
 
+class RecordKeeper(Protocol):
+    """What a writer needs of the run store."""
+
+    output: Path
+
+    def update(self, run_id: str, change: Callable[[RunRecord], None]) -> RunRecord:
+        """Read, change and publish a record as one step."""
+        ...
+
+    def save(self, record: RunRecord) -> None:
+        """Publish a record."""
+        ...
+
+
 class RunWriter:
     """Writes one run while it happens; a context manager that records how it ended.
 
@@ -49,12 +61,12 @@ class RunWriter:
     it as it stood before.
     """
 
-    def __init__(self, store: RunStore, folder: Path, record: RunRecord, before: RunRecord | None = None) -> None:
+    def __init__(self, store: RecordKeeper, folder: Path, record: RunRecord, before: RunRecord | None = None) -> None:
         self._store = store
         self._record = record
         self._before = before
         try:
-            self._lock = acquire(folder / paths.LOCK_FILE, _LOOK_SECONDS)
+            self._lock = acquire_lock(folder / paths.LOCK_FILE, _LOOK_SECONDS)
         except OutputLockedError as error:
             raise RunActiveError(f"another process works on the run {record.run_id}") from error
         cache = paths.cache_folder(store.output)

@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.validation import Validator
-from bp_runs.checkpoint import Reason, SaveSchedule, save_checkpoint
+from bp_runs.checkpoint import Reason
 from bp_runs.errors import CheckpointInvalidError, DiskFullError, first_line
 from bp_runs.events import Emit
 from bp_runs.migrations import schema_number
+from bp_runs.save import SaveSchedule, save_checkpoint
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import local_optimizer_state, local_shard, shard_optimizer_state

@@ -9,10 +9,10 @@ from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.screen import print_json
+from backpropagate.errors import HistoryInvalidError
+from backpropagate.import_1x import import_history
 from bp_runs.checkpoint import CheckpointFolder
-from bp_runs.errors import HistoryInvalidError
 from bp_runs.index import older_histories
-from bp_runs.older import import_history
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 

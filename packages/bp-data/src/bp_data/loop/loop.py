@@ -21,7 +21,7 @@ from bp_data.loop.schedule import rate_factor
 from bp_data.loop.validation import Validator
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import Emit, Notice, StepDone
-from bp_runs.losses import LossEnds
+from bp_runs.metrics import LossEnds
 from bp_runs.rail import Stop
 from bp_runs.spec import TrainingSpec
 

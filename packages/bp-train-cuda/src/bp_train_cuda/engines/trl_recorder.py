@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bp_runs.checkpoint import Reason, SaveSchedule, save_checkpoint
+from bp_runs.checkpoint import Reason
 from bp_runs.errors import CheckpointInvalidError, TrainingDivergedError
 from bp_runs.events import Emit, EvalDone, Notice, StepDone
-from bp_runs.losses import LossEnds
+from bp_runs.metrics import LossEnds
 from bp_runs.rail import Stop, TrainOutcome
+from bp_runs.save import SaveSchedule, save_checkpoint
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.backend import PeakMemory
 from bp_train_cuda.checkpoint import full_disk_coded

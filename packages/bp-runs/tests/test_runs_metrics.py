@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bp_runs.losses import LossEnds
+from bp_runs.metrics import LossEnds
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=1500), st.integers(0, 1500))

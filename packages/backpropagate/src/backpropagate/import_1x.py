@@ -19,10 +19,11 @@ from typing import Any, TypeGuard
 
 import orjson
 
-from bp_runs.errors import HistoryInvalidError, RunStatus, first_line
+from backpropagate.errors import HistoryInvalidError
+from bp_runs.errors import RunStatus, first_line
 from bp_runs.events import StepDone
 from bp_runs.index import run_ids
-from bp_runs.losses import LossEnds
+from bp_runs.metrics import LossEnds
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 from bp_runs.wording import render
