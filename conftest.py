@@ -13,6 +13,10 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: threads that spin would slow all of them
 
+# Hypothesis must not fail a test because another worker or program has the cores.
+settings.register_profile("shared", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared")
+
 pytest_plugins = ["raised_codes", "cpu_seconds"]
 
 CHATML = (
