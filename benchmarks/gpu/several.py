@@ -250,10 +250,10 @@ def judge_failure(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def work(order: Path) -> int:
     """One process of a torchrun: rank 0 trains the cases in turn, the others follow."""
-    from backpropagate import launching
+    from backpropagate.distributed import launchers
     from bp_train_cuda import CudaRail
 
-    ranks = launching.take_ranks(os.environ)
+    ranks = launchers.take_ranks(os.environ)
     rail = CudaRail()
     cases = [Case(**case) for case in json.loads(order.read_text())]
     if ranks is not None and ranks.rank:

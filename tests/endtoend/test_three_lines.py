@@ -184,10 +184,10 @@ def test_bad_data_is_told_by_line_before_anything_is_loaded(content, code, pico_
 @pytest.fixture
 def small_model_home(small_model, tmp_path, monkeypatch):
     """A home in which the small model is unpacked already."""
-    from backpropagate import smallmodel
+    from backpropagate import quickstart_model
 
     (tmp_path / "home" / "models").mkdir(parents=True)
-    (tmp_path / "home" / "models" / smallmodel.FOLDER_NAME).symlink_to(small_model, target_is_directory=True)
+    (tmp_path / "home" / "models" / quickstart_model.FOLDER_NAME).symlink_to(small_model, target_is_directory=True)
     monkeypatch.setenv("BACKPROPAGATE_HOME", str(tmp_path / "home"))
 
 
@@ -208,10 +208,10 @@ def test_quickstart_from_the_command_line(small_model_home, tmp_path, capsys):
 
 
 def test_without_the_small_model_and_the_hub_quickstart_says_what_to_install(tmp_path, monkeypatch, capsys):
-    from backpropagate import smallmodel
+    from backpropagate import quickstart_model
     from backpropagate.cli.app import run
 
-    monkeypatch.setattr(smallmodel, "_PACKAGE", "no_such_package")
+    monkeypatch.setattr(quickstart_model, "_PACKAGE", "no_such_package")
     assert run(["quickstart", "--output", str(tmp_path / "q")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("[DEP_SMALL_MODEL]: ")

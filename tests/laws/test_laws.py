@@ -94,7 +94,7 @@ def test_frameworks_have_owners():
 
 
 # The web UI renders its own HTML pages with Jinja.
-RENDERERS = {"bp_data/templates/engine.py": "the chat-template engine", "backpropagate/ui/showing.py": "HTML pages"}
+RENDERERS = {"bp_data/templates/engine.py": "the chat-template engine", "backpropagate/ui/render.py": "HTML pages"}
 # Template languages, and the calls of transformers that render chats.
 OTHER_ENGINES = {"jinja2", "minijinja", "chevron", "pystache", "mako"}
 OTHER_CALLS = {"apply_chat_template", "render_jinja_template"}
@@ -145,7 +145,7 @@ def test_a_second_chat_template_engine_is_seen(code):
 def test_template_files_and_ends_of_turns_have_one_reader():
     """The files of chat templates are named where they are read or copied, and nowhere else."""
     known = {"bp_data/templates/reader.py", "bp_data/templates/engine.py", "bp_runs/adapter.py"}
-    known |= {"backpropagate/smallmodel.py"}  # writes a tokenizer's files, from a GGUF
+    known |= {"backpropagate/quickstart_model.py"}  # writes a tokenizer's files, from a GGUF
     for name, file, tree in sources():
         place = file.relative_to(PACKAGES[name] / "src").as_posix()
         for node in ast.walk(tree):
@@ -191,7 +191,7 @@ def test_nothing_that_is_read_can_run_code():
 ACT_ON_THE_PROCESS = {
     "bp_export/cli.py": "the command line of bp-export",
     "backpropagate/__main__.py": "the command line",
-    "backpropagate/stopping.py": "on_interrupt, a context that the caller opens",
+    "backpropagate/interrupts.py": "on_interrupt, a context that the caller opens",
     "bp_train_cuda/prove_loop.py": "a program of its own, which imports nothing of ours",
     "bp_export/serving.py": "the child process that runs llama.cpp",
 }
@@ -244,7 +244,7 @@ def test_every_way_to_take_a_process_over_is_seen(code):
 def test_bare_exceptions_only_at_the_edges():
     edges = {"backpropagate/cli/app.py", "backpropagate/rails.py", "backpropagate/ui/app.py"}
     # A tracker or a caller's callback may raise anything, and must not cost a run.
-    edges |= {"backpropagate/trackers.py", "backpropagate/watching.py"}
+    edges |= {"backpropagate/trackers/tracker.py", "backpropagate/event_dispatch.py"}
     # The tokenizers library raises a plain Exception for a damaged file.
     edges |= {"bp_data/tokens.py"}
     for name, file, tree in sources():

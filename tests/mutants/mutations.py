@@ -434,10 +434,10 @@ MUTATIONS = (
     Mutation(
         "ranks: token",
         "only this user can read the ranks' token",
-        "backpropagate/src/backpropagate/rendezvous.py",
+        "backpropagate/src/backpropagate/distributed/secret.py",
         "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)",
         "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)",
-        "backpropagate/tests/test_tool_rendezvous.py::test_only_this_user_can_read_it",
+        "backpropagate/tests/test_tool_rank_secret.py::test_only_this_user_can_read_it",
     ),
     Mutation(
         "ranks: gradients",
@@ -507,7 +507,7 @@ MUTATIONS = (
     Mutation(
         "eval",
         "eval says better or worse only if the whole interval does",
-        "backpropagate/src/backpropagate/comparing.py",
+        "backpropagate/src/backpropagate/evaluation/compare.py",
         "verdict = down if high < 0 else up if low > 0 else",
         "verdict = down if low < 0 else up if high > 0 else",
         "backpropagate/tests/test_tool_eval.py::test_a_clear_gain_a_clear_loss_and_neither",

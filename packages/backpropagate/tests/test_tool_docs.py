@@ -8,7 +8,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from backpropagate.cli.app import COMMANDS, build_app
-from backpropagate.cli.switches import take_switches
+from backpropagate.cli.global_flags import take_switches
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"

@@ -9,7 +9,7 @@ import pytest
 
 from backpropagate import doctor, rails
 from backpropagate.cli.app import run
-from backpropagate.cli.wording import CommandLineWording
+from backpropagate.cli.hint_wording import CommandLineWording
 from bp_runs.errors import DiskFullError
 from bp_runs.rail import Check, ChecksMachine, Finding
 from bp_runs.testing import FakeRail

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from backpropagate import rails
 from backpropagate.cli.app import run
 from backpropagate.cli.eval import judge_blind
-from backpropagate.comparing import (
+from backpropagate.errors import EvalDataError
+from backpropagate.evaluation.compare import (
     METRICS,
     compare_answers,
     compare_losses,
@@ -22,8 +23,7 @@ from backpropagate.comparing import (
     sign_test,
     token_f1,
 )
-from backpropagate.errors import EvalDataError
-from backpropagate.evaluating import evaluate_adapter, gate_refusal
+from backpropagate.evaluation.evaluate import evaluate_adapter, gate_refusal
 from bp_runs.rail import RowOutcome
 from bp_runs.testing import FakeRail
 

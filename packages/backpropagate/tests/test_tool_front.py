@@ -10,7 +10,7 @@ import subprocess
 import pytest
 
 from backpropagate.cli.app import COMMANDS, PANELS, build_app, run
-from backpropagate.cli.switches import environment, take_switches
+from backpropagate.cli.global_flags import environment, take_switches
 from backpropagate.errors import CommandLineError, OfflineError
 from backpropagate.offline import forbid_network, is_local
 
@@ -200,12 +200,12 @@ def test_help_loads_nothing_that_only_commands_and_errors_need():
         "bp_runs.rail",
         "bp_runs.store",
         "backpropagate.settings",
-        "backpropagate.cli.screen",
+        "backpropagate.cli.progress",
     }
     assert not loaded & late
     assert {name for name in loaded if name.startswith("backpropagate.cli.")} <= {
-        "backpropagate.cli.app", "backpropagate.cli.failing", "backpropagate.cli.process", "backpropagate.cli.switches",
-        "backpropagate.cli.wording"}  # fmt: skip
+        "backpropagate.cli.app", "backpropagate.cli.error_output", "backpropagate.cli.process", "backpropagate.cli.global_flags",
+        "backpropagate.cli.hint_wording"}  # fmt: skip
     assert not {name for name in loaded if name.startswith(("bp_export", "gguf", "numpy"))}
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from backpropagate import oldnames
+from backpropagate import legacy_names
 from backpropagate.cli.app import COMMANDS, GROUPS, build_app
 from backpropagate.cli.errors import load_codes
-from backpropagate.cli.switches import SWITCHES, take_switches
-from backpropagate.cli.wording import CommandLineWording, flag_of
+from backpropagate.cli.global_flags import SWITCHES, take_switches
+from backpropagate.cli.hint_wording import CommandLineWording, flag_of
+from backpropagate.hint_wording import PythonWording
 from backpropagate.settings import all_settings
-from backpropagate.wording import PythonWording
 from bp_runs.wording import command_ref, find_references, parse_reference, render
 
 ROOT = Path(__file__).parents[3]
@@ -41,9 +41,9 @@ def hints() -> dict[str, str]:
     """Every text that tells what to do, by where it stands."""
     words = CommandLineWording()
     found = {code: render(f"{cls.default_fix} {cls.when}", words) for code, cls in load_codes().items()}
-    for name, old in {**oldnames.COMMANDS, **oldnames.GONE_ENV}.items():
+    for name, old in {**legacy_names.COMMANDS, **legacy_names.GONE_ENV}.items():
         found[name] = old.now
-    for command, flags in oldnames.FLAGS.items():
+    for command, flags in legacy_names.FLAGS.items():
         found |= {f"{command} {flag}": old.now for flag, old in flags.items()}
     for file in ROOT.glob("packages/*/src/*/**/*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

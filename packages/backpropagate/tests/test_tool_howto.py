@@ -9,7 +9,7 @@ import pytest
 
 from backpropagate.cli.app import run
 from backpropagate.cli.errors import load_codes
-from backpropagate.cli.wording import CommandLineWording
+from backpropagate.cli.hint_wording import CommandLineWording
 from bp_data import Rejected, Row, parse_row
 from bp_data.errors import RowFault
 from bp_runs.redact import redact

@@ -10,10 +10,10 @@ import pytest
 
 from backpropagate import Trainer, rails
 from backpropagate.cli.app import run
+from backpropagate.continual.multirun import check_settings, read_settings
+from backpropagate.continual.scorecard import Scorecard, card_html, card_text
+from backpropagate.continual.slices import write_slices
 from backpropagate.errors import EvalDataError, MultiRunGateError, MultiRunStateError, RunsAndRowsError
-from backpropagate.multirun import check_settings, read_settings
-from backpropagate.scorecard import ScoreCard, card_html, card_text
-from backpropagate.slices import write_slices
 from bp_data.errors import DatasetEmptyError
 from bp_merge import SlaoStateError, SlaoStreamError, blend, factor_rows, load_adapter
 from bp_merge.errors import AdapterUnmergeableError
@@ -516,21 +516,21 @@ def test_a_stop_keeps_what_was_merged(place, monkeypatch):
 
 
 def test_the_score_card_s_numbers():
-    card = ScoreCard()
+    card = Scorecard()
     for number, row in enumerate(([2.0], [2.5, 1.0], [2.2, 1.5, 3.0]), start=1):
         card = card.add(f"r{number}", f"d{number}", row=row, tuned=row[-1] - 0.25, before=4.0)
     assert card.average == pytest.approx((2.2 + 1.5 + 3.0) / 3)
     assert card.backward_transfer == pytest.approx(((2.0 - 2.2) + (1.0 - 1.5)) / 2)
     assert card.forgetting == pytest.approx(((2.2 - 2.0) + (1.5 - 1.0)) / 2)
     assert card.merge_cost == pytest.approx(0.25)
-    assert ScoreCard.from_dict(json.loads(json.dumps(card.to_dict()))) == card
+    assert Scorecard.from_dict(json.loads(json.dumps(card.to_dict()))) == card
     assert "forgetting +0.350" in card_text(card)
     page = card_html(card, "A <b> run")
     assert "A &lt;b&gt; run" in page
     assert page.count("<td style") == 6
     assert "http" not in page
-    assert card_text(ScoreCard()) == ""
-    assert ScoreCard().forgetting is None
+    assert card_text(Scorecard()) == ""
+    assert Scorecard().forgetting is None
 
 
 def test_the_card_holds_a_metric_of_answers(place):
@@ -539,7 +539,7 @@ def test_the_card_holds_a_metric_of_answers(place):
     card = result.card
     assert (card.metric, card.scores_before) == ("exact", (0.0, 1.0, 1.0))
     assert card.scores == ((1.0,), (1.0, 1.0), (1.0, 1.0, 1.0))
-    assert ScoreCard.from_dict(json.loads(json.dumps(result.record.result["score_card"]))) == card
+    assert Scorecard.from_dict(json.loads(json.dumps(result.record.result["score_card"]))) == card
     text = card_text(card)
     assert "exact of answers to             run 1    run 2    run 3" in text
     assert text.endswith("exact 1.000")

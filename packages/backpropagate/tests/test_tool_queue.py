@@ -12,11 +12,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from backpropagate import working
 from backpropagate.cli import job as job_process
 from backpropagate.cli.app import run
 from backpropagate.errors import JobNotFoundError, QueueBusyError, QueueInvalidError
-from backpropagate.jobs import Queue
+from backpropagate.jobs import worker
+from backpropagate.jobs.queue import Queue
 
 
 @pytest.fixture
@@ -79,9 +79,9 @@ def test_offline_stays_with_the_job(queue, capsys):
 
 RUNNER = """
 import os, signal
-from backpropagate import jobs, working
-working.run_job = lambda queue, job: os.kill(os.getpid(), signal.SIGKILL)
-jobs.Queue.of_home(os.environ).run(lambda *_: None)
+from backpropagate.jobs import queue, worker
+worker.run_job = lambda queue, job: os.kill(os.getpid(), signal.SIGKILL)
+queue.Queue.of_home(os.environ).run(lambda *_: None)
 """
 
 
@@ -198,7 +198,7 @@ def test_a_process_that_its_runner_had_only_just_started_keeps_the_job(queue, tm
     """The next runner looked before the job's process held the lock, and has put the job back in line."""
     job = queue.add(["ollama", "list"], tmp_path, {})
     queue._take()
-    first = subprocess.Popen(working.command_of(queue, job), stdout=subprocess.DEVNULL)
+    first = subprocess.Popen(worker.command_of(queue, job), stdout=subprocess.DEVNULL)
     slow.wait_for(1)
     with queue._edit() as jobs:
         jobs[0] = replace(jobs[0], state="waiting")
@@ -217,7 +217,7 @@ def test_a_process_that_its_runner_had_only_just_started_keeps_the_job(queue, tm
 
 def test_a_process_that_comes_too_late_runs_nothing(queue, tmp_path):
     job = queue.add(["errors"], tmp_path, {})
-    assert job_process.work(queue, job.id) == working.TURNED_AWAY
+    assert job_process.work(queue, job.id) == worker.TURNED_AWAY
     assert queue.jobs() == [job]
 
 
@@ -286,7 +286,7 @@ DEAF = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print
 @pytest.mark.skipif(os.name == "nt", reason="a console's Ctrl-C reaches the whole group there")
 @pytest.mark.parametrize(("code", "presses", "said"), [(TRAPPED, 1, b"saved\n"), (DEAF, 2, b"")])
 def test_ctrl_c_lets_the_job_save_and_twice_ends_it(code, presses, said):
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, **working.OWN_GROUP)
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, **worker.OWN_GROUP)
     assert child.stdout.readline() == b"ready\n"
 
     def press():
@@ -298,7 +298,7 @@ def test_ctrl_c_lets_the_job_save_and_twice_ends_it(code, presses, said):
     try:
         presser = threading.Thread(target=press)
         presser.start()
-        status = working.wait(child)
+        status = worker.wait(child)
         presser.join()
     finally:
         signal.signal(signal.SIGINT, before)

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from backpropagate import Trainer, launching, rails, stopping
+from backpropagate import Trainer, interrupts, rails
 from backpropagate.cli import process
 from backpropagate.cli.app import run
+from backpropagate.distributed import launchers
 from backpropagate.errors import MainProcessError, RanksTokenError, SeveralProcessesError
 from bp_runs.errors import CodedError, TrainingDivergedError
 from bp_runs.spec import RunFolders
@@ -41,12 +42,12 @@ OTHER_LAUNCHERS = {
 def launched(monkeypatch):
     """Let the command line be started by a launcher, without touching the real environment."""
     monkeypatch.setattr(process, "_launcher", {})
-    monkeypatch.setattr(launching, "_secrets", {})
+    monkeypatch.setattr(launchers, "_secrets", {})
 
     def start(variables=TORCHRUN, **more):
         environ = variables | more
         process._launcher.clear()
-        process._launcher.update(launching.take_variables(environ))
+        process._launcher.update(launchers.take_variables(environ))
         return environ
 
     return start
@@ -54,7 +55,7 @@ def launched(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _no_secret_is_kept(monkeypatch):
-    monkeypatch.setattr(launching, "_secrets", {})
+    monkeypatch.setattr(launchers, "_secrets", {})
 
 
 def test_the_launchers_words_are_taken_out_and_each_process_sees_its_card(launched):
@@ -157,7 +158,7 @@ def test_commands_of_one_process_are_refused_and_said_once(launched, capsys, mon
     launched(RANK="0", LOCAL_RANK="0")
     assert run(command.split()) == 1
     assert "[CONFIG_SEVERAL_PROCESSES]: backprop " in capsys.readouterr().err
-    monkeypatch.setattr(launching, "_PATIENCE", 0.0)
+    monkeypatch.setattr(launchers, "_PATIENCE", 0.0)
     launched()
     assert run(command.split()) == 1
     assert capsys.readouterr().err == ""
@@ -168,15 +169,15 @@ MAIN = {**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0"}
 
 def test_reading_ranks_leaves_the_environment_alone():
     environ = dict(TORCHRUN)
-    assert launching.read_ranks(environ) == launching.take_ranks(dict(TORCHRUN))
+    assert launchers.read_ranks(environ) == launchers.take_ranks(dict(TORCHRUN))
     assert environ == TORCHRUN
-    assert launching.is_main(MAIN)
+    assert launchers.is_main(MAIN)
 
 
 def test_ranks_that_cannot_be_had_are_not_taken():
     environ = TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}
     with pytest.raises(SeveralProcessesError):
-        launching.take_ranks(environ)
+        launchers.take_ranks(environ)
     assert environ == TORCHRUN | {"LOCAL_WORLD_SIZE": "1"}
 
 
@@ -196,7 +197,7 @@ class PairedRail(FakeRail):
 
 
 def test_a_rail_that_trains_alone_and_a_multi_run_refuse(tmp_path, pico_model, chat_file):
-    ranks = launching.read_ranks(MAIN)
+    ranks = launchers.read_ranks(MAIN)
     trainer = Trainer(str(pico_model), output=tmp_path / "out", rail=FakeRail(), ranks=ranks)
     with rails.use(PairedRail()), pytest.raises(SeveralProcessesError, match="backend fake"):
         trainer.train(chat_file)
@@ -208,7 +209,7 @@ def test_a_rail_that_trains_alone_and_a_multi_run_refuse(tmp_path, pico_model, c
 def test_all_ranks_make_the_same_calls_and_get_the_same_result(tmp_path, pico_model, chat_file):
     rail = PairedRail()
     with rails.use(rail):
-        trainer = Trainer(str(pico_model), output=tmp_path / "out", ranks=launching.read_ranks(MAIN), steps=2)
+        trainer = Trainer(str(pico_model), output=tmp_path / "out", ranks=launchers.read_ranks(MAIN), steps=2)
         assert trainer.is_main_process
         led = trainer.train(chat_file)
         with pytest.raises(CodedError):
@@ -217,7 +218,7 @@ def test_all_ranks_make_the_same_calls_and_get_the_same_result(tmp_path, pico_mo
     assert rail.calls[1][1] == rail.calls[0][1] + 1
     assert led.record.hardware["ranks"] == 2
     folders = RunFolders(run_id=led.run_id, output=tmp_path / "out", run=tmp_path / "out/runs" / led.run_id)
-    other = Trainer(str(pico_model), output=tmp_path / "out", ranks=launching.read_ranks(TORCHRUN), steps=2)
+    other = Trainer(str(pico_model), output=tmp_path / "out", ranks=launchers.read_ranks(TORCHRUN), steps=2)
     assert not other.is_main_process
     with rails.use(PairedRail(run=folders)):
         followed = other.train(chat_file)
@@ -236,7 +237,7 @@ def test_a_process_that_trains_along_says_that_the_main_one_failed(tmp_path, pic
         Trainer(str(pico_model), **settings).train(chat_file)
     run_id = failed.value.details["run_id"]
     folders = RunFolders(run_id=run_id, output=tmp_path / "out", run=tmp_path / "out/runs" / run_id)
-    trainer = Trainer(str(pico_model), **settings, ranks=launching.read_ranks(TORCHRUN))
+    trainer = Trainer(str(pico_model), **settings, ranks=launchers.read_ranks(TORCHRUN))
     with rails.use(PairedRail(run=folders)), pytest.raises(MainProcessError, match="is diverged"):
         trainer.train(chat_file)
     with rails.use(PairedRail()), pytest.raises(MainProcessError, match="began no run"):
@@ -289,13 +290,13 @@ def test_a_library_call_leaves_environment_and_signals_alone(tmp_path, pico_mode
 
 
 def test_a_launchers_echo_of_ctrl_c_is_no_second_one(monkeypatch):
-    with stopping.on_interrupt(pressed_once=True) as stop:
+    with interrupts.on_interrupt(pressed_once=True) as stop:
         assert not stop()
         for _ in range(3):
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
         assert stop()
-        monkeypatch.setattr(stopping, "_ONE_PRESS", 0.0)
+        monkeypatch.setattr(interrupts, "_ONE_PRESS", 0.0)
         time.sleep(0.01)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

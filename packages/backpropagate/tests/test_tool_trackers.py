@@ -5,8 +5,9 @@ from types import ModuleType
 
 import pytest
 
-from backpropagate import Trainer, trackers
+from backpropagate import Trainer
 from backpropagate.errors import TrackerMissingError
+from backpropagate.trackers import tracker
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import EvalDone, Notice, StepDone
 from bp_runs.store import RunStore
@@ -68,12 +69,12 @@ class Frail:
 
 @pytest.fixture
 def frail(monkeypatch):
-    monkeypatch.setattr(trackers, "TRACKERS", {"frail": Frail, "sound": type("Sound", (Frail,), {})})
-    monkeypatch.setattr(trackers, "choose_trackers", lambda *_: ["frail", "sound"])
-    for kind in trackers.TRACKERS.values():
+    monkeypatch.setattr(tracker, "TRACKERS", {"frail": Frail, "sound": type("Sound", (Frail,), {})})
+    monkeypatch.setattr(tracker, "choose_trackers", lambda *_: ["frail", "sound"])
+    for kind in tracker.TRACKERS.values():
         monkeypatch.setattr(kind, "told", [], raising=False)
         monkeypatch.setattr(kind, "closed", [], raising=False)
-    return trackers.TRACKERS
+    return tracker.TRACKERS
 
 
 @pytest.mark.parametrize("where", ["open", "log", "close"])
@@ -190,7 +191,7 @@ def test_each_run_of_a_multi_run_has_an_entry(pico_model, tmp_path, monkeypatch)
 
 
 def test_a_missing_tracker_is_refused_before_a_multi_run_exists(chat_file, pico_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracker, "find_spec", lambda name: None)
     with pytest.raises(TrackerMissingError):
         fake_trainer(chat_file, pico_model, tmp_path, report_to="trackio").multi_run(runs=2)
     assert not (tmp_path / "out" / "runs").exists()
@@ -202,18 +203,18 @@ def test_none_leaves_no_trace(chat_file, pico_model, tmp_path):
 
 
 def test_a_tracker_that_is_not_installed_is_refused_before_a_run_exists(chat_file, pico_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setattr(tracker, "find_spec", lambda name: None)
     with pytest.raises(TrackerMissingError, match="wandb"):
         fake_trainer(chat_file, pico_model, tmp_path, report_to="wandb").train()
     assert not (tmp_path / "out" / "runs").exists()
-    assert trackers.choose_trackers("auto", {}) == []
+    assert tracker.choose_trackers("auto", {}) == []
 
 
 def test_auto_takes_what_is_found_and_sends_nothing_away_unasked(monkeypatch):
-    monkeypatch.setattr(trackers, "find_spec", lambda name: object())
-    assert trackers.choose_trackers("auto", {}) == ["tensorboard", "mlflow", "trackio"]
-    assert "wandb" in trackers.choose_trackers("auto", {"WANDB_API_KEY": "x"})
-    assert trackers.choose_trackers("wandb", {}) == ["wandb"]
+    monkeypatch.setattr(tracker, "find_spec", lambda name: object())
+    assert tracker.choose_trackers("auto", {}) == ["tensorboard", "mlflow", "trackio"]
+    assert "wandb" in tracker.choose_trackers("auto", {"WANDB_API_KEY": "x"})
+    assert tracker.choose_trackers("wandb", {}) == ["wandb"]
 
 
 def test_numbers_of_events():
@@ -221,20 +222,20 @@ def test_numbers_of_events():
         step=1, steps=2, loss=1.5, learning_rate=1e-4, grad_norm=None, tokens=8, tokens_per_second=3.0,
         memory_bytes=7, metrics={"margin": 0.5},
     )  # fmt: skip
-    assert trackers.numbers_of(step) == {
+    assert tracker.numbers_of(step) == {
         "train/loss": 1.5,
         "train/learning_rate": 1e-4,
         "train/tokens_per_second": 3.0,
         "gpu/memory_bytes": 7.0,
         "train/margin": 0.5,
     }
-    found = trackers.numbers_of(EvalDone(step=1, loss=2.0, tokens=3, best=True, metrics={"accuracy": 1.0}))
+    found = tracker.numbers_of(EvalDone(step=1, loss=2.0, tokens=3, best=True, metrics={"accuracy": 1.0}))
     assert found == {"eval/loss": 2.0, "eval/accuracy": 1.0}
-    assert trackers.numbers_of(Notice(message="x")) == {}
+    assert tracker.numbers_of(Notice(message="x")) == {}
 
 
 def test_secrets_are_masked(tmp_path):
-    told = trackers.describe_run(
+    told = tracker.describe_run(
         "r1", None, {"model.name": "hf_abcdefghijklmnopqrstuvwxyz0123456789"}, output=tmp_path, offline=True, environ={}
     )
     assert "hf_abcdef" not in json.dumps(dict(told.settings))
@@ -245,7 +246,7 @@ def test_mlflow_keeps_the_run_on_this_machine(chat_file, pico_model, tmp_path, m
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     result = fake_trainer(chat_file, pico_model, tmp_path, report_to="mlflow").train()
-    [run] = mlflow.search_runs(experiment_names=[trackers.PROJECT], output_format="list")
+    [run] = mlflow.search_runs(experiment_names=[tracker.PROJECT], output_format="list")
     assert (run.info.run_name, run.info.status, run.data.tags["run_id"]) == (
         result.run_id,
         "FINISHED",
@@ -260,5 +261,5 @@ def test_mlflow_finds_the_run_again_by_its_id(chat_file, pico_model, tmp_path, m
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     run_id = cut_off(chat_file, pico_model, tmp_path, report_to="mlflow")
     fake_trainer(chat_file, pico_model, tmp_path).resume(run_id)
-    [run] = mlflow.search_runs(experiment_names=[trackers.PROJECT], output_format="list")
+    [run] = mlflow.search_runs(experiment_names=[tracker.PROJECT], output_format="list")
     assert (run.data.tags["run_id"], run.info.status) == (run_id, "FINISHED")

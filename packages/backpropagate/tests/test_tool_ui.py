@@ -19,15 +19,15 @@ from starlette.testclient import TestClient
 from backpropagate import Trainer
 from backpropagate.cli import ui as command
 from backpropagate.cli.app import run
+from backpropagate.continual.scorecard import Scorecard, card_text
 from backpropagate.errors import UiFolderError, UiPathError
-from backpropagate.scorecard import ScoreCard, card_text
 from backpropagate.settings import TOML_FILE, resolve_ui, ui_settings
 from backpropagate.ui.app import build_app, build_routes
+from backpropagate.ui.folders import find_places, require_harmless
 from backpropagate.ui.live import MOST_POINTS, chart_points, events_after, follow
-from backpropagate.ui.places import find_places, require_harmless
+from backpropagate.ui.render import HERE
 from backpropagate.ui.security import HEADERS
-from backpropagate.ui.serving import Server
-from backpropagate.ui.showing import HERE
+from backpropagate.ui.server import Server
 from backpropagate.ui.spec import UiSpec
 from bp_runs.errors import InvalidSettingError, TrainingDivergedError
 from bp_runs.events import Notice, Resumed, StepDone
@@ -455,7 +455,7 @@ def test_the_score_card_shows_the_numbers_of_the_terminal(place):
     page, address = open_page(), f"/runs/{key_of()}/{result.run_id}"
     assert f'href="{address}/card"' in page.get(address).text
     text = page.get(f"{address}/card").text
-    card = ScoreCard.from_dict(RunStore(place / "output").load(result.run_id).result["score_card"])
+    card = Scorecard.from_dict(RunStore(place / "output").load(result.run_id).result["score_card"])
     terminal = card_text(card)
     wanted = re.findall(r"-?\+?\d+\.\d{3}", terminal.rpartition("\n")[0])
     rows = re.search(r"<tbody>(.*?)</tbody>", text, re.DOTALL)[1]
@@ -479,7 +479,7 @@ def test_the_score_card_shows_a_metric_where_there_is_one(place):
 
 
 def test_a_multi_run_that_goes_on_has_the_card_so_far(place):
-    card = ScoreCard().add("a", "d.jsonl", row=[1.25], tuned=1.0, before=2.0)
+    card = Scorecard().add("a", "d.jsonl", row=[1.25], tuned=1.0, before=2.0)
     card = card.add("b", "e.jsonl", row=[1.5, 2.5], tuned=2.0, before=3.0)
     card = card.add_scores("exact", [0.125], 0.0).add_scores("exact", [0.25, 0.5], 0.0625)
     store = RunStore(place / "output")

@@ -13,7 +13,7 @@ from backpropagate import Trainer
 from backpropagate.cli.app import run
 from backpropagate.presets import MODEL_PRESETS
 from backpropagate.ui.app import build_app
-from backpropagate.ui.places import find_places
+from backpropagate.ui.folders import find_places
 from backpropagate.ui.spec import UiSpec
 from bp_runs.testing import FakeRail
 

@@ -16,8 +16,8 @@ from starlette.testclient import TestClient
 from backpropagate import Trainer
 from backpropagate.cli.app import run
 from backpropagate.ui.app import build_app
+from backpropagate.ui.folders import find_places
 from backpropagate.ui.pages.training import _NOT_HERE, offered, read_flags, to_words
-from backpropagate.ui.places import find_places
 from backpropagate.ui.spec import UiSpec
 from bp_runs.process import process_birth
 from bp_runs.store import RunStore

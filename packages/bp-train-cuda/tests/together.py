@@ -17,7 +17,7 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 import torch
 
-from backpropagate import launching
+from backpropagate.distributed import launchers
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CodedError
 from bp_runs.events import EvalDone, Notice, StepDone
@@ -61,7 +61,7 @@ def train(order, ranks):
 
 
 def main(file):
-    ranks = launching.take_ranks(os.environ)
+    ranks = launchers.take_ranks(os.environ)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, where a rank is gone; the command line stops by it
     orders = json.loads(file.read_text())
     if ranks.rank:

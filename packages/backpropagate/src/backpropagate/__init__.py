@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from backpropagate.wording import PythonWording
+from backpropagate.hint_wording import PythonWording
 from bp_runs.wording import set_wording
 
 if TYPE_CHECKING:
-    from backpropagate.evaluating import EvalResult
+    from backpropagate.continual.multirun import MultiRunResult
+    from backpropagate.distributed.launchers import take_ranks
+    from backpropagate.evaluation.evaluate import EvalResult
     from backpropagate.exporting import ExportResult
-    from backpropagate.launching import take_ranks
+    from backpropagate.interrupts import on_interrupt
     from backpropagate.merging import merge_adapters
-    from backpropagate.multirun import MultiRunResult
-    from backpropagate.stopping import on_interrupt
     from backpropagate.trainer import Trainer, TrainResult
 
 __all__ = [
@@ -30,14 +30,14 @@ __all__ = [
 set_wording(PythonWording())  # the command line sets its own
 
 _HOMES = {
-    "EvalResult": "backpropagate.evaluating",
+    "EvalResult": "backpropagate.evaluation.evaluate",
     "ExportResult": "backpropagate.exporting",
-    "MultiRunResult": "backpropagate.multirun",
+    "MultiRunResult": "backpropagate.continual.multirun",
     "TrainResult": "backpropagate.trainer",
     "Trainer": "backpropagate.trainer",
     "merge_adapters": "backpropagate.merging",
-    "on_interrupt": "backpropagate.stopping",
-    "take_ranks": "backpropagate.launching",
+    "on_interrupt": "backpropagate.interrupts",
+    "take_ranks": "backpropagate.distributed.launchers",
 }
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Final
 
 import bp_export
-from backpropagate import catalogue, smallmodel, system
+from backpropagate import catalogue, quickstart_model, system
 from backpropagate.exporting import ExportResult
-from backpropagate.stopping import Interrupts, no_interrupts
+from backpropagate.interrupts import Interrupts, no_interrupts
 from backpropagate.trainer import Trainer, TrainResult
 from bp_data import preview_rows
 from bp_data.preview import PreviewToken
@@ -108,7 +108,7 @@ def run_quickstart(
     clock = _Clock({}, now, now)
     say("model     unpacking the small model once" if model is None else f"model     {model}")
     offline = system.is_offline(os.environ)
-    name = model or smallmodel.find_small_model(system.program_home(os.environ), offline=offline)
+    name = model or quickstart_model.find_small_model(system.program_home(os.environ), offline=offline)
     base = catalogue.find_model(name, offline=offline)
     clock.lap("model")
     with as_file(files("backpropagate.examples") / "quickstart.jsonl") as data:

@@ -8,7 +8,7 @@
         adapter = run.publish(outcome)
         record = run.finish(outcome)
 
-A session opens the run's record, puts the run's id on log lines, shows events, tells trackers, listens for a stop
+A session opens the run's record, puts the run's id on log lines, shows events, tells tracker, listens for a stop
 request, keeps the promise of ``--offline``, and records how the run ended, whatever ended it.
 """
 
@@ -23,10 +23,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from backpropagate import launching, offline, resuming, stopping, system, trackers
+from backpropagate import offline, resume_plan, system
 from backpropagate.catalogue import BaseModel, Rows
+from backpropagate.distributed import launchers
+from backpropagate.event_dispatch import EventDispatcher
+from backpropagate.interrupts import Interrupts, no_interrupts
 from backpropagate.logs import follow_run
-from backpropagate.watching import Watcher
+from backpropagate.trackers import tracker
 from bp_runs import wording
 from bp_runs.adapter import read_manifest
 from bp_runs.errors import AdapterInvalidError, CodedError, InterruptedRunError
@@ -52,7 +55,7 @@ class SessionContext:
     followers: Sequence[str] = ()
     """Trackers of the training runs."""
     on_event: Callable[[Event], None] | None = None
-    interrupts: stopping.Interrupts = field(default=stopping.no_interrupts)
+    interrupts: Interrupts = field(default=no_interrupts)
     """Opens what asks a run to stop."""
     ranks: Ranks | None = None
 
@@ -72,7 +75,7 @@ class RunSession:
     def __init__(self, context: SessionContext, writer: RunWriter, stop: Stop | None) -> None:
         self._context = context
         self._writer = writer
-        self._watcher = Watcher(writer.emit, context.on_event)
+        self._watcher = EventDispatcher(writer.emit, context.on_event)
         self._parent_stop = stop
         self._open = contextlib.ExitStack()
         self.stop: Stop = stop or (lambda: False)
@@ -105,7 +108,7 @@ class RunSession:
             hardware={
                 **system.describe_machine(),
                 **system.describe_device(context.rail.probe()),
-                **launching.describe(context.ranks),
+                **launchers.describe(context.ranks),
             },
             kind=kind,
             parent=parent,
@@ -160,7 +163,7 @@ class RunSession:
             group: The multi-run that it is part of.
             done: Steps that were done before it was resumed; None: it begins.
         """
-        tracked = trackers.describe_run(
+        tracked = tracker.describe_run(
             self.run_id,
             name,
             settings.to_flat(),
@@ -170,7 +173,7 @@ class RunSession:
             done=done,
             group=group,
         )
-        self._open.enter_context(trackers.follow(self._context.followers, tracked, self._watcher))
+        self._open.enter_context(tracker.follow(self._context.followers, tracked, self._watcher))
 
     def train(
         self,
@@ -258,7 +261,7 @@ class RunSession:
             yield
         except KeyboardInterrupt as error:
             ranks = self._context.ranks
-            line = resuming.resume_line(self.run_id, self._context.store.output, ranks.count if ranks else 1)
+            line = resume_plan.resume_line(self.run_id, self._context.store.output, ranks.count if ranks else 1)
             raise InterruptedRunError(
                 f"the run {self.run_id} was cut off",
                 fix=f"Resume it: {line}",

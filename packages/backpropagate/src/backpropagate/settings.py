@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from backpropagate import oldnames
+from backpropagate import legacy_names
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
 from backpropagate.system import to_path
 from backpropagate.ui.spec import UiSpec
@@ -392,7 +392,7 @@ def _from_env(environ: Mapping[str, str]) -> _Layer:
         if setting is not None:
             if name == setting.env or setting.env not in environ:  # a variable's own name wins over its others
                 named.append((name, setting.key, value))
-        elif old := oldnames.find_variable(own):
+        elif old := legacy_names.find_variable(own):
             raise OldNameError(f"the environment variable {name} is no setting any more", cause=old.why, fix=old.now)
         else:
             raise UnknownSettingError(f"the environment variable {name} is no setting{nearest(name, by_env)}")

@@ -16,20 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from backpropagate import (
-    catalogue,
-    continuing,
-    launching,
-    presets,
-    rails,
-    resuming,
-    settings,
-    stopping,
-    system,
-    trackers,
-)
+from backpropagate import catalogue, presets, rails, resume_plan, settings, system, warm_start
+from backpropagate.distributed import launchers
 from backpropagate.errors import MainProcessError
 from backpropagate.exporting import ExportResult, export_adapter, push_model, warn_unexportable
+from backpropagate.interrupts import Interrupts, no_interrupts
 from backpropagate.keywords import (
     MetricName,
     QuantizationName,
@@ -40,6 +31,7 @@ from backpropagate.keywords import (
 )
 from backpropagate.session import RunSession, SessionContext
 from backpropagate.signatures import shows_keywords
+from backpropagate.trackers import tracker
 from bp_runs.adapter import read_manifest
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CodedError, ContractError, ResumeChangedError, ResumeNotFoundError
@@ -51,8 +43,8 @@ from bp_runs.spec import Ranks, RunFolders, Settings
 from bp_runs.store import RunStore
 
 if TYPE_CHECKING:
-    from backpropagate.evaluating import EvalResult
-    from backpropagate.multirun import MultiRun, MultiRunResult
+    from backpropagate.continual.multirun import MultiRun, MultiRunResult
+    from backpropagate.evaluation.evaluate import EvalResult
     from bp_data.asked import AnyPrepared
     from bp_export import Format, PushOutcome
     from bp_runs.proof import Proof
@@ -102,7 +94,7 @@ class Trainer:
         command: Sequence[str] = (),
         defaults: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
-        interrupts: stopping.Interrupts = stopping.no_interrupts,
+        interrupts: Interrupts = no_interrupts,
         **flags: Unpack[TrainerKeywords],
     ) -> None:
         self._flags = {"model": model, "output": output, **flags}
@@ -153,7 +145,7 @@ class Trainer:
             resolved = self._resolve({"data": data, **flags})
             self.settings = resolved.settings
             store = RunStore(self.output)
-            resolved = continuing.settle_start(resolved, store.output, self._rail)
+            resolved = warm_start.settle_start(resolved, store.output, self._rail)
             going_on = self._choose(store, resolved)
             if going_on is None:
                 return self._train(store, resolved, on_event)
@@ -188,11 +180,11 @@ class Trainer:
             if not is_main:
                 return self._newest_result()
             store = RunStore(self.output)
-            record = resuming.find_record(store, run)
+            record = resume_plan.find_record(store, run)
             if record.kind == "multi-run":
                 self.multi_run(resume=record.run_id, on_event=on_event)
                 return self._newest_result()
-            going_on = resuming.prepare(store, record)
+            going_on = resume_plan.prepare(store, record)
             return self._train(store, going_on.resolved, on_event, going_on, take_over=take_over)
 
     @shows_keywords(RunKeywords)
@@ -246,20 +238,20 @@ class Trainer:
                 return self._newest_result()
             store = RunStore(self.output)
             record = store.load(run)
-            resolved, notice = continuing.plan_extension(store, run, steps, self._rail)
+            resolved, notice = warm_start.plan_extension(store, run, steps, self._rail)
             return self._train(store, resolved, on_event, parent=record, relation="extend", notice=notice)
 
     @contextlib.contextmanager
     def _main_process(self) -> Iterator[bool]:
         """Whether this process carries the call out: alone, or as the main one. Others train along in the meantime."""
-        launching.require_given(self._ranks, os.environ)
-        ranks = self._ranks = launching.count_call(self._ranks)
+        launchers.require_given(self._ranks, os.environ)
+        ranks = self._ranks = launchers.count_call(self._ranks)
         if ranks is None or not ranks.rank:
-            with launching.leading(ranks):
+            with launchers.leading(ranks):
                 yield True
             return
         with self._interrupts() as stop:
-            folders = launching.follow(ranks, stop)
+            folders = launchers.follow(ranks, stop)
         self.last = _read_result(folders, ranks)
         yield False
 
@@ -268,19 +260,19 @@ class Trainer:
             raise ContractError("the call has left no result")
         return self.last
 
-    def _choose(self, store: RunStore, resolved: settings.Resolved) -> resuming.GoingOn | None:
+    def _choose(self, store: RunStore, resolved: settings.Resolved) -> resume_plan.ResumePlan | None:
         """The run that the setting ``resume`` means; None to begin a new one."""
         wanted = resolved.settings.training.resume
         if wanted is None:
-            return resuming.find_same(store, resolved, self._ranks.count if self._ranks else 1)
+            return resume_plan.find_same(store, resolved, self._ranks.count if self._ranks else 1)
         if not wanted:
             return None
-        record = resuming.find_record(store, None)
+        record = resume_plan.find_record(store, None)
         if record.kind != "train":
-            line = resuming.resume_line(record.run_id, store.output)
+            line = resume_plan.resume_line(record.run_id, store.output)
             raise ResumeNotFoundError(f"the newest unfinished run, {record.run_id}, is a multi-run", fix=line)
-        found = resuming.prepare(store, record)
-        resuming.require_same(resolved, found.resolved, found.record.run_id)
+        found = resume_plan.prepare(store, record)
+        resume_plan.require_same(resolved, found.resolved, found.record.run_id)
         return found
 
     def _train(
@@ -288,7 +280,7 @@ class Trainer:
         store: RunStore,
         resolved: settings.Resolved,
         on_event: Callable[[Event], None] | None,
-        going_on: resuming.GoingOn | None = None,
+        going_on: resume_plan.ResumePlan | None = None,
         *,
         parent: RunRecord | None = None,
         relation: Relation = "replay",
@@ -297,20 +289,20 @@ class Trainer:
     ) -> TrainResult:
         resolved = replace(resolved, settings=settings.with_output(resolved.settings, store.output))
         wanted = resolved.settings
-        asked = resuming.pin(wanted, going_on.record if going_on else parent)
+        asked = resume_plan.pin(wanted, going_on.record if going_on else parent)
         rows = catalogue.find_rows(asked.data, os.environ, offline=system.is_offline(os.environ))
         context = self._open_context(store, wanted, on_event)
-        launching.require_together(context.rail, self._ranks)
+        launchers.require_together(context.rail, self._ranks)
         store.require_own_adapter(result_name(resolved.to_record()))
         base = _find_base(context.rail, asked)
         if going_on is None:
             remarks: list[Notice] = [notice] if notice else []
-            made_by = continuing.parent_of(wanted.training.start_from, base.folder)
+            made_by = warm_start.parent_of(wanted.training.start_from, base.folder)
             if parent is None:
                 resolved, chosen = presets.settle_lora(resolved, context.rail, base.folder, context.machine)
                 remarks += presets.remarks(wanted.model.name, chosen)
             else:
-                remarks += resuming.base_notices(parent, base.folder)
+                remarks += resume_plan.base_notices(parent, base.folder)
             origin: tuple[str, Relation] | None = (made_by, "from") if made_by else None
             origin = (parent.run_id, relation) if parent else origin
             session = RunSession.start(context, resolved.to_record(), parent=origin)
@@ -339,7 +331,7 @@ class Trainer:
             rail=self._rail or rails.choose_rail(wanted.training.backend),
             environ=os.environ,
             command=self._command,
-            followers=trackers.choose_trackers(wanted.training.report_to, os.environ),
+            followers=tracker.choose_trackers(wanted.training.report_to, os.environ),
             on_event=on_event,
             interrupts=self._interrupts,
             ranks=self._ranks,
@@ -365,10 +357,10 @@ class Trainer:
         Raises:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
         """
-        from backpropagate.multirun import check_settings, read_settings
+        from backpropagate.continual.multirun import check_settings, read_settings
 
-        launching.require_given(self._ranks, os.environ)
-        launching.require_one("a multi-run", self._ranks)
+        launchers.require_given(self._ranks, os.environ)
+        launchers.require_one("a multi-run", self._ranks)
         given = settings.by_short_name({"data": data, **flags})
         data = given.pop("data", None)
         paths = [data] if isinstance(data, str | Path) else list(data or [])
@@ -396,11 +388,11 @@ class Trainer:
         run_id: str | None,
     ) -> MultiRun:
         """All that a multi-run needs beside its rows; ``run_id``: of one that goes on."""
-        from backpropagate.multirun import MultiRun, first_member
+        from backpropagate.continual.multirun import MultiRun, first_member
 
         wanted = resolved.settings
         context = self._open_context(store, wanted, on_event)
-        pinned = wanted if run_id is None else resuming.pin(wanted, first_member(store, run_id))
+        pinned = wanted if run_id is None else resume_plan.pin(wanted, first_member(store, run_id))
         base, chosen = _find_base(context.rail, pinned), ""
         if run_id is None:  # else ranks stay what they were, whatever is free on the card now
             resolved, chosen = presets.settle_lora(resolved, context.rail, base.folder, context.machine)
@@ -438,7 +430,7 @@ class Trainer:
         Raises:
             CodedError: Bad input or a failed export; nothing half-written is left.
         """
-        launching.require_main("an export", self._ranks)
+        launchers.require_main("an export", self._ranks)
         return export_adapter(
             self._newest(),
             format,
@@ -479,9 +471,9 @@ class Trainer:
         Raises:
             CodedError: As `evaluate_adapter`.
         """
-        from backpropagate.evaluating import evaluate_adapter
+        from backpropagate.evaluation.evaluate import evaluate_adapter
 
-        launching.require_main("an evaluation", self._ranks)
+        launchers.require_main("an evaluation", self._ranks)
         newest = self.last.adapter if self.last else None
         return evaluate_adapter(
             None if (adapter or newest) is None else str(adapter or newest),
@@ -510,7 +502,7 @@ class Trainer:
             ProofUnsupportedError: The independent loop can't repeat the run, or its data changed.
             CodedError: The run, its base or its data can't be used.
         """
-        from backpropagate.proving import prove_run
+        from backpropagate.proof import prove_run
 
         return prove_run(RunStore(self.output), run, steps=steps, rail=self._rail)
 
@@ -539,9 +531,9 @@ class Trainer:
             **flags: Settings, over the Trainer's own.
 
         Raises:
-            CodedError: As `backpropagate.estimating.estimate_memory`.
+            CodedError: As `backpropagate.memory_estimate.estimate_memory`.
         """
-        from backpropagate.estimating import estimate_memory
+        from backpropagate.memory_estimate import estimate_memory
 
         return estimate_memory(self._resolve({**flags}).settings, memory=memory or rails.free_memory())
 
@@ -574,7 +566,7 @@ class Trainer:
         Raises:
             CodedError: As `bp_export.push`.
         """
-        launching.require_main("an upload", self._ranks)
+        launchers.require_main("an upload", self._ranks)
         return push_model(
             Path(source) if source else self._newest(),
             repo,
@@ -631,7 +623,7 @@ def _find_sources(wanted: Settings, paths: Sequence[str | Path]) -> list[Path]:
     return [catalogue.find_rows(data, os.environ, offline=is_offline).path for data in asked]
 
 
-def _reopen(context: SessionContext, going_on: resuming.GoingOn, *, take_over: bool) -> RunSession:
+def _reopen(context: SessionContext, going_on: resume_plan.ResumePlan, *, take_over: bool) -> RunSession:
     name = going_on.checkpoint.path.name if going_on.checkpoint else None
     session = RunSession.reopen(
         context, going_on.record.run_id, from_step=going_on.step, checkpoint=name, take_over=take_over

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 
 from cyclopts import App, CycloptsError, Group
 
-from backpropagate import launching, system
+from backpropagate import system
 from backpropagate.cli import process
-from backpropagate.cli.failing import is_terminal_lost, prepare_process, report_bug, report_error, set_up_logs
-from backpropagate.cli.switches import environment, overview, take_switches
-from backpropagate.cli.wording import CommandLineWording
+from backpropagate.cli.error_output import is_terminal_lost, prepare_process, report_bug, report_error, set_up_logs
+from backpropagate.cli.global_flags import environment, overview, take_switches
+from backpropagate.cli.hint_wording import CommandLineWording
+from backpropagate.distributed import launchers
 from backpropagate.offline import forbid_network
 from bp_runs.errors import CodedError, InterruptedRunError, PathUnusableError
 from bp_runs.wording import use_wording
@@ -365,15 +366,15 @@ def _run_together(argv: Sequence[str], *, as_json: bool) -> int:
         process.require_command(argv)
         ranks = process.read_ranks()
         if ranks is not None and ranks.rank:
-            with process.interrupts()() as stop:
-                launching.follow(ranks, stop)
+            with process.stop_on_interrupt()() as stop:
+                launchers.follow(ranks, stop)
             return 0
     except KeyboardInterrupt:
         return InterruptedRunError.exit_status
     except CodedError as error:
         if process.is_main():
             return report_error(error, as_json=as_json)
-        return launching.wait_for_launcher(error.exit_status)
+        return launchers.wait_for_launcher(error.exit_status)
     return _run(argv, as_json=as_json)
 
 
@@ -381,7 +382,7 @@ def _run(argv: Sequence[str], *, as_json: bool) -> int:
     try:
         result = _call(argv)
     except CycloptsError as error:
-        from backpropagate.cli.refusing import explain
+        from backpropagate.cli.usage_errors import explain
 
         return report_error(explain(error, [command.name for command in COMMANDS]), as_json=as_json)
     except CodedError as error:
@@ -425,7 +426,7 @@ def _end_start() -> None:
 
 def _tell_next_steps() -> int:
     from backpropagate.cli.flags import output_folder
-    from backpropagate.cli.nextsteps import next_steps, show
+    from backpropagate.cli.next_steps import next_steps, show
 
     print(show(next_steps(Path.cwd(), output_folder(None))))  # noqa: T201
     return 0

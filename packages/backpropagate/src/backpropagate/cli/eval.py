@@ -11,10 +11,10 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, Output, output_folder
-from backpropagate.cli.screen import open_screen, print_json
-from backpropagate.comparing import METRICS, Difference, sign_test
+from backpropagate.cli.progress import open_screen, print_json
 from backpropagate.errors import EvalDataError
-from backpropagate.evaluating import EvalResult, Gate, evaluate_adapter, gate_refusal
+from backpropagate.evaluation.compare import METRICS, Difference, sign_test
+from backpropagate.evaluation.evaluate import EvalResult, Gate, evaluate_adapter, gate_refusal
 from backpropagate.keywords import MetricName
 
 _LEVEL = 0.05

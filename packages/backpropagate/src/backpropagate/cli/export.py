@@ -10,11 +10,11 @@ from typing import Annotated, Literal, Self, TypeAlias
 from cyclopts import Parameter
 
 import bp_export
+from backpropagate.adapter_lookup import find_adapter
 from backpropagate.cli.flags import Json, output_folder
-from backpropagate.cli.screen import print_json
+from backpropagate.cli.progress import print_json
 from backpropagate.exporting import ExportResult, export_adapter, plan_export
 from backpropagate.keywords import QuantizationName
-from backpropagate.selecting import find_adapter
 
 Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from filelock import Timeout
 
 from backpropagate.cli.app import run
-from backpropagate.cli.failing import prepare_process
-from backpropagate.jobs import LOOK_SECONDS, STOPPED, Queue, end_of
-from backpropagate.working import TURNED_AWAY, told_error
+from backpropagate.cli.error_output import prepare_process
+from backpropagate.jobs.queue import LOOK_SECONDS, STOPPED, Queue, end_of
+from backpropagate.jobs.worker import TURNED_AWAY, told_error
 
 
 def work(queue: Queue, number: int) -> int:

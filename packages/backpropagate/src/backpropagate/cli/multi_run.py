@@ -9,10 +9,10 @@ from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, flag_names, keyword, with_settings
 from backpropagate.cli.process import open_trainer
-from backpropagate.cli.screen import open_screen, print_json
-from backpropagate.multirun import MultiRunResult
-from backpropagate.resuming import resume_line
-from backpropagate.scorecard import card_html, card_text
+from backpropagate.cli.progress import open_screen, print_json
+from backpropagate.continual.multirun import MultiRunResult
+from backpropagate.continual.scorecard import card_html, card_text
+from backpropagate.resume_plan import resume_line
 from backpropagate.settings import all_settings
 from bp_runs.files import publish_bytes
 

@@ -11,7 +11,9 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from backpropagate import launching, stopping, system
+from backpropagate import system
+from backpropagate.distributed import launchers
+from backpropagate.interrupts import Interrupts, on_interrupt
 
 if TYPE_CHECKING:
     from backpropagate.trainer import Trainer
@@ -30,7 +32,7 @@ def set_environment(environ: MutableMapping[str, str]) -> None:
     other's time slices, and threads that sleep at once halve the speed of a quiet one. SmolLM2-135M on two cores, in
     tokens/s with spinning, sleeping and 1,000 spins: 142, 73, 123 alone; 46, 75, 78 next to a second program.
     """
-    _launcher.update(launching.take_variables(environ))
+    _launcher.update(launchers.take_variables(environ))
     environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     environ["TRL_DISABLE_TELEMETRY"] = "1"
     environ["HF_UPDATE_DOWNLOAD_COUNTS"] = "0"
@@ -52,26 +54,26 @@ def read_ranks() -> Ranks | None:
     Raises:
         SeveralProcessesError: They were started in a way that is not supported.
     """
-    return launching.read_ranks(_launcher)
+    return launchers.read_ranks(_launcher)
 
 
 def require_command(argv: Sequence[str]) -> None:
     """Reject a command line that several processes would all carry out, each for itself.
 
     Raises:
-        SeveralProcessesError: As `launching.require_command`.
+        SeveralProcessesError: As `launchers.require_command`.
     """
-    launching.require_command(argv, _launcher)
+    launchers.require_command(argv, _launcher)
 
 
 def is_main() -> bool:
     """Whether this process is the one that talks to the user."""
-    return launching.is_main(_launcher)
+    return launchers.is_main(_launcher)
 
 
-def interrupts() -> stopping.Interrupts:
+def stop_on_interrupt() -> Interrupts:
     """Ctrl-C once finishes the step and saves. A launcher passes on what the terminal has sent already."""
-    return partial(stopping.on_interrupt, pressed_once=bool(_launcher) and read_ranks() is not None)
+    return partial(on_interrupt, pressed_once=bool(_launcher) and read_ranks() is not None)
 
 
 def open_trainer(**arguments: object) -> Trainer:
@@ -79,4 +81,4 @@ def open_trainer(**arguments: object) -> Trainer:
     from backpropagate.trainer import Trainer
 
     command = ["backprop", *sys.argv[1:]]
-    return Trainer(command=command, ranks=read_ranks(), interrupts=interrupts(), **arguments)  # type: ignore[arg-type]
+    return Trainer(command=command, ranks=read_ranks(), interrupts=stop_on_interrupt(), **arguments)  # type: ignore[arg-type]

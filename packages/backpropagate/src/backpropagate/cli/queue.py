@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json
-from backpropagate.cli.screen import print_json
+from backpropagate.cli.progress import print_json
 from backpropagate.errors import CommandLineError, JobNotFoundError, QueuePartialError
-from backpropagate.jobs import Job, Queue, settings_in
+from backpropagate.jobs.queue import Job, Queue, settings_in
 
 
 def add(*command: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:

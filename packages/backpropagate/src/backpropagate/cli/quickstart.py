@@ -10,8 +10,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json
-from backpropagate.cli.process import interrupts
-from backpropagate.cli.screen import Screen, loss_plot, open_screen, print_json
+from backpropagate.cli.process import stop_on_interrupt
+from backpropagate.cli.progress import Screen, loss_plot, open_screen, print_json
 from backpropagate.quickstart import QuickstartResult, run_quickstart
 from bp_data.preview import PreviewToken
 
@@ -44,7 +44,7 @@ def quickstart(
             on_event=screen.show,
             on_preview=lambda tokens: screen.say(_preview(tokens)),
             command=["backprop", *sys.argv[1:]],
-            interrupts=interrupts(),
+            interrupts=stop_on_interrupt(),
         )
         _tell_end(screen, result, output)
     if json:

@@ -8,10 +8,10 @@ from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.process import open_trainer
-from backpropagate.cli.screen import open_screen, print_json
+from backpropagate.cli.progress import open_screen, print_json
 from backpropagate.cli.train import document, tell_end
+from backpropagate.continual.scorecard import Scorecard, card_text
 from backpropagate.errors import CommandLineError
-from backpropagate.scorecard import ScoreCard, card_text
 
 
 def resume(
@@ -37,7 +37,7 @@ def resume(
         print_json("resume", document(result))
     else:
         if card := result.record.result.get("score_card"):
-            print(f"\n{card_text(ScoreCard.from_dict(card))}")  # noqa: T201
+            print(f"\n{card_text(Scorecard.from_dict(card))}")  # noqa: T201
         tell_end(result, trainer.output)
     return 130 if result.outcome.stopped else 0
 

@@ -8,9 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
-from backpropagate.cli.screen import loss_plot, print_json
-from backpropagate.resuming import UNFINISHED, resume_line
-from backpropagate.scorecard import ScoreCard, card_text
+from backpropagate.cli.progress import loss_plot, print_json
+from backpropagate.continual.scorecard import Scorecard, card_text
+from backpropagate.resume_plan import UNFINISHED, resume_line
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
 from bp_runs.errors import RunNotFoundError
 from bp_runs.proof import read_proof
@@ -94,7 +94,7 @@ def _went(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
             best = f"the lowest, after step {result['best_step']}"
             lines.append(f"  validation loss {_number(result['eval_loss'])}, {best}")
         if result.get("score_card"):
-            lines.append(card_text(ScoreCard.from_dict(result["score_card"])))
+            lines.append(card_text(Scorecard.from_dict(result["score_card"])))
     else:
         done = next((m for m in reversed(metrics) if m.get("event") == "step"), record.progress)
         if done.get("step"):

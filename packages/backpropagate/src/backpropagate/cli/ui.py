@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backpropagate.cli.flags import Json, keyword, output_folder, with_settings
-from backpropagate.cli.screen import print_json
+from backpropagate.cli.progress import print_json
 from backpropagate.errors import UiMissingError
 from backpropagate.settings import TOML_FILE, resolve_ui, ui_settings
 
@@ -25,7 +25,7 @@ def ui(*, json: bool = False, **flags: Any) -> int:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise UiMissingError(f"the web page needs packages that are not installed: {', '.join(missing)}")
-    from backpropagate.ui.serving import Server
+    from backpropagate.ui.server import Server
 
     with Server.open(spec, os.environ, shown=output_folder(None)) as server:
         if json:

@@ -19,12 +19,12 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from backpropagate.errors import UiPathError
-from backpropagate.ui.launching import Launches
+from backpropagate.ui.background import Launches
+from backpropagate.ui.folders import Places
 from backpropagate.ui.machine import Machine
-from backpropagate.ui.pages import cards, comparisons, data, exports, models, runs, training
-from backpropagate.ui.places import Places
+from backpropagate.ui.pages import comparisons, data, exports, models, runs, scorecard, training
+from backpropagate.ui.render import HERE, show
 from backpropagate.ui.security import Gate, LoginGate, Passwords, comes_from_us
-from backpropagate.ui.showing import HERE, show
 from backpropagate.ui.spec import UiSpec
 from bp_runs.errors import CodedError, RunNotFoundError, UserError
 from bp_runs.redact import redact
@@ -84,7 +84,7 @@ def build_routes() -> list[Route | Mount]:
         Route(f"{run}/points", runs.points),
         Route(f"{run}/events", runs.follow_run),
         Route(f"{run}/summary", runs.show_summary),
-        Route(f"{run}/card", cards.show_card),
+        Route(f"{run}/card", scorecard.show_scorecard),
         change(f"{run}/stop", training.stop),
         change(f"{run}/resume", training.go_on),
         Route("/train", training.show_form),

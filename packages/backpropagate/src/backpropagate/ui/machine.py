@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from backpropagate.ui.asking import AnswerError, ask
+from backpropagate.ui.subcommand import AnswerError, ask
 
 _FRESH_SECONDS = 60.0
 _MOST_SECONDS = 120.0

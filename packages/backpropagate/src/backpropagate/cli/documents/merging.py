@@ -8,7 +8,7 @@ from backpropagate.cli.documents.training import Outcome
 from bp_runs.errors import RunStatus
 
 
-class ScoreCardBody(TypedDict):
+class ScorecardBody(TypedDict):
     """losses[i][j]: held-out loss, in nats, on run j + 1's data after run i + 1; scores: as losses, of the metric."""
 
     runs: list[str]
@@ -34,7 +34,7 @@ class MultiRun(TypedDict):
     adapter: str
     runs: list[str]
     rejected: list[str]
-    score_card: ScoreCardBody
+    score_card: ScorecardBody
     result: Outcome
 
 

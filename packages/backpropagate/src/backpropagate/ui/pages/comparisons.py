@@ -8,9 +8,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from backpropagate.ui.folders import Output
 from backpropagate.ui.live import chart_points
-from backpropagate.ui.places import Output
-from backpropagate.ui.showing import show
+from backpropagate.ui.render import show
 from bp_runs.diff import diff_runs
 from bp_runs.record import RunRecord
 from bp_runs.redact import redact_data

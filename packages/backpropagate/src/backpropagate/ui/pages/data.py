@@ -11,10 +11,10 @@ from starlette.responses import Response
 
 from backpropagate.errors import UiPathError
 from backpropagate.settings import TOML_FILE, resolve
-from backpropagate.ui.asking import AnswerError, ask
+from backpropagate.ui.folders import Places
 from backpropagate.ui.pages.training import require_readable_name
-from backpropagate.ui.places import Places
-from backpropagate.ui.showing import show
+from backpropagate.ui.render import show
+from backpropagate.ui.subcommand import AnswerError, ask
 from bp_runs.errors import CodedError
 
 _KINDS = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md")

@@ -11,8 +11,8 @@ from starlette.responses import RedirectResponse, Response
 
 from backpropagate.cli.export import Format
 from backpropagate.keywords import QuantizationName
-from backpropagate.ui.places import Places
-from backpropagate.ui.showing import show
+from backpropagate.ui.folders import Places
+from backpropagate.ui.render import show
 from bp_runs.adapter import CONFIG_FILE
 from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME

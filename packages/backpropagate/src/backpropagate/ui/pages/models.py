@@ -8,7 +8,7 @@ from starlette.responses import Response
 from backpropagate import rails
 from backpropagate.cli.models import describe_preset
 from backpropagate.presets import MODEL_PRESETS
-from backpropagate.ui.showing import show
+from backpropagate.ui.render import show
 
 
 def show_models(request: Request) -> Response:

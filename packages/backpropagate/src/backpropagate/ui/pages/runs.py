@@ -11,12 +11,12 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from backpropagate.resuming import UNFINISHED, resume_line
-from backpropagate.ui.launching import CAN_STOP
+from backpropagate.resume_plan import UNFINISHED, resume_line
+from backpropagate.ui.background import CAN_STOP
+from backpropagate.ui.folders import Output
 from backpropagate.ui.live import chart_points, follow
-from backpropagate.ui.pages.cards import find_card
-from backpropagate.ui.places import Output
-from backpropagate.ui.showing import show
+from backpropagate.ui.pages.scorecard import find_scorecard
+from backpropagate.ui.render import show
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import RunStatus
 from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
@@ -153,7 +153,7 @@ def _summary(request: Request, output: Output, record: RunRecord, events: list[d
         "notices": redact_data(notices),
         "can_stop": CAN_STOP and record.host == platform.node(),
         "is_asked": request.app.state.site.launches.is_asked(record.run_id),
-        "has_card": find_card(record, notices) is not None,
+        "has_card": find_scorecard(record, notices) is not None,
         "members": [row for row in output.store.list_runs() if row["parent"] == record.run_id][::-1],
         "go_on": resume_line(record.run_id, output.path) if can_go_on else None,
     }

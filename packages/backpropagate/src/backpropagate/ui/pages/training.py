@@ -20,9 +20,9 @@ from backpropagate.errors import DataMissingError
 from backpropagate.presets import MODEL_PRESETS, find_preset
 from backpropagate.settings import TOML_FILE, Resolved, Setting, all_settings, choices, resolve
 from backpropagate.system import program_home, to_path
+from backpropagate.ui.folders import Output, Places
 from backpropagate.ui.pages.runs import find_run
-from backpropagate.ui.places import Output, Places
-from backpropagate.ui.showing import show
+from backpropagate.ui.render import show
 from bp_data import looks_like_hub_name
 from bp_runs.errors import CodedError, InvalidSettingError
 from bp_runs.record import RunRecord

@@ -8,9 +8,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from backpropagate import Trainer
+from backpropagate.adapter_lookup import find_adapter
 from backpropagate.cli.app import run
 from backpropagate.errors import AdapterSelectionError
-from backpropagate.selecting import find_adapter
 from bp_runs.adapter import read_adapter_folder, read_manifest
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import AdapterInvalidError, CheckpointInvalidError, InvalidSettingError, RunNotFoundError

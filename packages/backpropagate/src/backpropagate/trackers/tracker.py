@@ -197,7 +197,7 @@ def choose_trackers(wanted: str, environ: Mapping[str, str]) -> list[str]:
 
 
 class Watching(Protocol):
-    """What a run's events go through: see `backpropagate.watching.Watcher`."""
+    """What a run's events go through: see `backpropagate.event_dispatch.EventDispatcher`."""
 
     def emit(self, event: Event) -> None:
         """Record and show one event."""

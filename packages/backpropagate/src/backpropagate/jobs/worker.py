@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backpropagate.jobs import STOPPED, Job, Queue, end_of, settings_in
+from backpropagate.jobs.queue import STOPPED, Job, Queue, end_of, settings_in
 from bp_runs.record import utc_now
 
 TURNED_AWAY = 75

@@ -156,7 +156,7 @@ class Queue:
         """
         with coded_disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        from backpropagate.working import run_job
+        from backpropagate.jobs.worker import run_job
 
         try:
             self._runner.acquire(timeout=LOOK_SECONDS)

@@ -4,9 +4,9 @@ from typing import get_args
 
 import pytest
 
-from backpropagate import oldnames
+from backpropagate import legacy_names
 from backpropagate.cli.app import COMMANDS, GROUPS, build_app, run
-from backpropagate.cli.switches import SWITCHES
+from backpropagate.cli.global_flags import SWITCHES
 from backpropagate.errors import OldNameError
 from backpropagate.settings import ENV_PREFIX, PROGRAM_ENV, all_settings, resolve, resolve_ui, run_names, ui_settings
 
@@ -107,7 +107,7 @@ def test_an_old_flag_works_or_names_its_successor(command, capsys):
             continue
         if command in GROUPS and flag == "--json":
             continue  # its refusal is a JSON document then
-        old = oldnames.find_flag(command, flag)
+        old = legacy_names.find_flag(command, flag)
         assert old is not None, f"{command} {flag}"
         run([*command.split(), flag, "x"])
         error = capsys.readouterr().err
@@ -143,6 +143,6 @@ def test_the_new_name_of_a_variable_wins_over_the_old_one():
 
 
 def test_the_table_names_only_old_things():
-    for command, flags in oldnames.FLAGS.items():
+    for command, flags in legacy_names.FLAGS.items():
         assert command in OLD_FLAGS
         assert set(flags) <= set(OLD_FLAGS[command].split())

@@ -1,6 +1,6 @@
 """A stream of runs: each starts from what the ones before left, is folded in, and is measured on all their data.
 
-Nothing here knows where the rows come from or what becomes of the result; see `backpropagate.multirun`.
+Nothing here knows where the rows come from or what becomes of the result; see `backpropagate.continual.multirun`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from backpropagate import catalogue
-from backpropagate.comparing import METRICS
+from backpropagate.continual.scorecard import Scorecard
+from backpropagate.continual.slices import Slice
 from backpropagate.errors import EvalDataError, EvalRailError, MultiRunStateError
-from backpropagate.scorecard import ScoreCard
+from backpropagate.evaluation.compare import METRICS
 from backpropagate.session import RunSession, SessionContext
-from backpropagate.slices import Slice
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.events import Emit, Notice
 from bp_runs.files import publish_folder, publish_json
@@ -56,7 +56,7 @@ class Progress:
     """The newest member's fine-tuned adapter."""
     since_better: int = 0
     """Runs in a row without a lower mean loss."""
-    card: ScoreCard = field(default_factory=ScoreCard)
+    card: Scorecard = field(default_factory=Scorecard)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,7 +335,7 @@ def read_progress(folder: Path) -> Progress:
     try:
         data = orjson.loads(file.read_bytes())
         lists = {name: tuple(data[name]) for name in ("members", "rejected", "slices", "outcomes")}
-        card = ScoreCard.from_dict(data["card"])
+        card = Scorecard.from_dict(data["card"])
         return Progress(done=data["done"], tuned=data["tuned"], since_better=data["since_better"], card=card, **lists)
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise MultiRunStateError(f"{file} is damaged", cause=repr(error)) from error

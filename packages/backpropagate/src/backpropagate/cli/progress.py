@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 
 import orjson
 
-from backpropagate.cli.wording import CommandLineWording
+from backpropagate.cli.hint_wording import CommandLineWording
 from bp_runs.events import (
     AdapterSaved,
     CheckpointSaved,
@@ -56,7 +56,7 @@ def open_screen(*, as_json: bool) -> Screen:
     if as_json:
         return SilentScreen()
     if sys.stdout.isatty():
-        from backpropagate.cli.live import LiveScreen, can_draw
+        from backpropagate.cli.live_progress import LiveScreen, can_draw
 
         if can_draw():
             return LiveScreen()

@@ -10,29 +10,29 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from backpropagate.scorecard import ScoreCard
-from backpropagate.ui.showing import show
+from backpropagate.continual.scorecard import Scorecard
+from backpropagate.ui.render import show
 from bp_runs.record import RunRecord
 
 _SHADES = 9
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 56, 34
 
 
-def find_card(record: RunRecord, notices: Sequence[Mapping[str, Any]]) -> ScoreCard | None:
+def find_scorecard(record: RunRecord, notices: Sequence[Mapping[str, Any]]) -> Scorecard | None:
     """The card of the record, or while the multi-run goes on that of its newest notice; None where there is none."""
     told = [notice["details"]["card"] for notice in notices if "card" in (notice.get("details") or {})]
     found = record.result.get("score_card") or (told[-1] if told else None)
-    card = ScoreCard.from_dict(found) if found else None
+    card = Scorecard.from_dict(found) if found else None
     return card if card and card.losses else None
 
 
-def show_card(request: Request) -> Response:
+def show_scorecard(request: Request) -> Response:
     """The page of one card."""
     from backpropagate.ui.pages.runs import find_run
 
     output, store, record = find_run(request)
     events = store.read_metrics(record.run_id)
-    card = find_card(record, [event for event in events if event.get("event") == "notice"])
+    card = find_scorecard(record, [event for event in events if event.get("event") == "notice"])
     if card is None:
         raise HTTPException(404, f"The run {record.run_id} has no score card.")
     return show(
@@ -49,7 +49,7 @@ def show_card(request: Request) -> Response:
     )
 
 
-def _shades(card: ScoreCard) -> list[list[int]]:
+def _shades(card: Scorecard) -> list[list[int]]:
     """Of each loss, from 0 for the lowest to the highest: the column's own scale, since data sets differ."""
     found = []
     for row in card.losses:
@@ -62,24 +62,24 @@ def _shades(card: ScoreCard) -> list[list[int]]:
     return found
 
 
-def _scale(card: ScoreCard) -> tuple[float, float]:
+def _scale(card: Scorecard) -> tuple[float, float]:
     flat = [loss for row in card.losses for loss in row]
     return min(flat), (max(flat) - min(flat)) or 1.0
 
 
-def _place(card: ScoreCard, i: int, loss: float) -> tuple[float, float]:
+def _place(card: Scorecard, i: int, loss: float) -> tuple[float, float]:
     low, span = _scale(card)
     step = (_WIDTH - _LEFT - 20) / max(1, len(card.losses) - 1)
     return round(_LEFT + i * step, 1), round(12 + (_HEIGHT - _BOTTOM - 24) * (1 - (loss - low) / span), 1)
 
 
-def _lines(card: ScoreCard) -> list[list[tuple[float, float]]]:
+def _lines(card: Scorecard) -> list[list[tuple[float, float]]]:
     """For each run's held-out rows the loss after that run and every later one, as points of the picture."""
     count = len(card.losses)
     return [[_place(card, i, card.losses[i][j]) for i in range(j, count)] for j in range(count)]
 
 
-def _ticks(card: ScoreCard) -> dict[str, list[tuple[float, str]]]:
+def _ticks(card: Scorecard) -> dict[str, list[tuple[float, str]]]:
     low, span = _scale(card)
     heights = [(low + span * share) for share in (0.0, 0.5, 1.0)]
     return {

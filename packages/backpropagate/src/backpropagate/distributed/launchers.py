@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from backpropagate.errors import SeveralProcessesError
 
 if TYPE_CHECKING:
-    from backpropagate.rendezvous import Secret
+    from backpropagate.distributed.secret import Secret
     from bp_runs.rail import Rail, Stop, TrainsTogether
     from bp_runs.spec import Ranks, RunFolders
 
@@ -212,16 +212,16 @@ def _find_port(launcher: Launcher, variables: Mapping[str, str]) -> int:
 
 
 def _share_secret(place: Ranks, token: str | None) -> Secret:
-    from backpropagate import rendezvous
+    from backpropagate.distributed import secret
 
     launch = _name_launch(place)
     if launch not in _secrets:
         if token:
-            _secrets[launch] = rendezvous.given_secret(token)
+            _secrets[launch] = secret.given_secret(token)
         elif place.rank == 0:
-            _secrets[launch] = rendezvous.publish_secret(launch, os.environ)
+            _secrets[launch] = secret.publish_secret(launch, os.environ)
         else:
-            _secrets[launch] = rendezvous.read_secret(launch, os.environ)
+            _secrets[launch] = secret.read_secret(launch, os.environ)
     return _secrets[launch]
 
 
@@ -340,10 +340,10 @@ def leading(ranks: Ranks | None) -> Iterator[None]:
             _find_rail().release(ranks)
         raise
     if ranks is not None:
-        from backpropagate import rendezvous
+        from backpropagate.distributed import secret
 
         _find_rail().release(ranks)
-        rendezvous.remove_secret(_name_launch(ranks), os.environ)  # all ranks have taken part, so all have read it
+        secret.remove_secret(_name_launch(ranks), os.environ)  # all ranks have taken part, so all have read it
 
 
 def follow(ranks: Ranks, stop: Stop) -> RunFolders | None:

@@ -13,7 +13,7 @@ import uvicorn
 
 from backpropagate.errors import UiPortError
 from backpropagate.ui.app import build_app
-from backpropagate.ui.places import Places, find_places
+from backpropagate.ui.folders import Places, find_places
 from backpropagate.ui.security import is_loopback, require_guarded
 from backpropagate.ui.spec import UiSpec
 from bp_runs.files import require_folder

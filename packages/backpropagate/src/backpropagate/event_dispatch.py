@@ -10,7 +10,7 @@ from bp_runs.events import Emit, Event
 _log = logging.getLogger("backpropagate")
 
 
-class Watcher:
+class EventDispatcher:
     """Records and logs every event, then shows it; a screen that fails is dropped, and the run goes on."""
 
     def __init__(self, record: Emit, *shows: Emit | None) -> None:

@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from backpropagate.cli.screen import describe, loss_plot, spark
+from backpropagate.cli.progress import describe, loss_plot, spark
 from bp_runs.events import EvalDone, Event, Notice, StepDone
 from bp_runs.redact import redact
 

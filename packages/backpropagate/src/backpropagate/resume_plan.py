@@ -38,7 +38,7 @@ _OF_THE_CALL = ("training.resume", "training.output_dir", "training.report_to", 
 
 
 @dataclass(frozen=True, slots=True)
-class GoingOn:
+class ResumePlan:
     """An unfinished run and where it goes on."""
 
     record: RunRecord
@@ -112,7 +112,7 @@ def find_record(store: RunStore, partial_id: str | None) -> RunRecord:
     return record
 
 
-def prepare(store: RunStore, record: RunRecord) -> GoingOn:
+def prepare(store: RunStore, record: RunRecord) -> ResumePlan:
     """Where an unfinished run goes on, and with what.
 
     Raises:
@@ -120,10 +120,10 @@ def prepare(store: RunStore, record: RunRecord) -> GoingOn:
         UnknownSettingError, InvalidSettingError: As `backpropagate.settings.from_record`.
     """
     checkpoint, damaged = CheckpointFolder(store.folder(record.run_id)).newest_whole()
-    return GoingOn(record, checkpoint, damaged, from_record(record))
+    return ResumePlan(record, checkpoint, damaged, from_record(record))
 
 
-def find_same(store: RunStore, resolved: Resolved, ranks: int = 1) -> GoingOn | None:
+def find_same(store: RunStore, resolved: Resolved, ranks: int = 1) -> ResumePlan | None:
     """The newest run of the same settings, where it is unfinished and has a whole checkpoint.
 
     Args:
@@ -295,7 +295,7 @@ def _find_same_damaged(store: RunStore, run_id: str, wanted: Settings) -> RunRec
     return _load_or_rebuild(store, run_id) if is_same else None
 
 
-def _with_checkpoint(store: RunStore, record: RunRecord) -> GoingOn | None:
+def _with_checkpoint(store: RunStore, record: RunRecord) -> ResumePlan | None:
     try:
         found = prepare(store, record)
     except CheckpointInvalidError:

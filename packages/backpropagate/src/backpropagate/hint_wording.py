@@ -21,7 +21,7 @@ class PythonWording:
 
     def command(self, words: Sequence[str], settings: Settings) -> str:
         """``backprop show-run 20261123 --output ./out``: the facade comes with the command."""
-        from backpropagate.cli.wording import CommandLineWording
+        from backpropagate.cli.hint_wording import CommandLineWording
 
         return CommandLineWording().command(words, settings)
 

@@ -10,9 +10,9 @@ import orjson
 import psutil
 import pytest
 
-from backpropagate import rendezvous
+from backpropagate.distributed import secret as rank_secret
+from backpropagate.distributed.secret import given_secret, publish_secret, read_secret, remove_secret
 from backpropagate.errors import RanksTokenError
-from backpropagate.rendezvous import given_secret, publish_secret, read_secret, remove_secret
 
 LAUNCH = "127.0.0.1:29500"
 posix = pytest.mark.skipif(os.name != "posix", reason="Windows gives each user a folder of its own")
@@ -24,7 +24,7 @@ def environ(tmp_path):
 
 
 def file_of(environ):
-    return rendezvous._file(LAUNCH, environ)
+    return rank_secret._file(LAUNCH, environ)
 
 
 def leave(environ, pid, start):
@@ -49,7 +49,7 @@ def test_only_this_user_can_read_it(environ):
 
 
 def test_without_a_runtime_folder_a_temporary_one_is_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr(rendezvous.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(rank_secret.tempfile, "tempdir", str(tmp_path))
     secret = publish_secret(LAUNCH, {"XDG_RUNTIME_DIR": str(tmp_path / "none")})
     assert read_secret(LAUNCH, {}) == secret
     assert [folder.name.partition("-")[0] for folder in tmp_path.iterdir()] == ["backpropagate"]
@@ -82,10 +82,10 @@ def test_a_rank_waits_for_rank_0_and_passes_over_what_an_earlier_launch_left(env
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         born = psutil.Process(gone.pid).create_time()
     leave(environ, gone.pid, born)
-    found = [rendezvous._read(file_of(environ))]
+    found = [rank_secret._read(file_of(environ))]
     for damaged in (b"", b"[]", b"{}", b'{"main_process": [1]}'):
         file_of(environ).write_bytes(damaged)
-        found.append(rendezvous._read(file_of(environ)))
+        found.append(rank_secret._read(file_of(environ)))
     assert found == [None] * 5
     leave(environ, gone.pid, born)
     found.clear()
@@ -106,7 +106,7 @@ def test_rank_0_does_not_take_the_place_of_another_that_runs(environ):
 
 
 def test_a_rank_whose_rank_0_never_comes_ends_by_a_code(environ, monkeypatch):
-    monkeypatch.setattr(rendezvous, "_PATIENCE", 0.1)
+    monkeypatch.setattr(rank_secret, "_PATIENCE", 0.1)
     with pytest.raises(RanksTokenError, match="left no token"):
         read_secret(LAUNCH, environ)
 

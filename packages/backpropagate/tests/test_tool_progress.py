@@ -10,8 +10,8 @@ import sys
 import pytest
 from rich.console import Console
 
-from backpropagate.cli.live import LiveScreen
-from backpropagate.cli.screen import PlainScreen, loss_plot, spark
+from backpropagate.cli.live_progress import LiveScreen
+from backpropagate.cli.progress import PlainScreen, loss_plot, spark
 from bp_runs.events import EvalDone, Notice, StepDone
 
 

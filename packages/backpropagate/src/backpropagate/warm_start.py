@@ -8,8 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from backpropagate.adapter_lookup import Selection, find_adapter, materialize
 from backpropagate.errors import AdapterSelectionError
-from backpropagate.selecting import Selection, find_adapter, materialize
 from backpropagate.settings import Resolved, Source, from_record
 from bp_runs.adapter import is_other_base, read_adapter_folder, read_manifest
 from bp_runs.errors import AdapterInvalidError, InvalidSettingError
@@ -30,7 +30,7 @@ def settle_start(resolved: Resolved, output: Path, rail: Rail | None = None) -> 
 
     Raises:
         InvalidSettingError: Full fine-tuning, or an adapter that starts from pissa or loftq.
-        CodedError: As `backpropagate.selecting.find_adapter`.
+        CodedError: As `backpropagate.adapter_lookup.find_adapter`.
     """
     wanted = resolved.settings
     if wanted.training.start_from is None:

@@ -25,7 +25,7 @@ _COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8e5ea2", "#d19c1d", "#4d4d4d", "#
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreCard:
+class Scorecard:
     """What each run did to the data of the runs before it."""
 
     runs: tuple[str, ...] = ()
@@ -46,12 +46,12 @@ class ScoreCard:
     scores_before: tuple[float, ...] = ()
     """As ``before_run``, of the metric."""
 
-    def add_scores(self, metric: str, row: Sequence[float], before: float) -> ScoreCard:
+    def add_scores(self, metric: str, row: Sequence[float], before: float) -> Scorecard:
         """The card with the newest run's row of a metric too."""
         scores, old = (*self.scores, tuple(row)), (*self.scores_before, before)
         return replace(self, metric=metric, scores=scores, scores_before=old)
 
-    def add(self, run: str, name: str, *, row: Sequence[float], tuned: float, before: float) -> ScoreCard:
+    def add(self, run: str, name: str, *, row: Sequence[float], tuned: float, before: float) -> Scorecard:
         """The card after one more run.
 
         Args:
@@ -105,7 +105,7 @@ class ScoreCard:
         return {**lists, **rows, "metric": self.metric, "merge": self.merge, **means}
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> ScoreCard:
+    def from_dict(cls, data: dict[str, Any]) -> Scorecard:
         """The card that `to_dict` wrote."""
         return cls(
             runs=tuple(data["runs"]),
@@ -120,7 +120,7 @@ class ScoreCard:
         )
 
 
-def card_text(card: ScoreCard) -> str:
+def card_text(card: Scorecard) -> str:
     """The card for a terminal; empty before the first run."""
     if not card.losses:
         return ""
@@ -138,7 +138,7 @@ def card_text(card: ScoreCard) -> str:
     return "\n".join(lines)
 
 
-def _score_lines(card: ScoreCard) -> list[str]:
+def _score_lines(card: Scorecard) -> list[str]:
     """The metric's matrix for a terminal, where there is one."""
     if card.metric is None:
         return []
@@ -147,7 +147,7 @@ def _score_lines(card: ScoreCard) -> list[str]:
     return [f"  {head}", *(f"  {name:<28}" + "".join(f"{score:>9.3f}" for score in row) for name, row in rows)]
 
 
-def _means(card: ScoreCard) -> list[str]:
+def _means(card: Scorecard) -> list[str]:
     found = [f"merged by {card.merge}"] if card.merge not in (None, "none") else []
     found += [] if card.average is None else [f"average {card.average:.3f}"]
     signed = (
@@ -159,7 +159,7 @@ def _means(card: ScoreCard) -> list[str]:
     return found + ([f"{card.metric} {fmean(card.scores[-1]):.3f}"] if card.scores else [])
 
 
-def card_html(card: ScoreCard, title: str) -> str:
+def card_html(card: Scorecard, title: str) -> str:
     """The card as one page without anything from elsewhere: the matrix, coloured, and each run's loss over the runs."""
     flat = [loss for row in card.losses for loss in row] or [0.0]
     low, span = min(flat), (max(flat) - min(flat)) or 1.0
@@ -175,7 +175,7 @@ def card_html(card: ScoreCard, title: str) -> str:
     )
 
 
-def _table(card: ScoreCard, matrix: Sequence[Sequence[float]], good: float, bad: float) -> str:
+def _table(card: Scorecard, matrix: Sequence[Sequence[float]], good: float, bad: float) -> str:
     """A matrix, from green for ``good`` to red for ``bad``."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in card.names)
     rows = ""
@@ -188,7 +188,7 @@ def _table(card: ScoreCard, matrix: Sequence[Sequence[float]], good: float, bad:
     return f"<table><tr><th></th>{head}</tr>{rows}</table>"
 
 
-def _lines(card: ScoreCard, low: float, span: float) -> str:
+def _lines(card: Scorecard, low: float, span: float) -> str:
     """One line for each run's held-out rows, from that run on."""
     count, width, height = len(card.losses), 640, 260
     step = (width - 60) / max(1, count - 1)

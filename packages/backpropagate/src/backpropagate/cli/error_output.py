@@ -16,7 +16,7 @@ from typing import NoReturn, TextIO
 
 from backpropagate import system
 from backpropagate.cli.process import set_environment
-from backpropagate.stopping import stop_signals
+from backpropagate.interrupts import stop_signals
 from bp_runs.errors import CodedError, RunFailedError
 from bp_runs.redact import redact
 
@@ -70,7 +70,7 @@ def report_error(error: CodedError, *, as_json: bool) -> int:
     Where logs are JSON lines, it is one of them.
     """
     if as_json:
-        from backpropagate.cli.screen import print_json
+        from backpropagate.cli.progress import print_json
 
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a stdout that nobody reads any more
             print_json("error", {"error": error.to_dict()})

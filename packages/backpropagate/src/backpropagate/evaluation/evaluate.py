@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from backpropagate import catalogue, rails, selecting, settings, system
-from backpropagate.comparing import METRICS, Difference, Metric, compare_answers, compare_losses, matches
+from backpropagate import adapter_lookup, catalogue, rails, settings, system
 from backpropagate.errors import EvalDataError, EvalGateError, EvalRailError
+from backpropagate.evaluation.compare import METRICS, Difference, Metric, compare_answers, compare_losses, matches
 from bp_runs.adapter import AdapterFolder, read_adapter_folder
 from bp_runs.errors import InvalidSettingError, RunNotFoundError
 from bp_runs.events import Emit
@@ -171,7 +171,7 @@ def find_adapter(target: str | None, output: Path) -> _Subject:
     """
     path = adapter_folder(output) if target is None else system.to_path(target)
     if target is not None and not path.exists():
-        path = selecting.find_adapter(target, output)
+        path = adapter_lookup.find_adapter(target, output)
     folder = read_adapter_folder(path)
     return _Subject(path, folder, _record_of(folder, path, output))
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from cyclopts import CycloptsError, UnknownCommandError, UnknownOptionError
 
-from backpropagate import oldnames
-from backpropagate.cli.switches import SWITCHES
+from backpropagate import legacy_names
+from backpropagate.cli.global_flags import SWITCHES
 from backpropagate.errors import CommandLineError, OldNameError
 from backpropagate.settings import nearest
 from bp_runs.errors import CodedError
@@ -25,7 +25,7 @@ def explain(error: CycloptsError, commands: Sequence[str]) -> CodedError:
     fix = f"See what it takes: backprop {' '.join((*chain, '--help'))}"
     if isinstance(error, UnknownOptionError):
         flag = (error.token.keyword or error.token.value).partition("=")[0]
-        if chain and (old := oldnames.find_flag(" ".join(chain), flag)):
+        if chain and (old := legacy_names.find_flag(" ".join(chain), flag)):
             return OldNameError(f"backprop {' '.join(chain)} has no {flag} any more", cause=old.why, fix=old.now)
         known = {name for argument in error.argument_collection if argument.parse for name in argument.names}
         known |= {switch.flag for switch in SWITCHES}
@@ -35,9 +35,9 @@ def explain(error: CycloptsError, commands: Sequence[str]) -> CodedError:
 
 def _unknown_command(chain: Sequence[str], word: str, commands: Iterable[str]) -> CodedError:
     typed = " ".join((*chain, word))
-    if old := oldnames.find_command(typed):
+    if old := legacy_names.find_command(typed):
         return OldNameError(f"backprop {typed} is no command any more", cause=old.why, fix=old.now)
-    if chain and (old := oldnames.find_flag(" ".join(chain), word)):
+    if chain and (old := legacy_names.find_flag(" ".join(chain), word)):
         return OldNameError(f"backprop {' '.join(chain)} has no {word} any more", cause=old.why, fix=old.now)
     depth = len(chain)
     known = {name.split()[depth] for name in commands if name.split()[:depth] == list(chain) and name != typed}

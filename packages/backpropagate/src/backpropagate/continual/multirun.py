@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from backpropagate import catalogue
+from backpropagate.continual.scorecard import Scorecard
+from backpropagate.continual.slices import PLAN_FILE, Slice, read_slices, write_slices
+from backpropagate.continual.stream import JUDGED, SLICES, START, Progress, Stream, join_outcomes, read_progress
 from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
-from backpropagate.resuming import resume_line
-from backpropagate.scorecard import ScoreCard
+from backpropagate.resume_plan import resume_line
 from backpropagate.session import RunSession, SessionContext
 from backpropagate.settings import all_settings, anchored, resolve
-from backpropagate.slices import PLAN_FILE, Slice, read_slices, write_slices
-from backpropagate.stream import JUDGED, SLICES, START, Progress, Stream, join_outcomes, read_progress
 from bp_runs import keep_base
 from bp_runs.errors import InterruptedRunError, InvalidSettingError
 from bp_runs.events import Emit, Notice
@@ -43,7 +43,7 @@ class MultiRunResult:
     """Ids of the single runs that were taken in."""
     rejected: tuple[str, ...]
     """Ids of those that the gate left out."""
-    card: ScoreCard
+    card: Scorecard
     outcome: TrainOutcome
     record: RunRecord
 

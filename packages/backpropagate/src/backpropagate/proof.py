@@ -7,7 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from backpropagate import catalogue, rails, resuming, settings, system
+from backpropagate import catalogue, rails, resume_plan, settings, system
 from backpropagate.errors import ProofFailedError
 from backpropagate.system import where
 from bp_runs.errors import InvalidSettingError, ProofUnsupportedError, RunNotFoundError
@@ -41,7 +41,7 @@ def prove_run(store: RunStore, run: str | None, *, steps: int = 10, rail: Rail |
             f"the run {record.run_id} recorded no step",
             fix=f"Choose a run that trained: backprop list-runs{where(store.output)}",
         )
-    wanted = resuming.pin(settings.from_record(record).settings, record)
+    wanted = resume_plan.pin(settings.from_record(record).settings, record)
     rail = rail or rails.choose_rail(record.rail)
     if not isinstance(rail, ReplaysSteps):
         raise ProofUnsupportedError(

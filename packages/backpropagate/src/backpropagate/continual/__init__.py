@@ -1,0 +1,1 @@
+"""Continual training: several datasets in sequence, merged with SLAO. Start with `multirun`; `stream` is its loop."""
