@@ -29,7 +29,7 @@ MUTATIONS = (
     Mutation(
         "mask",
         "only the assistant's tokens are trained on",
-        "bp-data/src/bp_data/mask.py",
+        "bp-data/src/bp_data/labels/spans.py",
         "low, high = bisect_left(starts, span.start), bisect_left(starts, span.end)",
         "low, high = bisect_left(starts, span.start) - 2, bisect_left(starts, span.end)",
         "bp-data/tests/test_data_masks.py::test_chatml_learns_answers_with_their_end_and_no_line_feed",
@@ -37,7 +37,7 @@ MUTATIONS = (
     Mutation(
         "mask proof",
         "tokens to train on are decoded and compared with the assistant's text",
-        "bp-data/src/bp_data/mask.py",
+        "bp-data/src/bp_data/labels/spans.py",
         "    verify(encoded, mask, marked, tokenizer)\n    return encoded.ids, mask",
         "    return encoded.ids, mask",
         "bp-data/tests/test_data_masks.py::test_a_tokenizer_that_loses_bytes_is_found_out",
@@ -45,7 +45,7 @@ MUTATIONS = (
     Mutation(
         "packing: positions",
         "each packed example starts at position 0",
-        "bp-data/src/bp_data/pack.py",
+        "bp-data/src/bp_data/packing.py",
         'array("i", (place for length in self.lengths for place in range(length)))',
         'array("i", range(sum(self.lengths)))',
         "bp-data/tests/test_data_pack.py::test_loss_and_gradients_of_a_pack_are_those_of_its_rows",
@@ -53,7 +53,7 @@ MUTATIONS = (
     Mutation(
         "packing: first token",
         "no packed example predicts the first token of the next",
-        "bp-data/src/bp_data/pack.py",
+        "bp-data/src/bp_data/packing.py",
         'mask += b"\\x00" + row.mask[1:]',
         "mask += row.mask",
         "bp-data/tests/test_data_pack.py::test_packing_keeps_every_token_once",
@@ -61,7 +61,7 @@ MUTATIONS = (
     Mutation(
         "packing: attention",
         "no packed example attends to another",
-        "bp-data/src/bp_data/pack.py",
+        "bp-data/src/bp_data/packing.py",
         "seen <= at and owner[seen] == owner[at]",
         "seen <= at",
         "bp-data/tests/test_data_pack.py::test_the_block_mask_never_reaches_into_another_row",
@@ -85,7 +85,7 @@ MUTATIONS = (
     Mutation(
         "held-out rows",
         "validation rows are not trained on",
-        "bp-data/src/bp_data/split.py",
+        "bp-data/src/bp_data/token_rows.py",
         "for place in range(len(rows)) if place not in places)",
         "for place in range(len(rows)))",
         "bp-data/tests/test_data_prepare.py::test_the_split_is_small_disjoint_and_repeatable",
@@ -117,7 +117,7 @@ MUTATIONS = (
     Mutation(
         "truncation",
         "a truncated chat keeps an end token where it can",
-        "bp-data/src/bp_data/overflow.py",
+        "bp-data/src/bp_data/packing.py",
         "            return place + 1\n",
         "            return place\n",
         "bp-data/tests/test_data_store.py::test_a_cut_keeps_the_terminator_where_it_can",

@@ -28,13 +28,13 @@ from bp_data import (
     report_html,
     report_text,
 )
-from bp_data.batch import Encoder
 from bp_data.errors import RowFault
 from bp_data.example import Rejected, Row
 from bp_data.files import load_zstd
+from bp_data.labels.encoder import Encoder
 from bp_data.ledger import Ledger
-from bp_data.overflow import fit_row
-from bp_data.tokenrow import TokenRow
+from bp_data.packing import fit_row
+from bp_data.token_rows import TokenRow
 from bp_runs.errors import CodedError
 
 _spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))

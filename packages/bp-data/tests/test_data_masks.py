@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bp_data import ChatTemplate, load_template, load_tokenizer
-from bp_data.batch import Encoder
 from bp_data.errors import RowFault, RowFaultError, TemplateFailedError
 from bp_data.example import Chat, Message, Rejected, Row, Text
-from bp_data.mask import Span, find_spans, mask_chat, mask_runs, mask_text, mask_tokens
+from bp_data.labels.encoder import Encoder
+from bp_data.labels.spans import Span, find_spans, mask_chat, mask_runs, mask_text, mask_tokens
 
 # Tests are imported one by one, so a sibling is loaded by its path.
 _spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))

@@ -12,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bp_data import PairRow, TokenRow, TokenRows, prepare, prepare_judged, prepare_pairs, split_rows
-from bp_data.answers import JudgedRow
 from bp_data.errors import RowFault
 from bp_data.example import Rejected
 from bp_data.ledger import Ledger
 from bp_data.loop.plan import MAX_STEPS, MIN_STEPS, count_rows, hold_out, plan_run
 from bp_data.loop.plan_warnings import warn_about_plan
-from bp_data.overflow import fit_row
-from bp_data.store import TokenWriter
+from bp_data.packing import fit_row
+from bp_data.token_rows import JudgedRow, TokenWriter
 from bp_runs.errors import ContractError, InvalidSettingError
 from bp_runs.events import RowCounts, RunPlanned
 from bp_runs.spec import LoraSpec, Settings, TrainingSpec

@@ -5,10 +5,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from bp_data.batch import Encoder
 from bp_data.example import Row
-from bp_data.mask import Marked, Span
-from bp_data.spelling import Spelling
+from bp_data.labels.encoder import Encoder
+from bp_data.labels.spans import Marked, Span
+from bp_data.labels.spelling import Spelling
 from bp_data.templates.reader import load_template
 from bp_data.tokens import Tokenizer, load_tokenizer
 

@@ -22,12 +22,12 @@ from bp_data import (
     preview_file,
     split_rows,
 )
-from bp_data.batch import Encoder
 from bp_data.errors import DatasetGateError, DatasetInvalidError, DatasetParseFailedError, RowFault, RowFaultError
 from bp_data.example import Chat, Message, Rejected, Row
-from bp_data.mask import find_spans, mask_chat
-from bp_data.skeleton import SpanFinder
-from bp_data.store import TOKENS_FILE, TokenWriter
+from bp_data.labels.encoder import Encoder
+from bp_data.labels.shapes import SpanFinder
+from bp_data.labels.spans import find_spans, mask_chat
+from bp_data.token_rows import TOKENS_FILE, TokenWriter
 from bp_runs.errors import ContractError
 
 _spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from bp_data import load_template, load_tokenizer
-from bp_data.batch import Encoder
 from bp_data.example import Chat, Message, Row
-from bp_data.mask import mask_chat
+from bp_data.labels.encoder import Encoder
+from bp_data.labels.spans import mask_chat
 
 transformers = pytest.importorskip("transformers")
 _found = importlib.util.find_spec("trl")

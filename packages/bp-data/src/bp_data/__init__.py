@@ -4,10 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bp_data.answers import AnswerRows, JudgedRow, JudgedRows, PairRow, PairRows
     from bp_data.asked import prepare_asked, require_fitting
     from bp_data.convert import ConvertResult, clean_file, convert_example, convert_file, split_file
-    from bp_data.dataset import Prepared, prepare, tokenize_rows
     from bp_data.dedupe import Contaminated, Duplicate, find_contamination, find_duplicates
     from bp_data.errors import (
         DataError,
@@ -27,138 +25,58 @@ if TYPE_CHECKING:
     )
     from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
     from bp_data.formats import parse_row
-    from bp_data.gate import Gate, check_gate
     from bp_data.hub import HubData, fetch_dataset, looks_like_hub_name
-    from bp_data.ledger import Ledger
-    from bp_data.pack import PackedRow, build_pack, iter_packs, pack_rows, plan_packs
-    from bp_data.pairs import Compared, prepare_judged, prepare_pairs
+    from bp_data.ledger import Gate, Ledger, check_gate
+    from bp_data.packing import PackedRow, build_pack, iter_packs, pack_rows, plan_packs
+    from bp_data.preference import Compared, prepare_judged, prepare_pairs
+    from bp_data.preparation import Prepared, prepare, tokenize_rows
     from bp_data.preview import PreviewedRow, PreviewToken, preview_file, preview_rows
     from bp_data.quality import Limits, Report, build_report, check_limits
     from bp_data.read import read_rows
     from bp_data.reasoning import TraceBand
     from bp_data.report import report_html, report_text
-    from bp_data.split import split_rows
-    from bp_data.store import TokenRows
     from bp_data.templates.engine import ChatTemplate
     from bp_data.templates.reader import DEFAULT_TEMPLATE_NAME, load_template
-    from bp_data.tokenrow import IGNORED, TokenRow
+    from bp_data.token_rows import (
+        IGNORED,
+        AnswerRows,
+        JudgedRow,
+        JudgedRows,
+        PairRow,
+        PairRows,
+        TokenRow,
+        TokenRows,
+        split_rows,
+    )
     from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 
 _HOMES = {
-    "answers": (
-        "AnswerRows",
-        "JudgedRow",
-        "JudgedRows",
-        "PairRow",
-        "PairRows",
-    ),
-    "asked": (
-        "prepare_asked",
-        "require_fitting",
-    ),
-    "dataset": (
-        "Prepared",
-        "prepare",
-        "tokenize_rows",
-    ),
-    "dedupe": (
-        "Contaminated",
-        "Duplicate",
-        "find_contamination",
-        "find_duplicates",
-    ),
+    "asked": "prepare_asked require_fitting",
+    "convert": "ConvertResult clean_file convert_example convert_file split_file",
+    "dedupe": "Contaminated Duplicate find_contamination find_duplicates",
     "errors": (
-        "DataError",
-        "DatasetAccessError",
-        "DatasetEmptyError",
-        "DatasetFormatUnsupportedError",
-        "DatasetGateError",
-        "DatasetInvalidError",
-        "DatasetNotFoundError",
-        "DatasetParseFailedError",
-        "DatasetPartUnknownError",
-        "DatasetUnreachableError",
-        "DatasetUnreadableError",
-        "RowFault",
-        "TemplateFailedError",
-        "TokenizerInvalidError",
+        "DataError DatasetAccessError DatasetEmptyError DatasetFormatUnsupportedError DatasetGateError "
+        "DatasetInvalidError DatasetNotFoundError DatasetParseFailedError DatasetPartUnknownError "
+        "DatasetUnreachableError DatasetUnreadableError RowFault TemplateFailedError TokenizerInvalidError"
     ),
-    "example": (
-        "Chat",
-        "Example",
-        "Judged",
-        "Message",
-        "Preference",
-        "Rejected",
-        "Row",
-        "Text",
-    ),
-    "formats": ("parse_row",),
-    "gate": (
-        "Gate",
-        "check_gate",
-    ),
-    "hub": (
-        "HubData",
-        "fetch_dataset",
-        "looks_like_hub_name",
-    ),
-    "ledger": ("Ledger",),
-    "pack": (
-        "PackedRow",
-        "build_pack",
-        "iter_packs",
-        "pack_rows",
-        "plan_packs",
-    ),
-    "pairs": (
-        "Compared",
-        "prepare_judged",
-        "prepare_pairs",
-    ),
-    "preview": (
-        "PreviewToken",
-        "PreviewedRow",
-        "preview_file",
-        "preview_rows",
-    ),
-    "quality": (
-        "Limits",
-        "Report",
-        "build_report",
-        "check_limits",
-    ),
-    "read": ("read_rows",),
-    "reasoning": ("TraceBand",),
-    "report": (
-        "report_html",
-        "report_text",
-    ),
-    "convert": (
-        "ConvertResult",
-        "clean_file",
-        "convert_example",
-        "convert_file",
-        "split_file",
-    ),
-    "split": ("split_rows",),
-    "store": ("TokenRows",),
-    "templates.engine": ("ChatTemplate",),
-    "templates.reader": (
-        "DEFAULT_TEMPLATE_NAME",
-        "load_template",
-    ),
-    "tokenrow": (
-        "IGNORED",
-        "TokenRow",
-    ),
-    "tokens": (
-        "Tokenizer",
-        "TokenizerFacts",
-        "load_tokenizer",
-    ),
+    "example": "Chat Example Judged Message Preference Rejected Row Text",
+    "formats": "parse_row",
+    "hub": "HubData fetch_dataset looks_like_hub_name",
+    "ledger": "Gate Ledger check_gate",
+    "packing": "PackedRow build_pack iter_packs pack_rows plan_packs",
+    "preference": "Compared prepare_judged prepare_pairs",
+    "preparation": "Prepared prepare tokenize_rows",
+    "preview": "PreviewToken PreviewedRow preview_file preview_rows",
+    "quality": "Limits Report build_report check_limits",
+    "read": "read_rows",
+    "reasoning": "TraceBand",
+    "report": "report_html report_text",
+    "templates.engine": "ChatTemplate",
+    "templates.reader": "DEFAULT_TEMPLATE_NAME load_template",
+    "token_rows": "AnswerRows IGNORED JudgedRow JudgedRows PairRow PairRows TokenRow TokenRows split_rows",
+    "tokens": "Tokenizer TokenizerFacts load_tokenizer",
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
     "DEFAULT_TEMPLATE_NAME",

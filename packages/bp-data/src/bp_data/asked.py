@@ -6,8 +6,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from bp_data.dataset import Prepared, prepare
-from bp_data.pairs import Compared, JudgedRow, PairRow, prepare_judged, prepare_pairs
+from bp_data.preference import Compared, JudgedRow, PairRow, prepare_judged, prepare_pairs
+from bp_data.preparation import Prepared, prepare
 from bp_data.reasoning import TraceBand
 from bp_runs.errors import InvalidSettingError
 from bp_runs.methods import METHODS

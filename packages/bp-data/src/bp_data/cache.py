@@ -16,8 +16,8 @@ import orjson
 from bp_data.errors import RowFault
 from bp_data.example import Rejected
 from bp_data.ledger import Ledger
-from bp_data.store import INDEX_FILE, TOKENS_FILE, TokenRows
 from bp_data.templates.engine import ChatTemplate
+from bp_data.token_rows import INDEX_FILE, TOKENS_FILE, TokenRows
 from bp_data.tokens import Tokenizer
 from bp_runs.files import sha256_file
 

@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, Final, Literal, TypeAlias
 
 import orjson
 
-from bp_data.batch import excerpt_row
-from bp_data.dataset import Dedup, OnBadRow, bad_row
 from bp_data.dedupe import exact_key, reject_duplicates, row_text
 from bp_data.errors import DatasetFormatUnsupportedError, RowFault, RowFaultError
 from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
 from bp_data.files import list_files
 from bp_data.formats import parse_row
+from bp_data.labels.encoder import excerpt_row
 from bp_data.ledger import Ledger
+from bp_data.preparation import Dedup, OnBadRow, bad_row
 from bp_data.quality import find_personal
 from bp_data.read import read_rows
 from bp_runs.errors import ContractError, OutputTakenError

@@ -8,17 +8,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
-from bp_data.answers import JudgedRow, PairRow
 from bp_data.asked import AnyPrepared
-from bp_data.batch import Encoder
-from bp_data.dataset import is_document, load_source, tokenizer_facts
 from bp_data.errors import RowFaultError
 from bp_data.example import Chat, Judged, Rejected, Row, Text
 from bp_data.formats import parse_row
-from bp_data.overflow import OnOverflow, cut_row
+from bp_data.labels.encoder import Encoder
+from bp_data.packing import OnOverflow, cut_row
+from bp_data.preparation import is_document, load_source, tokenizer_facts
 from bp_data.read import read_rows
 from bp_data.templates.engine import ChatTemplate
-from bp_data.tokenrow import TokenRow
+from bp_data.token_rows import JudgedRow, PairRow, TokenRow
 from bp_data.tokens import Tokenizer
 
 Answer: TypeAlias = Literal["", "chosen", "rejected", "good", "bad"]

@@ -11,16 +11,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from bp_data.batch import Encoder
-from bp_data.dataset import load_source
 from bp_data.dedupe import Duplicate, find_contamination, find_duplicates, row_text
 from bp_data.errors import DatasetGateError
 from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Text
 from bp_data.files import list_files, sha256_data
 from bp_data.formats import parse_row
+from bp_data.labels.encoder import Encoder
+from bp_data.preparation import load_source
 from bp_data.read import read_rows
 from bp_data.templates.engine import ChatTemplate
-from bp_data.tokenrow import TokenRow
+from bp_data.token_rows import TokenRow
 from bp_data.tokens import Tokenizer
 from bp_runs.redact import MASK, redact
 from bp_runs.wording import command_ref

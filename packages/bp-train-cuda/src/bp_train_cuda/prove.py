@@ -12,8 +12,8 @@ import orjson
 import torch
 
 from bp_data import TokenRow
-from bp_data.answers import JudgedRow, PairRow
 from bp_data.asked import AnyPrepared
+from bp_data.token_rows import JudgedRow, PairRow
 from bp_runs.errors import ProofUnsupportedError
 from bp_runs.rail import Replay
 from bp_runs.record import RunRecord

@@ -19,8 +19,8 @@ import orjson
 
 from backpropagate.errors import RunsAndRowsError
 from bp_data import Rejected, Row, read_rows
-from bp_data.dataset import bad_row
 from bp_data.dedupe import exact_key
+from bp_data.preparation import bad_row
 from bp_runs.files import coded_disk_errors, publish_folder
 from bp_runs.methods import METHODS
 from bp_runs.spec import Settings

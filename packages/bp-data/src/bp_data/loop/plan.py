@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import compress
 from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
 
-from bp_data.answers import AnswerRows, JudgedRow, JudgedRows, PairRow
 from bp_data.ledger import Ledger
-from bp_data.store import TokenRows
+from bp_data.token_rows import AnswerRows, JudgedRow, JudgedRows, PairRow, TokenRows
 from bp_runs.errors import InvalidSettingError
 from bp_runs.events import RowCounts, RunPlanned
 from bp_runs.spec import TrainingSpec

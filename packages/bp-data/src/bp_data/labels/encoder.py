@@ -1,4 +1,4 @@
-"""Tokens and masks of many rows at a time, the same as `bp_data.mask` gives for each alone.
+"""Tokens and masks of many rows at a time, the same as `bp_data.labels.spans` gives for each alone.
 
 While one batch is encoded by the tokenizer's own threads, another is checked and the next is read and rendered.
 """
@@ -18,7 +18,8 @@ import orjson
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat, Rejected, Row, Text
 from bp_data.formats import parse_row
-from bp_data.mask import (
+from bp_data.labels.shapes import SpanFinder
+from bp_data.labels.spans import (
     Marked,
     compare_run,
     mask_marked,
@@ -27,12 +28,11 @@ from bp_data.mask import (
     merge_spans,
     require_unicode,
 )
+from bp_data.labels.spelling import Spelling
 from bp_data.read import excerpt
 from bp_data.reasoning import TraceBand, find_trace, keep_trace
-from bp_data.skeleton import SpanFinder
-from bp_data.spelling import Spelling
 from bp_data.templates.engine import ChatTemplate
-from bp_data.tokenrow import TokenRow
+from bp_data.token_rows import TokenRow
 from bp_data.tokens import Tokenizer
 
 _ROWS: Final = 256  # rows in a batch

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 from bp_data import cache as cached
-from bp_data.batch import Encoder
 from bp_data.errors import (
     DatasetFormatUnsupportedError,
     DatasetInvalidError,
@@ -19,15 +18,14 @@ from bp_data.errors import (
 )
 from bp_data.example import Rejected, Row
 from bp_data.files import sha256_data
-from bp_data.gate import Gate
-from bp_data.ledger import Ledger
-from bp_data.overflow import OnOverflow, fit_row
+from bp_data.labels.encoder import Encoder
+from bp_data.ledger import Gate, Ledger
+from bp_data.packing import OnOverflow, fit_row
 from bp_data.read import AS_UTF8, locate_row, read_rows
 from bp_data.reasoning import TraceBand
-from bp_data.store import TokenRows, TokenWriter
 from bp_data.templates.engine import ChatTemplate
 from bp_data.templates.reader import load_template
-from bp_data.tokenrow import TokenRow
+from bp_data.token_rows import TokenRow, TokenRows, TokenWriter
 from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 from bp_runs.errors import ContractError
 from bp_runs.files import publish_folder

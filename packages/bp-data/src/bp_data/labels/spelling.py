@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Final
 
-from bp_data.mask import Marked
+from bp_data.labels.spans import Marked
 from bp_data.tokens import Tokenizer
 
 _UNKNOWN: Final = b"\xff"  # stands in no UTF-8, so a text with such a token never compares equal

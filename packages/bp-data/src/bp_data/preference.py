@@ -8,20 +8,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, Literal, TypeAlias
 
-from bp_data.answers import AnswerRows, JudgedRow, JudgedRows, PairRow, PairRows, T
-from bp_data.batch import Encoder, excerpt_row
-from bp_data.dataset import Curriculum, Dedup, OnBadRow, Source, is_filtered, load_source, take_rows, tokenizer_facts
-from bp_data.dataset import bad_row as error_of
 from bp_data.errors import DatasetGateError, RowFault, RowFaultError
 from bp_data.example import Chat, Judged, Preference, Rejected, Row
 from bp_data.files import sha256_data
 from bp_data.formats import parse_row
-from bp_data.gate import Gate
-from bp_data.ledger import Ledger
-from bp_data.overflow import OnOverflow, cut_row
-from bp_data.store import TokenRows, TokenWriter
+from bp_data.labels.encoder import Encoder, excerpt_row
+from bp_data.ledger import Gate, Ledger
+from bp_data.packing import OnOverflow, cut_row
+from bp_data.preparation import (
+    Curriculum,
+    Dedup,
+    OnBadRow,
+    Source,
+    is_filtered,
+    load_source,
+    take_rows,
+    tokenizer_facts,
+)
+from bp_data.preparation import bad_row as error_of
 from bp_data.templates.engine import ChatTemplate
-from bp_data.tokenrow import TokenRow
+from bp_data.token_rows import AnswerRows, JudgedRow, JudgedRows, PairRow, PairRows, T, TokenRow, TokenRows, TokenWriter
 from bp_data.tokens import Tokenizer, TokenizerFacts
 from bp_runs.errors import ContractError
 

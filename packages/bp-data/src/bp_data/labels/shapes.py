@@ -1,7 +1,7 @@
 """Where the assistant's turns stand in a rendered chat, found once for each order of roles.
 
 A template that writes its words around the turns' texts, whatever those are, gives the same words for every chat with
-the same roles. Those words, the skeleton, are taken from one chat of stand-ins, whose borders `bp_data.mask.find_spans`
+the same roles. Those words, the skeleton, are taken from one chat of stand-ins, whose borders `find_spans`
 finds and proves. A real chat is still rendered whole by the template; only where that rendering is, character for
 character, the skeleton with the chat's texts in it are the borders taken over. All else is searched the long way.
 """
@@ -13,7 +13,7 @@ from typing import Final
 
 from bp_data.errors import RowFaultError
 from bp_data.example import Chat, Message
-from bp_data.mask import Marked, Span, find_spans
+from bp_data.labels.spans import Marked, Span, find_spans
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 
