@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bp_train_cuda.errors import ShapesUnknownError
+from bp_runs.errors import ShapesUnknownError
 from bp_train_cuda.memory.estimate import Load, count_layer_bytes, count_saved_bytes, estimate, find_adapted
 from bp_train_cuda.memory.shapes import read_shapes
 

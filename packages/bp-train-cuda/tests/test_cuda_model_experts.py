@@ -11,9 +11,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bp_runs.errors import PackingError, TargetModulesError
 from bp_runs.spec import LoraSpec
 from bp_train_cuda import CudaRail
-from bp_train_cuda.errors import PackingError, TargetModulesError
 from bp_train_cuda.model import load, lora
 from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets, find_experts
 from bp_train_cuda.model.head import find_decoder, find_head

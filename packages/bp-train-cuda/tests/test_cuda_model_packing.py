@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig
 
 from bp_data import IGNORED, TokenRow, build_pack
+from bp_runs.errors import PackingError
 from bp_train_cuda import check
-from bp_train_cuda.errors import PackingError
 from bp_train_cuda.model.packing import Packing, check_packing, require_packable
 
 KEEPS_APART = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "cohere", "granitemoe", "minicpm3",

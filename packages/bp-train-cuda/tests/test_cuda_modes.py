@@ -15,7 +15,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from bp_data import prepare, split_rows
 from bp_runs import Settings
 from bp_runs.adapter import MODEL_SCHEMA, changed_files, read_manifest
-from bp_runs.errors import AdapterInvalidError, InvalidSettingError
+from bp_runs.errors import (
+    AdapterInvalidError,
+    FullModelTooLargeError,
+    InvalidSettingError,
+    ModelLoadError,
+    SequenceTooLongError,
+    TargetModulesError,
+    VocabularyError,
+)
 from bp_runs.events import AdapterSaved, EvalDone, ModelLoaded, StepDone
 from bp_runs.fingerprint import fingerprint_base
 from bp_runs.spec import LoraSpec, ModelSpec, TrainingSpec
@@ -23,17 +31,7 @@ from bp_train_cuda import CudaRail
 from bp_train_cuda.backend import Device, Mode, choose_dtype, choose_mode
 from bp_train_cuda.check import require_start
 from bp_train_cuda.engines.unsloth import require_unsloth
-from bp_train_cuda.errors import (
-    Bf16Error,
-    BitsandbytesError,
-    Fp8Error,
-    FullModelTooLargeError,
-    ModelLoadError,
-    SequenceTooLongError,
-    TargetModulesError,
-    UnslothError,
-    VocabularyError,
-)
+from bp_train_cuda.errors import Bf16Error, BitsandbytesError, Fp8Error, UnslothError
 from bp_train_cuda.model.fp8 import use_fp8
 from bp_train_cuda.model.lora import add_lora
 from bp_train_cuda.optim import choose_optimizer

@@ -11,9 +11,8 @@ from transformers import LlamaModel
 from bp_data import prepare
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
-from bp_runs.errors import OomExhaustedError
+from bp_runs.errors import GpuOutOfMemoryError, OomExhaustedError
 from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
-from bp_train_cuda.errors import GpuOutOfMemoryError
 from bp_train_cuda.examples import RowExamples
 from bp_train_cuda.guards.oom import TorchMemory
 from bp_train_cuda.optim import reset_state

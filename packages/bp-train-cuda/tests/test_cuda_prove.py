@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from cuda_training import spec_for, train
 
-from bp_runs.errors import ProofUnsupportedError
+from bp_runs.errors import GpuOutOfMemoryError, ProofUnsupportedError, TrainingFailedError
 from bp_runs.events import DataReady, ModelLoaded, StepDone
 from bp_runs.record import RunRecord
 from bp_train_cuda import CudaRail, prove, prove_loop
-from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
 
 STEPS = 3  # two of an epoch, the second with a micro-batch of one row, and one of the next
 CLOSE = 1e-5  # nats; float32 on a CPU

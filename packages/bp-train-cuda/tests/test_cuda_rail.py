@@ -18,22 +18,21 @@ from bp_data import DatasetGateError, TokenRow, load_template, load_tokenizer, p
 from bp_data.templates.conversations import hash_conversations
 from bp_runs import Settings, read_adapter_folder
 from bp_runs.adapter import changed_files, read_manifest
-from bp_runs.errors import DiskFullError, TrainingDivergedError
+from bp_runs.errors import (
+    DiskFullError,
+    ModeError,
+    ModelLoadError,
+    RemoteCodeError,
+    TargetModulesError,
+    TrainingDivergedError,
+    TrainingFailedError,
+)
 from bp_runs.events import DataReady, ModelLoaded, SampleAnswer, StepDone
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda import CudaRail
 from bp_train_cuda import train as train_alone
 from bp_train_cuda.backend import Device, choose_mode
-from bp_train_cuda.errors import (
-    BitsandbytesError,
-    DriverTooOldError,
-    GpuNotAvailableError,
-    ModeError,
-    ModelLoadError,
-    RemoteCodeError,
-    TargetModulesError,
-    TrainingFailedError,
-)
+from bp_train_cuda.errors import BitsandbytesError, DriverTooOldError, GpuNotAvailableError
 from bp_train_cuda.examples import RowExamples
 
 

@@ -352,3 +352,112 @@ class OomExhaustedError(RunFailedError):
         "Use shorter examples: {set:model.max_seq_length=1024}; a 4-bit base: {set:training.mode=qlora}; or a smaller "
         "model. See what fits: {do:estimate-vram}"
     )
+
+
+# What every rail may raise.
+
+
+class ModelLoadError(DependencyError):
+    """The base model cannot be loaded."""
+
+    code = "DEP_MODEL_LOAD_FAILED"
+    setting = "model.name"
+    when = "The base model's files are damaged, incomplete, or of a kind that the training libraries do not know."
+    default_fix = "Check the folder, or download the model again; see the installed versions: {do:info}"
+
+
+class RemoteCodeError(UserError):
+    """The model brings its own Python code, which is not run unasked."""
+
+    code = "CONFIG_TRUST_REMOTE_CODE_REQUIRED"
+    setting = "model.trust_remote_code"
+    when = "The model's config points to its own Python code, and trust_remote_code is off."
+    default_fix = "Read that code first; then set BACKPROPAGATE_MODEL__TRUST_REMOTE_CODE=true"
+
+
+class ShapesUnknownError(UserError):
+    """The sizes of a model cannot be read from its config."""
+
+    code = "INPUT_SHAPES_UNKNOWN"
+    setting = "model.name"
+    when = "A model's config.json names a kind of model that is not known, or lacks a size."
+    default_fix = "Check the folder's config.json; see models that are known to train: {do:models}"
+
+
+class SequenceTooLongError(UserError):
+    """Rows are longer than the model can tell positions apart."""
+
+    code = "CONFIG_SEQUENCE_TOO_LONG"
+    setting = "model.max_seq_length"
+    when = "A row has more tokens than the model's config has positions."
+    default_fix = "Truncate examples: {set:model.max_seq_length=2048}"
+
+
+class VocabularyError(UserError):
+    """The tokenizer makes tokens that the model has no embedding for."""
+
+    code = "INPUT_TOKENIZER_TOO_LARGE"
+    setting = "model.name"
+    when = "tokenizer.json has more tokens than the model's embedding has rows."
+    default_fix = "Use the tokenizer that came with the model, or a model whose embedding was resized for it."
+
+
+class PackingError(UserError):
+    """Packed examples would not be kept apart."""
+
+    code = "CONFIG_PACKING_MIXES_ROWS"
+    setting = "training.packing"
+    when = (
+        "packing was set for a model whose layers carry a state from one packed example to the next on this device: "
+        "hybrids such as Qwen3.5, Granite 4 and Falcon-H1 without their GPU kernels, or models that take no positions."
+    )
+    default_fix = "Train without packing: {set:training.packing=false}"
+
+
+class TargetModulesError(UserError):
+    """The adapter's target modules do not occur in the model, or cannot carry an adapter."""
+
+    code = "CONFIG_TARGET_MODULES"
+    setting = "lora.target_modules"
+    when = "No layer of the model has a name given as target module, or it is the embedding or the output layer."
+    default_fix = "Adapt all linear layers: {set:lora.target_modules=all-linear}"
+
+
+class ModeError(UserError):
+    """The mode cannot be trained on this device."""
+
+    code = "CONFIG_MODE_UNSUPPORTED"
+    setting = "training.mode"
+    when = (
+        "4-bit training with bitsandbytes was set on a CPU, where it can give wrong gradients without a word; or full "
+        "fine-tuning of a base that is already quantized."
+    )
+    default_fix = "Use a 16-bit base: {set:training.mode=lora}"
+
+
+class FullModelTooLargeError(RunFailedError):
+    """All weights of the model are too many to train."""
+
+    code = "RUNTIME_FULL_FT_MODEL_TOO_LARGE"
+    setting = "training.mode"
+    when = "mode full was asked for with a model of over 4 billion parameters."
+    default_fix = (
+        "Train an adapter: {set:training.mode=lora}; or all weights of a smaller model: Qwen-3.5-4B, Phi-4-mini-3.8B, "
+        "SmolLM3-3B, Llama-3.2-3B or Llama-3.2-1B."
+    )
+
+
+class GpuOutOfMemoryError(RunFailedError):
+    """The GPU has too little memory for a step."""
+
+    code = "RUNTIME_GPU_OOM"
+    when = "The GPU ran out of memory while loading or training; nothing of earlier runs is touched."
+    default_fix = "Use smaller batches or shorter examples: {set:training.batch_size=1 model.max_seq_length=1024}"
+
+
+class TrainingFailedError(RunFailedError):
+    """The training framework raised an error in the loop."""
+
+    code = "RUNTIME_TRAINING_FAILED"
+    when = "The training framework, such as torch or mlx, raised an error in the training loop."
+    default_fix = "Report it with the output of: {do:info}; the run's metrics.jsonl shows how far it came."

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import psutil
 import torch
 
-from bp_train_cuda.errors import Bf16Error, BitsandbytesError, FullModelTooLargeError, ModeError
+from bp_runs.errors import FullModelTooLargeError, ModeError
+from bp_train_cuda.errors import Bf16Error, BitsandbytesError
 from bp_train_cuda.memory.estimate import WEIGHTS_SHARE
 
 CPU_PARAMETER_LIMIT = 1_000_000_000

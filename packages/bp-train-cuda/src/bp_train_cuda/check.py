@@ -13,19 +13,20 @@ from safetensors import SafetensorError, safe_open
 from bp_data.asked import AnyPrepared
 from bp_data.loop.plan import require_length
 from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
-from bp_runs.errors import AdapterInvalidError, InvalidSettingError, first_line
+from bp_runs.errors import (
+    AdapterInvalidError,
+    InvalidSettingError,
+    SequenceTooLongError,
+    TargetModulesError,
+    VocabularyError,
+    first_line,
+)
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
 from bp_runs.wording import setting_ref
 from bp_train_cuda import backend
 from bp_train_cuda.engines import unsloth
 from bp_train_cuda.engines.trl_methods import require_trl
-from bp_train_cuda.errors import (
-    BitsandbytesError,
-    Fp8Error,
-    SequenceTooLongError,
-    TargetModulesError,
-    VocabularyError,
-)
+from bp_train_cuda.errors import BitsandbytesError, Fp8Error
 from bp_train_cuda.model import load
 from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets
 from bp_train_cuda.model.kernels import require_kernels

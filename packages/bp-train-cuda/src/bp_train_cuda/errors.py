@@ -1,4 +1,4 @@
-"""What can go wrong on this rail.
+"""What can go wrong on this rail alone; errors that rails share are in `bp_runs.errors`.
 
 DependencyError
 ├── GpuNotAvailableError   DEP_GPU_NOT_AVAILABLE            too large a model for a CPU
@@ -6,27 +6,16 @@ DependencyError
 ├── BitsandbytesError      DEP_BITSANDBYTES_MISSING         4-bit bases need it
 ├── KernelsError           DEP_KERNELS_UNUSABLE             fused kernels were asked for and cannot be had
 ├── UnslothError           DEP_UNSLOTH_UNUSABLE             not installed, or it finds no GPU
-├── VersionUntestedError   DEP_VERSION_UNTESTED             an installed package lacks a name that we use
-└── ModelLoadError         DEP_MODEL_LOAD_FAILED            the base model's files cannot be loaded
+└── VersionUntestedError   DEP_VERSION_UNTESTED             an installed package lacks a name that we use
 UserError
-├── ModeError              CONFIG_MODE_UNSUPPORTED          4-bit training on a CPU
-├── RemoteCodeError        CONFIG_TRUST_REMOTE_CODE_REQUIRED
-├── ShapesUnknownError     INPUT_SHAPES_UNKNOWN             an estimate needs sizes that the config does not tell
-├── SequenceTooLongError   CONFIG_SEQUENCE_TOO_LONG         rows longer than the model's positions
 ├── Bf16Error              CONFIG_BF16_UNSUPPORTED          the card does not compute in bfloat16
 ├── RanksError             CONFIG_RANKS_UNSUPPORTED         several processes are to train what only one can
-├── RanksChangedError      CONFIG_RANKS_CHANGED             a run is to go on with another number of processes
-├── VocabularyError        INPUT_TOKENIZER_TOO_LARGE        the tokenizer has more tokens than the embedding
-├── PackingError           CONFIG_PACKING_MIXES_ROWS        the model would read one packed example in the next
-└── TargetModulesError     CONFIG_TARGET_MODULES            no layer has the names, or it cannot carry an adapter
+└── RanksChangedError      CONFIG_RANKS_CHANGED             a run is to go on with another number of processes
 RunFailedError
-├── FullModelTooLargeError RUNTIME_FULL_FT_MODEL_TOO_LARGE  all weights of so large a model cannot be trained
 ├── Fp8Error               RUNTIME_FP8_UNSUPPORTED          the card, or torchao, cannot
-├── GpuOutOfMemoryError    RUNTIME_GPU_OOM
 ├── RankLostError          RUNTIME_RANK_LOST                one of several processes is gone
 ├── RankMessageError       RUNTIME_RANK_MESSAGE_REJECTED    what is in the ranks' store was not written by them
-├── GpuTemperatureError    RUNTIME_GPU_TEMPERATURE_CRITICAL the card does not stay cool enough
-└── TrainingFailedError    RUNTIME_TRAINING_FAILED          the framework raised inside the loop
+└── GpuTemperatureError    RUNTIME_GPU_TEMPERATURE_CRITICAL the card does not stay cool enough
 """
 
 from __future__ import annotations
@@ -87,54 +76,6 @@ class VersionUntestedError(DependencyError):
     default_fix = "Install versions that are tested together: pip install --upgrade --force-reinstall bp-train-cuda"
 
 
-class ModeError(UserError):
-    """The mode cannot be trained on this device."""
-
-    code = "CONFIG_MODE_UNSUPPORTED"
-    setting = "training.mode"
-    when = (
-        "4-bit training was asked for on a CPU. There bitsandbytes may repack the weights after a forward pass without "
-        "gradients and then silently gives wrong ones, so it is refused."
-    )
-    default_fix = "Use a 16-bit base: {set:training.mode=lora}"
-
-
-class ModelLoadError(DependencyError):
-    """The base model cannot be loaded."""
-
-    code = "DEP_MODEL_LOAD_FAILED"
-    setting = "model.name"
-    when = "The base model's files are damaged, incomplete, or of a kind that transformers does not know."
-    default_fix = "Check the folder, or download the model again; see the installed versions: {do:info}"
-
-
-class RemoteCodeError(UserError):
-    """The model brings its own Python code, which is not run unasked."""
-
-    code = "CONFIG_TRUST_REMOTE_CODE_REQUIRED"
-    setting = "model.trust_remote_code"
-    when = "The model's config points to its own Python code, and trust_remote_code is off."
-    default_fix = "Read that code first; then set BACKPROPAGATE_MODEL__TRUST_REMOTE_CODE=true"
-
-
-class ShapesUnknownError(UserError):
-    """The sizes of a model cannot be read from its config."""
-
-    code = "INPUT_SHAPES_UNKNOWN"
-    setting = "model.name"
-    when = "A model's config.json names a kind of model that is not known, or lacks a size."
-    default_fix = "Check the folder's config.json; see models that are known to train: {do:models}"
-
-
-class SequenceTooLongError(UserError):
-    """Rows are longer than the model can tell positions apart."""
-
-    code = "CONFIG_SEQUENCE_TOO_LONG"
-    setting = "model.max_seq_length"
-    when = "A row has more tokens than the model's config has positions."
-    default_fix = "Truncate examples: {set:model.max_seq_length=2048}"
-
-
 class Bf16Error(UserError):
     """The card does not compute in bfloat16."""
 
@@ -163,48 +104,6 @@ class RanksChangedError(UserError):
     )
 
 
-class VocabularyError(UserError):
-    """The tokenizer makes tokens that the model has no embedding for."""
-
-    code = "INPUT_TOKENIZER_TOO_LARGE"
-    setting = "model.name"
-    when = "tokenizer.json has more tokens than the model's embedding has rows."
-    default_fix = "Use the tokenizer that came with the model, or a model whose embedding was resized for it."
-
-
-class TargetModulesError(UserError):
-    """The adapter's target modules do not occur in the model, or cannot carry an adapter."""
-
-    code = "CONFIG_TARGET_MODULES"
-    setting = "lora.target_modules"
-    when = "No layer of the model has a name given as target module, or it is the embedding or the output layer."
-    default_fix = "Adapt all linear layers: {set:lora.target_modules=all-linear}"
-
-
-class PackingError(UserError):
-    """Packed examples would not be kept apart."""
-
-    code = "CONFIG_PACKING_MIXES_ROWS"
-    setting = "training.packing"
-    when = (
-        "packing was set for a model whose layers carry a state from one packed example to the next on this device: "
-        "hybrids such as Qwen3.5, Granite 4 and Falcon-H1 without their GPU kernels, or models that take no positions."
-    )
-    default_fix = "Train without packing: {set:training.packing=false}"
-
-
-class FullModelTooLargeError(RunFailedError):
-    """All weights of the model are too many to train."""
-
-    code = "RUNTIME_FULL_FT_MODEL_TOO_LARGE"
-    setting = "training.mode"
-    when = "mode full was asked for with a model of over 4 billion parameters."
-    default_fix = (
-        "Train an adapter: {set:training.mode=lora}; or all weights of a smaller model: Qwen-3.5-4B, Phi-4-mini-3.8B, "
-        "SmolLM3-3B, Llama-3.2-3B or Llama-3.2-1B."
-    )
-
-
 class Fp8Error(RunFailedError):
     """Matrices cannot be multiplied in 8-bit floats here."""
 
@@ -212,14 +111,6 @@ class Fp8Error(RunFailedError):
     setting = "training.fp8"
     when = "fp8 was asked for on a card older than Hopper, on a CPU, with a 4-bit base, or without torchao."
     default_fix = "Train without it: {set:training.fp8=false}"
-
-
-class GpuOutOfMemoryError(RunFailedError):
-    """The GPU has too little memory for a step."""
-
-    code = "RUNTIME_GPU_OOM"
-    when = "The GPU ran out of memory while loading or training; nothing of earlier runs is touched."
-    default_fix = "Use smaller batches or shorter examples: {set:training.batch_size=1 model.max_seq_length=1024}"
 
 
 class RankLostError(RunFailedError):
@@ -250,11 +141,3 @@ class GpuTemperatureError(RunFailedError):
     code = "RUNTIME_GPU_TEMPERATURE_CRITICAL"
     when = "The GPU got critically hot, or did not cool down while training paused; the work was saved before the stop."
     default_fix = "Improve the GPU's airflow and let it cool; then continue where the run stopped: {do:resume RUN}"
-
-
-class TrainingFailedError(RunFailedError):
-    """The training framework raised an error in the loop."""
-
-    code = "RUNTIME_TRAINING_FAILED"
-    when = "transformers, TRL or torch raised an error in the training loop."
-    default_fix = "Report it with the output of: {do:info}; the run's metrics.jsonl shows how far it came."

@@ -14,13 +14,12 @@ import torch
 from bp_data import TokenRow
 from bp_data.asked import AnyPrepared
 from bp_data.token_rows import JudgedRow, PairRow
-from bp_runs.errors import ProofUnsupportedError
+from bp_runs.errors import GpuOutOfMemoryError, ProofUnsupportedError, TrainingFailedError
 from bp_runs.rail import Replay
 from bp_runs.record import RunRecord
 from bp_runs.spec import LoraSpec, TrainingSpec, TrainSpec
 from bp_runs.wording import command_ref
 from bp_train_cuda import backend, prove_loop
-from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
 from bp_train_cuda.model.load import read_config
 from bp_train_cuda.optim import choose_optimizer
 from bp_train_cuda.rows import PlannedRows, prepare_rows

@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 
 from bp_data.loop.memory import MemoryGuard
-from bp_runs.errors import CodedError, InterruptedRunError, first_line, registered_codes
+from bp_runs.errors import CodedError, InterruptedRunError, TrainingFailedError, first_line, registered_codes
 from bp_runs.events import Emit, Event, Notice
 from bp_runs.rail import Stop
 from bp_runs.serialize import to_json
 from bp_runs.spec import Ranks
 from bp_train_cuda.distributed.store import SignedStore, is_alive
-from bp_train_cuda.errors import RankLostError, RanksError, TrainingFailedError
+from bp_train_cuda.errors import RankLostError, RanksError
 from bp_train_cuda.guards.oom import TorchMemory
 
 _BUCKET = 64 * 2**20  # bytes of gradients that are added up at a time

@@ -22,9 +22,11 @@ from bp_data.loop.memory import MemoryGuard
 from bp_runs.errors import (
     CodedError,
     DiskFullError,
+    GpuOutOfMemoryError,
     InvalidSettingError,
     OomExhaustedError,
     TrainingDivergedError,
+    TrainingFailedError,
     first_line,
 )
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
@@ -33,7 +35,6 @@ from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_train_cuda import backend, check
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines import unsloth
-from bp_train_cuda.errors import GpuOutOfMemoryError, TrainingFailedError
 from bp_train_cuda.generate import answer
 from bp_train_cuda.guards.oom import TorchMemory
 from bp_train_cuda.model import full, load, lora

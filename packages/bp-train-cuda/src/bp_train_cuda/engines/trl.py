@@ -38,6 +38,7 @@ from bp_data.asked import AnyPrepared
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import ExampleOrder
 from bp_data.loop.schedule import rate_factor
+from bp_runs.errors import GpuOutOfMemoryError, PackingError
 from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
@@ -46,7 +47,6 @@ from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.base import Loaded, answer_prompts, open_model, pad_token, save_result
 from bp_train_cuda.engines.trl_methods import METHODS, Collate, pack_items, token_count, trained_count
 from bp_train_cuda.engines.trl_recorder import Recorder
-from bp_train_cuda.errors import GpuOutOfMemoryError, PackingError
 from bp_train_cuda.guards.monitor import open_monitor
 from bp_train_cuda.guards.oom import TorchMemory
 from bp_train_cuda.model import load, lora

@@ -7,11 +7,10 @@ from datetime import UTC, datetime
 import orjson
 
 from bp_data.loop.memory import HALVINGS
-from bp_runs.errors import DiskFullError, OutputNotWritableError, first_line
+from bp_runs.errors import DiskFullError, OutputNotWritableError, ShapesUnknownError, first_line
 from bp_runs.events import Emit, Notice
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.backend import Device
-from bp_train_cuda.errors import ShapesUnknownError
 from bp_train_cuda.memory.estimate import estimate, read_load
 from bp_train_cuda.memory.fit import FitMemory, Fitted, describe_load
 from bp_train_cuda.memory.shapes import read_shapes

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bp_train_cuda.errors import ShapesUnknownError
+from bp_runs.errors import ShapesUnknownError
 
 _SEPARATE = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "gemma", "gemma2", "gemma3_text", "olmo2"}

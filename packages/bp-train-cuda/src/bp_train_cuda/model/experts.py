@@ -16,7 +16,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
-from bp_train_cuda.errors import TargetModulesError
+from bp_runs.errors import TargetModulesError
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
 _COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")

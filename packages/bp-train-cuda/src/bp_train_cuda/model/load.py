@@ -12,9 +12,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from bp_runs.errors import first_line
+from bp_runs.errors import ModelLoadError, RemoteCodeError, first_line
 from bp_train_cuda.backend import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
-from bp_train_cuda.errors import DriverTooOldError, GpuNotAvailableError, ModelLoadError, RemoteCodeError
+from bp_train_cuda.errors import DriverTooOldError, GpuNotAvailableError
 from bp_train_cuda.memory.shapes import Linear, Shapes
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError, SafetensorError)

@@ -23,10 +23,9 @@ from bp_runs.adapter import (
     read_adapter_folder,
     write_manifest,
 )
-from bp_runs.errors import AdapterInvalidError, first_line
+from bp_runs.errors import AdapterInvalidError, TargetModulesError, first_line
 from bp_runs.files import publish_folder
 from bp_runs.spec import LoraSpec, TrainSpec
-from bp_train_cuda.errors import TargetModulesError
 from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets
 
 _PISSA = "pissa_niter_16"  # the paper's fast decomposition, near the exact one

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import create_masks_for_generate
 
-from bp_runs.errors import first_line
-from bp_train_cuda.errors import PackingError
+from bp_runs.errors import PackingError, first_line
 from bp_train_cuda.model.head import evaluating, unwrap_model
 from bp_train_cuda.model.pico import build_pico
 
