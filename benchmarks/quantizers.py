@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from bp_export import quantize
-from bp_export.quantize import TensorType, quantize_rows
-from bp_merge import compiled, decode, encode, product
+from bp_export.quant import kernels
+from bp_export.quant.kernels import TensorType, quantize_rows
+from bp_merge import decode, encode, product
 
 KINDS = (TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K, TensorType.Q8_0)
 ROWS = (np.random.default_rng(0).standard_normal((512, 2048), np.float32) * np.float32(0.02)).astype(np.float32)
@@ -63,11 +63,11 @@ def run_round() -> dict[str, dict[str, float]]:
             engine: time_cpu(lambda kind=kind, engine=engine: quantize_rows(ROWS, kind, engine=engine), ROWS.size)
             for engine in ("ggml", "numpy")
         }
-        for i, name in enumerate(quantize.TARGETS):
-            speeds[name] = time_cpu(lambda kind=kind, i=i: quantize.quantize_compiled(ROWS, kind, i), ROWS.size)
+        for i, name in enumerate(kernels.TARGETS):
+            speeds[name] = time_cpu(lambda kind=kind, i=i: kernels.quantize_compiled(ROWS, kind, i), ROWS.size)
         found[kind.name] = speeds
         found[f"{kind.name} two cores"] = {"ratio": time_threads(kind, 1) / time_threads(kind, 2)}
-    targets = compiled.ROWS.TARGETS if compiled.ROWS else ()
+    targets = product.ROWS.TARGETS if product.ROWS else ()
     found["fold r 16"] = {"numpy": time_cpu(lambda: fold(None), ROWS.size)}
     for index, name in enumerate(targets):
         found["fold r 16"][name] = time_cpu(lambda index=index: fold(index), ROWS.size)

@@ -25,7 +25,7 @@ import pytest
 
 from backpropagate import Trainer
 from backpropagate.cli.app import run
-from bp_export.cli import main as export_alone
+from bp_export.cli.app import main as export_alone
 from bp_runs import paths, store
 from bp_runs.events import StepDone
 

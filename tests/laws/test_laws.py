@@ -189,11 +189,11 @@ def test_nothing_that_is_read_can_run_code():
 # Who may act on its own process: a command line, on its own; a function of the environment that its caller passes in;
 # a context of stop requests that its caller opens; and a child process that serves one model until its parent ends it.
 ACT_ON_THE_PROCESS = {
-    "bp_export/cli.py": "the command line of bp-export",
+    "bp_export/cli/app.py": "the command line of bp-export",
     "backpropagate/__main__.py": "the command line",
     "backpropagate/interrupts.py": "on_interrupt, a context that the caller opens",
     "bp_train_cuda/prove_loop.py": "a program of its own, which imports nothing of ours",
-    "bp_export/serving.py": "the child process that runs llama.cpp",
+    "bp_export/chat/server.py": "the child process that runs llama.cpp",
 }
 
 
@@ -468,9 +468,9 @@ def test_libraries_speak_no_command_line(package):
     """They name settings and commands by references (`bp_runs.wording`); the program in front words them."""
     wrong = []
     for file in sorted((ROOT / "packages" / package / "src").rglob("*.py")):
-        if file.parent.name == "commands" or file.parts[-2:] == ("bp_export", "cli.py"):
+        if file.parts[-3:-1] == ("bp_export", "cli"):
             continue  # bp-export's own command line
-        if file.parts[-2:] == ("bp_export", "recipe.py"):
+        if file.parts[-2:] == ("hub", "commands.py"):
             continue  # commands on a model card, for whoever reads it
         for line, text in _spoken(ast.parse(file.read_text(encoding="utf-8"))):
             if _speaks(text):

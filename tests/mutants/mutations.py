@@ -303,7 +303,7 @@ MUTATIONS = (
     Mutation(
         "slao",
         "run i counts 1/√i in a stream",
-        "bp-merge/src/bp_merge/slao.py",
+        "bp-merge/src/bp_merge/methods/slao.py",
         "np.float32(1 / math.sqrt(i))",
         "np.float32(1 / i)",
         "bp-merge/tests/test_merge_slao.py::test_merges_in_turn_are_a_weighted_sum",
@@ -311,7 +311,7 @@ MUTATIONS = (
     Mutation(
         "ties",
         "TIES averages only the entries that agree with the elected sign",
-        "bp-merge/src/bp_merge/ties.py",
+        "bp-merge/src/bp_merge/methods/ties.py",
         "np.where(is_positive, change > 0, change < 0)",
         "change != 0",
         "bp-merge/tests/test_merge_methods.py::test_ties_is_mergekits",
@@ -319,7 +319,7 @@ MUTATIONS = (
     Mutation(
         "dare",
         "DARE rescales what it keeps",
-        "bp-merge/src/bp_merge/dare.py",
+        "bp-merge/src/bp_merge/methods/dare.py",
         "np.float32(weight / plan.density)",
         "np.float32(weight)",
         "bp-merge/tests/test_merge_methods.py::test_dare_drops_and_rescales",
@@ -328,7 +328,7 @@ MUTATIONS = (
     Mutation(
         "parity: template",
         "the GGUF's template gives the token ids of training",
-        "bp-export/src/bp_export/parity.py",
+        "bp-export/src/bp_export/verify/parity.py",
         "for name, ours, theirs in pairs if ours != theirs]",
         "for name, ours, theirs in pairs if not ours]",
         "bp-export/tests/test_export_parity.py::test_another_splitting_rule_is_noticed",
@@ -336,7 +336,7 @@ MUTATIONS = (
     Mutation(
         "parity: divergence",
         "a GGUF with wrong weights fails the parity gate",
-        "bp-export/src/bp_export/parity.py",
+        "bp-export/src/bp_export/verify/parity.py",
         '"passed" if mean <= bound.divergence else "failed"',
         '"passed" if mean >= 0 else "failed"',
         "bp-export/tests/test_export_parity.py::test_damaged_weights_are_noticed",
@@ -344,7 +344,7 @@ MUTATIONS = (
     Mutation(
         "parity: effect",
         "a GGUF without the adapter fails the parity gate",
-        "bp-export/src/bp_export/parity.py",
+        "bp-export/src/bp_export/verify/parity.py",
         'return _judge("effect", max(0.0, 1 - left / effect), 0.5, note)',
         'return _judge("effect", max(0.0, 1 - left / effect), 0.0, note)',
         "bp-export/tests/test_export_parity.py::test_a_lost_adapter_is_noticed",
@@ -352,7 +352,7 @@ MUTATIONS = (
     Mutation(
         "quantization",
         "quantized tensors are llama-quantize's bytes",
-        "bp-export/src/bp_export/kquants.py",
+        "bp-export/src/bp_export/quant/numpy_kernels.py",
         "steps = np.minimum(_round(factor[:, None] * scales), 127).astype(np.int8)",
         "steps = np.minimum(np.floor(factor[:, None] * scales), 127).astype(np.int8)",
         "bp-export/tests/test_export_kernels.py::test_all_engines_give_ggmls_bytes",

@@ -7,9 +7,9 @@ import pytest
 
 from backpropagate import Trainer, rails
 from backpropagate.cli.app import run
-from bp_export.card import CardFacts, build_card
-from bp_export.cardhead import License
-from bp_export.origin import find_origin
+from bp_export.hub.card import CardFacts, build_card
+from bp_export.hub.license import License
+from bp_export.hub.run_record import find_origin
 from bp_runs.paths import PROOF_FILE
 from bp_runs.proof import Proof, read_proof, write_proof
 from bp_runs.rail import Replay

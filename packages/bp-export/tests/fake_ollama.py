@@ -14,9 +14,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from bp_export.gguf import read_settings
-from bp_export.gotemplates import find_go_template
-from bp_export.serving import LlamaServer
+from bp_export.chat.server import LlamaServer
+from bp_export.gguf.file import read_settings
+from bp_export.ollama.templates import find_go_template
 
 FIELDS = {
     "model",

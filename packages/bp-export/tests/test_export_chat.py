@@ -13,9 +13,9 @@ from export_pico import export_adapter, skip_without_llama_cpp, write_base, writ
 from fake_ollama import serve
 
 from bp_export import LlamaChat, Manner, ask_once, converse, open_talk, register_gguf
-from bp_export.cli import main
+from bp_export.chat.server import LlamaServer
+from bp_export.cli.app import main
 from bp_export.errors import ChatFailedError, ChatTargetError
-from bp_export.serving import LlamaServer
 
 skip_without_llama_cpp()
 
@@ -153,7 +153,7 @@ class Server:
 def test_a_child_that_says_much_is_not_held_up_and_its_last_words_are_told(tmp_path, monkeypatch):
     """In place of llama.cpp: something that floods both pipes, and dies as it loads or as it answers."""
     (tmp_path / "xllamacpp.py").write_text(TALKATIVE)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with LlamaServer("good", 256) as server, pytest.raises(ChatFailedError, match="could not answer") as caught:
         server.post("/tokenize", {})
     assert "ended with status 9" in caught.value.cause

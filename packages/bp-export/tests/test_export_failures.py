@@ -220,7 +220,7 @@ def test_a_stop_half_way_leaves_nothing_and_keeps_the_old_file(lora, format, err
 def test_the_disk_filling_up_while_writing(lora, monkeypatch):
     import errno
 
-    from bp_export.gguf import GgufStream
+    from bp_export.gguf.file import GgufStream
 
     real, calls = GgufStream._append, []
 
@@ -249,14 +249,14 @@ def test_a_disk_that_does_not_take_what_was_written_before(lora, monkeypatch, fo
     """Older parts are on their way to the disk while newer ones are computed."""
     import errno
 
-    from bp_export import behind
+    from bp_export.formats import hash_and_flush
 
     def fail(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(behind, "_FLUSH_BYTES", 1000)
+    monkeypatch.setattr(hash_and_flush, "_FLUSH_BYTES", 1000)
     export_adapter(lora, format=format)  # a real disk takes it
-    monkeypatch.setattr(behind, "_flush", fail)
+    monkeypatch.setattr(hash_and_flush, "_flush", fail)
     expect(DiskFullError, "no room left", lora, format=format, force=True)
 
 

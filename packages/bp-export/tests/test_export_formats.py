@@ -10,8 +10,8 @@ import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 
 from bp_export import QUANTIZATIONS, LlamaChat, read_settings
-from bp_export.cli import main
-from bp_export.commands.export import QUANTIZATION_NAMES
+from bp_export.cli.app import main
+from bp_export.cli.export import QUANTIZATION_NAMES
 from bp_export.errors import ChatFailedError
 from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
 
@@ -121,7 +121,7 @@ def test_the_commands_quantizations_are_the_tables():
 
 
 def test_import_and_help_are_light():
-    script = "import sys, bp_export, bp_export.cli; assert not {'numpy', 'gguf', 'torch'} & set(sys.modules)"
+    script = "import sys, bp_export, bp_export.cli.app; assert not {'numpy', 'gguf', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -146,7 +146,7 @@ class Blocker:
             raise ImportError(f"{{name}} is blocked")
 sys.meta_path.insert(0, Blocker())
 from bp_export import export_adapter, LlamaChat
-from bp_export.cli import main
+from bp_export.cli.app import main
 from bp_export.errors import LlamaCppMissingError
 outcome = export_adapter(Path({str(lora)!r}))
 assert outcome.parity is None

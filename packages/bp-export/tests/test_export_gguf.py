@@ -172,18 +172,18 @@ def test_threads_and_chunks_change_no_byte(tmp_path, monkeypatch):
     base = write_base(tmp_path / "base", hidden=256, inner=512)
     lora = write_lora(tmp_path / "lora", base)
     one = export_adapter(lora, output=tmp_path / "a.gguf", threads=1)
-    monkeypatch.setattr("bp_export.stream.CHUNK_WEIGHTS", 1000)
+    monkeypatch.setattr("bp_export.gguf.writer.CHUNK_WEIGHTS", 1000)
     assert export_adapter(lora, output=tmp_path / "b.gguf", threads=3).sha256 == one.sha256
     assert one.sha256 == sha256_file(one.path) == sha256_file(tmp_path / "b.gguf")
     whole = export_adapter(lora, format="merged", output=tmp_path / "c", threads=1)
-    monkeypatch.setattr("bp_export.merged.CHUNK_WEIGHTS", 1000)
+    monkeypatch.setattr("bp_export.formats.merged.CHUNK_WEIGHTS", 1000)
     parts = export_adapter(lora, format="merged", output=tmp_path / "d", threads=3)
     assert whole.sha256 == parts.sha256 == sha256_file(tmp_path / "d" / "model.safetensors")
 
 
 def test_a_sharded_base_gives_the_same_tensors(tmp_path):
     base = write_base(tmp_path / "base", hidden=64)
-    from bp_export.merged import write_merged
+    from bp_export.formats.merged import write_merged
 
     with FoldedModel(TensorReader(read_model_index(base))) as model:
         write_merged(model, base, base, tmp_path / "sharded", shard_bytes=50_000)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from bp_export import describe_kernels
-from bp_export import quantize as engines
 from bp_export.errors import GgmlMissingError
-from bp_export.quantize import TensorType, choose_engine, compute_row_bytes, quantize_rows
+from bp_export.quant import kernels as engines
+from bp_export.quant.kernels import TensorType, choose_engine, compute_row_bytes, quantize_rows
 
 KINDS = (TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K, TensorType.Q8_0)
 TARGETS = engines.TARGETS

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 
-from bp_export.cli import main
+from bp_export.cli.app import main
 from bp_export.errors import ImportanceInvalidError, MeasureFailedError, OutputTakenError
-from bp_export.importance import read_importance
-from bp_export.measuring import measure_importance
+from bp_export.quant.imatrix import read_importance
+from bp_export.quant.measure import measure_importance
 
 skip_without_llama_cpp()
 
@@ -79,7 +79,7 @@ def test_from_an_adapter_by_the_command(made, tmp_path, capsys):
 TENSORS = """
 import ctypes
 import sys
-import bp_export.measuring as measuring
+import bp_export.quant.measure as measuring
 
 library = measuring._load_library()
 pointer, number = ctypes.c_void_p, ctypes.c_int64

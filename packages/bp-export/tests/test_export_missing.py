@@ -8,9 +8,10 @@ import pytest
 from export_pico import write_base, write_lora
 
 import bp_export
-from bp_export import quantize, serving
+from bp_export.chat import server
 from bp_export.errors import GgmlMissingError, HubMissingError, LlamaCppMissingError
-from bp_export.gguf import TensorType
+from bp_export.gguf.file import TensorType
+from bp_export.quant import kernels
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def hide(monkeypatch):
 
     def hide_it(name):
         monkeypatch.setitem(sys.modules, name, None)
-        for module in (serving, quantize.importlib.util):
+        for module in (server, kernels.importlib.util):
             monkeypatch.setattr(module, "find_spec", lambda asked: None if asked == name else find_spec(asked))
 
     return hide_it
@@ -41,14 +42,14 @@ def test_without_llama_cpp_nothing_is_verified_or_asked(hide, tmp_path):
 
 def test_without_ggml_only_its_own_types_are_refused(hide, monkeypatch):
     hide("libggml")
-    quantize.load_ggml.cache_clear()
+    kernels.load_ggml.cache_clear()
     try:
         with pytest.raises(GgmlMissingError) as caught:
-            quantize.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q4_K, np.ones(256, np.float32))
+            kernels.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q4_K, np.ones(256, np.float32))
         assert "pip install" in caught.value.fix
-        assert quantize.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q8_0).size == 272
+        assert kernels.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q8_0).size == 272
     finally:
-        quantize.load_ggml.cache_clear()
+        kernels.load_ggml.cache_clear()
 
 
 def test_without_the_hub_s_client_nothing_is_pushed(hide, tmp_path):

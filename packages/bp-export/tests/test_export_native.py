@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bp_export import quantize
-from bp_export.quantize import TensorType, quantize_rows
-from bp_merge import compiled
+from bp_export.quant import kernels
+from bp_export.quant.kernels import TensorType, quantize_rows
+from bp_merge import product
 from bp_merge.product import multiply_in_order
 
 PACKAGES = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def test_which_wheel_each_python_builds(package, is_free, platform, built):
     assert json.loads(done.stdout.splitlines()[-1]) == built
 
 
-@pytest.mark.skipif(not (quantize.TARGETS and compiled.ROWS), reason="built without a compiler")
+@pytest.mark.skipif(not (kernels.TARGETS and product.ROWS), reason="built without a compiler")
 def test_threads_that_compute_at_once_get_the_bytes_that_one_gets():
     random = np.random.default_rng(0)
     kinds = (TensorType.Q4_K, TensorType.Q6_K, TensorType.Q8_0)

@@ -22,15 +22,15 @@ from bp_export import (
     stream_answer,
     takes_adapters,
 )
-from bp_export.cli import main
+from bp_export.cli.app import main
 from bp_export.errors import (
     AdapterFormatError,
     OllamaNameTakenError,
     OllamaRegistrationError,
     QuantizationUnknownError,
 )
-from bp_export.ollama import FIRST_QUESTION
-from bp_export.ollamaserver import is_local
+from bp_export.ollama.register import FIRST_QUESTION
+from bp_export.ollama.server import is_local
 from bp_merge import AdapterMismatchError
 
 skip_without_llama_cpp()
@@ -309,7 +309,11 @@ def test_no_proxy_is_asked_for_this_machine(server, here):
 @pytest.mark.parametrize("host", ["box:many", "box:99999"])
 def test_a_variable_of_ollama_that_is_no_address_is_told_as_one(host):
     """Its client reads the variable when it is imported, so that only a new process shows it."""
-    command = [sys.executable, "-c", "import sys; from bp_export.cli import main; sys.exit(main(['ollama', 'list']))"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from bp_export.cli.app import main; sys.exit(main(['ollama', 'list']))",
+    ]
     done = subprocess.run(command, env={**os.environ, "OLLAMA_HOST": host}, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("[CONFIG_INVALID_SETTING]: OLLAMA_HOST cannot be read as an address")

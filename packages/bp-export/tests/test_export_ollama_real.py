@@ -15,7 +15,7 @@ from bp_export import (
     takes_adapters,
 )
 from bp_export.errors import OllamaNameTakenError, OllamaRegistrationError
-from bp_export.ollama import FIRST_QUESTION
+from bp_export.ollama.register import FIRST_QUESTION
 
 pytestmark = pytest.mark.ollama
 

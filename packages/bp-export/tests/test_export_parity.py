@@ -9,14 +9,14 @@ from export_pico import export_adapter, skip_without_llama_cpp, write_base, writ
 from bp_data.templates.conversations import CONVERSATIONS, TOOLS
 from bp_data.templates.engine import ChatTemplate
 from bp_data.templates.reader import SpecialTokens
-from bp_export.cli import main
+from bp_export.cli.app import main
 from bp_export.errors import ParityFailedError
-from bp_export.mixture import QUANTIZATIONS
-from bp_export.parity import verify_gguf
-from bp_export.plan import build_plan
-from bp_export.probing import Place, compute_divergence
-from bp_export.report import BOUNDS
-from bp_export.stream import write_gguf
+from bp_export.gguf.plan import build_plan
+from bp_export.gguf.writer import write_gguf
+from bp_export.quant.types import QUANTIZATIONS
+from bp_export.verify.parity import verify_gguf
+from bp_export.verify.probe import Place, compute_divergence
+from bp_export.verify.report import BOUNDS
 from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
 
 skip_without_llama_cpp()

@@ -16,7 +16,7 @@ from export_pico import export_adapter, write_base, write_json, write_lora
 from fake_hub import TOKEN, serve_hub
 
 from bp_export import prepare_push, push
-from bp_export.cli import main
+from bp_export.cli.app import main
 from bp_export.errors import (
     PushDeniedError,
     PushNetworkError,
@@ -25,8 +25,8 @@ from bp_export.errors import (
     PushRepoTakenError,
     PushSourceError,
 )
-from bp_export.origin import find_origin
-from bp_export.recipe import write_train_command
+from bp_export.hub.commands import write_train_command
+from bp_export.hub.run_record import find_origin
 from bp_merge import write_tensors
 from bp_runs.adapter import changed_files, read_adapter_folder, read_manifest, write_manifest
 from bp_runs.events import DataReady, ModelLoaded, RowCounts, StepDone

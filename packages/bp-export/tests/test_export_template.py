@@ -9,13 +9,13 @@ from fake_ollama import serve
 from bp_data.templates.conversations import CONVERSATIONS, hash_conversations
 from bp_data.templates.engine import ChatTemplate
 from bp_data.templates.reader import SpecialTokens, read_special_tokens
-from bp_export.chat import LlamaChat
-from bp_export.cli import main
+from bp_export.chat.llama import LlamaChat
+from bp_export.cli.app import main
 from bp_export.errors import TemplateChangedError
-from bp_export.gguf import read_settings, read_stop_strings
-from bp_export.modelfile import read_ollama_adapter
-from bp_export.ollama import register_adapter, register_gguf
-from bp_export.trained_template import check_gguf, read_gguf_template
+from bp_export.formats.ollama_adapter import read_ollama_adapter
+from bp_export.gguf.file import read_settings, read_stop_strings
+from bp_export.ollama.register import register_adapter, register_gguf
+from bp_export.verify.template import check_gguf, read_gguf_template
 from bp_runs.adapter import changed_files, copy_tokenizer_files, read_manifest, write_manifest
 
 OTHER = TEMPLATE.replace("assistant\n", "helper\n")

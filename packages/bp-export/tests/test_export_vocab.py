@@ -11,9 +11,9 @@ from export_pico import TEMPLATE, export_adapter, skip_without_llama_cpp, write_
 
 from bp_export import read_settings
 from bp_export.errors import PreTokenizerUnknownError, TokenizerUnsupportedError
-from bp_export.pieces import read_pieces
-from bp_export.pretokenizers import recognise_pre
-from bp_export.vocab import read_vocabulary
+from bp_export.tokenizer.pre import recognise_pre
+from bp_export.tokenizer.sentencepiece import read_pieces
+from bp_export.tokenizer.vocabulary import read_vocabulary
 
 TRIALS = (
     "The capital of a country, isn't it?  12345 and 3.14!\n\n  I'LL go\tthere — naïve café 東京 🦙🦙",
@@ -27,7 +27,7 @@ def test_llama_cpp_splits_as_the_tokenizer_does(tmp_path, family):
     skip_without_llama_cpp()
     from tokenizers import Tokenizer
 
-    from bp_export.serving import LlamaServer
+    from bp_export.chat.server import LlamaServer
 
     base = write_base(tmp_path / "base", family=family)
     path = export_adapter(base, quantization="f16").path

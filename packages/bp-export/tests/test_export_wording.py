@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import bp_export
-from bp_export.cli import COMMANDS, main
-from bp_export.commands.wording import ExportWording
+from bp_export.cli.app import COMMANDS, main
+from bp_export.cli.wording import ExportWording
 from bp_runs.wording import command_ref, find_references, render, setting_ref
 
 HINTS = sorted(
     {
         node.value
-        for file in Path(bp_export.__file__).parent.glob("*.py")
+        for file in Path(bp_export.__file__).parent.rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and find_references(node.value)
     }
@@ -24,7 +24,7 @@ HINTS = sorted(
 
 
 def all_flags():
-    parsers = [importlib.import_module(f"bp_export.commands.{name}").build_parser() for name in ("export", *COMMANDS)]
+    parsers = [importlib.import_module(f"bp_export.cli.{name}").build_parser() for name in ("export", *COMMANDS)]
     for parser in parsers:  # of subcommands too
         parsers += [sub for action in parser._actions for sub in (getattr(action, "choices", None) or {}).values()
                     if hasattr(sub, "_actions")] if parser._subparsers else []  # fmt: skip
@@ -45,7 +45,7 @@ def test_flags_and_commands_of_hints_exist(hint):
         words = shlex.split(typed)
         name = words.pop(0) if words[0] in COMMANDS else "export"
         if "--help" not in words:
-            importlib.import_module(f"bp_export.commands.{name}").build_parser().parse_args(words)
+            importlib.import_module(f"bp_export.cli.{name}").build_parser().parse_args(words)
 
 
 @pytest.mark.parametrize(

@@ -15,14 +15,12 @@ from bp_merge import (
     ModulePlan,
     cut_matrix,
     cut_product,
-    dare,
     load_adapter,
     lowrank,
-    magmax,
     merge_adapters,
-    ties,
 )
 from bp_merge.errors import AdaptersDifferError, AdapterUnmergeableError, MergeOptionError
+from bp_merge.methods import dare, magmax, ties
 from bp_runs.adapter import changed_files, read_manifest, write_manifest
 from bp_runs.errors import AdapterInvalidError, OutputTakenError
 
@@ -153,7 +151,7 @@ def test_blocks_of_rows_change_no_bit(monkeypatch):
     pairs = draw_pairs()
     plan = ModulePlan(module="m", shares=(0.2, 0.3, 0.5), density=0.5)
     whole = [module.merge_change(pairs, plan) for module in (dare, magmax)]
-    monkeypatch.setattr("bp_merge.deltas._BLOCK", 5 * 40)
+    monkeypatch.setattr("bp_merge.methods.deltas._BLOCK", 5 * 40)
     for module, expected in zip((dare, magmax), whole, strict=True):
         close(module.merge_change(pairs, plan), expected, 1e-6)
     assert ties.merge_change(pairs, replace(plan, density=1.0)).shape == (24, 40)

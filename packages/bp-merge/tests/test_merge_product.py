@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bp_merge import compiled, decode, encode, product, round_to, tensors
+from bp_merge import decode, encode, product, round_to, tensors
 from bp_merge.product import add_in_order, multiply_in_order
 
 
@@ -53,7 +53,7 @@ def test_the_parts_of_a_rank_cover_it():
         assert [k for start, stop in parts for k in range(start, stop)] == list(range(r))
 
 
-TARGETS = compiled.ROWS.TARGETS if compiled.ROWS else ()
+TARGETS = product.ROWS.TARGETS if product.ROWS else ()
 SHAPES = [(1, 1, 1), (5, 3, 70), (97, 16, 1536), (33, 255, 200), (12, 200, 576), (9, 512, 130), (7, 384, 100)]
 
 
@@ -114,4 +114,4 @@ def test_the_compiled_rows_refuse_what_does_not_fit(wrong):
     for name in ("base", "b", "a", "out"):
         values[name] = bytearray(values[name])
     with pytest.raises(ValueError, match="no such dtype"):
-        compiled.ROWS.add(*values.values())
+        product.ROWS.add(*values.values())

@@ -9,20 +9,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bp_export.chat import LlamaChat
-    from bp_export.dryrun import ExportPlan
+    from bp_export.chat.llama import LlamaChat
+    from bp_export.chat.session import Manner, OllamaTalk, Talk, ask_once, converse, open_talk
     from bp_export.export import ExportOutcome, Format, export_adapter, name_gguf, plan_export
-    from bp_export.gguf import read_settings, read_stop_strings
-    from bp_export.hub import Prepared, PushOutcome, prepare_push, push, read_token
-    from bp_export.measuring import Measured, measure_importance
-    from bp_export.mixture import QUANTIZATIONS, USUAL_QUANTIZATION
-    from bp_export.ollama import OllamaModel, ask_model, read_license, register_adapter, register_gguf, stream_answer
-    from bp_export.ollamaserver import ListedModel, list_models, remove_model, require_ollama, takes_adapters
-    from bp_export.onloan import open_gguf
-    from bp_export.parity import is_verifiable
-    from bp_export.quantize import describe_kernels
-    from bp_export.report import BOUNDS, Bound, ParityCheck, ParityReport
-    from bp_export.talk import Manner, OllamaTalk, Talk, ask_once, converse, open_talk
+    from bp_export.formats.temporary import open_gguf
+    from bp_export.gguf.dry_run import ExportPlan
+    from bp_export.gguf.file import read_settings, read_stop_strings
+    from bp_export.hub.push import Prepared, PushOutcome, prepare_push, push, read_token
+    from bp_export.ollama.register import (
+        OllamaModel,
+        ask_model,
+        read_license,
+        register_adapter,
+        register_gguf,
+        stream_answer,
+    )
+    from bp_export.ollama.server import ListedModel, list_models, remove_model, require_ollama, takes_adapters
+    from bp_export.quant.kernels import describe_kernels
+    from bp_export.quant.measure import Measured, measure_importance
+    from bp_export.quant.types import QUANTIZATIONS, USUAL_QUANTIZATION
+    from bp_export.verify.parity import is_verifiable
+    from bp_export.verify.report import BOUNDS, Bound, ParityCheck, ParityReport
 
 __all__ = [
     "BOUNDS",
@@ -70,48 +77,48 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Measured": "measuring",
-    "measure_importance": "measuring",
-    "open_gguf": "onloan",
-    "Prepared": "hub",
-    "PushOutcome": "hub",
-    "prepare_push": "hub",
-    "push": "hub",
-    "read_token": "hub",
-    "Manner": "talk",
-    "OllamaTalk": "talk",
-    "Talk": "talk",
-    "ask_once": "talk",
-    "converse": "talk",
-    "open_talk": "talk",
-    "ListedModel": "ollamaserver",
-    "ask_model": "ollama",
-    "list_models": "ollamaserver",
-    "read_license": "ollama",
-    "register_adapter": "ollama",
-    "remove_model": "ollamaserver",
-    "require_ollama": "ollamaserver",
-    "stream_answer": "ollama",
-    "takes_adapters": "ollamaserver",
-    "ExportPlan": "dryrun",
+    "Measured": "quant.measure",
+    "measure_importance": "quant.measure",
+    "open_gguf": "formats.temporary",
+    "Prepared": "hub.push",
+    "PushOutcome": "hub.push",
+    "prepare_push": "hub.push",
+    "push": "hub.push",
+    "read_token": "hub.push",
+    "Manner": "chat.session",
+    "OllamaTalk": "chat.session",
+    "Talk": "chat.session",
+    "ask_once": "chat.session",
+    "converse": "chat.session",
+    "open_talk": "chat.session",
+    "ListedModel": "ollama.server",
+    "ask_model": "ollama.register",
+    "list_models": "ollama.server",
+    "read_license": "ollama.register",
+    "register_adapter": "ollama.register",
+    "remove_model": "ollama.server",
+    "require_ollama": "ollama.server",
+    "stream_answer": "ollama.register",
+    "takes_adapters": "ollama.server",
+    "ExportPlan": "gguf.dry_run",
     "name_gguf": "export",
     "plan_export": "export",
-    "BOUNDS": "report",
-    "Bound": "report",
-    "ParityCheck": "report",
-    "ParityReport": "report",
-    "is_verifiable": "parity",
-    "QUANTIZATIONS": "mixture",
-    "USUAL_QUANTIZATION": "mixture",
-    "describe_kernels": "quantize",
+    "BOUNDS": "verify.report",
+    "Bound": "verify.report",
+    "ParityCheck": "verify.report",
+    "ParityReport": "verify.report",
+    "is_verifiable": "verify.parity",
+    "QUANTIZATIONS": "quant.types",
+    "USUAL_QUANTIZATION": "quant.types",
+    "describe_kernels": "quant.kernels",
     "ExportOutcome": "export",
     "Format": "export",
-    "LlamaChat": "chat",
-    "OllamaModel": "ollama",
+    "LlamaChat": "chat.llama",
+    "OllamaModel": "ollama.register",
     "export_adapter": "export",
-    "read_settings": "gguf",
-    "read_stop_strings": "gguf",
-    "register_gguf": "ollama",
+    "read_settings": "gguf.file",
+    "read_stop_strings": "gguf.file",
+    "register_gguf": "ollama.register",
 }
 
 

@@ -11,9 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args
 
 from bp_data.templates.conversations import ConversationHashes, Messages
-from bp_export.adapter import require_plain, write_gguf_adapter, write_mlx_adapter
 from bp_export.architectures import find_architecture
-from bp_export.dryrun import ExportPlan, build_export_plan
 from bp_export.errors import (
     AdapterFormatError,
     BaseModelNotFoundError,
@@ -21,20 +19,22 @@ from bp_export.errors import (
     ModelInvalidError,
     QuantizationUnknownError,
 )
-from bp_export.gguf import name_split
-from bp_export.importance import read_importance
-from bp_export.merged import copy_adapter, write_merged
-from bp_export.mixture import Quantization, read_quantization
-from bp_export.modelfile import write_ollama_adapter
-from bp_export.outputs import require_free_file, require_free_folder
-from bp_export.parity import is_verifiable, verify_gguf
-from bp_export.places import tell_model
-from bp_export.plan import GgufPlan, build_plan, read_config
-from bp_export.quantize import describe_kernels
-from bp_export.report import ParityReport
-from bp_export.stream import cut_plan, write_gguf, write_split
-from bp_export.trained_template import RenderingCheck, check_folder, read_trained_hashes
-from bp_export.vocab import TOKENIZER_FILE, read_vocabulary
+from bp_export.formats.adapter import require_plain, write_gguf_adapter, write_mlx_adapter
+from bp_export.formats.merged import copy_adapter, write_merged
+from bp_export.formats.ollama_adapter import write_ollama_adapter
+from bp_export.formats.output import require_free_file, require_free_folder
+from bp_export.gguf.dry_run import ExportPlan, build_export_plan
+from bp_export.gguf.file import name_split
+from bp_export.gguf.plan import GgufPlan, build_plan, read_config
+from bp_export.gguf.writer import cut_plan, write_gguf, write_split
+from bp_export.local_paths import tell_model
+from bp_export.quant.imatrix import read_importance
+from bp_export.quant.kernels import describe_kernels
+from bp_export.quant.types import Quantization, read_quantization
+from bp_export.tokenizer.vocabulary import TOKENIZER_FILE, read_vocabulary
+from bp_export.verify.parity import is_verifiable, verify_gguf
+from bp_export.verify.report import ParityReport
+from bp_export.verify.template import RenderingCheck, check_folder, read_trained_hashes
 from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter, load_adapter, open_model
 from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import InvalidSettingError

@@ -17,10 +17,10 @@ from bp_merge.errors import (
 from bp_merge.fold import FoldedModel, fold_rows
 from bp_merge.lowrank import Product, Term, cut_matrix, cut_product, cut_sum
 from bp_merge.merge import MergeOutcome, merge_adapters, write_adapter_like
-from bp_merge.methods import METHODS, Method, find_method
-from bp_merge.options import MergeOptions, ModulePlan
+from bp_merge.methods.options import MergeOptions, ModulePlan
+from bp_merge.methods.slao import SlaoState, blend, factor_rows, orthonormal_rows, read_state, start_stream, write_state
+from bp_merge.methods.table import METHODS, Method, find_method
 from bp_merge.packed import PackedReader, open_model
-from bp_merge.slao import SlaoState, blend, factor_rows, orthonormal_rows, read_state, start_stream, write_state
 from bp_merge.source import AdapterSource, require_alike
 from bp_merge.tensors import (
     Dtype,

@@ -19,8 +19,8 @@ from threadpoolctl import threadpool_limits
 from bp_merge.adapter import LORA_A, LORA_B, PREFIX
 from bp_merge.errors import MergeOptionError
 from bp_merge.lowrank import Product
-from bp_merge.methods import Method, find_method
-from bp_merge.options import MergeOptions, ModulePlan, check_options
+from bp_merge.methods.options import MergeOptions, ModulePlan, check_options
+from bp_merge.methods.table import Method, find_method
 from bp_merge.source import AdapterSource, require_alike
 from bp_merge.tensors import Dtype, Floats, TensorStreamWriter, write_tensors
 from bp_runs.adapter import (

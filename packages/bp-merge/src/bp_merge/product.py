@@ -16,7 +16,16 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from bp_merge.compiled import BEST, ROWS
+try:
+    from bp_merge import _rows
+except ImportError:  # no compiler when the package was installed
+    _rows = None  # type: ignore[assignment]
+
+ROWS = _rows if _rows is not None and _rows.TARGETS else None
+"""The compiled arithmetic of rows (``native/``); None if built without a compiler, or without fused multiply-adds."""
+
+BEST = len(_rows.TARGETS) - 1 if ROWS else -1
+"""Its fastest target here."""
 
 _ROWS = 96
 _FEW_ROWS = 12

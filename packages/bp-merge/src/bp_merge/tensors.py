@@ -24,8 +24,8 @@ from typing import Any, Literal, Self, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from bp_merge.compiled import BEST, ROWS
 from bp_merge.errors import TensorsInvalidError
+from bp_merge.product import BEST, ROWS
 from bp_runs.errors import ContractError
 from bp_runs.files import coded_disk_errors
 

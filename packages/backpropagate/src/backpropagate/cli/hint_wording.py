@@ -49,7 +49,7 @@ class CommandLineWording:
 
 def _spell(key: str, value: str | None) -> str:
     """An option of a command, by its keyword; imported late, since the help needs none."""
-    from bp_export.commands.wording import spell_option
+    from bp_export.cli.wording import spell_option
 
     return spell_option(key, value)
 

@@ -1,0 +1,70 @@
+"""``bp-export ollama``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bp_export.cli.output import add_json_flag, tell, tell_json
+
+if TYPE_CHECKING:
+    from bp_export.ollama.register import OllamaModel
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(prog="bp-export ollama", description="Models of a running Ollama.")
+    parser.add_argument("--host", help="its address (default: http://127.0.0.1:11434)")
+    add_json_flag(parser)
+    actions = parser.add_subparsers(dest="action", required=True)
+    register = actions.add_parser("register", help="register a GGUF, or a folder of the format ollama-adapter")
+    register.add_argument("path", type=Path, help="the GGUF or the folder")
+    register.add_argument("name", help="its name in Ollama")
+    register.add_argument("--context", type=int, help="tokens of context (num_ctx)")
+    register.add_argument("--system", help="a system prompt to keep with it")
+    register.add_argument("--license", type=Path, help="a file with the licence, to keep with it")
+    register.add_argument("--force", action="store_true", help="replace a model of that name")
+    actions.add_parser("list", help="list the models that it has")
+    actions.add_parser("rm", help="take a model away").add_argument("name", help="its name in Ollama")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Register, list or remove."""
+    from bp_export.ollama import server  # NumPy only after --help
+
+    if options.action == "register":
+        made = _register(options)
+        if options.json:
+            tell_json([dataclasses.asdict(made)])
+        else:
+            tell(f"{made.name}\n  in Ollama {made.version}; it says: {made.answer!r}\n  ollama run {made.name}")
+            tell(f"  chat template: {made.rendering.note}")
+    elif options.action == "rm":
+        server.remove_model(options.name, options.host)
+        tell_json([{"name": options.name, "removed": True}]) if options.json else tell(f"{options.name} removed")
+    else:
+        models = server.list_models(options.host)
+        if options.json:
+            tell_json([dataclasses.asdict(model) for model in models])
+        for model in () if options.json else models:
+            tell(f"{model.name:<40} {model.bytes / 2**20:>10,.0f} MiB  {model.digest[:12]}")
+    return 0
+
+
+def _register(options: argparse.Namespace) -> OllamaModel:
+    from bp_export.ollama import register as ollama
+
+    license = ollama.read_license(options.license) if options.license else None
+    register = ollama.register_adapter if options.path.is_dir() else ollama.register_gguf
+    return register(
+        options.path,
+        options.name,
+        host=options.host,
+        system=options.system,
+        context=options.context,
+        license=license,
+        force=options.force,
+    )

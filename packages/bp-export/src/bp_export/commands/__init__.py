@@ -1,1 +1,0 @@
-"""The commands of ``bp-export``: each module has ``build_parser`` and ``run``, and imports its work when it runs."""

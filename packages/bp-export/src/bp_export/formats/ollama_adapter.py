@@ -1,0 +1,170 @@
+"""An adapter for Ollama by itself: a folder with a GGUF LoRA and the Modelfile that puts it on a model there.
+
+    adapter.gguf   the LoRA, as llama.cpp reads it
+    Modelfile      FROM, ADAPTER and stop words, for `ollama create`
+    base.json      {"base", "config_sha256", "from", "layout": {GGUF key: value}, "stop", "template": hashes | None}
+
+Ollama 0.34.1 and later refuse adapters; the way there is a merged GGUF.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+
+from bp_data.templates.conversations import ConversationHashes
+from bp_export.architectures import Architecture
+from bp_export.errors import AdapterFormatError
+from bp_export.formats.adapter import write_gguf_adapter
+from bp_export.formats.output import write_mark
+from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter
+from bp_runs.files import publish_folder, publish_json, sha256_file
+
+ADAPTER_FILE, MODELFILE, BASE_FILE = "adapter.gguf", "Modelfile", "base.json"
+
+
+@dataclass(frozen=True, slots=True)
+class OllamaAdapter:
+    """A folder that `write_ollama_adapter` wrote, read back."""
+
+    path: Path
+    """The adapter's GGUF."""
+    runs_on: str
+    """A model's name in Ollama, or the path of a GGUF."""
+    layout: Mapping[str, Any]
+    """GGUF settings that its base has: architecture, layers, width."""
+    stop: tuple[str, ...]
+    hashes: ConversationHashes | None = None
+    """How training rendered ten conversations; None if it did not store that."""
+
+    @property
+    def base_file(self) -> Path | None:
+        """The base's GGUF, where it is one and not a name."""
+        return Path(self.runs_on) if self.runs_on.endswith(".gguf") else None
+
+
+def write_ollama_adapter(
+    model: FoldedModel,
+    adapter: LoraAdapter,
+    architecture: Architecture,
+    output: Path,
+    *,
+    base: Path,
+    runs_on: str,
+    name: str,
+    stop: Sequence[str],
+    hashes: ConversationHashes | None = None,
+) -> tuple[int, int, str]:
+    """Write the folder.
+
+    Args:
+        model: The base with the adapter.
+        adapter: The adapter.
+        architecture: The base's layout.
+        output: The folder to make; it appears there only when it is whole.
+        base: The base's folder.
+        runs_on: The base in Ollama: a model's name, or the path of a GGUF, which is compared with the base.
+        name: The adapter's ``general.name``.
+        stop: Stop words.
+        hashes: How training rendered ten conversations.
+
+    Returns:
+        Tensors, bytes of all files, and the SHA-256 of the adapter.
+
+    Raises:
+        AdapterMismatchError: The GGUF is of another base.
+        AdapterFormatError: ``runs_on`` has the look of a path, and there is no GGUF.
+    """
+    if runs_on.endswith(".gguf"):
+        check_base(Path(runs_on), model, architecture)
+    lines = [f"FROM {runs_on}", f"ADAPTER ./{ADAPTER_FILE}", *(f"PARAMETER stop {json.dumps(word)}" for word in stop)]
+    with publish_folder(output) as folder:
+        tensors, _, sha256 = write_gguf_adapter(model, adapter, architecture, folder / ADAPTER_FILE, name=name)
+        (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        publish_json(
+            folder / BASE_FILE,
+            {
+                "base": adapter.folder.base,
+                "config_sha256": sha256_file(base / "config.json"),
+                "from": runs_on,
+                "layout": _read_layout(architecture),
+                "stop": list(stop),
+                "template": None if hashes is None else hashes.to_dict(),
+            },
+        )
+        write_mark(folder, "ollama-adapter")
+    return tensors, sum(file.stat().st_size for file in output.iterdir()), sha256
+
+
+def read_ollama_adapter(folder: Path) -> OllamaAdapter:
+    """Read the folder back.
+
+    Raises:
+        AdapterFormatError: It is no such folder, or the base's GGUF is gone.
+    """
+    try:
+        told = json.loads((folder / BASE_FILE).read_bytes())
+        hashes = ConversationHashes.from_dict(told.get("template"))
+        layout, stop = dict(told["layout"]), tuple(told["stop"])
+        found = OllamaAdapter(folder / ADAPTER_FILE, str(told["from"]), layout, stop, hashes)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterFormatError(
+            f"{folder} is no folder of the format ollama-adapter",
+            cause=str(error),
+            fix="Write one: {do:export ADAPTER format=ollama-adapter ollama_base=NAME}; or register a GGUF.",
+        ) from error
+    for file in (found.path, *([found.base_file] if found.base_file else [])):
+        if not file.is_file():
+            raise AdapterFormatError(
+                f"{file} is missing", fix="Export the adapter again: {do:export ADAPTER format=ollama-adapter}"
+            )
+    return found
+
+
+def require_same_layout(adapter: OllamaAdapter, settings: Mapping[str, Any]) -> None:
+    """Compare a base that Ollama has with the adapter's by architecture, layers and width; its weights stay unseen.
+
+    Raises:
+        AdapterMismatchError: One differs.
+    """
+    for key, expected in adapter.layout.items():
+        if settings.get(key) != expected:
+            raise AdapterMismatchError(
+                f"{adapter.runs_on} is not the adapter's base: its {key} is {settings.get(key)}, and not {expected}"
+            )
+
+
+def _read_layout(architecture: Architecture) -> dict[str, Any]:
+    name = architecture.name
+    return {
+        "general.architecture": name,
+        f"{name}.block_count": architecture.layers,
+        f"{name}.embedding_length": architecture.width,
+    }
+
+
+def check_base(path: Path, model: FoldedModel, architecture: Architecture) -> None:
+    """Compare a GGUF's vectors with the base's: norms are float32 in every quantization, and differ from base to base.
+
+    Raises:
+        AdapterMismatchError: One is missing or differs.
+        AdapterFormatError: The file is no GGUF.
+    """
+    try:
+        found = {tensor.name: np.asarray(tensor.data) for tensor in GGUFReader(path).tensors if len(tensor.shape) == 1}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise AdapterFormatError(f"{path} cannot be read as GGUF", cause=str(error)) from error
+    for source, info in model.tensors.items():
+        target = architecture.map_name(source)
+        if target is None or len(info.shape) != 1:
+            continue
+        change = architecture.plan_change(architecture.clean_name(source), info.shape)
+        expected = change.read_rows(model, source, 0, 1).reshape(-1)
+        if not np.array_equal(found.get(target, np.empty(0)), expected):
+            raise AdapterMismatchError(f"{path} is not the adapter's base: its {target} differs")

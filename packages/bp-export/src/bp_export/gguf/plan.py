@@ -1,0 +1,244 @@
+"""The plan of a GGUF: every tensor's name, type and size, and all settings, before a byte is written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, Metadata, size_label
+
+from bp_data.templates.conversations import ConversationHashes
+from bp_export.architectures import Architecture, find_architecture
+from bp_export.architectures.change import KEEP, Change
+from bp_export.errors import BaseModelNotFoundError, ModelInvalidError
+from bp_export.gguf.file import add_tensor, align, order_like_quantizer
+from bp_export.hub.license import read_license
+from bp_export.quant.imatrix import Importance, check_importance
+from bp_export.quant.kernels import TensorType, compute_row_bytes
+from bp_export.quant.types import MixtureFacts, Quantization, choose_types, is_big_llama, sort_like_quantizer
+from bp_export.tokenizer.vocabulary import Vocabulary, read_vocabulary
+from bp_export.verify.template import add_hashes
+from bp_merge import AdapterMismatchError, FoldedModel
+
+_SPARE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One tensor of the GGUF."""
+
+    name: str
+    """In the GGUF."""
+    source: str | None
+    """In the checkpoint; None for one that is computed."""
+    shape: tuple[int, ...]
+    kind: TensorType
+    change: Change
+    """How the checkpoint's tensor becomes it."""
+
+    @property
+    def rows(self) -> int:
+        """Rows; 1 for a vector."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file, without padding."""
+        return self.rows * compute_row_bytes(self.kind, self.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class GgufPlan:
+    """A whole GGUF, ready to be written."""
+
+    tensors: tuple[TensorPlan, ...]
+    """In the order in which they are written."""
+    writer: GGUFWriter
+    """Settings and tensor table."""
+    architecture: Architecture
+    vocabulary: Vocabulary
+    importance: Importance
+    """By GGUF name; empty without an importance matrix."""
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of all tensors without padding: what progress counts."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Room to ask for: tensors with padding, and a generous header."""
+        words = sum(len(token) for token in self.vocabulary.tokens) + 64 * len(self.vocabulary.tokens)
+        return sum(align(tensor.bytes) for tensor in self.tensors) + words + _SPARE_BYTES
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A model folder's ``config.json``.
+
+    Raises:
+        BaseModelNotFoundError: There is no such folder, or no config.json in it.
+        ModelInvalidError: It is damaged.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise BaseModelNotFoundError(f"{folder} is not a model folder on this machine: it has no config.json")
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelInvalidError(f"{file} cannot be read", cause=str(error)) from error
+    if not isinstance(config, dict):
+        raise ModelInvalidError(f"{file} is not a JSON object")
+    return config
+
+
+def grow_vocabulary(config: Mapping[str, Any], model: FoldedModel) -> dict[str, Any]:
+    """The config as it is with the adapter: one that added tokens says how many there are now."""
+    rows = [model.tensors[name].rows for name in model.changed if name.endswith("embed_tokens.weight")]
+    if not rows:
+        return dict(config)
+    text = config.get("text_config")
+    inner = {"text_config": {**text, "vocab_size": rows[0]}} if isinstance(text, dict) else {}
+    return {**config, "vocab_size": rows[0], **inner}
+
+
+def build_plan(
+    model: FoldedModel,
+    base: Path,
+    *,
+    quantization: Quantization,
+    tokenizer: Path,
+    name: str,
+    pre: str | None = None,
+    importance: Importance | None = None,
+    hashes: ConversationHashes | None = None,
+) -> GgufPlan:
+    """Decide the whole file.
+
+    Args:
+        model: The base's tensors with the adapter.
+        base: The base's folder, for config.json and generation_config.json.
+        quantization: The mixture.
+        tokenizer: The folder whose tokenizer goes in.
+        name: Becomes ``general.name``, and what it says about version and size, as llama.cpp's converter does with the
+            folder's name.
+        pre: llama.cpp's name of the splitting rule, instead of recognising it.
+        importance: How much each column of a tensor matters, for the quantizers that ask.
+        hashes: How training rendered ten conversations; the file carries them.
+
+    Raises:
+        ImportanceInvalidError: It was made for another model.
+        ArchitectureUnsupportedError, ModelInvalidError, TokenizerUnsupportedError, PreTokenizerUnknownError: As named.
+        AdapterMismatchError: The adapter changes a tensor that the file leaves out, such as a tied lm_head.
+    """
+    config = grow_vocabulary(read_config(base), model)
+    architecture = find_architecture(config)
+    tensors = _plan_tensors(model, architecture, quantization, importance)
+    vocabulary = read_vocabulary(
+        tokenizer,
+        vocab_size=architecture.vocab_size,
+        model_config=config,
+        pre=pre,
+        base=base,
+        is_trained=hashes is not None,
+    )
+    writer = _build_writer(architecture, vocabulary, tensors, quantization, _read_metadata(base, name, tensors))
+    if hashes is not None:
+        add_hashes(writer, hashes)
+    return GgufPlan(tensors, writer, architecture, vocabulary, importance or {})
+
+
+def _plan_tensors(
+    model: FoldedModel, architecture: Architecture, quantization: Quantization, importance: Importance | None
+) -> tuple[TensorPlan, ...]:
+    named = {info.name: architecture.map_name(info.name) for info in model.tensors.values()}
+    if lost := sorted(name for name in model.changed if named[name] is None):
+        raise AdapterMismatchError(
+            f"the adapter changes {lost[0]}, which this model shares with its embedding",
+            fix="Train without that module: {set:lora.target_modules=all-linear}, which leaves lm_head out.",
+        )
+    sources = {gguf: hf for hf, gguf in named.items() if gguf is not None}
+    shapes = {name: value.shape for name, value in architecture.build_extra_tensors().items()}
+    changes = {
+        name: architecture.plan_change(architecture.clean_name(hf), model.tensors[hf].shape)
+        for name, hf in sources.items()
+    }
+    shapes.update({name: changes[name].shape or model.tensors[hf].shape for name, hf in sources.items()})
+    _check_shapes(shapes, architecture)
+    if importance is not None:
+        check_importance(importance, shapes)
+    kinds = choose_types(shapes, quantization, _build_facts(architecture, importance))
+    # The converter keeps the checkpoint's order, and llama-quantize sorts.
+    order = list(shapes) if quantization.is_float else sort_like_quantizer(list(shapes))
+    return tuple(TensorPlan(n, sources.get(n), shapes[n], kinds[n], changes.get(n, KEEP)) for n in order)
+
+
+def _build_facts(architecture: Architecture, importance: Importance | None) -> MixtureFacts:
+    heads, key_heads = architecture.heads, architecture.key_heads
+    return MixtureFacts(
+        layers=architecture.layers,
+        heads_a_value=heads // key_heads,
+        is_big_llama=architecture.name == "llama" and is_big_llama(architecture.layers, heads, key_heads),
+        has_importance=importance is not None,
+    )
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], architecture: Architecture) -> None:
+    embedding = shapes.get("token_embd.weight")
+    if embedding != (architecture.vocab_size, architecture.width):
+        raise ModelInvalidError(
+            f"the embedding is {embedding}; config.json says {(architecture.vocab_size, architecture.width)}"
+        )
+    kinds = ("attn_q.weight", "attn_qkv.weight")
+    if missing := [i for i in range(architecture.layers) if not any(f"blk.{i}.{kind}" in shapes for kind in kinds)]:
+        raise ModelInvalidError(f"config.json says {architecture.layers} layers, and layer {missing[0]} has no weights")
+    if wrong := [name for name, shape in shapes.items() if len(shape) not in (1, 2)]:
+        raise ModelInvalidError(f"{wrong[0]} has the shape {shapes[wrong[0]]}; vectors and matrices can be written")
+
+
+def _read_metadata(base: Path, name: str, tensors: tuple[TensorPlan, ...]) -> Metadata:
+    """gguf-py's reading of a name and of generation_config.json, as if the merged model were saved under the name.
+
+    And the licence in the base's card, which a merged folder would have lost.
+    """
+    count = sum(math.prod(tensor.shape) for tensor in tensors)
+    metadata = Metadata.apply_metadata_heuristic(Metadata(), None, None, Path(name), count)
+    sampling = Metadata.load_generation_config(base) or {}
+    for key in ("sequence", "top_k", "top_p", "min_p", "mirostat", "mirostat_tau", "mirostat_eta"):
+        setattr(metadata, f"sampling_{key}", sampling.get(key))
+    metadata.sampling_temp = sampling.get("temperature")
+    metadata.sampling_penalty_repeat = sampling.get("penalty_repeat")
+    found = read_license(base)
+    metadata.license, metadata.license_name, metadata.license_link = found.id, found.name, found.link
+    metadata.name = metadata.name or name
+    metadata.size_label = metadata.size_label or size_label(count, count, 0, 0)
+    return metadata
+
+
+def _build_writer(
+    architecture: Architecture,
+    vocabulary: Vocabulary,
+    tensors: tuple[TensorPlan, ...],
+    quantization: Quantization,
+    metadata: Metadata,
+) -> GGUFWriter:
+    writer = GGUFWriter(path=None, arch=architecture.name)
+    architecture.add_first_settings(writer)
+    writer.add_type(GGUFType.MODEL)
+    metadata.set_gguf_meta_model(writer)
+    architecture.add_settings(writer, quantization.file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    if architecture.tells_space_prefix and vocabulary.space_prefix is not None:
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    vocabulary.add_to(writer)
+    if not vocabulary.has_space_prefix and Keys.Tokenizer.ADD_PREFIX not in writer.kv_data[0]:
+        writer.add_add_space_prefix(value=False)
+    architecture.add_after_vocabulary(writer)
+    if not quantization.is_float:
+        order_like_quantizer(writer)
+    for tensor in tensors:
+        add_tensor(writer, tensor.name, tensor.shape, tensor.kind, tensor.bytes)
+    return writer

@@ -1,0 +1,103 @@
+"""Where something that is shipped comes from: the run whose record stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bp_export.local_paths import has_hub_form
+from bp_runs.adapter import read_manifest
+from bp_runs.errors import CodedError
+from bp_runs.proof import Proof, read_proof
+from bp_runs.record import RunRecord
+from bp_runs.spec import Settings
+from bp_runs.store import RunStore
+
+# Where things were and how it was begun, which says nothing of what was learned.
+_PLACES = ("model.name", "model.revision", "data.path", "data.revision", "training.output_dir", "training.resume")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """A run, and how its loss went."""
+
+    record: RunRecord
+    losses: tuple[float, ...]
+    """Of each step, in nats."""
+    proof: Proof | None = None
+    """Of an independent replay; None where the run was not proved."""
+
+    @property
+    def artifacts(self) -> list[dict[str, Any]]:
+        """What was exported from the run."""
+        return self.record.artifacts
+
+    def find_artifact(self, path: Path) -> Mapping[str, Any]:
+        """What the record says of an export at ``path``; empty where it names none there."""
+        place = path.resolve()
+        return next((artifact for artifact in self.artifacts if _is_at(artifact, place)), {})
+
+
+def find_origin(path: Path) -> Origin | None:
+    """The run of an adapter folder, or of an export that a run's record names; None where there is none nearby.
+
+    Args:
+        path: An adapter folder, a model folder or a GGUF.
+    """
+    place = path.resolve()
+    run_id = _read_run_id(path)
+    for output in (place.parent, *place.parents[2:3]):
+        store = RunStore(output)
+        if not (output / "runs").is_dir():
+            continue
+        for known in [run_id] if run_id else [str(row["run_id"]) for row in store.list_runs()]:
+            record = _load(store, known)
+            if record and (run_id or any(_is_at(artifact, place) for artifact in record.artifacts)):
+                return Origin(record, tuple(_read_losses(store, known)), read_proof(store.folder(known)))
+    return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is ``owner/name``, and not a folder."""
+    return has_hub_form(name) and not Path(name).exists()
+
+
+def list_changes(record: RunRecord) -> dict[str, Any]:
+    """The settings that are not at their defaults, by dotted key, but for the places of model, data and output."""
+    defaults = Settings().to_flat()
+    return {
+        key: record.setting(key)
+        for key, default in defaults.items()
+        if key not in _PLACES and key in record.settings and _differs(record.setting(key), default)
+    }
+
+
+def _differs(value: Any, default: Any) -> bool:
+    return list(value) != list(default) if isinstance(default, tuple) else bool(value != default)
+
+
+def _read_run_id(path: Path) -> str | None:
+    try:
+        found = read_manifest(path).get("run_id") if path.is_dir() else None
+    except CodedError:
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _load(store: RunStore, run_id: str) -> RunRecord | None:
+    try:
+        return store.load(run_id)
+    except CodedError:
+        return None
+
+
+def _read_losses(store: RunStore, run_id: str) -> Iterator[float]:
+    for row in store.read_metrics(run_id):
+        if row.get("event") == "step" and isinstance(row.get("loss"), int | float):
+            yield float(row["loss"])
+
+
+def _is_at(artifact: Mapping[str, Any], place: Path) -> bool:
+    return Path(str(artifact.get("path", ""))).resolve() == place

@@ -1,0 +1,1 @@
+"""Quantizations: the table of types, the kernels that write them, and importance matrices."""

@@ -1,0 +1,1 @@
+"""Tokenizers as GGUF holds them: the vocabulary, and llama.cpp's names of splitting rules."""

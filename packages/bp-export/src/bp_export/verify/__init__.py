@@ -1,0 +1,1 @@
+"""Compare what was exported with what was trained."""

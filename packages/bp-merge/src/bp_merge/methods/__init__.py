@@ -1,0 +1,1 @@
+"""Merge methods: one module each, and the table that lists them."""
