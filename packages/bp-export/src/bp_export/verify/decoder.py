@@ -1,0 +1,333 @@
+"""What a decoder computes, read from its ``config.json``: the plan that `bp_export.verify.forward` follows.
+
+Written from transformers' config and model classes, and on purpose not from `bp_export.architectures`: the exporter and
+this reading must not share a mistake. Weights decide what a config only claims: biases, norms on q and k, experts and
+an output head of its own are used if their tensors exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+Activation: TypeAlias = Literal["silu", "gelu_pytorch_tanh", "gelu", "relu"]
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+
+
+class NotCoveredError(ValueError):
+    """The forward pass does not know this model; the gate reports it as the reason for "not tested"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Mixture of experts: how a layer's router chooses."""
+
+    active: int
+    """Experts a token."""
+    is_normalized: bool
+    """Whether the chosen experts' probabilities are scaled to a sum of 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Sizes of a gated delta net (arXiv:2412.06464)."""
+
+    key_heads: int
+    value_heads: int
+    key_width: int
+    value_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """One decoder layer."""
+
+    window: int | None
+    """Tokens that a token sees, itself included; None for all before it."""
+    rope: Mapping[str, Any] | None
+    """Rotary settings as in transformers' ``rope_parameters``; None for a layer without positions."""
+    is_recurrent: bool = False
+    """Whether the layer is a gated delta net instead of attention."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderPlan:
+    """A decoder, with every default filled in."""
+
+    layers: tuple[LayerPlan, ...]
+    width: int
+    heads: int
+    key_heads: int
+    head_width: int
+    epsilon: float
+    activation: Activation
+    attention_scale: float
+    """Factor on the products of queries and keys."""
+    context: int
+    """``max_position_embeddings``."""
+    embedding_scale: float = 1.0
+    attention_cap: float | None = None
+    """Soft cap on attention scores: cap * tanh(score / cap)."""
+    logit_cap: float | None = None
+    logit_scale: float = 1.0
+    """Factor on the output logits."""
+    residual_scale: float = 1.0
+    """Factor on what each block adds."""
+    norm_offset: float = 0.0
+    """Added to norm weights: 1 where the checkpoint stores them less one."""
+    has_output_gate: bool = False
+    """Whether q_proj also holds a sigmoid gate on the attention's output (Qwen3.5)."""
+    experts: Experts | None = None
+    delta: Delta | None = None
+
+    @property
+    def longest_window(self) -> int | None:
+        """The largest window of any layer; None without windows."""
+        return max((layer.window for layer in self.layers if layer.window is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """Defaults of transformers' config class, and what the model class does by itself."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    theta: float = 10_000.0
+    norm_offset: float = 0.0
+
+
+_QWEN_3 = {"head_dim": 128, "max_window_layers": 28, "sliding_window": 4096}
+_GEMMA = {
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_size": 2304,
+    "num_hidden_layers": 26,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+_DELTA = {
+    "head_dim": 256,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "partial_rotary_factor": 0.25,
+}
+_FAMILIES: Mapping[str, _Family] = MappingProxyType(
+    {
+        "LlamaForCausalLM": _Family({"max_position_embeddings": 2048}),
+        "MistralForCausalLM": _Family(
+            {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
+        ),
+        "MixtralForCausalLM": _Family(
+            {
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "num_experts_per_tok": 2,
+                "max_position_embeddings": 131072,
+            },
+            theta=1e6,
+        ),
+        "Qwen2ForCausalLM": _Family({"max_window_layers": 28, "sliding_window": 4096}),
+        "Qwen3ForCausalLM": _Family(_QWEN_3),
+        "Qwen3MoeForCausalLM": _Family(
+            {**_QWEN_3, "head_dim": None, "num_experts_per_tok": 8, "num_key_value_heads": 4}
+        ),
+        "Qwen3_5ForCausalLM": _Family(_DELTA, norm_offset=1.0),
+        "Qwen3_5ForConditionalGeneration": _Family(_DELTA, norm_offset=1.0),
+        "Phi3ForCausalLM": _Family({"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
+        "SmolLM3ForCausalLM": _Family({"num_key_value_heads": 4}, theta=2_000_000.0),
+        "GraniteForCausalLM": _Family({"max_position_embeddings": 2048}),
+        "Gemma2ForCausalLM": _Family(
+            {**_GEMMA, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}, norm_offset=1.0
+        ),
+        "Gemma3ForCausalLM": _Family(_GEMMA, norm_offset=1.0),
+        "Gemma3ForConditionalGeneration": _Family(_GEMMA, norm_offset=1.0),
+    }
+)
+COVERED = frozenset(_FAMILIES)
+"""Class names of the models that the forward pass knows."""
+_WINDOWED = ("Mistral", "Phi3")
+"""Families whose every layer has the window."""
+
+
+def read_decoder(config: Mapping[str, Any]) -> DecoderPlan:
+    """The plan of a model.
+
+    Args:
+        config: ``config.json``; the text part of a larger model counts.
+
+    Raises:
+        NotCoveredError: The model, or one of its options, is not known here, or a size is missing.
+    """
+    name = str((config.get("architectures") or ["(none named)"])[0])
+    if name not in _FAMILIES:
+        raise NotCoveredError(f"the independent forward pass does not know {name}")
+    family = _FAMILIES[name]
+    words = {**config, **(config.get("text_config") or {})}
+    words = {**family.defaults, **{key: value for key, value in words.items() if value is not None}, **_nulls(words)}
+    plan = _read_common(words, family)
+    plan = replace(plan, layers=_plan_layers(name, words, family))
+    if name.startswith(("Gemma2", "Gemma3")):
+        return _add_gemma(words, plan)
+    if name.startswith("Qwen3_5"):
+        return replace(plan, has_output_gate=True, delta=_read_delta(words))
+    if name.startswith(("Mixtral", "Qwen3Moe")):
+        is_normalized = name.startswith("Mixtral") or bool(words.get("norm_topk_prob"))
+        return replace(plan, experts=Experts(_read_count(words, "num_experts_per_tok"), is_normalized))
+    return _add_granite(words, plan) if name.startswith("Granite") else plan
+
+
+def _nulls(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for which null is a choice of its own: no window, no cap."""
+    keys = ("sliding_window", "final_logit_softcapping", "attn_logit_softcapping")
+    return {key: None for key in keys if key in words and words[key] is None}
+
+
+def _read_common(words: Mapping[str, Any], family: _Family) -> DecoderPlan:
+    heads = _read_count(words, "num_attention_heads")
+    width = _read_count(words, "hidden_size")
+    head_width = int(words.get("head_dim") or width // heads)
+    activation = str(words.get("hidden_activation") or words.get("hidden_act") or "silu")
+    if activation not in _ACTIVATIONS:
+        raise NotCoveredError(f"the independent forward pass does not know the activation {activation}")
+    return DecoderPlan(
+        layers=(),
+        width=width,
+        heads=heads,
+        key_heads=int(words.get("num_key_value_heads") or heads),
+        head_width=head_width,
+        epsilon=float(words.get("rms_norm_eps", 1e-6)),
+        activation=_ACTIVATIONS[activation],
+        attention_scale=head_width**-0.5,
+        context=int(words.get("max_position_embeddings", 32768)),
+        norm_offset=family.norm_offset,
+    )
+
+
+def _add_gemma(words: Mapping[str, Any], plan: DecoderPlan) -> DecoderPlan:
+    if words.get("use_bidirectional_attention"):
+        raise NotCoveredError("the independent forward pass does not know use_bidirectional_attention")
+    is_third = "Gemma3" in str(words["architectures"][0])  # whose attention class ignores its cap
+    return replace(
+        plan,
+        embedding_scale=plan.width**0.5,
+        attention_scale=float(words["query_pre_attn_scalar"]) ** -0.5,
+        attention_cap=None if is_third else words.get("attn_logit_softcapping"),
+        logit_cap=words.get("final_logit_softcapping"),
+    )
+
+
+def _add_granite(words: Mapping[str, Any], plan: DecoderPlan) -> DecoderPlan:
+    return replace(
+        plan,
+        embedding_scale=float(words.get("embedding_multiplier", 1.0)),
+        attention_scale=float(words.get("attention_multiplier", 1.0)),
+        residual_scale=float(words.get("residual_multiplier", 1.0)),
+        logit_scale=1 / float(words.get("logits_scaling", 1.0)),
+    )
+
+
+def _read_delta(words: Mapping[str, Any]) -> Delta:
+    return Delta(
+        key_heads=_read_count(words, "linear_num_key_heads"),
+        value_heads=_read_count(words, "linear_num_value_heads"),
+        key_width=_read_count(words, "linear_key_head_dim"),
+        value_width=_read_count(words, "linear_value_head_dim"),
+    )
+
+
+def _plan_layers(name: str, words: Mapping[str, Any], family: _Family) -> tuple[LayerPlan, ...]:
+    count = _read_count(words, "num_hidden_layers")
+    kinds = _read_kinds(name, words, count)
+    has_window = name.startswith(("Mistral", "Phi3", "Gemma")) or bool(words.get("use_sliding_window"))
+    window = int(words["sliding_window"]) if has_window and words.get("sliding_window") else None
+    rotated = _read_rotated(words, count) if name.startswith("SmolLM3") else [True] * count
+    ropes = {kind: _read_rope(name, words, kind, family) for kind in set(kinds)}
+    return tuple(
+        LayerPlan(
+            window=window if kind == "sliding_attention" else None,
+            rope=ropes[kind] if has_rope else None,
+            is_recurrent=kind == "linear_attention",
+        )
+        for kind, has_rope in zip(kinds, rotated, strict=True)
+    )
+
+
+def _read_kinds(name: str, words: Mapping[str, Any], count: int) -> list[str]:
+    """By layer, as in ``layer_types`` of transformers."""
+    if name.startswith(_WINDOWED):
+        return ["sliding_attention"] * count
+    if found := words.get("layer_types"):
+        if len(found) < count:
+            raise NotCoveredError(f"config.json has {len(found)} layer_types for {count} layers")
+        return [str(kind) for kind in found[:count]]
+    if name.startswith("Gemma"):
+        every = 2 if name.startswith("Gemma2") else int(words.get("sliding_window_pattern", 6))
+        return _repeat("sliding_attention", every, count)
+    if name.startswith("Qwen3_5"):
+        return _repeat("linear_attention", int(words.get("full_attention_interval", 4)), count)
+    if words.get("use_sliding_window") and name.startswith("SmolLM3"):
+        return ["full_attention" if has_rope else "sliding_attention" for has_rope in _read_rotated(words, count)]
+    if words.get("use_sliding_window"):
+        first = int(words.get("max_window_layers", 28)) if not name.startswith("Qwen3Moe") else 0
+        return ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
+    return ["full_attention"] * count
+
+
+def _repeat(kind: str, every: int, count: int) -> list[str]:
+    """Layers of a kind, but for one with full attention in every so many."""
+    return [kind if (i + 1) % every else "full_attention" for i in range(count)]
+
+
+def _read_rotated(words: Mapping[str, Any], count: int) -> list[bool]:
+    """SmolLM3: which layers have rotary positions (arXiv:2501.18795, "NoPE")."""
+    every = int(words.get("no_rope_layer_interval", 4))
+    return [bool(has) for has in words.get("no_rope_layers") or [(i + 1) % every for i in range(count)]]
+
+
+def _read_rope(name: str, words: Mapping[str, Any], kind: str, family: _Family) -> Mapping[str, Any]:
+    """One kind of layer's rotary settings, old and new spelling, with defaults filled in."""
+    rope = dict(words.get("rope_scaling") or words.get("rope_parameters") or {})
+    is_nested = any(isinstance(rope.get(key), dict) for key in ("full_attention", "sliding_attention"))
+    if name.startswith("Gemma3"):
+        rope = _read_gemma_rope(words, rope, kind, is_nested=is_nested)
+    elif is_nested:
+        rope = dict(rope.get(kind) or {})
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    rope.setdefault("rope_theta", words.get("rope_theta", family.theta))
+    if "partial_rotary_factor" in words:
+        rope.setdefault("partial_rotary_factor", words["partial_rotary_factor"])
+    if "original_max_position_embeddings" in words:
+        rope["original_max_position_embeddings"] = words["original_max_position_embeddings"]
+    if name.startswith("Phi3") and rope["rope_type"] in ("su", "yarn"):
+        rope["rope_type"] = "longrope"
+    return rope
+
+
+def _read_gemma_rope(words: Mapping[str, Any], rope: dict[str, Any], kind: str, *, is_nested: bool) -> dict[str, Any]:
+    """Gemma 3 has two embeddings: ``rope_scaling`` and ``rope_theta`` are those of layers that see the whole text."""
+    is_full = kind == "full_attention"
+    if is_nested:
+        rope = dict(rope.get(kind) or {})
+    elif not is_full:
+        rope = {}
+    key, theta = ("rope_theta", 1_000_000.0) if is_full else ("rope_local_base_freq", 10_000.0)
+    rope.setdefault("rope_theta", words.get(key, theta))
+    return rope
+
+
+def _read_count(words: Mapping[str, Any], key: str) -> int:
+    value = words.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise NotCoveredError(f"config.json has no usable {key}")
+    return value
