@@ -6,10 +6,10 @@ import pytest
 from cuda_training import spec_for, train
 
 from bp_data import prepare
+from bp_data.loop.rows import PlannedRows
 from bp_runs.errors import InvalidSettingError, NothingHeldOutError
 from bp_runs.events import DataReady, EvalDone, ModelLoaded, Notice, RunPlanned, StepDone
 from bp_train_cuda import CudaRail
-from bp_train_cuda.rows import PlannedRows
 
 PLANNED = {"steps": None, "batch_size": 4, "gradient_accumulation": 2}
 

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaModel, MixtralConfig, MixtralForCausalLM
 
 from bp_data.loop.plan import hold_out
+from bp_data.loop.rows import prepare_rows
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError, GpuOutOfMemoryError, InvalidSettingError, TrainingDivergedError
 from bp_runs.events import CheckpointSaved, EvalDone, SampleAnswer, StepDone
 from bp_train_cuda.engines import trl, trl_methods
 from bp_train_cuda.engines.trl_methods import require_trl
 from bp_train_cuda.errors import VersionUntestedError
-from bp_train_cuda.rows import prepare_rows
 
 METHODS = ("sft", "dpo", "orpo", "simpo", "kto")
 

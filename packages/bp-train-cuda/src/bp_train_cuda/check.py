@@ -11,18 +11,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bp_data.asked import AnyPrepared
+from bp_data.loop import rows
 from bp_data.loop.plan import require_length
 from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import (
     AdapterInvalidError,
     InvalidSettingError,
-    SequenceTooLongError,
     TargetModulesError,
-    VocabularyError,
     first_line,
 )
 from bp_runs.spec import LoraSpec, Settings, TrainSpec
-from bp_runs.wording import setting_ref
 from bp_train_cuda import backend
 from bp_train_cuda.engines import unsloth
 from bp_train_cuda.engines.trl_methods import require_trl
@@ -209,37 +207,10 @@ def require_start(spec: LoraSpec, mode: backend.Mode) -> None:
 
 
 def require_rows_fit(spec: TrainSpec, prepared: AnyPrepared) -> None:
-    """Refuse rows that the model has no positions or no embeddings for.
-
-    Raises:
-        SequenceTooLongError, VocabularyError: With the model's number and the rows'.
-    """
+    """As `bp_data.loop.rows.require_rows_fit`, with the numbers of the base's config."""
     config = load.read_config(spec.base, trust_remote_code=spec.model.trust_remote_code).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if positions and spec.model.max_seq_length > positions and (longest := _longest(prepared)) > positions:
-        raise SequenceTooLongError(
-            f"a row has {longest} tokens and the model has positions for {positions}",
-            fix=f"Truncate examples: {setting_ref('model.max_seq_length', positions)}",
-        )
-    if prepared.facts.vocab_size > config.vocab_size:
-        raise VocabularyError(
-            f"the tokenizer has {prepared.facts.vocab_size} tokens and the model's embedding {config.vocab_size} rows"
-        )
-
-
-def _longest(prepared: AnyPrepared) -> int:
-    """Tokens of the longest row or answer."""
-    from bp_data import JudgedRow, PairRow
-
-    longest = 0
-    for row in prepared.rows:
-        parts = (
-            (row.chosen, row.rejected)
-            if isinstance(row, PairRow)
-            else (row.row if isinstance(row, JudgedRow) else row,)
-        )
-        longest = max(longest, *(len(part.ids) for part in parts))
-    return longest
+    rows.require_rows_fit(spec, prepared, positions=positions, vocabulary=config.vocab_size)
 
 
 def _find_name(model: Any, module: Any) -> str:

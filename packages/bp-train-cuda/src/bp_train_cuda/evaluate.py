@@ -14,13 +14,14 @@ from transformers import set_seed
 from bp_data import Prepared, TokenRow
 from bp_data.asked import AnyPrepared
 from bp_data.loop.memory import MemoryGuard
+from bp_data.loop.rows import pad_token
 from bp_data.loop.validation import Validator
 from bp_runs.events import Emit
 from bp_runs.rail import EvalOutcome, RowOutcome
 from bp_runs.spec import TrainSpec
 from bp_train_cuda import backend
 from bp_train_cuda.distributed.process_group import ProcessGroup
-from bp_train_cuda.engines.base import Loaded, answer_prompts, open_base, pad_token, quiet_framework
+from bp_train_cuda.engines.base import Loaded, answer_prompts, open_base, quiet_framework
 from bp_train_cuda.engines.framework import TorchFramework
 from bp_train_cuda.examples import build_examples
 from bp_train_cuda.generate import complete

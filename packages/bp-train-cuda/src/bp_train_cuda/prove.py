@@ -13,6 +13,7 @@ import torch
 
 from bp_data import TokenRow
 from bp_data.asked import AnyPrepared
+from bp_data.loop.rows import PlannedRows, prepare_rows
 from bp_data.token_rows import JudgedRow, PairRow
 from bp_runs.errors import GpuOutOfMemoryError, ProofUnsupportedError, TrainingFailedError
 from bp_runs.rail import Replay
@@ -22,7 +23,6 @@ from bp_runs.wording import command_ref
 from bp_train_cuda import backend, prove_loop
 from bp_train_cuda.model.load import read_config
 from bp_train_cuda.optim import choose_optimizer
-from bp_train_cuda.rows import PlannedRows, prepare_rows
 
 
 def replay_steps(spec: TrainSpec, record: RunRecord, steps: int) -> Replay:
@@ -83,7 +83,7 @@ def build_job(spec: TrainSpec, record: RunRecord, steps: int, *, mode: str, devi
 
     Raises:
         ProofUnsupportedError: The data, its template or the split is not what the run was trained on.
-        CodedError: As `bp_train_cuda.rows.prepare_rows`.
+        CodedError: As `bp_data.loop.rows.prepare_rows`.
     """
     prepared = prepare_rows(spec)
     ranks = int(record.hardware.get("ranks", 1))

@@ -9,16 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from bp_runs.errors import CodedError, NothingHeldOutError
+from bp_data.loop.rows import pick_rows
+from bp_runs.errors import CodedError
 from bp_runs.events import Emit
 from bp_runs.rail import Check, EvalOutcome, MemoryEstimate, Part, Probe, Replay, RowOutcome, Stop, TrainOutcome
 from bp_runs.record import RunRecord
 from bp_runs.spec import Ranks, RunFolders, Settings, TrainSpec
-from bp_train_cuda.rows import prepare_rows
 
 if TYPE_CHECKING:
     from bp_data import Prepared
-    from bp_data.asked import AnyPrepared
     from bp_runs.checkpoint import Checkpoint
     from bp_train_cuda.model.cache import BaseCache
 
@@ -156,7 +155,7 @@ class CudaRail:
         """
         from bp_train_cuda import evaluate
 
-        return evaluate.evaluate(spec, self._pick(spec, part), adapter, emit, cache=self._cache)
+        return evaluate.evaluate(spec, pick_rows(spec, part), adapter, emit, cache=self._cache)
 
     def examine(
         self,
@@ -176,7 +175,7 @@ class CudaRail:
         from bp_train_cuda import evaluate
 
         spec = replace(spec, training=replace(spec.training, method="sft"))
-        rows = cast("Prepared", self._pick(spec, part))
+        rows = cast("Prepared", pick_rows(spec, part))
         return evaluate.examine(
             spec, rows, adapter, emit, answers=answers, answer_tokens=answer_tokens, cache=self._cache
         )
@@ -197,22 +196,6 @@ class CudaRail:
         from bp_train_cuda.model import unpack
 
         unpack.unpack_gguf(file, folder)
-
-    def _pick(self, spec: TrainSpec, part: Part) -> AnyPrepared:
-        """The rows to measure.
-
-        Raises:
-            NothingHeldOutError: There are none.
-        """
-        prepared = prepare_rows(spec)
-        if part == "heldout":
-            from bp_data.loop.plan import hold_out
-
-            _, heldout = hold_out(cast("Any", prepared.rows), spec.training)
-            prepared = replace(prepared, rows=heldout)
-        if not len(prepared.rows):
-            raise NothingHeldOutError(f"of {prepared.ledger.read} rows in {spec.data.path} none is held out")
-        return prepared
 
     @contextlib.contextmanager
     def keep_base(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ another engine.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from bp_runs.events import Emit
 from bp_runs.rail import Stop, TrainOutcome
@@ -33,14 +34,15 @@ def train(
     Raises:
         CodedError: As `bp_train_cuda.rail.CudaRail.train`.
     """
+    from bp_data.loop.rows import plan_rows
+    from bp_train_cuda import check
     from bp_train_cuda.distributed import rules
     from bp_train_cuda.engines import base
-    from bp_train_cuda.rows import plan_rows
 
     rules.require_supported(spec, group)
     if group.is_sharded:
         spec = replace(spec, training=rules.sharded_training(spec.training))
-    spec, rows = plan_rows(spec, emit, group)
+    spec, rows = plan_rows(spec, emit, group, partial(check.require_rows_fit, spec))
     if group.count > 1:
         emit(rules.ranks_notice(spec, group.count))
     with (

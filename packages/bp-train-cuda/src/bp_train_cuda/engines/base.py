@@ -218,11 +218,6 @@ def answer_prompts(
         emit(SampleAnswer(step=step, prompt=prompt, answer=text))
 
 
-def pad_token(prepared: AnyPrepared) -> int:
-    """The id that fills rows up; a tokenizer without one pads with what ends a turn."""
-    return prepared.facts.pad_id if prepared.facts.pad_id is not None else prepared.facts.stop_ids[0]
-
-
 def _model_loaded(spec: TrainSpec, model: Any, loaded: Loaded) -> ModelLoaded:
     return ModelLoaded(
         name=spec.model.name,

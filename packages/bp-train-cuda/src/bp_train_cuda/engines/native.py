@@ -14,6 +14,7 @@ from transformers import set_seed
 from bp_data.asked import AnyPrepared
 from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import MemoryGuard
+from bp_data.loop.rows import pad_token
 from bp_data.loop.sampler import ExampleOrder, StepSampler
 from bp_data.loop.validation import Validator
 from bp_runs.errors import TrainingDivergedError
@@ -30,7 +31,6 @@ from bp_train_cuda.engines.base import (
     answer_prompts,
     close_model,
     open_model,
-    pad_token,
     save_result,
 )
 from bp_train_cuda.engines.framework import TorchFramework

@@ -36,6 +36,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from bp_data.asked import AnyPrepared
 from bp_data.loop.memory import MemoryGuard
+from bp_data.loop.rows import pad_token
 from bp_data.loop.sampler import ExampleOrder
 from bp_data.loop.schedule import rate_factor
 from bp_runs.errors import GpuOutOfMemoryError, PackingError
@@ -44,7 +45,7 @@ from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.backend import PeakMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
-from bp_train_cuda.engines.base import Loaded, answer_prompts, open_model, pad_token, save_result
+from bp_train_cuda.engines.base import Loaded, answer_prompts, open_model, save_result
 from bp_train_cuda.engines.trl_methods import METHODS, Collate, pack_items, token_count, trained_count
 from bp_train_cuda.engines.trl_recorder import Recorder
 from bp_train_cuda.guards.monitor import open_monitor

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Self, cast
 
+from bp_runs.errors import NothingHeldOutError, SequenceTooLongError, VocabularyError
 from bp_runs.events import DataReady, Emit, Notice, RowCounts, RunPlanned
 from bp_runs.paths import REJECTED_FILE
+from bp_runs.rail import Part
 from bp_runs.spec import TrainingSpec, TrainSpec
+from bp_runs.wording import setting_ref
 
 if TYPE_CHECKING:
     from bp_data.asked import AnyPrepared
     from bp_data.loop.plan import AnyRows, RunPlan
-    from bp_train_cuda.distributed.process_group import ProcessGroup
+    from bp_data.loop.protocols import LoopGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,8 +76,13 @@ class PlannedRows:
         return first if self.packs is None else list(chain.from_iterable(self.packs[pack] for pack in first))
 
 
-def plan_rows(spec: TrainSpec, emit: Emit, group: ProcessGroup) -> tuple[TrainSpec, PlannedRows]:
+def plan_rows(
+    spec: TrainSpec, emit: Emit, group: LoopGroup, require_fit: Callable[[AnyPrepared], None]
+) -> tuple[TrainSpec, PlannedRows]:
     """Prepare the spec's rows, hold some out, plan the steps, and report what becomes of every row.
+
+    Args:
+        require_fit: Rejects rows that the model cannot take; see `require_rows_fit`.
 
     Returns:
         The spec with its number of steps, and the rows.
@@ -84,7 +92,6 @@ def plan_rows(spec: TrainSpec, emit: Emit, group: ProcessGroup) -> tuple[TrainSp
     """
     from bp_data.loop.plan_warnings import warn_about_plan
     from bp_data.templates.conversations import write_template_record
-    from bp_train_cuda import check
 
     prepared = _prepare_together(spec, group)
     rows = PlannedRows.build(prepared, spec.training, spec.model.max_seq_length, group.count)
@@ -96,14 +103,14 @@ def plan_rows(spec: TrainSpec, emit: Emit, group: ProcessGroup) -> tuple[TrainSp
     if prepared.ledger.dropped:
         message = f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}"
         emit(Notice(message=message, level="warning" if group.rank == 0 else "info"))
-    check.require_rows_fit(spec, prepared)
+    require_fit(prepared)
     if group.rank == 0:
         for warning in warn_about_plan(spec, plan):
             emit(warning)
     return replace(spec, training=rows.plan.apply_to(spec.training)), rows
 
 
-def _prepare_together(spec: TrainSpec, group: ProcessGroup) -> AnyPrepared:
+def _prepare_together(spec: TrainSpec, group: LoopGroup) -> AnyPrepared:
     """The rows; of several ranks the first makes them, and the others find them in its cache."""
     if group.rank:
         group.all_gather(None)
@@ -142,3 +149,62 @@ def data_ready(spec: TrainSpec, prepared: AnyPrepared, heldout: int) -> DataRead
         tokens=prepared.tokens,
         trained_tokens=prepared.trained_tokens,
     )
+
+
+def pick_rows(spec: TrainSpec, part: Part) -> AnyPrepared:
+    """The rows to measure: all, or those that training with the spec's settings holds out.
+
+    Raises:
+        NothingHeldOutError: There are none.
+        CodedError: As `prepare_rows`.
+    """
+    from bp_data.loop.plan import hold_out
+
+    prepared = prepare_rows(spec)
+    if part == "heldout":
+        _, heldout = hold_out(cast("Any", prepared.rows), spec.training)
+        prepared = replace(prepared, rows=heldout)
+    if not len(prepared.rows):
+        raise NothingHeldOutError(f"of {prepared.ledger.read} rows in {spec.data.path} none is held out")
+    return prepared
+
+
+def pad_token(prepared: AnyPrepared) -> int:
+    """The id that fills rows up; a tokenizer without one pads with what ends a turn."""
+    return prepared.facts.pad_id if prepared.facts.pad_id is not None else prepared.facts.stop_ids[0]
+
+
+def require_rows_fit(spec: TrainSpec, prepared: AnyPrepared, *, positions: int | None, vocabulary: int) -> None:
+    """Reject rows that the model has no positions or no embeddings for.
+
+    Args:
+        positions: Tokens that the model can tell apart; None: the config does not say.
+        vocabulary: Rows of its embedding.
+
+    Raises:
+        SequenceTooLongError, VocabularyError: With the model's number and the rows'.
+    """
+    if positions and spec.model.max_seq_length > positions and (longest := _longest(prepared)) > positions:
+        raise SequenceTooLongError(
+            f"a row has {longest} tokens and the model has positions for {positions}",
+            fix=f"Truncate examples: {setting_ref('model.max_seq_length', positions)}",
+        )
+    if prepared.facts.vocab_size > vocabulary:
+        raise VocabularyError(
+            f"the tokenizer has {prepared.facts.vocab_size} tokens and the model's embedding {vocabulary} rows"
+        )
+
+
+def _longest(prepared: AnyPrepared) -> int:
+    """Tokens of the longest row or answer."""
+    from bp_data import JudgedRow, PairRow
+
+    longest = 0
+    for row in prepared.rows:
+        parts = (
+            (row.chosen, row.rejected)
+            if isinstance(row, PairRow)
+            else (row.row if isinstance(row, JudgedRow) else row,)
+        )
+        longest = max(longest, *(len(part.ids) for part in parts))
+    return longest
