@@ -130,12 +130,12 @@ class CudaRail:
         return folders
 
     def write_adapter(self, checkpoint: Checkpoint, record: RunRecord, folder: Path, *, best: bool = False) -> None:
-        """Publish the adapter folder of a checkpoint, as `bp_train_cuda.checkpoint_adapter.write_adapter`.
+        """Publish the adapter folder of a checkpoint, as `bp_data.loop.checkpoint_adapter.write_adapter`.
 
         Raises:
             CheckpointInvalidError: The checkpoint holds no such adapter.
         """
-        from bp_train_cuda import checkpoint_adapter
+        from bp_data.loop import checkpoint_adapter
 
         checkpoint_adapter.write_adapter(checkpoint, record, folder, best=best)
 
