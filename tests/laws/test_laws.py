@@ -427,8 +427,16 @@ def test_no_file_names_a_machine_s_path():
 
 
 # Flags of other programs that a library may name: pip, hf, torchrun, ollama.
-_FOREIGN = r"(pip install|hf download|torchrun|iconv|ollama) [^;]*"
+_FOREIGN = r"(hf download|torchrun|iconv|ollama) [^;]*|\{install:[^}]*\}"
 _COMMAND_LINE = re.compile(r"(?<![\w-])--[a-z…]|\bbackprop [a-z{…-]")
+_INSTALLS = re.compile(r"\b(pip3?|pipx|uv) (install|inject|tool|add|pip)\b")
+_MAY_INSTALL = {
+    "wording.py",
+    "hint_wording.py",
+    "installation.py",
+    "recipe.py",
+    "card.py",
+}  # their words; commands on a model card
 _SILENT = ("bp-runs", "bp-data", "bp-train-cuda", "bp-merge", "bp-export", "bp-train-mlx")
 
 
@@ -454,13 +462,20 @@ def _speaks(text: str) -> bool:
         ("x = f'Name it: --{what} {value}'", True),
         ("x = 'See the runs: backprop list-runs'", True),
         ("def f():\n    'As with --force.'", True),
-        ("x = 'pip install --upgrade x; or use --mode lora'", True),
-        ("x = 'pip install --upgrade x; or {set:training.mode=lora}'", False),
+        ("x = '{install:--upgrade x}; or use --mode lora'", True),
+        ("x = '{install:--upgrade x}; or {set:training.mode=lora}'", False),
         ("x = 'backpropagate trains -- no more'", False),
     ],
 )
 def test_a_command_line_in_a_string_is_seen(code, seen):
     assert any(_speaks(text) for _, text in _spoken(ast.parse(code))) == seen
+
+
+def test_hints_install_by_reference():
+    """`{install:…}` becomes the command of the environment: pip, uv, `uv tool` or pipx."""
+    for _, file, tree in sources():
+        for line, text in () if file.name in _MAY_INSTALL else _spoken(tree):
+            assert not _INSTALLS.search(text), f"{file}:{line}: write {{install:PACKAGE}}"
 
 
 @pytest.mark.parametrize("package", _SILENT)

@@ -135,7 +135,7 @@ def test_llama_cpp_is_loaded_for_real_and_a_broken_one_is_told(here, monkeypatch
     found = doctor.check_llama_cpp()
     assert found.state == "warning"
     assert "libgomp" in found.message
-    assert "pip install" in found.fix
+    assert "{install:--force-reinstall xllamacpp}" in found.fix
 
 
 def test_info_tells_what_was_set_and_no_secrets(here, monkeypatch, capsys):

@@ -203,7 +203,8 @@ def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch, capsys
     assert run(["ui"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("[DEP_UI_MISSING]: the web page needs packages that are not installed: no_such_package\n")
-    assert 'pip install "backpropagate[ui]"' in error
+    assert "pip install" in error
+    assert "'backpropagate[ui]'" in error
 
 
 def test_the_command_opens_a_page_that_ctrl_c_closes(place):

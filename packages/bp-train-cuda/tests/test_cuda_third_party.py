@@ -233,4 +233,4 @@ def test_doctor_names_versions_that_were_never_tested(monkeypatch):
     monkeypatch.setattr(doctor, "installed", versions.get)
     found = doctor.check_versions()
     assert (found.state, found.message) == ("warning", "never tested: peft 0.18.0, transformers 5.99.1")
-    assert "pip install 'peft>=0.19,<=0.21.2'" in found.fix
+    assert "{install:peft>=0.19,<=0.21.2}" in found.fix

@@ -140,7 +140,7 @@ def _commit_limit() -> int:
 
 def check_llama_cpp() -> Finding:
     """Whether llama.cpp loads, in a process of its own as exports use it."""
-    fix = "Install it anew: pip install --force-reinstall xllamacpp; exports work without, unverified."
+    fix = "Reinstall it: {install:--force-reinstall xllamacpp}; exports work without, unverified."
     command = [sys.executable, "-c", "import importlib.metadata as m, xllamacpp; print(m.version('xllamacpp'))"]
     try:
         done = subprocess.run(  # noqa: S603  # fixed words

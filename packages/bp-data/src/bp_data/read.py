@@ -345,7 +345,7 @@ def _read_parquet(file: Path, stream: BinaryIO, source: str) -> Iterator[Row | R
         from pyarrow import ArrowException, parquet  # type: ignore[import-untyped]
     except ImportError as error:
         raise DatasetFormatUnsupportedError(
-            f"{file.name}: reading Parquet needs pyarrow", fix="Install it: pip install 'bp-data[parquet]'"
+            f"{file.name}: reading Parquet needs pyarrow", fix="Install it: {install:bp-data[parquet]}"
         ) from error
     number = 0
     try:

@@ -175,7 +175,7 @@ class GgmlMissingError(DependencyError):
 
     code = "DEP_GGML_MISSING"
     when = "The package libggml-python is not installed for this platform, or its library does not load."
-    default_fix = "Reinstall it: pip install --force-reinstall libggml-python"
+    default_fix = "Reinstall it: {install:--force-reinstall libggml-python}"
 
 
 class LlamaCppMissingError(DependencyError):
@@ -183,7 +183,7 @@ class LlamaCppMissingError(DependencyError):
 
     code = "DEP_LLAMA_CPP_MISSING"
     when = "A GGUF should be tried in llama.cpp, and the package xllamacpp is not installed."
-    default_fix = "Install the extra: pip install 'bp-export[verify]'"
+    default_fix = "Install the extra: {install:bp-export[verify]}"
 
 
 class HubMissingError(DependencyError):
@@ -191,7 +191,7 @@ class HubMissingError(DependencyError):
 
     code = "DEP_HUB_MISSING"
     when = "Something should be pushed to the Hub, and huggingface_hub or Pillow is not installed."
-    default_fix = "Install the extra: pip install 'bp-export[hub]'"
+    default_fix = "Install the extra: {install:bp-export[hub]}"
 
 
 class PushNetworkError(DependencyError):

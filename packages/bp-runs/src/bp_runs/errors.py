@@ -288,7 +288,7 @@ class RecordNewerError(StateError):
 
     code = "STATE_RECORD_NEWER"
     when = "A run's record was written by a newer version and was to be changed by this one."
-    default_fix = "Update: pip install -U backpropagate"
+    default_fix = "Update: {install:--upgrade backpropagate}"
 
 
 class RecordInvalidError(StateError):

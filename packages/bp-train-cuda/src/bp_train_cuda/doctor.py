@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -12,14 +13,18 @@ from typing import Any
 from bp_runs.rail import Check, Finding
 from bp_train_cuda.third_party import TESTED, Tested, install_command, installed, release_numbers, require_names
 
-_CUDA_TORCH = "Install a torch with CUDA: pytorch.org/get-started names the line for your system and driver."
+_CUDA_TORCH = (
+    "Install a torch with CUDA: {install:--force-reinstall torch --index-url https://download.pytorch.org/whl/cu130}; "
+    "pytorch.org/get-started has the line for an older driver"
+)
 _DRIVER = "Update NVIDIA's driver; `nvidia-smi` shows its version and the newest CUDA that it can run."
 _BITSANDBYTES = (
-    "Reinstall it: pip install --force-reinstall --no-deps bitsandbytes; or use a 16-bit base: {set:training.mode=lora}"
+    "Reinstall it: {install:--force-reinstall --no-deps bitsandbytes}; or use a 16-bit base: {set:training.mode=lora}"
 )
-_REINSTALL = "Reinstall the framework: pip install --force-reinstall torch transformers peft"
+_REINSTALL = "Reinstall the framework: {install:--force-reinstall torch transformers peft}"
 _SIZE = 256
 _STEPS = 3
+_TRITON = "triton-windows" if sys.platform == "win32" else "triton"
 
 
 def checks() -> Sequence[Check]:
@@ -161,7 +166,9 @@ def check_4bit() -> Finding:
     import torch
 
     if find_spec("bitsandbytes") is None:
-        return Finding(state="warning", message="not installed: no 4-bit bases", fix="pip install bitsandbytes")
+        return Finding(
+            state="warning", message="not installed: no 4-bit bases", fix="Install it: {install:bitsandbytes}"
+        )
     import bitsandbytes
 
     if not torch.cuda.is_available():
@@ -183,7 +190,7 @@ def check_kernels() -> Finding:
         return Finding(state="skipped", message="fast kernels are for GPUs")
     if "triton" not in found:
         return Finding(
-            state="warning", message="no triton: plain torch is used", fix="pip install triton (triton-windows)"
+            state="warning", message="no triton: plain torch is used", fix=f"Install it: {{install:{_TRITON}}}"
         )
     ones = torch.ones(_SIZE, device="cuda")
     total = float(_compiled_sum()(ones))

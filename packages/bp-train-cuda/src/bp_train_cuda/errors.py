@@ -47,7 +47,7 @@ class BitsandbytesError(DependencyError):
 
     code = "DEP_BITSANDBYTES_MISSING"
     when = "A 4-bit base was asked for, or is needed to fit the memory, and bitsandbytes cannot be imported."
-    default_fix = "Install it: pip install bitsandbytes; or use a 16-bit base: {set:training.mode=lora}"
+    default_fix = "Install it: {install:bitsandbytes}; or use a 16-bit base: {set:training.mode=lora}"
 
 
 class KernelsError(DependencyError):
@@ -56,7 +56,7 @@ class KernelsError(DependencyError):
     code = "DEP_KERNELS_UNUSABLE"
     setting = "training.kernels"
     when = "Liger's kernels were asked for and are not installed, do not know the model, or there is no GPU."
-    default_fix = "Install them: pip install liger-kernel; or let the rail choose: {set:training.kernels=auto}"
+    default_fix = "Install them: {install:liger-kernel}; or let the rail choose: {set:training.kernels=auto}"
 
 
 class UnslothError(DependencyError):
@@ -73,7 +73,7 @@ class VersionUntestedError(DependencyError):
 
     code = "DEP_VERSION_UNTESTED"
     when = "transformers, TRL, PEFT or torch is installed in a version that lacks a name this version uses."
-    default_fix = "Install versions that are tested together: pip install --upgrade --force-reinstall bp-train-cuda"
+    default_fix = "Install versions that are tested together: {install:--upgrade --force-reinstall bp-train-cuda}"
 
 
 class Bf16Error(UserError):

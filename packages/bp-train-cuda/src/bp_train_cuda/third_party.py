@@ -21,7 +21,7 @@ class PrivateName:
     """A private name in use."""
 
     package: str
-    """As `pip install` knows it."""
+    """Its name on PyPI."""
     module: str
     name: str
     """In the module; dotted for a class's own."""
@@ -72,9 +72,9 @@ def require_names() -> None:
 
 
 def install_command(package: str) -> str:
-    """The command that installs a tested version of ``package``: ``pip install 'peft>=0.19,<=0.21.2'``."""
+    """A reference to the command that installs a tested version: ``{install:peft>=0.19,<=0.21.2}``."""
     tested = TESTED[package]
-    return f"pip install '{package}>={tested.oldest},<={tested.newest}'"
+    return f"{{install:{package}>={tested.oldest},<={tested.newest}}}"
 
 
 def _has_name(used: PrivateName) -> bool:

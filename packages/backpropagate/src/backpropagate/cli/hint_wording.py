@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
+from backpropagate.installation import install_command
 from bp_runs.wording import Settings
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class CommandLineWording:
     def program(self, words: Sequence[str], settings: Settings) -> str:
         """``-m backpropagate resume 20261123``."""
         return f"-m backpropagate {self.command(words, settings).removeprefix('backprop ')}"
+
+    def install(self, words: Sequence[str]) -> str:
+        """``pip install …``, ``pipx inject backpropagate …``: as this environment needs it."""
+        return install_command(words)
 
 
 def _spell(key: str, value: str | None) -> str:

@@ -191,7 +191,7 @@ def choose_trackers(wanted: str, environ: Mapping[str, str]) -> list[str]:
     if find_spec(wanted) is None:
         raise TrackerMissingError(
             f"the tracker {wanted} is not installed",
-            fix=f"Install it: pip install {wanted}; or train without: {{set:training.report_to=none}}",
+            fix=f"Install it: {{install:{wanted}}}; or train without: {{set:training.report_to=none}}",
         )
     return [wanted]
 

@@ -197,7 +197,7 @@ def list_commands(facts: CardFacts) -> Iterator[str]:
     """The commands that make it again, in their order."""
     train = write_train_command(facts.origin.record) if facts.origin else None
     if train is not None:
-        yield "pip install backpropagate"
+        yield "pip install 'backpropagate>=2.0'"
         yield train
         if facts.kind == "gguf":
             yield write_export_command(facts.artifact.get("quantization") or "q4_k_m")

@@ -133,7 +133,7 @@ def check_server(server: LlamaServer, path: Path, settings: Mapping[str, Any]) -
         raise TemplateChangedError(
             f"llama.cpp renders the chat template of {path} differently than training did: "
             f"conversations {', '.join(map(str, wrong))}",
-            fix="Install a llama.cpp that renders the template: pip install --upgrade xllamacpp",
+            fix="Install a llama.cpp that renders the template: {install:--upgrade xllamacpp}",
             details={"conversations": wrong},
         )
 

@@ -66,8 +66,7 @@ class Method:
         raise VersionUntestedError(
             f"trl {version('trl')} has no {self.trainer}",
             cause=f"looked for it in {', '.join(self.modules)}",
-            fix="Use our own loop: {set:training.engine=native}; or install a TRL that has it: "
-            "pip install 'trl>=1.16,<2'",
+            fix="Use our own loop: {set:training.engine=native}; or install a TRL that has it: {install:trl>=1.16,<2}",
         )
 
 
@@ -83,8 +82,7 @@ def require_trl(settings: Settings) -> None:
         if release_numbers(version(package)) < release_numbers(oldest):
             raise VersionUntestedError(
                 f"the engine trl needs {package} {oldest}, and {version(package)} is installed",
-                fix="Use our own loop: {set:training.engine=native}; or install it: "
-                f"pip install '{package}>={oldest}'",
+                fix=f"Use our own loop: {{set:training.engine=native}}; or install it: {{install:{package}>={oldest}}}",
             )
     if training.method == "kto" and training.batch_size < 2:
         raise InvalidSettingError(

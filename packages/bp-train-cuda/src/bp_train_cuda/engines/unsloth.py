@@ -27,7 +27,7 @@ def require_unsloth(settings: Settings, device: Device) -> None:
     if find_spec("unsloth") is None:
         raise UnslothError(
             "unsloth is not installed",
-            fix="Install it: pip install unsloth; or train without it: {set:training.engine=native}",
+            fix="Install it: {install:unsloth}; or train without it: {set:training.engine=native}",
         )
     if device.kind != "cuda":
         raise UnslothError(f"unsloth needs a CUDA device: {device.why}")
