@@ -58,9 +58,9 @@ def _json_documents_keep_their_schemas(request, monkeypatch):
     """What `backprop … --json` prints in a test is one document, held to the published JSON Schema of its kind."""
     if _is_library_test(request):
         return
-    from backpropagate.cli import app, progress
+    from backpropagate.cli import app, output
 
-    build = progress.build_document
+    build = output.build_document
     printed: list[str] = []
 
     def checked(kind, body):
@@ -74,7 +74,7 @@ def _json_documents_keep_their_schemas(request, monkeypatch):
         printed.append(kind)
         return document
 
-    monkeypatch.setattr(progress, "build_document", checked)
+    monkeypatch.setattr(output, "build_document", checked)
     carry_out = app._run
 
     def one_document(argv, *, as_json):

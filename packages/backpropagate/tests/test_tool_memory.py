@@ -10,7 +10,8 @@ import pytest
 
 from backpropagate import Trainer, presets
 from backpropagate.cli.app import run
-from backpropagate.presets import MODEL_PRESETS, find_preset, settle_lora
+from backpropagate.memory_estimate import settle_lora
+from backpropagate.presets import MODEL_PRESETS, find_preset
 from backpropagate.settings import resolve
 from bp_runs.errors import InterruptedRunError
 from bp_runs.events import Notice

@@ -81,7 +81,7 @@ RUNNER = """
 import os, signal
 from backpropagate.jobs import queue, worker
 worker.run_job = lambda queue, job: os.kill(os.getpid(), signal.SIGKILL)
-queue.Queue.of_home(os.environ).run(lambda *_: None)
+worker.run_queue(queue.Queue.of_home(os.environ), lambda *_: None)
 """
 
 
@@ -95,7 +95,7 @@ def test_a_job_that_was_cut_off_is_tried_once_more_and_then_given_up(queue, tmp_
         [first, second] = queue.jobs()
         assert (first.state, first.tries, second.state) == ("running", tries, "waiting")
         assert not queue.is_run()
-    ended = queue.run(lambda *_: None)
+    ended = worker.run_queue(queue, lambda *_: None)
     [first, second] = queue.jobs()
     assert (first.state, second.state) == ("lost", "done")
     assert [job.id for job in ended] == [2]
@@ -150,7 +150,7 @@ def run_and_kill_the_runner(slow) -> None:
 def run_aside(queue) -> tuple[threading.Thread, list]:
     """The queue's work in a thread, and what it says."""
     told = []
-    thread = threading.Thread(target=queue.run, args=(lambda what, job: told.append((what, job.id)),))
+    thread = threading.Thread(target=worker.run_queue, args=(queue, lambda what, job: told.append((what, job.id))))
     thread.start()
     return thread, told
 
@@ -197,7 +197,7 @@ def test_what_ends_a_job_without_a_runner_is_known_to_the_next_one(queue, tmp_pa
 def test_a_process_that_its_runner_had_only_just_started_keeps_the_job(queue, tmp_path, slow):
     """The next runner looked before the job's process held the lock, and has put the job back in line."""
     job = queue.add(["ollama", "list"], tmp_path, {})
-    queue._take()
+    queue.take()
     first = subprocess.Popen(worker.command_of(queue, job), stdout=subprocess.DEVNULL)
     slow.wait_for(1)
     with queue._edit() as jobs:
@@ -229,12 +229,12 @@ def test_one_process_at_a_time_works_through_it_and_others_may_add(queue, tmp_pa
         seen.append((what, job.id))
         if seen == [("started", 1)]:
             with pytest.raises(QueueBusyError):
-                Queue(queue.folder).run(lambda *_: None)
+                worker.run_queue(Queue(queue.folder), lambda *_: None)
             with pytest.raises(JobNotFoundError, match="running"):
                 Queue(queue.folder).remove(1)
             Queue(queue.folder).add(["errors", "DEP_OFFLINE"], tmp_path, {})
 
-    queue.run(say)
+    worker.run_queue(queue, say)
     assert seen == [("started", 1), ("ended", 1), ("started", 2), ("ended", 2)]
     assert {job.state for job in queue.jobs()} == {"done"}
 
@@ -256,7 +256,7 @@ def test_a_folder_that_is_gone_fails_the_job_only(queue, tmp_path):
     (tmp_path / "away").mkdir()
     queue.add(["errors"], tmp_path / "away", {})
     (tmp_path / "away").rmdir()
-    [job] = queue.run(lambda *_: None)
+    [job] = worker.run_queue(queue, lambda *_: None)
     assert job.state == "failed"
     assert "away" in job.error
 

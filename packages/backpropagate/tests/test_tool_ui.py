@@ -28,7 +28,7 @@ from backpropagate.ui.live import MOST_POINTS, chart_points, events_after, follo
 from backpropagate.ui.render import HERE
 from backpropagate.ui.security import HEADERS
 from backpropagate.ui.server import Server
-from backpropagate.ui.spec import UiSpec
+from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import InvalidSettingError, TrainingDivergedError
 from bp_runs.events import Notice, Resumed, StepDone
 from bp_runs.store import RunStore

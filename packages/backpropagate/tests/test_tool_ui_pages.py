@@ -14,7 +14,7 @@ from backpropagate.cli.app import run
 from backpropagate.presets import MODEL_PRESETS
 from backpropagate.ui.app import build_app
 from backpropagate.ui.folders import find_places
-from backpropagate.ui.spec import UiSpec
+from backpropagate.ui_spec import UiSpec
 from bp_runs.testing import FakeRail
 
 TEMPLATE = (

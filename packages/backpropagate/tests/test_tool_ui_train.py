@@ -18,7 +18,7 @@ from backpropagate.cli.app import run
 from backpropagate.ui.app import build_app
 from backpropagate.ui.folders import find_places
 from backpropagate.ui.pages.training import _NOT_HERE, offered, read_flags, to_words
-from backpropagate.ui.spec import UiSpec
+from backpropagate.ui_spec import UiSpec
 from bp_runs.process import process_birth
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail

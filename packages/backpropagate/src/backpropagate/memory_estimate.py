@@ -1,9 +1,10 @@
-"""What a training would take of a card's memory, asked of whichever rail can say."""
+"""GPU memory that a training run needs, and the largest LoRA preset that fits."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -11,8 +12,10 @@ import orjson
 from backpropagate import catalogue, rails, system
 from backpropagate.errors import RailUnusableError
 from backpropagate.presets import find_preset
-from bp_runs.rail import Estimates, MemoryEstimate
-from bp_runs.spec import Settings
+from backpropagate.settings import Resolved, apply_lora_preset
+from bp_runs.errors import CodedError
+from bp_runs.rail import Estimates, MemoryEstimate, Rail
+from bp_runs.spec import LORA_PRESETS, Settings
 
 
 def estimate_memory(wanted: Settings, *, memory: int | None) -> MemoryEstimate:
@@ -54,3 +57,29 @@ def read_config(wanted: Settings) -> Mapping[str, Any]:
     folder = catalogue.find_tokenizer(wanted)
     found: Mapping[str, Any] = orjson.loads((folder / "config.json").read_bytes())
     return found
+
+
+def settle_lora(resolved: Resolved, rail: Rail, base: Path, machine: Path | None) -> tuple[Resolved, str]:
+    """Replace the LoRA preset ``auto`` by the largest that fits; returns the settings and why, empty for other presets.
+
+    Args:
+        base: Folder of the base model, of which the config is read.
+        machine: Where facts about this machine are kept.
+    """
+    if resolved.settings.lora.preset != "auto":
+        return resolved, ""
+    probe = rail.probe()
+    if not isinstance(rail, Estimates) or probe.device == "cpu" or probe.memory is None:
+        return apply_lora_preset(resolved, "fast"), "the LoRA preset fast: there is no card to measure"
+    config, free = orjson.loads((base / "config.json").read_bytes()), probe.memory
+    needs: list[str] = []
+    for name in LORA_PRESETS:
+        wanted = apply_lora_preset(resolved, name)
+        try:
+            need = rail.estimate(wanted.settings, config, memory=free, machine=machine).needed
+        except CodedError as error:
+            return apply_lora_preset(resolved, "fast"), f"the LoRA preset fast: {error.message}"
+        needs.append(f"{name} {need / 2**30:.1f}")
+        if need <= free or name == list(LORA_PRESETS)[-1]:
+            break
+    return wanted, f"the LoRA preset {name}: {', '.join(needs)} of {free / 2**30:.1f} GiB free"

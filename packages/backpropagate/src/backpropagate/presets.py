@@ -11,13 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import orjson
-
-from backpropagate.settings import Resolved, apply_lora_preset
-from bp_runs.errors import CodedError
 from bp_runs.events import Notice
-from bp_runs.rail import Estimates, Rail
-from bp_runs.spec import LORA_PRESETS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +120,7 @@ def remarks(model: str, chosen: str) -> list[Notice]:
     """What the user should know of the model's licence and of the LoRA preset that was chosen.
 
     Args:
-        chosen: As `settle_lora` says.
+        chosen: As `backpropagate.memory_estimate.settle_lora` says.
     """
     found = [Notice(message=chosen)] if chosen else []
     preset = find_preset(model)
@@ -134,29 +128,3 @@ def remarks(model: str, chosen: str) -> list[Notice]:
         warning = f"{preset.model} is under the licence {preset.licence}: {preset.restriction}"
         found.append(Notice(message=warning, level="warning", details={"licence": preset.licence}))
     return found
-
-
-def settle_lora(resolved: Resolved, rail: Rail, base: Path, machine: Path | None) -> tuple[Resolved, str]:
-    """Replace the LoRA preset ``auto`` by the richest that fits; returns the settings and why, empty where not asked.
-
-    Args:
-        base: Folder of the base model, of which the config is read.
-        machine: Where facts about this machine are kept.
-    """
-    if resolved.settings.lora.preset != "auto":
-        return resolved, ""
-    probe = rail.probe()
-    if not isinstance(rail, Estimates) or probe.device == "cpu" or probe.memory is None:
-        return apply_lora_preset(resolved, "fast"), "the LoRA preset fast: there is no card to measure"
-    config, free = orjson.loads((base / "config.json").read_bytes()), probe.memory
-    needs: list[str] = []
-    for name in LORA_PRESETS:
-        wanted = apply_lora_preset(resolved, name)
-        try:
-            need = rail.estimate(wanted.settings, config, memory=free, machine=machine).needed
-        except CodedError as error:
-            return apply_lora_preset(resolved, "fast"), f"the LoRA preset fast: {error.message}"
-        needs.append(f"{name} {need / 2**30:.1f}")
-        if need <= free or name == list(LORA_PRESETS)[-1]:
-            break
-    return wanted, f"the LoRA preset {name}: {', '.join(needs)} of {free / 2**30:.1f} GiB free"

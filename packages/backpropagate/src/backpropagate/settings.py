@@ -14,8 +14,9 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from backpropagate import legacy_names
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
+from backpropagate.presets import find_preset
 from backpropagate.system import to_path
-from backpropagate.ui.spec import UiSpec
+from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import InvalidSettingError
 from bp_runs.record import RunRecord
 from bp_runs.redact import MASK
@@ -88,7 +89,7 @@ def all_settings() -> Mapping[str, Setting]:
 
 @cache
 def ui_settings() -> Mapping[str, Setting]:
-    """Every setting of the web page by dotted key, in the order of `backpropagate.ui.spec`."""
+    """Every setting of the web page by dotted key, in the order of `backpropagate.ui_spec`."""
     return MappingProxyType(_settings_of("ui", UiSpec))
 
 
@@ -299,8 +300,6 @@ def _fill_lora(values: dict[str, Any], sources: dict[str, Source], preset: str) 
 
 def _expand_model(name: str) -> str:
     """A short name of `backprop models` as the Hub id that it stands for."""
-    from backpropagate.presets import find_preset
-
     found = find_preset(name)
     return name if found is None else found.model
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from backpropagate import catalogue, presets, rails, resume_plan, settings, system, warm_start
+from backpropagate import catalogue, memory_estimate, presets, rails, resume_plan, settings, system, warm_start
 from backpropagate.distributed import launchers
 from backpropagate.errors import MainProcessError
 from backpropagate.exporting import ExportResult, export_adapter, push_model, warn_unexportable
@@ -299,7 +299,7 @@ class Trainer:
             remarks: list[Notice] = [notice] if notice else []
             made_by = warm_start.parent_of(wanted.training.start_from, base.folder)
             if parent is None:
-                resolved, chosen = presets.settle_lora(resolved, context.rail, base.folder, context.machine)
+                resolved, chosen = memory_estimate.settle_lora(resolved, context.rail, base.folder, context.machine)
                 remarks += presets.remarks(wanted.model.name, chosen)
             else:
                 remarks += resume_plan.base_notices(parent, base.folder)
@@ -395,7 +395,7 @@ class Trainer:
         pinned = wanted if run_id is None else resume_plan.pin(wanted, first_member(store, run_id))
         base, chosen = _find_base(context.rail, pinned), ""
         if run_id is None:  # else ranks stay what they were, whatever is free on the card now
-            resolved, chosen = presets.settle_lora(resolved, context.rail, base.folder, context.machine)
+            resolved, chosen = memory_estimate.settle_lora(resolved, context.rail, base.folder, context.machine)
         self.settings = wanted = resolved.settings
         return MultiRun(
             context=context,

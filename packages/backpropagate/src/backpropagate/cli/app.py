@@ -269,7 +269,7 @@ def build_app() -> App:
         help="Fine-tune a language model on one GPU and have it running in Ollama.",
         help_epilogue=_EPILOGUE,
         help_format="plaintext",
-        group_parameters=Group("Parameters", sort_key=-1, help_formatter=show_usual_names),
+        group_parameters=Group("Parameters", sort_key=-1, help_formatter=_show_usual_names),
         suppress_keyboard_interrupt=False,
         version=_read_version,
         version_flags=["--version", "-V"],
@@ -312,12 +312,10 @@ def build_app() -> App:
     return app
 
 
-def show_usual_names(console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
-    """Print a panel of the help with one spelling per flag; `backprop config explain` lists the others."""
-    from cyclopts.help import DefaultFormatter
+def _show_usual_names(console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+    from backpropagate.cli.flags import show_usual_names  # reads the settings, which most command lines do not need
 
-    entries = [entry.copy(positive_names=entry.positive_names[:1]) for entry in panel.entries]
-    DefaultFormatter()(console, options, panel.copy(entries=entries))
+    show_usual_names(console, options, panel)
 
 
 def _explain_in_full(app: App, words: Sequence[str]) -> None:

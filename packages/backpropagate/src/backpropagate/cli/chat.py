@@ -14,7 +14,7 @@ from cyclopts import Parameter
 import bp_export
 from backpropagate.adapter_lookup import find_adapter
 from backpropagate.cli.flags import Json, output_folder
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.exporting import find_base_folder, ollama_host
 from bp_runs.errors import InvalidSettingError
 

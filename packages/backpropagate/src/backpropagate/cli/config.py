@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, flag_names, spell
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.settings import (
     TOML_FILE,
     Setting,

@@ -14,7 +14,7 @@ from rich.text import Text
 from backpropagate.catalogue import find_tokenizer
 from backpropagate.cli.data_options import Model, Part, find_file, resolve_settings
 from backpropagate.cli.flags import Json
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.cli.token_colors import color_tokens, legend
 from bp_data import Limits, build_report, check_limits, clean_file, convert_file, preview_file, report_html, report_text
 from bp_data.convert import ConvertResult, Format, split_file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from bp_runs.diff import Pair, RunDiff
 from bp_runs.diff import diff_runs as compare
 from bp_runs.store import RunStore

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from backpropagate.cli.flags import Json, output_folder
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.doctor import Diagnosis, diagnose
 from backpropagate.errors import DoctorError
 from bp_runs.errors import UserError

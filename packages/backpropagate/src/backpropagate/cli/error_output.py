@@ -70,7 +70,7 @@ def report_error(error: CodedError, *, as_json: bool) -> int:
     Where logs are JSON lines, it is one of them.
     """
     if as_json:
-        from backpropagate.cli.progress import print_json
+        from backpropagate.cli.output import print_json
 
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a stdout that nobody reads any more
             print_json("error", {"error": error.to_dict()})

@@ -6,7 +6,7 @@ from importlib import import_module
 from importlib.util import find_spec
 
 from backpropagate.cli.flags import Json
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.errors import CommandLineError
 from backpropagate.settings import nearest
 from bp_runs.errors import CodedError, registered_codes

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 
 from backpropagate import rails
 from backpropagate.cli.flags import Json, flag_names
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.memory_estimate import estimate_memory, read_config, require_estimator
 from backpropagate.presets import MODEL_PRESETS
 from backpropagate.settings import TOML_FILE, Resolved, all_settings, apply_lora_preset, resolve

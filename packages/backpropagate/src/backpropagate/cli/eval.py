@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, Output, output_folder
-from backpropagate.cli.progress import open_screen, print_json
+from backpropagate.cli.output import open_screen, print_json
 from backpropagate.errors import EvalDataError
 from backpropagate.evaluation.compare import METRICS, Difference, sign_test
 from backpropagate.evaluation.evaluate import EvalResult, Gate, evaluate_adapter, gate_refusal

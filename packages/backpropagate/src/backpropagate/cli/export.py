@@ -12,7 +12,7 @@ from cyclopts import Parameter
 import bp_export
 from backpropagate.adapter_lookup import find_adapter
 from backpropagate.cli.flags import Json, output_folder
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.exporting import ExportResult, export_adapter, plan_export
 from backpropagate.keywords import QuantizationName
 

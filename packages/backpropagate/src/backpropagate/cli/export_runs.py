@@ -12,7 +12,7 @@ import orjson
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, Output, output_folder, spell
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from bp_runs.errors import RunStatus
 from bp_runs.files import publish_bytes, require_folder
 from bp_runs.record import read_record

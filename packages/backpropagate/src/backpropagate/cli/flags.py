@@ -7,13 +7,16 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Group, Parameter
 
-from backpropagate.cli.app import show_usual_names
 from backpropagate.settings import TOML_FILE, Setting, all_settings, resolve, ui_settings
 from backpropagate.system import to_path
+
+if TYPE_CHECKING:
+    from cyclopts.help import HelpPanel
+    from rich.console import Console, ConsoleOptions
 
 _LETTERS: Mapping[str, str] = {
     "model.name": "-m",
@@ -112,3 +115,11 @@ def _group(name: str) -> Group:
 def spell(value: Any) -> str:
     """A setting's value as it is typed."""
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def show_usual_names(console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
+    """Print a panel of the help with one spelling per flag; `backprop config explain` lists the others."""
+    from cyclopts.help import DefaultFormatter
+
+    entries = [entry.copy(positive_names=entry.positive_names[:1]) for entry in panel.entries]
+    DefaultFormatter()(console, options, panel.copy(entries=entries))

@@ -9,7 +9,7 @@ from typing import Any
 
 from backpropagate import rails, system
 from backpropagate.cli.flags import Json
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.settings import TOML_FILE, resolve
 from bp_runs.errors import UserError
 from bp_runs.redact import redact

@@ -16,7 +16,7 @@ from filelock import Timeout
 from backpropagate.cli.app import run
 from backpropagate.cli.error_output import prepare_process
 from backpropagate.jobs.queue import LOOK_SECONDS, STOPPED, Queue, end_of
-from backpropagate.jobs.worker import TURNED_AWAY, told_error
+from backpropagate.jobs.worker import TURNED_AWAY, last_error
 
 
 def work(queue: Queue, number: int) -> int:
@@ -36,7 +36,7 @@ def work(queue: Queue, number: int) -> int:
         status = run(job.argv)
         sys.stdout.flush()
         sys.stderr.flush()
-        error = told_error(log, begin) if status not in (0, STOPPED) and log.exists() else None
+        error = last_error(log, begin) if status not in (0, STOPPED) and log.exists() else None
         queue.note(end_of(job, status, error))
     return status
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.errors import CommandLineError
 from backpropagate.system import where
 from bp_runs.errors import RunStatus

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, TypeAlias
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.errors import CommandLineError
 from backpropagate.merging import merge_adapters
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from backpropagate import rails
 from backpropagate.cli.flags import Json
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.presets import MODEL_PRESETS, ModelPreset
 from bp_runs.rail import Estimates
 from bp_runs.spec import Settings, TrainingSpec

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, flag_names, keyword, with_settings
+from backpropagate.cli.output import open_screen, print_json
 from backpropagate.cli.process import open_trainer
-from backpropagate.cli.progress import open_screen, print_json
 from backpropagate.continual.multirun import MultiRunResult
 from backpropagate.continual.scorecard import card_html, card_text
 from backpropagate.resume_plan import resume_line

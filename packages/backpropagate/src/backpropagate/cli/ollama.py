@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 import bp_export
 from backpropagate.cli.flags import Json
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.exporting import ollama_host
 
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
-
-import orjson
+from typing import Protocol, Self
 
 from backpropagate.cli.hint_wording import CommandLineWording
 from bp_runs.events import (
@@ -25,7 +22,7 @@ from bp_runs.events import (
     StepDone,
 )
 from bp_runs.paths import MODEL_NAME
-from bp_runs.redact import redact, redact_data
+from bp_runs.redact import redact
 
 _PLAIN_LINES = 10
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -49,30 +46,6 @@ class Screen(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *args: object) -> None: ...
-
-
-def open_screen(*, as_json: bool) -> Screen:
-    """The screen that fits where stdout goes."""
-    if as_json:
-        return SilentScreen()
-    if sys.stdout.isatty():
-        from backpropagate.cli.live_progress import LiveScreen, can_draw
-
-        if can_draw():
-            return LiveScreen()
-    return PlainScreen()
-
-
-def print_json(kind: str, body: Mapping[str, Any]) -> None:
-    """Print the one JSON document of a command; its keys stand in `backpropagate.cli.documents`."""
-    option = orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE
-    sys.stdout.write(orjson.dumps(build_document(kind, body), option=option, default=str).decode())
-
-
-def build_document(kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"schema": "backpropagate.<kind>/1", …}``, redacted."""
-    document: dict[str, Any] = redact_data({"schema": f"backpropagate.{kind}/1", **body})
-    return document
 
 
 class SilentScreen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backpropagate.cli.flags import Json, Output, output_folder
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.proof import failure, prove_run
 from bp_runs.proof import Proof
 from bp_runs.store import RunStore

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 import bp_export
 from backpropagate.cli.flags import Json, output_folder
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.exporting import push_model
 
 

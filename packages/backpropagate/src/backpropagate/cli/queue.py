@@ -12,9 +12,10 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.errors import CommandLineError, JobNotFoundError, QueuePartialError
 from backpropagate.jobs.queue import Job, Queue, settings_in
+from backpropagate.jobs.worker import run_queue
 
 
 def add(*command: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
@@ -57,7 +58,7 @@ def run(*, json: Json = False) -> int:
     if (hangup := getattr(signal, "SIGHUP", None)) and signal.getsignal(hangup) is not signal.SIG_IGN:
         signal.signal(hangup, signal.SIG_DFL)  # a job has its own session, which no closed terminal reaches
     queue = Queue.of_home(os.environ)
-    ended = queue.run(lambda what, job: None if json else _say(queue, what, job))
+    ended = run_queue(queue, lambda what, job: None if json else _say(queue, what, job))
     states = Counter(job.state for job in ended)
     if json:
         print_json("queue-run", {"jobs": [_body(job) for job in ended], "states": dict(states)})

@@ -10,8 +10,9 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json
+from backpropagate.cli.output import open_screen, print_json
 from backpropagate.cli.process import stop_on_interrupt
-from backpropagate.cli.progress import Screen, loss_plot, open_screen, print_json
+from backpropagate.cli.progress import Screen, loss_plot
 from backpropagate.quickstart import QuickstartResult, run_quickstart
 from bp_data.preview import PreviewToken
 

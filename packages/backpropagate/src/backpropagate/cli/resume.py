@@ -7,8 +7,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, Output, output_folder
+from backpropagate.cli.output import open_screen, print_json
 from backpropagate.cli.process import open_trainer
-from backpropagate.cli.progress import open_screen, print_json
 from backpropagate.cli.train import document, tell_end
 from backpropagate.continual.scorecard import Scorecard, card_text
 from backpropagate.errors import CommandLineError

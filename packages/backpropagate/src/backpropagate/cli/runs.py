@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, Output, output_folder
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.errors import HistoryInvalidError
 from backpropagate.import_1x import import_history
 from bp_runs.checkpoint import CheckpointFolder

@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
-from backpropagate.cli.progress import loss_plot, print_json
+from backpropagate.cli.output import print_json
+from backpropagate.cli.progress import loss_plot
 from backpropagate.continual.scorecard import Scorecard, card_text
 from backpropagate.resume_plan import UNFINISHED, resume_line
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder

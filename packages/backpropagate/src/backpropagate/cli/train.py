@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from backpropagate.cli.flags import MULTI_RUN, Json, keyword, with_settings
+from backpropagate.cli.output import open_screen, print_json
 from backpropagate.cli.process import open_trainer
-from backpropagate.cli.progress import open_screen, print_json
 from backpropagate.resume_plan import resume_line
 from backpropagate.system import where
 from backpropagate.trainer import TrainResult

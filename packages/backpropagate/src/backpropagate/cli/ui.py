@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backpropagate.cli.flags import Json, keyword, output_folder, with_settings
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.errors import UiMissingError
 from backpropagate.settings import TOML_FILE, resolve_ui, ui_settings
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from backpropagate.catalogue import find_tokenizer
 from backpropagate.cli.data_options import find_file, resolve_settings
 from backpropagate.cli.flags import Json, flag_names, keyword, with_settings
-from backpropagate.cli.progress import print_json
+from backpropagate.cli.output import print_json
 from backpropagate.cli.token_colors import color_tokens, legend
 from backpropagate.settings import all_settings
 from bp_data import prepare_asked, preview_rows

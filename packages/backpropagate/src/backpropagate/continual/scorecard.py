@@ -12,10 +12,12 @@ known for j ≤ i. Of T runs (Lopez-Paz and Ranzato, arXiv:1706.08840, with a lo
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
+
+from bp_runs.record import RunRecord
 
 _STYLE = (
     "body{font:15px system-ui,sans-serif;margin:2em;color:#222}table{border-collapse:collapse}"
@@ -207,3 +209,11 @@ def _lines(card: Scorecard, low: float, span: float) -> str:
     ticks = "".join(f'<text x="{40 + i * step:.0f}" y="{height - 6}">{i + 1}</text>' for i in range(count))
     ends = f'<text x="0" y="24">{low + span:.2f}</text><text x="0" y="{height - 28}">{low:.2f}</text>'
     return f'<svg width="{width}" height="{height}" font-size="12" role="img">{drawn}{ticks}{ends}</svg>'
+
+
+def find_scorecard(record: RunRecord, notices: Sequence[Mapping[str, Any]]) -> Scorecard | None:
+    """The scorecard of the record, or of the newest notice while the multi-run runs; None if there is none."""
+    told = [notice["details"]["card"] for notice in notices if "card" in (notice.get("details") or {})]
+    found = record.result.get("score_card") or (told[-1] if told else None)
+    card = Scorecard.from_dict(found) if found else None
+    return card if card and card.losses else None

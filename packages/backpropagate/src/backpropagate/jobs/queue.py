@@ -8,9 +8,7 @@ neither the queue nor its file, and whatever ends the queue's process ends no jo
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -30,7 +28,6 @@ State: TypeAlias = Literal["waiting", "running", "done", "failed", "stopped", "l
 MOST_TRIES = 2
 """A job that takes the machine down with it must not do so every morning."""
 STOPPED = 130
-_POLL_SECONDS = 0.2
 LOOK_SECONDS = 1.0
 """Patience for a lock that another process may hold only to see whether it is held."""
 _SCHEMA = "backpropagate.queue/1"
@@ -141,41 +138,21 @@ class Queue:
         """Where the job's output goes."""
         return self.folder / f"{job.id}.log"
 
-    def run(self, say: Callable[[str, Job], None]) -> list[Job]:
-        """Work through the queue until nothing waits, jobs added meanwhile included; returns the jobs that were run.
-
-        A job that was running when its process or the machine went down is tried once more; one that has outlived
-        whoever worked through the queue before is waited for. Ctrl-C lets the running job save and end, and then
-        stops; jobs that wait stay.
-
-        Args:
-            say: Told ``started``, ``found at work`` and ``ended`` with the job.
+    @contextlib.contextmanager
+    def lead(self) -> Iterator[None]:
+        """Be the one process that works through the queue.
 
         Raises:
-            QueueBusyError: Another process works through it.
+            QueueBusyError: Another process does.
         """
         with coded_disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        from backpropagate.jobs.worker import run_job
-
         try:
             self._runner.acquire(timeout=LOOK_SECONDS)
         except Timeout as error:
             raise QueueBusyError(f"another process works through {self._file}") from error
         try:
-            ended: list[Job] = []
-            for left in self.jobs():
-                if left.state == "running":
-                    ended += self._settle(left, say)
-            while not (ended and ended[-1].state == "stopped") and (job := self._take()) is not None:
-                say("started", job)
-                done = run_job(self, job)
-                if done is None:
-                    ended += self._settle(job, say)
-                    continue
-                ended.append(self.note(done))
-                say("ended", done)
-            return ended
+            yield
         finally:
             self._runner.release()
 
@@ -188,42 +165,21 @@ class Queue:
                     return jobs[place]
         return None
 
-    def _settle(self, job: Job, say: Callable[[str, Job], None]) -> list[Job]:
-        """Wait for a job that another runner left behind.
-
-        Returns it where it has come to its end; where its process vanished it waits again, or is given up.
-        """
-        if self.is_at_work(job):
-            say("found at work", job)
-            self._wait_for(job)
+    def settle(self, job: Job) -> Job | None:
+        """A job whose process is gone: the job if it ended; else None, and it waits again or is given up as lost."""
         with self._edit() as jobs:
             for place, found in enumerate(jobs):
                 if found.id != job.id:
                     continue
                 if found.state != "running":
-                    say("ended", found)
-                    return [found]
+                    return found
                 lost = found.tries >= MOST_TRIES
                 error = f"its process vanished {found.tries} times" if lost else None
                 jobs[place] = replace(found, state="lost" if lost else "waiting", ended_at=utc_now(), error=error)
-        return []
+        return None
 
-    def _wait_for(self, job: Job) -> None:
-        """Until the job's process is gone; the first Ctrl-C is handed on to it, so that it saves."""
-        asked = False
-        while True:
-            try:
-                with self.lock_of(job.id).acquire(poll_interval=_POLL_SECONDS):
-                    return
-            except KeyboardInterrupt:
-                pid = next((found.pid for found in self.jobs() if found.id == job.id), None)
-                if asked or pid is None or os.name == "nt":
-                    raise
-                asked = True
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGINT)
-
-    def _take(self) -> Job | None:
+    def take(self) -> Job | None:
+        """The oldest job that waits, running from now on; None where none waits."""
         with self._edit() as jobs:
             for place, job in enumerate(jobs):
                 if job.state == "waiting":

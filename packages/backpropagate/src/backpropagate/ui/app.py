@@ -25,7 +25,7 @@ from backpropagate.ui.machine import Machine
 from backpropagate.ui.pages import comparisons, data, exports, models, runs, scorecard, training
 from backpropagate.ui.render import HERE, show
 from backpropagate.ui.security import Gate, LoginGate, Passwords, comes_from_us
-from backpropagate.ui.spec import UiSpec
+from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import CodedError, RunNotFoundError, UserError
 from bp_runs.redact import redact
 

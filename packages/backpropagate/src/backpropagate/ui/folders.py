@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backpropagate.errors import UiFolderError, UiPathError
 from backpropagate.system import program_home, to_path
-from backpropagate.ui.spec import UiSpec
+from backpropagate.ui_spec import UiSpec
 from bp_runs.paths import runs_folder
 from bp_runs.store import RunStore
 

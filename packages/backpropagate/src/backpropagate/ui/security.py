@@ -23,7 +23,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backpropagate.errors import UiAuthError
-from backpropagate.ui.spec import UiSpec
+from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import InvalidSettingError
 
 SAFE_METHODS = frozenset({"GET", "HEAD"})

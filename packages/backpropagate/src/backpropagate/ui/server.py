@@ -15,7 +15,7 @@ from backpropagate.errors import UiPortError
 from backpropagate.ui.app import build_app
 from backpropagate.ui.folders import Places, find_places
 from backpropagate.ui.security import is_loopback, require_guarded
-from backpropagate.ui.spec import UiSpec
+from backpropagate.ui_spec import UiSpec
 from bp_runs.files import require_folder
 
 _EVERYWHERE = "0.0.0.0"  # noqa: S104  # only with a password, see security.require_guarded

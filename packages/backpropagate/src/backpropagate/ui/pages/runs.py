@@ -11,11 +11,11 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from backpropagate.continual.scorecard import find_scorecard
 from backpropagate.resume_plan import UNFINISHED, resume_line
 from backpropagate.ui.background import CAN_STOP
 from backpropagate.ui.folders import Output
 from backpropagate.ui.live import chart_points, follow
-from backpropagate.ui.pages.scorecard import find_scorecard
 from backpropagate.ui.render import show
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import RunStatus

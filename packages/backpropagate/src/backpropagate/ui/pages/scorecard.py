@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from backpropagate.continual.scorecard import Scorecard
+from backpropagate.continual.scorecard import Scorecard, find_scorecard
+from backpropagate.ui.pages.runs import find_run
 from backpropagate.ui.render import show
-from bp_runs.record import RunRecord
 
 _SHADES = 9
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 56, 34
 
 
-def find_scorecard(record: RunRecord, notices: Sequence[Mapping[str, Any]]) -> Scorecard | None:
-    """The card of the record, or while the multi-run goes on that of its newest notice; None where there is none."""
-    told = [notice["details"]["card"] for notice in notices if "card" in (notice.get("details") or {})]
-    found = record.result.get("score_card") or (told[-1] if told else None)
-    card = Scorecard.from_dict(found) if found else None
-    return card if card and card.losses else None
-
-
 def show_scorecard(request: Request) -> Response:
     """The page of one card."""
-    from backpropagate.ui.pages.runs import find_run
-
     output, store, record = find_run(request)
     events = store.read_metrics(record.run_id)
     card = find_scorecard(record, [event for event in events if event.get("event") == "notice"])
