@@ -434,7 +434,7 @@ _MAY_INSTALL = {
     "wording.py",
     "hint_wording.py",
     "installation.py",
-    "recipe.py",
+    "commands.py",
     "card.py",
 }  # their words; commands on a model card
 _SILENT = ("bp-runs", "bp-data", "bp-train-cuda", "bp-merge", "bp-export", "bp-train-mlx")
