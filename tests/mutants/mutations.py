@@ -262,7 +262,7 @@ MUTATIONS = (
     Mutation(
         "dpo",
         "DPO rewards the chosen completion",
-        "bp-train-cuda/src/bp_train_cuda/losses/preference.py",
+        "bp-runs/src/bp_runs/methods.py",
         "rewards = training.dpo_beta * found.ratios\n    margins = rewards[:, 0] - rewards[:, 1]",
         "rewards = training.dpo_beta * found.ratios\n    margins = rewards[:, 1] - rewards[:, 0]",
         "bp-train-cuda/tests/test_cuda_prove.py::test_the_independent_loop_computes_the_same_losses[dpo]",
@@ -270,9 +270,9 @@ MUTATIONS = (
     Mutation(
         "kto",
         "KTO weighs good and bad examples as set",
-        "bp-train-cuda/src/bp_train_cuda/losses/preference.py",
-        "torch.where(found.good, training.kto_desirable_weight, training.kto_undesirable_weight)",
-        "torch.where(found.good, training.kto_undesirable_weight, training.kto_desirable_weight)",
+        "bp-runs/src/bp_runs/methods.py",
+        "ops.where(found.good, training.kto_desirable_weight, training.kto_undesirable_weight)",
+        "ops.where(found.good, training.kto_undesirable_weight, training.kto_desirable_weight)",
         "bp-train-cuda/tests/test_cuda_prove.py::test_the_independent_loop_computes_the_same_losses[kto]",
     ),
     Mutation(

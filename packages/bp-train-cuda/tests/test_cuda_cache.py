@@ -11,7 +11,7 @@ from bp_runs.errors import AdapterInvalidError, TrainingDivergedError
 from bp_runs.events import EvalDone, StepDone
 from bp_train_cuda import CudaRail
 from bp_train_cuda.model import load
-from bp_train_cuda.model.cache import BaseCache
+from bp_train_cuda.model.load import BaseCache
 
 
 def losses(events):

@@ -16,8 +16,8 @@ from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import DataReady, EvalDone, StepDone
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda import CudaRail
+from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
-from bp_train_cuda.guards.oom import TorchMemory
 
 EVAL = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 2, "batch_size": 2}
 

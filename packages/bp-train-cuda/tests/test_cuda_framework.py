@@ -12,12 +12,12 @@ from bp_data.loop.memory import MemoryGuard
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import TrainingDivergedError
 from bp_train_cuda import backend
+from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.framework import TorchFramework
 from bp_train_cuda.examples import build_examples
-from bp_train_cuda.guards.oom import TorchMemory
-from bp_train_cuda.losses.log_probs import LogProbModel
 from bp_train_cuda.model import lora
+from bp_train_cuda.model.log_probs import LogProbModel
 
 
 class Casts(TorchDispatchMode):

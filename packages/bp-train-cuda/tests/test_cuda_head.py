@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bp_runs.events import EvalDone, StepDone
-from bp_train_cuda.losses import log_probs
-from bp_train_cuda.losses.log_probs import LogProbModel, head_log_probs
+from bp_train_cuda.model import log_probs
 from bp_train_cuda.model.head import Head
+from bp_train_cuda.model.log_probs import LogProbModel, head_log_probs
 
 VOCABULARY = 150_000
 

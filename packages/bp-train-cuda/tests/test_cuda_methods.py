@@ -3,6 +3,7 @@
 import math
 import shutil
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from bp_data import prepare_judged
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import InvalidSettingError
 from bp_runs.events import DataReady, EvalDone, Notice, StepDone
+from bp_runs.methods import METHODS as TABLE
+from bp_runs.methods import MethodName
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.examples import join_prompt
 
@@ -160,11 +163,5 @@ def test_a_run_that_is_cut_off_goes_on_with_what_it_started_from(files, chat_fil
 
 
 def test_every_method_is_one_row_and_has_a_loss():
-    from typing import get_args
-
-    from bp_runs.methods import METHODS as TABLE
-    from bp_runs.methods import MethodName
-    from bp_train_cuda.losses.preference import PREFERENCE_LOSSES
-
     assert tuple(TABLE) == get_args(MethodName)
-    assert set(PREFERENCE_LOSSES) == {name for name, row in TABLE.items() if row.learns_from != "rows"}
+    assert {name for name, row in TABLE.items() if row.loss is None} == {"sft"}

@@ -32,7 +32,7 @@ from bp_train_cuda.backend import Device, Mode, choose_dtype, choose_mode
 from bp_train_cuda.check import require_start
 from bp_train_cuda.engines.unsloth import require_unsloth
 from bp_train_cuda.errors import Bf16Error, BitsandbytesError, Fp8Error, UnslothError
-from bp_train_cuda.model.fp8 import use_fp8
+from bp_train_cuda.model.kernels import use_fp8
 from bp_train_cuda.model.lora import add_lora
 from bp_train_cuda.optim import choose_optimizer
 
@@ -55,7 +55,7 @@ def test_all_weights_are_trained_and_saved_as_a_model(pico_model, chat_file, tmp
     assert outcome.adapter == tmp_path / "run" / "model"
     assert not (tmp_path / "run" / "lora").exists()
     loaded = next(e for e in events if isinstance(e, ModelLoaded))
-    assert (loaded.trainable, loaded.mode) == (loaded.parameters, "full (as asked)")
+    assert (loaded.trainable, loaded.mode) == (loaded.parameters, "full (as set)")
     before = load_file(pico_model / "model.safetensors")
     after = load_file(outcome.adapter / "model.safetensors")
     assert before.keys() == after.keys()  # the tied output layer is not saved beside the embedding

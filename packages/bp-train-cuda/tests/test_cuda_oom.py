@@ -13,10 +13,9 @@ from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
 from bp_runs.errors import GpuOutOfMemoryError, OomExhaustedError
 from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
+from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.examples import RowExamples
-from bp_train_cuda.guards.oom import TorchMemory
-from bp_train_cuda.optim import reset_state
-from bp_train_cuda.optim.adamw import AdamW
+from bp_train_cuda.optim import AdamW, reset_state
 
 
 class Scarce:
@@ -100,7 +99,7 @@ def test_the_warning_says_whether_the_gradient_is_the_same(pico_model, chat_file
         ("torch.optim.AdamW._init_group", "the optimizer step"),
         ("peft.peft_model.safe_save_file", "the save"),
         ("transformers.generation.utils.GenerationMixin.generate", "a sample answer"),
-        ("bp_train_cuda.losses.log_probs.head_log_probs", None),
+        ("bp_train_cuda.model.log_probs.head_log_probs", None),
     ],
 )
 def test_elsewhere_too(pico_model, chat_file, tmp_path, monkeypatch, place, what):

@@ -142,7 +142,7 @@ def test_the_independent_loop_imports_nothing_of_ours():
         ({"training": {"engine": "trl"}}, "TRL joins epochs"),
         ({"training": {"fp8": True}}, "8-bit floats"),
         ({"hardware": {"ranks": 2, "sharing": "fsdp2"}}, "sharded"),
-        ({"model": {"mode": "qlora (as asked)", "device": "cuda (H200)"}}, "there is none here"),
+        ({"model": {"mode": "qlora (as set)", "device": "cuda (H200)"}}, "there is none here"),
         ({"model": {}}, "how the base was loaded"),
         ({"initial_adapter": Path("lora")}, "another adapter"),
         ({"config": {"attention_dropout": 0.1}}, "the base model itself"),

@@ -333,7 +333,7 @@ def test_the_mode_follows_the_free_memory():
             choose_mode("auto", 7_600_000_000, gpu)
     else:
         assert choose_mode("auto", 7_600_000_000, gpu).name == "qlora"
-    assert choose_mode("lora", 7_600_000_000, gpu).why == "as asked"
+    assert choose_mode("lora", 7_600_000_000, gpu).why == "as set"
 
 
 def test_unknown_target_modules_name_the_known_ones(pico_model, chat_file, tmp_path):

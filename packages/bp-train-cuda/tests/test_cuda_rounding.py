@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from bp_data.loop.memory import MemoryGuard
 from bp_runs.events import Notice
-from bp_train_cuda.guards.oom import TorchMemory
+from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.optim import adamw_8bit, rounds_away
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -49,7 +49,7 @@ class Course:
 
 @pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.PagedAdamW8bit, bnb.optim.AdamW, bnb.optim.Lion8bit])
 def test_small_updates_of_bfloat16_add_up_as_in_float32(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adamw_8bit, "PIECE", 4096)  # three pieces, the last no multiple of a block
+    monkeypatch.setattr(adamw_8bit, "CHUNK", 4096)  # three pieces, the last no multiple of a block
     exact, lost, ours = (
         Course(kind, dtype, seed=seed).take()
         for dtype, seed in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 1))
@@ -65,7 +65,7 @@ def test_small_updates_of_bfloat16_add_up_as_in_float32(kind: type, monkeypatch:
 def test_pieces_take_the_moments_that_the_whole_would(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1)
     whole.take()
-    monkeypatch.setattr(adamw_8bit, "PIECE", 1024)
+    monkeypatch.setattr(adamw_8bit, "CHUNK", 1024)
     parted = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1)
     parted.take()
     one, other = (course.optimizer.state[course.weight] for course in (whole, parted))

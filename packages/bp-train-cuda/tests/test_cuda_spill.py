@@ -32,4 +32,4 @@ def test_signs(memory, speeds, told):
 def test_it_says_what_it_saw():
     events = []
     SpillDetector(lambda: OVER, events.append).end_step(5.0)
-    assert events[0].details["spill"] == "17.0 GiB are in use on a card of 16.0 GiB"
+    assert events[0].details["spill"] == "17.0 GiB are in use on a GPU of 16.0 GiB"

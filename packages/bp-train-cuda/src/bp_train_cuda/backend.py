@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -27,9 +28,9 @@ class Device:
     memory: int
     """Bytes free for training now."""
     card: str = "cpu"
-    """The card's name and its memory, by which it is remembered."""
+    """The GPU's name and its memory, by which it is remembered."""
     driver_too_old: bool = False
-    """Whether there is a card that only an older CUDA can use."""
+    """Whether there is a GPU that only an older CUDA can use."""
 
     @property
     def label(self) -> str:
@@ -62,10 +63,10 @@ def _has_old_driver() -> bool:
 
 
 def choose_dtype(wanted: Literal["auto", "float32", "bfloat16"], device: Device) -> torch.dtype:
-    """The base weights' dtype: as asked, else bfloat16 where the GPU computes in it, else float32.
+    """The base weights' dtype: as set, else bfloat16 where the GPU computes in it, else float32.
 
     Raises:
-        Bf16Error: bfloat16 was asked for and the GPU only emulates it.
+        Bf16Error: bfloat16 was requested and the GPU only emulates it.
     """
     can = device.kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "bfloat16" and device.kind == "cuda" and not can:
@@ -90,7 +91,7 @@ class Mode:
 
 
 def choose_mode(wanted: Literal["auto", "lora", "qlora", "full"], parameters: int, device: Device) -> Mode:
-    """The mode as asked, else qlora where 16-bit weights would take over `WEIGHTS_SHARE` of the free GPU memory.
+    """The mode as set, else qlora where 16-bit weights would take over `WEIGHTS_SHARE` of the free GPU memory.
 
     Raises:
         ModeError: 4-bit weights on a CPU.
@@ -106,7 +107,7 @@ def choose_mode(wanted: Literal["auto", "lora", "qlora", "full"], parameters: in
     too_large = device.kind == "cuda" and need > WEIGHTS_SHARE * free
     mode = Mode(
         ("qlora" if too_large else "lora") if wanted == "auto" else wanted,
-        f"{need:.1f} GiB of 16-bit weights, {free:.1f} GiB free" if wanted == "auto" else "as asked",
+        f"{need:.1f} GiB of 16-bit weights, {free:.1f} GiB free" if wanted == "auto" else "as set",
     )
     if mode.name == "qlora" and device.kind == "cpu":
         raise ModeError("4-bit weights cannot be trained on a CPU")
@@ -130,3 +131,18 @@ class PeakMemory:
         now = torch.cuda.max_memory_allocated() if self._cuda else self._process.memory_info().rss
         self._peak = max(self._peak, int(now))
         return self._peak
+
+
+class TorchMemory:
+    """Torch's error for a full GPU, and how to free what no tensor uses."""
+
+    out_of_memory_error: type[Exception] = torch.OutOfMemoryError
+
+    def is_out_of_memory(self, error: Exception) -> bool:  # noqa: ARG002
+        """Always: torch has a type of its own for it."""
+        return True
+
+    def release_memory(self) -> None:
+        """Collect cycles and give cached blocks back to the driver."""
+        gc.collect()
+        torch.cuda.empty_cache()

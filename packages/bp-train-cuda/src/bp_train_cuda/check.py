@@ -1,4 +1,4 @@
-"""What is refused before any weight is loaded."""
+"""What is rejected before any weight is loaded."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from bp_train_cuda.third_party import require_names
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A model that can be trained as asked."""
+    """A model that can be trained as set."""
 
     device: backend.Device
     mode: backend.Mode
@@ -47,7 +47,7 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
     """Look at the config in ``base`` alone, and at the shapes in ``adapter``.
 
     Args:
-        adapter: A saved adapter that is to go on the base.
+        adapter: A saved adapter that is to resume the base.
 
     Raises:
         InvalidSettingError: A number that trains nothing.
@@ -58,7 +58,7 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         UnslothError, InvalidSettingError: As `unsloth.require_unsloth`.
         VersionUntestedError, InvalidSettingError: As `engines.trl_methods.require_trl`.
         PackingError: Packing is set and a small model of this kind mixes packed examples on the device.
-        Fp8Error, KernelsError: 8-bit floats, or fused kernels, are asked for and cannot be had.
+        Fp8Error, KernelsError: 8-bit floats, or fused kernels, are requested and cannot be had.
         TargetModulesError, InvalidSettingError: The adapter cannot be made on this model.
     """
     require_numbers(settings)
@@ -91,7 +91,7 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
 
 
 def require_numbers(settings: Settings) -> None:
-    """Refuse an adapter without rank or effect, and batches or steps without anything in them."""
+    """Reject an adapter without rank or effect, and batches or steps without anything in them."""
     lora, training = settings.lora, settings.training
     lowest = {
         "lora.r": lora.r,
@@ -107,7 +107,7 @@ def require_numbers(settings: Settings) -> None:
 
 
 def require_adapter(adapter: Path, base: Path, sketch: Any) -> None:
-    """Refuse an adapter of another base: one whose layers are not in ``sketch``, or that was made on other weights.
+    """Reject an adapter of another base: one whose layers are not in ``sketch``, or that was made on other weights.
 
     Raises:
         AdapterInvalidError: Likewise for a folder that is no adapter.
@@ -144,13 +144,13 @@ def _read_widths(weights: Path) -> list[tuple[str, str, int]]:
 
 
 def require_optimizer(settings: Settings) -> None:
-    """Refuse an 8-bit optimizer without the package that has it."""
+    """Reject an 8-bit optimizer without the package that has it."""
     if "8bit" in settings.training.optim and find_spec("bitsandbytes") is None:
         raise BitsandbytesError(f"the optimizer {settings.training.optim} is bitsandbytes', which is not installed")
 
 
 def require_fp8(device: backend.Device, mode: backend.Mode) -> None:
-    """Refuse 8-bit floats where nothing computes in them."""
+    """Reject 8-bit floats where nothing computes in them."""
     if device.kind != "cuda" or torch.cuda.get_device_capability(0) < (9, 0):
         raise Fp8Error(f"{device.label} does not train in 8-bit floats")
     if mode.name == "qlora":
@@ -167,7 +167,7 @@ def require_fp8(device: backend.Device, mode: backend.Mode) -> None:
 
 
 def require_targets(model: Any, spec: LoraSpec) -> None:
-    """Refuse target modules that no layer is named after, each by itself, and layers that cannot carry an adapter.
+    """Reject target modules that no layer is named after, each by itself, and layers that cannot carry an adapter.
 
     The output layer's adapter would be passed over by the loss, which multiplies with its weight directly; and where it
     is tied to the embedding, a merge would change both.
@@ -184,7 +184,7 @@ def require_targets(model: Any, spec: LoraSpec) -> None:
 
 
 def require_start(spec: LoraSpec, mode: backend.Mode) -> None:
-    """Refuse a start of the adapter that its mode or form does not have."""
+    """Reject a start of the adapter that its mode or form does not have."""
     start = spec.init_lora_weights
     if start == "loftq" and mode.name != "qlora":
         raise InvalidSettingError(

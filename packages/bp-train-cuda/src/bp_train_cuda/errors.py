@@ -2,20 +2,20 @@
 
 DependencyError
 ├── GpuNotAvailableError   DEP_GPU_NOT_AVAILABLE            too large a model for a CPU
-├── DriverTooOldError      DEP_GPU_DRIVER_TOO_OLD           there is a card, and its driver does not know this CUDA
+├── DriverTooOldError      DEP_GPU_DRIVER_TOO_OLD           there is a GPU, and its driver does not know this CUDA
 ├── BitsandbytesError      DEP_BITSANDBYTES_MISSING         4-bit bases need it
-├── KernelsError           DEP_KERNELS_UNUSABLE             fused kernels were asked for and cannot be had
+├── KernelsError           DEP_KERNELS_UNUSABLE             fused kernels were requested and cannot be had
 ├── UnslothError           DEP_UNSLOTH_UNUSABLE             not installed, or it finds no GPU
 └── VersionUntestedError   DEP_VERSION_UNTESTED             an installed package lacks a name that we use
 UserError
-├── Bf16Error              CONFIG_BF16_UNSUPPORTED          the card does not compute in bfloat16
+├── Bf16Error              CONFIG_BF16_UNSUPPORTED          the GPU does not compute in bfloat16
 ├── RanksError             CONFIG_RANKS_UNSUPPORTED         several processes are to train what only one can
-└── RanksChangedError      CONFIG_RANKS_CHANGED             a run is to go on with another number of processes
+└── RanksChangedError      CONFIG_RANKS_CHANGED             a run is to resume with another number of processes
 RunFailedError
-├── Fp8Error               RUNTIME_FP8_UNSUPPORTED          the card, or torchao, cannot
+├── Fp8Error               RUNTIME_FP8_UNSUPPORTED          the GPU, or torchao, cannot
 ├── RankLostError          RUNTIME_RANK_LOST                one of several processes is gone
 ├── RankMessageError       RUNTIME_RANK_MESSAGE_REJECTED    what is in the ranks' store was not written by them
-└── GpuTemperatureError    RUNTIME_GPU_TEMPERATURE_CRITICAL the card does not stay cool enough
+└── GpuTemperatureError    RUNTIME_GPU_TEMPERATURE_CRITICAL the GPU does not stay cool enough
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class GpuNotAvailableError(DependencyError):
 
 
 class DriverTooOldError(DependencyError):
-    """The card's driver is older than the CUDA that torch is built for."""
+    """The GPU's driver is older than the CUDA that torch is built for."""
 
     code = "DEP_GPU_DRIVER_TOO_OLD"
     when = (
-        "A model of over 1 billion parameters was to be trained on a card whose driver is older than torch's CUDA; "
+        "A model of over 1 billion parameters was to be trained on a GPU whose driver is older than torch's CUDA; "
         "smaller ones train on the CPU then."
     )
     default_fix = "Update the NVIDIA driver and restart; or install a torch built for an older CUDA."
@@ -46,16 +46,16 @@ class BitsandbytesError(DependencyError):
     """bitsandbytes, which 4-bit bases need, cannot be used."""
 
     code = "DEP_BITSANDBYTES_MISSING"
-    when = "A 4-bit base was asked for, or is needed to fit the memory, and bitsandbytes cannot be imported."
+    when = "A 4-bit base was requested, or is needed to fit the memory, and bitsandbytes cannot be imported."
     default_fix = "Install it: {install:bitsandbytes}; or use a 16-bit base: {set:training.mode=lora}"
 
 
 class KernelsError(DependencyError):
-    """The fused kernels that were asked for cannot be used."""
+    """The fused kernels that were requested cannot be used."""
 
     code = "DEP_KERNELS_UNUSABLE"
     setting = "training.kernels"
-    when = "Liger's kernels were asked for and are not installed, do not know the model, or there is no GPU."
+    when = "Liger's kernels were requested and are not installed, do not know the model, or there is no GPU."
     default_fix = "Install them: {install:liger-kernel}; or let the rail choose: {set:training.kernels=auto}"
 
 
@@ -64,7 +64,7 @@ class UnslothError(DependencyError):
 
     code = "DEP_UNSLOTH_UNUSABLE"
     setting = "training.engine"
-    when = "The engine unsloth was asked for where it is not installed, or does not import: it wants a GPU to do so."
+    when = "The engine unsloth was requested where it is not installed, or does not import: it wants a GPU to do so."
     default_fix = "Train without it: {set:training.engine=native}"
 
 
@@ -77,11 +77,11 @@ class VersionUntestedError(DependencyError):
 
 
 class Bf16Error(UserError):
-    """The card does not compute in bfloat16."""
+    """The GPU does not compute in bfloat16."""
 
     code = "CONFIG_BF16_UNSUPPORTED"
     setting = "model.dtype"
-    when = "dtype bfloat16 was asked for on a card older than Ampere, which only emulates it."
+    when = "dtype bfloat16 was requested on a GPU older than Ampere, which only emulates it."
     default_fix = "Let the GPU decide: {set:model.dtype=auto}"
 
 
@@ -90,14 +90,14 @@ class RanksError(UserError):
 
     code = "CONFIG_RANKS_UNSUPPORTED"
     when = "torchrun or accelerate launch started several processes for a training that they cannot share."
-    default_fix = "Start it without torchrun; choose the card with CUDA_VISIBLE_DEVICES=0"
+    default_fix = "Start it without torchrun; choose the GPU with CUDA_VISIBLE_DEVICES=0"
 
 
 class RanksChangedError(UserError):
-    """A run was to go on with another number of processes than it began with."""
+    """A run was to resume with another number of processes than it began with."""
 
     code = "CONFIG_RANKS_CHANGED"
-    when = "A run is to go on in more or fewer processes than trained it so far, which would change what a step is."
+    when = "A run is to resume in more or fewer processes than trained it so far, which would change what a step is."
     default_fix = (
         "Start as many processes as before: torchrun --nproc-per-node 2 {program:resume RUN}; "
         "or start from scratch: {set:training.resume=false}"
@@ -109,7 +109,7 @@ class Fp8Error(RunFailedError):
 
     code = "RUNTIME_FP8_UNSUPPORTED"
     setting = "training.fp8"
-    when = "fp8 was asked for on a card older than Hopper, on a CPU, with a 4-bit base, or without torchao."
+    when = "fp8 was requested on a GPU older than Hopper, on a CPU, with a 4-bit base, or without torchao."
     default_fix = "Train without it: {set:training.fp8=false}"
 
 
@@ -136,7 +136,7 @@ class RankMessageError(RunFailedError):
 
 
 class GpuTemperatureError(RunFailedError):
-    """The card is dangerously hot."""
+    """The GPU is dangerously hot."""
 
     code = "RUNTIME_GPU_TEMPERATURE_CRITICAL"
     when = "The GPU got critically hot, or did not cool down while training paused; the work was saved before the stop."

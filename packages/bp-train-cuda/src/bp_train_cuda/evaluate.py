@@ -20,15 +20,15 @@ from bp_runs.events import Emit
 from bp_runs.rail import EvalOutcome, RowOutcome
 from bp_runs.spec import TrainSpec
 from bp_train_cuda import backend
+from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.base import Loaded, answer_prompts, open_base, quiet_framework
 from bp_train_cuda.engines.framework import TorchFramework
 from bp_train_cuda.examples import build_examples
 from bp_train_cuda.generate import complete
-from bp_train_cuda.guards.oom import TorchMemory
-from bp_train_cuda.losses.log_probs import LogProbModel
 from bp_train_cuda.model import lora
-from bp_train_cuda.model.cache import BaseCache
+from bp_train_cuda.model.load import BaseCache
+from bp_train_cuda.model.log_probs import LogProbModel
 
 
 def evaluate(

@@ -47,7 +47,7 @@ class Examples(Protocol):
         ...
 
     def collate(self, indexes: Sequence[int]) -> Batch:
-        """Tensors on the CPU, as `bp_train_cuda.losses.log_probs.LogProbModel` reads them."""
+        """Tensors on the CPU, as `bp_train_cuda.model.log_probs.LogProbModel` reads them."""
         ...
 
 
@@ -144,7 +144,7 @@ class PairExamples:
         return pad_rows(rows, self._pad_id) | self.side_values(indexes)
 
     def side_values(self, indexes: Sequence[int]) -> Batch:
-        """What the loss needs beside tokens: ``reference`` (B, A)."""
+        """What the loss needs besides tokens: ``reference`` (B, A)."""
         return {} if self.reference is None else {"reference": self.reference[list(indexes)]}
 
 
@@ -277,7 +277,7 @@ def build_examples(
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its CPU tensors on ``device``; copies to a GPU run while the host goes on."""
+    """The batch with its CPU tensors on ``device``; copies to a GPU run while the host continues."""
     if device.type == "cpu":
         return dict(batch)
     return {

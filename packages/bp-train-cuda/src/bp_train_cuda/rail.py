@@ -19,7 +19,7 @@ from bp_runs.spec import Ranks, RunFolders, Settings, TrainSpec
 if TYPE_CHECKING:
     from bp_data import Prepared
     from bp_runs.checkpoint import Checkpoint
-    from bp_train_cuda.model.cache import BaseCache
+    from bp_train_cuda.model.load import BaseCache
 
 
 _log = logging.getLogger("bp_train_cuda")
@@ -51,7 +51,7 @@ class CudaRail:
         return doctor.checks()
 
     def check(self, settings: Settings, folder: Path) -> None:
-        """Refuse a model that is too large, unknown, brings its own code, or cannot be trained as asked.
+        """Reject a model that is too large, unknown, brings its own code, or cannot be trained as set.
 
         What the user should know besides is logged as a warning.
 
@@ -71,7 +71,7 @@ class CudaRail:
         memory: int | None = None,
         machine: Path | None = None,
     ) -> MemoryEstimate:
-        """What training with ``settings`` would take of a card; imports no framework for the known kinds of model.
+        """What training with ``settings`` would take of a GPU; imports no framework for the known kinds of model.
 
         Raises:
             ShapesUnknownError, ModelLoadError: The config describes no language model.
@@ -193,14 +193,14 @@ class CudaRail:
 
     def unpack_gguf(self, file: Path, folder: Path) -> None:
         """Write the de-quantized model of a GGUF, with config and tokenizer, into ``folder``."""
-        from bp_train_cuda.model import unpack
+        from bp_train_cuda.model import load
 
-        unpack.unpack_gguf(file, folder)
+        load.unpack_gguf(file, folder)
 
     @contextlib.contextmanager
     def keep_base(self) -> Iterator[None]:
         """While the context lasts, the base that was loaded last stays in memory."""
-        from bp_train_cuda.model.cache import BaseCache
+        from bp_train_cuda.model.load import BaseCache
 
         before, self._cache = self._cache, BaseCache()
         try:

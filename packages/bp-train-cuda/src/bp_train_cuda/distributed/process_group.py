@@ -30,9 +30,9 @@ from bp_runs.events import Emit, Event, Notice
 from bp_runs.rail import Stop
 from bp_runs.serialize import to_json
 from bp_runs.spec import Ranks
+from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.store import SignedStore, is_alive
 from bp_train_cuda.errors import RankLostError, RanksError
-from bp_train_cuda.guards.oom import TorchMemory
 
 _BUCKET = 64 * 2**20  # bytes of gradients that are added up at a time
 _LONG = timedelta(days=7)  # meetings notice who is missing; torch's timeout must not end a pause or a long save

@@ -19,7 +19,7 @@ from bp_runs.events import Emit
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.distributed.process_group import ProcessGroup
-from bp_train_cuda.model.cache import BaseCache
+from bp_train_cuda.model.load import BaseCache
 
 
 def train(

@@ -33,14 +33,13 @@ from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
 from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_train_cuda import backend, check
+from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines import unsloth
 from bp_train_cuda.generate import answer
-from bp_train_cuda.guards.oom import TorchMemory
 from bp_train_cuda.model import full, load, lora
-from bp_train_cuda.model.cache import BaseCache
-from bp_train_cuda.model.fp8 import use_fp8
-from bp_train_cuda.model.kernels import apply_kernels
+from bp_train_cuda.model.kernels import apply_kernels, use_fp8
+from bp_train_cuda.model.load import BaseCache
 
 _log = logging.getLogger("bp_train_cuda")
 _SMALL_FILES = 2**20  # bytes for settings and metrics
@@ -133,10 +132,10 @@ def open_model(spec: TrainSpec, loaded: Loaded, emit: Emit, group: ProcessGroup)
 def _require_room(spec: TrainSpec, model: Any, mode: backend.Mode) -> None:
     """Check for disk space before training, so that hours of work can be saved."""
     size = sum(weight.nbytes for weight in lora.trainable_weights(model).values())
-    beside = lora.copied_bytes(spec.base)
+    besides = lora.copied_bytes(spec.base)
     what = "the model" if mode.name == "full" else "the adapter"
-    what = f"{what} ({size / 2**20:,.1f} MiB) and its tokenizer ({beside / 2**20:,.1f} MiB)"
-    require_free_space(spec.folders.run, size + beside + _SMALL_FILES, what)
+    what = f"{what} ({size / 2**20:,.1f} MiB) and its tokenizer ({besides / 2**20:,.1f} MiB)"
+    require_free_space(spec.folders.run, size + besides + _SMALL_FILES, what)
 
 
 def close_model(model: Any, mode: backend.Mode) -> None:

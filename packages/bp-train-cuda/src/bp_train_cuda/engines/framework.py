@@ -12,20 +12,28 @@ from peft.helpers import disable_input_dtype_casting
 
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
-from bp_runs.methods import METHODS
+from bp_runs.methods import METHODS, Completions, sft_loss
 from bp_runs.spec import TrainingSpec
-from bp_train_cuda.backend import PeakMemory
+from bp_train_cuda.backend import PeakMemory, TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import full_norm, is_sharded_weight, local_weights, scale_gradients_to_sum
 from bp_train_cuda.examples import Batch, JudgedExamples, Mismatch, PairExamples, RowExamples, find_longest, to_device
-from bp_train_cuda.guards.oom import TorchMemory
-from bp_train_cuda.losses.log_probs import LogProbModel
-from bp_train_cuda.losses.preference import PREFERENCE_LOSSES, Completions
-from bp_train_cuda.losses.sft import sft_loss
+from bp_train_cuda.model.log_probs import LogProbModel
 from bp_train_cuda.model.lora import trainable_weights
 
 AnyExamples = RowExamples | PairExamples | JudgedExamples
 _PREFERENCE_SUMS = ("loss", "accuracy", "margin")
+
+
+class TorchOps:
+    """`bp_runs.methods.ArrayOps` of torch tensors."""
+
+    log_sigmoid = staticmethod(torch.nn.functional.logsigmoid)
+    sigmoid = staticmethod(torch.sigmoid)
+    log = staticmethod(torch.log)
+    expm1 = staticmethod(torch.expm1)
+    at_most = staticmethod(torch.clamp_max)
+    where = staticmethod(torch.where)
 
 
 @dataclass
@@ -41,7 +49,7 @@ class TorchFramework(TorchMemory):
         reader: Cuts work without gradients into chunks that fit.
         autocast: The dtype that products are computed in; None: the weights' own.
         plain_inputs: Whether adapters may get their inputs in the dtype of the base; with ``autocast`` alone.
-        pack_arguments: What the forward of packed rows takes beside positions.
+        pack_arguments: What the forward of packed rows takes besides positions.
         peak: Reads the peak memory.
         optimizer: None where nothing is trained.
     """
@@ -63,7 +71,7 @@ class TorchFramework(TorchMemory):
         self._weights = list(trainable_weights(self.model.model).values())
         self._sharded = [weight for weight in self._weights if is_sharded_weight(weight)]
         self._whole = [weight for weight in self._weights if not is_sharded_weight(weight)]
-        self._preference = PREFERENCE_LOSSES.get(self.training.method)
+        self._preference = METHODS[self.training.method].loss
         self._names = ("loss",) if self._preference is None else _PREFERENCE_SUMS
 
     # What the loop counts.
@@ -313,7 +321,7 @@ class TorchFramework(TorchMemory):
         if isinstance(examples, RowExamples):
             return sft_loss(self._log_probs(examples.collate(chunk))), ()
         assert self._preference is not None  # noqa: S101
-        losses, margins = self._preference(self._completions(examples, chunk, shared), self.training)
+        losses, margins = self._preference(self._completions(examples, chunk, shared), self.training, TorchOps())
         margins = margins.detach().float()
         return losses.sum(), ((margins > 0).float().sum(), margins.sum())
 

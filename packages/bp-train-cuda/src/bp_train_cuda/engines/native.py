@@ -23,6 +23,7 @@ from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
 from bp_runs.wording import command_ref
 from bp_train_cuda import backend
+from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.checkpoint import Checkpointer, Stateful
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import gather_weights, reshard, shard_model
@@ -35,11 +36,10 @@ from bp_train_cuda.engines.base import (
 )
 from bp_train_cuda.engines.framework import TorchFramework
 from bp_train_cuda.examples import build_examples, find_longest
-from bp_train_cuda.guards.fit import CardFit
 from bp_train_cuda.guards.monitor import open_monitor
-from bp_train_cuda.guards.oom import TorchMemory
-from bp_train_cuda.losses.log_probs import LogProbModel
 from bp_train_cuda.memory import preflight
+from bp_train_cuda.memory.fit import GpuFit
+from bp_train_cuda.model.log_probs import LogProbModel
 from bp_train_cuda.model.packing import require_packable
 from bp_train_cuda.optim import build_optimizer, choose_optimizer, rounds_away
 
@@ -85,7 +85,7 @@ class NativeRun:
             close_model(wrapped.model, mode)
         return _outcome(folder, parts, state, max(peaks))
 
-    def _build(self) -> tuple[LogProbModel, LoopParts, LoopState, CardFit]:
+    def _build(self) -> tuple[LogProbModel, LoopParts, LoopState, GpuFit]:
         """The model in memory, and the loop at its first step or where its checkpoint was."""
         spec, group, device = self.spec, self.group, self.loaded.device
         peak = backend.PeakMemory(device)
@@ -99,7 +99,7 @@ class NativeRun:
             sample(0)
         if group.count > 1:
             set_seed(spec.training.seed + group.rank)  # dropout differs from rank to rank
-        fit = CardFit(spec, self.loaded.mode.name, device, self.emit)
+        fit = GpuFit(spec, self.loaded.mode.name, device, self.emit)
         framework = self._build_framework(wrapped, peak)
         if packing is not None:
             framework.pack_arguments = packing.arguments

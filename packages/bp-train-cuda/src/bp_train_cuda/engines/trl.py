@@ -43,13 +43,12 @@ from bp_runs.errors import GpuOutOfMemoryError, PackingError
 from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
-from bp_train_cuda.backend import PeakMemory
+from bp_train_cuda.backend import PeakMemory, TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.base import Loaded, answer_prompts, open_model, save_result
 from bp_train_cuda.engines.trl_methods import METHODS, Collate, pack_items, token_count, trained_count
 from bp_train_cuda.engines.trl_recorder import Recorder
 from bp_train_cuda.guards.monitor import open_monitor
-from bp_train_cuda.guards.oom import TorchMemory
 from bp_train_cuda.model import load, lora
 from bp_train_cuda.model.packing import require_packable
 from bp_train_cuda.optim import choose_optimizer

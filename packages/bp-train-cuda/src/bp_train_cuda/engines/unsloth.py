@@ -1,6 +1,6 @@
 """Unsloth as one more engine: it loads the model and makes the adapter, with its own kernels; all else stays as it is.
 
-It changes transformers and TRL when it is imported, so it is imported only where it was asked for.
+It changes transformers and TRL when it is imported, so it is imported only where it was requested.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bp_train_cuda.errors import UnslothError
 
 
 def require_unsloth(settings: Settings, device: Device) -> None:
-    """Refuse what Unsloth cannot do, without importing it.
+    """Reject what Unsloth cannot do, without importing it.
 
     Raises:
         UnslothError: It is not installed, or there is no CUDA device.

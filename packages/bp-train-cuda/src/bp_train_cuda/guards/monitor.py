@@ -9,7 +9,7 @@ from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.backend import Device
-from bp_train_cuda.guards.spill import SpillDetector, keep_on_card, read_gpu_memory
+from bp_train_cuda.guards.spill import SpillDetector, cap_allocator, read_gpu_memory
 from bp_train_cuda.guards.thermal import Governor, Limits, find_sensor
 
 
@@ -53,7 +53,7 @@ def open_monitor(spec: TrainingSpec, device: Device, emit: Emit, stop: Stop) -> 
         return Monitor()
     spill = None
     if os.name == "nt":
-        keep_on_card()
+        cap_allocator()
         spill = SpillDetector(read_gpu_memory, emit)
     return Monitor(_open_governor(spec, emit, stop), spill)
 

@@ -14,15 +14,15 @@ from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop
 from bp_train_cuda.errors import GpuTemperatureError
 
-_READ_EVERY = 1.0  # seconds; a card needs several to get a degree hotter
-_REST = 2.0  # seconds between two looks at a resting card
-_PATIENCE = 900.0  # seconds in a step; a card that has not cooled by then has a fault that waiting does not mend
-_CRITICAL = 93  # degrees Celsius, where a card does not say at what it switches itself off
+_READ_EVERY = 1.0  # seconds; a GPU needs several to get a degree hotter
+_REST = 2.0  # seconds between two looks at a resting GPU
+_PATIENCE = 900.0  # seconds in a step; a GPU that has not cooled by then has a fault that waiting does not fix
+_CRITICAL = 93  # degrees Celsius, where a GPU does not say at what it switches itself off
 _BELOW_SHUTDOWN = 3  # degrees; a save takes seconds
 
 
 class Sensor(Protocol):
-    """Says how hot the card is."""
+    """Says how hot the GPU is."""
 
     def read(self) -> int | None:
         """Degrees Celsius now; None where they cannot be had."""
@@ -37,15 +37,15 @@ class Limits:
     """From here on the user is told, once for each time it gets there."""
     pause: int
     resume: int
-    """A pause lasts until the card is no hotter than this."""
+    """A pause lasts until the GPU is no hotter than this."""
     critical: int
 
     @classmethod
     def around(cls, pause: int, shutdown: int | None = None) -> Limits:
         """Warn 5 degrees below ``pause`` and resume 8 below it.
 
-        What is an emergency is the card's affair and not the user's: 3 degrees before it switches itself off
-        (``shutdown``), else 93. A low ``pause`` does not move it: a loaded card gets up to 10 degrees hotter in a step.
+        What is an emergency is the GPU's affair and not the user's: 3 degrees before it switches itself off
+        (``shutdown``), else 93. A low ``pause`` does not move it: a loaded GPU gets up to 10 degrees hotter in a step.
         """
         critical = max(_CRITICAL, pause + 5) if shutdown is None else max(shutdown - _BELOW_SHUTDOWN, pause + 1)
         return cls(warn=pause - 5, pause=pause, resume=pause - 8, critical=critical)
@@ -106,7 +106,7 @@ class Governor:
         """As `before_batch`, after a step, when the work can be saved and a critical temperature ends the run.
 
         Raises:
-            GpuTemperatureError: The card is critically hot, or did not cool down in a quarter of an hour.
+            GpuTemperatureError: The GPU is critically hot, or did not cool down in a quarter of an hour.
         """
         now = self.temperature if self._clock() - self._read_at < _READ_EVERY else self._read()
         if now is None:
@@ -157,7 +157,7 @@ class NvmlSensor:
 
     Args:
         nvml: The module ``pynvml``, initialised.
-        device: NVML's handle of the card.
+        device: NVML's handle of the GPU.
     """
 
     def __init__(self, nvml: Any, device: Any) -> None:
@@ -172,7 +172,7 @@ class NvmlSensor:
             return None
 
     def read_shutdown(self) -> int | None:
-        """Degrees Celsius at which the card switches itself off; None where it does not say."""
+        """Degrees Celsius at which the GPU switches itself off; None where it does not say."""
         kind = self._nvml.NVML_TEMPERATURE_THRESHOLD_SHUTDOWN
         try:
             return int(self._nvml.nvmlDeviceGetTemperatureThreshold(self._device, kind)) or None
@@ -188,13 +188,13 @@ def find_sensor() -> tuple[NvmlSensor | None, str]:
 
     try:
         pynvml.nvmlInit()
-        sensor = NvmlSensor(pynvml, _find_card(pynvml))
+        sensor = NvmlSensor(pynvml, _find_gpu(pynvml))
     except pynvml.NVMLError as error:
         return None, f"the driver's management library says: {error}"
-    return (sensor, "NVML") if sensor.read() is not None else (None, "the card tells no temperature")
+    return (sensor, "NVML") if sensor.read() is not None else (None, "the GPU tells no temperature")
 
 
-def _find_card(nvml: Any) -> Any:
+def _find_gpu(nvml: Any) -> Any:
     """By UUID, since NVML counts cards in another order than CUDA and knows no CUDA_VISIBLE_DEVICES."""
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     return nvml.nvmlDeviceGetHandleByUUID((uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}").encode())

@@ -3,7 +3,7 @@
 What stays: weights, adapter, gradients, optimizer, the input of every layer. What comes and goes: one layer's work
 while it is recomputed in backward, a weight unpacked from 4 bits, a tile of the logits. The bytes a token needs inside
 a layer are counted from the operations that transformers and PEFT run under bfloat16 autocast;
-`tests/test_cuda_estimate.py` counts them anew on real layers.
+`tests/test_cuda_estimate.py` counts them again on real layers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bp_runs.spec import Settings
 from bp_train_cuda.memory.shapes import Linear, Shapes
 
 CONTEXT = int(0.7 * 2**30)
-"""Bytes that CUDA and its libraries take beside torch: 0.60 to 0.75 GiB were seen."""
+"""Bytes that CUDA and its libraries take besides torch: 0.60 to 0.75 GiB were seen."""
 FRAGMENTS = 0.05
 """Share that torch's allocator reserves beyond what is in use: 1 to 8 % were seen."""
 WEIGHTS_SHARE = 0.6
@@ -28,7 +28,7 @@ WEIGHTS_SHARE = 0.6
 Mode = Literal["lora", "qlora", "full"]
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight; scales of 64 weights in 8 bits, of 256 scales in 32
-_TILE = 2**26  # logits that the loss head computes at a time, as in bp_train_cuda.losses.log_probs
+_TILE = 2**26  # logits that the loss head computes at a time, as in bp_train_cuda.model.log_probs
 _OPTIMIZERS: Mapping[str, str] = {"lora": "adamw_torch", "qlora": "adamw_8bit", "full": "paged_adamw_8bit"}
 """What ``auto`` takes."""
 _8BIT = 2 + 8 / 256  # bytes a weight: two moments, and a float32 scale of each for 256 weights
@@ -84,7 +84,7 @@ def read_load(settings: Settings, mode: str, rows: int | None = None) -> Load:
 
 
 def choose_base(parameters: int, memory: int | None) -> Mode:
-    """How ``auto`` holds the base where ``memory`` bytes are free; None: on an unknown card."""
+    """How ``auto`` holds the base where ``memory`` bytes are free; None: on an unknown GPU."""
     return "qlora" if memory is None or 2 * parameters > WEIGHTS_SHARE * memory else "lora"
 
 

@@ -1,8 +1,8 @@
-"""What fitted a card, and how far estimates were off there: remembered from run to run in one small file.
+"""What fitted a GPU, and how far estimates were off there: remembered from run to run in one small file.
 
     {"schema": "backpropagate.fitted/1", "cards": {card: {what: {"rows", "free", "peak", "estimated", "at"}}}}
 
-Two runs that end at the same moment may lose one of two entries, which costs no more than one halving anew.
+Two runs that end at the same moment may lose one of two entries, which costs no more than one halving again.
 """
 
 from __future__ import annotations
@@ -11,28 +11,37 @@ import hashlib
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from bp_data.loop.memory import HALVINGS
+from bp_runs.errors import DiskFullError, OutputNotWritableError, ShapesUnknownError, first_line
+from bp_runs.events import Emit, Notice
 from bp_runs.files import publish_json
 from bp_runs.spec import TrainSpec
+from bp_train_cuda.memory.estimate import estimate, read_load
+from bp_train_cuda.memory.shapes import read_shapes
+
+if TYPE_CHECKING:
+    from bp_train_cuda.backend import Device
 
 FITTED_FILE = "fitted.json"
 _SCHEMA = "backpropagate.fitted/1"
-_MORE_ROOM = 1.05  # a card with so much more free than then may hold what did not fit
+_MORE_ROOM = 1.05  # a GPU with so much more free than then may hold what did not fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitted:
-    """What one training took of a card."""
+    """What one training took of a GPU."""
 
     rows: int | None
-    """The most that ran at once where more did not fit, eighths of packs with packing; None: all that were asked for
+    """The most that ran at once where more did not fit, eighths of packs with packing; None: all that were requested
     fitted."""
     free: int
-    """Bytes free on the card when the run began."""
+    """Bytes free on the GPU when the run began."""
     peak: int
     """Bytes in use at most."""
     estimated: int
@@ -54,16 +63,16 @@ class FitMemory:
 
     Args:
         folder: Where facts about this machine are kept.
-        card: The card's name and size; None: the only one in the file, if there is but one.
+        card: The GPU's name and size; None: the only one in the file, if there is but one.
     """
 
     def __init__(self, folder: Path | None, card: str | None = None) -> None:
         self._file = None if folder is None else folder / FITTED_FILE
-        known = [name for name in self._read_cards() if name != "cpu"] if card is None else [card]
+        known = [name for name in self._read_gpus() if name != "cpu"] if card is None else [card]
         self._card = known[0] if len(known) == 1 else ""
 
     def recall(self, load: str, batch_size: int, free: int, *, most: int) -> int:
-        """Halvings to begin with, at most ``most``: 0 where nothing is known, or the card has more room than then.
+        """Halvings to begin with, at most ``most``: 0 where nothing is known, or the GPU has more room than then.
 
         Args:
             batch_size: Rows of a micro-batch, or what it is counted in for `Fitted.rows`.
@@ -78,23 +87,23 @@ class FitMemory:
         if self._file is None:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        cards = self._read_cards()
+        cards = self._read_gpus()
         cards.setdefault(self._card, {})[load] = asdict(fitted)
         publish_json(self._file, {"schema": _SCHEMA, "cards": cards})
 
     def calibration(self, mode: str) -> tuple[float, int]:
-        """Measured over estimated memory, the median of this card's runs in ``mode``, and how many; 1.0 for none."""
+        """Measured over estimated memory, the median of this GPU's runs in ``mode``, and how many; 1.0 for none."""
         runs = [f for load, f in self._read().items() if f" {mode}" in load and f.estimated and f.peak]
         return (statistics.median(f.peak / f.estimated for f in runs), len(runs)) if runs else (1.0, 0)
 
     def _read(self) -> Mapping[str, Fitted]:
         try:
-            return {load: Fitted(**entry) for load, entry in self._read_cards().get(self._card, {}).items()}
+            return {load: Fitted(**entry) for load, entry in self._read_gpus().get(self._card, {}).items()}
         except TypeError:
             return {}
 
-    def _read_cards(self) -> dict[str, dict[str, Any]]:
-        """A file that is missing, damaged or of another schema tells nothing, and is written anew."""
+    def _read_gpus(self) -> dict[str, dict[str, Any]]:
+        """A file that is missing, damaged or of another schema tells nothing, and is written again."""
         if self._file is None or not self._file.is_file():
             return {}
         try:
@@ -103,3 +112,72 @@ class FitMemory:
             return {}
         is_ours = isinstance(found, dict) and found.get("schema") == _SCHEMA and isinstance(found.get("cards"), dict)
         return found["cards"] if is_ours else {}
+
+
+class GpuFit:
+    """What fitted this GPU, for one run: asked before it, told after it.
+
+    Args:
+        mode: How the base is held.
+    """
+
+    def __init__(self, spec: TrainSpec, mode: str, device: Device, emit: Emit) -> None:
+        self._spec = spec
+        self._mode = mode
+        self._device = device
+        self._emit = emit
+        self._memory = FitMemory(spec.folders.machine, device.card)
+        self._load = describe_load(spec, mode)
+
+    def recall_halvings(self) -> int:
+        """Halvings to begin with, told to the user where there are any."""
+        if not self._spec.training.oom_recovery:
+            return 0
+        training = self._spec.training
+        found = self._memory.recall(self._load, self._parts, self._device.memory, most=HALVINGS)
+        if found:
+            chunks = min(self._parts, 2**found)
+            what = f"{training.batch_size} {'packs' if training.packing else 'rows'}"
+            message = f"micro-batches of {what} run in {chunks} chunks, which is what fitted this GPU before"
+            self._emit(Notice(message=message, details={"chunks": chunks}))
+        return found
+
+    @property
+    def _parts(self) -> int:
+        """Into how many parts a micro-batch can be cut: its rows; packed ones lie together, many to a pack."""
+        training = self._spec.training
+        return training.batch_size * (2**HALVINGS if training.packing else 1)
+
+    def remember(self, halvings: int, peak: int) -> None:
+        """Write down how many rows fitted at once; on a GPU also what they took.
+
+        Args:
+            peak: Bytes in use at most.
+        """
+        on_gpu = self._device.kind == "cuda"
+        if not on_gpu and not halvings:
+            return
+        training = self._spec.training
+        rows = -(-training.batch_size // 2**halvings)
+        is_whole = not training.packing or training.batch_size >= 2**halvings  # else less than a pack ran at once
+        fitted = Fitted(
+            rows=-(-self._parts // 2**halvings) if halvings else None,
+            free=self._device.memory,
+            peak=peak if on_gpu else 0,
+            estimated=_estimate(self._spec, self._mode, rows) if on_gpu and is_whole else 0,
+            at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        try:
+            self._memory.remember(self._load, fitted)
+        except (OSError, DiskFullError, OutputNotWritableError) as error:
+            message = "what fitted this GPU could not be written down; the next run finds out again"
+            self._emit(Notice(message=message, level="warning", details={"reason": first_line(error)}))
+
+
+def _estimate(spec: TrainSpec, mode: str, rows: int) -> int:
+    """Bytes in use as `bp_train_cuda.memory.estimate` has them for ``rows`` rows at once; 0 where it cannot say."""
+    try:
+        shapes = read_shapes(orjson.loads((spec.base / "config.json").read_bytes()))
+    except ShapesUnknownError:
+        return 0
+    return estimate(shapes, read_load(spec, mode, rows)).in_use

@@ -1,6 +1,6 @@
-"""Liger's fused kernels for norms, rotary positions and the feed-forward part, where they can be used.
+"""Kernels of others: Liger's fused norms, rotary positions and feed-forward part; torchao's products in 8-bit floats.
 
-The loss needs none of them: `bp_train_cuda.losses.log_probs` computes it in tiles, on any device and for every method,
+The loss needs none of them: `bp_train_cuda.model.log_probs` computes it in tiles, on any device and for every method,
 so the full logits tensor is never allocated.
 """
 
@@ -11,15 +11,18 @@ from importlib.util import find_spec
 from inspect import signature
 from typing import Any, Literal
 
+from torch import nn
+
 from bp_train_cuda.backend import Device
 from bp_train_cuda.errors import KernelsError
 
+_MULTIPLE = 16  # float8 tensor cores take sides that it divides
 Kernels = Literal["auto", "none", "liger"]
 
 
 def apply_kernels(model: Any, wanted: Kernels, device: Device) -> str:
     """Put Liger's kernels into ``model``, before it gets an adapter; returns what was done, or why nothing."""
-    why_not = "as asked" if wanted == "none" else _find_obstacle(str(model.config.model_type), device)
+    why_not = "as set" if wanted == "none" else _find_obstacle(str(model.config.model_type), device)
     if why_not:
         return f"no fused kernels: {why_not}"
     from liger_kernel.transformers import monkey_patch
@@ -31,7 +34,7 @@ def apply_kernels(model: Any, wanted: Kernels, device: Device) -> str:
 
 
 def require_kernels(model_type: str, wanted: Kernels, device: Device) -> None:
-    """Refuse kernels that were asked for and cannot be had, before anything is loaded.
+    """Reject kernels that were requested and cannot be had, before anything is loaded.
 
     Raises:
         KernelsError: Why not.
@@ -53,3 +56,30 @@ def _find_obstacle(model_type: str, device: Device) -> str:
 
     known = model_type in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
     return "" if known else f"Liger does not know {model_type} models"
+
+
+def use_fp8(model: Any, *, emulate: bool = False) -> int:
+    """Let the linear layers of ``model``, in place, multiply in float8; the output layer does not.
+
+    Args:
+        emulate: Compute in high precision what 8 bits would give, where no card does.
+
+    Returns:
+        How many layers were changed.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    head = model.get_output_embeddings()
+    changed = 0
+
+    def takes(module: nn.Module, _: str) -> bool:
+        nonlocal changed
+        fits = isinstance(module, nn.Linear) and module is not head
+        fits = fits and module.in_features % _MULTIPLE == 0 and module.out_features % _MULTIPLE == 0
+        changed += fits
+        return fits
+
+    # A weight's gradient sums over the tokens of a batch, whose number 16 need not divide.
+    config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+    convert_to_float8_training(model, module_filter_fn=takes, config=config)
+    return changed

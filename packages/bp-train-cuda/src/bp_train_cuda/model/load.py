@@ -1,16 +1,27 @@
-"""The base model from a local folder: checked first, then loaded."""
+"""The base model from a local folder: checked first, then loaded; kept for the next run; unpacked from a GGUF."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
+import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
 
 from bp_runs.errors import ModelLoadError, RemoteCodeError, first_line
 from bp_train_cuda.backend import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
@@ -100,11 +111,11 @@ def measure_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def require_capable(parameters: int, device: Device) -> None:
-    """Refuse a CPU for models that would take days on it.
+    """Reject a CPU for models that would take days on it.
 
     Raises:
         GpuNotAvailableError: Over `CPU_PARAMETER_LIMIT` parameters and no CUDA device.
-        DriverTooOldError: The same, and there is a card whose driver is too old.
+        DriverTooOldError: The same, and there is a GPU whose driver is too old.
     """
     if device.kind == "cpu" and parameters > CPU_PARAMETER_LIMIT:
         kind = DriverTooOldError if device.driver_too_old else GpuNotAvailableError
@@ -177,3 +188,45 @@ def build_tokenizer(base: Path, *, pad: str, eos: str) -> PreTrainedTokenizerFas
 def config_digest(base: Path) -> str:
     """Hex SHA-256 of config.json."""
     return hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
+
+
+def unpack_gguf(file: Path, folder: Path) -> None:
+    """As `bp_runs.rail.UnpacksModels.unpack_gguf`."""
+    logging.disable_progress_bar()
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' own bar cannot be switched off here
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+class BaseCache:
+    """Holds at most one base, as it was loaded; one that a failed call may have changed is dropped."""
+
+    def __init__(self) -> None:
+        self._key: Hashable = None
+        self._base: Any = None
+
+    @contextlib.contextmanager
+    def borrow(self, key: Hashable, load: Callable[[], Any]) -> Iterator[Any]:
+        """Yield the base of that key, loaded unless it is here; the borrower removes its adapter again.
+
+        Args:
+            key: Everything that decides how the base is loaded.
+            load: Loads it.
+        """
+        base = self._base if key == self._key else None
+        self._key = self._base = None  # before loading: two bases may not fit
+        if base is None:
+            gc.collect()  # the run before may lie in cycles, with its whole model: a GPU need not hold both
+            base = load()
+        yield base
+        if getattr(base, "is_gradient_checkpointing", False):
+            base.gradient_checkpointing_disable()
+        base.eval()
+        gc.collect()  # optimizer state and activations, before the next run needs the memory
+        self._key, self._base = key, base

@@ -1,7 +1,7 @@
 """Optimizers. All are AdamW and survive a step that runs out of memory: called again, they finish it.
 
-adamw.py         torch's fused AdamW, optimizer state in 32 bits
-adamw_8bit.py    bitsandbytes' AdamW with 8-bit state, plain or paged; bfloat16 weights are rounded stochastically
+`AdamW` is torch's fused one with optimizer state in 32 bits. adamw_8bit.py has bitsandbytes' with 8-bit state, plain or
+paged; it rounds bfloat16 weights stochastically.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ def build_optimizer(name: str, model: Any, training: TrainingSpec) -> torch.opti
     groups = _group_weights(model, training.weight_decay)
     options = {"lr": training.resolved_learning_rate, "betas": BETAS, "eps": EPS}
     if name == "adamw_torch":
-        from bp_train_cuda.optim.adamw import AdamW
-
         return AdamW(groups, **options)
     from bp_train_cuda.optim import adamw_8bit
 
@@ -98,3 +96,43 @@ def _group_weights(model: Any, weight_decay: float) -> list[dict[str, Any]]:
             group["state_bits"] = 32
         group["params"].append(weight)
     return list(groups.values())
+
+
+class AdamW(torch.optim.AdamW):  # type: ignore[misc]  # torch is not typed for a strict check
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused, that finishes an interrupted step when called again.
+
+    Memory can run out only while the state of a weight is made, at its first step; the fused kernel updates in place.
+    So what is left to do after a failure is told by counting updates per group: asking the device would make the host
+    wait at every step.
+    """
+
+    param_groups: list[dict[str, Any]]
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, fused=True, **options)
+        self._updated: set[int] = set()
+        """Groups that the step in progress has updated."""
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self, closure: Any = None) -> Any:
+        """One step over the groups that an interrupted call has not updated; ``closure`` is not supported.
+
+        Raises:
+            torch.OutOfMemoryError: Call it again once memory is free.
+        """
+        everything: list[dict[str, Any]] = self.param_groups
+        for number, group in enumerate(everything):
+            if number in self._updated:
+                continue
+            self.param_groups = [group]
+            try:
+                super().step(closure)
+            except torch.OutOfMemoryError:
+                for weight in group["params"]:
+                    if weight in self.state and "exp_avg_sq" not in self.state[weight]:
+                        del self.state[weight]  # half made
+                raise
+            finally:
+                self.param_groups = everything
+            self._updated.add(number)
+        self._updated.clear()

@@ -16,7 +16,7 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 
-PIECE = 2**24
+CHUNK = 2**24
 """Weights rounded at once: 192 MiB of scratch, at a time when there are no activations. A multiple of `_BLOCK`."""
 _MOMENTS = ("state1", "state2")
 _BLOCK = 256
@@ -87,9 +87,9 @@ class _Stochastic:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def update_step(self, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
-        """Update one weight: in float32, piece by piece, and rounded stochastically where it is bfloat16."""
+        """Update one weight: in float32, chunk by chunk, and rounded stochastically where it is bfloat16."""
         plain = super().update_step  # type: ignore[misc]
-        state, size = self.state[p], min(p.numel(), PIECE)
+        state, size = self.state[p], min(p.numel(), CHUNK)
         has_own_norm = self.get_config(gindex, pindex, group)["max_unorm"] > 0
         if p.dtype != torch.bfloat16 or state["state1"].numel() != p.numel() or has_own_norm:
             plain(group, p, gindex, pindex)
