@@ -10,14 +10,50 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-if TYPE_CHECKING:
-    from bp_runs.spec import TrainingSpec
+from typing import Any, Literal, Protocol
 
 MethodName = Literal["sft", "dpo", "orpo", "simpo", "kto"]
 DataKind = Literal["rows", "pairs", "judged"]
 """Whole rows; a chosen and a rejected completion of a prompt; completions labeled good or bad."""
+
+
+class LossNumbers(Protocol):
+    """What losses read of `bp_runs.spec.TrainingSpec`, which imports this module."""
+
+    @property
+    def dpo_beta(self) -> float:
+        """Times the log-ratios."""
+        ...
+
+    @property
+    def orpo_beta(self) -> float:
+        """Weight of the odds ratio."""
+        ...
+
+    @property
+    def simpo_beta(self) -> float:
+        """Times the means."""
+        ...
+
+    @property
+    def simpo_gamma(self) -> float:
+        """Margin that the chosen must win by."""
+        ...
+
+    @property
+    def kto_beta(self) -> float:
+        """Times the log-ratios."""
+        ...
+
+    @property
+    def kto_desirable_weight(self) -> float:
+        """Of good examples."""
+        ...
+
+    @property
+    def kto_undesirable_weight(self) -> float:
+        """Of bad ones."""
+        ...
 
 
 class ArrayOps(Protocol):
@@ -79,7 +115,7 @@ class Completions:
 
 Losses = tuple[Any, Any]
 """(N,) losses, and (N,) margins: above 0 the model agrees with the data."""
-PreferenceLoss = Callable[[Completions, "TrainingSpec", ArrayOps], Losses]
+PreferenceLoss = Callable[[Completions, LossNumbers, ArrayOps], Losses]
 
 
 def sft_loss(log_probs: Any) -> Any:
@@ -87,40 +123,40 @@ def sft_loss(log_probs: Any) -> Any:
     return -log_probs.sum()
 
 
-def dpo_loss(found: Completions, training: TrainingSpec, ops: ArrayOps) -> Losses:
+def dpo_loss(found: Completions, numbers: LossNumbers, ops: ArrayOps) -> Losses:
     """-log sigmoid(beta (log-ratio of the chosen - that of the rejected)): Rafailov et al., arXiv:2305.18290, eq. 7."""
-    rewards = training.dpo_beta * found.ratios
+    rewards = numbers.dpo_beta * found.ratios
     margins = rewards[:, 0] - rewards[:, 1]
     return -ops.log_sigmoid(margins), margins
 
 
-def orpo_loss(found: Completions, training: TrainingSpec, ops: ArrayOps) -> Losses:
+def orpo_loss(found: Completions, numbers: LossNumbers, ops: ArrayOps) -> Losses:
     """-mean log p(chosen) - beta log sigmoid(log odds ratio): Hong et al., arXiv:2403.07691, eq. 6 and 7.
 
     A completion's p is the geometric mean over its tokens (eq. 1); its odds are p / (1 - p) (eq. 3).
     """
     means = found.means
     odds = means - ops.log(-ops.expm1(ops.at_most(means, -1e-7)))  # at p = 1 the odds are infinite
-    margins = training.orpo_beta * (means[:, 0] - means[:, 1])
-    return -means[:, 0] - training.orpo_beta * ops.log_sigmoid(odds[:, 0] - odds[:, 1]), margins
+    margins = numbers.orpo_beta * (means[:, 0] - means[:, 1])
+    return -means[:, 0] - numbers.orpo_beta * ops.log_sigmoid(odds[:, 0] - odds[:, 1]), margins
 
 
-def simpo_loss(found: Completions, training: TrainingSpec, ops: ArrayOps) -> Losses:
+def simpo_loss(found: Completions, numbers: LossNumbers, ops: ArrayOps) -> Losses:
     """-log sigmoid(beta (mean log p(chosen) - mean log p(rejected)) - gamma): Meng et al., arXiv:2405.14734, eq. 6."""
-    rewards = training.simpo_beta * found.means
+    rewards = numbers.simpo_beta * found.means
     margins = rewards[:, 0] - rewards[:, 1]
-    return -ops.log_sigmoid(margins - training.simpo_gamma), margins
+    return -ops.log_sigmoid(margins - numbers.simpo_gamma), margins
 
 
-def kto_loss(found: Completions, training: TrainingSpec, ops: ArrayOps) -> Losses:
+def kto_loss(found: Completions, numbers: LossNumbers, ops: ArrayOps) -> Losses:
     """Weight (1 - sigmoid(± beta (log-ratio - point))), minus for bad examples: Ethayarajh et al., arXiv:2402.01306.
 
     Equation 7. The reference point is an estimate of the divergence from the model before training: how much more
     likely completions have become under prompts that they do not belong to.
     """
     sign = ops.where(found.good, 1.0, -1.0)
-    weight = ops.where(found.good, training.kto_desirable_weight, training.kto_undesirable_weight)
-    margins = sign * training.kto_beta * (found.ratios[:, 0] - found.point)
+    weight = ops.where(found.good, numbers.kto_desirable_weight, numbers.kto_undesirable_weight)
+    margins = sign * numbers.kto_beta * (found.ratios[:, 0] - found.point)
     return weight * ops.sigmoid(-margins), margins
 
 
