@@ -85,10 +85,10 @@ def write_model(folder: Path) -> None:
 
 
 def run_ours(data: Path, model: Path, cache: Path | None) -> dict[str, object]:
-    from bp_data import prepare
+    from bp_data import PrepareRequest, prepare
 
     began, worked = time.perf_counter(), cpu_seconds()
-    prepared = prepare(data, model, 2048, cache=cache)
+    prepared = prepare(PrepareRequest(data, model, 2048, cache=cache))
     seconds, cpu, peak = time.perf_counter() - began, cpu_seconds() - worked, peak_mib()
     digest = hashlib.sha256()
     if os.environ.get("BENCH_DIGEST", "1") == "1":
@@ -147,10 +147,10 @@ def run_trl(data: Path, model: Path, processes: int | None) -> dict[str, object]
 
 
 def run_pairs(data: Path, model: Path) -> dict[str, object]:
-    from bp_data import prepare_pairs
+    from bp_data import PrepareRequest, prepare
 
     began, worked = time.perf_counter(), cpu_seconds()
-    prepared = prepare_pairs(data, model, 2048)
+    prepared = prepare(PrepareRequest(data, model, 2048, learns_from="pairs"))
     seconds, cpu, peak = time.perf_counter() - began, cpu_seconds() - worked, peak_mib()
     return {"seconds": seconds, "cpu": cpu, "peak": peak, "rows": len(prepared.rows), "tokens": prepared.tokens}
 

@@ -318,11 +318,11 @@ def train_with_trl(bench: Bench, case: Case, adapters: torch.dtype = torch.float
     from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
-    from bp_data import prepare
+    from bp_data import PrepareRequest, prepare
 
     clean()
     base = bench.model(case.shape)
-    prepared = prepare(bench.rows(case), base, case.seq)
+    prepared = prepare(PrepareRequest(bench.rows(case), base, case.seq))
     in_4bit = case.mode == "qlora"
     quantization = (
         transformers.BitsAndBytesConfig(

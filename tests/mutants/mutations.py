@@ -29,17 +29,17 @@ MUTATIONS = (
     Mutation(
         "mask",
         "only the assistant's tokens are trained on",
-        "bp-data/src/bp_data/labels/spans.py",
-        "low, high = bisect_left(starts, span.start), bisect_left(starts, span.end)",
-        "low, high = bisect_left(starts, span.start) - 2, bisect_left(starts, span.end)",
+        "bp-data/src/bp_data/labels/masks.py",
+        "[(bisect_left(starts, low), bisect_left(starts, high)) for low, high in spans]",
+        "[(bisect_left(starts, low) - 2, bisect_left(starts, high)) for low, high in spans]",
         "bp-data/tests/test_data_masks.py::test_chatml_learns_answers_with_their_end_and_no_line_feed",
     ),
     Mutation(
         "mask proof",
         "tokens to train on are decoded and compared with the assistant's text",
-        "bp-data/src/bp_data/labels/spans.py",
-        "    verify(encoded, mask, marked, tokenizer)\n    return encoded.ids, mask",
-        "    return encoded.ids, mask",
+        "bp-data/src/bp_data/labels/masks.py",
+        "    _verify(encoded, mask, marked, tokenizer)\n    return Masked(encoded.ids, mask)",
+        "    return Masked(encoded.ids, mask)",
         "bp-data/tests/test_data_masks.py::test_a_tokenizer_that_loses_bytes_is_found_out",
     ),
     Mutation(

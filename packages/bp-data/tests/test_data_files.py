@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bp_data import prepare, read_rows
+from bp_data import PrepareRequest, prepare, read_rows
 from bp_data import read as reading
 from bp_data.errors import (
     DatasetEmptyError,
@@ -90,7 +90,7 @@ def test_the_place_of_a_bad_row_in_a_folder_names_its_file(tmp_path, model):
     write(tmp_path / "a.jsonl", ROWS[:1])
     (tmp_path / "b.jsonl").write_text('\n{"prompt": "a"\n')
     with pytest.raises(DatasetParseFailedError, match=r"b\.jsonl, line 2: broken JSON") as caught:
-        prepare(tmp_path, model("chatml", CHATML), 64)
+        prepare(PrepareRequest(tmp_path, model("chatml", CHATML), 64))
     assert caught.value.details["row_code"] == "ROW_JSON_BROKEN"
 
 

@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 
 from bp_data import (
     PairRow,
+    PrepareRequest,
     build_report,
     clean_file,
     load_template,
     load_tokenizer,
     prepare,
-    prepare_judged,
-    prepare_pairs,
     read_rows,
     report_html,
     report_text,
@@ -142,7 +141,8 @@ def encoders(model):
 
 def check_rows(encoders, rows):
     for encoder in encoders:
-        found = list(encoder.encode_rows([Row(number, row) for number, row in enumerate(rows, 1)]))
+        encoded = encoder.encode_rows([Row(number, row) for number, row in enumerate(rows, 1)])
+        found = [one.rejected or one.parts[0] for one in encoded]
         assert [one.number for one in found] == list(range(1, len(rows) + 1))
         for one in found:
             if isinstance(one, TokenRow):
@@ -211,7 +211,8 @@ def check_masks(encoders, chat):
         if not (unfinished and place == len(turns) - 1):
             messages.append({"role": "assistant", "content": said + SAID + str(place) + after})
     for encoder in encoders:
-        (found,) = encoder.encode_rows([Row(1, {"messages": messages})])
+        (encoded,) = encoder.encode_rows([Row(1, {"messages": messages})])
+        found = encoded.rejected or encoded.parts[0]
         if isinstance(found, Rejected):
             assert isinstance(found.code, RowFault)
             continue
@@ -378,8 +379,8 @@ def check_compared(folder, model, rows):
     """No row is lost, two answers are never the same, and nothing of a prompt is learnt."""
     path = folder / "compared.jsonl"
     path.write_text("\n".join(map(json.dumps, [*GOOD, *rows])), encoding="utf-8")
-    for read in (prepare_pairs, prepare_judged):
-        found = read(path, model, 64, on_bad_row="skip")
+    for kind in ("pairs", "judged"):
+        found = prepare(PrepareRequest(path, model, 64, kind, on_bad_row="skip"))
         assert found.ledger.read == 3 + len(rows) == len(found.rows) + found.ledger.dropped
         for row in found.rows:
             parts = (row.chosen, row.rejected) if isinstance(row, PairRow) else (row.row,)
@@ -399,5 +400,5 @@ def test_prepare_loses_no_row(model, tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
     lines = [json.dumps(row) for row in [{"prompt": "Q", "completion": "A"}, *rows]]
     path.write_text("\n".join(lines), encoding="utf-8")
-    ledger = prepare(path, model("chatml", families.QWEN), 256, on_bad_row="skip").ledger
+    ledger = prepare(PrepareRequest(path, model("chatml", families.QWEN), 256, on_bad_row="skip")).ledger
     assert ledger.read == len(lines) == ledger.whole + ledger.truncated + ledger.dropped

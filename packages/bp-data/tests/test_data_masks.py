@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from bp_data import ChatTemplate, load_template, load_tokenizer
 from bp_data.errors import RowFault, RowFaultError, TemplateFailedError
-from bp_data.example import Chat, Message, Rejected, Row, Text
+from bp_data.example import Chat, Message, Row, Text
 from bp_data.labels.encoder import Encoder
-from bp_data.labels.spans import Span, find_spans, mask_chat, mask_runs, mask_text, mask_tokens
+from bp_data.labels.masks import mask_chat, mask_runs, mask_text, mask_tokens
+from bp_data.labels.spans import Span, find_spans
 
 # Tests are imported one by one, so a sibling is loaded by its path.
 _spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))
@@ -91,9 +92,10 @@ def turns(*pairs):
 def learnt_row(folder, row):
     """The text of each run of learnt tokens of a row in the OpenAI format, or why there is none."""
     tokenizer = load_tokenizer(folder)
-    (found,) = Encoder(tokenizer, load_template(folder, tokenizer)).encode_rows([Row(1, row)])
-    if isinstance(found, Rejected):
-        return found.code
+    (encoded,) = Encoder(tokenizer, load_template(folder, tokenizer)).encode_rows([Row(1, row)])
+    if encoded.rejected:
+        return encoded.rejected.code
+    (found,) = encoded.parts
     return [tokenizer.decode(found.ids[low:high]) for low, high in mask_runs(bytearray(found.mask))]
 
 
@@ -314,7 +316,7 @@ def test_text_is_learnt_whole_and_ended(model):
     for family in ("chatml", "llama", "phi"):
         tokenizer = load_tokenizer(model(family))
         ids, mask = mask_text(Text(" Hello 😀\n"), tokenizer)
-        assert mask == bytearray(b"\x01" * len(ids))
+        assert mask == b"\x01" * len(ids)
         assert ids[-1] == tokenizer.eos_id
         assert tokenizer.decode(ids[:-1]) == " Hello 😀\n"
         ended, _ = mask_text(Text(" Hello 😀\n" + tokenizer.special_tokens["eos_token"]), tokenizer)

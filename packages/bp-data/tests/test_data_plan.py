@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bp_data import PairRow, TokenRow, TokenRows, prepare, prepare_judged, prepare_pairs, split_rows
+from bp_data import PairRow, PrepareRequest, TokenRow, TokenRows, prepare, split_rows
 from bp_data.errors import RowFault
 from bp_data.example import Rejected
 from bp_data.ledger import Ledger
 from bp_data.loop.plan import MAX_STEPS, MIN_STEPS, count_rows, hold_out, plan_run
 from bp_data.loop.plan_warnings import warn_about_plan
+from bp_data.loop.sampler import ExampleOrder, StepSampler
 from bp_data.packing import fit_row
 from bp_data.token_rows import JudgedRow, TokenWriter
 from bp_runs.errors import ContractError, InvalidSettingError
@@ -44,6 +45,12 @@ def store(rows):
     return writer.finish()
 
 
+def visited_units(plan, steps):
+    """Units that ``steps`` steps get to, by the sampler that a run uses."""
+    order = ExampleOrder(plan.units, 0, shuffled=False)
+    return len(StepSampler(order, plan.examples_per_step).visited(steps))
+
+
 def visits(units, training, ranks, steps):
     """Visits of each unit: a loop as plain as can be, epoch after epoch."""
     seen = [0] * units
@@ -68,7 +75,7 @@ def test_visits_and_passes_are_those_of_a_loop_that_counts(units, batch, accumul
     training = TrainingSpec(steps=steps, batch_size=batch, gradient_accumulation=accumulation)
     plan = plan_run(training, units, units, ranks)
     found = visits(units, training, ranks, steps)
-    assert plan.visited_units(steps) == sum(count > 0 for count in found)
+    assert visited_units(plan, steps) == sum(count > 0 for count in found)
     assert plan.passes(steps) == pytest.approx(sum(found) / units)
     assert sum(visits(units, training, ranks, plan.steps_per_epoch)) == units
 
@@ -186,7 +193,7 @@ def counted(prepared, steps, **training):
     training = TrainingSpec(batch_size=1, gradient_accumulation=1, steps=steps, **training)
     train, validation = hold_out(prepared.rows, training)
     plan = plan_run(training, len(train), len(train), 1)
-    visited = range(plan.visited_units(steps))
+    visited = range(visited_units(plan, steps))
     return count_rows(prepared.ledger, train, validation, visited, plan.passes(steps))
 
 
@@ -204,7 +211,7 @@ def test_rows_of_each_kind_are_counted_once(chatml, tmp_path):
     rows = [chat(f"I am fine {number}") for number in range(30)]
     rows[3] = rows[5] = chat("I am fine, thank you. " * 30)
     rows[10] = {"messages": []}
-    prepared = prepare(write(tmp_path / "rows.jsonl", rows), chatml, 64, on_bad_row="skip")
+    prepared = prepare(PrepareRequest(write(tmp_path / "rows.jsonl", rows), chatml, 64, on_bad_row="skip"))
     assert prepared.ledger.truncated == 2
     whole = counted(prepared, 40, eval_share=0.0)
     assert whole == RowCounts(read=30, visited=27, truncated=2, not_reached=0, held_out=0, dropped=1, passes=40 / 29)
@@ -221,7 +228,7 @@ def test_a_document_in_pieces_counts_once(chatml, tmp_path, steps):
     folder.mkdir()
     for name in "abc":  # each is row 1 of its file
         (folder / f"{name}.txt").write_text(f"The capital of France is Paris {name}. " * 12)
-    prepared = prepare(folder, chatml, 32)
+    prepared = prepare(PrepareRequest(folder, chatml, 32))
     assert prepared.ledger.pieces > 6
     origins = list(prepared.rows.origins())
     assert sorted(set(origins)) == [0, 1, 2]
@@ -232,7 +239,7 @@ def test_a_document_in_pieces_counts_once(chatml, tmp_path, steps):
 
 def test_a_document_with_a_piece_in_training_is_not_held_out(chatml, tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(f"The capital number {n} is Paris." for n in range(120)))
-    prepared = prepare(tmp_path / "a.txt", chatml, 32)
+    prepared = prepare(PrepareRequest(tmp_path / "a.txt", chatml, 32))
     found = counted(prepared, 400)
     assert len(hold_out(prepared.rows, TrainingSpec())[1]) == 6
     assert (found.read, found.visited + found.truncated, found.held_out) == (1, 1, 0)
@@ -241,7 +248,7 @@ def test_a_document_with_a_piece_in_training_is_not_held_out(chatml, tmp_path):
 def test_the_end_of_a_split_row_that_teaches_nothing_counts_as_truncated(chatml, tmp_path):
     rows = [chat("I am fine.") | {"text": None} for _ in range(2)]
     rows[0]["messages"].append({"role": "user", "content": "The capital of Germany is Berlin. " * 20})
-    prepared = prepare(write(tmp_path / "rows.jsonl", rows), chatml, 48, on_overflow="split")
+    prepared = prepare(PrepareRequest(write(tmp_path / "rows.jsonl", rows), chatml, 48, on_overflow="split"))
     found = counted(prepared, 40, eval_share=0.0)
     assert (found.visited, found.truncated) == (prepared.ledger.whole, prepared.ledger.truncated) == (1, 1)
 
@@ -257,10 +264,12 @@ def test_a_split_row_without_anything_to_learn_is_dropped():
 def test_cut_answers_count_as_truncated(chatml, tmp_path):
     long = "I am fine, thank you. " * 30
     pairs = [{"prompt": "Hello", "chosen": f"Paris {n}", "rejected": long if n < 3 else "Berlin"} for n in range(40)]
-    prepared = prepare_pairs(write(tmp_path / "pairs.jsonl", pairs), chatml, 64)
+    prepared = prepare(PrepareRequest(write(tmp_path / "pairs.jsonl", pairs), chatml, 64, learns_from="pairs"))
     assert counted(prepared, 40, eval_share=0.0).truncated == prepared.ledger.truncated == 3
     judged = [{"prompt": "Hello", "completion": f"Paris {n}", "label": n % 2 == 0} for n in range(40)]
-    found = counted(prepare_judged(write(tmp_path / "judged.jsonl", judged), chatml, 64), 10)
+    found = counted(
+        prepare(PrepareRequest(write(tmp_path / "judged.jsonl", judged), chatml, 64, learns_from="judged")), 10
+    )
     assert (found.visited, found.not_reached, found.held_out) == (10, 24, 6)
 
 
@@ -277,7 +286,7 @@ def test_counts_that_lose_a_row_are_refused():
 def planned(rows, held=0, **training):
     training = TrainingSpec(**training)
     plan = plan_run(training, rows - held, rows - held, 1, validation_rows=held)
-    seen = plan.visited_units(plan.steps)
+    seen = visited_units(plan, plan.steps)
     missed = rows - held - seen
     counts = RowCounts(
         read=rows, visited=seen, truncated=0, not_reached=missed, held_out=held, dropped=0, passes=plan.epochs

@@ -15,6 +15,7 @@ from bp_data import (
     IGNORED,
     ChatTemplate,
     Ledger,
+    PrepareRequest,
     TokenRow,
     check_gate,
     load_template,
@@ -51,7 +52,7 @@ def chatml(model):
 
 def test_prepared_rows_and_facts(chatml, write_lines):
     path = write_lines([qa(), {"text": "Paris"}])
-    prepared = prepare(path, chatml, 64)
+    prepared = prepare(PrepareRequest(path, chatml, 64))
     chat, text = prepared.rows
     assert (chat.number, chat.kind, text.number, text.kind) == (1, "chat", 2, "text")
     assert len(chat.ids) == len(chat.mask) == len(chat.labels())
@@ -62,7 +63,7 @@ def test_prepared_rows_and_facts(chatml, write_lines):
     assert prepared.facts.pad_id == 0
     assert prepared.tokens == len(chat.ids) + len(text.ids)
     assert prepared.trained_tokens == chat.trained + text.trained
-    assert (prepared.template_name, len(prepared.template_hash), len(prepared.data_sha256)) == ("tokenizer", 64, 64)
+    assert (prepared.template.name, len(prepared.template.sha256), len(prepared.data_sha256)) == ("tokenizer", 64, 64)
     assert prepared.ledger.to_dict() == {
         "read": 2, "whole": 2, "truncated": 0, "truncated_tokens": 0, "dropped": 0, "dropped_by_code": {}, "unsampled": 0,
     }  # fmt: skip
@@ -70,7 +71,7 @@ def test_prepared_rows_and_facts(chatml, write_lines):
 
 def test_loaded_parts_may_be_given(chatml, write_lines):
     tokenizer = load_tokenizer(chatml)
-    prepared = prepare(str(write_lines([qa()])), (tokenizer, load_template(chatml, tokenizer)), 64)
+    prepared = prepare(PrepareRequest(str(write_lines([qa()])), (tokenizer, load_template(chatml, tokenizer)), 64))
     assert prepared.tokenizer is tokenizer
 
 
@@ -87,7 +88,7 @@ def test_the_first_bad_row_ends_it_with_place_reason_and_fix(chatml, tmp_path, l
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     with pytest.raises(error, match=words) as caught:
-        prepare(path, chatml, 32)
+        prepare(PrepareRequest(path, chatml, 32))
     assert isinstance(caught.value, CodedError)
     if error is not DatasetFormatUnsupportedError:
         assert 'data.on_bad_row="skip"' in caught.value.fix
@@ -96,7 +97,7 @@ def test_the_first_bad_row_ends_it_with_place_reason_and_fix(chatml, tmp_path, l
 
 def test_skipped_rows_are_in_the_ledger_and_on_disk(chatml, tmp_path, write_lines):
     path = write_lines([qa(), {"foo": 1}, qa(said="word " * 40), qa("x" * 100), qa(said=" ")])
-    prepared = prepare(path, chatml, 48, on_bad_row="skip")
+    prepared = prepare(PrepareRequest(path, chatml, 48, on_bad_row="skip"))
     ledger = prepared.ledger
     assert (ledger.read, ledger.whole, ledger.truncated, ledger.dropped) == (5, 1, 1, 3)
     assert ledger.dropped_by_code == {"ROW_COLUMNS_UNKNOWN": [2], "ROW_CUT_AWAY": [4], "ROW_EMPTY_TURN": [5]}
@@ -120,36 +121,38 @@ def test_skipped_rows_are_in_the_ledger_and_on_disk(chatml, tmp_path, write_line
 
 def test_no_rows_left_is_refused_with_the_reasons(chatml, write_lines):
     with pytest.raises(DatasetGateError, match="no row is left") as caught:
-        prepare(write_lines([{"foo": 1}, qa(said="")]), chatml, 64, on_bad_row="skip")
+        prepare(PrepareRequest(write_lines([{"foo": 1}, qa(said="")]), chatml, 64, on_bad_row="skip"))
     assert caught.value.cause == "2 read, 2 dropped: 1 × ROW_COLUMNS_UNKNOWN, 1 × ROW_EMPTY_TURN"
     assert caught.value.exit_status == 65
 
 
 def test_chats_that_all_lose_their_end_are_refused(chatml, write_lines):
     with pytest.raises(DatasetGateError, match="never stop"):
-        prepare(write_lines([qa(said="word " * 40)] * 2), chatml, 48)
+        prepare(PrepareRequest(write_lines([qa(said="word " * 40)] * 2), chatml, 48))
 
 
 def test_a_template_without_an_end_token_is_refused(model, write_lines):
     folder = model("chatml", "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     with pytest.raises(DatasetGateError, match="never stop"):
-        prepare(write_lines([qa()]), folder, 64)
+        prepare(PrepareRequest(write_lines([qa()]), folder, 64))
 
 
 def test_samples_are_counted_repeatable_and_in_order(chatml, write_lines):
     path = write_lines([qa(said=f"number {i}") for i in range(30)] + [{"foo": 1}])
-    first, again, other = (prepare(path, chatml, 64, samples=8, seed=seed, on_bad_row="skip") for seed in (1, 1, 2))
+    first, again, other = (
+        prepare(PrepareRequest(path, chatml, 64, samples=8, seed=seed, on_bad_row="skip")) for seed in (1, 1, 2)
+    )
     numbers = [row.number for row in first.rows]
     assert numbers == sorted(numbers) == [row.number for row in again.rows] != [row.number for row in other.rows]
     assert first.ledger.read + first.ledger.unsampled == 31
-    assert prepare(path, chatml, 64, samples=100, on_bad_row="skip").ledger.unsampled == 0
+    assert prepare(PrepareRequest(path, chatml, 64, samples=100, on_bad_row="skip")).ledger.unsampled == 0
 
 
 def test_arguments_out_of_range_are_the_callers_fault(chatml, write_lines):
     path = write_lines([qa()])
     for wrong in ({"max_seq_length": 1}, {"max_seq_length": 8, "samples": 0}):
         with pytest.raises(ContractError):
-            prepare(path, chatml, **wrong)
+            prepare(PrepareRequest(path, chatml, **wrong))
 
 
 ROWS = st.sampled_from(
@@ -173,7 +176,7 @@ def test_read_is_trained_and_truncated_and_dropped(chatml, tmp_path_factory, row
     path = tmp_path_factory.getbasetemp() / "ledger.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     try:
-        prepared = prepare(path, chatml, length, on_bad_row="skip", samples=samples)
+        prepared = prepare(PrepareRequest(path, chatml, length, on_bad_row="skip", samples=samples))
     except DatasetGateError:
         return
     ledger = prepared.ledger
@@ -198,7 +201,7 @@ def test_the_ledger_notices_a_lost_row():
 
 
 def test_the_gate_finds_labels_formed_by_comparison_with_pad(model, write_lines):
-    prepared = prepare(write_lines([qa()]), model("chatml", families.CHATML), 64)
+    prepared = prepare(PrepareRequest(write_lines([qa()]), model("chatml", families.CHATML), 64))
     facts = replace(prepared.facts, pad_id=prepared.facts.eos_id)
 
     def by_pad(row):
@@ -211,7 +214,7 @@ def test_the_gate_finds_labels_formed_by_comparison_with_pad(model, write_lines)
 
 
 def test_the_gate_looks_at_every_row(chatml, write_lines):
-    prepared = prepare(write_lines([qa()]), chatml, 64)
+    prepared = prepare(PrepareRequest(write_lines([qa()]), chatml, 64))
     nothing = TokenRow(9, array("i", [5, 2]), b"\x01\x00")
     with pytest.raises(DatasetGateError, match="row 9 has no token to learn"):
         check_gate([*prepared.rows, nothing], prepared.facts, prepared.ledger)
@@ -239,7 +242,7 @@ def test_the_split_is_small_disjoint_and_repeatable():
 
 
 def test_the_preview_joins_to_the_text_and_never_parts_a_character(chatml, write_lines):
-    prepared = prepare(write_lines([qa("你好 😀", "naïve 😃\n")]), chatml, 128)
+    prepared = prepare(PrepareRequest(write_lines([qa("你好 😀", "naïve 😃\n")]), chatml, 128))
     (pieces,) = preview_rows(prepared, 5)
     assert "".join(piece.text for piece in pieces) == prepared.tokenizer.decode(prepared.rows[0].ids)
     assert "".join(piece.text for piece in pieces if piece.trained) == "naïve 😃\n<|im_end|>"

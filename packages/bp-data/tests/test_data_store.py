@@ -12,21 +12,21 @@ from hypothesis import strategies as st
 
 from bp_data import (
     PairRows,
+    PrepareRequest,
     TokenRow,
     TraceBand,
     load_template,
     load_tokenizer,
     prepare,
-    prepare_judged,
-    prepare_pairs,
     preview_file,
     split_rows,
 )
 from bp_data.errors import DatasetGateError, DatasetInvalidError, DatasetParseFailedError, RowFault, RowFaultError
 from bp_data.example import Chat, Message, Rejected, Row
 from bp_data.labels.encoder import Encoder
+from bp_data.labels.masks import mask_chat
 from bp_data.labels.shapes import SpanFinder
-from bp_data.labels.spans import find_spans, mask_chat
+from bp_data.labels.spans import find_spans
 from bp_data.token_rows import TOKENS_FILE, TokenWriter
 from bp_runs.errors import ContractError
 
@@ -80,7 +80,7 @@ def test_a_store_gives_back_what_it_took(tmp_path_factory, made, on_disk):
 
 
 def test_a_split_of_stored_rows_copies_nothing(chatml, write_lines):
-    rows = prepare(write_lines([qa(("Q", f"A{i}")) for i in range(10)]), chatml, 64).rows
+    rows = prepare(PrepareRequest(write_lines([qa(("Q", f"A{i}")) for i in range(10)]), chatml, 64)).rows
     train, held = split_rows(rows, 0.2, seed=1)
     assert type(train) is type(held) is type(rows)
     assert sorted(row.number for row in [*train, *held]) == list(range(1, 11))
@@ -89,16 +89,18 @@ def test_a_split_of_stored_rows_copies_nothing(chatml, write_lines):
 def test_a_curriculum_goes_from_short_to_long(chatml, tmp_path, write_lines):
     path = write_lines([qa(("Q", "A" * length)) for length in (9, 3, 7, 3)])
     for cache in (None, tmp_path / "c"):
-        prepared = prepare(path, chatml, 64, curriculum="length", cache=cache)
+        prepared = prepare(PrepareRequest(path, chatml, 64, curriculum="length", cache=cache))
         assert [row.number for row in prepared.rows] == [2, 4, 3, 1]
-    assert not prepare(path, chatml, 63, cache=tmp_path / "c").from_cache
-    assert [row.number for row in prepare(path, chatml, 64, cache=tmp_path / "c").rows] == [1, 2, 3, 4]
+    assert not prepare(PrepareRequest(path, chatml, 63, cache=tmp_path / "c")).from_cache
+    assert [row.number for row in prepare(PrepareRequest(path, chatml, 64, cache=tmp_path / "c")).rows] == [1, 2, 3, 4]
 
 
 def test_the_second_start_comes_from_the_cache(chatml, tmp_path, write_lines):
     path = write_lines([qa(("Q", f"A{i}")) for i in range(5)] + [{"foo": 1}, qa(("Q", "word " * 99))])
-    first, second = (prepare(path, chatml, 64, on_bad_row="skip", cache=tmp_path / "c") for _ in range(2))
-    plain = prepare(path, chatml, 64, on_bad_row="skip")
+    first, second = (
+        prepare(PrepareRequest(path, chatml, 64, on_bad_row="skip", cache=tmp_path / "c")) for _ in range(2)
+    )
+    plain = prepare(PrepareRequest(path, chatml, 64, on_bad_row="skip"))
     assert (first.from_cache, second.from_cache, plain.from_cache) == (False, True, False)
     assert list(first.rows) == list(second.rows) == list(plain.rows)
     assert first.ledger == second.ledger == plain.ledger
@@ -110,7 +112,7 @@ def test_whatever_changes_tokens_misses_the_cache(model, tmp_path, write_lines):
 
     def hit(**more):
         given = {"path": path, "model": folder, "max_seq_length": 64, "cache": cache, **more}
-        return prepare(**given).from_cache
+        return prepare(PrepareRequest(**given)).from_cache
 
     assert not hit()
     assert hit()
@@ -131,13 +133,16 @@ def test_a_checkout_that_is_not_installed_has_a_cache(chatml, tmp_path, write_li
     with pytest.raises(PackageNotFoundError):
         version("bp-data")
     path = write_lines([qa(("Q", "A"))])
-    assert [prepare(path, chatml, 64, cache=tmp_path / "c").from_cache for _ in range(2)] == [False, True]
+    assert [prepare(PrepareRequest(path, chatml, 64, cache=tmp_path / "c")).from_cache for _ in range(2)] == [
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "gone", "meta"])
 def test_a_damaged_cache_is_made_again(chatml, tmp_path, write_lines, damage):
     path, cache = write_lines([qa(("Q", "A"))]), tmp_path / "c"
-    wanted = list(prepare(path, chatml, 64, cache=cache).rows)
+    wanted = list(prepare(PrepareRequest(path, chatml, 64, cache=cache)).rows)
     (entry,) = cache.iterdir()
     if damage == "cut":
         (entry / TOKENS_FILE).write_bytes((entry / TOKENS_FILE).read_bytes()[:-1])
@@ -149,20 +154,20 @@ def test_a_damaged_cache_is_made_again(chatml, tmp_path, write_lines, damage):
         (entry / TOKENS_FILE).unlink()
     else:
         (entry / "meta.json").write_text("{")
-    again = prepare(path, chatml, 64, cache=cache)
+    again = prepare(PrepareRequest(path, chatml, 64, cache=cache))
     assert not again.from_cache
     assert list(again.rows) == wanted
-    assert prepare(path, chatml, 64, cache=cache).from_cache
+    assert prepare(PrepareRequest(path, chatml, 64, cache=cache)).from_cache
 
 
 def test_a_failed_run_leaves_nothing_in_the_cache_and_old_entries_go(chatml, tmp_path, write_lines):
     cache = tmp_path / "c"
     with pytest.raises(DatasetInvalidError):
-        prepare(write_lines([qa(("Q", ""))]), chatml, 64, cache=cache)
+        prepare(PrepareRequest(write_lines([qa(("Q", ""))]), chatml, 64, cache=cache))
     assert list(cache.iterdir()) == []
     path = write_lines([qa(("Q", "A"))])
     for length in range(64, 76):
-        prepare(path, chatml, length, cache=cache)
+        prepare(PrepareRequest(path, chatml, length, cache=cache))
     assert len(list(cache.iterdir())) == 8
 
 
@@ -177,7 +182,9 @@ LONG = qa(("Q", "word " * 60))
     ],
 )
 def test_rows_that_are_too_long(chatml, write_lines, policy, rows, counts):
-    prepared = prepare(write_lines([qa(("Hi", "Hello")), LONG]), chatml, 40, on_overflow=policy, on_bad_row="fail")
+    prepared = prepare(
+        PrepareRequest(write_lines([qa(("Hi", "Hello")), LONG]), chatml, 40, on_overflow=policy, on_bad_row="fail")
+    )
     assert [row.number for row in prepared.rows] == [number for number, _ in rows]
     ledger = prepared.ledger
     assert (ledger.whole, ledger.truncated, ledger.dropped) == counts
@@ -186,15 +193,17 @@ def test_rows_that_are_too_long(chatml, write_lines, policy, rows, counts):
 
 def test_overflow_fail_names_the_row_and_both_ways_out(chatml, write_lines):
     with pytest.raises(DatasetInvalidError, match="line 2: it has") as caught:
-        prepare(write_lines([qa(("Hi", "Hello")), LONG]), chatml, 40, on_overflow="fail", on_bad_row="skip")
+        prepare(
+            PrepareRequest(write_lines([qa(("Hi", "Hello")), LONG]), chatml, 40, on_overflow="fail", on_bad_row="skip")
+        )
     assert "model.max_seq_length=" in caught.value.fix
     assert caught.value.details["row_code"] == "ROW_OVERFLOW"
 
 
 def test_a_split_row_loses_no_token(chatml, write_lines):
     path = write_lines([{"text": "word " * 99}, qa(("question " * 20, "A"))])
-    whole = prepare(path, chatml, 4096)
-    prepared = prepare(path, chatml, 32, on_overflow="split")
+    whole = prepare(PrepareRequest(path, chatml, 4096))
+    prepared = prepare(PrepareRequest(path, chatml, 32, on_overflow="split"))
     text = [row for row in prepared.rows if row.kind == "text"]
     assert [token for row in text for token in row.ids] == list(whole.rows[0].ids)
     assert [row.truncated for row in text] == [True] * (len(text) - 1) + [False]
@@ -208,12 +217,12 @@ def test_a_split_row_loses_no_token(chatml, write_lines):
 
 def test_a_document_is_split_unless_told_otherwise(chatml, tmp_path):
     (tmp_path / "a.md").write_text("word " * 200)
-    assert len(prepare(tmp_path / "a.md", chatml, 32).rows) > 3
-    assert len(prepare(tmp_path / "a.md", chatml, 32, on_overflow="truncate").rows) == 1
+    assert len(prepare(PrepareRequest(tmp_path / "a.md", chatml, 32)).rows) > 3
+    assert len(prepare(PrepareRequest(tmp_path / "a.md", chatml, 32, on_overflow="truncate")).rows) == 1
 
 
 def test_a_cut_keeps_the_terminator_where_it_can(chatml, write_lines):
-    prepared = prepare(write_lines([qa(("Hi", "Hello"), ("And?", "word " * 60))]), chatml, 60)
+    prepared = prepare(PrepareRequest(write_lines([qa(("Hi", "Hello"), ("And?", "word " * 60))]), chatml, 60))
     (row,) = prepared.rows
     assert row.truncated
     assert row.ids[-1] == prepared.facts.terminator_id
@@ -226,12 +235,12 @@ def test_filters_drop_with_a_code_and_end_no_run(chatml, write_lines):
     path = write_lines(
         [qa(("Q", "The same words here")), qa(("Q ", "The same words here")), qa(("Q", "another answer"))]
     )
-    prepared = prepare(path, chatml, 64, dedup="exact", min_tokens=4)
+    prepared = prepare(PrepareRequest(path, chatml, 64, dedup="exact", min_tokens=4))
     assert prepared.ledger.dropped_by_code == {"ROW_DUPLICATE": [2]}
     assert prepared.ledger.drops[0].reason == "it is the same as row 1"
-    assert prepare(path, chatml, 64, min_tokens=20, on_bad_row="skip").ledger.dropped_by_code.keys() <= {
-        "ROW_TOO_SHORT"
-    }
+    assert prepare(
+        PrepareRequest(path, chatml, 64, min_tokens=20, on_bad_row="skip")
+    ).ledger.dropped_by_code.keys() <= {"ROW_TOO_SHORT"}
 
 
 def trace(reasoning, said="Paris", **more):
@@ -257,7 +266,7 @@ def trace(reasoning, said="Paris", **more):
 )
 def test_reasoning_traces(chatml, write_lines, row, code):
     good = trace("<think>\nWe are asked for a capital.\n</think>\n\n")
-    prepared = prepare(write_lines([good, row]), chatml, 2048, trace=TraceBand(4, 64))
+    prepared = prepare(PrepareRequest(write_lines([good, row]), chatml, 2048, trace=TraceBand(4, 64)))
     if code:
         assert prepared.ledger.dropped_by_code == {code: [2]}
         return
@@ -271,7 +280,7 @@ def test_reasoning_traces(chatml, write_lines, row, code):
 
 def test_a_filter_that_leaves_nothing_is_an_error(chatml, write_lines):
     with pytest.raises(DatasetGateError, match="no row is left") as caught:
-        prepare(write_lines([trace("")]), chatml, 64, trace=TraceBand())
+        prepare(PrepareRequest(write_lines([trace("")]), chatml, 64, trace=TraceBand()))
     assert "ROW_TRACE_MISSING" in caught.value.cause
 
 
@@ -279,7 +288,12 @@ def test_a_template_that_drops_the_reasoning_drops_the_row(model, write_lines):
     folder = model("chatml", families.REASONER)
     with pytest.raises(DatasetInvalidError, match=r"leaves (the reasoning out|out what)"):
         prepare(
-            write_lines([trace("<think>The capital of France is asked.</think>\n")]), folder, 2048, trace=TraceBand(4)
+            PrepareRequest(
+                write_lines([trace("<think>The capital of France is asked.</think>\n")]),
+                folder,
+                2048,
+                trace=TraceBand(4),
+            )
         )
 
 
@@ -330,7 +344,8 @@ def test_the_quick_way_finds_what_the_long_way_finds(model, family, template, sy
         return
     ids, mask = mask_chat(chat, tokenizer, loaded)
     data = {"messages": [{"role": m.role, "content": m.content} for m in chat.messages]}
-    (row,) = Encoder(tokenizer, loaded).encode_rows([Row(1, data)])
+    (encoded,) = Encoder(tokenizer, loaded).encode_rows([Row(1, data)])
+    (row,) = encoded.parts
     assert (list(row.ids), row.mask) == (ids, bytes(mask))
 
 
@@ -355,15 +370,21 @@ def test_bad_rows_pass_in_order_through_batches(chatml):
     ]
     found = list(Encoder(tokenizer, load_template(chatml, tokenizer)).encode_rows(rows))
     assert [row.number for row in found] == [row.number for row in rows]
-    assert sum(isinstance(row, Rejected) for row in found) == 99
+    assert sum(row.rejected is not None for row in found) == 99
 
 
 PAIR = {"prompt": "Q", "chosen": "good answer", "rejected": "bad"}
 
 
 def test_pairs_learn_their_answers_only(chatml, write_lines):
-    prepared = prepare_pairs(
-        write_lines([PAIR, {**PAIR, "rejected": "good answer"}, qa(("Q", "A"))]), chatml, 64, on_bad_row="skip"
+    prepared = prepare(
+        PrepareRequest(
+            write_lines([PAIR, {**PAIR, "rejected": "good answer"}, qa(("Q", "A"))]),
+            chatml,
+            64,
+            on_bad_row="skip",
+            learns_from="pairs",
+        )
     )
     (row,) = prepared.rows
     decode = prepared.tokenizer.decode
@@ -388,7 +409,7 @@ def test_answers_in_a_prompt_are_not_learnt(model, write_lines):
         ("chatml", families.CHATML_MARKED),
         ("mistral", families.MISTRAL),
     ):
-        prepared = prepare(path, model(family, template), 96)
+        prepared = prepare(PrepareRequest(path, model(family, template), 96))
         (row,) = prepared.rows
         learnt = prepared.tokenizer.decode([t for t, m in zip(row.ids, row.mask, strict=True) if m])
         assert learnt.strip() in ("second<|im_end|>", "second</s>")
@@ -396,28 +417,30 @@ def test_answers_in_a_prompt_are_not_learnt(model, write_lines):
 
 def test_pairs_that_are_too_long_or_bad(chatml, write_lines):
     long = {**PAIR, "chosen": "word " * 60}
-    prepared = prepare_pairs(write_lines([long, PAIR]), chatml, 40)
+    prepared = prepare(PrepareRequest(write_lines([long, PAIR]), chatml, 40, learns_from="pairs"))
     assert prepared.ledger.truncated_rows == [1]
-    assert prepare_pairs(write_lines([long, PAIR]), chatml, 40, on_overflow="drop").ledger.dropped_by_code == {
-        "ROW_OVERFLOW": [1]
-    }
+    assert prepare(
+        PrepareRequest(write_lines([long, PAIR]), chatml, 40, on_overflow="drop", learns_from="pairs")
+    ).ledger.dropped_by_code == {"ROW_OVERFLOW": [1]}
     with pytest.raises(DatasetInvalidError, match="line 1"):
-        prepare_pairs(write_lines([long, PAIR]), chatml, 40, on_overflow="fail")
+        prepare(PrepareRequest(write_lines([long, PAIR]), chatml, 40, on_overflow="fail", learns_from="pairs"))
     with pytest.raises(DatasetInvalidError, match="is wanted") as caught:
-        prepare_pairs(write_lines([qa(("Q", "A"))]), chatml, 40)
+        prepare(PrepareRequest(write_lines([qa(("Q", "A"))]), chatml, 40, learns_from="pairs"))
     assert "training.method" in caught.value.fix
     with pytest.raises(DatasetInvalidError, match="the same"):
-        prepare_pairs(write_lines([{**PAIR, "chosen": "bad"}]), chatml, 40)
+        prepare(PrepareRequest(write_lines([{**PAIR, "chosen": "bad"}]), chatml, 40, learns_from="pairs"))
     with pytest.raises(DatasetGateError, match="no row"):
-        prepare_pairs(write_lines([{**PAIR, "chosen": "bad"}]), chatml, 40, on_bad_row="skip")
+        prepare(
+            PrepareRequest(write_lines([{**PAIR, "chosen": "bad"}]), chatml, 40, on_bad_row="skip", learns_from="pairs")
+        )
     for wrong in ({"max_seq_length": 1}, {"max_seq_length": 8, "on_overflow": "split"}):
         with pytest.raises(ContractError):
-            prepare_pairs(write_lines([PAIR]), chatml, **wrong)
+            prepare(PrepareRequest(write_lines([PAIR]), chatml, **wrong, learns_from="pairs"))
 
 
 def test_answers_lie_on_disk_and_are_sorted_and_held_out_without_copies(chatml, write_lines):
     rows = [{**PAIR, "chosen": "word " * n, "rejected": f"bad {n}"} for n in range(30, 0, -1)]
-    prepared = prepare_pairs(write_lines(rows), chatml, 256, curriculum="length")
+    prepared = prepare(PrepareRequest(write_lines(rows), chatml, 256, curriculum="length", learns_from="pairs"))
     assert [row.number for row in prepared.rows] == list(range(30, 0, -1))
     assert list(prepared.rows.lengths()) == [len(r.chosen.ids) + len(r.rejected.ids) for r in prepared.rows]
     assert prepared.tokens == sum(prepared.rows.lengths())
@@ -441,7 +464,7 @@ def test_each_pair_is_that_of_its_own_row_through_batches(chatml, write_lines):
         else {**PAIR, "chosen": f"+{n}", "rejected": f"-{n}"}
         for n in range(1, 900)
     ]
-    prepared = prepare_pairs(write_lines(rows), chatml, 64, on_bad_row="skip")
+    prepared = prepare(PrepareRequest(write_lines(rows), chatml, 64, on_bad_row="skip", learns_from="pairs"))
     decode = prepared.tokenizer.decode
     for row in prepared.rows:
         assert f"+{row.number}<" in decode(row.chosen.ids)
@@ -453,14 +476,14 @@ def test_each_pair_is_that_of_its_own_row_through_batches(chatml, write_lines):
 
 def test_judged_answers(chatml, write_lines):
     rows = [{"prompt": "Q", "completion": "A", "label": True}, {"prompt": "Q", "completion": "B", "label": False}]
-    prepared = prepare_judged(write_lines(rows), chatml, 64)
+    prepared = prepare(PrepareRequest(write_lines(rows), chatml, 64, learns_from="judged"))
     assert [(row.number, row.label) for row in prepared.rows] == [(1, True), (2, False)]
-    with pytest.raises(DatasetGateError, match="same label"):
-        prepare_judged(write_lines(rows[:1]), chatml, 64)
+    with pytest.raises(DatasetGateError, match="one label"):
+        prepare(PrepareRequest(write_lines(rows[:1]), chatml, 64, learns_from="judged"))
     with pytest.raises(DatasetParseFailedError):
         path = write_lines(rows)
         path.write_text(path.read_text() + "{")
-        prepare_judged(path, chatml, 64)
+        prepare(PrepareRequest(path, chatml, 64, learns_from="judged"))
 
 
 def test_formats_may_be_mixed_in_one_file(chatml, write_lines):
@@ -472,7 +495,7 @@ def test_formats_may_be_mixed_in_one_file(chatml, write_lines):
         {"instruction": "Q", "response": "A"},
         {"prompt": "Q", "completion": "A", "messages": None},
     ]
-    prepared = prepare(write_lines(rows), chatml, 64)
+    prepared = prepare(PrepareRequest(write_lines(rows), chatml, 64))
     assert len({bytes(row.ids) for row in prepared.rows}) == 1
     assert prepared.ledger.whole == 6
 
@@ -481,12 +504,12 @@ def test_two_answers_in_a_row_are_both_learnt(model, write_lines):
     turns = [("user", "Q"), ("assistant", "one"), ("assistant", "two")]
     path = write_lines([{"messages": [{"role": role, "content": content} for role, content in turns]}])
     for family, template, end in (("chatml", families.CHATML, "<|im_end|>"), ("llama", families.LLAMA3, "<|eot_id|>")):
-        prepared = prepare(path, model(family, template), 96)
+        prepared = prepare(PrepareRequest(path, model(family, template), 96))
         (row,) = prepared.rows
         learnt = prepared.tokenizer.decode([t for t, m in zip(row.ids, row.mask, strict=True) if m])
         assert learnt == f"one{end}two{end}"
     with pytest.raises(DatasetInvalidError, match="roles must alternate"):
-        prepare(path, model("mistral", families.MISTRAL), 96)
+        prepare(PrepareRequest(path, model("mistral", families.MISTRAL), 96))
 
 
 def test_a_preview_shows_each_answer_of_rows_that_compare_or_judge(chatml, write_lines):

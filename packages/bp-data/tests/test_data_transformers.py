@@ -7,7 +7,7 @@ import pytest
 
 from bp_data import load_template, load_tokenizer
 from bp_data.example import Chat, Message
-from bp_data.labels.spans import mask_chat
+from bp_data.labels.masks import mask_chat
 
 transformers = pytest.importorskip("transformers")
 

@@ -11,7 +11,7 @@ import pytest
 from bp_data import load_template, load_tokenizer
 from bp_data.example import Chat, Message, Row
 from bp_data.labels.encoder import Encoder
-from bp_data.labels.spans import mask_chat
+from bp_data.labels.masks import mask_chat
 
 transformers = pytest.importorskip("transformers")
 _found = importlib.util.find_spec("trl")
@@ -49,7 +49,8 @@ def ours(folder, chat):
     tokenizer = load_tokenizer(folder)
     template = load_template(folder, tokenizer)
     ids, mask = mask_chat(Chat(tuple(Message(role, content) for role, content in chat)), tokenizer, template)
-    (row,) = Encoder(tokenizer, template).encode_rows([Row(1, {"messages": turns_of(chat)})])
+    (encoded,) = Encoder(tokenizer, template).encode_rows([Row(1, {"messages": turns_of(chat)})])
+    (row,) = encoded.parts
     assert (list(row.ids), list(row.mask)) == (ids, list(mask)), "one by one and in a batch"
     return tokenizer, ids, list(mask)
 
@@ -156,9 +157,10 @@ def test_tool_calls_are_learnt_in_qwen_and_llama(model):
     ):
         folder = model(family, read(name))
         tokenizer = load_tokenizer(folder)
-        (row,) = Encoder(tokenizer, load_template(folder, tokenizer)).encode_rows(
+        (encoded,) = Encoder(tokenizer, load_template(folder, tokenizer)).encode_rows(
             [Row(1, {"messages": turns, "tools": tools})]
         )
+        (row,) = encoded.parts
         learnt = tokenizer.decode([token for token, mask in zip(row.ids, row.mask, strict=True) if mask])
         assert '"name": "weather"' in learnt
         assert '{"city": "Rome"}' in learnt

@@ -9,7 +9,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaModel
 
-from bp_data import prepare, split_rows
+from bp_data import PrepareRequest, prepare, split_rows
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.validation import Validator
 from bp_runs.errors import TrainingDivergedError
@@ -34,7 +34,7 @@ def test_the_validation_loss_is_that_of_the_saved_adapter_on_rows_it_never_saw(
     outcome, events = train(spec)
     assert [e.step for e in evals(events)] == [2, 4]
     assert next(e for e in events if isinstance(e, DataReady)).heldout == 2
-    _, heldout = split_rows(prepare(chat_file, pico_model, 128).rows, 2, spec.training.seed)
+    _, heldout = split_rows(prepare(PrepareRequest(chat_file, pico_model, 128)).rows, 2, spec.training.seed)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), outcome.adapter)
     assert outcome.eval_loss == pytest.approx(mean_loss(model, heldout), rel=1e-4)
     assert evals(events)[-1].tokens == sum(row.trained for row in heldout)
@@ -65,7 +65,7 @@ def test_it_stops_early_and_keeps_the_best(pico_model, chat_file, tmp_path):
     assert outcome.steps < 40
     assert not outcome.stopped
     assert outcome.best_step == 1 + losses.index(min(losses)) == outcome.steps - 2
-    _, heldout = split_rows(prepare(chat_file, pico_model, 128).rows, 2, 42)
+    _, heldout = split_rows(prepare(PrepareRequest(chat_file, pico_model, 128)).rows, 2, 42)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), outcome.adapter)
     assert mean_loss(model, heldout) == pytest.approx(min(losses), rel=1e-4)
 
@@ -75,7 +75,7 @@ def test_the_last_is_kept_and_nothing_stops_where_the_user_says_so(pico_model, c
     change = {**EVAL, "steps": 6, "eval_steps": 1, "early_stop": 0, "keep": "last", "learning_rate": 5e-2}
     outcome, events = train(spec_for(pico_model, chat_file, tmp_path / "run", training=change))
     assert outcome.steps == 6
-    _, heldout = split_rows(prepare(chat_file, pico_model, 128).rows, 2, 42)
+    _, heldout = split_rows(prepare(PrepareRequest(chat_file, pico_model, 128)).rows, 2, 42)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), outcome.adapter)
     assert mean_loss(model, heldout) == pytest.approx(evals(events)[-1].loss, rel=1e-4)
 
@@ -100,7 +100,7 @@ def test_a_run_that_diverges_keeps_its_best_adapter(pico_model, chat_file, tmp_p
     assert caught.value.details["best_step"] == best.step == 4
     assert f'train (training.start_from="{spec.folders.run_id}@best", training.learning_rate=' in caught.value.fix
     assert caught.value.details["adapter"] == str(spec.folders.adapter)
-    _, heldout = split_rows(prepare(chat_file, pico_model, 128).rows, 2, spec.training.seed)
+    _, heldout = split_rows(prepare(PrepareRequest(chat_file, pico_model, 128)).rows, 2, spec.training.seed)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), spec.folders.adapter)
     assert mean_loss(model, heldout) == pytest.approx(best.loss, rel=1e-4)
 

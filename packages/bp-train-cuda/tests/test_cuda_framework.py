@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, set_seed
 
-from bp_data import prepare
+from bp_data import PrepareRequest, prepare
 from bp_data.loop.memory import MemoryGuard
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import TrainingDivergedError
@@ -37,7 +37,7 @@ class Casts(TorchDispatchMode):
 def measure(base, file, run, *, plain_inputs):
     """Loss, gradients and casts of one micro-batch of an adapter on a bfloat16 base, with checkpointing."""
     spec = spec_for(base, file, run)
-    prepared = prepare(file, base, 128)
+    prepared = prepare(PrepareRequest(file, base, 128))
     set_seed(0)
     model = lora.add_lora(AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16), spec.lora)
     for name, weight in lora.trainable_weights(model).items():

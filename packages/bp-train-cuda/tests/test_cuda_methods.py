@@ -11,7 +11,7 @@ from cuda_training import spec_for, train
 from safetensors.torch import load_file
 from transformers import LlamaModel
 
-from bp_data import prepare_judged
+from bp_data import PrepareRequest, prepare
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import InvalidSettingError
 from bp_runs.events import DataReady, EvalDone, Notice, StepDone
@@ -123,7 +123,7 @@ def test_settings_of_whole_rows_are_refused(pair_file, pico_model, tmp_path, gro
 
 
 def test_an_answer_goes_under_another_prompt(judged_file, pico_model):
-    rows = prepare_judged(judged_file, pico_model, 128).rows
+    rows = prepare(PrepareRequest(judged_file, pico_model, 128, learns_from="judged")).rows
     mine, other = rows[0].row, rows[1].row
     split, start = mine.mask.find(1), other.mask.find(1)
     joined = join_prompt(mine, other, 128)

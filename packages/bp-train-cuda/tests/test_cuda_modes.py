@@ -12,7 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from bp_data import prepare, split_rows
+from bp_data import PrepareRequest, prepare, split_rows
 from bp_runs import Settings
 from bp_runs.adapter import MODEL_SCHEMA, changed_files, read_manifest
 from bp_runs.errors import (
@@ -135,7 +135,7 @@ def test_pissa_comes_out_as_an_adapter_for_the_base_as_it_was(pico_model, chat_f
     assert sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_dir()) == ["lora"]
     # What the trained model said of the held-out rows is what the base on disk says with the adapter, put on or merged.
     measured = [e.loss for e in events if isinstance(e, EvalDone)][-1]
-    _, heldout = split_rows(prepare(chat_file, pico_model, 128).rows, 2, 42)
+    _, heldout = split_rows(prepare(PrepareRequest(chat_file, pico_model, 128)).rows, 2, 42)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), outcome.adapter)
     assert mean_loss(model, heldout) == pytest.approx(measured, rel=1e-5)
     assert mean_loss(model.merge_and_unload(), heldout) == pytest.approx(measured, rel=1e-5)

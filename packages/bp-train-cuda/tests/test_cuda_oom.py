@@ -8,7 +8,7 @@ from cuda_training import spec_for, train
 from safetensors.torch import load_file
 from transformers import LlamaModel
 
-from bp_data import prepare
+from bp_data import PrepareRequest, prepare
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
 from bp_runs.errors import GpuOutOfMemoryError, OomExhaustedError
@@ -183,7 +183,7 @@ def test_chunks_keep_every_example_once_and_lose_only_padding(pico_model, chat_f
     assert [list(chunk) for chunk in split_evenly([5, 3, 1], 2)] == [[5, 3], [1]]
     assert len(list(split_evenly([5, 3, 1], 8))) == 3
     assert list(split_evenly([], 4)) == []
-    rows = prepare(chat_file, pico_model, 128).rows
+    rows = prepare(PrepareRequest(chat_file, pico_model, 128)).rows
     examples = RowExamples(rows, 2)
     lengths = examples.lengths()
     whole = examples.collate(range(8))
@@ -194,7 +194,7 @@ def test_chunks_keep_every_example_once_and_lose_only_padding(pico_model, chat_f
 
 
 def test_packs_are_cut_between_rows(pico_model, chat_file):
-    rows = prepare(chat_file, pico_model, 128).rows
+    rows = prepare(PrepareRequest(chat_file, pico_model, 128)).rows
     examples = RowExamples(rows, 2, room=256)
     inside = examples.expand([0])
     assert len(inside) > 2

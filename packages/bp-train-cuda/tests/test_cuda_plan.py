@@ -5,7 +5,7 @@ import json
 import pytest
 from cuda_training import spec_for, train
 
-from bp_data import prepare
+from bp_data import PrepareRequest, prepare
 from bp_data.loop.rows import PlannedRows
 from bp_runs.errors import InvalidSettingError, NothingHeldOutError
 from bp_runs.events import DataReady, EvalDone, ModelLoaded, Notice, RunPlanned, StepDone
@@ -34,7 +34,9 @@ def only(events, kind):
 
 
 def plan_for(spec):
-    prepared = prepare(spec.rows_path, spec.base, 128, on_bad_row="skip", curriculum=spec.training.curriculum)
+    prepared = prepare(
+        PrepareRequest(spec.rows_path, spec.base, 128, on_bad_row="skip", curriculum=spec.training.curriculum)
+    )
     return PlannedRows.build(prepared, spec.training, 128, 1)
 
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bp_data import DatasetGateError, TokenRow, load_template, load_tokenizer, prepare
+from bp_data import DatasetGateError, PrepareRequest, TokenRow, load_template, load_tokenizer, prepare
 from bp_data.templates.conversations import hash_conversations
 from bp_runs import Settings, read_adapter_folder
 from bp_runs.adapter import changed_files, read_manifest
@@ -87,7 +87,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(pico_model, cha
 
 
 def test_labels_come_from_the_mask_though_pad_is_eos(pico_model, chat_file):
-    prepared = prepare(chat_file, pico_model, 128)
+    prepared = prepare(PrepareRequest(chat_file, pico_model, 128))
     assert prepared.facts.pad_id == prepared.facts.terminator_id == 2
     examples = RowExamples(prepared.rows, 2)
     for index in range(examples.count):
@@ -116,7 +116,7 @@ def test_the_loss_is_the_mean_over_trained_tokens_packed_or_not(pico_model, chat
     reported = next(e.loss for e in events if isinstance(e, StepDone))
     model = AutoModelForCausalLM.from_pretrained(pico_model)
     total, count = 0.0, 0
-    for row in prepare(chat_file, pico_model, 128).rows:
+    for row in prepare(PrepareRequest(chat_file, pico_model, 128)).rows:
         logits = model(torch.tensor([row.ids.tolist()])).logits[0, :-1].double()
         labels = torch.tensor(row.labels()[1:])
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()

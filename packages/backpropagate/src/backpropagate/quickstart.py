@@ -150,9 +150,9 @@ def run_quickstart(
 
 
 def _validate(data: Path, base: Path, on_preview: Callable[[list[PreviewToken]], None]) -> None:
-    from bp_data import prepare
+    from bp_data import PrepareRequest, prepare
 
-    prepared = prepare(data, base, DEFAULTS["max_seq_length"])
+    prepared = prepare(PrepareRequest(data, base, DEFAULTS["max_seq_length"]))
     on_preview(preview_rows(prepared, 1)[0])
 
 

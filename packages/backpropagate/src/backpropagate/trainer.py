@@ -45,7 +45,7 @@ from bp_runs.store import RunStore
 if TYPE_CHECKING:
     from backpropagate.continual.multirun import MultiRun, MultiRunResult
     from backpropagate.evaluation.evaluate import EvalResult
-    from bp_data.asked import AnyPrepared
+    from bp_data.preparation import AnyPrepared
     from bp_export import Format, PushOutcome
     from bp_runs.proof import Proof
     from bp_runs.rail import MemoryEstimate
@@ -516,11 +516,11 @@ class Trainer:
         Raises:
             CodedError: The data or the settings cannot be used; nothing is recorded.
         """
-        from bp_data import prepare_asked
+        from bp_data import PrepareRequest, prepare
 
         wanted = self._resolve({"data": data, **flags}).settings
         rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
-        return prepare_asked(wanted, rows.path, catalogue.find_tokenizer(wanted))
+        return prepare(PrepareRequest.from_settings(wanted, rows.path, catalogue.find_tokenizer(wanted)))
 
     @shows_keywords(RunKeywords)
     def estimate_vram(self, *, memory: int | None = None, **flags: Unpack[RunKeywords]) -> MemoryEstimate:

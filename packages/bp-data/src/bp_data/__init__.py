@@ -4,7 +4,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bp_data.asked import prepare_asked, require_fitting
     from bp_data.convert import ConvertResult, clean_file, convert_example, convert_file, split_file
     from bp_data.dedupe import Contaminated, Duplicate, find_contamination, find_duplicates
     from bp_data.errors import (
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
     from bp_data.hub import HubData, fetch_dataset, looks_like_hub_name
     from bp_data.ledger import Gate, Ledger, check_gate
     from bp_data.packing import PackedRow, build_pack, iter_packs, pack_rows, plan_packs
-    from bp_data.preference import Compared, prepare_judged, prepare_pairs
-    from bp_data.preparation import Prepared, prepare, tokenize_rows
+    from bp_data.preparation import Prepared, PrepareRequest, prepare, require_fitting
     from bp_data.preview import PreviewedRow, PreviewToken, preview_file, preview_rows
     from bp_data.quality import Limits, Report, build_report, check_limits
     from bp_data.read import read_rows
@@ -39,11 +37,11 @@ if TYPE_CHECKING:
     from bp_data.templates.reader import DEFAULT_TEMPLATE_NAME, load_template
     from bp_data.token_rows import (
         IGNORED,
-        AnswerRows,
         JudgedRow,
         JudgedRows,
         PairRow,
         PairRows,
+        StoredRows,
         TokenRow,
         TokenRows,
         split_rows,
@@ -51,7 +49,6 @@ if TYPE_CHECKING:
     from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 
 _HOMES = {
-    "asked": "prepare_asked require_fitting",
     "convert": "ConvertResult clean_file convert_example convert_file split_file",
     "dedupe": "Contaminated Duplicate find_contamination find_duplicates",
     "errors": (
@@ -64,8 +61,7 @@ _HOMES = {
     "hub": "HubData fetch_dataset looks_like_hub_name",
     "ledger": "Gate Ledger check_gate",
     "packing": "PackedRow build_pack iter_packs pack_rows plan_packs",
-    "preference": "Compared prepare_judged prepare_pairs",
-    "preparation": "Prepared prepare tokenize_rows",
+    "preparation": "PrepareRequest Prepared prepare require_fitting",
     "preview": "PreviewToken PreviewedRow preview_file preview_rows",
     "quality": "Limits Report build_report check_limits",
     "read": "read_rows",
@@ -73,7 +69,7 @@ _HOMES = {
     "report": "report_html report_text",
     "templates.engine": "ChatTemplate",
     "templates.reader": "DEFAULT_TEMPLATE_NAME load_template",
-    "token_rows": "AnswerRows IGNORED JudgedRow JudgedRows PairRow PairRows TokenRow TokenRows split_rows",
+    "token_rows": "IGNORED JudgedRow JudgedRows PairRow PairRows StoredRows TokenRow TokenRows split_rows",
     "tokens": "Tokenizer TokenizerFacts load_tokenizer",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
@@ -81,10 +77,8 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = [
     "DEFAULT_TEMPLATE_NAME",
     "IGNORED",
-    "AnswerRows",
     "Chat",
     "ChatTemplate",
-    "Compared",
     "Contaminated",
     "ConvertResult",
     "DataError",
@@ -112,6 +106,7 @@ __all__ = [
     "PairRow",
     "PairRows",
     "Preference",
+    "PrepareRequest",
     "Prepared",
     "PreviewToken",
     "PreviewedRow",
@@ -119,6 +114,7 @@ __all__ = [
     "Report",
     "Row",
     "RowFault",
+    "StoredRows",
     "TemplateFailedError",
     "Text",
     "TokenRow",
@@ -145,9 +141,6 @@ __all__ = [
     "parse_row",
     "plan_packs",
     "prepare",
-    "prepare_asked",
-    "prepare_judged",
-    "prepare_pairs",
     "preview_file",
     "preview_rows",
     "read_rows",
@@ -156,7 +149,6 @@ __all__ = [
     "require_fitting",
     "split_file",
     "split_rows",
-    "tokenize_rows",
 ]
 
 

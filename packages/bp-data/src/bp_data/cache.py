@@ -21,7 +21,7 @@ from bp_data.token_rows import INDEX_FILE, TOKENS_FILE, TokenRows
 from bp_data.tokens import Tokenizer
 from bp_runs.files import sha256_file
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 _META_FILE: Final = "meta.json"
 _KEPT: Final = 8  # entries; the ones used longest ago go first
 
@@ -66,12 +66,11 @@ def read_entry(folder: Path) -> tuple[TokenRows, Ledger, dict[str, Any]] | None:
     return rows, ledger, meta
 
 
-def write_meta(folder: Path, ledger: Ledger, *, rows: int, tokens: int, trained_tokens: int) -> None:
+def write_meta(folder: Path, ledger: Ledger, *, rows: int, trained_tokens: int) -> None:
     """Complete an entry whose two files of rows are written and closed; done before its folder is published."""
     meta = {
         "format": _FORMAT,
         "rows": rows,
-        "tokens": tokens,
         "trained_tokens": trained_tokens,
         "sha256": _hashes(folder),
         "ledger": _from_ledger(ledger),

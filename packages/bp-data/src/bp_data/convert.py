@@ -18,7 +18,7 @@ from bp_data.errors import DatasetFormatUnsupportedError, RowFault, RowFaultErro
 from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
 from bp_data.files import list_files
 from bp_data.formats import parse_row
-from bp_data.labels.encoder import excerpt_row
+from bp_data.labels.encoder import reject_row
 from bp_data.ledger import Ledger
 from bp_data.preparation import Dedup, OnBadRow, bad_row
 from bp_data.quality import find_personal
@@ -204,12 +204,12 @@ def _place(row: Row, place: Callable[[Row], tuple[Path, Any]]) -> tuple[Path, by
     try:
         output, data = place(row)
     except RowFaultError as fault:
-        return Rejected(row.number, fault.code, fault.reason, row.source, excerpt_row(row))
+        return reject_row(row, fault.code, fault.reason)
     try:
         return output, orjson.dumps(data, option=orjson.OPT_APPEND_NEWLINE)
     except orjson.JSONEncodeError as error:
         reason = f"it holds what JSON cannot: {error}"
-        return Rejected(row.number, RowFault.FIELD_TYPE, reason, row.source, excerpt_row(row))
+        return reject_row(row, RowFault.FIELD_TYPE, reason)
 
 
 @contextlib.contextmanager

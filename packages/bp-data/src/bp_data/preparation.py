@@ -1,34 +1,53 @@
-"""From a data file to rows of tokens and masks, with a ledger in which no row vanishes."""
+"""From a data file to rows of tokens and masks, with a ledger in which no row vanishes: `prepare` is the one entry.
+
+A `PrepareRequest` holds all that tokens and masks depend on, so that it is also the key of the cache.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, TypeAlias
+from typing import Any, Final, Generic, Literal, Self, TypeAlias
 
 from bp_data import cache as cached
 from bp_data.errors import (
     DatasetFormatUnsupportedError,
+    DatasetGateError,
     DatasetInvalidError,
     DatasetParseFailedError,
     RowFault,
+    RowFaultError,
 )
-from bp_data.example import Rejected, Row
+from bp_data.example import Judged, Rejected, Row
 from bp_data.files import sha256_data
-from bp_data.labels.encoder import Encoder
+from bp_data.formats import Wanted
+from bp_data.labels.encoder import EncodedRow, Encoder
 from bp_data.ledger import Gate, Ledger
-from bp_data.packing import OnOverflow, fit_row
+from bp_data.packing import OnOverflow, cut_row, fit_row
 from bp_data.read import AS_UTF8, locate_row, read_rows
 from bp_data.reasoning import TraceBand
 from bp_data.templates.engine import ChatTemplate
 from bp_data.templates.reader import load_template
-from bp_data.token_rows import TokenRow, TokenRows, TokenWriter
+from bp_data.token_rows import (
+    JudgedRow,
+    JudgedRows,
+    PairRow,
+    PairRows,
+    R_co,
+    StoredRows,
+    TokenRow,
+    TokenRows,
+    TokenWriter,
+)
 from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
-from bp_runs.errors import ContractError
+from bp_runs.errors import ContractError, InvalidSettingError
 from bp_runs.files import publish_folder
+from bp_runs.methods import METHODS, DataKind
+from bp_runs.spec import Settings
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 Dedup: TypeAlias = Literal["none", "exact", "near"]
@@ -36,7 +55,7 @@ Curriculum: TypeAlias = Literal["none", "length"]
 
 # Which coded error a fault becomes when the first bad row ends the run; the others are INPUT_DATASET_INVALID.
 _PARSE_FAULTS = (RowFault.NOT_UTF8, RowFault.JSON_BROKEN, RowFault.CSV_FIELDS)
-# Rows that a filter takes out because it was asked to: they are no bad rows and end no run.
+# Rows that a filter takes out because it was set: they are no bad rows and end no run.
 _FILTERED = (
     RowFault.DUPLICATE,
     RowFault.TOO_SHORT,
@@ -44,26 +63,128 @@ _FILTERED = (
     RowFault.TRACE_UNBALANCED,
     RowFault.TRACE_LENGTH,
 )
+# What acts on whole rows only: the setting and the value at which it does nothing.
+_ROWS_ONLY: Final = (("training.packing", False), ("data.min_tokens", 0), ("data.reasoning_trace", False))
+_KINDS: Final[Mapping[DataKind, type[StoredRows[Any]]]] = MappingProxyType(
+    {"rows": TokenRows, "pairs": PairRows, "judged": JudgedRows}
+)
+_WANTED: Final[Mapping[DataKind, Wanted]] = MappingProxyType({"rows": "sft", "pairs": "preference", "judged": "kto"})
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PrepareRequest:
+    """What `prepare` makes, and of what.
+
+    Attributes:
+        path: The data file, or a folder of them.
+        model: A model folder with tokenizer.json, or a tokenizer and a template already loaded.
+        max_seq_length: Tokens; what happens to longer rows is ``on_overflow``.
+        learns_from: The kind of row that the method trains on.
+        on_bad_row: ``fail`` raises at the first row that can't be trained on; ``skip`` drops it into the ledger.
+        samples: Take at most so many rows, chosen evenly over the file by ``seed``; None takes all.
+        seed: Decides which rows are taken; the same seed takes the same rows.
+        on_overflow: As `fit_row`; None truncates rows and splits the documents of .txt and .md files.
+        min_tokens: Drop rows with fewer tokens.
+        dedup: Drop rows that are the same as an earlier one, or nearly so.
+        trace: Keep reasoning traces of this band as plain text and drop rows without a good one.
+        curriculum: ``length`` orders the rows from the shortest to the longest; a trainer must not shuffle them then.
+        gate: Whether to raise if nothing would be learned; without it the rows may be empty.
+        cache: A folder in which prepared rows are kept for the next call; None keeps nothing.
+    """
+
+    path: str | Path
+    model: str | Path | tuple[Tokenizer, ChatTemplate]
+    max_seq_length: int
+    learns_from: DataKind = "rows"
+    on_bad_row: OnBadRow = "fail"
+    samples: int | None = None
+    seed: int = 0
+    on_overflow: OnOverflow | None = None
+    min_tokens: int = 0
+    dedup: Dedup = "none"
+    trace: TraceBand | None = None
+    curriculum: Curriculum = "none"
+    gate: bool = True
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_seq_length < 2 or (self.samples is not None and self.samples < 1) or self.min_tokens < 0:
+            raise ContractError(
+                f"max_seq_length={self.max_seq_length}, samples={self.samples}, min_tokens={self.min_tokens}: "
+                "at least 2, 1 and 0"
+            )
+        if self.learns_from != "rows" and (self.on_overflow == "split" or self.min_tokens or self.trace):
+            raise ContractError(f"rows of kind {self.learns_from} have no on_overflow='split', min_tokens or trace")
+
+    @classmethod
+    def from_settings(
+        cls, settings: Settings, path: str | Path, model: str | Path, *, cache: Path | None = None
+    ) -> Self:
+        """What a run with these settings trains on; ``data.path`` is not read.
+
+        Raises:
+            InvalidSettingError: As `require_fitting`.
+        """
+        require_fitting(settings)
+        data = settings.data
+        return cls(
+            path=path,
+            model=model,
+            max_seq_length=settings.model.max_seq_length,
+            learns_from=METHODS[settings.training.method].learns_from,
+            on_bad_row=data.on_bad_row,
+            samples=data.samples,
+            seed=settings.training.seed,
+            on_overflow=None if data.on_overflow == "auto" else data.on_overflow,
+            min_tokens=data.min_tokens,
+            dedup=data.dedup,
+            trace=TraceBand(data.trace_min_tokens, data.trace_max_tokens) if data.reasoning_trace else None,
+            curriculum=settings.training.curriculum,
+            cache=cache,
+        )
+
+    def key(self) -> dict[str, Any]:
+        """What tokens and masks depend on besides the data, the tokenizer and the template."""
+        unrelated = ("path", "model", "curriculum", "cache")
+        return {name: getattr(self, name) for name in self.__slots__ if name not in unrelated}
+
+
+def require_fitting(settings: Settings) -> None:
+    """Reject settings that a method which compares completions would ignore.
+
+    Raises:
+        InvalidSettingError: Packing, ``min_tokens``, ``reasoning_trace`` or ``on_overflow="split"`` with such a method.
+    """
+    method = settings.training.method
+    wrong = [key for key, off in _ROWS_ONLY if attrgetter(key)(settings) != off]
+    wrong += ["data.on_overflow"] if settings.data.on_overflow == "split" else []
+    if METHODS[method].learns_from != "rows" and wrong:
+        value = attrgetter(wrong[0])(settings)
+        raise InvalidSettingError(
+            f"{wrong[0]} = {value!r} does not go with the method {method}, which compares answers",
+            fix=f"Leave {wrong[0]} at its default, or use supervised fine-tuning: {{set:training.method=sft}}",
+            setting=wrong[0],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[R_co]):
     """A data set ready for training.
 
     Attributes:
-        rows: In file order, or by length; never empty, each with at least one token to learn. They lie on disk.
+        rows: In file order, or by length; never empty, each with at least one trained token. They are on disk.
         ledger: What became of every row.
         facts: Ids and size of the tokenizer.
         tokenizer: As loaded; for previews and sample answers.
         template: The chat template in use; a default one must be saved with the adapter.
         data_sha256: Hex SHA-256 of the data file; of a folder, over its files' names and hashes.
         max_seq_length: The longest a row may be, in tokens.
-        tokens: Tokens of all rows.
+        tokens: Tokens of all rows, of both completions where there are two.
         trained_tokens: Tokens that count in the loss, over all rows.
         from_cache: Whether the rows were prepared by an earlier call.
     """
 
-    rows: TokenRows
+    rows: StoredRows[R_co]
     ledger: Ledger
     facts: TokenizerFacts
     tokenizer: Tokenizer
@@ -74,167 +195,179 @@ class Prepared:
     trained_tokens: int
     from_cache: bool = False
 
-    @property
-    def template_hash(self) -> str:
-        """Hex SHA-256 of the template's text."""
-        return self.template.sha256
 
-    @property
-    def template_name(self) -> str:
-        """The template's name: ``tokenizer``, or that of the default one."""
-        return self.template.name
+AnyPrepared: TypeAlias = Prepared[TokenRow] | Prepared[PairRow] | Prepared[JudgedRow]
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Which rows of a file are taken, and what bad and long ones do."""
-
-    path: str | Path
-    samples: int | None
-    seed: int
-    dedup: Dedup
-    on_bad_row: OnBadRow
-    on_overflow: OnOverflow | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """What `prepare` was asked for, as far as tokens and masks depend on it."""
-
-    max_seq_length: int
-    on_bad_row: OnBadRow
-    samples: int | None
-    seed: int
-    on_overflow: OnOverflow | None
-    min_tokens: int
-    dedup: Dedup
-    trace: TraceBand | None
-
-    def check(self) -> None:
-        if self.max_seq_length < 2 or (self.samples is not None and self.samples < 1) or self.min_tokens < 0:
-            raise ContractError(
-                f"max_seq_length={self.max_seq_length}, samples={self.samples}, min_tokens={self.min_tokens}: "
-                "at least 2, 1 and 0"
-            )
-
-
-def prepare(
-    path: str | Path,
-    model: str | Path | tuple[Tokenizer, ChatTemplate],
-    max_seq_length: int,
-    *,
-    on_bad_row: OnBadRow = "fail",
-    samples: int | None = None,
-    seed: int = 0,
-    on_overflow: OnOverflow | None = None,
-    min_tokens: int = 0,
-    dedup: Dedup = "none",
-    trace: TraceBand | None = None,
-    curriculum: Curriculum = "none",
-    cache: Path | None = None,
-) -> Prepared:
+def prepare(request: PrepareRequest) -> Prepared[Any]:
     """Read a data file and turn it into tokens and loss masks.
 
-    Args:
-        path: The data file, or a folder of them.
-        model: A model folder with tokenizer.json, or a tokenizer and a template already loaded.
-        max_seq_length: Tokens; what becomes of longer rows is ``on_overflow``.
-        on_bad_row: ``fail`` raises at the first row that cannot be trained on; ``skip`` drops it into the ledger.
-        samples: Take at most so many rows, chosen evenly over the file by ``seed``; None takes all.
-        seed: Decides which rows are taken; the same seed takes the same rows.
-        on_overflow: As `fit_row`; None truncates rows and splits the documents of .txt and .md files.
-        min_tokens: Rows with fewer tokens are dropped.
-        dedup: Drop rows that are the same as an earlier one, or nearly so.
-        trace: Keep reasoning traces of this band as plain text and drop rows without a good one.
-        curriculum: ``length`` orders the rows from the shortest to the longest; a trainer must not shuffle them then.
-        cache: A folder in which prepared rows are kept for the next call; None keeps nothing.
+    Returns:
+        Rows of the kind that ``request.learns_from`` names: `TokenRow`, `PairRow` or `JudgedRow`.
 
     Raises:
         DataError: Its leaves, for the file, the tokenizer, the template, or (with ``fail``) the first bad row.
-        DatasetGateError: As `check_gate`.
-        ContractError: ``max_seq_length`` below 2, ``samples`` below 1 or ``min_tokens`` below 0.
+        DatasetGateError: As `check_gate`; or all judged completions have the same label.
+        ContractError: A file that was written can't be read.
     """
-    wanted = _Wanted(max_seq_length, on_bad_row, samples, seed, on_overflow, min_tokens, dedup, trace)
-    wanted.check()
-    path = Path(path)
-    tokenizer, template = load_source(model)
-    digest = sha256_data(path)
-    if cache is None:
-        writer = TokenWriter()
-        try:
-            ledger = _write_rows(path, tokenizer, template, wanted, writer)
-        except BaseException:
-            writer.close()
-            raise
-        rows = writer.finish()
-        tokens, trained, hit = writer.tokens, writer.trained_tokens, False
+    tokenizer, template = load_source(request.model)
+    facts = tokenizer_facts(tokenizer, template)
+    digest = sha256_data(Path(request.path))
+    making = _Making(request, tokenizer, template, facts)
+    if request.cache is None:
+        stored, ledger, trained, hit = *making.to_memory(), False
     else:
-        entry = cache / cached.cache_key(digest, tokenizer, template, asdict(wanted))
+        entry = request.cache / cached.cache_key(digest, tokenizer, template, request.key())
         hit = (found := cached.read_entry(entry)) is not None
         if found is None:
-            _fill(entry, path, tokenizer, template, wanted)
-            cached.prune(cache)
+            making.to_folder(entry)
+            cached.prune(request.cache)
             found = cached.read_entry(entry)
         if found is None:
             raise ContractError(f"{entry} was written and cannot be read")
-        rows, ledger, meta = found
-        tokens, trained = meta["tokens"], meta["trained_tokens"]
-    if rows is None:
-        raise ContractError("a temporary store gives back its rows")
-    if curriculum == "length":
+        stored, ledger, meta = found
+        trained = meta["trained_tokens"]
+    rows = stored.as_kind(_KINDS[request.learns_from])
+    if request.curriculum == "length":
         lengths = rows.lengths()
         rows = rows.pick(sorted(range(len(rows)), key=lengths.__getitem__))
     return Prepared(
         rows=rows,
         ledger=ledger,
-        facts=tokenizer_facts(tokenizer, template),
+        facts=facts,
         tokenizer=tokenizer,
         template=template,
         data_sha256=digest,
-        max_seq_length=max_seq_length,
-        tokens=tokens,
+        max_seq_length=request.max_seq_length,
+        tokens=sum(stored.lengths()),
         trained_tokens=trained,
         from_cache=hit,
     )
 
 
-def _fill(entry: Path, path: Path, tokenizer: Tokenizer, template: ChatTemplate, wanted: _Wanted) -> None:
-    with publish_folder(entry) as folder:
-        writer = TokenWriter(folder)
+class _Making:
+    """One pass over a data file: through the encoder, the ledger and the gate, into a writer."""
+
+    def __init__(
+        self, request: PrepareRequest, tokenizer: Tokenizer, template: ChatTemplate, facts: TokenizerFacts
+    ) -> None:
+        self._request, self._path = request, Path(request.path)
+        self._encoder = Encoder(tokenizer, template, request.trace, _WANTED[request.learns_from])
+        self._facts, self._stops = facts, frozenset(facts.stop_ids)
+
+    def to_memory(self) -> tuple[TokenRows, Ledger, int]:
+        """The rows in a temporary store, the ledger, and the number of trained tokens."""
+        writer = TokenWriter()
         try:
-            ledger = _write_rows(path, tokenizer, template, wanted, writer)
-        finally:
+            ledger = self._write(writer)
+        except BaseException:
             writer.close()
-        cached.write_meta(folder, ledger, rows=writer.count, tokens=writer.tokens, trained_tokens=writer.trained_tokens)
+            raise
+        rows = writer.finish()
+        if rows is None:
+            raise ContractError("a temporary store gives back its rows")
+        return rows, ledger, writer.trained_tokens
+
+    def to_folder(self, entry: Path) -> None:
+        """The rows in an entry of the cache; published whole, or not at all."""
+        with publish_folder(entry) as folder:
+            writer = TokenWriter(folder)
+            try:
+                ledger = self._write(writer)
+            finally:
+                writer.close()
+            cached.write_meta(folder, ledger, rows=writer.count, trained_tokens=writer.trained_tokens)
+
+    def _write(self, writer: TokenWriter) -> Ledger:
+        ledger, gate = Ledger(), Gate(self._facts)
+        labels: set[bool] = set()
+        for encoded in self._encoder.encode_rows(take_rows(self._request, ledger)):
+            result = encoded.rejected or self._fit(encoded, ledger)
+            if isinstance(result, Rejected):
+                if not is_filtered(result, self._request):
+                    raise bad_row(self._path, result)
+                ledger.take_dropped(result)
+                continue
+            good = not isinstance(encoded.example, Judged) or encoded.example.label
+            labels.add(good)
+            for row in result:
+                gate.take(row)
+                writer.append(row, good=good)
+        ledger.check()
+        if self._request.gate:
+            gate.close(ledger)
+            self._check_labels(labels, ledger)
+        return ledger
+
+    def _fit(self, encoded: EncodedRow, ledger: Ledger) -> list[TokenRow] | Rejected:
+        """The row's parts within ``max_seq_length``, entered in the ledger, or why there are none."""
+        request = self._request
+        if request.learns_from != "rows":
+            return self._fit_completions(encoded, ledger)
+        (row,) = encoded.parts
+        if len(row.ids) < request.min_tokens:
+            reason = f"it has {len(row.ids)} tokens; wanted are at least {request.min_tokens}"
+            return Rejected(row.number, RowFault.TOO_SHORT, reason, row.source)
+        policy = request.on_overflow or ("split" if is_document(row.source) else "truncate")
+        fitted = fit_row(row, request.max_seq_length, policy, self._stops, ledger)
+        return replace(fitted, source=row.source) if isinstance(fitted, Rejected) else fitted
+
+    def _fit_completions(self, encoded: EncodedRow, ledger: Ledger) -> list[TokenRow] | Rejected:
+        request = self._request
+        try:
+            parts = [cut_row(part, request.max_seq_length, request.on_overflow, self._stops) for part in encoded.parts]
+            if len(parts) == 2 and parts[0].ids == parts[1].ids:
+                reason = "as tokens the two answers are the same, the template's doing or a cut's"
+                raise RowFaultError(RowFault.SAME_ANSWERS, reason)
+        except RowFaultError as fault:
+            return Rejected(encoded.number, fault.code, fault.reason, encoded.source)
+        if cut := sum(part.cut for part in parts):
+            ledger.take_truncated(encoded.number, cut)
+        else:
+            ledger.take_whole()
+        return parts
+
+    def _check_labels(self, labels: set[bool], ledger: Ledger) -> None:
+        if self._request.learns_from == "judged" and len(labels) < 2:
+            raise DatasetGateError(
+                f"all {ledger.whole + ledger.truncated} completions have one label, and KTO learns from the difference",
+                fix="Add completions of the other kind, or use supervised fine-tuning: {set:training.method=sft}",
+            )
 
 
-def _write_rows(
-    path: Path, tokenizer: Tokenizer, template: ChatTemplate, wanted: _Wanted, writer: TokenWriter
-) -> Ledger:
-    """All rows, through the gate, into ``writer``."""
-    ledger = Ledger()
-    gate = Gate(tokenizer_facts(tokenizer, template))
-    source = Source(path, wanted.samples, wanted.seed, wanted.dedup, wanted.on_bad_row, wanted.on_overflow)
-    rows = take_rows(source, ledger)
-    for row in _tokenize(rows, tokenizer, template, wanted, ledger=ledger, path=path):
-        gate.take(row)
-        writer.append(row)
-    ledger.check()
-    gate.close(ledger)
-    return ledger
-
-
-def take_rows(source: Source, ledger: Ledger) -> Iterable[Row | Rejected]:
-    """The rows of a file that are taken up, duplicates rejected where that is wanted."""
-    path = Path(source.path)
+def take_rows(request: PrepareRequest, ledger: Ledger) -> Iterable[Row | Rejected]:
+    """The rows of a file that are taken up, duplicates rejected if that is set."""
+    path = Path(request.path)
     rows: Iterable[Row | Rejected] = read_rows(path)
-    if source.dedup != "none":
+    if request.dedup != "none":
         from bp_data.dedupe import reject_duplicates
 
-        rows = reject_duplicates(lambda: read_rows(path), near=source.dedup == "near")
-    if source.samples is not None:
-        rows = sample_rows(rows, source.samples, source.seed, ledger)
+        rows = reject_duplicates(lambda: read_rows(path), near=request.dedup == "near")
+    if request.samples is not None:
+        rows = sample_rows(rows, request.samples, request.seed, ledger)
     return rows
+
+
+def sample_rows(rows: Iterable[Row | Rejected], samples: int, seed: int, ledger: Ledger) -> Iterator[Row | Rejected]:
+    """At most ``samples`` rows, each as likely as any other, in file order; memory holds only those taken.
+
+    Rows that can't even be read are passed on at once: no sampling hides a broken line. How many good rows were
+    left aside is added to ``ledger.unsampled``.
+    """
+    chance = random.Random(seed)  # noqa: S311 - a choice that must repeat, not a secret
+    kept: list[tuple[int, Row]] = []
+    seen = 0
+    for row in rows:
+        if isinstance(row, Rejected):
+            yield row
+            continue
+        seen += 1
+        if len(kept) < samples:
+            kept.append((seen, row))
+        elif (place := chance.randrange(seen)) < samples:
+            kept[place] = (seen, row)
+    ledger.unsampled += seen - len(kept)
+    yield from (row for _, row in sorted(kept, key=lambda pair: pair[0]))
 
 
 def load_source(model: str | Path | tuple[Tokenizer, ChatTemplate]) -> tuple[Tokenizer, ChatTemplate]:
@@ -261,79 +394,6 @@ def tokenizer_facts(tokenizer: Tokenizer, template: ChatTemplate) -> TokenizerFa
     )
 
 
-def sample_rows(rows: Iterable[Row | Rejected], samples: int, seed: int, ledger: Ledger) -> Iterator[Row | Rejected]:
-    """At most ``samples`` rows, each as likely as any other, in file order; memory holds only those taken.
-
-    Rows that cannot even be read are passed on at once: no sampling hides a broken line. How many good rows were
-    left aside is added to ``ledger.unsampled``.
-    """
-    chance = random.Random(seed)  # noqa: S311 - a choice that must repeat, not a secret
-    kept: list[tuple[int, Row]] = []
-    seen = 0
-    for row in rows:
-        if isinstance(row, Rejected):
-            yield row
-            continue
-        seen += 1
-        if len(kept) < samples:
-            kept.append((seen, row))
-        elif (place := chance.randrange(seen)) < samples:
-            kept[place] = (seen, row)
-    ledger.unsampled += seen - len(kept)
-    yield from (row for _, row in sorted(kept, key=lambda pair: pair[0]))
-
-
-def tokenize_rows(
-    rows: Iterable[Row | Rejected],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    max_seq_length: int,
-    *,
-    ledger: Ledger,
-    on_bad_row: OnBadRow,
-    source: Path,
-    on_overflow: OnOverflow | None = None,
-    min_tokens: int = 0,
-    trace: TraceBand | None = None,
-) -> Iterator[TokenRow]:
-    """Token rows one by one, each row entered in ``ledger`` as it passes.
-
-    Raises:
-        DatasetInvalidError, DatasetParseFailedError, DatasetFormatUnsupportedError: The first bad row, with ``fail``.
-    """
-    wanted = _Wanted(max_seq_length, on_bad_row, None, 0, on_overflow, min_tokens, "none", trace)
-    return _tokenize(rows, tokenizer, template, wanted, ledger=ledger, path=source)
-
-
-def _tokenize(
-    rows: Iterable[Row | Rejected],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    wanted: _Wanted,
-    *,
-    ledger: Ledger,
-    path: Path,
-) -> Iterator[TokenRow]:
-    stops = frozenset(tokenizer_facts(tokenizer, template).stop_ids)
-    for row in Encoder(tokenizer, template, wanted.trace).encode_rows(rows):
-        result = row if isinstance(row, Rejected) else _fit(row, wanted, stops, ledger)
-        if not isinstance(result, Rejected):
-            yield from result
-        elif not is_filtered(result, wanted):
-            raise bad_row(path, result)
-        else:
-            ledger.take_dropped(result)
-
-
-def _fit(row: TokenRow, wanted: _Wanted, stops: frozenset[int], ledger: Ledger) -> list[TokenRow] | Rejected:
-    if len(row.ids) < wanted.min_tokens:
-        reason = f"it has {len(row.ids)} tokens; wanted are at least {wanted.min_tokens}"
-        return Rejected(row.number, RowFault.TOO_SHORT, reason, row.source)
-    policy = wanted.on_overflow or ("split" if is_document(row.source) else "truncate")
-    fitted = fit_row(row, wanted.max_seq_length, policy, stops, ledger)
-    return replace(fitted, source=row.source) if isinstance(fitted, Rejected) else fitted
-
-
 def is_document(source: str) -> bool:
     """Whether a file's name is that of a .txt or .md document."""
     name = source.lower()
@@ -342,11 +402,11 @@ def is_document(source: str) -> bool:
     return name.endswith((".txt", ".md"))
 
 
-def is_filtered(bad: Rejected, source: Source | _Wanted) -> bool:
-    """Whether a row is left out because a filter was asked for, which ends no run."""
+def is_filtered(bad: Rejected, request: PrepareRequest) -> bool:
+    """Whether a row is left out because a filter is set, which ends no run."""
     if bad.code is RowFault.OVERFLOW:
-        return source.on_overflow != "fail"
-    return bad.code in _FILTERED or source.on_bad_row == "skip"
+        return request.on_overflow != "fail"
+    return bad.code in _FILTERED or request.on_bad_row == "skip"
 
 
 # What to do about a row, and the setting at fault; the others have the error's own.

@@ -8,13 +8,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
-from bp_data.asked import AnyPrepared
 from bp_data.errors import RowFaultError
-from bp_data.example import Chat, Judged, Rejected, Row, Text
-from bp_data.formats import parse_row
-from bp_data.labels.encoder import Encoder
+from bp_data.example import Judged, Preference, Rejected
+from bp_data.labels.encoder import EncodedRow, Encoder
 from bp_data.packing import OnOverflow, cut_row
-from bp_data.preparation import is_document, load_source, tokenizer_facts
+from bp_data.preparation import AnyPrepared, is_document, load_source, tokenizer_facts
 from bp_data.read import read_rows
 from bp_data.templates.engine import ChatTemplate
 from bp_data.token_rows import JudgedRow, PairRow, TokenRow
@@ -107,29 +105,25 @@ def preview_file(
     """
     tokenizer, template = load_source(model)
     stops = frozenset(tokenizer_facts(tokenizer, template).stop_ids)
-    encoder = Encoder(tokenizer, template)
+    encoder = Encoder(tokenizer, template, wanted=None)
     return [
         _previewed(found, answer, tokenizer, (max_seq_length, on_overflow, stops))
-        for row in islice(read_rows(path), skip, skip + rows)
-        for answer, found in _encode(row, encoder)
+        for encoded in encoder.encode_rows(islice(read_rows(path), skip, skip + rows))
+        for answer, found in _completions(encoded)
     ]
 
 
-def _encode(row: Row | Rejected, encoder: Encoder) -> Iterator[tuple[Answer, TokenRow | Rejected]]:
+def _completions(encoded: EncodedRow) -> Iterator[tuple[Answer, TokenRow | Rejected]]:
     """What a row is trained as, in the way of its own kind."""
-    if isinstance(row, Rejected):
-        yield "", row
-        return
-    example = parse_row(row)
-    if isinstance(example, Rejected):
-        yield "", example
-    elif isinstance(example, Text | Chat):
-        yield "", next(encoder.encode_rows([row]))
-    elif isinstance(example, Judged):
-        yield "good" if example.label else "bad", next(encoder.encode_chats([(row, example.chat)]))
+    names: tuple[Answer, ...] = ("",)
+    if isinstance(encoded.example, Judged):
+        names = ("good" if encoded.example.label else "bad",)
+    elif isinstance(encoded.example, Preference):
+        names = ("chosen", "rejected")
+    if encoded.rejected:
+        yield names[0] if len(names) == 1 else "", encoded.rejected
     else:
-        chats = [(row, chat) for chat in example.chats()]
-        yield from zip(("chosen", "rejected"), encoder.encode_chats(chats), strict=True)
+        yield from zip(names, encoded.parts, strict=True)
 
 
 def _previewed(

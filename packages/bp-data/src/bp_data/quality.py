@@ -308,29 +308,15 @@ def _measure_characters(rows: Iterator[Row], counts: _Counts) -> None:
 
 
 def _measure_tokens(rows: Iterator[Row], counts: _Counts, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-    for result in Encoder(tokenizer, template).encode_rows(_as_chats(rows)):
-        if isinstance(result, TokenRow):
-            counts.lengths.append(len(result.ids))
-            counts.take_place(result)
-            counts.trained += result.trained
-        else:
-            counts.rejected.setdefault(result.code.value, _Tally()).take(result.number, result.source, result.reason)
-
-
-def _as_chats(rows: Iterator[Row]) -> Iterator[Row]:
-    """Rows that compare answers as the chat that their better, or only, answer makes."""
-    for row in rows:
-        example = parse_row(row)
-        chat = None
-        if isinstance(example, Preference):
-            chat = Chat((*example.prompt, *example.chosen), example.tools)
-        elif isinstance(example, Judged):
-            chat = example.chat
-        if chat is None:
-            yield row
-        else:
-            messages = [{"role": m.role, "content": m.content, **m.fields} for m in chat.messages]
-            yield Row(row.number, {"messages": messages, "tools": list(chat.tools or ()) or None}, row.source)
+    for encoded in Encoder(tokenizer, template, wanted=None).encode_rows(rows):
+        if encoded.rejected is not None:
+            bad = encoded.rejected
+            counts.rejected.setdefault(bad.code.value, _Tally()).take(bad.number, bad.source, bad.reason)
+            continue
+        row = encoded.parts[0]  # of a pair, the better completion
+        counts.lengths.append(len(row.ids))
+        counts.take_place(row)
+        counts.trained += row.trained
 
 
 def _summarise(lengths: array[int], unit: Literal["tokens", "characters"]) -> Lengths:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, Final, Generic, Literal, Self, TypeVar, overload
+from typing import IO, Any, Final, Generic, Literal, Self, TypeAlias, TypeVar, overload
 
 from bp_runs.errors import ContractError
 from bp_runs.files import coded_disk_errors
@@ -64,153 +64,6 @@ class TokenRow:
         return [token if learnt else IGNORED for token, learnt in zip(self.ids, self.mask, strict=True)]
 
 
-_RECORD: Final = struct.Struct("=qqiB3x")  # number, place in bytes, tokens, flags
-_TRUNCATED, _TEXT, _CUT, _CONTINUES = 1, 2, 4, 8
-_IN_MEMORY = 16 * 2**20  # bytes of a temporary store that stay in memory
-INDEX_FILE: Final = "index.bin"
-TOKENS_FILE: Final = "tokens.bin"
-
-
-class TokenRows(Sequence[TokenRow]):
-    """Rows of a store; each is read when it is asked for. Threads may share it, processes may not."""
-
-    def __init__(self, index: IO[bytes], tokens: IO[bytes], count: int, order: array[int] | None = None) -> None:
-        self._index, self._tokens, self._count = index, tokens, count
-        self._order = order
-        self._lock = threading.Lock()
-
-    @classmethod
-    def open(cls, folder: Path, count: int) -> TokenRows:
-        """The rows of a folder that `TokenWriter` wrote."""
-        rows = cls((folder / INDEX_FILE).open("rb"), (folder / TOKENS_FILE).open("rb"), count)
-        weakref.finalize(rows, _close, rows._index, rows._tokens)
-        return rows
-
-    def __len__(self) -> int:
-        return self._count if self._order is None else len(self._order)
-
-    @overload
-    def __getitem__(self, place: int) -> TokenRow: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[TokenRow]: ...
-    def __getitem__(self, place: int | slice) -> TokenRow | list[TokenRow]:
-        if isinstance(place, slice):
-            return [self[one] for one in range(*place.indices(len(self)))]
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of {len(self)}")
-        return self._read(place % len(self))
-
-    def __iter__(self) -> Iterator[TokenRow]:
-        return (self._read(place) for place in range(len(self)))
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Sequence)
-            and len(self) == len(other)
-            and all(a == b for a, b in zip(self, other, strict=True))
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def lengths(self) -> array[int]:
-        """Tokens of each row, without reading the tokens."""
-        found = array("i", (length for _, _, length, _ in self._records()))
-        return found if self._order is None else array("i", (found[place] for place in self._order))
-
-    def origins(self) -> array[int]:
-        """Which of the rows that were read each row comes from, from 0; the pieces of a split row have the same."""
-        found = array("q", accumulate((not flags & _CONTINUES for *_, flags in self._records()), initial=-1))[1:]
-        return found if self._order is None else array("q", (found[place] for place in self._order))
-
-    def cut_flags(self) -> bytes:
-        """1 for each row of which tokens were cut off, else 0; of a split row its first piece tells it."""
-        found = bytes(bool(flags & _CUT) for *_, flags in self._records())
-        return found if self._order is None else bytes(found[place] for place in self._order)
-
-    def _records(self) -> Iterator[tuple[int, int, int, int]]:
-        with self._lock:
-            self._index.seek(0)
-            records = self._index.read(self._count * _RECORD.size)
-        return _RECORD.iter_unpack(records)
-
-    def pick(self, places: Iterable[int]) -> TokenRows:
-        """A view of some rows in another order; nothing is copied."""
-        order = array("q", places if self._order is None else (self._order[place] for place in places))
-        view = TokenRows(self._index, self._tokens, self._count, order)
-        view._lock = self._lock
-        view._whole = self  # type: ignore[attr-defined]  # the files stay open as long as a view lives
-        return view
-
-    def _read(self, place: int) -> TokenRow:
-        at = place if self._order is None else self._order[place]
-        with self._lock:
-            self._index.seek(at * _RECORD.size)
-            number, start, length, flags = _RECORD.unpack(self._index.read(_RECORD.size))
-            self._tokens.seek(start)
-            data = self._tokens.read(5 * length)
-        ids = array("i")
-        ids.frombytes(data[: 4 * length])
-        kind = "text" if flags & _TEXT else "chat"
-        return TokenRow(number, ids, data[4 * length :], kind, bool(flags & _TRUNCATED))  # type: ignore[arg-type]
-
-
-class TokenWriter:
-    """Takes rows one after the other; `finish` gives them back.
-
-    Args:
-        folder: Where the two files go; None: to a temporary place that vanishes with the rows.
-    """
-
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
-        self._index, self._tokens = (self._open(folder, name) for name in (INDEX_FILE, TOKENS_FILE))
-        self._place = 0
-        self.count = self.tokens = self.trained_tokens = 0
-
-    @staticmethod
-    def _open(folder: Path | None, name: str) -> IO[bytes]:
-        if folder is None:
-            return tempfile.SpooledTemporaryFile(_IN_MEMORY)
-        return (folder / name).open("wb")
-
-    def append(self, row: TokenRow) -> None:
-        """Take one row.
-
-        Raises:
-            DiskFullError: No room left.
-        """
-        flags = _TRUNCATED * row.truncated | _TEXT * (row.kind == "text")
-        flags |= _CUT * (row.cut > 0) | _CONTINUES * row.continues
-        with coded_disk_errors(self._folder or Path(tempfile.gettempdir())):
-            self._index.write(_RECORD.pack(row.number, self._place, len(row.ids), flags))
-            self._tokens.write(row.ids.tobytes() + row.mask)
-        self._place += 5 * len(row.ids)
-        self.count += 1
-        self.tokens += len(row.ids)
-        self.trained_tokens += row.trained
-
-    def finish(self) -> TokenRows | None:
-        """The rows, of a temporary store; a folder is closed, and `TokenRows.open` reads it."""
-        with coded_disk_errors(self._folder or Path(tempfile.gettempdir())):
-            self._index.flush()
-            self._tokens.flush()
-        if self._folder is not None:
-            self.close()
-            return None
-        rows = TokenRows(self._index, self._tokens, self.count)
-        weakref.finalize(rows, _close, self._index, self._tokens)
-        return rows
-
-    def close(self) -> None:
-        """Let go of the files; of a temporary store nothing is left."""
-        _close(self._index, self._tokens)
-
-
-def _close(*files: IO[bytes]) -> None:
-    for file in files:
-        file.close()
-
-
 @dataclass(frozen=True, slots=True)
 class PairRow:
     """One prompt with a better and a worse answer; both rows hold the prompt, and only the answers are learnt.
@@ -246,112 +99,210 @@ class JudgedRow:
     label: bool
 
 
-T = TypeVar("T", PairRow, JudgedRow)
+_RECORD: Final = struct.Struct("=qqiB3x")  # number, place in bytes, tokens, flags
+_TRUNCATED, _TEXT, _CUT, _CONTINUES, _GOOD = 1, 2, 4, 8, 16
+_IN_MEMORY = 16 * 2**20  # bytes of a temporary store that stay in memory
+INDEX_FILE: Final = "index.bin"
+TOKENS_FILE: Final = "tokens.bin"
 
 
-class AnswerRows(Sequence[T], Generic[T]):
-    """Compared or judged answers of a store; each is read when it is asked for."""
+AnyRow: TypeAlias = TokenRow | PairRow | JudgedRow
+R_co = TypeVar("R_co", bound=AnyRow, covariant=True)
 
-    def __init__(self, rows: TokenRows, order: Sequence[int]) -> None:
-        self._rows, self._order = rows, order
+
+class _Store:
+    """The two files of a store, open as long as any view of its rows lives. Threads may share it, processes may not."""
+
+    def __init__(self, index: IO[bytes], tokens: IO[bytes], count: int) -> None:
+        self._index, self._tokens, self.count = index, tokens, count
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close, index, tokens)
+
+    def records(self) -> list[tuple[int, int, int, int]]:
+        """Number, place in bytes, tokens and flags of each row; the tokens are not read."""
+        with self._lock:
+            self._index.seek(0)
+            return list(_RECORD.iter_unpack(self._index.read(self.count * _RECORD.size)))
+
+    def read(self, at: int) -> tuple[TokenRow, int]:
+        """A row and its flags."""
+        with self._lock:
+            self._index.seek(at * _RECORD.size)
+            number, start, length, flags = _RECORD.unpack(self._index.read(_RECORD.size))
+            self._tokens.seek(start)
+            data = self._tokens.read(5 * length)
+        ids = array("i")
+        ids.frombytes(data[: 4 * length])
+        kind: Literal["chat", "text"] = "text" if flags & _TEXT else "chat"
+        return TokenRow(number, ids, data[4 * length :], kind, bool(flags & _TRUNCATED)), flags
+
+
+class StoredRows(Sequence[R_co], Generic[R_co]):
+    """Rows of a store in some order; each is read when it is indexed.
+
+    Args:
+        store: The files; token rows that belong to one row are next to each other.
+        order: Places of the rows; None: all as they were written.
+    """
+
+    parts = 1
+    """Token rows that make one row."""
+
+    def __init__(self, store: _Store, order: Sequence[int] | None = None) -> None:
+        self._store = store
+        self._order = range(store.count // self.parts) if order is None else order
+
+    @classmethod
+    def open(cls, folder: Path, count: int) -> Self:
+        """The rows of a folder that `TokenWriter` wrote, ``count`` token rows in all."""
+        return cls(_Store((folder / INDEX_FILE).open("rb"), (folder / TOKENS_FILE).open("rb"), count))
 
     @abstractmethod
-    def _read(self, place: int) -> T: ...
-
-    @abstractmethod
-    def _length(self, lengths: Sequence[int], place: int) -> int: ...
-
-    @abstractmethod
-    def _view(self, order: Sequence[int]) -> Self: ...
+    def _read(self, place: int) -> R_co: ...
 
     def __len__(self) -> int:
         return len(self._order)
 
     @overload
-    def __getitem__(self, place: int) -> T: ...
+    def __getitem__(self, place: int) -> R_co: ...
     @overload
-    def __getitem__(self, place: slice) -> list[T]: ...
-    def __getitem__(self, place: int | slice) -> T | list[T]:
+    def __getitem__(self, place: slice) -> list[R_co]: ...
+    def __getitem__(self, place: int | slice) -> R_co | list[R_co]:
         if isinstance(place, slice):
             return [self._read(at) for at in self._order[place]]
         if not -len(self) <= place < len(self):
             raise IndexError(f"row {place} of {len(self)}")
         return self._read(self._order[place])
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[R_co]:
         return map(self._read, self._order)
 
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Sequence)
+            and len(self) == len(other)
+            and all(a == b for a, b in zip(self, other, strict=True))
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     def lengths(self) -> array[int]:
-        """Tokens of each row, of both answers together where there are two; the tokens are not read."""
-        lengths = self._rows.lengths()
-        return array("q", (self._length(lengths, at) for at in self._order))
+        """Tokens of each row, of both completions where there are two; the tokens are not read."""
+        found = [length for _, _, length, _ in self._store.records()]
+        return array("q", (sum(self._parts_of(found, place)) for place in self._order))
 
     def origins(self) -> array[int]:
-        """As `TokenRows.origins`: here each row is one that was read."""
-        return array("q", self._order)
+        """Which of the rows that were read each row comes from, from 0; the pieces of a split row have the same."""
+        found = list(accumulate((not flags & _CONTINUES for *_, flags in self._store.records()), initial=-1))[1:]
+        return array("q", (found[place * self.parts] // self.parts for place in self._order))
 
     def cut_flags(self) -> bytes:
-        """1 for each row of which tokens were cut off, from one of its answers or both; else 0."""
-        flags = self._rows.cut_flags()
-        return bytes(self._length(flags, at) > 0 for at in self._order)
+        """1 for each row of which tokens were cut off, else 0; of a split row its first piece shows it."""
+        found = [flags & _CUT for *_, flags in self._store.records()]
+        return bytes(any(self._parts_of(found, place)) for place in self._order)
+
+    def _parts_of(self, values: list[int], place: int) -> list[int]:
+        return values[place * self.parts : (place + 1) * self.parts]
 
     def pick(self, places: Iterable[int]) -> Self:
         """A view of some rows in another order; nothing is copied."""
-        return self._view(array("q", (self._order[place] for place in places)))
+        return type(self)(self._store, array("q", (self._order[place] for place in places)))
+
+    def as_kind(self, kind: type[K]) -> K:
+        """The same store seen as rows of another kind, all in the order in which they were written."""
+        return kind(self._store)
 
 
-class PairRows(AnswerRows[PairRow]):
-    """Pairs, stored as two token rows after one another: chosen, rejected.
+K = TypeVar("K", bound=StoredRows[Any])
 
-    Args:
-        rows: The token rows.
-        order: Places of the pairs; None: all as they stand.
-    """
 
-    def __init__(self, rows: TokenRows, order: Sequence[int] | None = None) -> None:
-        super().__init__(rows, range(len(rows) // 2) if order is None else order)
+class TokenRows(StoredRows[TokenRow]):
+    """Rows that are trained on each alone."""
+
+    def _read(self, place: int) -> TokenRow:
+        return self._store.read(place)[0]
+
+
+class PairRows(StoredRows[PairRow]):
+    """Pairs, stored as two token rows after one another: chosen, rejected."""
+
+    parts = 2
 
     def _read(self, place: int) -> PairRow:
-        chosen, rejected = self._rows[2 * place], self._rows[2 * place + 1]
+        chosen, rejected = self._store.read(2 * place)[0], self._store.read(2 * place + 1)[0]
         return PairRow(chosen.number, chosen, rejected)
 
-    def _length(self, lengths: Sequence[int], place: int) -> int:
-        return lengths[2 * place] + lengths[2 * place + 1]
 
-    def _view(self, order: Sequence[int]) -> PairRows:
-        return PairRows(self._rows, order)
-
-
-class JudgedRows(AnswerRows[JudgedRow]):
-    """Judged answers, one token row each.
-
-    Args:
-        rows: The token rows.
-        labels: A byte for each of them, 1 for a good answer.
-        order: Places of the rows; None: all as they stand.
-    """
-
-    def __init__(self, rows: TokenRows, labels: bytes, order: Sequence[int] | None = None) -> None:
-        super().__init__(rows, range(len(rows)) if order is None else order)
-        self._labels = labels
-
-    def labels(self) -> list[bool]:
-        """Whether each answer is good; the tokens are not read."""
-        return [self._labels[place] == 1 for place in self._order]
+class JudgedRows(StoredRows[JudgedRow]):
+    """Completions with a label, one token row each."""
 
     def _read(self, place: int) -> JudgedRow:
-        row = self._rows[place]
-        return JudgedRow(row.number, row, self._labels[place] == 1)
+        row, flags = self._store.read(place)
+        return JudgedRow(row.number, row, bool(flags & _GOOD))
 
-    def _length(self, lengths: Sequence[int], place: int) -> int:
-        return lengths[place]
+    def labels(self) -> list[bool]:
+        """Whether each completion is good; the tokens are not read."""
+        found = [bool(flags & _GOOD) for *_, flags in self._store.records()]
+        return [found[place] for place in self._order]
 
-    def _view(self, order: Sequence[int]) -> JudgedRows:
-        return JudgedRows(self._rows, self._labels, order)
+
+class TokenWriter:
+    """Takes rows one after the other; `finish` gives them back.
+
+    Args:
+        folder: Where the two files go; None: to a temporary place that vanishes with the rows.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._index, self._tokens = (self._open(folder, name) for name in (INDEX_FILE, TOKENS_FILE))
+        self._place = 0
+        self.count = self.tokens = self.trained_tokens = 0
+
+    @staticmethod
+    def _open(folder: Path | None, name: str) -> IO[bytes]:
+        if folder is None:
+            return tempfile.SpooledTemporaryFile(_IN_MEMORY)
+        return (folder / name).open("wb")
+
+    def append(self, row: TokenRow, *, good: bool = True) -> None:
+        """Take one row, and whether its completion is good.
+
+        Raises:
+            DiskFullError: No room left.
+        """
+        flags = _TRUNCATED * row.truncated | _TEXT * (row.kind == "text")
+        flags |= _CUT * (row.cut > 0) | _CONTINUES * row.continues | _GOOD * good
+        with coded_disk_errors(self._folder or Path(tempfile.gettempdir())):
+            self._index.write(_RECORD.pack(row.number, self._place, len(row.ids), flags))
+            self._tokens.write(row.ids.tobytes() + row.mask)
+        self._place += 5 * len(row.ids)
+        self.count += 1
+        self.tokens += len(row.ids)
+        self.trained_tokens += row.trained
+
+    def finish(self) -> TokenRows | None:
+        """The rows, of a temporary store; a folder is closed, and `TokenRows.open` reads it."""
+        with coded_disk_errors(self._folder or Path(tempfile.gettempdir())):
+            self._index.flush()
+            self._tokens.flush()
+        if self._folder is not None:
+            self.close()
+            return None
+        return TokenRows(_Store(self._index, self._tokens, self.count))
+
+    def close(self) -> None:
+        """Let go of the files; of a temporary store nothing is left."""
+        _close(self._index, self._tokens)
+
+
+def _close(*files: IO[bytes]) -> None:
+    for file in files:
+        file.close()
 
 
 Item = TypeVar("Item")
-Stored = TypeVar("Stored", TokenRows, AnswerRows[Any])
+Stored = TypeVar("Stored", bound=StoredRows[Any])
 
 
 @overload
@@ -378,6 +329,6 @@ def split_rows(rows: Sequence[Any], heldout: float, seed: int) -> tuple[Sequence
     count = max(0, min(wanted, len(rows) - 1))
     places = set(random.Random(seed).sample(range(len(rows)), count))  # noqa: S311 - a choice that must repeat
     kept = (place for place in range(len(rows)) if place not in places)
-    if isinstance(rows, TokenRows | AnswerRows):
+    if isinstance(rows, StoredRows):
         return rows.pick(kept), rows.pick(sorted(places))
     return [rows[place] for place in kept], [rows[place] for place in sorted(places)]

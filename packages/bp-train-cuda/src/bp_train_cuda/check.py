@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bp_data.asked import AnyPrepared
 from bp_data.loop import rows
 from bp_data.loop.plan import require_length
+from bp_data.preparation import AnyPrepared
 from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import (
     AdapterInvalidError,

@@ -12,10 +12,10 @@ import torch
 from transformers import set_seed
 
 from bp_data import Prepared, TokenRow
-from bp_data.asked import AnyPrepared
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.rows import pad_token
 from bp_data.loop.validation import Validator
+from bp_data.preparation import AnyPrepared
 from bp_runs.events import Emit
 from bp_runs.rail import EvalOutcome, RowOutcome
 from bp_runs.spec import TrainSpec

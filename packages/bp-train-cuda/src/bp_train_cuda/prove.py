@@ -12,8 +12,8 @@ import orjson
 import torch
 
 from bp_data import TokenRow
-from bp_data.asked import AnyPrepared
 from bp_data.loop.rows import PlannedRows, prepare_rows
+from bp_data.preparation import AnyPrepared
 from bp_data.token_rows import JudgedRow, PairRow
 from bp_runs.errors import GpuOutOfMemoryError, ProofUnsupportedError, TrainingFailedError
 from bp_runs.rail import Replay

@@ -15,8 +15,8 @@ from backpropagate.cli.flags import Json, flag_names, keyword, with_settings
 from backpropagate.cli.output import print_json
 from backpropagate.cli.token_colors import color_tokens, legend
 from backpropagate.settings import all_settings
-from bp_data import prepare_asked, preview_rows
-from bp_data.asked import AnyPrepared
+from bp_data import PrepareRequest, prepare, preview_rows
+from bp_data.preparation import AnyPrepared
 
 _SHOWN = 10  # rejected rows that are listed
 _ACTING = {"model.name", "model.revision", "model.max_seq_length", "training.method", "training.seed"}
@@ -26,7 +26,7 @@ def validate(data: str, *, rows: int = 2, json: bool = False, **flags: Any) -> i
     """Check a data file the way training reads it, and show which tokens are trained."""
     wanted = resolve_settings({**flags, "data": data})
     folder = find_tokenizer(wanted)
-    prepared = prepare_asked(wanted, find_file(wanted.data), folder)
+    prepared = prepare(PrepareRequest.from_settings(wanted, find_file(wanted.data), folder))
     counts = {**prepared.ledger.to_dict(), "tokens": prepared.tokens, "trained_tokens": prepared.trained_tokens}
     if json:
         drops = [

@@ -1,6 +1,6 @@
-"""Tokens and masks of many rows at a time, the same as `bp_data.labels.spans` gives for each alone.
+"""Rows of every kind to verified tokens and masks, many at a time.
 
-While one batch is encoded by the tokenizer's own threads, another is checked and the next is read and rendered.
+While the tokenizer's own threads encode one batch, another is checked and the next is read and rendered.
 """
 
 from __future__ import annotations
@@ -9,26 +9,17 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal, TypeAlias
 
 import orjson
 
 from bp_data.errors import RowFault, RowFaultError
-from bp_data.example import Chat, Rejected, Row, Text
-from bp_data.formats import parse_row
+from bp_data.example import Chat, Example, Judged, Preference, Rejected, Row, Text
+from bp_data.formats import Wanted, parse_row
+from bp_data.labels.masks import Masked, build_strategies, mask_chats, mask_text, require_unicode
 from bp_data.labels.shapes import SpanFinder
-from bp_data.labels.spans import (
-    Marked,
-    compare_run,
-    mask_marked,
-    mask_runs,
-    mask_text,
-    merge_spans,
-    require_unicode,
-)
-from bp_data.labels.spelling import Spelling
+from bp_data.labels.spans import Marked
 from bp_data.read import excerpt
 from bp_data.reasoning import TraceBand, find_trace, keep_trace
 from bp_data.templates.engine import ChatTemplate
@@ -39,20 +30,44 @@ _ROWS: Final = 256  # rows in a batch
 _AHEAD: Final = 3  # batches on their way: one is encoded while others are masked and checked
 _CHARACTERS: Final = 1 << 19  # characters after which a batch is full
 
+_Part: TypeAlias = Marked | Text
+
+
+@dataclass(slots=True)
+class EncodedRow:
+    """A row as tokens, or why it has none.
+
+    Attributes:
+        number, source: As in `Row`.
+        example: What the row means; None if it can't be read.
+        parts: Its token rows, uncut: one; of a `Preference` the chosen completion's and the rejected one's.
+        rejected: Why there are no parts.
+    """
+
+    number: int
+    source: str = ""
+    example: Example | None = None
+    parts: list[TokenRow] = field(default_factory=list)
+    rejected: Rejected | None = None
+
 
 @dataclass(slots=True)
 class _Planned:
-    """A row on its way: what is to be encoded, or why nothing is."""
+    """A row on its way to tokens."""
 
-    row: Row | None
-    marked: Marked | None = None
-    text: Text | None = None
-    trace: str = ""
-    rejected: Rejected | None = None
+    out: EncodedRow
+    row: Row | None = None
+    parts: list[_Part] = field(default_factory=list)
 
     @property
     def size(self) -> int:
-        return len(self.marked.text) if self.marked else len(self.text.text) if self.text else 0
+        return sum(len(part.text) for part in self.parts)
+
+    def reject(self, fault: RowFaultError) -> None:
+        """Rejects the row; the first fault counts."""
+        if self.out.rejected is None and self.row is not None:
+            self.out.rejected = reject_row(self.row, fault.code, fault.reason)
+        self.out.parts = []
 
 
 class Encoder:
@@ -61,28 +76,27 @@ class Encoder:
     Args:
         tokenizer: As loaded.
         template: The chat template.
-        trace: Where given, answers must begin with a reasoning trace in this band.
+        trace: If given, completions must begin with a reasoning trace in this band.
+        wanted: The kind of row to train on; None: each row as what it is.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, trace: TraceBand | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        trace: TraceBand | None = None,
+        wanted: Wanted | None = "sft",
+    ) -> None:
         self.tokenizer = tokenizer
-        self._trace = trace
+        self._trace, self._wanted = trace, wanted
         self._finder = SpanFinder(tokenizer, template)
-        self._spelling = Spelling(tokenizer) if tokenizer.spells_bytes else None
-        self._context = lru_cache(maxsize=65_536)(lambda token: tokenizer.decode([token]))
+        self._strategies = build_strategies(tokenizer)
 
-    def encode_rows(self, rows: Iterable[Row | Rejected]) -> Iterator[TokenRow | Rejected]:
-        """Each row's tokens and verified mask, uncut, or why it has none; in the rows' order."""
-        return self._encode_planned(row if isinstance(row, Rejected) else self._plan(row) for row in rows)
-
-    def encode_chats(self, chats: Iterable[tuple[Row, Chat] | Rejected]) -> Iterator[TokenRow | Rejected]:
-        """As `encode_rows`, for chats that are already understood, each with the row that it comes from."""
-        return self._encode_planned(one if isinstance(one, Rejected) else self._plan_chat(*one) for one in chats)
-
-    def _encode_planned(self, rows: Iterable[_Planned | Rejected]) -> Iterator[TokenRow | Rejected]:
-        waiting: deque[Future[list[TokenRow | Rejected]]] = deque()
+    def encode_rows(self, rows: Iterable[Row | Rejected]) -> Iterator[EncodedRow]:
+        """Each row's tokens and verified masks, uncut, or why it has none; in the rows' order."""
+        waiting: deque[Future[list[EncodedRow]]] = deque()
         with ThreadPoolExecutor(_AHEAD, "bp-data-encode") as pool:
-            for batch in self._batches(rows):
+            for batch in self._batches(map(self._plan, rows)):
                 waiting.append(pool.submit(self._encode, batch))
                 if len(waiting) > _AHEAD:
                     yield from waiting.popleft().result()
@@ -90,11 +104,10 @@ class Encoder:
                 yield from waiting.popleft().result()
 
     @staticmethod
-    def _batches(rows: Iterable[_Planned | Rejected]) -> Iterator[list[_Planned]]:
+    def _batches(rows: Iterable[_Planned]) -> Iterator[list[_Planned]]:
         batch: list[_Planned] = []
         size = 0
-        for row in rows:
-            planned = _Planned(None, rejected=row) if isinstance(row, Rejected) else row
+        for planned in rows:
             batch.append(planned)
             size += planned.size
             if len(batch) >= _ROWS or size >= _CHARACTERS:
@@ -103,24 +116,25 @@ class Encoder:
         if batch:
             yield batch
 
-    def _plan(self, row: Row) -> _Planned:
-        """What of a row is to be encoded and learnt."""
-        example = parse_row(row, "sft")
+    def _plan(self, row: Row | Rejected) -> _Planned:
+        """What of a row is to be encoded and trained on."""
+        if isinstance(row, Rejected):
+            return _Planned(EncodedRow(row.number, row.source, rejected=row))
+        planned = _Planned(EncodedRow(row.number, row.source), row)
+        example = parse_row(row, self._wanted)
         if isinstance(example, Rejected):
-            return _Planned(row, rejected=_with_excerpt(example, row))
-        if isinstance(example, Text):
-            return _Planned(row, text=example)
-        if not isinstance(example, Chat):
-            raise TypeError(type(example).__name__)
-        return self._plan_chat(row, example)
-
-    def _plan_chat(self, row: Row, chat: Chat) -> _Planned:
+            planned.out.rejected = _with_excerpt(example, row)
+            return planned
+        planned.out.example = example
         try:
-            return self._mark(row, chat)
+            planned.parts = (
+                [example] if isinstance(example, Text) else [self._mark(chat) for chat in _chats_of(example)]
+            )
         except RowFaultError as fault:
-            return _Planned(row, rejected=_reject(row, fault))
+            planned.reject(fault)
+        return planned
 
-    def _mark(self, row: Row, chat: Chat) -> _Planned:
+    def _mark(self, chat: Chat) -> Marked:
         trace = ""
         if self._trace is not None:
             chat = keep_trace(chat, self.tokenizer, self._trace)
@@ -130,118 +144,49 @@ class Encoder:
         require_unicode(marked.text)
         if trace and (not marked.spans or trace not in marked.text[marked.spans[-1].start :]):
             raise RowFaultError(RowFault.TURN_NOT_RENDERED, "the chat template leaves the reasoning out")
-        return _Planned(row, marked=marked, trace=trace)
+        return marked
 
-    def _encode(self, batch: list[_Planned]) -> list[TokenRow | Rejected]:
-        found: dict[int, TokenRow | Rejected] = {}
-        chats = self._spell([planned for planned in batch if planned.marked is not None], found)
-        encodings = self.tokenizer.encode_many([planned.marked.text for planned in chats if planned.marked])
-        runs: list[list[int]] = []
-        checks: list[tuple[_Planned, str, str]] = []  # a chat, the text before a run, the text that the run should be
-        for planned, encoding in zip(chats, encodings, strict=True):
-            if planned.row is None or planned.marked is None:
-                continue
-            # Where tokens lie askew, the row goes the long way.
-            bounds = None if self.tokenizer.is_greedy else _bounds(encoding, planned.marked)
-            if bounds is None:
-                found[id(planned)] = self._encode_alone(planned, planned.row)
-                continue
-            ids: list[int] = encoding.ids
-            mask = bytearray(len(ids))
-            for low, high in bounds:
-                mask[low:high] = b"\x01" * (high - low)
-            found[id(planned)] = TokenRow(planned.row.number, array("i", ids), bytes(mask), "chat")
-            text, spans = planned.marked
-            pairs = list(zip(mask_runs(mask), merge_spans(spans), strict=False))
-            if len(pairs) != len(merge_spans(spans)):
-                found[id(planned)] = self._encode_alone(planned, planned.row)
-                continue
-            for (low, high), span in pairs:
-                runs.append(ids[max(0, low - 1) : high])
-                before = self._context(ids[low - 1]) if low else ""
-                checks.append((planned, before, text[span.start : span.end]))
-        for got, (planned, before, wanted) in zip(self.tokenizer.decode_many(runs), checks, strict=True):
-            if got.removeprefix(before) != wanted and planned.row is not None:
-                self._check(got.removeprefix(before), wanted, planned, planned.row, found)
-        return [self._result(planned, found) for planned in batch]
+    def _encode(self, batch: list[_Planned]) -> list[EncodedRow]:
+        chats = [(planned, part) for planned in batch for part in planned.parts if isinstance(part, Marked)]
+        masked = mask_chats([part for _, part in chats], self._strategies)
+        for (planned, _), result in zip(chats, masked, strict=True):
+            self._take(planned, result, "chat")
+        for planned in batch:
+            for part in planned.parts:
+                if isinstance(part, Text):
+                    self._take(planned, self._mask_text(part), "text")
+        return [planned.out for planned in batch]
 
-    def _spell(self, chats: list[_Planned], found: dict[int, TokenRow | Rejected]) -> list[_Planned]:
-        """The chats that are left when those are found whose tokens spell their texts."""
-        spelling = self._spelling
-        if spelling is None:
-            return chats
-        left = []
-        rows = self.tokenizer.encode_ids([planned.marked.text for planned in chats if planned.marked])
-        for planned, ids in zip(chats, rows, strict=True):
-            mask = spelling.mask(ids, planned.marked) if planned.marked else None
-            if mask is None or planned.row is None:
-                left.append(planned)
-            else:
-                found[id(planned)] = TokenRow(planned.row.number, array("i", ids), bytes(mask), "chat")
-        if len(left) > len(chats) // 2:
-            self._spelling = None  # its normalizer changes these texts: they would all be encoded twice
-        return left
-
-    def _check(self, got: str, wanted: str, planned: _Planned, row: Row, found: dict[int, TokenRow | Rejected]) -> None:
+    def _mask_text(self, part: Text) -> Masked | RowFaultError:
         try:
-            compare_run(got, wanted, self.tokenizer)
+            return mask_text(part, self.tokenizer)
         except RowFaultError as fault:
-            found[id(planned)] = _reject(row, fault)
+            return fault
 
-    def _encode_alone(self, planned: _Planned, row: Row) -> TokenRow | Rejected:
-        if planned.marked is None:
-            raise TypeError("only chats are encoded alone")
-        try:
-            ids, mask = mask_marked(planned.marked, self.tokenizer)
-            return TokenRow(row.number, array("i", ids), bytes(mask), "chat")
-        except RowFaultError as fault:
-            return _reject(row, fault)
-
-    def _result(self, planned: _Planned, found: dict[int, TokenRow | Rejected]) -> TokenRow | Rejected:
-        result = planned.rejected or found.get(id(planned))
-        if result is None and planned.row is not None and planned.text is not None:
-            try:
-                ids, mask = mask_text(planned.text, self.tokenizer)
-                result = TokenRow(planned.row.number, array("i", ids), bytes(mask), "text")
-            except RowFaultError as fault:
-                result = _reject(planned.row, fault)
-        if result is None:
-            raise TypeError("a row was planned as nothing")
-        if isinstance(result, TokenRow) and planned.row is not None:
-            return replace(result, source=planned.row.source)
-        return result
+    @staticmethod
+    def _take(planned: _Planned, result: Masked | RowFaultError, kind: Literal["chat", "text"]) -> None:
+        if isinstance(result, RowFaultError):
+            planned.reject(result)
+        elif planned.out.rejected is None:
+            out = planned.out
+            ids = array("i", result.ids)
+            out.parts.append(TokenRow(out.number, ids, bytes(result.mask), kind, source=out.source))
 
 
-def _bounds(encoding: Any, marked: Marked) -> list[tuple[int, int]] | None:
-    """Tokens ``[low, high)`` of each span; None where a border falls inside a token or on none."""
-    size, count = len(marked.text), len(encoding.ids) if not marked.spans else len(encoding)
-    found = []
-    for start, end in marked.spans:
-        low = encoding.char_to_token(start)
-        high = count if end == size else encoding.char_to_token(end)
-        if low is None or high is None or high <= low:
-            return None
-        if encoding.token_to_chars(low)[0] != start or encoding.token_to_chars(high - 1)[1] > end:
-            return None
-        if high < count and encoding.token_to_chars(high)[0] != end:
-            return None
-        if low and encoding.token_to_chars(low - 1)[1] > start:
-            return None
-        found.append((low, high))
-    return found
+def _chats_of(example: Chat | Preference | Judged) -> tuple[Chat, ...]:
+    if isinstance(example, Preference):
+        return example.chats()
+    return (example.chat if isinstance(example, Judged) else example,)
 
 
-def _reject(row: Row, fault: RowFaultError) -> Rejected:
-    return _with_excerpt(Rejected(row.number, fault.code, fault.reason), row)
+def reject_row(row: Row, code: RowFault, reason: str) -> Rejected:
+    """A row that is not trained on, with how it begins."""
+    return _with_excerpt(Rejected(row.number, code, reason, row.source), row)
 
 
 def _with_excerpt(rejected: Rejected, row: Row) -> Rejected:
-    return replace(rejected, source=row.source, excerpt=excerpt_row(row))
-
-
-def excerpt_row(row: Row) -> str:
-    """How a row begins, as JSON."""
     try:
-        return excerpt(orjson.dumps(row.data, option=orjson.OPT_NON_STR_KEYS))
+        shown = excerpt(orjson.dumps(row.data, option=orjson.OPT_NON_STR_KEYS))
     except orjson.JSONEncodeError:
-        return excerpt(str(sorted(map(str, row.data))))
+        shown = excerpt(str(sorted(map(str, row.data))))
+    return replace(rejected, source=row.source, excerpt=shown)

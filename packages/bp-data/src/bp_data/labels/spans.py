@@ -1,24 +1,23 @@
-"""Which tokens are learnt: the assistant's, with the token that ends each turn, and proof that they are the right ones.
+"""Which characters of a rendered chat the assistant writes, the token that ends each turn included.
 
-The characters to learn are found, in this order, by
+They are found, in this order, by
 1. ``{% generation %}`` marks of the template, widened to the end token where they stop short of it;
 2. prefixes: the chat up to a turn with the generation prompt, and up to and with the turn, must both begin the whole;
 3. a stand-in: the turn's text is replaced by one that occurs nowhere, and what differs from the whole is the turn.
-Each way's result is checked against the turn's own text, and the tokens are decoded and compared with the characters.
+Each way's result is checked against the turn's own text.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from bp_data.errors import RowFault, RowFaultError
-from bp_data.example import Chat, Message, Text
+from bp_data.example import Chat, Message
 from bp_data.formats import tool_name
 from bp_data.templates.engine import ChatTemplate
-from bp_data.tokens import Encoded, Tokenizer
+from bp_data.tokens import Tokenizer
 
 _STAND_IN = "\ue0f3turn\ue0f3"
 
@@ -37,72 +36,11 @@ class Marked(NamedTuple):
     spans: list[Span]
 
 
-def mask_chat(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> tuple[list[int], bytearray]:
-    """Token ids and mask of a chat; no special tokens but those that the template writes.
-
-    Raises:
-        RowFaultError: The template refuses the chat or leaves parts of it out, the turns cannot be located, or the
-            tokens to learn do not decode to the assistant's texts.
-    """
-    return mask_marked(find_spans(chat, tokenizer, template), tokenizer)
-
-
-def mask_marked(marked: Marked, tokenizer: Tokenizer) -> tuple[list[int], bytearray]:
-    """Token ids and mask of a rendered chat whose characters to learn are known.
-
-    Raises:
-        RowFaultError: ROW_MASK_UNVERIFIED.
-    """
-    require_unicode(marked.text)
-    encoded = _encode(marked, tokenizer)
-    mask = mask_tokens(encoded.offsets, marked.spans)
-    verify(encoded, mask, marked, tokenizer)
-    return encoded.ids, mask
-
-
-def mask_text(example: Text, tokenizer: Tokenizer) -> tuple[list[int], bytearray]:
-    """Token ids and mask of raw text: all of it is learnt, and the end-of-text token after it.
-
-    Raises:
-        RowFaultError: The tokens do not decode to the text.
-    """
-    require_unicode(example.text)
-    encoded = tokenizer.encode(example.text, add_special_tokens=True)
-    ids = list(encoded.ids)
-    # Tokens that the tokenizer puts around a text stand for none of its characters.
-    inner = [
-        place
-        for place, (start, end) in enumerate(encoded.offsets)
-        if start < end or not tokenizer.is_special(ids[place])
-    ]
-    low, high = (inner[0], inner[-1] + 1) if inner else (0, 0)
-    wanted = _without(example.text, Span(0, len(example.text)), encoded.swallowed)
-    if tokenizer.decode(ids[low:high]) != wanted:
-        compare_run(_decode_run(ids, low, high, tokenizer), wanted, tokenizer)
-    if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
-        ids.append(tokenizer.eos_id)
-    return ids, bytearray(b"\x01" * len(ids))
-
-
-def require_unicode(text: str) -> None:
-    """Prove that a text has no half of a surrogate pair, which no file in UTF-8 can hold.
-
-    Raises:
-        RowFaultError: ROW_NOT_UTF8.
-    """
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowFaultError(RowFault.NOT_UTF8, f"character {error.start} is half of a surrogate pair") from error
-
-
 def find_spans(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> Marked:
     """The rendered chat and the characters of each of the assistant's turns, its end token included.
 
     Raises:
-        RowFaultError: As `mask_chat`.
+        RowFaultError: The template refuses the chat or leaves parts of it out, or turns can't be located.
     """
     search = _Search(chat, tokenizer, template)
     _check_rendered(chat, search.full)
@@ -135,8 +73,8 @@ class _Search:
             return None
         found = self.template.render_marked(self.messages, self.chat.tools)
         # Marks that touch are one answer: some templates mark a closing token apart from the turn before it.
-        spans = merge_spans(
-            [self._widen(span) for span in merge_spans([Span(*pair) for pair in found[1]])] if found else []
+        spans = _merge_spans(
+            [self._widen(span) for span in _merge_spans([Span(*pair) for pair in found[1]])] if found else []
         )
         texts = [self.full[start:end] for start, end in spans]
         turns = [self.chat.messages[turn] for turn in self.turns]
@@ -161,7 +99,7 @@ class _Search:
         """
         for other in self._stand_ins(turn):
             before, found, after = other.partition(_STAND_IN)
-            start = _common(before, self.full)
+            start = common_prefix(before, self.full)
             end = len(self.full) - len(after)
             if found and not before[start:].strip() and self.full.endswith(after) and start < end:
                 return self._widen(Span(self._answer_start(turn, start), end))
@@ -275,72 +213,7 @@ def _check_turns(marked: Marked, turns: Sequence[Message], ends: Sequence[str]) 
             raise RowFaultError(RowFault.TURN_NOT_RENDERED, "the chat template leaves out what the assistant says")
 
 
-def mask_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> bytearray:
-    """One byte a token, 1 where the token begins inside a span.
-
-    The bytes of one character may be several tokens with the same offsets; all of them begin inside, or none does.
-    """
-    starts = [start for start, _ in offsets]
-    mask = bytearray(len(offsets))
-    for span in spans:
-        low, high = bisect_left(starts, span.start), bisect_left(starts, span.end)
-        mask[low:high] = b"\x01" * (high - low)
-    return mask
-
-
-def _encode(marked: Marked, tokenizer: Tokenizer) -> Encoded:
-    """Tokens of a chat, none of which reaches over the border of a span.
-
-    Where one would, the text is cut at the borders and encoded in pieces: when the model answers, its prompt ends
-    there as well, so the pieces are the tokens that it will meet.
-    """
-    encoded = tokenizer.encode(marked.text)
-    borders = sorted({border for span in marked.spans for border in span})
-    if not _crosses(encoded.offsets, borders):
-        return encoded
-    ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
-    swallowed: list[tuple[int, int]] = []
-    for start, end in pairwise([0, *borders, len(marked.text)]):
-        piece = tokenizer.encode(marked.text[start:end])
-        ids += piece.ids
-        offsets += [(start + low, start + high) for low, high in piece.offsets]
-        swallowed += [(start + low, start + high) for low, high in piece.swallowed]
-    return Encoded(ids, offsets, swallowed)
-
-
-def _crosses(offsets: Sequence[tuple[int, int]], borders: Sequence[int]) -> bool:
-    starts = [start for start, _ in offsets]
-    before = (bisect_left(starts, border) - 1 for border in borders)
-    return any(place >= 0 and offsets[place][1] > border for place, border in zip(before, borders, strict=True))
-
-
-def verify(encoded: Encoded, mask: bytearray, marked: Marked, tokenizer: Tokenizer) -> None:
-    """Prove that the tokens to learn decode to the characters to learn, run by run.
-
-    Raises:
-        RowFaultError: ROW_MASK_UNVERIFIED.
-    """
-    runs = list(mask_runs(mask))
-    spans = merge_spans(marked.spans)
-    if len(runs) != len(spans):
-        raise RowFaultError(RowFault.MASK_UNVERIFIED, f"{len(runs)} runs of tokens to learn for {len(spans)} turns")
-    for (low, high), span in zip(runs, spans, strict=True):
-        got = _decode_run(encoded.ids, low, high, tokenizer)
-        compare_run(got, _without(marked.text, span, encoded.swallowed), tokenizer)
-
-
-def mask_runs(mask: bytearray) -> Iterator[tuple[int, int]]:
-    """Tokens ``[low, high)`` of each unbroken run to learn."""
-    low = mask.find(1)
-    while low >= 0:
-        high = mask.find(0, low)
-        high = len(mask) if high < 0 else high
-        yield low, high
-        low = mask.find(1, high)
-
-
-def merge_spans(spans: Sequence[Span]) -> list[Span]:
+def _merge_spans(spans: Sequence[Span]) -> list[Span]:
     """The spans with those joined that touch."""
     merged: list[Span] = []
     for span in spans:
@@ -351,39 +224,10 @@ def merge_spans(spans: Sequence[Span]) -> list[Span]:
     return merged
 
 
-def _without(text: str, span: Span, gaps: Sequence[tuple[int, int]]) -> str:
-    kept, start = "", span.start
-    for low, high in gaps:
-        if low < span.end and high > start:
-            kept += text[start:low]
-            start = min(high, span.end)
-    return kept + text[start : span.end]
-
-
-def _decode_run(ids: Sequence[int], low: int, high: int, tokenizer: Tokenizer) -> str:
-    # With the token before it, since some decoders strip a blank at the very start of what they are given.
-    context = ids[max(0, low - 1) : low]
-    before = tokenizer.decode(context) if context else ""
-    return tokenizer.decode([*context, *ids[low:high]]).removeprefix(before)
-
-
-def _common(left: str, right: str) -> int:
+def common_prefix(left: str, right: str) -> int:
     """Characters that two texts share at their beginning."""
     low, high = 0, min(len(left), len(right))
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
     return low
-
-
-def compare_run(got: str, wanted: str, tokenizer: Tokenizer) -> None:
-    """Prove that a run decodes to its text, but for what the tokenizer normalizes.
-
-    Raises:
-        RowFaultError: ROW_MASK_UNVERIFIED.
-    """
-    if wanted == got or tokenizer.normalize(wanted) == got:
-        return
-    place = max(0, _common(got, wanted) - 10)
-    shown = f"{got[place : place + 30]!r} for {wanted[place : place + 30]!r}"
-    raise RowFaultError(RowFault.MASK_UNVERIFIED, f"the tokens to learn decode to something else: {shown}")

@@ -15,7 +15,7 @@ from itertools import compress
 from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
 
 from bp_data.ledger import Ledger
-from bp_data.token_rows import AnswerRows, JudgedRow, JudgedRows, PairRow, TokenRows
+from bp_data.token_rows import JudgedRow, JudgedRows, PairRow, StoredRows
 from bp_runs.errors import InvalidSettingError
 from bp_runs.events import RowCounts, RunPlanned
 from bp_runs.spec import TrainingSpec
@@ -38,8 +38,8 @@ _MIN_EVALS, _MAX_EVALS = 2, 20
 _CANDIDATES: Final = 8  # candidates looked at for each validation row that is wanted
 
 T = TypeVar("T")
-Stored = TypeVar("Stored", TokenRows, AnswerRows[Any])
-AnyRows: TypeAlias = TokenRows | AnswerRows[Any]
+Stored = TypeVar("Stored", bound=StoredRows[Any])
+AnyRows: TypeAlias = StoredRows[Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +72,6 @@ class RunPlan:
         """Visits per unit, on average, after ``steps`` steps."""
         whole, rest = divmod(steps, self.steps_per_epoch)
         return whole + min(self.units, rest * self.examples_per_step) / self.units
-
-    def visited_units(self, steps: int) -> int:
-        """Different units that ``steps`` steps get to: those that come first in the first epoch's order."""
-        return self.units if steps >= self.steps_per_epoch else min(self.units, steps * self.examples_per_step)
 
     def apply_to(self, training: TrainingSpec) -> TrainingSpec:
         """The settings with the planned numbers in place, as the training loop wants them."""
@@ -183,7 +179,7 @@ def hold_out(rows: Sequence[Any], training: TrainingSpec) -> tuple[Sequence[Any]
     count = min(_validation_rows(len(rows), training), len(rows) - 1)
     chosen = set(_choose_rows(rows, count, training.seed)) if count > 0 else set()
     train = (place for place in range(len(rows)) if place not in chosen)
-    if isinstance(rows, TokenRows | AnswerRows):
+    if isinstance(rows, StoredRows):
         return rows.pick(train), rows.pick(sorted(chosen))
     return [rows[place] for place in train], [rows[place] for place in sorted(chosen)]
 

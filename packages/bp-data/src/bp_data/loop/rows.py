@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from bp_runs.errors import NothingHeldOutError, SequenceTooLongError, VocabularyError
@@ -15,9 +14,9 @@ from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_runs.wording import setting_ref
 
 if TYPE_CHECKING:
-    from bp_data.asked import AnyPrepared
     from bp_data.loop.plan import AnyRows, RunPlan
     from bp_data.loop.protocols import LoopGroup
+    from bp_data.preparation import AnyPrepared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,24 +55,17 @@ class PlannedRows:
     def count_after(self, steps: int) -> RowCounts:
         """What has become of every row after ``steps`` steps."""
         from bp_data.loop.plan import count_rows
+        from bp_data.loop.sampler import ExampleOrder, StepSampler
 
-        visited, passes = self.visited_places(steps), self.plan.passes(steps)
-        return count_rows(self.train.ledger, self.train.rows, self.validation, visited, passes)
+        order = ExampleOrder(self.plan.units, self.shuffle_seed or 0, shuffled=self.shuffle_seed is not None)
+        visited = StepSampler(order, self.plan.examples_per_step).visited(steps)
+        if self.packs is not None:
+            visited = [place for pack in visited for place in self.packs[pack]]
+        return count_rows(self.train.ledger, self.train.rows, self.validation, visited, self.plan.passes(steps))
 
     def to_event(self) -> RunPlanned:
         """The plan, with what it makes of every row."""
         return self.plan.to_event(self.count_after(self.plan.steps))
-
-    def visited_places(self, steps: int) -> Sequence[int]:
-        """Places in the training rows that the first ``steps`` steps get to, each once."""
-        units = self.plan.visited_units(steps)
-        if units == self.plan.units:
-            return range(len(self.train.rows))
-        from bp_data.loop.sampler import ExampleOrder
-
-        order = ExampleOrder(self.plan.units, self.shuffle_seed or 0, shuffled=self.shuffle_seed is not None)
-        first = order.epoch(0)[:units]
-        return first if self.packs is None else list(chain.from_iterable(self.packs[pack] for pack in first))
 
 
 def plan_rows(
@@ -124,12 +116,12 @@ def prepare_rows(spec: TrainSpec) -> AnyPrepared:
     """Read, tokenize and mask the data file for ``spec.training.method``.
 
     Raises:
-        InvalidSettingError, DataError, DatasetGateError: As `bp_data.prepare_asked`.
+        InvalidSettingError, DataError, DatasetGateError: As `bp_data.prepare`.
     """
-    from bp_data import prepare_asked
+    from bp_data import PrepareRequest, prepare
 
     cache = spec.folders.cache and spec.folders.cache / "tokens"
-    return prepare_asked(spec, spec.rows_path, spec.base, cache=cache)
+    return prepare(PrepareRequest.from_settings(spec, spec.rows_path, spec.base, cache=cache))
 
 
 def data_ready(spec: TrainSpec, prepared: AnyPrepared, heldout: int) -> DataReady:

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from bp_data.asked import AnyPrepared
 from bp_data.loop.memory import MemoryGuard
+from bp_data.preparation import AnyPrepared
 from bp_runs.errors import (
     CodedError,
     DiskFullError,

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from bp_data.asked import AnyPrepared
 from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.rows import pad_token
 from bp_data.loop.sampler import ExampleOrder, StepSampler
 from bp_data.loop.validation import Validator
+from bp_data.preparation import AnyPrepared
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop, TrainOutcome

@@ -34,11 +34,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PrinterCallback, Trainer
 from transformers.trainer_pt_utils import get_parameter_names
 
-from bp_data.asked import AnyPrepared
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.rows import pad_token
 from bp_data.loop.sampler import ExampleOrder
 from bp_data.loop.schedule import rate_factor
+from bp_data.preparation import AnyPrepared
 from bp_runs.errors import GpuOutOfMemoryError, PackingError
 from bp_runs.events import Emit, Notice
 from bp_runs.rail import Stop, TrainOutcome
