@@ -109,9 +109,9 @@ MUTATIONS = (
     Mutation(
         "row counts",
         "rows that no step gets to are counted as not reached",
-        "bp-data/src/bp_data/loop/plan.py",
-        "return self.units if steps >= self.steps_per_epoch else min",
-        "return self.units if steps else min",
+        "bp-data/src/bp_data/loop/sampler.py",
+        "return list(first) if epochs else",
+        "return list(first) if steps else",
         "bp-data/tests/test_data_plan.py::test_rows_of_each_kind_are_counted_once",
     ),
     Mutation(

@@ -63,7 +63,7 @@ def test_the_rows_said_to_be_visited_are_those_whose_tokens_were_counted(pico_mo
     spec = spec_for(pico_model, forty, tmp_path / "run", training=training, data={"on_bad_row": "skip"})
     outcome, events = train(spec)
     planned = plan_for(spec)
-    places = planned.visited_places(steps)
+    places = planned.visited(steps)
     assert 0 < len(set(places)) == len(places) < len(planned.train.rows)
     lengths = planned.train.rows.lengths()
     assert [e for e in events if isinstance(e, StepDone)][-1].tokens == sum(lengths[place] for place in places)

@@ -64,7 +64,7 @@ def evaluate(
 
 def examine(
     spec: TrainSpec,
-    prepared: Prepared,
+    prepared: Prepared[TokenRow],
     adapter: Path | None,
     emit: Emit,
     *,
@@ -139,7 +139,7 @@ def last_turn(row: TokenRow) -> tuple[int, int] | None:
 
 
 def _answer(
-    model: Any, prepared: Prepared, ids: Sequence[int], turn: tuple[int, int], longest: int
+    model: Any, prepared: Prepared[TokenRow], ids: Sequence[int], turn: tuple[int, int], longest: int
 ) -> tuple[str, str, str]:
     """Prompt, reference and answer as text."""
     begin, end = turn

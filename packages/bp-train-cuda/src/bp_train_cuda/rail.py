@@ -17,7 +17,7 @@ from bp_runs.record import RunRecord
 from bp_runs.spec import Ranks, RunFolders, Settings, TrainSpec
 
 if TYPE_CHECKING:
-    from bp_data import Prepared
+    from bp_data import Prepared, TokenRow
     from bp_runs.checkpoint import Checkpoint
     from bp_train_cuda.model.load import BaseCache
 
@@ -175,7 +175,7 @@ class CudaRail:
         from bp_train_cuda import evaluate
 
         spec = replace(spec, training=replace(spec.training, method="sft"))
-        rows = cast("Prepared", pick_rows(spec, part))
+        rows = cast("Prepared[TokenRow]", pick_rows(spec, part))
         return evaluate.examine(
             spec, rows, adapter, emit, answers=answers, answer_tokens=answer_tokens, cache=self._cache
         )

@@ -55,13 +55,17 @@ class PlannedRows:
     def count_after(self, steps: int) -> RowCounts:
         """What has become of every row after ``steps`` steps."""
         from bp_data.loop.plan import count_rows
+
+        visited, passes = self.visited(steps), self.plan.passes(steps)
+        return count_rows(self.train.ledger, self.train.rows, self.validation, visited, passes)
+
+    def visited(self, steps: int) -> list[int]:
+        """Places in the training rows that ``steps`` steps visit, each once."""
         from bp_data.loop.sampler import ExampleOrder, StepSampler
 
         order = ExampleOrder(self.plan.units, self.shuffle_seed or 0, shuffled=self.shuffle_seed is not None)
-        visited = StepSampler(order, self.plan.examples_per_step).visited(steps)
-        if self.packs is not None:
-            visited = [place for pack in visited for place in self.packs[pack]]
-        return count_rows(self.train.ledger, self.train.rows, self.validation, visited, self.plan.passes(steps))
+        units = StepSampler(order, self.plan.examples_per_step).visited(steps)
+        return units if self.packs is None else [place for pack in units for place in self.packs[pack]]
 
     def to_event(self) -> RunPlanned:
         """The plan, with what it makes of every row."""
