@@ -56,11 +56,13 @@ class Message:
         role: Who speaks.
         content: What is said; may be None where a turn of the assistant only calls tools.
         fields: What else the template may read: ``tool_calls``, ``tool_call_id``, ``name``, ``reasoning_content``.
+        learn: Whether an assistant's turn is trained on; a row's ``weight``, ``train`` or ``loss`` may turn it off.
     """
 
     role: Role
     content: str | None
     fields: Mapping[str, Any] = field(default_factory=dict)
+    learn: bool = True
 
     @property
     def words(self) -> str:
