@@ -33,6 +33,7 @@ from bp_runs.events import DataReady, ModelLoaded, RowCounts, StepDone
 from bp_runs.rail import TrainOutcome
 from bp_runs.spec import Settings
 from bp_runs.store import RunStore
+from bp_runs.witness import WITNESS_FILE
 
 # The Hub's library about its own HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -131,6 +132,16 @@ def record_settings(base, folder):
         k: {"value": given.get(k, v), "source": "flag" if k in given else "default"}
         for k, v in Settings().to_flat().items()
     }
+
+
+def test_the_witness_stays_here(hub, trained):
+    """It holds examples of the user's data; what is pushed is whole without it."""
+    (trained["adapter"] / WITNESS_FILE).write_text("{}")
+    manifest = trained["adapter"] / "run.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_bytes()), "files": {WITNESS_FILE: "0" * 64}}))
+    made = push(trained["adapter"], "me/pico", private=True, token=TOKEN)
+    assert WITNESS_FILE not in made.files
+    assert json.loads(hub.repos["me/pico"]["run.json"])["files"] == {}
 
 
 def test_an_adapter_goes_there_whole_with_card_and_picture(hub, trained):

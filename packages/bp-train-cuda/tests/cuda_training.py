@@ -36,3 +36,17 @@ def mean_loss(model, rows):
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += int((labels != -100).sum())
     return total / count
+
+
+def assert_agrees(seen, model, *, base=None):
+    """Each stored log-probability is what the model says."""
+    for prompt in seen.prompts:
+        ids, places = torch.tensor([prompt.ids]), list(prompt.places)
+        for table, one in ((prompt.logprobs, model), (prompt.base_logprobs, base)):
+            if one is None:
+                continue
+            with torch.no_grad():
+                expected = one(ids).logits[0].log_softmax(-1)[places]
+            found = torch.tensor(table)
+            assert torch.allclose(found, expected.gather(1, torch.tensor(prompt.tokens)), atol=1e-4)
+        assert all(list(row) == sorted(row, reverse=True) for row in prompt.logprobs)

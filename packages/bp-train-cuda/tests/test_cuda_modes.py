@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from cuda_training import mean_loss, spec_for, train
+from cuda_training import assert_agrees, mean_loss, spec_for, train
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -27,6 +27,7 @@ from bp_runs.errors import (
 from bp_runs.events import AdapterSaved, EvalDone, ModelLoaded, StepDone
 from bp_runs.fingerprint import fingerprint_base
 from bp_runs.spec import LoraSpec, ModelSpec, TrainingSpec
+from bp_runs.witness import read_witness
 from bp_train_cuda import CudaRail
 from bp_train_cuda.backend import Device, Mode, choose_dtype, choose_mode
 from bp_train_cuda.check import require_start
@@ -75,6 +76,9 @@ def test_all_weights_are_trained_and_saved_as_a_model(pico_model, chat_file, tmp
     assert (outcome.adapter / "tokenizer.json").read_bytes() == (pico_model / "tokenizer.json").read_bytes()
     model = AutoModelForCausalLM.from_pretrained(outcome.adapter)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    seen = read_witness(outcome.adapter)
+    assert (seen.base.mode, seen.prompts[0].base_logprobs, seen.weights_sha256) == ("full", None, None)
+    assert_agrees(seen, model)
 
 
 def test_the_trained_model_is_a_base_itself(pico_model, chat_file, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cuda_training import mean_loss, spec_for, train
+from cuda_training import assert_agrees, mean_loss, spec_for, train
 from peft import PeftModel
 from plain_training import train_plain
 from safetensors.torch import load_file
@@ -18,6 +18,7 @@ from bp_data.loop.rows import prepare_rows
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError, GpuOutOfMemoryError, InvalidSettingError, TrainingDivergedError
 from bp_runs.events import CheckpointSaved, EvalDone, SampleAnswer, StepDone
+from bp_runs.witness import read_witness
 from bp_train_cuda.engines import trl, trl_methods
 from bp_train_cuda.engines.trl_methods import require_trl
 from bp_train_cuda.errors import VersionUntestedError
@@ -160,6 +161,7 @@ def test_the_best_adapter_is_kept_and_training_stops_early(files, pico_model, tm
     rows = hold_out(prepare_rows(wanted).rows, wanted.training)[1]
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), outcome.adapter).eval()
     assert mean_loss(model, rows) == pytest.approx(best.loss, rel=1e-4)
+    assert_agrees(read_witness(outcome.adapter), model)
     assert best.tokens == sum(row.trained for row in rows)
 
 

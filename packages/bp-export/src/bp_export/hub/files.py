@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,19 +90,21 @@ def clean_settings(shipment: Shipment, base: str) -> Shipment:
             told = json.loads(text)
         except ValueError:
             continue  # whoever loads it is going to hear of that
-        if (clean := _clean(name, told, base, cleaned)) != told:
+        if (clean := _clean(name, told, base, cleaned, shipment.files)) != told:
             cleaned[name] = (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode()
     return replace(shipment, cleaned=cleaned)
 
 
-def _clean(name: str, told: Any, base: str, cleaned: Mapping[str, bytes]) -> Any:
+def _clean(name: str, told: Any, base: str, cleaned: Mapping[str, bytes], shipped: Collection[str]) -> Any:
     clean = hide_places(told)
     if name == CONFIG_FILE:
         clean["base_model_name_or_path"] = base
     elif name == MANIFEST_FILE:
         clean["base"] = base
         digests = {other: hashlib.sha256(data).hexdigest() for other, data in cleaned.items()}
-        clean["files"] = {other: digests.get(other, digest) for other, digest in clean.get("files", {}).items()}
+        # Also without what stays here: the witness, which holds examples of the user's data.
+        kept = {other: digest for other, digest in clean.get("files", {}).items() if other in shipped}
+        clean["files"] = {other: digests.get(other, digest) for other, digest in kept.items()}
         if isinstance(origin := clean.get("origin"), dict):
             origin["adapters"] = [tell_model(str(path)) for path in origin.get("adapters", [])]
     return clean

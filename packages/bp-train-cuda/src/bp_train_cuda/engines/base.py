@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from bp_runs.errors import (
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice, SampleAnswer
 from bp_runs.files import require_free_space
 from bp_runs.spec import TrainingSpec, TrainSpec
-from bp_train_cuda import backend, check
+from bp_runs.witness import Witness
+from bp_train_cuda import backend, check, witness
 from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines import unsloth
@@ -148,33 +149,57 @@ def save_result(
     spec: TrainSpec,
     prepared: AnyPrepared,
     model: Any,
-    mode: backend.Mode,
+    loaded: Loaded,
     emit: Emit,
     *,
+    heldout: Sequence[Any],
     guard: MemoryGuard,
     group: ProcessGroup,
     weights: Callable[[], dict[str, torch.Tensor]] | None = None,
 ) -> Path:
-    """Publish what was trained, on the main process; returns its folder.
+    """Publish what was trained with its witness, on the main process; returns its folder.
 
     Args:
-        weights: Gathers all weights of a model of which each rank holds a shard.
+        prepared: Rows that were trained on.
+        heldout: Validation rows; the witness is measured on these, if there are any.
+        weights: Gathers all weights of a model of which each rank holds a shard. Such a model gets no witness.
 
     Raises:
         TrainingDivergedError: A weight is not finite.
     """
     if error := group.try_all(partial(_require_finite, model)):
         raise error
-    is_full = mode.name == "full"
+    is_full = loaded.mode.name == "full"
     write: Callable[..., int] = full.save_model if is_full else lora.save_adapter
     folder = spec.folders.model if is_full else spec.folders.adapter
     if is_full and weights is not None:
         write = partial(write, weights=weights())
     if group.rank:
         return folder
-    size = guard.retry(lambda: write(model, spec, prepared.template), "the save")
+    measure = partial(
+        witness.measure_witness,
+        spec,
+        heldout,
+        prepared.rows,
+        model,
+        device=loaded.device,
+        mode=loaded.mode,
+        parameters=loaded.parameters,
+        autocast=loaded.autocast,
+    )
+    seen = None if group.is_sharded else _try_witness(measure, guard, emit)
+    size = guard.retry(lambda: write(model, spec, prepared.template, witness=seen), "the save")
     emit(AdapterSaved(path=str(folder), bytes=size))
     return folder
+
+
+def _try_witness(measure: Callable[[], Witness | None], guard: MemoryGuard, emit: Emit) -> Witness | None:
+    """What the trained model says; without memory for it, the run ends without a witness."""
+    try:
+        return guard.retry(measure, "the witness")
+    except OomExhaustedError as error:
+        emit(Notice(message="exports have no witness: too little GPU memory", details={"reason": error.cause}))
+        return None
 
 
 def _require_finite(model: Any) -> None:

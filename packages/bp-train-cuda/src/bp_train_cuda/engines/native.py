@@ -207,9 +207,16 @@ class NativeRun:
         if self.group.is_sharded:
             dtype = backend.choose_dtype(self.spec.model.dtype, backend.choose_device())  # before it became float32
             weights = partial(_gather, wrapped, dtype)
-        mode = self.loaded.mode
         return save_result(
-            self.spec, self.prepared, wrapped.model, mode, self.emit, guard=guard, group=self.group, weights=weights
+            self.spec,
+            self.prepared,
+            wrapped.model,
+            self.loaded,
+            self.emit,
+            heldout=self.heldout,
+            guard=guard,
+            group=self.group,
+            weights=weights,
         )
 
     def _keep_best(

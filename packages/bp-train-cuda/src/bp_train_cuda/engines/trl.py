@@ -124,7 +124,7 @@ def _train(
     if recorder.stopped and len(heldout) and recorder.evaluated != recorder.losses.count:
         trainer.evaluate()  # off the schedule, so only now that the checkpoint is written
     recorder.restore_best()
-    folder = _save(spec, prepared, model, loaded, emit)
+    folder = _save(spec, prepared, model, loaded, emit, heldout=heldout)
     answer_prompts(spec, prepared, model, emit, step=recorder.losses.count)
     return recorder.outcome(folder)
 
@@ -256,12 +256,14 @@ def _look_up(collate: Collate, rows: Sequence[Any], heldout: Sequence[Any]) -> A
     return collate_places
 
 
-def _save(spec: TrainSpec, prepared: AnyPrepared, model: Any, loaded: Loaded, emit: Emit) -> Path:
+def _save(
+    spec: TrainSpec, prepared: AnyPrepared, model: Any, loaded: Loaded, emit: Emit, *, heldout: Sequence[Any]
+) -> Path:
     """Publish what was trained; returns its folder."""
     if loaded.mode.name != "full" and "ref" in model.peft_config:
         model.delete_adapter("ref")  # TRL's frozen copy of the adapter as it started
     guard = MemoryGuard(TorchMemory(), emit, enabled=False)
-    return save_result(spec, prepared, model, loaded.mode, emit, guard=guard, group=ProcessGroup())
+    return save_result(spec, prepared, model, loaded, emit, heldout=heldout, guard=guard, group=ProcessGroup())
 
 
 def _padding_tokenizer(spec: TrainSpec, prepared: AnyPrepared) -> Any:

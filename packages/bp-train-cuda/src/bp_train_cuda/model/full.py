@@ -13,6 +13,7 @@ from bp_data.templates.engine import ChatTemplate
 from bp_runs.adapter import MODEL_SCHEMA, write_manifest
 from bp_runs.files import publish_folder
 from bp_runs.spec import TrainSpec
+from bp_runs.witness import Witness, write_witness
 from bp_train_cuda.model.lora import copy_tokenizer
 
 CONFIG_FILE = "config.json"
@@ -25,7 +26,12 @@ def open_weights(model: Any) -> Any:
 
 
 def save_model(
-    model: Any, spec: TrainSpec, template: ChatTemplate, weights: dict[str, torch.Tensor] | None = None
+    model: Any,
+    spec: TrainSpec,
+    template: ChatTemplate,
+    weights: dict[str, torch.Tensor] | None = None,
+    *,
+    witness: Witness | None = None,
 ) -> int:
     """Publish the model's folder: Hugging Face's layout, and ``run.json``; returns the weights' size in bytes.
 
@@ -36,12 +42,15 @@ def save_model(
         spec: Names the base and the folder.
         template: As for `bp_train_cuda.model.lora.save_adapter`.
         weights: The weights to save, by name, where the model holds only a share of them; None: the model's.
+        witness: As for `bp_train_cuda.model.lora.save_adapter`.
     """
     dtype = model.dtype if weights is None else next(iter(weights.values())).dtype
     with publish_folder(spec.folders.model) as partial:
         model.save_pretrained(partial, state_dict=weights)
         _write_config(spec.base, partial, str(dtype).removeprefix("torch."))
         copy_tokenizer(spec.base, partial, template)
+        if witness is not None:
+            write_witness(partial, witness)
         write_manifest(
             partial,
             run_id=spec.folders.run_id,

@@ -26,6 +26,7 @@ from bp_runs.adapter import (
 from bp_runs.errors import AdapterInvalidError, TargetModulesError, first_line
 from bp_runs.files import publish_folder
 from bp_runs.spec import LoraSpec, TrainSpec
+from bp_runs.witness import Witness, write_witness
 from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets
 
 _PISSA = "pissa_niter_16"  # the paper's fast decomposition, near the exact one
@@ -130,7 +131,7 @@ def trainable_weights(model: Any) -> dict[str, Any]:
     return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
-def save_adapter(model: Any, spec: TrainSpec, template: ChatTemplate) -> int:
+def save_adapter(model: Any, spec: TrainSpec, template: ChatTemplate, *, witness: Witness | None = None) -> int:
     """Publish the adapter folder of the contract; returns the weights' size in bytes.
 
     Args:
@@ -138,6 +139,7 @@ def save_adapter(model: Any, spec: TrainSpec, template: ChatTemplate) -> int:
         spec: Names the base and the folder.
         template: The chat template that training used. The folder gets hashes of ten conversations that it rendered,
             and its text if the base has none.
+        witness: What the model said in memory; stored next to the weights.
     """
     folder, start = spec.folders.adapter, spec.folders.run / _START
     with publish_folder(folder) as partial:
@@ -147,6 +149,8 @@ def save_adapter(model: Any, spec: TrainSpec, template: ChatTemplate) -> int:
         (partial / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
         _name_base(partial / CONFIG_FILE, spec)
         copy_tokenizer(spec.base, partial, template)
+        if witness is not None:
+            write_witness(partial, witness, weights=partial / WEIGHTS_FILE)
         hashes = hash_conversations(template).to_dict()
         write_manifest(
             partial, run_id=spec.folders.run_id, base=spec.model.name, base_folder=spec.base, template=hashes
