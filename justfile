@@ -102,6 +102,10 @@ kills:
 renames:
     uv run pytest -m slow -n 0 packages/bp-train-cuda/tests/test_cuda_renamed.py
 
+# Fresh environments: every documented line that installs, each package alone on its wheel, extras, a wheelhouse.
+install *arguments:
+    uv run pytest -m install -n 0 tests/install {{arguments}}
+
 # The tests of training on the lowest versions that the packages say they take; 4 GB of wheels the first time.
 floors:
     uv run --isolated --no-project --resolution lowest-direct \

@@ -80,6 +80,13 @@ def test_the_example_of_a_command_s_help_runs(command, shell):
 # Lines of the handbook that are not run, and why.
 NOT_RUN = {
     "pip install": "it would change the surroundings of the tests; what follows && on such a line runs elsewhere",
+    "uv tool": "as pip install; tests/install types it",
+    "uv build": "tests/install builds the wheels",
+    "pipx": "as pip install; tests/install types it",
+    "pip wheel": "as pip install; tests/install types it",
+    "pip uninstall": "as pip install; tests/install types it",
+    "docker": "no engine here; tests/install runs the steps of the Dockerfile",
+    "backprop --version": "test_tool_installation.py",
     "ollama run": "Ollama's own program",
     "backprop ui": ELSEWHERE["ui"],
     "backprop multi-run --resume RUN_ID": "test_multi_run.py kills one and goes on with it",

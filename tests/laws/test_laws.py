@@ -75,6 +75,24 @@ def test_the_seven_packages_are_there_and_whole():
         assert re.search(rf"^## {re.escape(project(name)['version'])}( |$)", changes, re.M), f"{name}: CHANGELOG"
 
 
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_page_on_pypi_has_links_that_work(name):
+    """PyPI shows the README without the tree around it."""
+    text = (PACKAGES[name] / "README.md").read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    repository = project(name)["urls"]["Repository"]
+    for target in targets:
+        assert target.startswith("https://"), f"{name}: {target} is relative"
+        place = re.sub(r"https://raw.githubusercontent.com/[\w-]+/[\w-]+/main", f"{repository}/blob/main", target)
+        if place.startswith(f"{repository}/blob/main/"):
+            assert (ROOT / place.removeprefix(f"{repository}/blob/main/").partition("#")[0]).exists(), target
+    assert f"'{name}>=2.0'" in text, f"{name}: no install line"
+    assert project(name)["urls"] == project("bp-runs")["urls"] | {
+        "Changelog": f"{repository}/blob/main/packages/{name}/CHANGELOG.md"
+    }
+    assert "Programming Language :: Python :: 3.14" in project(name)["classifiers"]
+
+
 def test_layering():
     ours = set(MODULES.values())
     for name, file, tree in sources():
@@ -270,7 +288,9 @@ def test_sibling_ranges_are_two_sided_and_hold():
         optional = [r for extra in project(name).get("optional-dependencies", {}).values() for r in extra]
         for line in (*project(name)["dependencies"], *optional):
             need = Requirement(line)
-            if need.name in versions:
+            if need.name == name:
+                assert need.extras, f"{name}: {line}"  # one extra of itself names others
+            elif need.name in versions:
                 assert {s.operator for s in need.specifier} == {">=", "<"}, f"{name}: {line}"
                 assert versions[need.name] in need.specifier, f"{name}: {line} against {versions[need.name]}"
                 assert not need.specifier.contains("1.8.5"), f"{name}: {line}"

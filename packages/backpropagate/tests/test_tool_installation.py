@@ -1,9 +1,11 @@
 """Hints name the command that installs into this environment; tests/install runs them in real ones."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 
+from backpropagate.cli.app import run
 from backpropagate.cli.hint_wording import CommandLineWording
 from backpropagate.installation import install_command
 from bp_runs.wording import PlainWording, render
@@ -71,3 +73,9 @@ def test_hints_use_it():
     hint = "Install it: {install:bp-export[hub]}; or not"
     assert render(hint, PlainWording()) == "Install it: pip install 'bp-export[hub]'; or not"
     assert render(hint, CommandLineWording()) == f"Install it: {install_command(['bp-export[hub]'])}; or not"
+
+
+def test_the_version_is_that_of_the_installed_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        raise SystemExit(run(["--version"]))
+    assert capsys.readouterr().out.split()[-1] == version("backpropagate")
