@@ -11,13 +11,13 @@ from bp_runs import Rail, Settings, TrainSpec, keep_base, read_adapter_folder
 from bp_runs.adapter import changed_files
 from bp_runs.errors import NothingHeldOutError
 from bp_runs.events import AdapterSaved, DataReady, ModelLoaded, SampleAnswer, StepDone
+from bp_runs.rail import Probe
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_runs.testing import FakeRail
 from bp_train_cuda import CudaRail
 from bp_train_mlx import MlxRail
-from bp_train_mlx.errors import MlxUnavailableError
 
-RAILS = {"fake": FakeRail, "cuda": CudaRail}
+RAILS = {"fake": FakeRail, "cuda": CudaRail, "mlx": MlxRail}
 
 
 @pytest.fixture(params=RAILS)
@@ -122,10 +122,11 @@ def test_a_kept_base_changes_no_bit(rail, spec):
     assert weights_of(continued) == weights_of(after) != weights_of(first)
 
 
-def test_a_failure_leaves_no_adapter(spec, chat_file):
+@pytest.mark.parametrize("kind", [CudaRail, MlxRail])
+def test_a_failure_leaves_no_adapter(spec, chat_file, kind):
     chat_file.write_text("{")
     with pytest.raises(DatasetParseFailedError):
-        CudaRail().train(spec, lambda _: None, lambda: False)
+        kind().train(spec, lambda _: None, lambda: False)
     assert not spec.folders.adapter.exists()
 
 
@@ -133,15 +134,22 @@ def test_installed_rails_are_found_with_their_reasons():
     found = {s.name: s for s in rails.all_rails()}
     assert set(found) == {"cuda", "mlx"}
     assert found["cuda"].probe.usable
+    assert found["mlx"].probe.usable
     assert rails.choose_rail("auto").name == "cuda"
 
 
-def test_mlx_says_that_it_cannot_train_yet(spec):
-    probe = MlxRail().probe()
-    assert not probe.usable
-    assert "not built yet" in probe.why
-    with pytest.raises(MlxUnavailableError):
-        MlxRail().train(spec, lambda _: None, lambda: False)
+@pytest.mark.parametrize(
+    ("cuda", "mlx", "chosen"),
+    [("cuda", "cpu", "cuda"), ("cpu", "metal", "mlx"), ("cpu", "cpu", "cuda"), ("cuda", "metal", "cuda")],
+)
+def test_auto_takes_a_gpu_before_a_cpu(monkeypatch, cuda, mlx, chosen):
+    """On a Mac with both rails, PyTorch would train on the processor."""
+    found = [
+        rails.RailStatus(name, Probe(usable=True, why="", device=device), FakeRail(name=name))
+        for name, device in (("cuda", cuda), ("mlx", mlx))
+    ]
+    monkeypatch.setattr(rails, "all_rails", lambda: found)
+    assert rails.choose_rail("auto").name == chosen
 
 
 def test_a_rail_that_cannot_be_imported_is_listed_with_its_error(monkeypatch):

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import EntryPoint, entry_points
+from operator import itemgetter
 from typing import Any
 
 from backpropagate.errors import RailUnknownError, RailUnusableError
@@ -95,7 +96,9 @@ def run_check(check: Check) -> Finding:
 
 
 def choose_rail(backend: str) -> Rail:
-    """The rail named ``backend``, or the first usable one for ``auto``.
+    """The rail named ``backend``; for ``auto`` the first usable one with a GPU, else the first usable one.
+
+    So NVIDIA GPUs train on CUDA and Apple silicon on MLX, also where both rails are installed.
 
     Raises:
         RailUnknownError: No rail has the name.
@@ -106,8 +109,8 @@ def choose_rail(backend: str) -> Rail:
     if not wanted and backend != "auto":
         names = ", ".join(s.name for s in statuses) or "none"
         raise RailUnknownError(f"there is no backend {backend!r}; installed: {names}")
-    for status in wanted:
-        if status.probe.usable and status.rail is not None:
-            return status.rail
+    usable = [(s.probe.device == "cpu", s.rail) for s in wanted if s.probe.usable and s.rail is not None]
+    if usable:
+        return min(usable, key=itemgetter(0))[1]
     reasons = "; ".join(f"{s.name}: {s.probe.why}" for s in wanted) or "no rail is installed"
     raise RailUnusableError("nothing here can train", cause=reasons)

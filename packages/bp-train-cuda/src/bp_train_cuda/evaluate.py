@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from bp_data import Prepared, TokenRow
 from bp_data.loop.memory import MemoryGuard
-from bp_data.loop.rows import pad_token
+from bp_data.loop.rows import last_turn, pad_token
 from bp_data.loop.validation import Validator
 from bp_data.preparation import AnyPrepared
 from bp_runs.events import Emit
@@ -126,16 +126,6 @@ def _open(spec: TrainSpec, adapter: Path | None, cache: BaseCache | None) -> Ite
         yield model, loaded
         if adapter is not None:
             lora.remove_adapter(model)
-
-
-def last_turn(row: TokenRow) -> tuple[int, int] | None:
-    """Where the last trained stretch of a row begins and ends; None if nothing stands before it.
-
-    A truncated row's last turn may be cut off, so it is no reference either.
-    """
-    end = row.mask.rfind(1) + 1
-    begin = row.mask.rfind(0, 0, end) + 1 if end else 0
-    return (begin, end) if row.kind == "chat" and not row.truncated and 0 < begin < end else None
 
 
 def _answer(

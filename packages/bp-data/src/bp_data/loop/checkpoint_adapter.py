@@ -16,7 +16,15 @@ from typing import Any
 import orjson
 
 from bp_data.templates.conversations import ConversationHashes, read_template_record
-from bp_runs.adapter import CONFIG_FILE, TEMPLATE_FILE, WEIGHTS_FILE, copy_tokenizer_files, write_manifest
+from bp_data.templates.engine import ChatTemplate
+from bp_runs.adapter import (
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    WEIGHTS_FILE,
+    copy_tokenizer_files,
+    find_tokenizer_files,
+    write_manifest,
+)
 from bp_runs.checkpoint import Checkpoint
 from bp_runs.errors import CheckpointInvalidError
 from bp_runs.files import coded_disk_errors, publish_folder
@@ -125,3 +133,18 @@ def _copy_tokenizer(run: Path, record: RunRecord, folder: Path) -> ConversationH
     if default is not None:
         (folder / TEMPLATE_FILE).write_text(default, encoding="utf-8")
     return hashes
+
+
+def copy_tokenizer(base: Path, folder: Path, template: ChatTemplate) -> None:
+    """Put the base's tokenizer and generation settings next to trained weights, and ``template`` if it has none."""
+    copy_tokenizer_files(base, folder)
+    if (base / _GENERATION_FILE).is_file():
+        shutil.copyfile(base / _GENERATION_FILE, folder / _GENERATION_FILE)
+    if template.source == "default":
+        (folder / TEMPLATE_FILE).write_text(template.text, encoding="utf-8")
+
+
+def copied_bytes(base: Path) -> int:
+    """Size of what `copy_tokenizer` copies."""
+    files = [base / name for name in (*find_tokenizer_files(base), _GENERATION_FILE)]
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -173,3 +173,47 @@ class Measured(Protocol):
     def load_weights(self, weights: Any) -> None:
         """Set the trained weights to what `copy_weights` gave."""
         ...
+
+
+class OneProcess:
+    """`LoopGroup` of a process that trains alone."""
+
+    rank = 0
+    count = 1
+
+    def sum_values(self, values: Sequence[float]) -> list[float]:
+        """The values."""
+        return list(values)
+
+    def any(self, mine: bool) -> bool:
+        """``mine``."""
+        return mine
+
+    def all_gather(self, mine: Any) -> list[Any]:
+        """``mine`` alone."""
+        return [mine]
+
+    def try_all(self, action: Callable[[], None]) -> CodedError | None:
+        """The error of ``action``, if it raises one."""
+        try:
+            action()
+        except CodedError as error:
+            return error
+        return None
+
+    def take_warnings(self) -> list[Notice]:
+        """None: a process alone shows its warnings itself."""
+        return []
+
+
+class NoMonitor:
+    """`Monitor` of a device without guards."""
+
+    temperature: float | None = None
+    paused = 0.0
+
+    def before_batch(self) -> None:
+        """Nothing to wait for."""
+
+    def end_step(self, tokens_per_second: float) -> None:
+        """Nothing to check."""

@@ -14,6 +14,7 @@ from bp_runs.spec import TrainingSpec, TrainSpec
 from bp_runs.wording import setting_ref
 
 if TYPE_CHECKING:
+    from bp_data import TokenRow
     from bp_data.loop.plan import AnyRows, RunPlan
     from bp_data.loop.protocols import LoopGroup
     from bp_data.preparation import AnyPrepared
@@ -204,3 +205,13 @@ def _longest(prepared: AnyPrepared) -> int:
         )
         longest = max(longest, *(len(part.ids) for part in parts))
     return longest
+
+
+def last_turn(row: TokenRow) -> tuple[int, int] | None:
+    """Where the last trained stretch of a row begins and ends; None if nothing stands before it.
+
+    A truncated row's last turn may be cut off, so it is no reference either.
+    """
+    end = row.mask.rfind(1) + 1
+    begin = row.mask.rfind(0, 0, end) + 1 if end else 0
+    return (begin, end) if row.kind == "chat" and not row.truncated and 0 < begin < end else None

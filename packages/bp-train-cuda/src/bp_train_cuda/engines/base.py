@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from bp_data.loop.checkpoint_adapter import copied_bytes
 from bp_data.loop.memory import MemoryGuard
 from bp_data.preparation import AnyPrepared
 from bp_runs.errors import (
@@ -41,7 +42,6 @@ from bp_train_cuda.generate import answer
 from bp_train_cuda.model import full, load, lora
 from bp_train_cuda.model.kernels import apply_kernels, use_fp8
 from bp_train_cuda.model.load import BaseCache
-from bp_train_cuda.model.lora_linear import restore_lora
 
 _log = logging.getLogger("bp_train_cuda")
 _SMALL_FILES = 2**20  # bytes for settings and metrics
@@ -134,7 +134,7 @@ def open_model(spec: TrainSpec, loaded: Loaded, emit: Emit, group: ProcessGroup)
 def _require_room(spec: TrainSpec, model: Any, mode: backend.Mode) -> None:
     """Check for disk space before training, so that hours of work can be saved."""
     size = sum(weight.nbytes for weight in lora.trainable_weights(model).values())
-    besides = lora.copied_bytes(spec.base)
+    besides = copied_bytes(spec.base)
     what = "the model" if mode.name == "full" else "the adapter"
     what = f"{what} ({size / 2**20:,.1f} MiB) and its tokenizer ({besides / 2**20:,.1f} MiB)"
     require_free_space(spec.folders.run, size + besides + _SMALL_FILES, what)
@@ -143,7 +143,6 @@ def _require_room(spec: TrainSpec, model: Any, mode: backend.Mode) -> None:
 def close_model(model: Any, mode: backend.Mode) -> None:
     """Give the base its own layers back, so that the next run can use it."""
     if mode.name != "full":
-        restore_lora(model)
         lora.remove_adapter(model)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import orjson
 import torch
 
+from bp_data.loop.checkpoint_adapter import copy_tokenizer
 from bp_data.templates.conversations import hash_conversations
 from bp_data.templates.engine import ChatTemplate
 from bp_runs.adapter import MODEL_SCHEMA, write_manifest
 from bp_runs.files import publish_folder
 from bp_runs.spec import TrainSpec
 from bp_runs.witness import Witness, write_witness
-from bp_train_cuda.model.lora import copy_tokenizer
 
 CONFIG_FILE = "config.json"
 

@@ -12,14 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model, replace_lora_weights_lof
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from bp_data.loop.checkpoint_adapter import copy_tokenizer
 from bp_data.templates.conversations import hash_conversations
 from bp_data.templates.engine import ChatTemplate
 from bp_runs.adapter import (
     CONFIG_FILE,
-    TEMPLATE_FILE,
     WEIGHTS_FILE,
-    copy_tokenizer_files,
-    find_tokenizer_files,
     read_adapter_folder,
     write_manifest,
 )
@@ -32,8 +30,6 @@ from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets
 _PISSA = "pissa_niter_16"  # the paper's fast decomposition, near the exact one
 _START = "start"
 """Folder of the run for the adapter as it started, where it is taken off the result at the end."""
-
-_GENERATION_FILE = "generation_config.json"
 
 
 def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
@@ -157,21 +153,6 @@ def save_adapter(model: Any, spec: TrainSpec, template: ChatTemplate, *, witness
         )
     shutil.rmtree(start, ignore_errors=True)  # only now: a save that ran out of memory is tried again
     return (folder / WEIGHTS_FILE).stat().st_size
-
-
-def copy_tokenizer(base: Path, folder: Path, template: ChatTemplate) -> None:
-    """Put the base's tokenizer and generation settings next to trained weights, and ``template`` if it has none."""
-    copy_tokenizer_files(base, folder)
-    if (base / _GENERATION_FILE).is_file():
-        shutil.copyfile(base / _GENERATION_FILE, folder / _GENERATION_FILE)
-    if template.source == "default":
-        (folder / TEMPLATE_FILE).write_text(template.text, encoding="utf-8")
-
-
-def copied_bytes(base: Path) -> int:
-    """Size of what `copy_tokenizer` copies."""
-    files = [base / name for name in (*find_tokenizer_files(base), _GENERATION_FILE)]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _take_off_start(adapter: Path, start: Path) -> None:

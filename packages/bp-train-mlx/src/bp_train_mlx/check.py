@@ -1,0 +1,141 @@
+"""What is rejected before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bp_data.loop import rows
+from bp_data.loop.plan import require_length
+from bp_data.preparation import AnyPrepared
+from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
+from bp_runs.errors import AdapterInvalidError, InvalidSettingError
+from bp_runs.spec import Settings, TrainSpec
+from bp_train_mlx import backend
+from bp_train_mlx.errors import MlxUnavailableError
+from bp_train_mlx.model import load, lora
+from bp_train_mlx.optim import require_optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A model that can be trained with the settings."""
+
+    device: backend.Device
+    mode: backend.Mode
+    config: Mapping[str, Any]
+    parameters: int
+    warnings: tuple[str, ...] = ()
+    """What the user should know before the weights are fetched."""
+
+
+def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> Checked:
+    """Look at the config in ``base`` alone, and at the shapes in ``adapter``.
+
+    Raises:
+        MlxUnavailableError: mlx is missing, or the model is too large for a CPU.
+        ModelLoadError, RemoteCodeError: As `load.read_config` and `load.sketch_model`.
+        ModeError, FullModelTooLargeError: As `backend.choose_mode`.
+        InvalidSettingError: A number that trains nothing, or a setting that only the CUDA rail has.
+        TargetModulesError: The adapter cannot be made on this model.
+        AdapterInvalidError: ``adapter`` is of another base.
+    """
+    require_numbers(settings)
+    require_here(settings)
+    device, trust = backend.choose_device(), settings.model.trust_remote_code
+    config = load.read_config(base, trust_remote_code=trust)
+    sketch = load.sketch_model(base, config, trust_remote_code=trust)
+    parameters = load.count_parameters(sketch)
+    if not device.is_gpu and parameters > backend.CPU_PARAMETER_LIMIT:
+        raise MlxUnavailableError(
+            f"the model has {parameters / 1e9:.1f} billion parameters and mlx finds no GPU: {device.why}",
+            fix="Use a Mac with Apple silicon, or a model under 1 billion parameters.",
+        )
+    mode = backend.choose_mode(settings.training.mode, parameters, device, load.stored_bits(config))
+    warnings: tuple[str, ...] = ()
+    if mode.name != "full":
+        warnings = lora.choose_targets(sketch, base, config, settings.lora.target_modules).warnings
+    if adapter is not None:
+        require_same_base(adapter, base)
+    return Checked(device, mode, config, parameters, warnings)
+
+
+def require_numbers(settings: Settings) -> None:
+    """Reject an adapter without rank or effect, and batches or steps without anything in them."""
+    own, training = settings.lora, settings.training
+    lowest = {
+        "lora.r": own.r,
+        "training.batch_size": training.batch_size,
+        "training.gradient_accumulation": training.gradient_accumulation,
+    }
+    for key, value in lowest.items():
+        if value < 1:
+            raise InvalidSettingError(f"{key} is {value}; it must be at least 1", setting=key)
+    require_length(training)
+    if not own.resolved_alpha > 0:
+        raise InvalidSettingError(f"lora.alpha is {own.alpha}; it must be a positive number", setting="lora.alpha")
+
+
+def require_here(settings: Settings) -> None:
+    """Reject settings that would do nothing on this rail.
+
+    Raises:
+        InvalidSettingError: Which one, and what to set instead.
+    """
+    training, own = settings.training, settings.lora
+    only_cuda: tuple[tuple[bool, str, Any, Any], ...] = (
+        (training.engine not in ("auto", "native"), "training.engine", training.engine, "native"),
+        (training.kernels == "liger", "training.kernels", training.kernels, "auto"),
+        (training.fp8, "training.fp8", training.fp8, "false"),
+        (own.init_lora_weights != "default", "lora.init_lora_weights", own.init_lora_weights, "default"),
+    )
+    for wrong, key, value, instead in only_cuda:
+        if wrong:
+            raise InvalidSettingError(
+                f"{key} = {value} is not supported on MLX",
+                fix=f"Leave it out: {{set:{key}={instead}}}; or train on an NVIDIA GPU: {{set:training.backend=cuda}}",
+                setting=key,
+            )
+    require_optimizer(training)
+
+
+def require_same_base(adapter: Path, base: Path) -> None:
+    """Reject an adapter that was made on other weights.
+
+    Raises:
+        AdapterInvalidError: Likewise for a folder that is no adapter.
+    """
+    folder = read_adapter_folder(adapter)
+    if is_other_base(adapter, base):
+        raise AdapterInvalidError(
+            f"{adapter} was trained on another base than {base}: their norms differ",
+            cause=f"it names {folder.base} as its base",
+            fix=f"Use that one; if you are sure of this one, remove base_fingerprint from {MANIFEST_FILE}.",
+        )
+
+
+def require_rows_fit(spec: TrainSpec, prepared: AnyPrepared) -> None:
+    """As `bp_data.loop.rows.require_rows_fit`, with the numbers of the base's config."""
+    config = load.text_config(load.read_config(spec.base, trust_remote_code=spec.model.trust_remote_code))
+    vocabulary = config.get("vocab_size")
+    rows.require_rows_fit(
+        spec,
+        prepared,
+        positions=config.get("max_position_embeddings"),
+        vocabulary=vocabulary if isinstance(vocabulary, int) else prepared.facts.vocab_size,
+    )
+
+
+def require_not_ranked(spec: TrainSpec) -> None:
+    """Reject several processes: one machine's GPU is all that this rail trains on.
+
+    Raises:
+        MlxUnavailableError: A launcher started several.
+    """
+    if spec.ranks is not None:
+        raise MlxUnavailableError(
+            f"{spec.ranks.count} processes are to train together, and MLX trains in one",
+            fix="Start it without torchrun.",
+        )

@@ -1,0 +1,309 @@
+"""One training run on mlx: builds what `bp_data.loop.loop.run_loop` needs, runs it, and saves what comes out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from bp_data.loop.checkpoint import Stateful
+from bp_data.loop.checkpoint_adapter import copied_bytes
+from bp_data.loop.examples import build_examples, find_longest
+from bp_data.loop.loop import LoopParts, LoopState, run_loop
+from bp_data.loop.memory import MemoryGuard
+from bp_data.loop.protocols import NoMonitor, OneProcess
+from bp_data.loop.rows import pad_token, plan_rows
+from bp_data.loop.sampler import ExampleOrder, StepSampler
+from bp_data.loop.validation import Validator
+from bp_data.preparation import AnyPrepared
+from bp_runs.errors import CodedError, GpuOutOfMemoryError, TrainingDivergedError, TrainingFailedError, first_line
+from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice
+from bp_runs.files import require_free_space
+from bp_runs.rail import Stop, TrainOutcome
+from bp_runs.spec import TrainSpec
+from bp_runs.wording import command_ref
+from bp_train_mlx import backend, check, preflight
+from bp_train_mlx.checkpoint import Checkpointer
+from bp_train_mlx.framework import MlxFramework, Trained
+from bp_train_mlx.generate import answer_prompts
+from bp_train_mlx.model import load, lora
+from bp_train_mlx.model.base_cache import BaseCache
+from bp_train_mlx.model.full import AllWeights, checkpoint_layers, open_weights, plain_layers
+from bp_train_mlx.model.log_probs import LogProbModel
+from bp_train_mlx.model.packing import require_packable
+from bp_train_mlx.model.save import save_adapter, save_model
+from bp_train_mlx.optim import AdamW
+
+_SMALL_FILES = 2**20  # bytes for settings and metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A base model in memory."""
+
+    checked: check.Checked
+    model: Any
+    dtype: Any
+
+
+@contextlib.contextmanager
+def open_base(spec: TrainSpec, cache: BaseCache | None, adapter: Path | None) -> Iterator[Loaded]:
+    """The base model without an adapter, after everything that can be rejected before weights are loaded.
+
+    Args:
+        spec: Names the base and how it is held.
+        cache: Keeps the base for the next call; None: it is not kept.
+        adapter: An adapter that will go on the base.
+
+    Raises:
+        CodedError: As `bp_train_mlx.check.check_model` and `bp_train_mlx.model.load.load_model`.
+    """
+    checked, trust = check.check_model(spec, spec.base, adapter), spec.model.trust_remote_code
+    dtype = backend.choose_dtype(spec.model.dtype, checked.device)
+    key = (spec.base.resolve(), spec.base_commit, checked.mode.name, str(dtype), trust)
+    make = partial(load.load_model, spec.base, checked.config, checked.mode, dtype, trust_remote_code=trust)
+    with (
+        coded_framework_errors(),
+        backend.process_settings(checked.device),
+        (BaseCache() if cache is None or checked.mode.name == "full" else cache).borrow(key, make) as model,
+    ):
+        yield Loaded(checked, model, dtype)
+
+
+def train(spec: TrainSpec, emit: Emit, stop: Stop, *, cache: BaseCache | None = None) -> TrainOutcome:
+    """Prepare the examples, load, train, save and answer the sample prompts.
+
+    Raises:
+        CodedError: As `bp_train_mlx.rail.MlxRail.train`.
+    """
+    check.require_not_ranked(spec)
+    spec, rows = plan_rows(spec, emit, OneProcess(), partial(check.require_rows_fit, spec))
+    with open_base(spec, cache, spec.initial_adapter) as loaded:
+        outcome = MlxRun(spec, rows.train, rows.validation, emit, stop, loaded).train()
+    return replace(outcome, rows=rows.count_after(outcome.steps))
+
+
+@dataclass(frozen=True, slots=True)
+class MlxRun:
+    """One training run, from a base model in memory to a saved adapter; `train` runs it."""
+
+    spec: TrainSpec
+    prepared: AnyPrepared
+    heldout: Sequence[Any]
+    emit: Emit
+    stop: Stop
+    loaded: Loaded
+
+    def train(self) -> TrainOutcome:
+        """Build what the loop needs, run it, save what comes out."""
+        trained = self._open_trained()
+        model = self.loaded.model
+        if self.spec.training.gradient_checkpointing and self.loaded.checked.device.is_gpu:
+            checkpoint_layers(model)
+        try:
+            parts, state = self._build(trained)
+            try:
+                run_loop(parts, state)
+            except TrainingDivergedError as error:
+                raise self._keep_best(parts, trained, error) from error
+            if parts.validator is not None:
+                if state.stopped and parts.validator.is_due(state.step, is_last=True):
+                    parts.validator.validate(state.step)  # off the schedule, so only once the checkpoint is written
+                parts.validator.restore_best(state.step)
+            folder = self._save(trained, parts.guard)  # before anything that may still fail
+            parts.sample(state.step)
+            return _outcome(folder, parts, state)
+        finally:
+            plain_layers(model)
+            if isinstance(trained, lora.Adapter):
+                trained.remove()
+
+    def _open_trained(self) -> lora.Adapter | AllWeights:
+        """A new adapter, which may start from a saved one, or all weights."""
+        spec, checked, model = self.spec, self.loaded.checked, self.loaded.model
+        trained: lora.Adapter | AllWeights
+        if checked.mode.name == "full":
+            trained = open_weights(model, spec.base)
+        else:
+            targets = lora.choose_targets(model, spec.base, checked.config, spec.lora.target_modules)
+            trained = lora.add_lora(model, targets, spec.lora, spec.training.seed)
+            if spec.initial_adapter is not None:
+                lora.set_weights(trained, spec.initial_adapter, spec.lora)
+        weights = trained.weights().values()
+        size, beside = sum(weight.nbytes for weight in weights), copied_bytes(spec.base)
+        what = "the model" if checked.mode.name == "full" else "the adapter"
+        what = f"{what} ({size / 2**20:,.1f} MiB) and its tokenizer ({beside / 2**20:,.1f} MiB)"
+        require_free_space(spec.folders.run, size + beside + _SMALL_FILES, what)
+        self.emit(
+            ModelLoaded(
+                name=spec.model.name,
+                revision=spec.base_commit,
+                config_sha256=load.config_digest(spec.base),
+                parameters=checked.parameters,
+                trainable=sum(weight.size for weight in weights),
+                mode=checked.mode.label,
+                dtype=str(self.loaded.dtype).removeprefix("mlx.core."),
+                device=checked.device.label,
+            )
+        )
+        for warning in checked.warnings:
+            self.emit(Notice(message=warning, level="warning"))
+        if not checked.device.is_gpu:
+            why = f"training on the CPU ({checked.device.why}): fine for small models, slow for others"
+            self.emit(Notice(message=why))
+        return trained
+
+    def _build(self, trained: Trained) -> tuple[LoopParts, LoopState]:
+        """The loop at its first step, or where its checkpoint was."""
+        spec, training, model = self.spec, self.spec.training, self.loaded.model
+        if training.packing:
+            kind = str(self.loaded.checked.config.get("model_type"))
+            require_packable(model, self.prepared.facts.vocab_size, kind)
+        sample = partial(self._answer, model)
+        if spec.checkpoint is None:
+            sample(0)
+        framework = build_framework(spec, self.prepared, self.heldout, self.loaded, trained, emit=self.emit)
+        framework.optimizer = AdamW(model, training.weight_decay, training.seed)
+        model.train()
+        has_dropout = bool(trained.dropouts)
+        guard = MemoryGuard(framework, self.emit, enabled=training.oom_recovery, has_dropout=has_dropout)
+        order = ExampleOrder(framework.examples.count, training.seed, shuffled=training.curriculum == "none")
+        sampler = StepSampler(order, training.batch_size, training.gradient_accumulation)
+        validator = None
+        if framework.heldout is not None:
+            validator = Validator(
+                framework,
+                framework.heldout.count,
+                training,
+                self.emit,
+                guard=framework.reader,
+                group=OneProcess(),
+                eval_steps=training.planned_eval_steps,
+            )
+        state = LoopState()
+        remembered: dict[str, Stateful] = {"loop": state, "guard": guard, "reader": framework.reader}
+        saver = Checkpointer(spec, self.emit, framework, remembered, validator, guard)
+        parts = LoopParts(
+            framework=framework,
+            training=training,
+            steps=training.planned_steps,
+            sampler=sampler,
+            guard=guard,
+            validator=validator,
+            monitor=NoMonitor(),
+            saver=saver,
+            group=OneProcess(),
+            emit=self.emit,
+            stop=self.stop,
+            sample=sample,
+        )
+        self._start(parts, framework)
+        saver.restore()
+        return parts, state
+
+    def _start(self, parts: LoopParts, framework: MlxFramework) -> None:
+        """Measure the reference of methods that have one, and run the preflight."""
+        spec, sampler = self.spec, parts.sampler
+        if framework.needs_reference:
+            visited = sampler.visited(parts.steps)
+            # All steps and the preflight's batches, also in a resumed run: so the same batches give the same bits.
+            steps = [sampler.all_indexes(step) for step in range(parts.steps)]
+            steps.append(find_longest(framework.examples.lengths(), spec.training.batch_size))
+            self.emit(Notice(message=f"measuring the model before training on {len(visited)} examples"))
+            framework.measure_references(visited, steps, framework.longest_heldout())
+        if preflight.is_due(spec, self.loaded.checked.device):
+            preflight.run_preflight(spec, parts, framework, self.loaded.checked.device)
+
+    def _answer(self, model: Any, step: int) -> None:
+        answer_prompts(self.spec, self.prepared, model, self.emit, step=step)
+
+    def _save(self, trained: lora.Adapter | AllWeights, guard: MemoryGuard) -> Path:
+        """Publish what was trained.
+
+        Raises:
+            TrainingDivergedError: A weight is not finite: a loss is computed before the step that may break weights.
+        """
+        spec, template = self.spec, self.prepared.template
+        for name, weight in trained.weights().items():
+            if not bool(mx.isfinite(weight).all()):
+                raise TrainingDivergedError(f"{name} holds values that are not finite")
+        if isinstance(trained, AllWeights):
+            folder, write = spec.folders.model, partial(save_model, trained.weights(), spec, template)
+        else:
+            folder, write = spec.folders.adapter, partial(save_adapter, trained, spec, template)
+        size = guard.retry(write, "the save")
+        self.emit(AdapterSaved(path=str(folder), bytes=size))
+        return folder
+
+    def _keep_best(
+        self, parts: LoopParts, trained: lora.Adapter | AllWeights, error: TrainingDivergedError
+    ) -> TrainingDivergedError:
+        """Save the best weights of a run that diverged; the error, which says where they are and how to go back."""
+        validator, run = parts.validator, self.spec.folders.run_id
+        if validator is None or validator.best is None:
+            return error
+        trained.load(validator.best)
+        folder = self._save(trained, parts.guard)
+        rate = self.spec.training.resolved_learning_rate / 4
+        again = command_ref("train", **{"training.start_from": f"{run}@best", "training.learning_rate": f"{rate:.2g}"})
+        return TrainingDivergedError(
+            f"{error.message}; the best weights, of step {validator.best_step}, are in {folder}",
+            cause=error.cause,
+            fix=f"Go back to them at a lower rate: {again}",
+            setting="training.learning_rate",
+            details={**error.details, "adapter": str(folder), "best_step": validator.best_step},
+        )
+
+
+def build_framework(
+    spec: TrainSpec, prepared: AnyPrepared, heldout: Sequence[Any], loaded: Loaded, trained: Trained, *, emit: Emit
+) -> MlxFramework:
+    """The framework over a run's examples, without an optimizer."""
+    training, device = spec.training, loaded.checked.device
+    build = partial(
+        build_examples, training.method, pad_id=pad_token(prepared), room=prepared.max_seq_length, seed=training.seed
+    )
+    return MlxFramework(
+        model=LogProbModel(loaded.model),
+        trained=trained,
+        examples=build(rows=prepared.rows, packing=training.packing),
+        heldout=build(rows=heldout) if len(heldout) else None,
+        training=training,
+        reader=MemoryGuard(backend.MlxMemory(), emit, enabled=training.oom_recovery),
+        peak=backend.PeakMemory(),
+        limit=device.memory if device.is_gpu else None,
+    )
+
+
+@contextlib.contextmanager
+def coded_framework_errors() -> Iterator[None]:
+    """Give mlx's own errors a code; ours keep their own."""
+    try:
+        yield
+    except CodedError:
+        raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, OSError) as error:
+        if backend.MlxMemory().is_out_of_memory(error):
+            raise GpuOutOfMemoryError("mlx ran out of memory", cause=first_line(error)) from error
+        raise TrainingFailedError(f"{type(error).__name__}: {error}") from error
+
+
+def _outcome(folder: Path, parts: LoopParts, state: LoopState) -> TrainOutcome:
+    first, final = state.losses.means()
+    return TrainOutcome(
+        adapter=folder,
+        steps=state.losses.count,
+        first_loss=first,
+        final_loss=final,
+        tokens=state.tokens,
+        seconds=state.seconds,
+        peak_memory=parts.framework.peak_memory(),
+        stopped=state.stopped,
+        eval_loss=parts.validator.best_loss if parts.validator else None,
+        best_step=parts.validator.best_step if parts.validator and parts.validator.best_loss is not None else None,
+    )
