@@ -216,8 +216,8 @@ def test_one_file_a_run(place):
         (9, {"runs": 2, "metric": "f1", "method": "dpo"}, InvalidSettingError, "metric is f1 and training.method is dpo"),
         (9, {"runs": 2, "mode": "full"}, InvalidSettingError, "training.mode is full"),
         (9, {"runs": 2, "init_lora_weights": "pissa"}, InvalidSettingError, "init_lora_weights is pissa"),
-        (9, {"runs": 0}, InvalidSettingError, "multirun.runs is 0"),
-        (9, {"last_lr": 0.0}, InvalidSettingError, "multirun.last_lr is 0.0"),
+        (9, {"runs": 0}, InvalidSettingError, "runs is 0"),
+        (9, {"last_lr": 0.0}, InvalidSettingError, "last_lr is 0.0"),
         (9, {"replay_share": 1.0}, InvalidSettingError, "replay_share is 1.0"),
     ],
 )  # fmt: skip

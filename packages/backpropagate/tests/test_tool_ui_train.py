@@ -82,7 +82,7 @@ def test_what_is_filled_in_becomes_one_word_a_flag():
     ("form", "told"),
     [
         ({"steps": "many"}, "steps cannot be"),
-        ({"steps": "0"}, "training.steps is 0"),
+        ({"steps": "0"}, "steps is 0"),
         ({"data": ""}, "no data file was named"),
         ({"data": "/etc/passwd"}, "does not lie in a folder that this page may read"),
         ({"data": "../x.jsonl"}, "does not lie in a folder that this page may read"),

@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, get_type_hints
 
 from backpropagate import legacy_names
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
@@ -20,7 +20,7 @@ from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import InvalidSettingError
 from bp_runs.record import RunRecord
 from bp_runs.redact import MASK
-from bp_runs.spec import LORA_PRESETS, LoraSpec, Settings, short_name
+from bp_runs.spec import LORA_PRESETS, LoraSpec, Range, Settings, check_value, choices_of, short_name
 
 ENV_PREFIX = "BACKPROPAGATE_"
 TOML_FILE = "backpropagate.toml"
@@ -48,6 +48,8 @@ class Setting:
     """Further names, see `bp_runs.spec.setting`: ``learning_rate``; with a dot, names in another group."""
     is_path: bool = False
     """Whether its value may name a file or folder."""
+    range: Range | None = None
+    """The numbers that it takes."""
 
     @property
     def short(self) -> str:
@@ -106,6 +108,7 @@ def _settings_of(group: str, spec: type[Any]) -> dict[str, Setting]:
             is_secret=f.metadata.get("secret", False),
             aliases=f.metadata.get("aliases", ()),
             is_path=f.metadata.get("is_path", False),
+            range=f.metadata.get("range"),
         )
     return found
 
@@ -148,8 +151,7 @@ def _from_variable(name: str) -> str:
 
 def choices(setting: Setting) -> tuple[str, ...]:
     """The words that a setting takes; empty where it takes more than words of a list."""
-    found = [part for part in (setting.type, *get_args(setting.type)) if get_origin(part) is Literal]
-    return tuple(str(word) for part in found for word in get_args(part))
+    return tuple(map(str, choices_of(setting.type)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +195,7 @@ def resolve(
         values["model.name"] = _expand_model(values["model.name"])
     if values.get("data.reasoning_trace") and sources["model.max_seq_length"] == "default":
         values["model.max_seq_length"] = _TRACE_SEQ_LENGTH
-    return Resolved(_check(_build(values)), MappingProxyType(sources))
+    return Resolved(_require_one_length(_build(values)), MappingProxyType(sources))
 
 
 def resolve_ui(
@@ -201,15 +203,7 @@ def resolve_ui(
 ) -> tuple[UiSpec, Mapping[str, Source]]:
     """Settings of the web page and where each came from; as `resolve`."""
     values, sources = _join(ui_settings(), flags, environ or {}, toml, {})
-    spec = UiSpec(**{key.partition(".")[2]: value for key, value in values.items()})
-    if not 0 <= spec.port <= _HIGHEST_PORT:
-        raise InvalidSettingError(
-            f"ui.port is {spec.port}; it must be at least 0 and at most {_HIGHEST_PORT}", setting="ui.port"
-        )
-    return spec, MappingProxyType(sources)
-
-
-_HIGHEST_PORT = 2**16 - 1
+    return UiSpec(**{key.partition(".")[2]: value for key, value in values.items()}), MappingProxyType(sources)
 
 
 def _join(
@@ -339,7 +333,7 @@ def from_record(record: RunRecord, overrides: Mapping[str, Any] | None = None) -
         sources[key] = entry["source"] if entry["source"] in ("default", "preset") else "record"
     if sources["lora.preset"] == "override" and values["lora.preset"] in LORA_PRESETS:
         _fill_lora(values, sources, values["lora.preset"])
-    return Resolved(_check(_build(values)), MappingProxyType(sources))
+    return Resolved(_require_one_length(_build(values)), MappingProxyType(sources))
 
 
 def anchored(key: str, value: Any, cwd: str) -> Any:
@@ -436,15 +430,27 @@ def _convert(setting: Setting, raw: Any, source: Source, name: str) -> Any:
         raw = [part.strip() for part in raw.split("|") if part.strip()]
     if isinstance(raw, Path):
         raw = str(raw)
-    if type(raw) is setting.type:
-        return raw
+    where = name if source in ("env", "toml") else f"{{set:{name.replace('-', '_')}}}"
+    value = raw if choices(setting) or type(raw) is setting.type else _as_type(setting, raw, source, where)
+    check_value(setting.key, value, setting.type, setting.range, where)
+    return value
+
+
+def _as_type(setting: Setting, raw: Any, source: Source, where: str) -> Any:
     import msgspec  # only where something must be read: commands start without it
 
     try:
         return msgspec.convert(raw, setting.type, strict=source == "toml")
     except msgspec.ValidationError as error:
-        where = name if source in ("env", "toml") else f"{{set:{name.replace('-', '_')}}}"
-        raise InvalidSettingError(f"{where} cannot be {raw!r}", cause=str(error), setting=setting.key) from error
+        raise InvalidSettingError(
+            f"{where} cannot be {raw!r}", cause=f"it must be {kind_of(setting)}", setting=setting.key
+        ) from error
+
+
+def kind_of(setting: Setting) -> str:
+    """What a setting takes, in words: ``a whole number``."""
+    named = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "texts", "str": "text"}
+    return next((words for kind, words in named.items() if kind in str(setting.type)), "text")
 
 
 def _build(values: Mapping[str, Any]) -> Settings:
@@ -456,67 +462,11 @@ def _build(values: Mapping[str, Any]) -> Settings:
     return Settings(**{group: types[group](**values) for group, values in groups.items()})
 
 
-# Lowest and highest values that make sense; the highest is open where None.
-_RANGES: Mapping[str, tuple[float, float | None]] = {
-    "model.max_seq_length": (8, None),
-    "data.samples": (1, None),
-    "data.min_tokens": (0, None),
-    "data.trace_min_tokens": (0, None),
-    "data.trace_max_tokens": (1, None),
-    "lora.r": (1, 4096),
-    "lora.dropout": (0.0, 0.999),
-    "training.steps": (1, None),
-    "training.batch_size": (1, None),
-    "training.gradient_accumulation": (1, None),
-    "training.warmup_steps": (0, None),
-    "training.weight_decay": (0.0, None),
-    "training.max_grad_norm": (0.0, None),
-    "training.seed": (0, 2**32 - 1),
-    "training.eval_share": (0.0, 0.9),
-    "training.eval_min_rows": (1, None),
-    "training.eval_steps": (1, None),
-    "training.early_stop": (0, None),
-    "training.save_steps": (0, None),
-    "training.save_minutes": (0.0, None),
-    "training.keep_checkpoints": (1, None),
-    "training.sample_tokens": (1, None),
-    "training.simpo_gamma": (0.0, None),
-    "training.gpu_max_temp": (0, 110),
-    "multirun.runs": (1, None),
-    "multirun.replay_share": (0.0, 0.9),
-    "multirun.heldout": (0.0, 0.9),
-    "multirun.max_regression": (0.0, None),
-    "multirun.patience": (0, None),
-}
-_POSITIVE = (
-    "training.epochs",
-    "training.learning_rate",
-    "multirun.last_lr",
-    "lora.alpha",
-    "training.dpo_beta",
-    "training.orpo_beta",
-    "training.simpo_beta",
-    "training.kto_beta",
-    "training.kto_desirable_weight",
-    "training.kto_undesirable_weight",
-)
-
-
-def _check(settings: Settings) -> Settings:
-    flat = settings.to_flat()
-    for key, (low, high) in _RANGES.items():
-        value = flat[key]
-        if value is not None and (not value >= low or (high is not None and value > high)):
-            upper = f" and at most {high}" if high is not None else ""
-            raise InvalidSettingError(f"{key} is {value}; it must be at least {low}{upper}", setting=key)
-    for key in _POSITIVE:
-        value = flat[key]
-        if value is not None and not 0 < value < float("inf"):
-            raise InvalidSettingError(f"{key} is {value}; it must be a positive number", setting=key)
+def _require_one_length(settings: Settings) -> Settings:
     if settings.training.steps is not None and settings.training.epochs is not None:
         raise InvalidSettingError(
-            f"training.steps is {settings.training.steps} and training.epochs is {settings.training.epochs:g}: "
-            "both say how long to train",
+            f"{{set:training.steps}} is {settings.training.steps} and {{set:training.epochs}} is "
+            f"{settings.training.epochs:g}: both say how long to train",
             fix="Set one of them: {set:training.steps=200}, or {set:training.epochs=3}",
             setting="training.epochs",
         )

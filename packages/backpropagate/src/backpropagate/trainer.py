@@ -63,6 +63,11 @@ class TrainResult:
     outcome: TrainOutcome
     record: RunRecord
 
+    @property
+    def final_loss(self) -> float:
+        """The training loss of the last step, in nats per trained token."""
+        return self.outcome.final_loss
+
 
 class Trainer:
     """Trains adapters on one base model and exports them.

@@ -12,7 +12,7 @@ class UiSpec:
     """The web page."""
 
     host: str = setting("127.0.0.1", "Address to listen on; one that other machines reach needs --auth.")
-    port: int = setting(7860, "Port to listen on; 0: any that is free.")
+    port: int = setting(7860, "Port to listen on; 0: any that is free.", at_least=0, at_most=2**16 - 1)
     auth: str | None = field(
         default=None,
         metadata={"help": "Name and password that the page asks for, as user:password.", "secret": True},

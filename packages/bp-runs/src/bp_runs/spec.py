@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast, get_args, get_origin, get_type_hints
 
-from bp_runs.errors import ContractError
+from bp_runs.errors import ContractError, InvalidSettingError
 from bp_runs.methods import METHODS, MethodName
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME
 from bp_runs.serialize import from_json, to_json
@@ -33,10 +33,39 @@ def _short_names() -> Mapping[str, str]:
     return {f"{group}.{f.name}": f.metadata["short"] for group, found in groups.items() for f in found}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """The numbers that a setting can take; an end that is None is open."""
+
+    at_least: float | None = None
+    at_most: float | None = None
+    above: float | None = None
+    """A lower end that is itself not allowed; infinity and NaN are not allowed either."""
+
+    def complaint(self, value: float) -> str:
+        """What a number must be to be in the range; empty if it is."""
+        if self.above is not None:
+            return "" if self.above < value < float("inf") else "it must be a positive number"
+        # "not >=" instead of "<", so that NaN is outside
+        low = self.at_least is not None and not value >= self.at_least
+        if low or (self.at_most is not None and value > self.at_most):
+            upper = f" and at most {self.at_most}" if self.at_most is not None else ""
+            return f"it must be at least {self.at_least}{upper}"
+        return ""
+
+
 def setting(
-    default: Any, help: str, *, short: str | None = None, aliases: tuple[str, ...] = (), is_path: bool = False
+    default: Any,
+    help: str,
+    *,
+    short: str | None = None,
+    aliases: tuple[str, ...] = (),
+    is_path: bool = False,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
 ) -> Any:
-    """A dataclass field with its default, its one-line help and its names.
+    """A dataclass field with its default, its one-line help, its names and its range.
 
     Args:
         default: The default value.
@@ -45,8 +74,64 @@ def setting(
         aliases: Further names that every parser knows: Python keywords, flags, overrides, variables and TOML. One with
             a dot, as ``lora.random_state``, is a name in another group, known where groups are: in variables and TOML.
         is_path: Whether the value may name a file or folder.
+        at_least, at_most, above: As in `Range`.
     """
-    return field(default=default, metadata={"help": help, "short": short, "aliases": aliases, "is_path": is_path})
+    found = Range(at_least=at_least, at_most=at_most, above=above)
+    return field(
+        default=default,
+        metadata={
+            "help": help,
+            "short": short,
+            "aliases": aliases,
+            "is_path": is_path,
+            "range": None if found == Range() else found,
+        },
+    )
+
+
+def choices_of(kind: Any) -> tuple[Any, ...]:
+    """The values that a setting of this type can take; empty if its type lists none."""
+    literals = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
+    return tuple(value for part in literals for value in get_args(part))
+
+
+def check_value(key: str, value: Any, kind: Any, allowed: Range | None, name: str | None = None) -> None:
+    """Hold one value to the choices of its type and to its range.
+
+    Args:
+        key: The setting's dotted key.
+        value: The value; None is always allowed.
+        kind: The setting's type.
+        allowed: Its range.
+        name: How the setting was spelled where the value comes from; default: a reference to it (`bp_runs.wording`).
+
+    Raises:
+        InvalidSettingError: The value is not allowed.
+    """
+    named = name or f"{{set:{key}}}"
+    choices = choices_of(kind)
+    if value is None:
+        return
+    if choices and value not in choices:
+        import difflib  # only for a message: commands start without it
+
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+        raise InvalidSettingError(
+            f"{named} cannot be {value!r}{f'; did you mean {near[0]!r}?' if near else ''}",
+            cause=f"it must be one of: {', '.join(map(str, choices))}",
+            setting=key,
+        )
+    if allowed is not None and (complaint := allowed.complaint(value)):
+        raise InvalidSettingError(f"{named} is {value}; {complaint}", setting=key)
+
+
+@cache
+def _checks(group: str) -> tuple[tuple[str, Any, Range | None], ...]:
+    """Name, type and range of the fields of a group that have choices or a range."""
+    spec = get_type_hints(Settings)[group]
+    hints = get_type_hints(spec)
+    found = [(f.name, hints[f.name], f.metadata.get("range")) for f in fields(spec)]
+    return tuple(row for row in found if row[2] is not None or choices_of(row[1]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +140,7 @@ class ModelSpec:
 
     name: str = setting(DEFAULT_MODEL, "Base model: a Hugging Face folder or Hub id.", short="model", is_path=True)
     revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
-    max_seq_length: int = setting(2048, "Longest row, in tokens; longer rows are truncated and counted.")
+    max_seq_length: int = setting(2048, "Longest row, in tokens; longer rows are truncated and counted.", at_least=8)
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "Weights' type: auto is bfloat16 on a GPU that has it, else float32."
     )
@@ -81,7 +166,7 @@ class DataSpec:
         None, "Branch, tag or commit of a Hub data set; what it stood for is recorded.", short="data_revision"
     )
     samples: int | None = setting(
-        None, "Use at most so many rows, drawn by the seed; default: all.", aliases=("samples_per_run",)
+        None, "Use at most so many rows, drawn by the seed; default: all.", aliases=("samples_per_run",), at_least=1
     )
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail", "What a row that cannot be used does: fail, or skip and count."
@@ -90,7 +175,7 @@ class DataSpec:
         "auto",
         "What a row over max_seq_length does: truncate, drop, split or fail; auto: truncate, and split .txt and .md.",
     )
-    min_tokens: int = setting(0, "Drop rows with fewer tokens.")
+    min_tokens: int = setting(0, "Drop rows with fewer tokens.", at_least=0)
     dedup: Literal["none", "exact", "near"] = setting(
         "none", "Drop rows that repeat an earlier one, exactly or nearly."
     )
@@ -98,10 +183,10 @@ class DataSpec:
         False, "Keep <think>…</think> as plain text and drop rows without a whole trace; rows may be 8192 tokens long."
     )
     trace_min_tokens: int = setting(
-        8, "Shortest reasoning trace that is kept, in tokens.", aliases=("min_trace_tokens",)
+        8, "Shortest reasoning trace that is kept, in tokens.", aliases=("min_trace_tokens",), at_least=0
     )
     trace_max_tokens: int = setting(
-        8192, "Longest reasoning trace that is kept, in tokens.", aliases=("max_trace_tokens",)
+        8192, "Longest reasoning trace that is kept, in tokens.", aliases=("max_trace_tokens",), at_least=1
     )
 
 
@@ -121,11 +206,13 @@ class LoraSpec:
         "first of these that fits the card.",
         short="lora_preset",
     )
-    r: int = setting(16, "Rank of the adapter.", short="lora_r")
+    r: int = setting(16, "Rank of the adapter.", short="lora_r", at_least=1, at_most=4096)
     alpha: float | None = setting(
-        None, "Scale: the update counts alpha / r times. Default: twice the rank.", short="lora_alpha"
+        None, "Scale: the update counts alpha / r times. Default: twice the rank.", short="lora_alpha", above=0
     )
-    dropout: float = setting(0.0, "Dropout on the adapter's input, 0 to 1.", short="lora_dropout")
+    dropout: float = setting(
+        0.0, "Dropout on the adapter's input, 0 to 1.", short="lora_dropout", at_least=0.0, at_most=0.999
+    )
     init_lora_weights: Literal["default", "pissa", "loftq"] = setting(
         "default",
         "How the adapter starts: default: as no change; pissa: the base's main directions (arXiv:2404.02948); "
@@ -164,22 +251,28 @@ class TrainingSpec:
         None,
         "Optimizer steps; default: planned from the data, about 3 epochs, at least 20 and at most 1,000 steps.",
         aliases=("max_steps", "steps_per_run"),
+        at_least=1,
     )
-    epochs: float | None = setting(None, "Passes over the training examples, instead of steps: 3, or 0.5 for half.")
+    epochs: float | None = setting(
+        None, "Passes over the training examples, instead of steps: 3, or 0.5 for half.", above=0
+    )
     learning_rate: float | None = setting(
         None,
         "Peak learning rate; default: the method's and mode's own, 2e-4 for sft of an adapter, 2e-5 of all weights.",
         short="lr",
         aliases=("learning_rate",),
+        above=0,
     )
-    batch_size: int = setting(2, "Rows in a micro-batch.", aliases=("per_device_train_batch_size",))
-    gradient_accumulation: int = setting(4, "Micro-batches in a step.", aliases=("gradient_accumulation_steps",))
-    warmup_steps: int = setting(5, "Steps in which the learning rate rises from 0.")
+    batch_size: int = setting(2, "Rows in a micro-batch.", aliases=("per_device_train_batch_size",), at_least=1)
+    gradient_accumulation: int = setting(
+        4, "Micro-batches in a step.", aliases=("gradient_accumulation_steps",), at_least=1
+    )
+    warmup_steps: int = setting(5, "Steps in which the learning rate rises from 0.", at_least=0)
     scheduler: Literal["linear", "cosine", "constant"] = setting(
         "linear", "Course of the learning rate after warm-up.", aliases=("lr_scheduler_type",)
     )
-    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.")
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.")
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.", at_least=0.0)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.", at_least=0.0)
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = setting(
         "auto",
         "AdamW with moments in 32 or 8 bits, or 8 bits that may move to RAM; auto: 8 bits in qlora, paged in full, "
@@ -196,17 +289,23 @@ class TrainingSpec:
         "none", "Order of rows: none shuffles by the seed, length goes from short to long."
     )
     eval_share: float = setting(
-        0.05, "Share of the examples held out to measure the validation loss, at most 500; 0: none."
+        0.05,
+        "Share of the examples held out to measure the validation loss, at most 500; 0: none.",
+        at_least=0.0,
+        at_most=0.9,
     )
     eval_min_rows: int = setting(
-        6, "Fewest examples to hold out where the share is less; with fewer than 5 times as many, none is held out."
+        6,
+        "Fewest examples to hold out where the share is less; with fewer than 5 times as many, none is held out.",
+        at_least=1,
     )
     eval_steps: int | None = setting(
         None,
         "Steps between validations; default: about one validation per epoch, 2 to 20 per run. The last step is "
         "always validated.",
+        at_least=1,
     )
-    early_stop: int = setting(3, "Stop after so many validations in a row without a lower loss; 0: never.")
+    early_stop: int = setting(3, "Stop after so many validations in a row without a lower loss; 0: never.", at_least=0)
     keep: Literal["best", "last"] = setting("best", "Adapter to keep: of the lowest validation loss, or the last.")
     oom_recovery: bool = setting(
         True, "Halve a micro-batch that does not fit the GPU and go on with the same step; without it, stop."
@@ -214,13 +313,19 @@ class TrainingSpec:
     preflight: Literal["auto", "on", "off"] = setting(
         "auto", "Rehearse the longest batch, an optimizer step and a validation first; auto: runs of 50 steps on a GPU."
     )
-    gpu_max_temp: int = setting(88, "Pause when the GPU is as hot as this, in °C, until it has cooled by 8; 0: never.")
+    gpu_max_temp: int = setting(
+        88, "Pause when the GPU is as hot as this, in °C, until it has cooled by 8; 0: never.", at_least=0, at_most=110
+    )
     kernels: Literal["auto", "none", "liger"] = setting(
         "auto", "Fused kernels on a GPU: Liger's where it is installed and knows the model (auto), always, or none."
     )
-    save_steps: int = setting(50, "Save a checkpoint every so many steps; 0: not by steps.")
-    save_minutes: float = setting(5.0, "Save a checkpoint after so many minutes without one; 0: not by time.")
-    keep_checkpoints: int = setting(2, "Newest checkpoints that stay, beside the one of the lowest validation loss.")
+    save_steps: int = setting(50, "Save a checkpoint every so many steps; 0: not by steps.", at_least=0)
+    save_minutes: float = setting(
+        5.0, "Save a checkpoint after so many minutes without one; 0: not by time.", at_least=0.0
+    )
+    keep_checkpoints: int = setting(
+        2, "Newest checkpoints that stay, beside the one of the lowest validation loss.", at_least=1
+    )
     resume: bool | None = setting(
         None,
         "Go on with the newest unfinished run as it is recorded; no: start anew; default: go on if the settings agree.",
@@ -235,7 +340,11 @@ class TrainingSpec:
         "./output", "Output folder: adapter, runs and exports.", short="output", aliases=("output_dir",), is_path=True
     )
     seed: int = setting(
-        42, "Seed of rows' order, initial weights and dropout.", aliases=("random_state", "lora.random_state")
+        42,
+        "Seed of rows' order, initial weights and dropout.",
+        aliases=("random_state", "lora.random_state"),
+        at_least=0,
+        at_most=2**32 - 1,
     )
     report_to: Literal["auto", "none", "tensorboard", "mlflow", "wandb", "trackio"] = setting(
         "auto", "Tracker that follows the run; auto: all that are installed, wandb only with WANDB_API_KEY."
@@ -247,14 +356,20 @@ class TrainingSpec:
     sample_prompts: tuple[str, ...] = setting(
         (), "Prompts that are answered before and after training.", aliases=("sample_prompt",)
     )
-    sample_tokens: int = setting(48, "Longest sample answer, in tokens.")
-    dpo_beta: float = setting(0.1, "How closely dpo holds to the untrained model (arXiv:2305.18290).")
-    orpo_beta: float = setting(0.1, "Weight of orpo's odds ratio beside its likelihood (arXiv:2403.07691, lambda).")
-    simpo_beta: float = setting(2.0, "Scale of simpo's reward, the mean log-probability of a token (arXiv:2405.14734).")
-    simpo_gamma: float = setting(1.0, "Margin by which simpo wants the better answer's reward to be higher.")
-    kto_beta: float = setting(0.1, "How closely kto holds to the untrained model (arXiv:2402.01306).")
-    kto_desirable_weight: float = setting(1.0, "Weight of good answers in kto; raise it where they are few.")
-    kto_undesirable_weight: float = setting(1.0, "Weight of bad answers in kto; raise it where they are few.")
+    sample_tokens: int = setting(48, "Longest sample answer, in tokens.", at_least=1)
+    dpo_beta: float = setting(0.1, "How closely dpo holds to the untrained model (arXiv:2305.18290).", above=0)
+    orpo_beta: float = setting(
+        0.1, "Weight of orpo's odds ratio beside its likelihood (arXiv:2403.07691, lambda).", above=0
+    )
+    simpo_beta: float = setting(
+        2.0, "Scale of simpo's reward, the mean log-probability of a token (arXiv:2405.14734).", above=0
+    )
+    simpo_gamma: float = setting(
+        1.0, "Margin by which simpo wants the better answer's reward to be higher.", at_least=0.0
+    )
+    kto_beta: float = setting(0.1, "How closely kto holds to the untrained model (arXiv:2402.01306).", above=0)
+    kto_desirable_weight: float = setting(1.0, "Weight of good answers in kto; raise it where they are few.", above=0)
+    kto_undesirable_weight: float = setting(1.0, "Weight of bad answers in kto; raise it where they are few.", above=0)
 
     @property
     def resolved_learning_rate(self) -> float:
@@ -300,6 +415,7 @@ class MultiRunSpec:
         5,
         "Runs, each on its own slice of the data; with several data files: one run a file.",
         aliases=("num_runs", "multi_run.num_runs"),
+        at_least=1,
     )
     merge: Literal["ftba-mb", "slao", "slao-preserving", "none"] = setting(
         "ftba-mb",
@@ -308,14 +424,20 @@ class MultiRunSpec:
         "but the start keeps what the adapter does; none: keep the last adapter.",
     )
     last_lr: float = setting(
-        0.25, "Learning rate of the last run, as a share of the first's; those between lie on a line."
+        0.25, "Learning rate of the last run, as a share of the first's; those between lie on a line.", above=0
     )
-    replay_share: float = setting(0.0, "Share of each run's rows that are drawn from earlier runs' rows.")
+    replay_share: float = setting(
+        0.0, "Share of each run's rows that are drawn from earlier runs' rows.", at_least=0.0, at_most=0.9
+    )
     replay: Literal["recent", "random", "all"] = setting(
         "random", "Rows that are replayed: of the run before, of any earlier one, or as many of every earlier one."
     )
     heldout: float = setting(
-        0.1, "Share of each run's rows that only measure what is forgotten; 0: none.", aliases=("eval_heldout",)
+        0.1,
+        "Share of each run's rows that only measure what is forgotten; 0: none.",
+        aliases=("eval_heldout",),
+        at_least=0.0,
+        at_most=0.9,
     )
     metric: Literal["none", "exact", "f1", "contains"] = setting(
         "none",
@@ -323,9 +445,14 @@ class MultiRunSpec:
     )
     eval_gate: bool = setting(False, "Leave out a run whose merge makes the held-out loss worse.")
     max_regression: float = setting(
-        0.0, "How much worse, in nats, the gate lets the mean held-out loss become.", aliases=("eval_max_regression",)
+        0.0,
+        "How much worse, in nats, the gate lets the mean held-out loss become.",
+        aliases=("eval_max_regression",),
+        at_least=0.0,
     )
-    patience: int = setting(0, "End after so many runs in a row without a lower mean held-out loss; 0: never.")
+    patience: int = setting(
+        0, "End after so many runs in a row without a lower mean held-out loss; 0: never.", at_least=0
+    )
     keep_adapters: Literal["all", "last", "none"] = setting(
         "all", "Adapters of the single runs that stay, fine-tuned and merged; the result is kept always."
     )
@@ -389,6 +516,17 @@ class Settings:
     lora: LoraSpec = field(default_factory=LoraSpec)
     training: TrainingSpec = field(default_factory=TrainingSpec)
     multirun: MultiRunSpec = field(default_factory=MultiRunSpec)
+
+    def __post_init__(self) -> None:
+        """Hold every value to its choices and its range; here, so that each package alone is held to them.
+
+        Raises:
+            InvalidSettingError: As `check_value`.
+        """
+        for group in ("model", "data", "lora", "training", "multirun"):
+            values = getattr(self, group)
+            for name, kind, allowed in _checks(group):
+                check_value(f"{group}.{name}", getattr(values, name), kind, allowed)
 
     def to_flat(self) -> dict[str, Any]:
         """Settings by dotted key, in the order of this module."""

@@ -17,6 +17,7 @@ from backpropagate.settings import (
     all_settings,
     choices,
     find_setting,
+    kind_of,
     resolve,
     resolve_ui,
     ui_settings,
@@ -66,7 +67,7 @@ def explain(key: Annotated[str, Parameter(allow_leading_hyphen=True)], *, json: 
         f"{setting.key}: {setting.help}",
         f"  value     {_words(value)}  (from: {source})",
         f"  default   {_words(setting.default)}",
-        f"  takes     {', '.join(choices(setting)) or _kind(setting)}",
+        f"  takes     {', '.join(choices(setting)) or kind_of(setting)}",
         f"  flag      {' or '.join(flag_names(setting))}",
         f"  variable  {setting.env}",
         f"  file      {TOML_FILE}: [{group}] {name} = {_toml(example)}",
@@ -109,11 +110,6 @@ def _words(value: Any) -> str:
     if value is None or value in ("", ()):
         return "not set"
     return ", ".join(map(str, value)) if isinstance(value, tuple) else spell(value)
-
-
-def _kind(setting: Setting) -> str:
-    named = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "texts", "str": "text"}
-    return next((words for kind, words in named.items() if kind in str(setting.type)), "text")
 
 
 def _toml(value: Any) -> str:
