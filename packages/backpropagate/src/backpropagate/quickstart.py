@@ -20,6 +20,7 @@ from bp_data.preview import PreviewToken
 from bp_runs.errors import InterruptedRunError
 from bp_runs.events import Event, SampleAnswer
 from bp_runs.rail import Rail
+from bp_runs.wording import command_ref
 
 HELD_OUT = ("What is the capital of Germany?", "Who are you?", "How do I boil an egg?")
 """Prompts that are not in the example data."""
@@ -135,7 +136,7 @@ def run_quickstart(
     if training.outcome.stopped:
         raise InterruptedRunError(
             f"quickstart was stopped after {training.outcome.steps} steps; the adapter so far is {training.adapter}",
-            fix=f"Start it again, or use what is there: backprop export {training.adapter}",
+            fix=f"Start it again, or use what is there: {command_ref('export', training.adapter)}",
         )
     say(f"export    base and adapter become one {QUANTIZATION} GGUF")
     export = trainer.export("gguf", quantization=QUANTIZATION)

@@ -11,7 +11,7 @@ from typing import Any
 
 from backpropagate.errors import ResumeDiffersError
 from backpropagate.settings import Resolved, from_record
-from backpropagate.system import where
+from backpropagate.system import output_setting
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
 from bp_runs.errors import (
     CheckpointInvalidError,
@@ -27,6 +27,7 @@ from bp_runs.record import RunRecord
 from bp_runs.recovery import read_copy
 from bp_runs.spec import Settings
 from bp_runs.store import RunStore
+from bp_runs.wording import command_ref, render
 
 _log = logging.getLogger("backpropagate")
 
@@ -58,8 +59,8 @@ class ResumePlan:
     def notices(self, versions: Mapping[str, str]) -> list[Notice]:
         """What the user should know before it goes on."""
         place = f"from step {self.step}" if self.checkpoint else "from the beginning: it has no checkpoint"
-        anew = "; to start anew: --no-resume" if self.unasked else ""
-        found = [Notice(message=f"the run {self.record.run_id} goes on {place}{anew}")]
+        other = render("; to start a new one: {set:training.resume=false}") if self.unasked else ""
+        found = [Notice(message=f"the run {self.record.run_id} goes on {place}{other}")]
         for name, wrong in self.damaged.items():
             found.append(Notice(message=f"the checkpoint {name} is passed over: {wrong}", level="warning"))
         changed = {n: f"{v} → {versions.get(n)}" for n, v in self.record.versions.items() if versions.get(n) != v}
@@ -71,9 +72,9 @@ class ResumePlan:
 
 
 def resume_line(run_id: str, output: Path, ranks: int = 1) -> str:
-    """The command that goes on with a run, of so many processes."""
-    program = "backprop" if ranks == 1 else f"torchrun --nproc-per-node {ranks} -m backpropagate"
-    return f"{program} resume {run_id}{where(output)}"
+    """The command that resumes a run of so many processes, for a hint."""
+    line = command_ref("resume", run_id, **output_setting(output))
+    return line if ranks == 1 else f"torchrun --nproc-per-node {ranks} {line.replace('{do:', '{program:', 1)}"
 
 
 def find_record(store: RunStore, partial_id: str | None) -> RunRecord:
@@ -91,25 +92,28 @@ def find_record(store: RunStore, partial_id: str | None) -> RunRecord:
     if record.is_imported:
         raise ResumeNotFoundError(
             f"the run {record.run_id} was imported: its record has not all that it was made with",
-            fix="Train anew: backprop train --data FILE --model NAME",
+            fix="Train from scratch: {do:train data.path=FILE model.name=NAME}",
         )
     if record.parent and record.parent.get("relation") == "member":
         raise ResumeNotFoundError(
             f"the run {record.run_id} is one of the multi-run {record.parent['run_id']} and does not go on alone",
-            fix=f"Go on with all of it: backprop resume {record.parent['run_id']}{where(store.output)}",
+            fix=f"Resume the multi-run: {resume_line(record.parent['run_id'], store.output)}",
         )
-    replay = f"backprop replay {record.run_id}{where(store.output)}"
     if record.status == "diverged":
         raise ResumeNotFoundError(
             f"the run {record.run_id} diverged and would do so again",
-            fix=f"Run it again with a lower rate: {replay} --override lr=5e-5",
+            fix=f"Run it again with a lower rate: {_replay(record, store, **{'training.learning_rate': 5e-5})}",
         )
     if record.status == "completed":
         raise ResumeNotFoundError(
             f"the run {record.run_id} is finished",
-            fix=f"Run it again with other settings: {replay} --override steps=200",
+            fix=f"Run it again with other settings: {_replay(record, store, **{'training.steps': 200})}",
         )
     return record
+
+
+def _replay(record: RunRecord, store: RunStore, **settings: object) -> str:
+    return command_ref("replay", record.run_id, **output_setting(store.output), **settings)
 
 
 def prepare(store: RunStore, record: RunRecord) -> ResumePlan:
@@ -192,11 +196,11 @@ def require_same(resolved: Resolved, recorded: Resolved, run_id: str) -> None:
     }
     if changed:
         told = ", ".join(f"{key} is {now} and was {before}" for key, (now, before) in changed.items())
-        overrides = " ".join(f"--override {key}={now}" for key, (now, _) in changed.items())
+        replay = command_ref("replay", run_id, **{key: now for key, (now, _) in changed.items()})
         raise ResumeDiffersError(
             f"the run {run_id} was begun with other settings",
             cause=told,
-            fix=f"Go on without these flags, or run it anew with them: backprop replay {run_id} {overrides}",
+            fix=f"Resume it without these settings, or run it again with them: {replay}",
         )
 
 
@@ -232,7 +236,7 @@ def _newest(store: RunStore) -> RunRecord:
         is_member = (record.parent or {}).get("relation") == "member"
         if record.status in UNFINISHED and not is_member and not record.is_imported:
             return record
-    fix = f"See the runs and how they ended: backprop list-runs{where(store.output)}"
+    fix = f"See the runs and how they ended: {command_ref('list-runs', **output_setting(store.output))}"
     raise ResumeNotFoundError(f"no unfinished run in {store.output}", fix=fix)
 
 
@@ -243,14 +247,14 @@ def _is_damaged(row: Mapping[str, Any]) -> bool:
 def _active(store: RunStore, row: Mapping[str, Any], older: Sequence[Mapping[str, Any]]) -> RunActiveError:
     """That the newest run needs no resuming: who trains it, and what can be done."""
     record = store.load(row["run_id"])
-    line = resume_line(record.run_id, store.output)
     here = record.host == platform.node()
     stop = f"kill -INT {record.pid}" if here else f"press Ctrl-C on {record.host}"
-    gone = "" if here else f"; if that machine is gone for good: {line} --take-over"
+    take_over = command_ref("resume", record.run_id, **output_setting(store.output), take_over=True)
+    gone = "" if here else f"; if that machine is gone for good: {take_over}"
+    watch = command_ref("show-run", record.run_id, **output_setting(store.output))
     return RunActiveError(
         f"the run {record.run_id} is being trained right now by process {record.pid} on {record.host}",
-        fix=f"Watch it: backprop show-run {record.run_id}{where(store.output)}; save and stop it: {stop}"
-        f"{gone}{_older_hint(store, older)}",
+        fix=f"Watch it: {watch}; save and stop it: {stop}{gone}{_older_hint(store, older)}",
     )
 
 
@@ -275,7 +279,7 @@ def _load_or_rebuild(store: RunStore, run_id: str, older: Sequence[Mapping[str, 
                 f"the record of the run {run_id} is damaged, and no checkpoint has a copy of it",
                 cause=damage.message,
                 fix=f"Restore {store.folder(run_id) / RECORD_FILE} from a backup, or delete the run: "
-                f"backprop runs rm {run_id}{where(store.output)}{_older_hint(store, older)}",
+                f"{command_ref('runs rm', run_id, **output_setting(store.output))}{_older_hint(store, older)}",
             ) from error
         _log.warning("the record of the run %s was damaged: %s", run_id, record.note)
         return record
@@ -285,7 +289,7 @@ def _find_same_damaged(store: RunStore, run_id: str, wanted: Settings) -> RunRec
     """A run with a damaged record, rebuilt, if it has these settings; None if not, or if nobody can tell."""
     copy = read_copy(store.folder(run_id))
     if copy is None:
-        hint = f"backprop runs rm {run_id}{where(store.output)}"
+        hint = render(command_ref("runs rm", run_id, **output_setting(store.output)))
         _log.warning("the record of the run %s is damaged; if it was this run, it is not resumed (%s)", run_id, hint)
         return None
     try:

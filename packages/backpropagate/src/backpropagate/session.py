@@ -15,8 +15,6 @@ request, keeps the promise of ``--offline``, and records how the run ended, what
 from __future__ import annotations
 
 import contextlib
-import re
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -219,7 +217,7 @@ class RunSession:
         if before not in (None, self.run_id):
             text = f"{place} now belongs to run {self.run_id} and replaced that of run {before}"
             kept = store.folder(str(before)) / place.name
-            hint = f"; to export that one: backprop export {_selector(store, str(before))}" if kept.is_dir() else ""
+            hint = _export_hint(store, str(before)) if kept.is_dir() else ""
             self.emit(Notice(message=text + hint, details={"run_id": self.run_id, "replaced": before}))
         return place
 
@@ -271,13 +269,13 @@ class RunSession:
 
 def name_run(hint: str, run_id: str, output: Path) -> str:
     """A hint with the run's id in place of the word RUN."""
-    hint = wording.name_run(hint, run_id, None if output == Path("output") else output)
-    return re.sub(r"\bRUN\b", f"{run_id}{system.where(output)}", hint)
+    return wording.name_run(hint, run_id, None if output == Path("output") else output)
 
 
-def _selector(store: RunStore, run_id: str) -> str:
-    """How `backprop export` is told of a run: by its id, after its output folder unless that is the default one."""
-    return run_id if store.output == Path("output") else shlex.quote(str(store.output / run_id))
+def _export_hint(store: RunStore, run_id: str) -> str:
+    """How to export the adapter of a run, which is named after its output folder unless that is the default one."""
+    name = run_id if store.output == Path("output") else str(store.output / run_id)
+    return f"; to export that one: {wording.render(wording.command_ref('export', name))}"
 
 
 def _run_of(place: Path) -> str | None:

@@ -140,7 +140,7 @@ def find_setting(name: str) -> Setting:
     found = run_names().get(own) or ui_names().get(own)
     if found is None:
         near = nearest(own, (*run_names(), *ui_names()))
-        raise UnknownSettingError(f"there is no setting {name!r}{near}", fix="See them all: backprop config show")
+        raise UnknownSettingError(f"there is no setting {name!r}{near}", fix="See them all: {do:config show}")
     return found
 
 

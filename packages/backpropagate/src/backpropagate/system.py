@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +97,6 @@ def to_path(text: str | Path) -> Path:
         raise PathUnusableError(f"{text} names no folder", cause=str(error)) from error
 
 
-def where(output: Path) -> str:
-    """The flag that names an output folder other than the default one, with a space before it."""
-    return "" if output == Path("output") else f" --output {shlex.quote(str(output))}"
+def output_setting(output: Path) -> dict[str, Path]:
+    """An output folder as the setting of a command in a hint; empty for the default folder."""
+    return {} if output == Path("output") else {"output": output}

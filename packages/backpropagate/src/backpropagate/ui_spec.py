@@ -11,7 +11,7 @@ from bp_runs.spec import setting
 class UiSpec:
     """The web page."""
 
-    host: str = setting("127.0.0.1", "Address to listen on; one that other machines reach needs --auth.")
+    host: str = setting("127.0.0.1", "Address to listen on; if other machines reach it, auth is needed.")
     port: int = setting(7860, "Port to listen on; 0: any that is free.", at_least=0, at_most=2**16 - 1)
     auth: str | None = field(
         default=None,

@@ -36,8 +36,11 @@ def settle_start(resolved: Resolved, output: Path, rail: Rail | None = None) -> 
     if wanted.training.start_from is None:
         return resolved
     if wanted.training.mode == "full" or wanted.lora.init_lora_weights != "default":
-        other = "mode is full" if wanted.training.mode == "full" else "init_lora_weights is not default"
-        raise InvalidSettingError(f"training.start_from names an adapter, and {other}", fix="Leave one of them out.")
+        mode, start = wanted.training.mode, wanted.lora.init_lora_weights
+        other = f"{{set:training.mode}} is {mode}" if mode == "full" else f"{{set:lora.init_lora_weights}} is {start}"
+        raise InvalidSettingError(
+            f"{{set:training.start_from}} names an adapter, and {other}", fix="Leave one of them out."
+        )
     folder = read_adapter_folder(find_adapter(wanted.training.start_from, output, rail))
     targets = folder.config.get("target_modules")
     shape: dict[str, Any] = {

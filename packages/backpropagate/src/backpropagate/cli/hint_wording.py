@@ -31,6 +31,12 @@ def _setting(key: str) -> Setting | None:
     return all_settings().get(key) or ui_settings().get(key)
 
 
+def command_line(name: str, *words: object, **options: object) -> str:
+    """A command to paste, of values: ``backprop show-run 20261123 --output ./out``."""
+    flags = (f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in options.items())
+    return " ".join(["backprop", name, *(shlex.quote(str(word)) for word in words), *flags])
+
+
 class CommandLineWording:
     """What can be typed after ``backprop``."""
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from backpropagate.cli.flags import Json, Output, output_folder
+from backpropagate.cli.hint_wording import command_line
 from backpropagate.cli.output import print_json
 from backpropagate.errors import CommandLineError
-from backpropagate.system import where
+from backpropagate.system import output_setting
 from bp_runs.errors import RunStatus
 from bp_runs.store import RunStore
 
@@ -42,10 +43,11 @@ def list_runs(
         print_json("list-runs", {"runs": shown, "total": total})
         return 0
     if not shown and (status or tag):
-        print(f"no such runs in {folder}; see all: backprop list-runs{where(folder)}")  # noqa: T201
+        print(f"no such runs in {folder}; see all: {command_line('list-runs', **output_setting(folder))}")  # noqa: T201
         return 0
     if not shown:
-        print(f"no runs in {folder}; start one: backprop train --data my_data.jsonl{where(folder)}")  # noqa: T201
+        start = command_line("train", data="my_data.jsonl", **output_setting(folder))
+        print(f"no runs in {folder}; start one: {start}")  # noqa: T201
         return 0
     print(_table([_HEADS, *(_cells(row) for row in shown)]))  # noqa: T201
     if len(shown) < total:

@@ -15,6 +15,7 @@ from backpropagate.continual.scorecard import card_html, card_text
 from backpropagate.resume_plan import resume_line
 from backpropagate.settings import all_settings
 from bp_runs.files import publish_bytes
+from bp_runs.wording import render
 
 Data = Annotated[
     list[str] | None,
@@ -68,7 +69,7 @@ def _tell_end(result: MultiRunResult, page: Path | None, output: Path) -> None:
     if page is not None:
         print(f"  page      {page}")  # noqa: T201
     if result.outcome.stopped:
-        print(f"  next      {resume_line(result.run_id, output)}")  # noqa: T201
+        print(f"  next      {render(resume_line(result.run_id, output))}")  # noqa: T201
     print(f"  next      backprop export {result.adapter} --format gguf --quantization q4_k_m")  # noqa: T201
 
 

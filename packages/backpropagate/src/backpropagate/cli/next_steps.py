@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from backpropagate.system import where
+from backpropagate.cli.hint_wording import command_line
+from backpropagate.system import output_setting
 from bp_runs.paths import adapter_folder, index_file
 
 _DATA_ENDINGS = (".jsonl", ".csv", ".parquet", ".jsonl.gz", ".jsonl.zst")
@@ -24,24 +25,24 @@ def next_steps(here: Path, output: Path) -> tuple[Step, Step, Step]:
         output: The output folder of the settings.
     """
     data = _find_data(here)
-    named = _quote(data) if data else "my_data.jsonl"
-    place = where(output)
+    named = data or "my_data.jsonl"
+    place = output_setting(output)
     adapter = adapter_folder(output)
     if (adapter / "adapter_config.json").is_file():
         return (
-            (f"backprop export {_quote(str(adapter))} --ollama-name my-model", "run your newest adapter in Ollama"),
-            (f"backprop list-runs{place}", "see how the runs went"),
-            (f"backprop train --data {named}{place}", "train again"),
+            (command_line("export", adapter, ollama_name="my-model"), "run your newest adapter in Ollama"),
+            (command_line("list-runs", **place), "see how the runs went"),
+            (command_line("train", data=named, **place), "train again"),
         )
     if data or index_file(output).is_file():
         return (
-            (f"backprop validate {named}", "see what would be learnt, before anything is loaded"),
-            (f"backprop train --data {named}{place}", "train an adapter on it"),
+            (command_line("validate", named), "see what would be learnt, before anything is loaded"),
+            (command_line("train", data=named, **place), "train an adapter on it"),
             ("backprop doctor", "check this machine first"),
         )
     return (
         ("backprop quickstart", "see it work on a small model, in minutes"),
-        (f"backprop train --data {named}", "train on your own rows"),
+        (command_line("train", data=named), "train on your own rows"),
         ("backprop doctor", "check this machine first"),
     )
 
@@ -61,9 +62,3 @@ def _find_data(here: Path) -> str | None:
         return max(found, key=lambda entry: entry.stat().st_mtime).name if found else None
     except OSError:
         return None
-
-
-def _quote(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)

@@ -17,6 +17,7 @@ from bp_runs.errors import RunNotFoundError
 from bp_runs.proof import read_proof
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
+from bp_runs.wording import render
 
 
 def show_run(run: str | None = None, *, output: Output = None, json: Json = False) -> int:
@@ -42,7 +43,7 @@ def show_run(run: str | None = None, *, output: Output = None, json: Json = Fals
     lines += [f"  proof     {proof.summary()}"] if proof else []
     lines += [f"  damaged   the checkpoint {name}: {wrong}" for name, wrong in damaged.items()]
     if record.status in UNFINISHED and not record.is_imported:
-        lines.append(f"  go on     {resume_line(record.run_id, store.output, record.hardware.get('ranks', 1))}")
+        lines.append(f"  go on     {render(resume_line(record.run_id, store.output, record.hardware.get('ranks', 1)))}")
     changed = {k: v for k, v in record.settings.items() if v["source"] != "default"}
     lines += [f"  set       {k} = {v['value']} ({v['source']})" for k, v in changed.items()]
     if plot := loss_plot([m["loss"] for m in metrics if m.get("event") == "step" and m.get("loss") is not None]):

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from backpropagate.cli.flags import MULTI_RUN, Json, keyword, with_settings
+from backpropagate.cli.hint_wording import command_line
 from backpropagate.cli.output import open_screen, print_json
 from backpropagate.cli.process import open_trainer
 from backpropagate.resume_plan import resume_line
-from backpropagate.system import where
+from backpropagate.system import output_setting
 from backpropagate.trainer import TrainResult
+from bp_runs.wording import render
 
 
 def train(**flags: Any) -> int:
@@ -42,12 +44,13 @@ def tell_end(result: TrainResult, output: Path) -> None:
         f"  run       {result.run_id}: {done}, loss {outcome.first_loss:.3f} → {outcome.final_loss:.3f}",
         f"  saved     {result.adapter}",
         f"  next      backprop export {result.adapter} --format gguf --quantization q4_k_m",
-        f"            backprop show-run {result.run_id}{where(output)}",
+        f"            {command_line('show-run', result.run_id, **output_setting(output))}",
     ]
     if outcome.rows is not None:
         lines.insert(1, f"  rows      {outcome.rows.describe()}")
     if outcome.stopped:
-        lines.insert(-2, f"  go on     {resume_line(result.run_id, output, result.record.hardware.get('ranks', 1))}")
+        line = render(resume_line(result.run_id, output, result.record.hardware.get("ranks", 1)))
+        lines.insert(-2, f"  go on     {line}")
     print("\n".join(lines))  # noqa: T201
 
 

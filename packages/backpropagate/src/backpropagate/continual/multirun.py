@@ -58,25 +58,26 @@ def check_settings(wanted: Settings, files: int) -> Settings:
     multi, start = wanted.multirun, wanted.lora.init_lora_weights
     if wanted.training.mode == "full":
         raise InvalidSettingError(
-            "training.mode is full, and a multi-run goes from adapter to adapter",
+            "{set:training.mode} is full, and a multi-run goes from adapter to adapter",
             fix="Train adapters: {set:training.mode=lora}",
             setting="training.mode",
         )
     if wanted.training.start_from is not None:
         raise InvalidSettingError(
-            f"training.start_from is {wanted.training.start_from}, and a multi-run starts with a new adapter",
+            f"{{set:training.start_from}} is {wanted.training.start_from}, and a multi-run starts with a new adapter",
             fix="Leave it out: {set:training.start_from}",
             setting="training.start_from",
         )
     if start != "default":
         raise InvalidSettingError(
-            f"lora.init_lora_weights is {start}, which changes the base that every run of a multi-run shares",
+            f"{{set:lora.init_lora_weights}} is {start}, which changes the base that every run of a multi-run shares",
             fix="Leave it out: {set:lora.init_lora_weights}",
             setting="lora.init_lora_weights",
         )
     if multi.merge != "none" and wanted.lora.use_dora:
         raise InvalidSettingError(
-            f"lora.use_dora is true and multirun.merge is {multi.merge}, which can't merge DoRA's magnitudes",
+            f"{{set:lora.use_dora}} is true and {{set:multirun.merge}} is {multi.merge}, "
+            "which can't merge DoRA's magnitudes",
             fix="Train without DoRA: {set:lora.use_dora=false}; or merge nothing: {set:multirun.merge=none}",
             setting="lora.use_dora",
         )
@@ -94,20 +95,21 @@ def _check_measures(wanted: Settings) -> None:
     """Refuse measures of held-out rows where there are none, or none that could be answered."""
     multi, method = wanted.multirun, wanted.training.method
     asked = {
-        "eval_gate is true": multi.eval_gate,
-        f"patience is {multi.patience}": multi.patience,
-        f"metric is {multi.metric}": multi.metric != "none",
+        "{set:multirun.eval_gate} is true": multi.eval_gate,
+        f"{{set:multirun.patience}} is {multi.patience}": multi.patience,
+        f"{{set:multirun.metric}} is {multi.metric}": multi.metric != "none",
     }
     told = next((words for words, is_asked in asked.items() if is_asked), None)
     if told and not multi.heldout:
         raise InvalidSettingError(
-            f"multirun.{told} and multirun.heldout is 0: there would be nothing to measure on",
+            f"{told} and {{set:multirun.heldout}} is 0: there would be nothing to measure on",
             fix="Hold out some rows: {set:multirun.heldout=0.1}",
             setting="multirun.heldout",
         )
     if multi.metric != "none" and method != "sft":
         raise InvalidSettingError(
-            f"multirun.metric is {multi.metric} and training.method is {method}, whose rows hold no single answer",
+            f"{{set:multirun.metric}} is {multi.metric} and {{set:training.method}} is {method}, "
+            "whose rows hold no single answer",
             fix="Leave it out: {set:multirun.metric}",
             setting="multirun.metric",
         )

@@ -280,7 +280,7 @@ class Stream:
             EvalDataError: None of the rows has a prompt.
         """
         if not isinstance(self.rail, ExaminesRows):
-            raise EvalRailError(f"the rail {self.rail.name} cannot answer rows, which multirun.metric asks for")
+            raise EvalRailError(f"the rail {self.rail.name} cannot answer rows, which {{set:multirun.metric}} needs")
         metric, longest = METRICS[self.wanted.multirun.metric], self.wanted.training.sample_tokens
         spec = self._heldout_spec(plan)
         rows = self.rail.examine(spec, adapter, lambda _: None, answers=_ANSWERED, answer_tokens=longest)

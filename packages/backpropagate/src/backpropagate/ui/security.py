@@ -64,7 +64,7 @@ def require_guarded(spec: UiSpec) -> None:
         InvalidSettingError: The host is empty, or the password too short.
     """
     if not spec.host.strip():
-        raise InvalidSettingError("ui.host is empty", fix="Stay local: backprop ui --host 127.0.0.1")
+        raise InvalidSettingError("ui.host is empty", fix="Stay local: {do:ui ui.host=127.0.0.1}")
     if spec.auth is not None:
         name, _, password = spec.auth.partition(":")
         if not name or len(password) < _SHORTEST_PASSWORD:

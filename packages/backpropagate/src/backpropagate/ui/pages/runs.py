@@ -26,6 +26,7 @@ from bp_runs.paths import METRICS_FILE, REJECTED_FILE
 from bp_runs.record import RunRecord
 from bp_runs.redact import redact_data
 from bp_runs.store import RunStore
+from bp_runs.wording import render
 
 MOST_ROWS = 100
 _COLUMNS = {
@@ -155,7 +156,7 @@ def _summary(request: Request, output: Output, record: RunRecord, events: list[d
         "is_asked": request.app.state.site.launches.is_asked(record.run_id),
         "has_card": find_scorecard(record, notices) is not None,
         "members": [row for row in output.store.list_runs() if row["parent"] == record.run_id][::-1],
-        "go_on": resume_line(record.run_id, output.path) if can_go_on else None,
+        "go_on": render(resume_line(record.run_id, output.path)) if can_go_on else None,
     }
 
 
