@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bp_data import PrepareRequest, prepare, read_rows
-from bp_data import read as reading
+from bp_data import json_rows as reading
 from bp_data.errors import (
     DatasetEmptyError,
     DatasetFormatUnsupportedError,
@@ -19,7 +19,7 @@ from bp_data.errors import (
 )
 from bp_data.example import Rejected, Row
 from bp_data.files import load_zstd, sha256_data
-from bp_data.json_items import BrokenListError, read_items
+from bp_data.json_text import BrokenListError, read_items
 
 ROWS = [{"prompt": f"Q{i} 😀", "completion": f'A{i}\n"x"'} for i in range(50)]
 
@@ -230,14 +230,14 @@ JSON = st.recursive(
 def test_a_list_in_pieces_is_the_list(items, indent, block):
     import io
 
-    from bp_data import json_items
+    from bp_data import json_text
 
-    before, json_items._BLOCK = json_items._BLOCK, block
+    before, json_text._BLOCK = json_text._BLOCK, block
     try:
         found = read_items(io.BytesIO(json.dumps(items, indent=indent).encode()), 10_000)
         assert [json.loads(item.text) for item in found] == items
     finally:
-        json_items._BLOCK = before
+        json_text._BLOCK = before
 
 
 @pytest.mark.parametrize("text", ["[1 2]", "[1,", "[", "[1] 2", "[{]", '["a]', "{}", "[" * 5000, '["\udcff"]'])
@@ -260,7 +260,7 @@ def test_a_csv_in_latin_1_loses_only_the_rows_that_cannot_be_read(tmp_path):
     path.write_bytes("qué,answer\na,b\n".encode("latin-1"))
     with pytest.raises(DatasetParseFailedError, match="0xe9") as caught:
         list(read_rows(path))
-    assert "iconv" in caught.value.fix
+    assert "data.encoding=" in caught.value.fix
 
 
 def test_a_table_gives_no_call_the_arguments_of_another(tmp_path):

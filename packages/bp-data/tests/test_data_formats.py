@@ -115,7 +115,14 @@ ANSWER = {"role": "assistant", "content": "A"}
         ({"messages": turns({"role": "assistant", "content": " \n"})}, RowFault.EMPTY_TURN, "turn 2 (assistant)"),
         ({"messages": turns(ANSWER, asked="")}, RowFault.EMPTY_TURN, "turn 1 (user)"),
         ({"messages": turns({"role": "assistant", "content": 3})}, RowFault.FIELD_TYPE, "a number"),
-        ({"messages": turns({**ANSWER, "weight": 0})}, RowFault.FIELD_UNSUPPORTED, "weight"),
+        ({"messages": turns({**ANSWER, "weight": 0})}, RowFault.NO_ANSWER, "flagged"),
+        ({"messages": turns({**ANSWER, "weight": 0.5})}, RowFault.FIELD_UNSUPPORTED, "weight"),
+        ({"messages": turns({**ANSWER, "loss": "no"})}, RowFault.FIELD_UNSUPPORTED, "loss"),
+        (
+            {"messages": [{"role": "user", "content": "Q", "train": True}, ANSWER]},
+            RowFault.FIELD_UNSUPPORTED,
+            "only the assistant's",
+        ),
         ({"messages": turns({**ANSWER, "function_call": {"name": "f"}})}, RowFault.FIELD_UNSUPPORTED, "function_call"),
         ({"messages": turns(ANSWER), "functions": [{}]}, RowFault.FIELD_UNSUPPORTED, "functions"),
         (

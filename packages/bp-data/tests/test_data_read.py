@@ -68,8 +68,10 @@ def test_json_lists_objects_and_lines(put):
     assert list(read_rows(put(b'{\n"text": "a"\n}', "b.json"))) == [Row(1, {"text": "a"})]
     lines = list(read_rows(put(b'{"text": "a"}\n{"text": \n{"text": "c"}', "c.JSON")))
     assert [type(row) for row in lines] == [Row, Rejected, Row]
-    with pytest.raises(DatasetParseFailedError, match="line 2, column"):
-        list(read_rows(put(b'[{"text": "a"},\n{"text" "b"}]', "d.json")))
+    good, bad = read_rows(put(b'[{"text": "a"},\n{"text" "b"}]', "d.json"))
+    assert (type(good), bad.number, bad.code) == (Row, 2, RowFault.JSON_BROKEN)
+    with pytest.raises(DatasetParseFailedError, match="line 4, column"):
+        list(read_rows(put(b'[{"text":\n"a"},\n{\n"text" "b"}]', "e.json")))
 
 
 def test_a_long_field_of_a_table_is_read(put):
@@ -109,7 +111,6 @@ def test_an_empty_list_and_a_lone_header_are_empty(put):
         (b"\x1f\x8b\x08\x00", "gzip"),
         (b"PK\x03\x04", "zip"),
         (b"PAR1xx", "Parquet"),
-        ('{"text": "a"}'.encode("utf-16"), "UTF-16"),
         (b"\x28\xb5\x2f\xfd", "Zstandard"),
     ],
 )
@@ -123,8 +124,8 @@ def test_missing_folder_and_other_endings(tmp_path, put):
         list(read_rows(tmp_path / "nowhere.jsonl"))
     with pytest.raises(DatasetFormatUnsupportedError, match="folder"):
         list(read_rows(tmp_path))
-    for name in ("a.xlsx", "a.jsonl.zip", ".jsonl", "a", "a.gz"):
-        with pytest.raises(DatasetFormatUnsupportedError, match=r"\.jsonl, \.json, \.csv"):
+    for name in ("a.docx", "a.jsonl.zip", ".jsonl", "a", "a.gz"):
+        with pytest.raises(DatasetFormatUnsupportedError, match=r"\.jsonl, \.ndjson, \.json, \.csv"):
             list(read_rows(put(b"x", name)))
     with pytest.raises(CodedError):
         list(read_rows("a\x00b.jsonl"))

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, TypeAlias
 
-import orjson
-
 from bp_data.dedupe import exact_key, reject_duplicates, row_text
 from bp_data.errors import DatasetFormatUnsupportedError, RowFault, RowFaultError
 from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
 from bp_data.files import list_files
 from bp_data.formats import parse_row
+from bp_data.json_text import dump_json
 from bp_data.labels.encoder import reject_row
 from bp_data.ledger import Ledger
 from bp_data.preparation import Dedup, OnBadRow, bad_row
@@ -206,8 +205,8 @@ def _place(row: Row, place: Callable[[Row], tuple[Path, Any]]) -> tuple[Path, by
     except RowFaultError as fault:
         return reject_row(row, fault.code, fault.reason)
     try:
-        return output, orjson.dumps(data, option=orjson.OPT_APPEND_NEWLINE)
-    except orjson.JSONEncodeError as error:
+        return output, dump_json(data) + b"\n"
+    except (TypeError, ValueError) as error:
         reason = f"it holds what JSON cannot: {error}"
         return reject_row(row, RowFault.FIELD_TYPE, reason)
 
@@ -252,7 +251,11 @@ def convert_example(example: Example, to: Format) -> dict[str, Any]:
 
 
 def _turns(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    return [{"role": m.role, "content": m.content, **m.fields} for m in messages]
+    return [{"role": m.role, "content": m.content, **m.fields, **_flag(m)} for m in messages]
+
+
+def _flag(message: Message) -> dict[str, Any]:
+    return {} if message.learn else {"weight": 0}
 
 
 def _tools(tools: Any) -> dict[str, Any]:
@@ -272,7 +275,7 @@ def _to_messages(chat: Chat) -> dict[str, Any]:
 
 def _to_conversations(chat: Chat) -> dict[str, Any]:
     _refuse_prompt(chat, "conversations")
-    turns = [{"from": _SPEAKERS[m.role], "value": m.content, **m.fields} for m in chat.messages]
+    turns = [{"from": _SPEAKERS[m.role], "value": m.content, **m.fields, **_flag(m)} for m in chat.messages]
     return {"conversations": turns, **_tools(chat.tools)}
 
 
@@ -281,7 +284,10 @@ def _to_alpaca(chat: Chat) -> dict[str, Any]:
     messages = list(chat.messages)
     system = messages.pop(0).content if messages[0].role == "system" else ""
     roles = [message.role for message in messages]
-    plain = not any(message.fields or message.content is None for message in messages) and not chat.tools
+    plain = (
+        all(message.learn and not message.fields and message.content is not None for message in messages)
+        and not chat.tools
+    )
     if not plain or len(roles) % 2 or roles != ["user", "assistant"] * (len(roles) // 2):
         reason = "alpaca holds plain questions and answers in turn, and a system prompt before them"
         raise RowFaultError(RowFault.FIELD_UNSUPPORTED, reason)

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import orjson
-
 from bp_data.errors import RowFault
 from bp_data.example import Rejected, Row
 from bp_data.read import excerpt, read_rows
@@ -165,7 +163,7 @@ def reject_duplicates(
             what = "the same as" if duplicate.kind == "exact" else "nearly the same as"
             where = "" if duplicate.of_source == row.source else f" of {duplicate.of_source}"
             reason = f"it is {what} row {duplicate.of_number}{where}"
-            shown = excerpt(orjson.dumps(row.data, default=str))
+            shown = excerpt(row_text(row))
             yield Rejected(row.number, RowFault.DUPLICATE, reason, row.source, shown)
 
 

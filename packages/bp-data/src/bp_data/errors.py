@@ -8,6 +8,7 @@ bp_runs.errors.UserError
     ├── DatasetParseFailedError       INPUT_DATASET_PARSE_FAILED
     ├── DatasetInvalidError           INPUT_DATASET_INVALID
     ├── DatasetEmptyError             INPUT_DATASET_EMPTY
+    ├── DatasetColumnsLeftError       INPUT_DATASET_COLUMNS_LEFT
     ├── DatasetPartUnknownError       INPUT_DATASET_PART_UNKNOWN
     ├── TokenizerInvalidError         INPUT_TOKENIZER_INVALID
     └── TemplateFailedError           INPUT_TEMPLATE_FAILED
@@ -84,6 +85,15 @@ class DatasetEmptyError(DataError):
     setting = "data.path"
     when = "The data file has no rows."
     default_fix = "Check that the file was written completely; it needs at least one row."
+
+
+class DatasetColumnsLeftError(DataError):
+    """A column with text is in no format that is known, and would not be learned."""
+
+    code = "INPUT_DATASET_COLUMNS_LEFT"
+    setting = "data.ignore_columns"
+    when = "A column of the data holds text that no format reads, so it would silently be left out of training."
+    default_fix = "Leave the column out on purpose: {set:data.ignore_columns=NAME}"
 
 
 class DatasetPartUnknownError(DataError):
@@ -197,7 +207,8 @@ class RowFault(StrEnum):
 class RowFaultError(Exception):
     """A single row is at fault; raised where it is found, caught where rows are counted."""
 
-    def __init__(self, code: RowFault, reason: str) -> None:
+    def __init__(self, code: RowFault, reason: str, *, fix: str | None = None) -> None:
         super().__init__(f"{code}: {reason}")
         self.code = code
         self.reason = reason
+        self.fix = fix

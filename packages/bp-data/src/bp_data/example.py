@@ -39,6 +39,7 @@ class Rejected:
         reason: What exactly is wrong, in one sentence.
         source: As in `Row`.
         excerpt: How the row begins.
+        fix: What to do about it, where that depends on the row; with references as in `bp_runs.wording`.
     """
 
     number: int
@@ -46,6 +47,7 @@ class Rejected:
     reason: str
     source: str = field(default="", compare=False)
     excerpt: str = field(default="", compare=False)
+    fix: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

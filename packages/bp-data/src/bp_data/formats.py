@@ -1,164 +1,319 @@
 """What a row means: the format is found for each row by its columns, and nothing in it is dropped in silence.
 
-    messages                              OpenAI: role, content, tool_calls; beside it tools
-    conversations                         ShareGPT: from/value or role/content; beside it system, tools
-    instruction, output [input]           Alpaca; beside it system, history
+    messages                              OpenAI: role, content, tool_calls; next to it tools, system
+    conversations                         ShareGPT: from/value, or Capybara's input/output; next to it tools, system
     chosen, rejected [prompt]             preference: texts or lists of turns; the prompt may be in both answers
-    prompt, completion, label             KTO: label is true or false, 1 or 0
-    prompt, completion                    one question, one answer; texts or lists of turns, the prompt's only read
-    question, answer
-    instruction, response [context]
-    text                                  raw text, trained on whole
+    a question, an answer, label          KTO: label is true or false, 1 or 0, yes or no
+    a question, an answer                 texts; as prompt and completion also lists of turns, the prompt's only read
+    query, answers, tools                 xLAM: the answers are tool calls
+    text                                  raw text, learned whole
+
+A question is one of `columns.QUESTIONS`, or several that continue each other, with `columns.CONTEXTS` after it; its
+answer is the first of `columns.ANSWERS` that the row has. Next to it may be system and history. Names are known without
+regard to capitals, and a user may map others (`ReadOptions`).
 
 A column whose value is null counts as absent, so rows of a table that mixes formats are fine. The first format above
-whose columns are all there is taken; columns that no format knows (id, source …) are left aside. Where a method wants
-one kind of row, formats of that kind are looked for first, and a row of another kind is refused.
+whose columns are all there is taken. Columns that no format reads are counted by `columns.FieldLedger`. Where a method
+wants one kind of row, formats of that kind are looked for first, and a row of another kind is rejected.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Literal, TypeAlias
 
-import orjson
-
+from bp_data.columns import (
+    ANSWERS,
+    CONTEXTS,
+    MEDIA,
+    PLAIN,
+    QUESTIONS,
+    Columns,
+    FieldLedger,
+    ReadOptions,
+    columns_ref,
+    propose_columns,
+)
 from bp_data.errors import RowFault, RowFaultError
-from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Role, Row, Text
-from bp_data.read import name_type
+from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
+from bp_data.json_text import name_type
+from bp_data.turns import read_calls, read_side, read_tools, read_turns, shorten, unpack_json, unpack_list, unpack_turns
+from bp_runs.wording import setting_ref
 
-_Data: TypeAlias = Mapping[str, Any]
 Wanted: TypeAlias = Literal["sft", "preference", "kto"]
 """What kind of row a method trains on."""
 
-ROLES: Final[Mapping[str, Role]] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
+_METHODS: Final = {"sft": "sft", "preference": "dpo, orpo or simpo", "kto": "kto"}
+_LABELS: Final[Mapping[str, bool]] = {
+    **dict.fromkeys(("true", "1", "1.0", "yes", "y", "t", "good", "chosen"), True),
+    **dict.fromkeys(("false", "0", "0.0", "-1", "-1.0", "no", "n", "f", "bad", "rejected"), False),
 }
-"""Names that data sets give to the four roles; ShareGPT's ``function_call`` is an assistant's turn as well."""
-
-# Fields of a turn that become its role and content; the others reach the template as they are.
-_CORE_FIELDS = frozenset({"role", "from", "content", "value", "weight", "function_call", "tool_calls"})
 
 
-def parse_row(row: Row, wanted: Wanted | None = None) -> Example | Rejected:
+def parse_row(
+    row: Row, wanted: Wanted | None = None, options: ReadOptions = PLAIN, fields: FieldLedger | None = None
+) -> Example | Rejected:
     """The row as an `Example`, or why it is none; whatever the fields hold, nothing else is raised.
 
     Args:
         row: A row as read.
         wanted: ``sft`` takes a `Chat` or `Text`, ``preference`` a `Preference`, ``kto`` a `Judged`; None takes all.
+        options: Which columns and roles are mapped, and which columns are left aside on purpose.
+        fields: Counts which columns were read and which were left aside.
     """
-    data = {name: value for name, value in row.data.items() if value is not None}
+    data = Columns(row.data, options)
     try:
-        return _reader(data, wanted)(data)
+        example = _choose_format(data, wanted)(data)
     except RowFaultError as fault:
-        return Rejected(row.number, fault.code, fault.reason, row.source)
+        return Rejected(row.number, fault.code, fault.reason, row.source, fix=fault.fix)
+    if fields is not None:
+        messages = _messages_of(example)
+        texts = [example.text] if isinstance(example, Text) else [m.content for m in messages if m.content]
+        fields.take(data, texts, [name for m in messages for name in m.fields])
+    return example
 
 
-def _reader(data: _Data, wanted: Wanted | None) -> Callable[[_Data], Example]:
-    fitting = [(kind, read) for kind, columns, read in _FORMATS if all(name in data for name in columns)]
-    if "label" in data and not is_label(data["label"]):
-        fitting = [(kind, read) for kind, read in fitting if kind != "kto"]
+def _messages_of(example: Example) -> Sequence[Message]:
+    if isinstance(example, Preference):
+        return (*example.prompt, *example.chosen, *example.rejected)
+    return () if isinstance(example, Text) else (example.chat if isinstance(example, Judged) else example).messages
+
+
+def _choose_format(data: Columns, wanted: Wanted | None) -> Callable[[Columns], Example]:
+    if media := [name for name in MEDIA if data.get(name)]:
+        name = data.names[media[0]]
+        raise RowFaultError(
+            RowFault.FIELD_UNSUPPORTED,
+            f"the column {name!r} holds media, and only text is trained on",
+            fix=f"Train on the text alone: {setting_ref('data.ignore_columns', name)}",
+        )
+    fitting = [(kind, read) for kind, fits, read in _FORMATS if fits(data)]
+    if not fitting or fitting[0][1] is _read_text:
+        _reject_lone_message(data)
     if not fitting:
-        seen = ", ".join(sorted(map(str, data))) or "none"
-        known = "; ".join(" + ".join(columns) for _, columns, _ in _FORMATS)
-        raise RowFaultError(RowFault.COLUMNS_UNKNOWN, f"columns seen: {seen}; known are: {known}")
+        raise _unknown_columns(data)
     for kind, read in fitting:
         # A judged answer is no example to follow: it may be a bad one.
         if wanted == "sft" and kind == "kto":
             break
         if wanted in (None, kind):
             return read
-    kind = fitting[0][0]
-    raise RowFaultError(
-        RowFault.WRONG_KIND, f"it is a row for {_METHODS[kind]}, and one for {_METHODS[wanted]} is wanted"
+    if wanted == "kto" and "label" in data and _find_pair(data):
+        reason = f"`label` is {shorten(data['label'])}; a label is true or false, 1 or 0, yes or no"
+        raise RowFaultError(RowFault.FIELD_TYPE, reason)
+    found, needed = _METHODS[fitting[0][0]], _METHODS[wanted or "sft"]
+    raise RowFaultError(RowFault.WRONG_KIND, f"it is a row for {found}, and one for {needed} is wanted")
+
+
+def _unknown_columns(data: Columns) -> RowFaultError:
+    seen = sorted(data.names.values())
+    answers = ", ".join(dict.fromkeys(name for names in ANSWERS.values() for name in names))
+    reason = (
+        f"columns seen: {', '.join(seen) or 'none'}; known are: messages; conversations; chosen + rejected; text; "
+        f"one of {', '.join(ANSWERS)} + one of {answers}"
     )
+    mapping = propose_columns(seen)
+    fix = f"Say which column is which: {columns_ref(mapping or {'THEIRS': 'question'})}"
+    return RowFaultError(RowFault.COLUMNS_UNKNOWN, reason, fix=fix)
 
 
-def _read_messages(data: _Data) -> Chat:
+def _reject_lone_message(data: Columns) -> None:
+    """Reject a row that is one message of a conversation: learned as a document, the user's words would be a target."""
+    role = next((name for name in ("role", "from", "speaker", "author") if name in data), None)
+    said = next((name for name in ("text", "content", "value", "message") if name in data), None)
+    if role and said and isinstance(data[role], str):
+        raise RowFaultError(
+            RowFault.FIELD_UNSUPPORTED,
+            f"the row is one message (`{data.names[role]}` and `{data.names[said]}`), not a whole conversation",
+            fix="Join the messages of each conversation into one row with `messages`; some data sets have such a copy.",
+        )
+
+
+def _find_pair(data: Columns) -> tuple[str, str] | None:
+    """The columns of the question and of its answer."""
+    for asked, answers in ANSWERS.items():
+        if asked in data:
+            answered = next((name for name in answers if name in data and name != asked), None)
+            if answered is not None:
+                return asked, answered
+    return None
+
+
+def _is_judged(data: Columns) -> bool:
+    return "label" in data and _find_pair(data) is not None and to_label(data["label"]) is not None
+
+
+def _is_calls(data: Columns) -> bool:
+    return "answers" in data and "tools" in data and any(name in data for name in QUESTIONS)
+
+
+def to_label(value: Any) -> bool | None:
+    """Whether a value says good or bad: true, 1, yes, or false, 0, no, also as texts; None: neither."""
+    return _LABELS.get(str(value).strip().lower()) if isinstance(value, bool | int | float | str) else None
+
+
+def _read_messages(data: Columns) -> Chat:
     if data.get("functions"):
         raise RowFaultError(RowFault.FIELD_UNSUPPORTED, "`functions` is the old form; name them in `tools`")
-    turns = [_read_turn(turn, f"messages[{place}]") for place, turn in enumerate(_list(data, "messages"))]
-    return _chat(turns, _read_tools(data))
+    return _read_chat(data, "messages")
 
 
-def _read_conversations(data: _Data) -> Chat:
-    turns = [_read_turn(turn, f"conversations[{place}]") for place, turn in enumerate(_list(data, "conversations"))]
+def _read_chat(data: Columns, name: str) -> Chat:
+    return _chat(_with_system(data, read_turns(data, name)), read_tools(data))
+
+
+def _with_system(data: Columns, turns: list[Message]) -> list[Message]:
+    """The turns, after the system prompt of the row's own column where it has one."""
     system = _optional_text(data, "system")
-    if system:
-        if turns and turns[0].role == "system" and turns[0].content != system:
-            raise RowFaultError(
-                RowFault.FIELD_UNSUPPORTED, "`system` and the first turn are two different system prompts"
-            )
-        if not turns or turns[0].role != "system":
-            turns.insert(0, Message("system", system))
-    return _chat(turns, _read_tools(data))
+    if not system:
+        return turns
+    if turns and turns[0].role == "system":
+        if turns[0].words != system.strip():
+            reason = "`system` and the first turn are two different system prompts"
+            raise RowFaultError(RowFault.FIELD_UNSUPPORTED, reason)
+        return turns
+    return [Message("system", system), *turns]
 
 
-def _read_completion(data: _Data) -> Chat:
-    prompt = read_turns(data, "prompt", "user")
-    completion = read_turns(data, "completion", "assistant")
-    turns = [*_read_history(data), *prompt]
-    if isinstance(data["prompt"], str):
-        return _chat([*_system_turn(data), *turns, *completion])
-    chat = _chat([*_system_turn(data), *turns, *completion], _read_tools(data))
-    return Chat(chat.messages, chat.tools, len(chat.messages) - len(completion))
+def _read_pair(data: Columns) -> Chat:
+    asked, answered = _find_pair(data) or ("", "")
+    question = _read_question(data, asked)
+    answer = _read_answer(data, answered)
+    is_text = isinstance(data[asked], str) and question == [Message("user", question[0].content)]
+    turns = _with_system(data, [*_read_history(data), *question])
+    chat = _chat([*turns, *answer], read_tools(data))
+    return chat if is_text else replace(chat, first=len(turns))
 
 
-def _read_judged(data: _Data) -> Judged:
-    chat = _read_completion(data)
-    judged = Chat(
-        chat.messages, chat.tools, chat.first or len(chat.messages) - len(read_turns(data, "completion", "assistant"))
-    )
-    return Judged(judged, str(data["label"]).lower() in ("true", "1"))
+def _read_judged(data: Columns) -> Judged:
+    chat = _read_pair(data)
+    answer = _read_answer(data, (_find_pair(data) or ("", ""))[1])
+    return Judged(replace(chat, first=len(chat.messages) - len(answer)), bool(to_label(data["label"])))
 
 
-def is_label(value: Any) -> bool:
-    """Whether a value says good or bad: true, false, 1, 0, also written as texts."""
-    return value in (True, False) if isinstance(value, bool | int) else str(value).strip().lower() in _LABELS
+def _read_question(data: Columns, asked: str) -> list[Message]:
+    """The question's turns; one that is a text is continued by the columns of its context."""
+    turns = read_side(data, asked, "user")
+    more = [_read_context(data, name) for name in CONTEXTS if name in data and name != asked]
+    if len(turns) == 1 and isinstance(data[asked], str) and (more := [text for text in more if text.strip()]):
+        return [replace(turns[0], content="\n\n".join([turns[0].content or "", *more]))]
+    return turns
 
 
-_LABELS = ("true", "false", "1", "0")
+def _read_context(data: Columns, name: str) -> str:
+    value = data[name]
+    if name == "choices":
+        return "\n".join(f"{letter}. {text}" for letter, text in _list_choices(value))
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return "\n\n".join(value)
+    return _text(data, name)
 
 
-def _read_preference(data: _Data) -> Preference:
-    given = read_turns(data, "prompt", "user") if "prompt" in data else []
-    answers = [_read_answer(data, name, spoken=not given) for name in ("chosen", "rejected")]
-    if given and all(answer[: len(given)] == given and len(answer) > len(given) for answer in answers):
-        answers = [answer[len(given) :] for answer in answers]
-    shared = _shared_turns(*answers)
-    prompt = [*_system_turn(data), *given, *answers[0][:shared]]
-    chosen, rejected = (answer[shared:] for answer in answers)
+def _list_choices(value: Any) -> list[tuple[str, str]]:
+    """Letters and texts of choices: a list, or lists of ``label`` and ``text``; in CSV as JSON or Python text."""
+    if isinstance(value, str):
+        value = unpack_list(value) or value.splitlines()
+    letters, texts = [chr(ord("A") + place) for place in range(26)], value
+    if isinstance(value, dict) and isinstance(value.get("text"), list):
+        letters, texts = value.get("label") or letters, value["text"]
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts) or len(texts) > len(letters):
+        raise RowFaultError(RowFault.FIELD_TYPE, "`choices` is neither a list of texts nor has it `label` and `text`")
+    return list(zip(map(str, letters), texts, strict=False))
+
+
+def _read_answer(data: Columns, name: str) -> list[Message]:
+    value = data[name]
+    if type(value) is int and "choices" in data:  # which of the choices, from 0, as in MMLU
+        choices = _list_choices(data["choices"])
+        if not 0 <= value < len(choices):
+            raise RowFaultError(RowFault.FIELD_TYPE, f"`{name}` is {value}, and there are {len(choices)} choices")
+        return [Message("assistant", ". ".join(choices[value]))]
+    return read_side(data, name, "assistant")
+
+
+def _read_history(data: Columns) -> list[Message]:
+    turns: list[Message] = []
+    for place, pair in enumerate(_list(data, "history") if data.get("history") else []):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
+            raise RowFaultError(RowFault.FIELD_TYPE, f"`history[{place}]` is not a pair of texts")
+        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
+    return turns
+
+
+def _read_calls_row(data: Columns) -> Chat:
+    """xLAM: a question whose answer is a list of calls; its tools describe parameters without JSON Schema's frame."""
+    asked = next(name for name in QUESTIONS if name in data)
+    calls = read_calls(unpack_json(data["answers"], "answers"), "answers")
+    tools = tuple(_to_schema(tool) for tool in read_tools(data) or ())
+    answer = Message("assistant", None, {"tool_calls": calls})
+    return _chat(_with_system(data, [*_read_question(data, asked), answer]), tools)
+
+
+def _to_schema(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "function" in tool or {"type", "properties"} & {*(tool.get("parameters") or {})} == {"type", "properties"}:
+        return tool
+    parameters = {"type": "object", "properties": tool.get("parameters") or {}}
+    return {"type": "function", "function": {**tool, "parameters": parameters}}
+
+
+def _read_text(data: Columns) -> Text:
+    text = _text(data, "text")
+    if not text.strip():
+        raise RowFaultError(RowFault.EMPTY_TURN, "`text` is empty")
+    return Text(text)
+
+
+# --- Preferences ---------------------------------------------------------------------------------------------------
+
+
+def _read_preference(data: Columns) -> Preference:
+    given = _read_given(data)
+    answers = [_read_spoken(data, name, spoken=not given) for name in ("chosen", "rejected")]
+    shared = answers[0][: _shared_turns(*answers)]
+    if any(turn.role == "user" for turn in shared):
+        # The answers begin with the prompt; the prompt's own column, which may lack the system turn, repeats it.
+        said = [(turn.role, turn.words) for turn in shared]
+        if any((turn.role, turn.words) not in said for turn in given):
+            raise RowFaultError(RowFault.FIELD_UNSUPPORTED, "the prompt is not the one that both answers begin with")
+        given = []
+    prompt = _with_system(data, [*given, *shared])
+    chosen, rejected = (tuple(answer[len(shared) :]) for answer in answers)
     if chosen == rejected:
         raise RowFaultError(RowFault.SAME_ANSWERS, "`chosen` and `rejected` are the same")
     for answer in (chosen, rejected):
         _chat([*prompt, *answer])
         if not any(turn.role == "assistant" for turn in answer):
             raise RowFaultError(RowFault.NO_ANSWER, "an answer has no turn of the assistant")
+        if given and (answer[0].role == "user" or any(turn.role == "system" for turn in answer)):
+            raise RowFaultError(RowFault.FIELD_UNSUPPORTED, "an answer begins with another prompt than the row's")
     if not prompt:
         raise RowFaultError(RowFault.EMPTY_TURN, "there is no prompt, and the two answers share none")
-    return Preference(tuple(prompt), tuple(chosen), tuple(rejected), _read_tools(data))
+    return Preference(tuple(prompt), chosen, rejected, read_tools(data))
 
 
-def _read_answer(data: _Data, name: str, *, spoken: bool) -> list[Message]:
+def _read_given(data: Columns) -> list[Message]:
+    """The prompt of a preference in a column of its own."""
+    asked = next((name for name in (*QUESTIONS, "input") if name in data), None)
+    if asked is not None:
+        return [*_read_history(data), *_read_question(data, asked)]
+    name = next((name for name in ("conversations", "messages") if name in data), None)
+    turns = read_turns(data, name) if name else []
+    while turns and turns[-1].role == "assistant":  # some hold the better answer too
+        turns.pop()
+    return turns
+
+
+def _read_spoken(data: Columns, name: str, *, spoken: bool) -> list[Message]:
+    """One of two answers; without a prompt in a column of its own, a text may be a whole dialogue."""
     value = data[name]
-    if isinstance(value, str) and spoken:
+    if isinstance(value, str) and spoken and unpack_turns(value) is None:
         turns = _split_spoken(value)
         if not turns:
             raise RowFaultError(RowFault.FIELD_TYPE, f"`{name}` is a text, and there is no `prompt` beside it")
         return turns
-    return read_turns(data, name, "assistant")
+    return read_side(data, name, "assistant")
 
 
 # How dialogues are written in one text: a line that begins with who speaks.
@@ -179,194 +334,43 @@ def _shared_turns(left: list[Message], right: list[Message]) -> int:
     return next((place for place in range(most) if left[place] != right[place]), max(most, 0))
 
 
-def read_turns(data: _Data, name: str, role: Role) -> list[Message]:
-    """A field that is a text, the one turn of ``role``, or a list of turns."""
-    value = data[name]
-    if isinstance(value, str):
-        return [Message(role, value)]
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        raise RowFaultError(RowFault.FIELD_TYPE, f"`{name}` is {name_type(value)}, not a text or a list of turns")
-    return [_read_turn(turn, f"{name}[{place}]") for place, turn in enumerate(value)]
-
-
-def _system_turn(data: _Data) -> list[Message]:
-    system = _optional_text(data, "system")
-    return [Message("system", system)] if system else []
-
-
-def _pair_reader(asked: str, answered: str, *more: str) -> Callable[[_Data], Chat]:
-    """A reader of rows with one question and one answer; ``more`` are fields that continue the question."""
-
-    def read(data: _Data) -> Chat:
-        question = "\n\n".join(filter(None, [_text(data, asked), *(_optional_text(data, name) for name in more)]))
-        turns = [*_read_history(data), Message("user", question), Message("assistant", _text(data, answered))]
-        return _chat([*_system_turn(data), *turns])
-
-    return read
-
-
-def _read_history(data: _Data) -> list[Message]:
-    turns: list[Message] = []
-    for place, pair in enumerate(_list(data, "history") if data.get("history") else []):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(side, str) for side in pair):
-            raise RowFaultError(RowFault.FIELD_TYPE, f"`history[{place}]` is not a pair of texts")
-        turns += [Message("user", pair[0]), Message("assistant", pair[1])]
-    return turns
-
-
-def _read_text(data: _Data) -> Text:
-    text = _text(data, "text")
-    if not text.strip():
-        raise RowFaultError(RowFault.EMPTY_TURN, "`text` is empty")
-    return Text(text)
-
-
-_FORMATS: Final[tuple[tuple[Wanted, tuple[str, ...], Callable[[_Data], Example]], ...]] = (
-    ("sft", ("messages",), _read_messages),
-    ("sft", ("conversations",), _read_conversations),
-    ("sft", ("instruction", "output"), _pair_reader("instruction", "output", "input")),
-    ("preference", ("chosen", "rejected"), _read_preference),
-    ("kto", ("prompt", "completion", "label"), _read_judged),
-    ("sft", ("prompt", "completion"), _read_completion),
-    ("sft", ("question", "answer"), _pair_reader("question", "answer")),
-    ("sft", ("instruction", "response"), _pair_reader("instruction", "response", "input", "context")),
-    ("sft", ("text",), _read_text),
-)
-_METHODS: Final[Mapping[Wanted | None, str]] = {
-    "sft": "sft",
-    "preference": "dpo, orpo or simpo",
-    "kto": "kto",
-    None: "any",
-}
-
-
-def _read_turn(turn: Any, where: str) -> Message:
-    if not isinstance(turn, dict):
-        raise RowFaultError(RowFault.FIELD_TYPE, f"`{where}` is {name_type(turn)}, not an object with role and content")
-    name = turn.get("from") if turn.get("role") is None else turn["role"]
-    content = turn.get("value") if turn.get("content") is None else turn["content"]
-    if name == "function_call":
-        return Message("assistant", None, {"tool_calls": [_sharegpt_call(content, where)]})
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
-    if role is None:
-        raise RowFaultError(
-            RowFault.ROLE_UNKNOWN, f"`{where}` has the role {_short(name)}; known are {', '.join(ROLES)}"
-        )
-    _refuse_unsupported(turn, where)
-    fields = {key: value for key, value in turn.items() if key not in _CORE_FIELDS and value is not None}
-    if turn.get("tool_calls"):
-        fields["tool_calls"] = _read_calls(turn["tool_calls"], where)
-    return Message(role, _join_content(content, where), fields)
-
-
-def _refuse_unsupported(turn: _Data, where: str) -> None:
-    if turn.get("function_call"):
-        raise RowFaultError(
-            RowFault.FIELD_UNSUPPORTED, f"`{where}.function_call` is the old form; name it in `tool_calls`"
-        )
-    weight = turn.get("weight")
-    if weight is not None and weight != 1:
-        reason = f"`{where}.weight` is {_short(weight)}; leaving single turns out of the loss is not possible yet"
-        raise RowFaultError(RowFault.FIELD_UNSUPPORTED, reason)
-
-
-def _join_content(content: Any, where: str) -> str | None:
-    """A turn's text; a list of text parts is joined, and a picture or sound is refused."""
-    if content is None or isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise RowFaultError(RowFault.FIELD_TYPE, f"the content of `{where}` is {name_type(content)}, not a text")
-    texts = [
-        part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in content
-    ]
-    for place, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise RowFaultError(RowFault.FIELD_UNSUPPORTED, f"part {place} of the content of `{where}` is not a text")
-    return "".join(text for text in texts if text)
-
-
-def _read_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(calls, list):
-        raise RowFaultError(RowFault.TOOL_CALL_BROKEN, f"`{where}.tool_calls` is {name_type(calls)}, not a list")
-    return [_read_call(call, f"{where}.tool_calls[{place}]") for place, call in enumerate(calls)]
-
-
-def _read_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowFaultError(RowFault.TOOL_CALL_BROKEN, f"`{where}` names no function")
-    # OpenAI writes the arguments as JSON in a text; templates write them as JSON themselves and want the object.
-    arguments = _unpack(function.get("arguments") or {}, where)
-    if not isinstance(arguments, dict):
-        raise RowFaultError(
-            RowFault.TOOL_CALL_BROKEN, f"the arguments of `{where}` are {name_type(arguments)}, not an object"
-        )
-    outer = call if function is not call else {}
-    return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
-
-
-def _sharegpt_call(value: Any, where: str) -> dict[str, Any]:
-    return _read_call(_unpack(value, where), where)
-
-
-def _unpack(value: Any, where: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return orjson.loads(value or "{}")
-    except (orjson.JSONDecodeError, UnicodeEncodeError) as error:
-        raise RowFaultError(RowFault.TOOL_CALL_BROKEN, f"`{where}` holds broken JSON: {error}") from error
-
-
-def _read_tools(data: _Data) -> tuple[dict[str, Any], ...] | None:
-    tools = _unpack(data.get("tools"), "tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowFaultError(RowFault.TOOL_CALL_BROKEN, "`tools` is not a list of objects")
-    for place, tool in enumerate(tools):
-        if not tool_name(tool):
-            raise RowFaultError(RowFault.TOOL_CALL_BROKEN, f"`tools[{place}]` has no name")
-    return tuple(tools)
-
-
-def tool_name(tool: Mapping[str, Any]) -> str:
-    """The name of a tool, or of a call, in OpenAI's shape or a bare one; empty where it has none."""
-    function = tool.get("function", tool)
-    name = function.get("name") if isinstance(function, dict) else None
-    return name if isinstance(name, str) else ""
-
-
-def _chat(turns: list[Message], tools: tuple[dict[str, Any], ...] | None = None) -> Chat:
+def _chat(turns: list[Message], tools: tuple[Mapping[str, Any], ...] | None = None) -> Chat:
     for place, turn in enumerate(turns, start=1):
         if turn.role in ("user", "assistant") and not turn.words and not turn.tool_calls:
             raise RowFaultError(RowFault.EMPTY_TURN, f"turn {place} ({turn.role}) is empty")
     if not any(turn.role == "assistant" for turn in turns):
         raise RowFaultError(RowFault.NO_ANSWER, "no turn is the assistant's")
+    if not any(turn.role == "assistant" and turn.learn for turn in turns):
+        raise RowFaultError(RowFault.NO_ANSWER, "every turn of the assistant is flagged as not to be learned")
     return Chat(tuple(turns), tools)
 
 
-def _list(data: _Data, name: str) -> list[Any]:
+def _list(data: Columns, name: str) -> list[Any]:
     value = data[name]
+    if isinstance(value, str):
+        value = unpack_list(value) or value
     if not isinstance(value, list):
         raise RowFaultError(RowFault.FIELD_TYPE, f"`{name}` is {name_type(value)}, not a list")
     return value
 
 
-def _text(data: _Data, name: str) -> str:
+def _text(data: Columns, name: str) -> str:
     value = data[name]
     if not isinstance(value, str):
         raise RowFaultError(RowFault.FIELD_TYPE, f"`{name}` is {name_type(value)}, not a text")
     return value
 
 
-def _optional_text(data: _Data, name: str) -> str:
+def _optional_text(data: Columns, name: str) -> str:
     return _text(data, name) if name in data else ""
 
 
-def _short(value: Any) -> str:
-    if not isinstance(value, str):
-        return name_type(value)
-    return repr(value) if len(value) <= 40 else f"{value[:37]!r}…"
+_FORMATS: Final[tuple[tuple[Wanted, Callable[[Columns], bool], Callable[[Columns], Example]], ...]] = (
+    ("preference", lambda data: "chosen" in data and "rejected" in data, _read_preference),
+    ("sft", lambda data: "messages" in data, _read_messages),
+    ("sft", lambda data: "conversations" in data, lambda data: _read_chat(data, "conversations")),
+    ("kto", _is_judged, _read_judged),
+    ("sft", _is_calls, _read_calls_row),
+    ("sft", lambda data: _find_pair(data) is not None, _read_pair),
+    ("sft", lambda data: "text" in data, _read_text),
+)

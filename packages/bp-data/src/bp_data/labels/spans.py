@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat, Message
-from bp_data.formats import tool_name
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
+from bp_data.turns import tool_name
 
 _STAND_IN = "\ue0f3turn\ue0f3"
 
