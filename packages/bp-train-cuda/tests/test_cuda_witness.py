@@ -7,7 +7,7 @@ from cuda_training import assert_agrees, spec_for, train
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from bp_data import prepare
+from bp_data import PrepareRequest, prepare
 from bp_data.loop.plan import hold_out
 from bp_runs.adapter import changed_files
 from bp_runs.events import Notice
@@ -32,13 +32,14 @@ def test_an_adapter_gets_what_the_model_in_memory_says(pico_model, chat_file, tm
     assert changed_files(outcome.adapter) == []
     assert (outcome.adapter / WITNESS_FILE).stat().st_size < 300_000
     # Rows held out come first; each place is before a trained token, the last before the one that ends the answer.
-    train_rows, held = hold_out(prepare(chat_file, pico_model, max_seq_length=128).rows, spec.training)
+    train_rows, held = hold_out(prepare(PrepareRequest(chat_file, pico_model, 128)).rows, spec.training)
     masks = {tuple(row.ids): row.mask for row in [*train_rows, *held]}
     kinds = [prompt.kind for prompt in seen.prompts]
     assert kinds == ["validation"] * len(held) + ["training"] * (len(kinds) - len(held))
-    assert [prompt.ids for prompt in seen.prompts[: len(held)]] == [tuple(row.ids) for row in held]
-    assert all(masks[prompt.ids][place + 1] for prompt in seen.prompts for place in prompt.places)
-    assert all(prompt.places[-1] == masks[prompt.ids].rfind(1) - 1 for prompt in seen.prompts)
+    assert {prompt.ids for prompt in seen.prompts[: len(held)]} == {tuple(row.ids) for row in held}
+    assert all(masks[prompt.ids][place + 1] for prompt in seen.prompts[1:] for place in prompt.places)
+    assert all(masks[prompt.ids].rfind(1) - 1 in prompt.places for prompt in seen.prompts)
+    assert 7 in seen.prompts[0].places
     assert 32 <= seen.place_count <= 64
 
 
@@ -63,7 +64,7 @@ def test_a_model_with_a_window_is_measured_past_it(pico_model, pair_file, tmp_pa
 def test_measuring_leaves_the_model_as_it_was(pico_model, chat_file, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(pico_model).train()
     spec = spec_for(pico_model, chat_file, tmp_path / "run")
-    rows = prepare(chat_file, pico_model, max_seq_length=128).rows
+    rows = prepare(PrepareRequest(chat_file, pico_model, 128)).rows
     torch.manual_seed(3)
     state = torch.get_rng_state()
     seen = witness.measure_witness(

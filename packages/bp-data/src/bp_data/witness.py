@@ -6,7 +6,7 @@ model in memory. No framework is imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final, TypeAlias
 
@@ -18,7 +18,11 @@ PLACES: Final = 64
 ROWS: Final = 16
 ROW_TOKENS: Final = 512
 """Tokens read of a row; the rest is left out."""
+EARLY_TOKENS: Final = 64
+"""Of the first row, places are measured within so many tokens too: a check of a large model can't read more."""
 LONG_PLACES: Final = 8
+_EARLY_STEP = 8
+_CANDIDATES = 64
 _PAST_WINDOW = 32
 """Tokens by which the long prompt exceeds the window."""
 LONGEST: Final = 8192
@@ -52,12 +56,13 @@ def build_witness(
         config: The base's config.json, which tells the window.
         longest: Tokens of the long prompt at most; a slow device asks for fewer.
     """
-    rows: list[tuple[PromptKind, TokenRow]] = [("validation", row) for row in islice(_read_rows(validation), ROWS)]
-    trained = list(islice(_read_rows(training), ROWS))
+    rows: list[tuple[PromptKind, TokenRow]] = [("validation", row) for row in _read_rows(validation)]
+    trained = _read_rows(training)
     rows += [("training", row) for row in trained[: ROWS - len(rows)] if _count_places(row for _, row in rows) < PLACES]
     if not rows:
         return None
     chosen = [(kind, list(row.ids[:ROW_TOKENS]), _choose_places(row, PLACES // len(rows))) for kind, row in rows]
+    chosen[0] = (*chosen[0][:2], _add_early(chosen[0][1], chosen[0][2]))
     if (length := read_long_length(config)) is not None and length <= longest:
         ids = _join([*trained, *(row for _, row in rows)], length)
         chosen.append(("long", ids, list(range(length - LONG_PLACES, length))))
@@ -80,15 +85,19 @@ def read_long_length(config: Mapping[str, Any]) -> int | None:
     return None if isinstance(context, int) and length > context else length
 
 
-def _read_rows(rows: Sequence[Any]) -> Iterator[TokenRow]:
-    """Rows spread over the data, each with a trained token in the part that is read."""
-    step = max(1, len(rows) // ROWS)
+def _read_rows(rows: Sequence[Any]) -> list[TokenRow]:
+    """The rows to measure: of some spread over the data those that are read soonest, since the check costs by token."""
+    step = max(1, len(rows) // _CANDIDATES)
     order = [*range(0, len(rows), step), *(place for place in range(len(rows)) if place % step)]
-    for place in order[: 16 * ROWS]:
-        found = rows[place]
-        row = found.chosen if isinstance(found, PairRow) else found.row if isinstance(found, JudgedRow) else found
-        if row.mask.find(1, 1, ROW_TOKENS) > 0:
-            yield row
+    found = (_to_row(rows[place]) for place in order[: 4 * _CANDIDATES])
+    usable = list(islice((row for row in found if row.mask.find(1, 1, ROW_TOKENS) > 0), _CANDIDATES))
+    return sorted(usable, key=lambda row: row.mask.rfind(1, 0, ROW_TOKENS))[:ROWS]
+
+
+def _to_row(found: Any) -> TokenRow:
+    """The row of a pair's better answer, of a judged answer, or the row itself."""
+    row: TokenRow = found.chosen if isinstance(found, PairRow) else found.row if isinstance(found, JudgedRow) else found
+    return row
 
 
 def _count_places(rows: Iterable[TokenRow]) -> int:
@@ -100,6 +109,11 @@ def _choose_places(row: TokenRow, count: int) -> list[int]:
     trained = [place for place in range(len(row.mask[:ROW_TOKENS]) - 1) if row.mask[place + 1]]
     count = min(count, len(trained))
     return sorted({trained[-1 - len(trained) * i // count] for i in range(count)})
+
+
+def _add_early(ids: Sequence[int], places: Sequence[int]) -> list[int]:
+    early = range(_EARLY_STEP - 1, min(EARLY_TOKENS, len(ids)), _EARLY_STEP)
+    return sorted({*places, *early})
 
 
 def _join(rows: Sequence[TokenRow], length: int) -> list[int]:
