@@ -42,6 +42,7 @@ from bp_train_cuda.generate import answer
 from bp_train_cuda.model import full, load, lora
 from bp_train_cuda.model.kernels import apply_kernels, use_fp8
 from bp_train_cuda.model.load import BaseCache
+from bp_train_cuda.model.lora_linear import restore_lora
 
 _log = logging.getLogger("bp_train_cuda")
 _SMALL_FILES = 2**20  # bytes for settings and metrics
@@ -143,6 +144,7 @@ def _require_room(spec: TrainSpec, model: Any, mode: backend.Mode) -> None:
 def close_model(model: Any, mode: backend.Mode) -> None:
     """Give the base its own layers back, so that the next run can use it."""
     if mode.name != "full":
+        restore_lora(model)
         lora.remove_adapter(model)
 
 

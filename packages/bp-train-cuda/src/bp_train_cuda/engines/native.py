@@ -40,6 +40,7 @@ from bp_train_cuda.guards.monitor import open_monitor
 from bp_train_cuda.memory import preflight
 from bp_train_cuda.memory.fit import GpuFit
 from bp_train_cuda.model.log_probs import LogProbModel
+from bp_train_cuda.model.lora_linear import use_fast_lora
 from bp_train_cuda.model.packing import require_packable
 from bp_train_cuda.optim import build_optimizer, choose_optimizer, rounds_away
 
@@ -90,6 +91,8 @@ class NativeRun:
         spec, group, device = self.spec, self.group, self.loaded.device
         peak = backend.PeakMemory(device)
         model = open_model(spec, self.loaded, self.emit, group)
+        if self.loaded.mode.name != "full" and not group.is_sharded:
+            use_fast_lora(model)  # FSDP2 swaps the weights that it would hold on to
         wrapped = LogProbModel(model)
         packing = require_packable(model) if spec.training.packing else None
         if group.is_sharded:
