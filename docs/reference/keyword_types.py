@@ -23,7 +23,7 @@ name of a setting is a key. None means that the setting is not given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, TypedDict
 '''
@@ -36,6 +36,8 @@ _WHAT = {
     "training": "The loop.",
     "multirun": "Several runs in sequence.",
 }
+# Settings whose entries are KEY=VALUE, so that a mapping says the same.
+_PAIRS = ("data.columns",)
 # Parameters of their own in some calls, so no key of their group's class: a call can't have both.
 _OWN = ("model.name", "data.path", "training.output_dir", "training.resume")
 
@@ -112,7 +114,7 @@ def _key(word: str, setting: Setting) -> str:
 def spell_type(setting: Setting) -> str:
     """The type of a setting's values as source text, without None."""
     if get_origin(setting.type) is tuple:
-        return "Sequence[str]"
+        return "Mapping[str, str] | Sequence[str]" if setting.key in _PAIRS else "Sequence[str]"
     kinds = get_args(setting.type) if get_origin(setting.type) in (Union, UnionType) else (setting.type,)
     spelled = [_spell_kind(kind) for kind in kinds if kind is not NoneType]
     return " | ".join([*spelled, "Path"] if setting.is_path else spelled)

@@ -99,6 +99,19 @@ class Bench:
         return self.write("odd.jsonl", [row, row, {"question": "a", "answer": "b"}, long, "{broken"])
 
     @functools.cached_property
+    def odd_columns(self) -> str:
+        """Columns that no format knows, one of them with text that would be lost."""
+        notes = "a note that is longer than the question and its answer"
+        return self.write("odd_columns.jsonl", [{"wer": f"who {i}", "was": "marlow", "notes": notes} for i in range(4)])
+
+    @functools.cached_property
+    def western(self) -> str:
+        """A table as Excel saves it on Windows, with one letter that is not ASCII."""
+        file = self.folder / "western.csv"
+        file.write_bytes("question;answer\nwho;René\nwhy;because\n".encode("cp1252"))
+        return str(file)
+
+    @functools.cached_property
     def traces(self) -> str:
         thoughts = ["fox", "the quick brown fox " * 4, "the quick brown fox jumps " * 12]
         rows = [{"question": f"who {i}", "answer": THOUGHT.format(words)} for i, words in enumerate(thoughts)]
@@ -342,6 +355,9 @@ EFFECTS = {
     "data.revision": lambda b: "data_revision" in b.train(data_revision="v1").told,
     "data.samples": lambda b: b.read(samples=3).whole == 3,
     "data.on_bad_row": lambda b: b.read(data=b.odd_rows) == "INPUT_DATASET_FORMAT_UNSUPPORTED" or b.read(data=b.odd_rows, on_bad_row="skip").dropped == 1,
+    "data.columns": lambda b: b.read(data=b.odd_columns) == "INPUT_DATASET_FORMAT_UNSUPPORTED" and b.read(data=b.odd_columns, columns={"wer": "question", "was": "answer"}, ignore_columns="notes").whole == 4,
+    "data.ignore_columns": lambda b: b.read(data=b.odd_columns, columns=["wer=question,was=answer"]) == "INPUT_DATASET_COLUMNS_LEFT",
+    "data.encoding": lambda b: (b.read(data=b.western, on_bad_row="skip").dropped, b.read(data=b.western, encoding="cp1252").dropped) == (1, 0),
     "data.on_overflow": lambda b: b.read(data=b.odd_rows, on_bad_row="skip", on_overflow="drop").dropped == 2,
     "data.min_tokens": lambda b: b.read(data=b.odd_rows, on_bad_row="skip", min_tokens=25).dropped == 2,
     "data.dedup": lambda b: b.read(data=b.odd_rows, on_bad_row="skip", dedup="exact").dropped == 2,

@@ -34,7 +34,7 @@ from bp_data.errors import (
     RowFaultError,
 )
 from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Text
-from bp_data.quality import find_odd_turns, find_personal
+from bp_data.row_checks import find_odd_turns, find_personal
 from bp_runs.errors import ContractError, OutputTakenError
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

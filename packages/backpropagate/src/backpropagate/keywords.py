@@ -8,7 +8,7 @@ name of a setting is a key. None means that the setting is not given.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias, TypedDict
 
@@ -77,6 +77,17 @@ class DataKeywords(TypedDict, total=False):
 
     on_bad_row: Literal["fail", "skip"] | None
     """What a row that cannot be used does: fail, or skip and count."""
+
+    columns: Mapping[str, str] | Sequence[str] | None
+    """Which of your columns is which, as THEIRS=OURS: query_text=question,reply=answer; also roles:
+    bot2=assistant.
+    """
+
+    ignore_columns: Sequence[str] | None
+    """Columns to leave out on purpose, although they hold text."""
+
+    encoding: str | None
+    """Encoding of lines that are not UTF-8, such as cp1252 for Excel on Windows; UTF-16 is found by itself."""
 
     on_overflow: Literal["auto", "truncate", "drop", "split", "fail"] | None
     """What a row over max_seq_length does: truncate, drop, split or fail; auto: truncate, and split .txt and

@@ -428,6 +428,8 @@ def _convert(setting: Setting, raw: Any, source: Source, name: str) -> Any:
     """
     if isinstance(raw, str) and "tuple" in str(setting.type):
         raw = [part.strip() for part in raw.split("|") if part.strip()]
+    if isinstance(raw, Mapping) and "tuple" in str(setting.type):
+        raw = [f"{theirs}={ours}" for theirs, ours in raw.items()]
     if isinstance(raw, Path):
         raw = str(raw)
     where = name if source in ("env", "toml") else f"{{set:{name.replace('-', '_')}}}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, TypeAlias
 
+from bp_data.columns import PLAIN, FieldLedger, ReadOptions
 from bp_data.dedupe import exact_key, reject_duplicates, row_text
 from bp_data.errors import DatasetFormatUnsupportedError, RowFault, RowFaultError
 from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
@@ -20,8 +21,8 @@ from bp_data.json_text import dump_json
 from bp_data.labels.encoder import reject_row
 from bp_data.ledger import Ledger
 from bp_data.preparation import Dedup, OnBadRow, bad_row
-from bp_data.quality import find_personal
 from bp_data.read import read_rows
+from bp_data.row_checks import find_personal
 from bp_runs.errors import ContractError, OutputTakenError
 from bp_runs.files import coded_disk_errors, fsync_folder, rename
 
@@ -64,6 +65,7 @@ def split_file(
     share: float = 0.05,
     seed: int = 0,
     on_bad_row: OnBadRow = "fail",
+    options: ReadOptions = PLAIN,
 ) -> ConvertResult:
     """Part a file in two; rows with the same texts always land on the same side.
 
@@ -74,6 +76,7 @@ def split_file(
         share: Of the rows, above 0 and below 1, that are held out; at least one row is.
         seed: The same seed and file give the same parts.
         on_bad_row: Whether a row that cannot be read ends it, or is left out and listed.
+        options: How the file's rows are read.
 
     Raises:
         DataError: As `read_rows`, the first bad row, or an output that is no .jsonl file.
@@ -83,7 +86,7 @@ def split_file(
     if not 0 < share < 1 or train == heldout:
         raise ContractError(f"share={share}, train={train}, heldout={heldout}")
     groups: dict[bytes, int] = {}
-    for row in read_rows(path):
+    for row in read_rows(path, options):
         if isinstance(row, Row):
             key = exact_key(row)
             groups[key] = groups.get(key, 0) + 1
@@ -102,10 +105,17 @@ def split_file(
     def place(row: Row) -> tuple[Path, Any]:
         return (heldout if exact_key(row) in chosen else train), row.data
 
-    return _rewrite(Path(path), read_rows(path), (train, heldout), place, on_bad_row)
+    return _rewrite(Path(path), read_rows(path, options), (train, heldout), place, on_bad_row)
 
 
-def clean_file(path: str | Path, output: Path, *, dedup: Dedup = "near", personal: bool = False) -> ConvertResult:
+def clean_file(
+    path: str | Path,
+    output: Path,
+    *,
+    dedup: Dedup = "near",
+    personal: bool = False,
+    options: ReadOptions = PLAIN,
+) -> ConvertResult:
     """Write the rows that can be used, each as it was; broken ones and duplicates are left out and listed.
 
     Args:
@@ -113,16 +123,17 @@ def clean_file(path: str | Path, output: Path, *, dedup: Dedup = "near", persona
         output: The .jsonl file to write; what is left out is listed beside it.
         dedup: Leave out rows that are the same as an earlier one, or nearly so.
         personal: Leave out rows with hints of personal data as well.
+        options: How the file's rows are read.
 
     Raises:
         DataError, OutputTakenError: As `split_file`; no bad row raises.
     """
-    rows: Iterable[Row | Rejected] = read_rows(path)
+    rows: Iterable[Row | Rejected] = read_rows(path, options)
     if dedup != "none":
-        rows = reject_duplicates(lambda: read_rows(path), near=dedup == "near")
+        rows = reject_duplicates(lambda: read_rows(path, options), near=dedup == "near")
 
     def place(row: Row) -> tuple[Path, Any]:
-        example = parse_row(row)
+        example = parse_row(row, options=options)
         if isinstance(example, Rejected):
             raise RowFaultError(example.code, example.reason)
         if personal and (hints := find_personal(row_text(row))):
@@ -132,20 +143,31 @@ def clean_file(path: str | Path, output: Path, *, dedup: Dedup = "near", persona
     return _rewrite(Path(path), rows, (output,), place, "skip")
 
 
-def convert_file(path: str | Path, output: Path, to: Format, *, on_bad_row: OnBadRow = "fail") -> ConvertResult:
+def convert_file(
+    path: str | Path, output: Path, to: Format, *, on_bad_row: OnBadRow = "fail", options: ReadOptions = PLAIN
+) -> ConvertResult:
     """Write every row in one format; a row that the format cannot hold is a bad row, and nothing of it is lost.
+
+    Args:
+        path: The data file, or a folder of them.
+        output: The .jsonl file to write.
+        to: The format.
+        on_bad_row: Whether a bad row ends it, or is left out and listed.
+        options: How the file's rows are read; columns that are ignored on purpose are not written.
 
     Raises:
         DataError, OutputTakenError: As `split_file`.
+        DatasetColumnsLeftError: A column with text is in no format, and would not be in the new file.
     """
+    fields = FieldLedger()
 
     def place(row: Row) -> tuple[Path, Any]:
-        example = parse_row(row)
+        example = parse_row(row, options=options, fields=fields)
         if isinstance(example, Rejected):
-            raise RowFaultError(example.code, example.reason)
+            raise RowFaultError(example.code, example.reason, fix=example.fix)
         return output, convert_example(example, to)
 
-    return _rewrite(Path(path), read_rows(path), (output,), place, on_bad_row)
+    return _rewrite(Path(path), read_rows(path, options), (output,), place, on_bad_row, fields=fields)
 
 
 def _rewrite(
@@ -154,7 +176,10 @@ def _rewrite(
     outputs: tuple[Path, ...],
     place: Callable[[Row], tuple[Path, Any]],
     on_bad_row: OnBadRow,
+    *,
+    fields: FieldLedger | None = None,
 ) -> ConvertResult:
+    """Stream ``rows`` to their places; nothing is published if a bad row or ``fields`` stops it."""
     _require_outputs(path, outputs)
     ledger = Ledger()
     with contextlib.ExitStack() as stack:
@@ -171,6 +196,8 @@ def _rewrite(
                 raise bad_row(path, result)
             else:
                 ledger.take_dropped(result)
+        if fields is not None:
+            fields.check(path)
     ledger.check()
     rejected = outputs[0].with_name(outputs[0].name + ".rejected.jsonl")
     if ledger.drops:
@@ -203,7 +230,7 @@ def _place(row: Row, place: Callable[[Row], tuple[Path, Any]]) -> tuple[Path, by
     try:
         output, data = place(row)
     except RowFaultError as fault:
-        return reject_row(row, fault.code, fault.reason)
+        return replace(reject_row(row, fault.code, fault.reason), fix=fault.fix)
     try:
         return output, dump_json(data) + b"\n"
     except (TypeError, ValueError) as error:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from bp_data.columns import PLAIN, ReadOptions
 from bp_data.errors import RowFault
 from bp_data.example import Rejected, Row
 from bp_data.read import excerpt, read_rows
@@ -186,8 +187,16 @@ class Contaminated:
     of_source: str = field(default="", compare=False)
 
 
-def find_contamination(path: str | Path, other: str | Path, *, threshold: float = THRESHOLD) -> Iterator[Contaminated]:
+def find_contamination(
+    path: str | Path, other: str | Path, *, threshold: float = THRESHOLD, options: ReadOptions = PLAIN
+) -> Iterator[Contaminated]:
     """Rows of ``other``, a test or held-out file, that are in ``path`` too, exactly or nearly.
+
+    Args:
+        path: The data file.
+        other: The other file.
+        threshold: Jaccard similarity from which two rows count as the same.
+        options: How the rows of both are read.
 
     Raises:
         DataError: As `read_rows`, for either file.
@@ -196,13 +205,13 @@ def find_contamination(path: str | Path, other: str | Path, *, threshold: float 
     numbers: list[int] = []
     sources: list[str] = []
     index = _near_index(threshold)
-    for batch in _batches(read_rows(path)):
+    for batch in _batches(read_rows(path, options)):
         for row, signature in batch:
             exact.setdefault(exact_key(row), len(numbers))
             index.add(str(len(numbers)), signature)
             numbers.append(row.number)
             sources.append(row.source)
-    for batch in _batches(read_rows(other)):
+    for batch in _batches(read_rows(other, options)):
         for row, signature in batch:
             kind: Literal["exact", "near"] = "exact"
             place = exact.get(exact_key(row))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date
 from math import isfinite
 from typing import Any, Final, NamedTuple, Protocol
@@ -72,21 +72,25 @@ def _to_float(text: str) -> float:
     return number
 
 
-def dump_json(data: Any) -> bytes:
+def dump_json(data: Any, *, default: Callable[[Any], Any] | None = None) -> bytes:
     """Data as one line of UTF-8 JSON that `load_json` reads back the same.
+
+    Args:
+        data: The data.
+        default: Makes JSON data of what JSON can't hold; dates are written as ISO texts without it.
 
     Raises:
         TypeError, ValueError: The data holds what JSON can't.
     """
     try:
-        return orjson.dumps(data)
+        return orjson.dumps(data, default)
     except orjson.JSONEncodeError:
         # Integers of more than 64 bits; what JSON can't hold at all raises here too.
-        text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_to_text)
-        return text.encode()
+        made = default or _date_text
+        return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=made).encode()
 
 
-def _to_text(value: Any) -> str:
+def _date_text(value: Any) -> str:
     if isinstance(value, date):
         return value.isoformat()
     raise TypeError(f"{type(value).__name__} is not JSON")

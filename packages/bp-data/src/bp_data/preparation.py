@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Final, Generic, Literal, Self, TypeAlias
 
 from bp_data import cache as cached
+from bp_data.columns import PLAIN, FieldLedger, ReadOptions
 from bp_data.errors import (
     DatasetFormatUnsupportedError,
     DatasetGateError,
@@ -48,6 +49,7 @@ from bp_runs.errors import ContractError, InvalidSettingError
 from bp_runs.files import publish_folder
 from bp_runs.methods import METHODS, DataKind
 from bp_runs.spec import Settings
+from bp_runs.wording import command_ref
 
 OnBadRow: TypeAlias = Literal["fail", "skip"]
 Dedup: TypeAlias = Literal["none", "exact", "near"]
@@ -88,7 +90,9 @@ class PrepareRequest:
         dedup: Drop rows that are the same as an earlier one, or nearly so.
         trace: Keep reasoning traces of this band as plain text and drop rows without a good one.
         curriculum: ``length`` orders the rows from the shortest to the longest; a trainer must not shuffle them then.
-        gate: Whether to raise if nothing would be learned; without it the rows may be empty.
+        gate: Whether to raise if nothing would be learned, or if text of a column would be lost; without it the rows
+            may be empty.
+        read: How the file's rows are read: encoding, and which column is which.
         cache: A folder in which prepared rows are kept for the next call; None keeps nothing.
     """
 
@@ -105,6 +109,7 @@ class PrepareRequest:
     trace: TraceBand | None = None
     curriculum: Curriculum = "none"
     gate: bool = True
+    read: ReadOptions = PLAIN
     cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -140,13 +145,15 @@ class PrepareRequest:
             dedup=data.dedup,
             trace=TraceBand(data.trace_min_tokens, data.trace_max_tokens) if data.reasoning_trace else None,
             curriculum=settings.training.curriculum,
+            read=ReadOptions.parse(data.columns, data.ignore_columns, data.encoding),
             cache=cache,
         )
 
     def key(self) -> dict[str, Any]:
         """What tokens and masks depend on besides the data, the tokenizer and the template."""
         unrelated = ("path", "model", "curriculum", "cache")
-        return {name: getattr(self, name) for name in self.__slots__ if name not in unrelated}
+        found = {name: getattr(self, name) for name in self.__slots__ if name not in unrelated}
+        return {**found, "read": self.read.to_dict()}
 
 
 def require_fitting(settings: Settings) -> None:
@@ -182,6 +189,7 @@ class Prepared(Generic[R_co]):
         tokens: Tokens of all rows, of both completions where there are two.
         trained_tokens: Tokens that count in the loss, over all rows.
         from_cache: Whether the rows were prepared by an earlier call.
+        fields: Which columns were read and which were left aside; None from the cache.
     """
 
     rows: StoredRows[R_co]
@@ -194,6 +202,7 @@ class Prepared(Generic[R_co]):
     tokens: int
     trained_tokens: int
     from_cache: bool = False
+    fields: FieldLedger | None = None
 
 
 AnyPrepared: TypeAlias = Prepared[TokenRow] | Prepared[PairRow] | Prepared[JudgedRow]
@@ -242,6 +251,7 @@ def prepare(request: PrepareRequest) -> Prepared[Any]:
         tokens=sum(stored.lengths()),
         trained_tokens=trained,
         from_cache=hit,
+        fields=None if hit else making.fields,
     )
 
 
@@ -252,7 +262,10 @@ class _Making:
         self, request: PrepareRequest, tokenizer: Tokenizer, template: ChatTemplate, facts: TokenizerFacts
     ) -> None:
         self._request, self._path = request, Path(request.path)
-        self._encoder = Encoder(tokenizer, template, request.trace, _WANTED[request.learns_from])
+        self.fields = FieldLedger()
+        self._encoder = Encoder(
+            tokenizer, template, request.trace, _WANTED[request.learns_from], options=request.read, fields=self.fields
+        )
         self._facts, self._stops = facts, frozenset(facts.stop_ids)
 
     def to_memory(self) -> tuple[TokenRows, Ledger, int]:
@@ -295,6 +308,7 @@ class _Making:
                 writer.append(row, good=good)
         ledger.check()
         if self._request.gate:
+            self.fields.check(self._path)
             gate.close(ledger)
             self._check_labels(labels, ledger)
         return ledger
@@ -338,11 +352,11 @@ class _Making:
 def take_rows(request: PrepareRequest, ledger: Ledger) -> Iterable[Row | Rejected]:
     """The rows of a file that are taken up, duplicates rejected if that is set."""
     path = Path(request.path)
-    rows: Iterable[Row | Rejected] = read_rows(path)
+    rows: Iterable[Row | Rejected] = read_rows(path, request.read)
     if request.dedup != "none":
         from bp_data.dedupe import reject_duplicates
 
-        rows = reject_duplicates(lambda: read_rows(path), near=request.dedup == "near")
+        rows = reject_duplicates(lambda: read_rows(path, request.read), near=request.dedup == "near")
     if request.samples is not None:
         rows = sample_rows(rows, request.samples, request.seed, ledger)
     return rows
@@ -435,10 +449,12 @@ def bad_row(
     file = source / bad.source if source.is_dir() and bad.source else source
     message = f"{file}, {locate_row(file, bad.number)}: {bad.reason}"
     details = {"path": str(source), "row": bad.number, "row_code": bad.code.value}
+    every = f"list every bad row: {command_ref('validate', source)}"
     if bad.code in _PARSE_FAULTS:
-        fix = AS_UTF8 if bad.code is RowFault.NOT_UTF8 else None
-        return DatasetParseFailedError(message, fix=fix, setting="data.on_bad_row", details=details)
+        fix: str | None = AS_UTF8 if bad.code is RowFault.NOT_UTF8 else DatasetParseFailedError.default_fix
+        return DatasetParseFailedError(message, fix=f"{fix}; {every}", setting="data.on_bad_row", details=details)
     if bad.code is RowFault.COLUMNS_UNKNOWN:
-        return DatasetFormatUnsupportedError(message, details=details)
-    fix, setting = _ROW_FIXES.get(bad.code, (None, None))
-    return DatasetInvalidError(message, fix=fix, setting=setting, details=details)
+        fix = f"{bad.fix}; {every}" if bad.fix else None
+        return DatasetFormatUnsupportedError(message, fix=fix, setting="data.columns", details=details)
+    fix, setting = _ROW_FIXES.get(bad.code, (bad.fix or DatasetInvalidError.default_fix, None))
+    return DatasetInvalidError(message, fix=f"{fix}; {every}", setting=setting, details=details)

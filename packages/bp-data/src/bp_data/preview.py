@@ -1,4 +1,4 @@
-"""What is learnt, token by token, for a coloured preview."""
+"""What is learned, token by token, for a coloured preview."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
+from bp_data.columns import PLAIN, FieldLedger, ReadOptions
 from bp_data.errors import RowFaultError
 from bp_data.example import Judged, Preference, Rejected
 from bp_data.labels.encoder import EncodedRow, Encoder
@@ -26,9 +27,9 @@ class PreviewToken(NamedTuple):
 
     Attributes:
         text: Its characters; several tokens that only together form a character make one piece.
-        trained: Whether it is learnt.
+        trained: Whether it is learned.
         special: Whether it is a special token.
-        truncated: Whether it is cut off, and neither learnt nor read.
+        truncated: Whether it is cut off, and neither learned nor read.
     """
 
     text: str
@@ -44,8 +45,8 @@ class PreviewedRow:
     Attributes:
         number: As in `Row`.
         pieces: The whole row, what is cut off included; empty where it cannot be read.
-        tokens: Tokens that are read or learnt.
-        trained: Tokens that are learnt.
+        tokens: Tokens that are read or learned.
+        trained: Tokens that are learned.
         rejected: Why it is not trained on; None where it is.
         source: As in `Row`.
         answer: Which answer it shows, of a row that compares or judges answers.
@@ -87,8 +88,11 @@ def preview_file(
     rows: int = 3,
     skip: int = 0,
     on_overflow: OnOverflow | None = None,
+    only_bad: bool = False,
+    options: ReadOptions = PLAIN,
+    fields: FieldLedger | None = None,
 ) -> list[PreviewedRow]:
-    """Some rows of a file with what is learnt, masked and cut off; the rest of the file is not read.
+    """Some rows of a file with what is learned, masked and cut off; the rest of the file is not read.
 
     A row that compares two answers is shown twice, once with each.
 
@@ -97,20 +101,26 @@ def preview_file(
         model: As in `prepare`.
         max_seq_length: As in `prepare`.
         rows: How many rows.
-        skip: Rows passed over before.
-        on_overflow: As in `prepare`; with ``split``, pieces beyond the first row's end are learnt in further rows.
+        skip: Rows passed over before; with ``only_bad``, bad ones.
+        on_overflow: As in `prepare`; with ``split``, pieces beyond the first row's end are learned in further rows.
+        only_bad: Show only rows that can't be trained on, however far into the file they are.
+        options: How the rows are read.
+        fields: Counts the columns of the rows that were read.
 
     Raises:
         DataError: The file, the tokenizer or the template cannot be read; bad rows are shown as such.
     """
     tokenizer, template = load_source(model)
     stops = frozenset(tokenizer_facts(tokenizer, template).stop_ids)
-    encoder = Encoder(tokenizer, template, wanted=None)
-    return [
-        _previewed(found, answer, tokenizer, (max_seq_length, on_overflow, stops))
-        for encoded in encoder.encode_rows(islice(read_rows(path), skip, skip + rows))
-        for answer, found in _completions(encoded)
-    ]
+    encoder = Encoder(tokenizer, template, wanted=None, options=options, fields=fields)
+    source = read_rows(path, options)
+    encoded = encoder.encode_rows(source if only_bad else islice(source, skip, skip + rows))
+    found = (
+        _previewed(part, answer, tokenizer, (max_seq_length, on_overflow, stops))
+        for row in encoded
+        for answer, part in _completions(row)
+    )
+    return list(islice((row for row in found if row.rejected), skip, skip + rows) if only_bad else found)
 
 
 def _completions(encoded: EncodedRow) -> Iterator[tuple[Answer, TokenRow | Rejected]]:

@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from bp_data.columns import PLAIN, FieldLedger, ReadOptions
 from bp_data.dedupe import Duplicate, find_contamination, find_duplicates, row_text
 from bp_data.errors import DatasetGateError
-from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row, Text
+from bp_data.example import Chat, Judged, Rejected, Row
 from bp_data.files import list_files, sha256_data
 from bp_data.formats import parse_row
 from bp_data.labels.encoder import Encoder
 from bp_data.preparation import load_source
 from bp_data.read import read_rows
+from bp_data.row_checks import (
+    find_control_tokens,
+    find_odd_turns,
+    find_personal,
+    guess_language,
+    is_rendered,
+    texts_of,
+)
 from bp_data.templates.engine import ChatTemplate
 from bp_data.token_rows import TokenRow
 from bp_data.tokens import Tokenizer
-from bp_runs.redact import MASK, redact
 from bp_runs.wording import command_ref
 
 _SHOWN: Final = 20  # rows named of each kind
 _BINS: Final = 20
-
-# Oddities of turns that can be trained on and should be looked at, with what they mean.
-ODDITIES: Final[Mapping[str, str]] = {
-    "same_role_twice": "two turns of one role follow each other",
-    "answer_first": "the assistant speaks before the user",
-    "system_late": "a system turn is not the first",
-    "no_last_answer": "the last turn is not the assistant's, so it is only read",
-    "tool_unasked": "a tool answers without a call before it",
-    "answer_repeats_question": "an answer is word for word the question",
-    "replacement_character": "a text holds \ufffd: it was once decoded the wrong way",
-}
-
-_EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")
-_PHONE = re.compile(r"(?<![\w.])\+\d{1,3}[ .-]?(?:\(?\d{2,4}\)?[ .-]?){2,4}\d{2,4}(?!\w)")
-_IP = re.compile(r"(?<![\d.])(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)(?![\d.])")
-_CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +97,10 @@ class Report:
         personal: Hints of personal data and secrets, by kind; guesses by shape, to be looked at.
         contaminated: Rows of the file compared with that are in this one; None where none was given.
         files: How many files were read.
+        columns: Which columns were read and which were left aside, as `bp_data.columns.FieldLedger.to_dict`.
+        control_tokens: Rows with control tokens within their texts, by token.
+        rendered: Documents that are chats, rendered with somebody's template.
+        languages: Usable rows by language, a guess.
     """
 
     path: str
@@ -127,6 +121,10 @@ class Report:
     personal: Mapping[str, Found]
     contaminated: Found | None = None
     files: int = 1
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    control_tokens: Mapping[str, Found] = field(default_factory=dict)
+    rendered: Found = Found(0, ())
+    languages: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data."""
@@ -219,6 +217,10 @@ class _Counts:
     numbers: array[int] = field(default_factory=lambda: array("q"))
     sources: list[str] = field(default_factory=list)
     trained: int = 0
+    fields: FieldLedger = field(default_factory=FieldLedger)
+    control_tokens: dict[str, _Tally] = field(default_factory=dict)
+    rendered: _Tally = field(default_factory=_Tally)
+    languages: Counter[str] = field(default_factory=Counter)
 
     def take_place(self, row: Row | TokenRow) -> None:
         self.numbers.append(row.number)
@@ -232,6 +234,7 @@ def build_report(
     max_seq_length: int = 2048,
     near: bool = True,
     against: str | Path | None = None,
+    options: ReadOptions = PLAIN,
 ) -> Report:
     """Look at every row of a data set.
 
@@ -241,22 +244,25 @@ def build_report(
         max_seq_length: Tokens beyond which a row counts as over-long.
         near: Look for near duplicates too.
         against: Another file, such as a test set, whose rows should not be in this one.
+        options: How the rows are read.
 
     Raises:
         DataError: The file, the tokenizer or the template cannot be read; single bad rows are counted.
     """
     path = Path(path)
     counts = _Counts()
-    rows = _look(read_rows(path), counts)
-    if model is None:
+    tokenizer, template = (None, None) if model is None else load_source(model)
+    special = [] if tokenizer is None else [tokenizer.decode([token]) for token in sorted(tokenizer.special_ids)]
+    rows = _look(read_rows(path, options), counts, options, special)
+    if tokenizer is None or template is None:
         _measure_characters(rows, counts)
     else:
-        _measure_tokens(rows, counts, *load_source(model))
-    exact, similar = _duplicates(find_duplicates(read_rows(path), near=near))
+        _measure_tokens(rows, counts, Encoder(tokenizer, template, wanted=None, options=options))
+    exact, similar = _duplicates(find_duplicates(read_rows(path, options), near=near))
     contaminated = None
     if against is not None:
         tally = _Tally()
-        for one in find_contamination(path, against):
+        for one in find_contamination(path, against, options=options):
             theirs, here = one.source or Path(against).name, f" of {one.of_source}" if path.is_dir() else ""
             example = f"row {one.number} of {theirs} is row {one.of_number}{here} here ({one.kind})"
             tally.take(one.number, one.source, example)
@@ -280,14 +286,20 @@ def build_report(
         personal={name: tally.found() for name, tally in sorted(counts.personal.items())},
         contaminated=contaminated,
         files=len(list_files(path)),
+        columns=counts.fields.to_dict(),
+        control_tokens={name: tally.found() for name, tally in sorted(counts.control_tokens.items())},
+        rendered=counts.rendered.found(),
+        languages=dict(counts.languages.most_common()),
     )
 
 
-def _look(rows: Iterable[Row | Rejected], counts: _Counts) -> Iterator[Row]:
+def _look(
+    rows: Iterable[Row | Rejected], counts: _Counts, options: ReadOptions, special: Sequence[str]
+) -> Iterator[Row]:
     """The usable rows, all of them counted."""
     for row in rows:
         counts.rows += 1
-        example = row if isinstance(row, Rejected) else parse_row(row)
+        example = row if isinstance(row, Rejected) else parse_row(row, None, options, counts.fields)
         if isinstance(example, Rejected):
             counts.rejected.setdefault(example.code.value, _Tally()).take(example.number, row.source, example.reason)
         elif isinstance(row, Row):
@@ -296,6 +308,11 @@ def _look(rows: Iterable[Row | Rejected], counts: _Counts) -> Iterator[Row]:
                 counts.turns[len((example if isinstance(example, Chat) else example.chat).messages)] += 1
             for name in find_odd_turns(example):
                 counts.oddities.setdefault(name, _Tally()).take(row.number, row.source)
+            for token in find_control_tokens(example, special):
+                counts.control_tokens.setdefault(token, _Tally()).take(row.number, row.source)
+            if is_rendered(example):
+                counts.rendered.take(row.number, row.source)
+            counts.languages[guess_language(" ".join(texts_of(example)))] += 1
             for name, example_text in find_personal(row_text(row)).items():
                 counts.personal.setdefault(name, _Tally()).take(row.number, row.source, example_text)
             yield row
@@ -307,8 +324,8 @@ def _measure_characters(rows: Iterator[Row], counts: _Counts) -> None:
         counts.take_place(row)
 
 
-def _measure_tokens(rows: Iterator[Row], counts: _Counts, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-    for encoded in Encoder(tokenizer, template, wanted=None).encode_rows(rows):
+def _measure_tokens(rows: Iterator[Row], counts: _Counts, encoder: Encoder) -> None:
+    for encoded in encoder.encode_rows(rows):
         if encoded.rejected is not None:
             bad = encoded.rejected
             counts.rejected.setdefault(bad.code.value, _Tally()).take(bad.number, bad.source, bad.reason)
@@ -362,54 +379,3 @@ def _duplicates(duplicates: Iterable[Duplicate]) -> tuple[Found, Found]:
         where = "" if one.source == one.of_source else f" of {one.of_source}"
         tallies[one.kind].take(one.number, one.source, f"row {one.number} repeats row {one.of_number}{where}")
     return tallies["exact"].found(), tallies["near"].found()
-
-
-def find_odd_turns(example: Chat | Text | Preference | Judged) -> list[str]:
-    """Names in `ODDITIES` of what is odd in an example."""
-    if isinstance(example, Text):
-        return ["replacement_character"] if "\ufffd" in example.text else []
-    if isinstance(example, Preference):
-        turns: tuple[Message, ...] = (*example.prompt, *example.chosen)
-    else:
-        turns = (example.chat if isinstance(example, Judged) else example).messages
-    roles = [turn.role for turn in turns]
-    spoken = [role for role in roles if role != "system"]
-    pairs = list(pairwise(turns))
-    said = {
-        "same_role_twice": any(a.role == b.role != "tool" for a, b in pairs),
-        "answer_first": spoken[:1] == ["assistant"],
-        "system_late": "system" in roles[1:],
-        "no_last_answer": roles[-1] != "assistant",
-        "tool_unasked": any(b.role == "tool" and a.role != "tool" and not a.tool_calls for a, b in pairs),
-        "answer_repeats_question": any(
-            (a.role, b.role) == ("user", "assistant") and a.words == b.words and a.words for a, b in pairs
-        ),
-        "replacement_character": any("\ufffd" in (turn.content or "") for turn in turns),
-    }
-    return [name for name, is_so in said.items() if is_so]
-
-
-def find_personal(text: str) -> dict[str, str]:
-    """Hints of personal data by kind, each with its first find, half of it hidden; by shape alone, so guesses."""
-    found: dict[str, str] = {}
-    if "@" in text and (match := _EMAIL.search(text)):
-        found["email"] = match[0]
-    if "+" in text and (match := _PHONE.search(text)):
-        found["phone"] = match[0]
-    if match := _IP.search(text):
-        found["ip_address"] = match[0]
-    for match in _CARD.finditer(text):
-        if _is_card(match[0]):
-            found["card_number"] = match[0]
-            break
-    hidden = {kind: first[: len(first) // 2] + "…" for kind, first in found.items()}
-    if redact(text) != text:
-        hidden.update(secret=MASK)
-    return hidden
-
-
-def _is_card(text: str) -> bool:
-    """Luhn's check digit (ISO/IEC 7812-1)."""
-    digits = [int(letter) for letter in text if letter.isdigit()]
-    doubled = [digit * 2 - 9 * (digit > 4) for digit in digits[-2::-2]]
-    return (sum(digits[::-2]) + sum(doubled)) % 10 == 0 and len(set(digits)) > 1

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Literal
 
 from bp_data import json_rows, tables
 from bp_data.columns import ReadOptions
 from bp_data.errors import DataError, DatasetEmptyError, RowFault
 from bp_data.example import Rejected, Row
-from bp_data.files import KINDS, coded_read_errors, kind_of, list_files, open_data
+from bp_data.files import coded_read_errors, kind_of, list_files, open_data
 from bp_data.json_rows import AS_UTF8
 from bp_data.json_text import excerpt, name_type
 
-__all__ = ["AS_UTF8", "excerpt", "locate_row", "name_type", "read_rows"]
+__all__ = ["AS_UTF8", "excerpt", "locate_row", "name_type", "read_rows", "unit_of"]
 
 _BOM: Final = b"\xef\xbb\xbf"
 _BLOCK: Final = 1 << 20
@@ -59,16 +59,22 @@ def read_rows(path: str | Path, options: ReadOptions | None = None) -> Iterator[
 
 def locate_row(path: str | Path, number: int) -> str:
     """How a person finds row ``number`` of a file: by its line, or by its position in a list or table."""
+    return f"{unit_of(path)} {number}"
+
+
+def unit_of(path: str | Path) -> Literal["line", "row"]:
+    """Whether a file's rows are numbered by its lines, or by their position in a list or table."""
     file = Path(path)
-    kind = next((kind for kind in KINDS if kind in file.name.lower()), "")
-    if kind in (".jsonl", ".ndjson", ".json"):
-        try:
-            with coded_read_errors(file), open_data(file) as stream:
-                is_whole = json_rows.find_layout(stream).layout == "whole"
-        except DataError:
-            is_whole = kind == ".json"
-        return f"row {number}" if is_whole else f"line {number}"
-    return f"line {number}" if kind in (".csv", ".tsv") else f"row {number}"
+    kind = kind_of(file)
+    if kind in (".csv", ".tsv"):
+        return "line"
+    if kind not in (".jsonl", ".ndjson", ".json"):
+        return "row"
+    try:
+        with coded_read_errors(file), open_data(file) as stream:
+            return "row" if json_rows.find_layout(stream).layout == "whole" else "line"
+    except DataError:
+        return "line"
 
 
 def _read_document(stream: BinaryIO, _file: Path, source: str) -> Iterator[Row | Rejected]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from html import escape
 from itertools import groupby
 
-from bp_data.quality import ODDITIES, Found, Report
+from bp_data.quality import Found, Report
+from bp_data.row_checks import ODDITIES
 from bp_runs.redact import redact
 
 _BLOCKS = "▏▎▍▌▋▊▉█"
@@ -63,6 +64,10 @@ def facts(report: Report) -> list[tuple[str, str]]:
         share = report.trained_tokens / max(lengths.total, 1)
         found.append(("learnt", f"{report.trained_tokens:,} tokens, {share:.0%}"))
         found.append((f"over {report.max_seq_length:,} tokens", f"{report.overlong:,} rows"))
+    if report.languages:
+        found.append(("languages, a guess", ", ".join(f"{rows:,} {name}" for name, rows in report.languages.items())))
+    if left := report.columns.get("left_aside"):
+        found.append(("columns left aside", ", ".join(left)))
     if report.turns:
         found.append(("turns", ", ".join(f"{turns}: {rows:,}" for turns, rows in list(report.turns.items())[:8])))
     return found
@@ -73,6 +78,8 @@ def problems(report: Report) -> list[tuple[str, Found]]:
     listed = [(f"not usable, {code}", found) for code, found in report.rejected.items()]
     listed += [("exact duplicates", report.exact), ("near duplicates", report.near)]
     listed += [(ODDITIES[name], found) for name, found in report.oddities.items()]
+    listed += [(f"control token {token} in a text", found) for token, found in report.control_tokens.items()]
+    listed += [("documents that are chats, rendered already", report.rendered)]
     listed += [("much longer or shorter than the others", report.outliers)]
     listed += [(f"hint of {name.replace('_', ' ')}", found) for name, found in report.personal.items()]
     if report.contaminated is not None:

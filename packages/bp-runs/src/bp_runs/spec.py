@@ -171,6 +171,14 @@ class DataSpec:
     on_bad_row: Literal["fail", "skip"] = setting(
         "fail", "What a row that cannot be used does: fail, or skip and count."
     )
+    columns: tuple[str, ...] = setting(
+        (),
+        "Which of your columns is which, as THEIRS=OURS: query_text=question,reply=answer; also roles: bot2=assistant.",
+    )
+    ignore_columns: tuple[str, ...] = setting((), "Columns to leave out on purpose, although they hold text.")
+    encoding: str | None = setting(
+        None, "Encoding of lines that are not UTF-8, such as cp1252 for Excel on Windows; UTF-16 is found by itself."
+    )
     on_overflow: Literal["auto", "truncate", "drop", "split", "fail"] = setting(
         "auto",
         "What a row over max_seq_length does: truncate, drop, split or fail; auto: truncate, and split .txt and .md.",

@@ -19,7 +19,10 @@ import orjson
 
 from backpropagate.errors import RunsAndRowsError
 from bp_data import Rejected, Row, read_rows
+from bp_data.columns import PLAIN, Columns, ReadOptions
 from bp_data.dedupe import exact_key
+from bp_data.formats import to_label
+from bp_data.json_text import dump_json
 from bp_data.preparation import bad_row
 from bp_runs.files import coded_disk_errors, publish_folder
 from bp_runs.methods import METHODS
@@ -73,7 +76,7 @@ def write_slices(folder: Path, sources: Sequence[Path], wanted: Settings, say: S
     draw = random.Random(wanted.training.seed)  # noqa: S311 - a choice that must repeat, not a secret
     slices: list[Slice] = []
     trained: list[Places] = []
-    with publish_folder(folder) as partial, Spool(partial / _SPOOL) as spool:
+    with publish_folder(folder) as partial, Spool(partial / _SPOOL, _options(wanted)) as spool:
         if len(sources) == 1:
             parts = _cut(spool, sources[0], wanted, draw, say)
         else:
@@ -109,10 +112,11 @@ class Spool:
 
     Args:
         path: The file, which is gone in the end.
+        options: Which column is the label.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, options: ReadOptions = PLAIN) -> None:
+        self._path, self._options = path, options
         self._ends = array("q", [0])
         self.keys: list[bytes] = []
         """`exact_key` of each row."""
@@ -130,12 +134,12 @@ class Spool:
 
     def add(self, row: Row) -> int:
         """Keep a row; its place, counted from 0."""
-        line = orjson.dumps(dict(row.data), default=str, option=orjson.OPT_APPEND_NEWLINE)
+        line = dump_json(dict(row.data), default=str) + b"\n"
         with coded_disk_errors(self._path):
             self._file.write(line)
         self._ends.append(self._ends[-1] + len(line))
         self.keys.append(exact_key(row))
-        self.labels.append(str(row.data.get("label")).strip().lower() in {"true", "1", "1.0"})
+        self.labels.append(bool(to_label(Columns(row.data, self._options).get("label"))))
         return len(self.keys) - 1
 
     def write(self, places: Sequence[int], file: Path) -> None:
@@ -186,7 +190,7 @@ def _take(
 
 def _read(source: Path, wanted: Settings, say: Say) -> Iterator[Row]:
     rejected = 0
-    for row in read_rows(source):
+    for row in read_rows(source, _options(wanted)):
         if isinstance(row, Rejected):
             if wanted.data.on_bad_row == "fail":
                 raise bad_row(source, row)
@@ -195,6 +199,10 @@ def _read(source: Path, wanted: Settings, say: Say) -> Iterator[Row]:
             yield row
     if rejected:
         say(f"{rejected} rows of {source} cannot be read and are left out")
+
+
+def _options(wanted: Settings) -> ReadOptions:
+    return ReadOptions.parse(wanted.data.columns, wanted.data.ignore_columns, wanted.data.encoding)
 
 
 def _hold_out(

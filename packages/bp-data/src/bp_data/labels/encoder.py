@@ -12,15 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias
 
-import orjson
-
+from bp_data.columns import PLAIN, FieldLedger, ReadOptions
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat, Example, Judged, Preference, Rejected, Row, Text
 from bp_data.formats import Wanted, parse_row
+from bp_data.json_text import dump_json, excerpt
 from bp_data.labels.masks import Masked, build_strategies, mask_chats, mask_text, require_unicode
 from bp_data.labels.shapes import SpanFinder
 from bp_data.labels.spans import Marked
-from bp_data.read import excerpt
 from bp_data.reasoning import TraceBand, find_trace, keep_trace
 from bp_data.templates.engine import ChatTemplate
 from bp_data.token_rows import TokenRow
@@ -78,6 +77,8 @@ class Encoder:
         template: The chat template.
         trace: If given, completions must begin with a reasoning trace in this band.
         wanted: The kind of row to train on; None: each row as what it is.
+        options: How rows are read; see `parse_row`.
+        fields: Counts the columns that are read and those that are left aside.
     """
 
     def __init__(
@@ -86,8 +87,12 @@ class Encoder:
         template: ChatTemplate,
         trace: TraceBand | None = None,
         wanted: Wanted | None = "sft",
+        *,
+        options: ReadOptions = PLAIN,
+        fields: FieldLedger | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._options, self._fields = options, fields
         self._trace, self._wanted = trace, wanted
         self._finder = SpanFinder(tokenizer, template)
         self._strategies = build_strategies(tokenizer)
@@ -121,7 +126,7 @@ class Encoder:
         if isinstance(row, Rejected):
             return _Planned(EncodedRow(row.number, row.source, rejected=row))
         planned = _Planned(EncodedRow(row.number, row.source), row)
-        example = parse_row(row, self._wanted)
+        example = parse_row(row, self._wanted, self._options, self._fields)
         if isinstance(example, Rejected):
             planned.out.rejected = _with_excerpt(example, row)
             return planned
@@ -186,7 +191,7 @@ def reject_row(row: Row, code: RowFault, reason: str) -> Rejected:
 
 def _with_excerpt(rejected: Rejected, row: Row) -> Rejected:
     try:
-        shown = excerpt(orjson.dumps(row.data, option=orjson.OPT_NON_STR_KEYS))
-    except orjson.JSONEncodeError:
+        shown = excerpt(dump_json(row.data))
+    except (TypeError, ValueError):
         shown = excerpt(str(sorted(map(str, row.data))))
     return replace(rejected, source=row.source, excerpt=shown)
