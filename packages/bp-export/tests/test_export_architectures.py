@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_json, write_lora, write_tokenizer
 
-from bp_export import read_settings
 from bp_export.chat.server import LlamaServer
 from bp_export.errors import ArchitectureUnsupportedError
+from bp_export.gguf import read_settings
 from bp_export.verify.probe import read_places
 from bp_merge import read_model_index
 

@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     from backpropagate.continual.multirun import MultiRun, MultiRunResult
     from backpropagate.evaluation.evaluate import EvalResult
     from bp_data.preparation import AnyPrepared
-    from bp_export import Format, PushOutcome
+    from bp_export import Format
+    from bp_export.hub import PushOutcome
     from bp_runs.proof import Proof
     from bp_runs.rail import MemoryEstimate
 
@@ -569,7 +570,7 @@ class Trainer:
             endpoint: The Hub's address; default: the library's own.
 
         Raises:
-            CodedError: As `bp_export.push`.
+            CodedError: As `bp_export.hub.push`.
         """
         launchers.require_main("an upload", self._ranks)
         return push_model(
