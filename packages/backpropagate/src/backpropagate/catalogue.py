@@ -73,13 +73,13 @@ def find_model(
     return _from_hub(name, revision, offline=offline, need=need, with_code=with_code)
 
 
-def find_tokenizer(wanted: Settings) -> Path:
+def find_tokenizer(settings: Settings) -> Path:
     """The folder of the settings' model, with its tokenizer and config and perhaps without weights.
 
     Raises:
         CodedError: As `find_model`.
     """
-    model, offline = wanted.model, is_offline(os.environ)
+    model, offline = settings.model, is_offline(os.environ)
     return find_model(model.name, revision=model.revision, offline=offline, need=TOKENIZER).folder
 
 
@@ -105,13 +105,13 @@ def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, wit
     from huggingface_hub import errors as hub
 
     send_no_usage_reports()
-    wanted = [p for p in _WANTED if need == WHOLE or p != "*.safetensors"] + (["*.py"] if with_code else [])
+    patterns = [p for p in _WANTED if need == WHOLE or p != "*.safetensors"] + (["*.py"] if with_code else [])
     try:
         with coded_disk_errors(Path(constants.HF_HUB_CACHE)):
             found = snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=wanted,
+                allow_patterns=patterns,
                 ignore_patterns=list(_UNWANTED),
                 local_files_only=offline,
             )
