@@ -27,7 +27,7 @@ from bp_runs.errors import (
 )
 from bp_runs.files import coded_disk_errors, publish_folder, rename, require_folder
 from bp_runs.metrics import read_events, read_last_time, read_progress
-from bp_runs.process import acquire_lock, process_birth
+from bp_runs.process import acquire_lock, is_same_process
 from bp_runs.record import Relation, RunRecord, read_record, utc_now, write_record
 from bp_runs.redact import redact_data
 from bp_runs.wording import command_ref
@@ -373,7 +373,7 @@ class RunStore:
 
     @staticmethod
     def _lives(record: RunRecord) -> bool:
-        return record.process_started is not None and process_birth(record.pid) == record.process_started
+        return is_same_process(record.pid, record.process_started)
 
 
 def _write_index(write: Callable[..., object], *arguments: Any) -> None:

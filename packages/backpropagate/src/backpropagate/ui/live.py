@@ -59,8 +59,10 @@ def events_after(file: Path, step: int | None) -> tuple[list[dict[str, Any]], in
     return events[places[-1] + 1 :] if places else events, offset
 
 
-async def follow(file: Path, step: int | None, read_status: Callable[[], str]) -> AsyncIterator[bytes]:
-    """Messages of a run from a step on, until it does not run any more; the last one, ``end``, has its status."""
+async def follow(
+    file: Path, step: int | None, read_status: Callable[[], str], is_allowed: Callable[[], bool] = lambda: True
+) -> AsyncIterator[bytes]:
+    """Messages of a run from a step on, until it ends or the reader is logged out; the last, ``end``, has its status."""
     events, offset = await asyncio.to_thread(events_after, file, step)
     looks = 0
     while True:
@@ -68,6 +70,8 @@ async def follow(file: Path, step: int | None, read_status: Callable[[], str]) -
             yield message(event)
         looks = 0 if events else looks + 1
         if looks % _STATUS_LOOKS == 0:
+            if not is_allowed():
+                return
             status = await asyncio.to_thread(read_status)
             if status != "running":
                 events, offset = await asyncio.to_thread(read_new_events, file, offset)

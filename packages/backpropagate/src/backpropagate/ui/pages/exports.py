@@ -85,10 +85,10 @@ def start(request: Request, form: FormData) -> Response:
     filled = {name: str(value) for name, value in form.items()}
     try:
         words = _words(site.places, filled)
-        launch = site.launches.start(words)
+        job = site.jobs.start(words)
     except CodedError as error:
         return _page(request, filled, error)
-    return RedirectResponse(f"/launches/{launch.id}", 303)
+    return RedirectResponse(f"/jobs/{job.id}", 303)
 
 
 def _words(places: Places, filled: dict[str, str]) -> list[str]:

@@ -16,7 +16,8 @@ from backpropagate.resume_plan import UNFINISHED, resume_line
 from backpropagate.ui.background import CAN_STOP
 from backpropagate.ui.folders import Output
 from backpropagate.ui.live import chart_points, follow
-from backpropagate.ui.render import show
+from backpropagate.ui.render import show, whole_number
+from backpropagate.ui.security import session_of
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import RunStatus
 from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
@@ -72,7 +73,7 @@ def _table(request: Request) -> dict[str, Any]:
             (r for r in rows if r[column] is not None), key=lambda r: (r[column], r["run_id"]), reverse=is_down
         )
     rows = known + [row for row in rows if row[column] is None]
-    page = int(asked["page"]) if asked["page"].isdigit() else 1
+    page = whole_number(asked["page"], 1)
     pages = max(1, -(-len(rows) // MOST_ROWS))
     page = min(max(1, page), pages)
     shown = rows[(page - 1) * MOST_ROWS : page * MOST_ROWS]
@@ -153,7 +154,7 @@ def _summary(request: Request, output: Output, record: RunRecord, events: list[d
         "samples": _samples(events),
         "notices": redact_data(notices),
         "can_stop": CAN_STOP and record.host == platform.node(),
-        "is_asked": request.app.state.site.launches.is_asked(record.run_id),
+        "is_asked": request.app.state.site.jobs.is_asked(record),
         "has_card": find_scorecard(record, notices) is not None,
         "members": [row for row in output.store.list_runs() if row["parent"] == record.run_id][::-1],
         "go_on": render(resume_line(record.run_id, output.path)) if can_go_on else None,
@@ -192,12 +193,14 @@ def points(request: Request) -> Response:
 def follow_run(request: Request) -> Response:
     """The run's events from ``Last-Event-ID``, or the query's ``after``, as they come."""
     _, store, record = find_run(request)
+    sessions, session = request.app.state.site.sessions, session_of(request)
     after = request.headers.get("last-event-id") or request.query_params.get("after", "")
     return StreamingResponse(
         follow(
             store.folder(record.run_id) / METRICS_FILE,
-            int(after) if after.isdigit() else None,
+            whole_number(after, None),
             lambda: store.load(record.run_id).status,
+            lambda: sessions.is_valid(session),
         ),
         media_type="text/event-stream",
         headers={"X-Accel-Buffering": "no"},
