@@ -11,7 +11,7 @@ from typing import Any
 
 from backpropagate.errors import ResumeDiffersError
 from backpropagate.settings import Resolved, from_record
-from backpropagate.system import output_setting
+from backpropagate.system import output_setting, path_exists
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
 from bp_runs.errors import (
     CheckpointInvalidError,
@@ -214,7 +214,7 @@ def differences(now: Settings, before: Settings) -> dict[str, tuple[Any, Any]]:
 def _comparable(settings: Settings) -> dict[str, Any]:
     flat = settings.to_flat() | {"training.learning_rate": settings.training.resolved_learning_rate}
     for key in ("model.name", "data.path"):
-        if Path(flat[key]).exists():
+        if path_exists(flat[key]):
             flat[key] = str(Path(flat[key]).resolve())
     return {key: value for key, value in flat.items() if key not in _OF_THE_CALL}
 

@@ -26,9 +26,7 @@ class UiSpec:
         (), "Addresses of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto headers count."
     )
     output: tuple[str, ...] = setting((), "Output folders whose runs are shown; default: training.output_dir.")
-    output_dir: str | None = setting(
-        None, "Folder to write to; default: ~/.backpropagate/ui-outputs."
-    )
+    output_dir: str | None = setting(None, "Folder to write to; default: ~/.backpropagate/ui-outputs.")
     data_dirs: tuple[str, ...] = setting(
         (), "Folders whose data files and models the page may read; default: the current folder."
     )

@@ -227,17 +227,16 @@ class RunStore:
         return sorted(rows, key=index.by_age, reverse=True)
 
     def find(self, partial_id: str) -> str:
-        """The one run id that starts with ``partial_id``, or ends with it.
+        """The one run id that has ``partial_id`` in it; ids that start or end with it go first.
 
         Raises:
-            RunNotFoundError: None or several do.
+            RunNotFoundError: None or several do, or it is empty.
         """
-        ids = index.run_ids(self.output)
-        matches = [i for i in ids if i.startswith(partial_id)] or [
-            i for i in ids if partial_id and i.endswith(partial_id)
-        ]
+        ids = index.run_ids(self.output) if partial_id else []
         if partial_id in ids:
             return partial_id
+        ways = (str.startswith, str.endswith, str.__contains__)
+        matches = next((found for way in ways if (found := [i for i in ids if way(i, partial_id)])), [])
         if len(matches) == 1:
             return matches[0]
         found = f"{len(matches)} runs match" if matches else "no run matches"

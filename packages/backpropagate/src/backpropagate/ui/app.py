@@ -17,10 +17,11 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from backpropagate.errors import UiPathError
+from backpropagate.errors import JobNotFoundError, UiPathError
 from backpropagate.ui.audit import Audit
 from backpropagate.ui.background import BackgroundJobs
 from backpropagate.ui.folders import Places
+from backpropagate.ui.live import SeriesCache
 from backpropagate.ui.login import Passwords, Sessions
 from backpropagate.ui.machine import Machine
 from backpropagate.ui.pages import comparisons, data, exports, jobs, models, runs, scorecard, training
@@ -45,6 +46,7 @@ class Site:
     sessions: Sessions
     jobs: BackgroundJobs
     machine: Machine
+    series: SeriesCache
 
 
 def build_app(spec: UiSpec, places: Places) -> Gate:
@@ -57,7 +59,7 @@ def build_app(spec: UiSpec, places: Places) -> Gate:
         middleware=[Middleware(sessions.layer), Middleware(LoginGate, has_password=passwords is not None)],
         exception_handlers={CodedError: _tell_coded, HTTPException: _tell_http, Exception: _tell_bug},
     )
-    app.state.site = Site(places, passwords, sessions, BackgroundJobs(places.own), Machine())
+    app.state.site = Site(places, passwords, sessions, BackgroundJobs(places.own), Machine(), SeriesCache())
     return Gate(app, spec, Audit(places.own))
 
 
@@ -157,8 +159,9 @@ def _log_out(request: Request, _form: FormData) -> Response:
 
 def _tell_coded(request: Request, error: Exception) -> Response:
     assert isinstance(error, CodedError)  # noqa: S101  # Starlette calls it for no other
-    missing = isinstance(error, UiPathError | RunNotFoundError)
+    missing = isinstance(error, UiPathError | RunNotFoundError | JobNotFoundError)
     status = 404 if missing else 400 if isinstance(error, UserError) else 500
+    request.scope["audit_note"] = error.code
     return show(request, "error.html", status=status, title=redact(error.message), error=error.to_dict())
 
 

@@ -59,7 +59,7 @@ class BackgroundJobs:
 
     own: Path
     """The folder that the page writes in."""
-    _runner: subprocess.Popen[bytes] | None = None
+    _runners: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _asked: set[tuple[str, int, str | None]] = field(default_factory=set)
     """Processes that were asked to stop, with their runs: a resumed run is another process."""
 
@@ -94,9 +94,10 @@ class BackgroundJobs:
         command = [sys.executable, "-m", "backpropagate.jobs.worker", str(queue.folder)]
         streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         try:
-            self._runner = subprocess.Popen(command, env=environ, **streams, **_APART)  # noqa: S603  # our own program
+            runner = subprocess.Popen(command, env=environ, **streams, **_APART)  # noqa: S603  # our own program
         except OSError as error:
             raise PathUnusableError("the queue's process cannot be started", cause=error.strerror) from error
+        self._runners.append(runner)
 
     def newest(self, count: int = 10) -> list[Job]:
         """The newest ones first."""
@@ -115,7 +116,9 @@ class BackgroundJobs:
 
     def is_alive(self, job: Job) -> bool:
         """Whether the job waits or works."""
-        return job.state == "waiting" or (job.state == "running" and (self.queue.is_run() or self.queue.is_at_work(job)))
+        return job.state == "waiting" or (
+            job.state == "running" and (self.queue.is_run() or self.queue.is_at_work(job))
+        )
 
     def log_of(self, job: Job) -> str:
         """The last lines that the job printed, secrets masked."""
@@ -172,9 +175,8 @@ class BackgroundJobs:
             self._asked.add(_process(record))
 
     def reap(self) -> None:
-        """Forget the queue's process once it has ended."""
-        if self._runner is not None and self._runner.poll() is not None:
-            self._runner = None
+        """Forget the queue's processes that have ended."""
+        self._runners = [runner for runner in self._runners if runner.poll() is None]
 
 
 def _process(record: RunRecord) -> tuple[str, int, str | None]:

@@ -12,6 +12,7 @@ import hmac
 import ipaddress
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -20,6 +21,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backpropagate.errors import UiAuthError
+from backpropagate.system import to_path
 from backpropagate.ui.audit import Audit
 from backpropagate.ui.login import Session
 from backpropagate.ui_spec import UiSpec
@@ -52,6 +54,35 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+SHORT_PASSWORD = 8
+"""A password with fewer characters is accepted with a warning."""
+
+
+def read_auth(spec: UiSpec) -> UiSpec:
+    """The settings with ``auth`` from the file that ``auth_file`` names.
+
+    Raises:
+        InvalidSettingError: Both are set, or the file can't be read.
+    """
+    if spec.auth_file is None:
+        return spec
+    if spec.auth is not None:
+        raise InvalidSettingError(
+            "ui.auth and ui.auth_file both set a password", fix="Leave one of them out.", setting="ui.auth_file"
+        )
+    file = to_path(spec.auth_file)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettingError(
+            f"{file} can't be read",
+            cause=str(error),
+            fix=f"Write user:password into it: {file}",
+            setting="ui.auth_file",
+        ) from error
+    return replace(spec, auth=lines[0].strip() if lines else "", auth_file=None)
 
 
 def require_guarded(spec: UiSpec) -> None:

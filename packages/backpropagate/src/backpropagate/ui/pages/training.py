@@ -19,7 +19,7 @@ from backpropagate.cli.flags import MULTI_RUN, flag_names
 from backpropagate.errors import DataMissingError
 from backpropagate.presets import MODEL_PRESETS, find_preset
 from backpropagate.settings import TOML_FILE, Resolved, Setting, all_settings, choices, resolve
-from backpropagate.system import program_home, to_path
+from backpropagate.system import path_exists, program_home, to_path
 from backpropagate.ui.folders import Output, Places
 from backpropagate.ui.pages.runs import find_run
 from backpropagate.ui.render import show
@@ -83,7 +83,7 @@ def _form(request: Request, filled: Mapping[str, str], *, again: str, error: Cod
         folder=filled.get("folder") or f"run-{datetime.now(UTC):%Y%m%d-%H%M}",
         own=site.places.own,
         presets=list(MODEL_PRESETS.values()),
-                error=None if error is None else error.to_dict(),
+        error=None if error is None else error.to_dict(),
         status=200 if error is None else 400,
     )
 
@@ -181,7 +181,7 @@ def require_readable_name(places: Places, text: str) -> None:
     """
     if not text or find_preset(text) is not None:
         return
-    if looks_like_hub_name(text) and not to_path(text).exists():
+    if looks_like_hub_name(text) and not path_exists(to_path(text)):
         return
     places.require_readable(text)
 
