@@ -236,7 +236,8 @@ class RunStore:
         if partial_id in ids:
             return partial_id
         ways = (str.startswith, str.endswith, str.__contains__)
-        matches = next((found for way in ways if (found := [i for i in ids if way(i, partial_id)])), [])
+        by_way = ([run_id for run_id in ids if way(run_id, partial_id)] for way in ways)
+        matches: list[str] = next((found for found in by_way if found), [])
         if len(matches) == 1:
             return matches[0]
         found = f"{len(matches)} runs match" if matches else "no run matches"

@@ -1,7 +1,4 @@
-"""Work through the queue: start the process of each job, `backpropagate.cli.job`, and wait for it.
-
-``python -m backpropagate.jobs.worker FOLDER`` works through the queue of a folder until nothing waits.
-"""
+"""Work through the queue: start the process of each job, `backpropagate.cli.job`, and wait for it."""
 
 from __future__ import annotations
 
@@ -138,15 +135,9 @@ def _without_settings(environ: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in environ.items() if k not in kept}
 
 
-def main(folder: str) -> int:
-    """Run every job that waits, one after another, those added meanwhile included."""
-    queue = Queue(Path(folder))
+def run_all(queue: Queue) -> None:
+    """Run every job that waits, one after another, those added meanwhile included; nothing if another process does."""
     with contextlib.suppress(QueueBusyError):
         # A job added between the last look and the release of the queue would wait for nobody: look once more.
         while run_queue(queue, lambda _what, _job: None) or any(job.state == "waiting" for job in queue.jobs()):
             pass
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

@@ -1,6 +1,6 @@
 """Commands that the page starts: jobs of a queue in the page's folder, run one at a time.
 
-Each runs in a process of its own (`backpropagate.jobs.worker`), so closing the page or the server ends none of them,
+Each runs in a process of its own (`backpropagate.cli.job`), so closing the page or the server ends none of them,
 and a new server finds them again. Several trainings at once on one GPU would only fail; the next one waits.
 """
 
@@ -91,7 +91,7 @@ class BackgroundJobs:
         if queue.is_run() or not any(job.state in ("waiting", "running") for job in queue.jobs()):
             return
         environ = {k: v for k, v in os.environ.items() if not k.startswith("BACKPROPAGATE_UI__")}
-        command = [sys.executable, "-m", "backpropagate.jobs.worker", str(queue.folder)]
+        command = [sys.executable, "-m", "backpropagate.cli.job", str(queue.folder)]
         streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         try:
             runner = subprocess.Popen(command, env=environ, **streams, **_APART)  # noqa: S603  # our own program

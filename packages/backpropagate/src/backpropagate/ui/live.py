@@ -75,8 +75,8 @@ class RunSeries:
     def _take(self, event: dict[str, Any]) -> None:
         kind = event.get("event")
         if kind == Resumed.kind:
-            kept = event.get("step") if event.get("checkpoint") else -1
-            self._cut(kept if _is_step(kept) or kept == -1 else -1)
+            kept = event.get("step")
+            self._cut(int(kept) if event.get("checkpoint") and _is_step(kept) else -1)
         elif kind == StepDone.kind and _is_step(event.get("step")):
             self._steps.append(event["step"])
             for name, values in self._values.items():
