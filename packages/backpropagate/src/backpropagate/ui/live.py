@@ -76,7 +76,7 @@ class RunSeries:
         kind = event.get("event")
         if kind == Resumed.kind:
             kept = event.get("step")
-            self._cut(int(kept) if event.get("checkpoint") and _is_step(kept) else -1)
+            self._cut(kept if event.get("checkpoint") and isinstance(kept, int) and _is_step(kept) else -1)
         elif kind == StepDone.kind and _is_step(event.get("step")):
             self._steps.append(event["step"])
             for name, values in self._values.items():
