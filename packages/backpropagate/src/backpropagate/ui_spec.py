@@ -18,7 +18,7 @@ class UiSpec:
         metadata={"help": "Name and password to log in with, as user:password.", "secret": True},
     )
     auth_file: str | None = setting(
-        None, "File whose first line is user:password; a password in a command line is visible to other users.", is_path=True
+        None, "File whose first line is user:password, which hides it from other users of this machine.", is_path=True
     )
     share: bool = setting(False, "Listen on every address, so other machines of this network can open the page.")
     allowed_hosts: tuple[str, ...] = setting((), "More host names to answer to, such as a proxy's.")
