@@ -1,5 +1,6 @@
 """Pico models: two-layer checkpoints, a small byte-level BPE and LoRA adapters, written without network or torch."""
 
+import functools
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,12 +18,8 @@ def skip_without_llama_cpp() -> None:
         pytest.skip("xllamacpp is not installed", allow_module_level=True)
 
 
-def export_adapter(adapter, *, format="gguf", ollama_base=None, **options):
-    """Without the gate, which costs seconds and has tests of its own; ``ollama_base`` only where the format takes it."""
-    if format == "ollama-adapter":
-        options["ollama_base"] = ollama_base
-    return bp_export.export_adapter(adapter, format=format, **{"verify": False, **options})
-
+# The gate costs seconds and has a file of tests of its own.
+export_adapter = functools.partial(bp_export.export_adapter, verify=False)
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -166,6 +163,15 @@ def write_base(
     }
     write_json(folder / "config.json", settings)
     return folder
+
+
+def read_place(server, ids: list[int]) -> dict[int, float]:
+    """What a served GGUF says after some tokens: id to log-probability."""
+    from bp_export.verify.probe import read_places
+    from bp_runs.witness import WitnessPrompt
+
+    prompt = WitnessPrompt(kind="training", ids=tuple(ids), places=(len(ids) - 1,), tokens=(), logprobs=())
+    return read_places(server, prompt)[0]
 
 
 def write_lora(folder: Path, base: Path, *, r: int = 8, alpha: int = 16, seed: int = 1, modules: object = None) -> Path:

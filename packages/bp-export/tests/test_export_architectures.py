@@ -5,12 +5,13 @@ import math
 
 import numpy as np
 import pytest
-from export_pico import export_adapter, skip_without_llama_cpp, write_json, write_lora, write_tokenizer
+from export_pico import export_adapter, read_place, skip_without_llama_cpp, write_json, write_lora, write_tokenizer
 
+from bp_export import read_settings
+from bp_export.architectures import ARCHITECTURES
 from bp_export.chat.server import LlamaServer
 from bp_export.errors import ArchitectureUnsupportedError
-from bp_export.gguf import read_settings
-from bp_export.verify.probe import read_places
+from bp_export.verify.decoder import COVERED
 from bp_merge import read_model_index
 
 skip_without_llama_cpp()
@@ -98,14 +99,22 @@ def case(request, tmp_path_factory):
 
 
 def read_logprobs(server, ids, vocab):
-    [place] = read_places(server, ids, [0])
-    return np.array([place.tokens[i] for i in range(vocab)])
+    place = read_place(server, ids)
+    return np.array([place[i] for i in range(vocab)])
+
+
+def test_the_gate_knows_every_layout():
+    assert set(ARCHITECTURES) <= COVERED
 
 
 def test_llama_cpp_says_what_transformers_says(case):
     folder, arch = case
     merged = export_adapter(folder / "lora", format="merged", output=folder / "merged").path
-    path = export_adapter(folder / "lora", quantization="f32", output=folder / "x.gguf").path
+    done = export_adapter(folder / "lora", quantization="f32", output=folder / "x.gguf", verify=True)
+    path, states = done.path, {check.name: check.result for check in done.parity.checks}
+    assert states["divergence"] == states["effect"] == "passed"
+    assert states.get("window", "passed") == "passed"
+    assert ("window" in states) == ("gemma" in arch)
     assert read_settings(path)["general.architecture"] == arch
     model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     ids = list(PROMPT)

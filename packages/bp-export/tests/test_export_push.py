@@ -15,6 +15,7 @@ import numpy as np
 from export_pico import export_adapter, write_base, write_json, write_lora
 from fake_hub import TOKEN, serve_hub
 
+from bp_export import prepare_push, push
 from bp_export.cli.app import main
 from bp_export.errors import (
     PushDeniedError,
@@ -24,7 +25,6 @@ from bp_export.errors import (
     PushRepoTakenError,
     PushSourceError,
 )
-from bp_export.hub import prepare_push, push
 from bp_export.hub.commands import write_train_command
 from bp_export.hub.run_record import find_origin
 from bp_merge import write_tensors
@@ -112,7 +112,14 @@ def trained(tmp_path):
     store = RunStore(output)
     adapter = store.publish_adapter(writer.run_id)
     made = export_adapter(adapter, quantization="q8_0", output=output / "model.gguf")
-    parity = {"reference": "f32", "checks": [{"name": "greedy", "result": "passed", "note": "40 clear places of 72"}]}
+    parity = {
+        "reference": "independent forward pass",
+        "summary": "passed: 1 checks passed, 0 failed, 1 not tested (stop)",
+        "checks": [
+            {"name": "greedy", "result": "passed", "note": "40 clear places of 72"},
+            {"name": "stop", "result": "not tested", "note": "no turn ends"},
+        ],
+    }
     store.add_artifact(
         writer.run_id, {"kind": "gguf", "path": str(made.path), "quantization": "q8_0", "parity": parity}
     )
@@ -201,6 +208,8 @@ def test_a_gguf_finds_its_run_and_tells_its_parity(hub, trained):
     card = hub.repos["me/pico-gguf"]["README.md"].decode()
     for word in (
         "| greedy | passed | 40 clear places of 72 |",
+        "| stop | not tested | no turn ends |",
+        "compared with the independent forward pass of the trained model. passed: 1 checks passed, 0 failed, 1 not tested",
         "ollama run hf.co/me/pico-gguf",
         'license: "apache-2.0"',
         "backprop export ./output/lora --quantization q8_0",

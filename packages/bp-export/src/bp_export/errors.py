@@ -25,7 +25,8 @@
     ├── PushRefusedError             DEP_HUB_PUSH_REFUSED                 the Hub refuses for another reason
     └── OllamaRegistrationError      DEP_OLLAMA_REGISTRATION_FAILED       Ollama is away or refuses
     PartialError (bp_runs)
-    └── ParityFailedError            PARTIAL_EXPORT_PARITY_FAILED         the GGUF does not say what the model says
+    ├── ParityFailedError            PARTIAL_EXPORT_PARITY_FAILED         the export does not say what the model says
+    └── ParityNotTestedError         PARTIAL_EXPORT_NOT_VERIFIED          nothing could be compared
     RunFailedError (bp_runs)
     ├── ChatFailedError              RUNTIME_CHAT_FAILED                  llama.cpp cannot load or run the file
     └── MeasureFailedError           RUNTIME_MEASURE_FAILED               llama.cpp cannot be measured
@@ -224,6 +225,16 @@ class ParityFailedError(PartialError):
     code = "PARTIAL_EXPORT_PARITY_FAILED"
     when = "The GGUF is kept, but in llama.cpp its prompt tokens, next tokens or stops are not the trained model's."
     default_fix = "Look at the table; try {set:quantization=q8_0}, or leave the check out: {set:verify=false}"
+
+
+class ParityNotTestedError(PartialError):
+    """The written model was to be verified, and nothing says what it should compute."""
+
+    code = "PARTIAL_EXPORT_NOT_VERIFIED"
+    when = (
+        "The file is kept. Training stored no witness of this model, and the independent forward pass does not know it."
+    )
+    default_fix = "Export an adapter that was trained with this version, or leave the check out: {set:verify=false}"
 
 
 class ChatFailedError(RunFailedError):

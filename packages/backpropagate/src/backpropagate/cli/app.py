@@ -86,7 +86,7 @@ COMMANDS = (
     Command(
         "chat",
         "chat:chat",
-        "Chat with an adapter, model, GGUF, or one in Ollama.",
+        "Talk to it: adapter, model, GGUF, or one in Ollama.",
         'backprop chat ./output/lora --prompt "What is the capital of France?"',
     ),
     Command(

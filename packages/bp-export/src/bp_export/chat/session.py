@@ -1,4 +1,4 @@
-"""Chat with whatever was made: a GGUF, an adapter, a model folder, or a model in Ollama.
+"""Talk to whatever was made: a GGUF, an adapter, a model folder, or a model in Ollama.
 
 An adapter or a model folder becomes a GGUF in the base's own type for as long as the talk lasts, and llama.cpp runs
 that: no torch, the same arithmetic as what is exported, and disk for one copy of the model. It does not use a GPU.
@@ -23,7 +23,7 @@ RESET, LEAVE = "/reset", "/bye"
 Messages = Sequence[Mapping[str, str]]
 
 
-class ChatSession(Protocol):
+class Talk(Protocol):
     """Something that answers."""
 
     @property
@@ -41,7 +41,7 @@ class ChatSession(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class OllamaSession:
+class OllamaTalk:
     """A model in Ollama."""
 
     name: str
@@ -60,7 +60,7 @@ class OllamaSession:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatOptions:
+class Manner:
     """How answers are made."""
 
     system: str | None = None
@@ -73,7 +73,7 @@ class ChatOptions:
 
 
 @contextlib.contextmanager
-def open_session(
+def open_talk(
     target: Path,
     *,
     base: Path | None = None,
@@ -81,7 +81,7 @@ def open_session(
     quantization: str | None = None,
     dequantize: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[ChatSession]:
+) -> Iterator[Talk]:
     """Something on this disk to talk to, for as long as the block lasts.
 
     Args:
@@ -103,33 +103,31 @@ def open_session(
         yield chat
 
 
-def ask_once(talk: ChatSession, prompt: str, options: ChatOptions) -> Iterator[str]:
+def ask_once(talk: Talk, prompt: str, manner: Manner) -> Iterator[str]:
     """The answer to one message, piece by piece."""
-    return _answer(talk, [*_begin(options), {"role": "user", "content": prompt}], options)
+    return _answer(talk, [*_begin(manner), {"role": "user", "content": prompt}], manner)
 
 
-def converse(
-    talk: ChatSession, options: ChatOptions, read_line: Callable[[], str], write: Callable[[str], None]
-) -> None:
+def converse(talk: Talk, manner: Manner, read_line: Callable[[], str], write: Callable[[str], None]) -> None:
     """Question and answer until the input ends or says ``/bye``; ``/reset`` forgets what was said.
 
     Args:
         talk: What answers.
-        options: How.
+        manner: How.
         read_line: The next question; raises EOFError at the end.
         write: Shows a piece of an answer.
 
     Raises:
         CodedError: It cannot answer.
     """
-    messages = _begin(options)
+    messages = _begin(manner)
     while (question := _read(read_line)) is not None:
         if question == RESET:
-            messages = _begin(options)
+            messages = _begin(manner)
         elif question:
             messages.append({"role": "user", "content": question})
             try:
-                answer = _show(_answer(talk, messages, options), write)
+                answer = _show(_answer(talk, messages, manner), write)
             except KeyboardInterrupt:  # an answer that is stopped was not said
                 messages.pop()
                 write("\n")
@@ -154,9 +152,9 @@ def _show(pieces: Iterator[str], write: Callable[[str], None]) -> str:
     return "".join(said)
 
 
-def _begin(options: ChatOptions) -> list[dict[str, str]]:
-    return [{"role": "system", "content": options.system}] if options.system else []
+def _begin(manner: Manner) -> list[dict[str, str]]:
+    return [{"role": "system", "content": manner.system}] if manner.system else []
 
 
-def _answer(talk: ChatSession, messages: Messages, options: ChatOptions) -> Iterator[str]:
-    return talk.stream(messages, options.max_tokens, options.temperature, options.seed)
+def _answer(talk: Talk, messages: Messages, manner: Manner) -> Iterator[str]:
+    return talk.stream(messages, manner.max_tokens, manner.temperature, manner.seed)

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
-from bp_export.cli.options import Option, find_option
 from bp_runs.wording import PlainWording, Settings
 
+_MIB = 2**20
+# Keywords of the library that are spelled in another way on both command lines.
+_FLAGS: Mapping[str, str] = MappingProxyType({"importance": "--imatrix", "split_bytes": "--split-mib"})
 _COMMANDS = frozenset({"chat", "imatrix", "ollama", "push"})
 
 
 def spell_option(key: str, value: str | None) -> str:
     """A keyword of this package as a flag: ``--force``, ``--no-verify``, ``--split-mib 2048``."""
-    option = find_option(key) or Option(key)
+    flag = _FLAGS.get(key) or "--" + key.replace("_", "-")
     if value is None or value == "true":
-        return option.long
+        return flag
     if value == "false":
-        return f"--no-{option.long.removeprefix('--')}"
-    return f"{option.long} {shlex.quote(value if option.factor == 1 else str(int(value) // option.factor))}"
+        return f"--no-{flag.removeprefix('--')}"
+    return f"{flag} {shlex.quote(str(int(value) // _MIB) if key == 'split_bytes' else value)}"
 
 
 class ExportWording(PlainWording):

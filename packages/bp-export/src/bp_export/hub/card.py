@@ -178,8 +178,9 @@ def _write_parity(facts: CardFacts) -> Iterator[str]:
     if facts.kind != "gguf" or not parity:
         return
     yield "## Parity"
-    told = "f32" if parity.get("reference") is None else parity["reference"]
-    yield f"The file was loaded in llama.cpp and compared with the trained model ({told}):"
+    reference = parity.get("reference")
+    against = f" with the {reference} of the trained model" if reference else ""
+    yield f"The file was loaded in llama.cpp and compared{against}. {parity.get('summary', '')}".rstrip()
     yield _table(("check", "result", ""), [(c["name"], c["result"], c["note"]) for c in parity["checks"]])
 
 
