@@ -22,7 +22,7 @@ def _shape(
     return {
         "model_type": kind, "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": inner,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": keys,
-        "tie_word_embeddings": tied, "max_position_embeddings": 32768, **_ENDS, **more,
+        "tie_word_embeddings": tied, "max_position_embeddings": 131072, **_ENDS, **more,
     }  # fmt: skip
 
 

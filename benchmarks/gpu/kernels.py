@@ -1,0 +1,152 @@
+"""Our kernels on the GPU: the same bits or errors as their references, and what they cost. A minute.
+
+uv run python benchmarks/gpu/kernels.py
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bp_train_cuda.memory.planner import ActivationPlan  # noqa: F401  # imports what a run imports
+from bp_train_cuda.model import activations, nf4
+from bp_train_cuda.model.activations import InputOffload, tile_feed_forward, untile_feed_forward
+from bp_train_cuda.model.lora_linear import restore_lora, use_fast_lora
+
+GPU = torch.device("cuda")
+
+
+def say(**row: Any) -> None:
+    print(json.dumps(row), flush=True)
+
+
+def milliseconds(work: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return round(float(do_bench(work, warmup=50, rep=200, return_mode="median")), 4)
+
+
+def check_nf4() -> bool:
+    """Bit for bit bitsandbytes' own."""
+    good = True
+    for shape in ((64, 128), (96, 200), (3584, 18944), (18944, 3584)):
+        for dtype in (torch.bfloat16, torch.float32):
+            weight = torch.randn(shape, device=GPU, dtype=dtype) * 0.02
+            packed, state = quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+            mine, theirs = nf4.dequantize(packed, state), dequantize_4bit(packed, state)
+            good &= torch.equal(mine, theirs)
+            off = int((mine != theirs).sum())
+            row = {"nf4": list(shape), "dtype": str(dtype), "bits": off}
+            if shape[0] > 1000 and dtype == torch.bfloat16:
+                row |= {
+                    "ms": milliseconds(lambda p=packed, s=state: nf4.dequantize(p, s)),
+                    "bitsandbytes_ms": milliseconds(lambda p=packed, s=state: dequantize_4bit(p, s)),
+                }
+            say(**row)
+    return good
+
+
+def tiny(dtype: torch.dtype) -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4
+    )
+    model = get_peft_model(LlamaForCausalLM(config).to(GPU, dtype), LoraConfig(r=16, target_modules="all-linear"))
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = torch.randn(weight.shape, device=GPU) * 0.05
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def gradients(model: Any, context: Any = None) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    ids = torch.randint(0, 512, (4, 2048), device=GPU)
+    with torch.autocast("cuda", torch.bfloat16):
+        if context is None:
+            loss = model(input_ids=ids, labels=ids).loss
+        else:
+            with context:
+                loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    found = [weight.grad.float().clone() for weight in model.parameters() if weight.requires_grad]
+    model.zero_grad()
+    return found
+
+
+def distance(some: list[torch.Tensor], others: list[torch.Tensor]) -> float:
+    top = sum(float((a.double() - b.double()).pow(2).sum()) for a, b in zip(some, others, strict=True))
+    return (top / sum(float(b.double().pow(2).sum()) for b in others)) ** 0.5
+
+
+def check_gradients() -> bool:
+    """Against float32 without autocast; offloaded and tiled ones bit for bit or nearly those that are kept."""
+    exact = tiny(torch.float32)
+    with torch.autocast("cuda", enabled=False):
+        torch.manual_seed(1)
+        ids = torch.randint(0, 512, (4, 2048), device=GPU)
+        exact(input_ids=ids, labels=ids).loss.backward()
+    reference = [weight.grad.float().clone() for weight in exact.parameters() if weight.requires_grad]
+    model = tiny(torch.bfloat16)
+    plain = gradients(model)
+    use_fast_lora(model)
+    mine = gradients(model)
+    offload = InputOffload(256, 4)
+    moved = [gradients(model, offload.forward_pass()) for _ in range(3)][-1]
+    tile_feed_forward(model, 1000)
+    tiled = gradients(model)
+    untile_feed_forward(model)
+    restore_lora(model)
+    errors = {name: distance(found, reference) for name, found in (("peft", plain), ("ours", mine), ("tiled", tiled))}
+    same = all(torch.equal(a, b) for a, b in zip(moved, mine, strict=True))
+    say(gradient_errors=errors, offload_bits=same, moved=offload.moved)
+    return same and errors["ours"] < 1.2 * errors["peft"] and errors["tiled"] < 1.2 * errors["peft"]
+
+
+def time_products() -> None:
+    """Three ways to add an adapter's product, 16,384 tokens × 3,584 to 18,944 and r = 16."""
+    x = torch.randn(16384, 3584, device=GPU, dtype=torch.bfloat16)
+    w = torch.randn(18944, 3584, device=GPU, dtype=torch.bfloat16)
+    h, b = torch.randn(16384, 16, device=GPU, dtype=torch.bfloat16), torch.randn(18944, 16, device=GPU).bfloat16()
+
+    def after() -> Any:
+        return torch.nn.functional.linear(x, w).addmm_(h, b.T)
+
+    def before() -> Any:
+        return torch.mm(h, b.T).addmm_(x, w.T)
+
+    def plain() -> Any:
+        return torch.nn.functional.linear(x, w)
+
+    say(
+        product={
+            "plain": milliseconds(plain),
+            "adapter_after": milliseconds(after),
+            "adapter_before": milliseconds(before),
+        }
+    )
+    d = torch.randn(16384, 18944, device=GPU, dtype=torch.bfloat16)
+    up = torch.randn(18944, 16, device=GPU, dtype=torch.bfloat16)
+    say(small={
+        "d @ B": milliseconds(lambda: d @ up), "d.T @ h": milliseconds(lambda: torch.mm(d.T, h, out_dtype=torch.float32)),
+        "d @ W": milliseconds(lambda: d @ w), "x @ A.T": milliseconds(lambda: x @ w[:32].T),
+    })  # fmt: skip
+
+
+def main() -> int:
+    activations._LEAST = 0  # noqa: SLF001
+    good = check_nf4() & check_gradients()
+    time_products()
+    say(good=good)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
