@@ -39,102 +39,98 @@ class ModelKeywords(TypedDict, total=False):
     """Branch, tag or commit of a Hub model."""
 
     max_seq_length: int | None
-    """Longest row, in tokens; longer rows are truncated and counted."""
+    """Longest example, in tokens. Longer ones are truncated and counted."""
 
     dtype: Literal["auto", "float32", "bfloat16"] | None
-    """Weights' type: auto is bfloat16 on a GPU that has it, else float32."""
+    """Type of the weights. auto: bfloat16 on a GPU that supports it, else float32."""
 
     trust_remote_code: bool | None
-    """Let a model's own Python code run on this machine."""
+    """Allow the model's own Python code to run on this machine."""
 
 
 class DataKeywords(TypedDict, total=False):
     """The rows to learn from."""
 
     dataset: str | Path | None
-    """As ``data``. The data: a file, a folder, or the name of a data set on the Hub."""
+    """As ``data``. Training data: a file, a folder, or a Hub dataset."""
 
     dataset_name: str | Path | None
-    """As ``data``. The data: a file, a folder, or the name of a data set on the Hub."""
+    """As ``data``. Training data: a file, a folder, or a Hub dataset."""
 
     subset: str | None
-    """Subset (configuration) of a Hub data set; default: its own default."""
+    """Subset (configuration) of a Hub dataset. Default: the dataset's own."""
 
     split: str | None
-    """Split of a Hub data set; default: train, or the only one."""
+    """Split of a Hub dataset. Default: train, or the only one."""
 
     dataset_split: str | None
-    """As ``split``. Split of a Hub data set; default: train, or the only one."""
+    """As ``split``. Split of a Hub dataset. Default: train, or the only one."""
 
     data_revision: str | None
-    """Branch, tag or commit of a Hub data set; what it stood for is recorded."""
+    """Branch, tag or commit of a Hub dataset. The resolved commit is recorded."""
 
     samples: int | None
-    """Use at most so many rows, drawn by the seed; default: all."""
+    """Use at most this many rows, drawn by the seed. Default: all."""
 
     samples_per_run: int | None
-    """As ``samples``. Use at most so many rows, drawn by the seed; default: all."""
+    """As ``samples``. Use at most this many rows, drawn by the seed. Default: all."""
 
     on_bad_row: Literal["fail", "skip"] | None
-    """What a row that cannot be used does: fail, or skip and count."""
+    """Stop at a row that can't be used (fail), or leave it out and count it (skip)."""
 
     columns: Mapping[str, str] | Sequence[str] | None
-    """Which of your columns is which, as THEIRS=OURS: query_text=question,reply=answer; also roles:
-    bot2=assistant.
-    """
+    """Map your columns and roles, as THEIRS=OURS: query_text=question,reply=answer, or bot2=assistant."""
 
     ignore_columns: Sequence[str] | None
-    """Columns to leave out on purpose, although they hold text."""
+    """Columns to leave out on purpose, although they contain text."""
 
     encoding: str | None
-    """Encoding of lines that are not UTF-8, such as cp1252 for Excel on Windows; UTF-16 is found by itself."""
+    """Encoding of files that are not UTF-8, such as cp1252 for Excel on Windows. UTF-16 is detected."""
 
     on_overflow: Literal["auto", "truncate", "drop", "split", "fail"] | None
-    """What a row over max_seq_length does: truncate, drop, split or fail; auto: truncate, and split .txt and
-    .md.
-    """
+    """What to do with an example longer than max_seq_length. auto: truncate, but split .txt and .md."""
 
     min_tokens: int | None
-    """Drop rows with fewer tokens."""
+    """Drop examples with fewer tokens."""
 
     dedup: Literal["none", "exact", "near"] | None
-    """Drop rows that repeat an earlier one, exactly or nearly."""
+    """Drop examples that repeat an earlier one, exactly or nearly."""
 
     reasoning_trace: bool | None
-    """Keep <think>…</think> as plain text and drop rows without a whole trace; rows may be 8192 tokens long."""
+    """Keep <think>…</think> as plain text and drop examples without a complete trace. Allows 8,192 tokens."""
 
     trace_min_tokens: int | None
-    """Shortest reasoning trace that is kept, in tokens."""
+    """Shortest reasoning trace to keep, in tokens."""
 
     min_trace_tokens: int | None
-    """As ``trace_min_tokens``. Shortest reasoning trace that is kept, in tokens."""
+    """As ``trace_min_tokens``. Shortest reasoning trace to keep, in tokens."""
 
     trace_max_tokens: int | None
-    """Longest reasoning trace that is kept, in tokens."""
+    """Longest reasoning trace to keep, in tokens."""
 
     max_trace_tokens: int | None
-    """As ``trace_max_tokens``. Longest reasoning trace that is kept, in tokens."""
+    """As ``trace_max_tokens``. Longest reasoning trace to keep, in tokens."""
 
 
 class LoraKeywords(TypedDict, total=False):
     """The low-rank adapter."""
 
     lora_preset: Literal["none", "auto", "quality", "balanced", "fast"] | None
-    """Rank and layers where they are not set: quality (256, all), balanced (64, all), fast (16, q and v);
-    auto: the first of these that fits the card.
+    """Set rank and layers together: quality (256, all), balanced (64, all) or fast (16, q and v). auto: the
+    largest that fits the GPU.
     """
 
     lora_r: int | None
-    """Rank of the adapter."""
+    """Rank of the adapter: how much it can learn."""
 
     lora_alpha: float | None
-    """Scale: the update counts alpha / r times. Default: twice the rank."""
+    """Scale: updates are multiplied by alpha / r. Default: twice the rank."""
 
     lora_dropout: float | None
-    """Dropout on the adapter's input, 0 to 1."""
+    """Dropout on the adapter's input, from 0 to 1."""
 
     init_lora_weights: Literal["default", "pissa", "loftq"] | None
-    """How the adapter starts: default: as no change; pissa: the base's main directions (arXiv:2404.02948);
+    """Start of the adapter. default: no change; pissa: the base model's main directions (arXiv:2404.02948);
     loftq: what 4 bits lose (arXiv:2310.08659), with qlora.
     """
 
@@ -142,242 +138,242 @@ class LoraKeywords(TypedDict, total=False):
     """Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732)."""
 
     use_dora: bool | None
-    """Learn each weight's magnitude apart from its direction (DoRA, arXiv:2402.09353)."""
+    """Learn magnitude and direction separately (DoRA, arXiv:2402.09353)."""
 
     target_modules: str | None
-    """Adapted layers: all-linear, or names joined by commas: q_proj,v_proj."""
+    """Layers to adapt: all-linear, or names separated by commas: q_proj,v_proj."""
 
 
 class TrainingKeywords(TypedDict, total=False):
     """The loop."""
 
     backend: str | None
-    """Rail to train on: auto, or the name of an installed rail, such as cuda or mlx."""
+    """Backend to train on. auto: cuda on NVIDIA and CPUs, mlx on Apple silicon."""
 
     method: Literal["sft", "dpo", "orpo", "simpo", "kto"] | None
-    """What to learn from: answers (sft), a chosen and a rejected answer (dpo, orpo, simpo), labeled answers
-    (kto).
+    """Training method. sft: completions; dpo, orpo, simpo: a chosen and a rejected completion; kto: labeled
+    completions.
     """
 
     mode: Literal["auto", "lora", "qlora", "full"] | None
-    """lora: 16- or 32-bit base; qlora: 4-bit base (nf4, arXiv:2305.14314), GPU only; full: all weights; auto:
-    lora or qlora, by the memory.
+    """lora: adapter on a 16-bit base; qlora: adapter on a 4-bit base, GPU only; full: all weights. auto: lora
+    or qlora, by memory.
     """
 
     engine: Literal["auto", "native", "trl", "unsloth"] | None
-    """native: our own loop; trl: plain TRL trainers, the reference; unsloth: its model and kernels under our
-    loop; auto: native.
+    """Training engine. native: our own loop; trl: plain TRL trainers, for reference; unsloth: its model and
+    kernels in our loop. auto: native.
     """
 
     steps: int | None
-    """Optimizer steps; default: planned from the data, about 3 epochs, at least 20 and at most 1,000 steps."""
+    """Optimizer steps. Default: about 3 epochs, at least 20 and at most 1,000 steps."""
 
     max_steps: int | None
-    """As ``steps``. Optimizer steps; default: planned from the data, about 3 epochs, at least 20 and at most
-    1,000 steps.
-    """
+    """As ``steps``. Optimizer steps. Default: about 3 epochs, at least 20 and at most 1,000 steps."""
 
     steps_per_run: int | None
-    """As ``steps``. Optimizer steps; default: planned from the data, about 3 epochs, at least 20 and at most
-    1,000 steps.
-    """
+    """As ``steps``. Optimizer steps. Default: about 3 epochs, at least 20 and at most 1,000 steps."""
 
     epochs: float | None
     """Passes over the training examples, instead of steps: 3, or 0.5 for half."""
 
     lr: float | None
-    """Peak learning rate; default: the method's and mode's own, 2e-4 for sft of an adapter, 2e-5 of all
-    weights.
-    """
+    """Peak learning rate. Default: the method's own; for sft 2e-4 for an adapter, 2e-5 for full fine-tuning."""
 
     learning_rate: float | None
-    """As ``lr``. Peak learning rate; default: the method's and mode's own, 2e-4 for sft of an adapter, 2e-5
-    of all weights.
+    """As ``lr``. Peak learning rate. Default: the method's own; for sft 2e-4 for an adapter, 2e-5 for full
+    fine-tuning.
     """
 
     batch_size: int | None
-    """Rows in a micro-batch."""
+    """Examples per micro-batch."""
 
     per_device_train_batch_size: int | None
-    """As ``batch_size``. Rows in a micro-batch."""
+    """As ``batch_size``. Examples per micro-batch."""
 
     gradient_accumulation: int | None
-    """Micro-batches in a step."""
+    """Micro-batches per step."""
 
     gradient_accumulation_steps: int | None
-    """As ``gradient_accumulation``. Micro-batches in a step."""
+    """As ``gradient_accumulation``. Micro-batches per step."""
 
     warmup_steps: int | None
     """Steps in which the learning rate rises from 0."""
 
     scheduler: Literal["linear", "cosine", "constant"] | None
-    """Course of the learning rate after warm-up."""
+    """Learning rate after warm-up."""
 
     lr_scheduler_type: Literal["linear", "cosine", "constant"] | None
-    """As ``scheduler``. Course of the learning rate after warm-up."""
+    """As ``scheduler``. Learning rate after warm-up."""
 
     weight_decay: float | None
     """AdamW's decoupled weight decay."""
 
     max_grad_norm: float | None
-    """Gradients are clipped to this norm; 0: not clipped."""
+    """Clip gradients to this norm; 0: don't clip."""
 
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"] | None
-    """AdamW with moments in 32 or 8 bits, or 8 bits that may move to RAM; auto: 8 bits in qlora, paged in
-    full, 32 in lora and on a CPU.
+    """AdamW with 32-bit or 8-bit state; paged state may move to RAM. auto: 8-bit for qlora, paged for full,
+    32-bit for lora and CPUs.
     """
 
     fp8: bool | None
-    """Multiply matrices in 8-bit floats, by torchao; Hopper cards and newer."""
+    """8-bit floating-point matrix products with torchao, on Hopper GPUs and newer."""
 
     gradient_checkpointing: bool | None
-    """Recompute activations in backward on a GPU: slower, far less memory."""
+    """Recompute activations in the backward pass on a GPU: slower, with far less memory."""
 
     packing: bool | None
-    """Pack short rows into rows of max_seq_length; none attends to another, each begins at position 0."""
+    """Pack short examples into sequences of max_seq_length. They never attend to each other."""
 
     curriculum: Literal["none", "length"] | None
-    """Order of rows: none shuffles by the seed, length goes from short to long."""
+    """Order of the examples. none: shuffled by the seed; length: from short to long."""
 
     eval_share: float | None
-    """Share of the examples held out to measure the validation loss, at most 500; 0: none."""
+    """Share of the examples to hold out for validation, at most 500; 0: none."""
 
     eval_min_rows: int | None
-    """Fewest examples to hold out where the share is less; with fewer than 5 times as many, none is held out."""
+    """Fewest examples to hold out. With fewer than 5 times as many examples, none are held out."""
 
     eval_steps: int | None
-    """Steps between validations; default: about one validation per epoch, 2 to 20 per run. The last step is
+    """Steps between validations. Default: about once per epoch, 2 to 20 times per run. The last step is
     always validated.
     """
 
     early_stop: int | None
-    """Stop after so many validations in a row without a lower loss; 0: never."""
+    """Stop after this many validations without improvement; 0: never."""
 
     keep: Literal["best", "last"] | None
-    """Adapter to keep: of the lowest validation loss, or the last."""
+    """Keep the best adapter (lowest validation loss) or the last one."""
 
     oom_recovery: bool | None
-    """Halve a micro-batch that does not fit the GPU and go on with the same step; without it, stop."""
+    """If the GPU runs out of memory, halve the micro-batch and repeat the same step."""
 
     preflight: Literal["auto", "on", "off"] | None
-    """Rehearse the longest batch, an optimizer step and a validation first; auto: runs of 50 steps on a GPU."""
+    """Try the longest batch, an optimizer step and a validation first. auto: for runs of 50 steps or more on
+    a GPU.
+    """
 
     gpu_max_temp: int | None
-    """Pause when the GPU is as hot as this, in °C, until it has cooled by 8; 0: never."""
+    """Pause when the GPU reaches this temperature, in °C, until it has cooled by 8; 0: never."""
 
     kernels: Literal["auto", "none", "liger"] | None
-    """Fused kernels on a GPU: Liger's where it is installed and knows the model (auto), always, or none."""
+    """Fused kernels on a GPU. auto: Liger's if installed and if they support the model."""
 
     save_steps: int | None
-    """Save a checkpoint every so many steps; 0: not by steps."""
+    """Save a checkpoint every this many steps; 0: not by steps."""
 
     save_minutes: float | None
-    """Save a checkpoint after so many minutes without one; 0: not by time."""
+    """Save a checkpoint after this many minutes without one; 0: not by time."""
 
     keep_checkpoints: int | None
-    """Newest checkpoints that stay, beside the one of the lowest validation loss."""
+    """Newest checkpoints to keep, in addition to the best one."""
 
     start_from: str | Path | None
-    """Train on from this adapter: a folder, a run's id, RUN@50 or RUN@best; default: a new adapter."""
+    """Start from this adapter: a folder, a run id, RUN@50 or RUN@best. Default: a new adapter."""
 
     output_dir: str | Path | None
-    """As ``output``. Output folder: adapter, runs and exports."""
+    """As ``output``. Output folder for adapters, runs and exports."""
 
     seed: int | None
-    """Seed of rows' order, initial weights and dropout."""
+    """Seed for the order of examples, initial weights and dropout."""
 
     random_state: int | None
-    """As ``seed``. Seed of rows' order, initial weights and dropout."""
+    """As ``seed``. Seed for the order of examples, initial weights and dropout."""
 
     report_to: Literal["auto", "none", "tensorboard", "mlflow", "wandb", "trackio"] | None
-    """Tracker that follows the run; auto: all that are installed, wandb only with WANDB_API_KEY."""
+    """Tracker to log to. auto: local ones that are installed; those that send data only when named."""
 
     run_name: str | None
-    """The run's name in trackers; default: its id."""
+    """Name of the run in trackers. Default: its id."""
 
     deterministic: bool | None
-    """Take only computations that give the same bits each time, on a GPU too; slower."""
+    """Use only computations that give the same bits every time, on a GPU too; slower."""
 
     sample_prompts: Sequence[str] | None
-    """Prompts that are answered before and after training."""
+    """Prompts to answer before and after training."""
 
     sample_prompt: Sequence[str] | None
-    """As ``sample_prompts``. Prompts that are answered before and after training."""
+    """As ``sample_prompts``. Prompts to answer before and after training."""
 
     sample_tokens: int | None
     """Longest sample answer, in tokens."""
 
     dpo_beta: float | None
-    """How closely dpo holds to the untrained model (arXiv:2305.18290)."""
+    """How closely dpo stays to the reference model (arXiv:2305.18290)."""
 
     orpo_beta: float | None
-    """Weight of orpo's odds ratio beside its likelihood (arXiv:2403.07691, lambda)."""
+    """Weight of orpo's odds ratio against its likelihood (lambda of arXiv:2403.07691)."""
 
     simpo_beta: float | None
-    """Scale of simpo's reward, the mean log-probability of a token (arXiv:2405.14734)."""
+    """Scale of simpo's reward, the mean log-probability per token (arXiv:2405.14734)."""
 
     simpo_gamma: float | None
-    """Margin by which simpo wants the better answer's reward to be higher."""
+    """Margin by which the chosen completion's reward should exceed the rejected one's, in simpo."""
 
     kto_beta: float | None
-    """How closely kto holds to the untrained model (arXiv:2402.01306)."""
+    """How closely kto stays to the reference model (arXiv:2402.01306)."""
 
     kto_desirable_weight: float | None
-    """Weight of good answers in kto; raise it where they are few."""
+    """Weight of good completions in kto; raise it if there are few."""
 
     kto_undesirable_weight: float | None
-    """Weight of bad answers in kto; raise it where they are few."""
+    """Weight of bad completions in kto; raise it if there are few."""
 
 
 class MultiRunKeywords(TypedDict, total=False):
     """Several runs in sequence."""
 
     runs: int | None
-    """Runs, each on its own slice of the data; with several data files: one run a file."""
+    """Number of runs, each on its own slice of the data. With several data files: one run per file."""
 
     num_runs: int | None
-    """As ``runs``. Runs, each on its own slice of the data; with several data files: one run a file."""
+    """As ``runs``. Number of runs, each on its own slice of the data. With several data files: one run per
+    file.
+    """
 
     merge: Literal["ftba-mb", "slao", "slao-preserving", "none"] | None
-    """How runs are merged. ftba-mb: blend B by 1/sqrt(i) and start from the last adapter, which forgot least
-    in our benchmark; slao: the same, and start from orthonormal rows of A (arXiv:2512.23017); slao-
-    preserving: as slao, but the start keeps what the adapter does; none: keep the last adapter.
+    """How runs are merged. ftba-mb: blend B by 1/sqrt(i) and start from the last adapter; slao: the same from
+    orthonormal rows of A (arXiv:2512.23017); slao-preserving: as slao, keeping the adapter's function; none:
+    keep the last adapter.
     """
 
     last_lr: float | None
-    """Learning rate of the last run, as a share of the first's; those between lie on a line."""
+    """Learning rate of the last run as a share of the first's; it falls linearly in between."""
 
     replay_share: float | None
-    """Share of each run's rows that are drawn from earlier runs' rows."""
+    """Share of each run's examples to draw from earlier runs."""
 
     replay: Literal["recent", "random", "all"] | None
-    """Rows that are replayed: of the run before, of any earlier one, or as many of every earlier one."""
-
-    heldout: float | None
-    """Share of each run's rows that only measure what is forgotten; 0: none."""
-
-    eval_heldout: float | None
-    """As ``heldout``. Share of each run's rows that only measure what is forgotten; 0: none."""
-
-    metric: Literal["none", "exact", "f1", "contains"] | None
-    """Beside the loss, how good answers to held-out rows are: equal to the row's, words in common, or holding
-    it.
+    """Which examples to replay: from the run before (recent), any earlier run (random), or all of them
+    equally (all).
     """
 
+    heldout: float | None
+    """Share of each run's examples to hold out for measuring forgetting; 0: none."""
+
+    eval_heldout: float | None
+    """As ``heldout``. Share of each run's examples to hold out for measuring forgetting; 0: none."""
+
+    metric: Literal["none", "exact", "f1", "contains"] | None
+    """Also score answers to held-out examples: exact match, f1 (shared words), or contains."""
+
     eval_gate: bool | None
-    """Leave out a run whose merge makes the held-out loss worse."""
+    """Leave out a run whose merge makes the mean held-out loss worse."""
 
     max_regression: float | None
-    """How much worse, in nats, the gate lets the mean held-out loss become."""
+    """How much worse the mean held-out loss may become before the gate leaves a run out, in nats."""
 
     eval_max_regression: float | None
-    """As ``max_regression``. How much worse, in nats, the gate lets the mean held-out loss become."""
+    """As ``max_regression``. How much worse the mean held-out loss may become before the gate leaves a run
+    out, in nats.
+    """
 
     patience: int | None
-    """End after so many runs in a row without a lower mean held-out loss; 0: never."""
+    """Stop after this many runs without a lower mean held-out loss; 0: never."""
 
     keep_adapters: Literal["all", "last", "none"] | None
-    """Adapters of the single runs that stay, fine-tuned and merged; the result is kept always."""
+    """Which runs' own adapters to keep, fine-tuned and merged. The result is always kept."""
 
 
 class SettingKeywords(ModelKeywords, DataKeywords, LoraKeywords, TrainingKeywords, total=False):
@@ -388,41 +384,37 @@ class TrainerKeywords(SettingKeywords, MultiRunKeywords, total=False):
     """Of `Trainer`, which takes ``model`` and ``output`` as parameters."""
 
     data: str | Path | None
-    """The data: a file, a folder, or the name of a data set on the Hub."""
+    """Training data: a file, a folder, or a Hub dataset."""
 
     resume: bool | None
-    """Go on with the newest unfinished run as it is recorded; no: start anew; default: go on if the settings
-    agree.
-    """
+    """Resume the newest unfinished run; no: start from scratch. Default: resume if the settings agree."""
 
 
 class TrainKeywords(SettingKeywords, total=False):
     """Of `Trainer.train` and `Trainer.validate`, which take ``data`` as a parameter."""
 
     model: str | Path | None
-    """Base model: a Hugging Face folder or Hub id."""
+    """Base model: a Hub id, a preset name, or a folder."""
 
     output: str | Path | None
-    """Output folder: adapter, runs and exports."""
+    """Output folder for adapters, runs and exports."""
 
     resume: bool | None
-    """Go on with the newest unfinished run as it is recorded; no: start anew; default: go on if the settings
-    agree.
-    """
+    """Resume the newest unfinished run; no: start from scratch. Default: resume if the settings agree."""
 
 
 class RunKeywords(TrainKeywords, total=False):
     """Of `Trainer.replay` and `Trainer.estimate_vram`."""
 
     data: str | Path | None
-    """The data: a file, a folder, or the name of a data set on the Hub."""
+    """Training data: a file, a folder, or a Hub dataset."""
 
 
 class StreamKeywords(SettingKeywords, MultiRunKeywords, total=False):
     """Of `Trainer.multi_run`, which takes ``data`` and ``resume`` as parameters."""
 
     model: str | Path | None
-    """Base model: a Hugging Face folder or Hub id."""
+    """Base model: a Hub id, a preset name, or a folder."""
 
     output: str | Path | None
-    """Output folder: adapter, runs and exports."""
+    """Output folder for adapters, runs and exports."""

@@ -138,13 +138,15 @@ def _checks(group: str) -> tuple[tuple[str, Any, Range | None], ...]:
 class ModelSpec:
     """The base model."""
 
-    name: str = setting(DEFAULT_MODEL, "Base model: a Hugging Face folder or Hub id.", short="model", is_path=True)
+    name: str = setting(DEFAULT_MODEL, "Base model: a Hub id, a preset name, or a folder.", short="model", is_path=True)
     revision: str | None = setting(None, "Branch, tag or commit of a Hub model.")
-    max_seq_length: int = setting(2048, "Longest row, in tokens; longer rows are truncated and counted.", at_least=8)
-    dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "Weights' type: auto is bfloat16 on a GPU that has it, else float32."
+    max_seq_length: int = setting(
+        2048, "Longest example, in tokens. Longer ones are truncated and counted.", at_least=8
     )
-    trust_remote_code: bool = setting(False, "Let a model's own Python code run on this machine.")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "Type of the weights. auto: bfloat16 on a GPU that supports it, else float32."
+    )
+    trust_remote_code: bool = setting(False, "Allow the model's own Python code to run on this machine.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,48 +155,48 @@ class DataSpec:
 
     path: str = setting(
         "",
-        "The data: a file, a folder, or the name of a data set on the Hub.",
+        "Training data: a file, a folder, or a Hub dataset.",
         short="data",
         aliases=("dataset", "dataset_name"),
         is_path=True,
     )
-    subset: str | None = setting(None, "Subset (configuration) of a Hub data set; default: its own default.")
+    subset: str | None = setting(None, "Subset (configuration) of a Hub dataset. Default: the dataset's own.")
     split: str | None = setting(
-        None, "Split of a Hub data set; default: train, or the only one.", aliases=("dataset_split",)
+        None, "Split of a Hub dataset. Default: train, or the only one.", aliases=("dataset_split",)
     )
     revision: str | None = setting(
-        None, "Branch, tag or commit of a Hub data set; what it stood for is recorded.", short="data_revision"
+        None, "Branch, tag or commit of a Hub dataset. The resolved commit is recorded.", short="data_revision"
     )
     samples: int | None = setting(
-        None, "Use at most so many rows, drawn by the seed; default: all.", aliases=("samples_per_run",), at_least=1
+        None, "Use at most this many rows, drawn by the seed. Default: all.", aliases=("samples_per_run",), at_least=1
     )
     on_bad_row: Literal["fail", "skip"] = setting(
-        "fail", "What a row that cannot be used does: fail, or skip and count."
+        "fail", "Stop at a row that can't be used (fail), or leave it out and count it (skip)."
     )
     columns: tuple[str, ...] = setting(
         (),
-        "Which of your columns is which, as THEIRS=OURS: query_text=question,reply=answer; also roles: bot2=assistant.",
+        "Map your columns and roles, as THEIRS=OURS: query_text=question,reply=answer, or bot2=assistant.",
     )
-    ignore_columns: tuple[str, ...] = setting((), "Columns to leave out on purpose, although they hold text.")
+    ignore_columns: tuple[str, ...] = setting((), "Columns to leave out on purpose, although they contain text.")
     encoding: str | None = setting(
-        None, "Encoding of lines that are not UTF-8, such as cp1252 for Excel on Windows; UTF-16 is found by itself."
+        None, "Encoding of files that are not UTF-8, such as cp1252 for Excel on Windows. UTF-16 is detected."
     )
     on_overflow: Literal["auto", "truncate", "drop", "split", "fail"] = setting(
         "auto",
-        "What a row over max_seq_length does: truncate, drop, split or fail; auto: truncate, and split .txt and .md.",
+        "What to do with an example longer than max_seq_length. auto: truncate, but split .txt and .md.",
     )
-    min_tokens: int = setting(0, "Drop rows with fewer tokens.", at_least=0)
+    min_tokens: int = setting(0, "Drop examples with fewer tokens.", at_least=0)
     dedup: Literal["none", "exact", "near"] = setting(
-        "none", "Drop rows that repeat an earlier one, exactly or nearly."
+        "none", "Drop examples that repeat an earlier one, exactly or nearly."
     )
     reasoning_trace: bool = setting(
-        False, "Keep <think>…</think> as plain text and drop rows without a whole trace; rows may be 8192 tokens long."
+        False, "Keep <think>…</think> as plain text and drop examples without a complete trace. Allows 8,192 tokens."
     )
     trace_min_tokens: int = setting(
-        8, "Shortest reasoning trace that is kept, in tokens.", aliases=("min_trace_tokens",), at_least=0
+        8, "Shortest reasoning trace to keep, in tokens.", aliases=("min_trace_tokens",), at_least=0
     )
     trace_max_tokens: int = setting(
-        8192, "Longest reasoning trace that is kept, in tokens.", aliases=("max_trace_tokens",), at_least=1
+        8192, "Longest reasoning trace to keep, in tokens.", aliases=("max_trace_tokens",), at_least=1
     )
 
 
@@ -210,25 +212,27 @@ class LoraSpec:
 
     preset: Literal["none", "auto", "quality", "balanced", "fast"] = setting(
         "none",
-        "Rank and layers where they are not set: quality (256, all), balanced (64, all), fast (16, q and v); auto: the "
-        "first of these that fits the card.",
+        "Set rank and layers together: quality (256, all), balanced (64, all) or fast (16, q and v). "
+        "auto: the largest that fits the GPU.",
         short="lora_preset",
     )
-    r: int = setting(16, "Rank of the adapter.", short="lora_r", at_least=1, at_most=4096)
+    r: int = setting(16, "Rank of the adapter: how much it can learn.", short="lora_r", at_least=1, at_most=4096)
     alpha: float | None = setting(
-        None, "Scale: the update counts alpha / r times. Default: twice the rank.", short="lora_alpha", above=0
+        None, "Scale: updates are multiplied by alpha / r. Default: twice the rank.", short="lora_alpha", above=0
     )
     dropout: float = setting(
-        0.0, "Dropout on the adapter's input, 0 to 1.", short="lora_dropout", at_least=0.0, at_most=0.999
+        0.0, "Dropout on the adapter's input, from 0 to 1.", short="lora_dropout", at_least=0.0, at_most=0.999
     )
     init_lora_weights: Literal["default", "pissa", "loftq"] = setting(
         "default",
-        "How the adapter starts: default: as no change; pissa: the base's main directions (arXiv:2404.02948); "
-        "loftq: what 4 bits lose (arXiv:2310.08659), with qlora.",
+        "Start of the adapter. default: no change; pissa: the base model's main directions "
+        "(arXiv:2404.02948); loftq: what 4 bits lose (arXiv:2310.08659), with qlora.",
     )
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).")
-    use_dora: bool = setting(False, "Learn each weight's magnitude apart from its direction (DoRA, arXiv:2402.09353).")
-    target_modules: str = setting("all-linear", "Adapted layers: all-linear, or names joined by commas: q_proj,v_proj.")
+    use_dora: bool = setting(False, "Learn magnitude and direction separately (DoRA, arXiv:2402.09353).")
+    target_modules: str = setting(
+        "all-linear", "Layers to adapt: all-linear, or names separated by commas: q_proj,v_proj."
+    )
 
     @property
     def resolved_alpha(self) -> float:
@@ -240,24 +244,25 @@ class LoraSpec:
 class TrainingSpec:
     """The loop."""
 
-    backend: str = setting("auto", "Rail to train on: auto, or the name of an installed rail, such as cuda or mlx.")
+    backend: str = setting("auto", "Backend to train on. auto: cuda on NVIDIA and CPUs, mlx on Apple silicon.")
     method: MethodName = setting(  # noqa: RUF009  # a field, as all of them
         "sft",
-        "What to learn from: answers (sft), a chosen and a rejected answer (dpo, orpo, simpo), labeled answers (kto).",
+        "Training method. sft: completions; dpo, orpo, simpo: a chosen and a rejected completion; kto: "
+        "labeled completions.",
     )
     mode: Literal["auto", "lora", "qlora", "full"] = setting(
         "auto",
-        "lora: 16- or 32-bit base; qlora: 4-bit base (nf4, arXiv:2305.14314), GPU only; full: all weights; "
-        "auto: lora or qlora, by the memory.",
+        "lora: adapter on a 16-bit base; qlora: adapter on a 4-bit base, GPU only; full: all weights. "
+        "auto: lora or qlora, by memory.",
     )
     engine: Literal["auto", "native", "trl", "unsloth"] = setting(
         "auto",
-        "native: our own loop; trl: plain TRL trainers, the reference; unsloth: its model and kernels under our loop; "
-        "auto: native.",
+        "Training engine. native: our own loop; trl: plain TRL trainers, for reference; unsloth: its "
+        "model and kernels in our loop. auto: native.",
     )
     steps: int | None = setting(
         None,
-        "Optimizer steps; default: planned from the data, about 3 epochs, at least 20 and at most 1,000 steps.",
+        "Optimizer steps. Default: about 3 epochs, at least 20 and at most 1,000 steps.",
         aliases=("max_steps", "steps_per_run"),
         at_least=1,
     )
@@ -266,118 +271,126 @@ class TrainingSpec:
     )
     learning_rate: float | None = setting(
         None,
-        "Peak learning rate; default: the method's and mode's own, 2e-4 for sft of an adapter, 2e-5 of all weights.",
+        "Peak learning rate. Default: the method's own; for sft 2e-4 for an adapter, 2e-5 for full fine-tuning.",
         short="lr",
         aliases=("learning_rate",),
         above=0,
     )
-    batch_size: int = setting(2, "Rows in a micro-batch.", aliases=("per_device_train_batch_size",), at_least=1)
+    batch_size: int = setting(2, "Examples per micro-batch.", aliases=("per_device_train_batch_size",), at_least=1)
     gradient_accumulation: int = setting(
-        4, "Micro-batches in a step.", aliases=("gradient_accumulation_steps",), at_least=1
+        4, "Micro-batches per step.", aliases=("gradient_accumulation_steps",), at_least=1
     )
     warmup_steps: int = setting(5, "Steps in which the learning rate rises from 0.", at_least=0)
     scheduler: Literal["linear", "cosine", "constant"] = setting(
-        "linear", "Course of the learning rate after warm-up.", aliases=("lr_scheduler_type",)
+        "linear", "Learning rate after warm-up.", aliases=("lr_scheduler_type",)
     )
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay.", at_least=0.0)
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm; 0: not clipped.", at_least=0.0)
+    max_grad_norm: float = setting(1.0, "Clip gradients to this norm; 0: don't clip.", at_least=0.0)
     optim: Literal["auto", "adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = setting(
         "auto",
-        "AdamW with moments in 32 or 8 bits, or 8 bits that may move to RAM; auto: 8 bits in qlora, paged in full, "
-        "32 in lora and on a CPU.",
+        "AdamW with 32-bit or 8-bit state; paged state may move to RAM. auto: 8-bit for qlora, paged for "
+        "full, 32-bit for lora and CPUs.",
     )
-    fp8: bool = setting(False, "Multiply matrices in 8-bit floats, by torchao; Hopper cards and newer.")
-    gradient_checkpointing: bool = setting(True, "Recompute activations in backward on a GPU: slower, far less memory.")
+    fp8: bool = setting(False, "8-bit floating-point matrix products with torchao, on Hopper GPUs and newer.")
+    gradient_checkpointing: bool = setting(
+        True, "Recompute activations in the backward pass on a GPU: slower, with far less memory."
+    )
     packing: bool = setting(
         False,
-        "Pack short rows into rows of max_seq_length; none attends to another, each begins at position 0.",
+        "Pack short examples into sequences of max_seq_length. They never attend to each other.",
         aliases=("data.packing",),
     )
     curriculum: Literal["none", "length"] = setting(
-        "none", "Order of rows: none shuffles by the seed, length goes from short to long."
+        "none", "Order of the examples. none: shuffled by the seed; length: from short to long."
     )
     eval_share: float = setting(
         0.05,
-        "Share of the examples held out to measure the validation loss, at most 500; 0: none.",
+        "Share of the examples to hold out for validation, at most 500; 0: none.",
         at_least=0.0,
         at_most=0.9,
     )
     eval_min_rows: int = setting(
         6,
-        "Fewest examples to hold out where the share is less; with fewer than 5 times as many, none is held out.",
+        "Fewest examples to hold out. With fewer than 5 times as many examples, none are held out.",
         at_least=1,
     )
     eval_steps: int | None = setting(
         None,
-        "Steps between validations; default: about one validation per epoch, 2 to 20 per run. The last step is "
-        "always validated.",
+        "Steps between validations. Default: about once per epoch, 2 to 20 times per run. The last step "
+        "is always validated.",
         at_least=1,
     )
-    early_stop: int = setting(3, "Stop after so many validations in a row without a lower loss; 0: never.", at_least=0)
-    keep: Literal["best", "last"] = setting("best", "Adapter to keep: of the lowest validation loss, or the last.")
-    oom_recovery: bool = setting(
-        True, "Halve a micro-batch that does not fit the GPU and go on with the same step; without it, stop."
-    )
+    early_stop: int = setting(3, "Stop after this many validations without improvement; 0: never.", at_least=0)
+    keep: Literal["best", "last"] = setting("best", "Keep the best adapter (lowest validation loss) or the last one.")
+    oom_recovery: bool = setting(True, "If the GPU runs out of memory, halve the micro-batch and repeat the same step.")
     preflight: Literal["auto", "on", "off"] = setting(
-        "auto", "Rehearse the longest batch, an optimizer step and a validation first; auto: runs of 50 steps on a GPU."
+        "auto",
+        "Try the longest batch, an optimizer step and a validation first. auto: for runs of 50 steps or more on a GPU.",
     )
     gpu_max_temp: int = setting(
-        88, "Pause when the GPU is as hot as this, in °C, until it has cooled by 8; 0: never.", at_least=0, at_most=110
+        88,
+        "Pause when the GPU reaches this temperature, in °C, until it has cooled by 8; 0: never.",
+        at_least=0,
+        at_most=110,
     )
     kernels: Literal["auto", "none", "liger"] = setting(
-        "auto", "Fused kernels on a GPU: Liger's where it is installed and knows the model (auto), always, or none."
+        "auto", "Fused kernels on a GPU. auto: Liger's if installed and if they support the model."
     )
-    save_steps: int = setting(50, "Save a checkpoint every so many steps; 0: not by steps.", at_least=0)
+    save_steps: int = setting(50, "Save a checkpoint every this many steps; 0: not by steps.", at_least=0)
     save_minutes: float = setting(
-        5.0, "Save a checkpoint after so many minutes without one; 0: not by time.", at_least=0.0
+        5.0, "Save a checkpoint after this many minutes without one; 0: not by time.", at_least=0.0
     )
-    keep_checkpoints: int = setting(
-        2, "Newest checkpoints that stay, beside the one of the lowest validation loss.", at_least=1
-    )
+    keep_checkpoints: int = setting(2, "Newest checkpoints to keep, in addition to the best one.", at_least=1)
     resume: bool | None = setting(
         None,
-        "Go on with the newest unfinished run as it is recorded; no: start anew; default: go on if the settings agree.",
+        "Resume the newest unfinished run; no: start from scratch. Default: resume if the settings agree.",
     )
     start_from: str | None = setting(
         None,
-        "Train on from this adapter: a folder, a run's id, RUN@50 or RUN@best; default: a new adapter.",
+        "Start from this adapter: a folder, a run id, RUN@50 or RUN@best. Default: a new adapter.",
         aliases=("from",),
         is_path=True,
     )
     output_dir: str = setting(
-        "./output", "Output folder: adapter, runs and exports.", short="output", aliases=("output_dir",), is_path=True
+        "./output",
+        "Output folder for adapters, runs and exports.",
+        short="output",
+        aliases=("output_dir",),
+        is_path=True,
     )
     seed: int = setting(
         42,
-        "Seed of rows' order, initial weights and dropout.",
+        "Seed for the order of examples, initial weights and dropout.",
         aliases=("random_state", "lora.random_state"),
         at_least=0,
         at_most=2**32 - 1,
     )
     report_to: Literal["auto", "none", "tensorboard", "mlflow", "wandb", "trackio"] = setting(
-        "auto", "Tracker that follows the run; auto: all that are installed, wandb only with WANDB_API_KEY."
+        "auto", "Tracker to log to. auto: local ones that are installed; those that send data only when named."
     )
-    run_name: str | None = setting(None, "The run's name in trackers; default: its id.")
+    run_name: str | None = setting(None, "Name of the run in trackers. Default: its id.")
     deterministic: bool = setting(
-        False, "Take only computations that give the same bits each time, on a GPU too; slower."
+        False, "Use only computations that give the same bits every time, on a GPU too; slower."
     )
     sample_prompts: tuple[str, ...] = setting(
-        (), "Prompts that are answered before and after training.", aliases=("sample_prompt",)
+        (), "Prompts to answer before and after training.", aliases=("sample_prompt",)
     )
     sample_tokens: int = setting(48, "Longest sample answer, in tokens.", at_least=1)
-    dpo_beta: float = setting(0.1, "How closely dpo holds to the untrained model (arXiv:2305.18290).", above=0)
+    dpo_beta: float = setting(0.1, "How closely dpo stays to the reference model (arXiv:2305.18290).", above=0)
     orpo_beta: float = setting(
-        0.1, "Weight of orpo's odds ratio beside its likelihood (arXiv:2403.07691, lambda).", above=0
+        0.1, "Weight of orpo's odds ratio against its likelihood (lambda of arXiv:2403.07691).", above=0
     )
     simpo_beta: float = setting(
-        2.0, "Scale of simpo's reward, the mean log-probability of a token (arXiv:2405.14734).", above=0
+        2.0, "Scale of simpo's reward, the mean log-probability per token (arXiv:2405.14734).", above=0
     )
     simpo_gamma: float = setting(
-        1.0, "Margin by which simpo wants the better answer's reward to be higher.", at_least=0.0
+        1.0, "Margin by which the chosen completion's reward should exceed the rejected one's, in simpo.", at_least=0.0
     )
-    kto_beta: float = setting(0.1, "How closely kto holds to the untrained model (arXiv:2402.01306).", above=0)
-    kto_desirable_weight: float = setting(1.0, "Weight of good answers in kto; raise it where they are few.", above=0)
-    kto_undesirable_weight: float = setting(1.0, "Weight of bad answers in kto; raise it where they are few.", above=0)
+    kto_beta: float = setting(0.1, "How closely kto stays to the reference model (arXiv:2402.01306).", above=0)
+    kto_desirable_weight: float = setting(1.0, "Weight of good completions in kto; raise it if there are few.", above=0)
+    kto_undesirable_weight: float = setting(
+        1.0, "Weight of bad completions in kto; raise it if there are few.", above=0
+    )
 
     @property
     def resolved_learning_rate(self) -> float:
@@ -421,48 +434,48 @@ class MultiRunSpec:
 
     runs: int = setting(
         5,
-        "Runs, each on its own slice of the data; with several data files: one run a file.",
+        "Number of runs, each on its own slice of the data. With several data files: one run per file.",
         aliases=("num_runs", "multi_run.num_runs"),
         at_least=1,
     )
     merge: Literal["ftba-mb", "slao", "slao-preserving", "none"] = setting(
         "ftba-mb",
-        "How runs are merged. ftba-mb: blend B by 1/sqrt(i) and start from the last adapter, which forgot least in our "
-        "benchmark; slao: the same, and start from orthonormal rows of A (arXiv:2512.23017); slao-preserving: as slao, "
-        "but the start keeps what the adapter does; none: keep the last adapter.",
+        "How runs are merged. ftba-mb: blend B by 1/sqrt(i) and start from the last adapter; slao: the "
+        "same from orthonormal rows of A (arXiv:2512.23017); slao-preserving: as slao, keeping the "
+        "adapter's function; none: keep the last adapter.",
     )
     last_lr: float = setting(
-        0.25, "Learning rate of the last run, as a share of the first's; those between lie on a line.", above=0
+        0.25, "Learning rate of the last run as a share of the first's; it falls linearly in between.", above=0
     )
     replay_share: float = setting(
-        0.0, "Share of each run's rows that are drawn from earlier runs' rows.", at_least=0.0, at_most=0.9
+        0.0, "Share of each run's examples to draw from earlier runs.", at_least=0.0, at_most=0.9
     )
     replay: Literal["recent", "random", "all"] = setting(
-        "random", "Rows that are replayed: of the run before, of any earlier one, or as many of every earlier one."
+        "random",
+        "Which examples to replay: from the run before (recent), any earlier run (random), or all of them"
+        " equally (all).",
     )
     heldout: float = setting(
         0.1,
-        "Share of each run's rows that only measure what is forgotten; 0: none.",
+        "Share of each run's examples to hold out for measuring forgetting; 0: none.",
         aliases=("eval_heldout",),
         at_least=0.0,
         at_most=0.9,
     )
     metric: Literal["none", "exact", "f1", "contains"] = setting(
         "none",
-        "Beside the loss, how good answers to held-out rows are: equal to the row's, words in common, or holding it.",
+        "Also score answers to held-out examples: exact match, f1 (shared words), or contains.",
     )
-    eval_gate: bool = setting(False, "Leave out a run whose merge makes the held-out loss worse.")
+    eval_gate: bool = setting(False, "Leave out a run whose merge makes the mean held-out loss worse.")
     max_regression: float = setting(
         0.0,
-        "How much worse, in nats, the gate lets the mean held-out loss become.",
+        "How much worse the mean held-out loss may become before the gate leaves a run out, in nats.",
         aliases=("eval_max_regression",),
         at_least=0.0,
     )
-    patience: int = setting(
-        0, "End after so many runs in a row without a lower mean held-out loss; 0: never.", at_least=0
-    )
+    patience: int = setting(0, "Stop after this many runs without a lower mean held-out loss; 0: never.", at_least=0)
     keep_adapters: Literal["all", "last", "none"] = setting(
-        "all", "Adapters of the single runs that stay, fine-tuned and merged; the result is kept always."
+        "all", "Which runs' own adapters to keep, fine-tuned and merged. The result is always kept."
     )
 
 
