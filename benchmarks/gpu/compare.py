@@ -138,8 +138,10 @@ def run_ring(options: argparse.Namespace, folder: Path) -> int:
         time.sleep(0.1)
     say("all imported", began)
     ring.give(stacks[0])
+    shown = 0
     while any(child.poll() is None for child in children.values()):
         time.sleep(0.2)
+        shown = show_rows(ring, shown)
         holder = ring.holder()
         if holder and children[holder].poll() is not None and not ring.is_done(holder):
             ring.leave(holder)  # it died holding the turn
@@ -148,6 +150,7 @@ def run_ring(options: argparse.Namespace, folder: Path) -> int:
                 child.kill()
             say("out of time", began)
             break
+    show_rows(ring, shown)
     rows = [json.loads(line) for line in ring.results.read_text().splitlines()] if ring.results.is_file() else []
     for stack in stacks:
         if children[stack].returncode:
@@ -156,6 +159,14 @@ def run_ring(options: argparse.Namespace, folder: Path) -> int:
         options.tables.mkdir(parents=True, exist_ok=True)
         (options.tables / "results.json").write_text(json.dumps(rows, indent=1))
     return report(rows, stacks)
+
+
+def show_rows(ring: Ring, shown: int) -> int:
+    """Print the results that have come since; returns how many there are."""
+    lines = ring.results.read_text().splitlines() if ring.results.is_file() else []
+    for line in lines[shown:]:
+        print(line[:1200], flush=True)
+    return len(lines)
 
 
 def say(what: str, began: float) -> None:
@@ -386,8 +397,6 @@ class Worker:
         with self.ring.results.open("a") as file:
             file.write(line + "\n")
         print(line, flush=True)
-        with open(f"/proc/{os.getppid()}/fd/1", "w") if os.path.exists("/proc") else sys.stdout as out:  # noqa: PTH
-            print(line[:1500], file=out, flush=True)
         return "failed" not in row
 
     def _train_ours(self, cell: Cell, clock: Clock) -> None:
