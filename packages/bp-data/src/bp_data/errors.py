@@ -192,6 +192,7 @@ class RowFault(StrEnum):
     TEMPLATE_REFUSED = "ROW_TEMPLATE_REFUSED", "The model's chat template refuses the chat; the reason is its own."
     TURN_NOT_RENDERED = "ROW_TURN_NOT_RENDERED", "The model's chat template leaves a turn's text out."
     TOOLS_NOT_RENDERED = "ROW_TOOLS_NOT_RENDERED", "The model's chat template leaves tools or tool calls out."
+    REASONING_NOT_RENDERED = "ROW_REASONING_NOT_RENDERED", "The model's chat template leaves the reasoning out."
     SPANS_UNFOUND = "ROW_SPANS_UNFOUND", "The assistant's turns cannot be located in the rendered text beyond doubt."
     MASK_UNVERIFIED = (
         "ROW_MASK_UNVERIFIED",

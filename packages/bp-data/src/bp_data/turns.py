@@ -193,8 +193,11 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
         raise RowFaultError(
             RowFault.TOOL_CALL_BROKEN, f"the arguments of `{where}` are {name_type(arguments)}, not an object"
         )
-    outer = call if function is not call else {}
-    return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
+    # Fields keep the row's own order: some templates write a whole call as JSON.
+    outer: dict[str, Any] = dict(call) if function is not call else {}
+    return {**({} if "type" in outer else {"type": "function"}), **outer} | {
+        "function": {**function, "arguments": arguments}
+    }
 
 
 def unpack_json(value: Any, where: str) -> Any:

@@ -1,117 +1,139 @@
-"""Where the assistant's turns stand in a rendered chat, found once for each order of roles.
+"""The spans of all chats of one shape, found and proved once.
 
-A template that writes its words around the turns' texts, whatever those are, gives the same words for every chat with
-the same roles. Those words, the skeleton, are taken from one chat of stand-ins, whose borders `find_spans`
-finds and proves. A real chat is still rendered whole by the template; only where that rendering is, character for
-character, the skeleton with the chat's texts in it are the borders taken over. All else is searched the long way.
+Two chats have one shape if they are the same but for their leaves: texts, calls, arguments, thoughts. The chat of
+placeholders is then the same as well, and so is its rendering: literal text with a slot for each leaf. A real chat is
+still rendered whole by the template. Only if that rendering is, character for character, the literal text with the
+chat's leaves in the slots are the borders taken over; all other chats go through `bp_data.labels.spans`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
+import orjson
+
 from bp_data.errors import RowFaultError
-from bp_data.example import Chat, Message
-from bp_data.labels.spans import Marked, Span, find_spans
+from bp_data.example import Chat
+from bp_data.labels.leaves import MARKS, WRITERS, Leaf, Outline, replace_leaves
+from bp_data.labels.spans import Marked, Span, SpanSearch
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 
-_PAD: Final = "\u2003"  # a blank that no template writes: where it is gone, the template trims
-_MOST = 4096  # skeletons kept
+_MOST: Final = 4096  # shapes kept
 
 
-@dataclass(frozen=True, slots=True)
-class _Skeleton:
-    """``words[0] + text 0 + words[1] + … + words[-1]``."""
+@dataclass(slots=True)
+class _Shape:
+    """``literals[0] + leaf of slot 0 + literals[1] + … + literals[-1]``."""
 
-    words: tuple[str, ...]
-    trimmed: tuple[bool, ...]
+    literals: tuple[str, ...]
+    slots: tuple[int, ...]
+    """For each slot, the place of its leaf."""
     borders: tuple[tuple[int, int], ...]
-    """Start and end of each span in turn: a place in ``words``, and characters after that word's beginning."""
+    """Start and end of each span in turn: a place in ``literals``, and characters after that literal's beginning."""
+    writers: list[Callable[[str | int | float], str]] = field(default_factory=list)
+    """For each slot, how the last chat of this shape had its leaf written."""
+
+    def place(self, text: str, leaves: Sequence[Leaf]) -> list[Span] | None:
+        """The spans in a chat's rendering; None if the rendering is not these literals with the chat's leaves."""
+        values = [write(leaves[leaf].value) for write, leaf in zip(self.writers, self.slots, strict=True)]
+        pieces = [self.literals[0]]
+        for value, literal in zip(values, self.literals[1:], strict=True):
+            pieces += (value, literal)
+        if "".join(pieces) != text:
+            return self._align(text, leaves)
+        starts, at = [], 0
+        for number, piece in enumerate(pieces):
+            if not number % 2:
+                starts.append(at)
+            at += len(piece)
+        return self._spans(starts)
+
+    def _align(self, text: str, leaves: Sequence[Leaf]) -> list[Span] | None:
+        """As `place`, trying every writer at every slot."""
+        starts, at = [0], len(self.literals[0])
+        if not text.startswith(self.literals[0]):
+            return None
+        writers = []
+        for slot, leaf in enumerate(self.slots):
+            literal = self.literals[slot + 1]
+            for write in WRITERS:
+                value = write(leaves[leaf].value)
+                if text.startswith(value, at) and text.startswith(literal, at + len(value)):
+                    break
+            else:
+                return None
+            writers.append(write)
+            starts.append(at + len(value))
+            at += len(value) + len(literal)
+        if at != len(text):
+            return None
+        self.writers = writers
+        return self._spans(starts)
+
+    def _spans(self, starts: Sequence[int]) -> list[Span]:
+        borders = [starts[literal] + over for literal, over in self.borders]
+        return [Span(low, high) for low, high in zip(borders[::2], borders[1::2], strict=True)]
 
 
 class SpanFinder:
     """`find_spans` for many chats of one tokenizer and template."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-        self._tokenizer = tokenizer
-        self._template = template
-        self._known: dict[tuple[int, tuple[str, ...]], _Skeleton | None] = {}
+        self._search = SpanSearch(tokenizer, template)
+        self._known: dict[bytes, _Shape | None] = {}
 
     def find(self, chat: Chat) -> Marked:
-        """The rendered chat and the characters to learn.
+        """The rendered chat and the characters to train on.
 
         Raises:
             RowFaultError: As `find_spans`.
         """
-        skeleton = self._skeleton(chat)
-        if skeleton is not None:
-            texts = [
-                message.words if trimmed else message.content or ""
-                for message, trimmed in zip(chat.messages, skeleton.trimmed, strict=True)
-            ]
-            full = self._template.render([message.to_dict() for message in chat.messages])
-            if full == _join(skeleton.words, texts):
-                return Marked(full, _place(skeleton, texts))
-        return find_spans(chat, self._tokenizer, self._template)
+        outline = replace_leaves(chat)
+        shape = self._shape(chat, outline)
+        if shape is not None:
+            text = self._search.render(replace_leaves(chat, lambda *_: False))
+            spans = shape.place(text, outline.leaves)
+            if spans is not None:
+                return Marked(text, spans)
+        return self._search.find(chat)
 
-    def _skeleton(self, chat: Chat) -> _Skeleton | None:
-        if chat.tools or any(message.fields or not message.words for message in chat.messages):
-            return None
-        key = (chat.first, tuple(message.role for message in chat.messages))
+    def _shape(self, chat: Chat, outline: Outline) -> _Shape | None:
+        learned = [message.learn for message in chat.messages]
+        key = orjson.dumps([chat.first, learned, outline.messages, outline.tools], option=orjson.OPT_NON_STR_KEYS)
         if key not in self._known:
             if len(self._known) >= _MOST:
                 self._known.clear()
-            self._known[key] = self._build(chat)
+            self._known[key] = self._build(chat, outline)
         return self._known[key]
 
-    def _build(self, chat: Chat) -> _Skeleton | None:
-        names = [f"\ue0f4{place}\ue0f4" for place in range(len(chat.messages))]
-        turns = tuple(
-            Message(message.role, _PAD + name + _PAD) for message, name in zip(chat.messages, names, strict=True)
-        )
+    def _build(self, chat: Chat, outline: Outline) -> _Shape | None:
         try:
-            marked = find_spans(Chat(turns, None, chat.first), self._tokenizer, self._template)
+            text, spans = self._search.locate_all(outline, chat)
         except RowFaultError:
-            return None
-        return _take_apart(marked, names)
+            return None  # the search says why, in terms of the chat itself
+        return _take_apart(text, spans, outline.leaves)
 
 
-def _take_apart(marked: Marked, names: list[str]) -> _Skeleton | None:
-    text, words, starts, trimmed = marked.text, [], [0], []
-    for name in names:
-        low = text.find(name, starts[-1])
-        if low < 0 or text.count(name) != 1:
+def _take_apart(text: str, spans: Sequence[Span], leaves: Sequence[Leaf]) -> _Shape | None:
+    places = {leaf.mark: place for place, leaf in enumerate(leaves)}
+    literals, starts, slots, at = [], [0], [], 0
+    for found in MARKS.finditer(text):
+        if found.group() not in places:
             return None
-        high = low + len(name)
-        padded = (text[low - 1 : low] == _PAD, text[high : high + 1] == _PAD)
-        if padded[0] != padded[1]:
-            return None
-        words.append(text[starts[-1] : low - padded[0]])
-        trimmed.append(not padded[0])
-        starts.append(high + padded[1])
-    words.append(text[starts[-1] :])
+        literals.append(text[at : found.start()])
+        slots.append(places[found.group()])
+        at = found.end()
+        starts.append(at)
+    literals.append(text[at:])
     borders = []
-    for border in (border for span in marked.spans for border in span):
-        inside = [place for place, word in enumerate(words) if starts[place] <= border <= starts[place] + len(word)]
+    for border in (border for span in spans for border in span):
+        inside = [
+            place for place, literal in enumerate(literals) if starts[place] <= border <= starts[place] + len(literal)
+        ]
         if not inside:
             return None
         borders.append((inside[0], border - starts[inside[0]]))
-    return _Skeleton(tuple(words), tuple(trimmed), tuple(borders))
-
-
-def _join(words: tuple[str, ...], texts: list[str]) -> str:
-    pieces = [words[0]]
-    for text, word in zip(texts, words[1:], strict=True):
-        pieces += (text, word)
-    return "".join(pieces)
-
-
-def _place(skeleton: _Skeleton, texts: list[str]) -> list[Span]:
-    starts, place = [0], 0
-    for word, text in zip(skeleton.words, texts, strict=False):
-        place += len(word) + len(text)
-        starts.append(place)
-    ends = [starts[word] + over for word, over in skeleton.borders]
-    return [Span(low, high) for low, high in zip(ends[::2], ends[1::2], strict=True)]
+    return _Shape(tuple(literals), tuple(slots), tuple(borders), [WRITERS[0]] * len(slots))

@@ -1,25 +1,48 @@
-"""Which characters of a rendered chat the assistant writes, the token that ends each turn included.
+"""Which characters of a rendered chat the assistant writes, the token that ends each turn included: the reference.
 
-They are found, in this order, by
-1. ``{% generation %}`` marks of the template, widened to the end token where they stop short of it;
-2. prefixes: the chat up to a turn with the generation prompt, and up to and with the turn, must both begin the whole;
-3. a stand-in: the turn's text is replaced by one that occurs nowhere, and what differs from the whole is the turn.
-Each way's result is checked against the turn's own text.
+A turn's own texts are replaced by placeholders and the chat is rendered again: where the placeholders are is what the
+assistant says. From there the span grows
+
+    to the left    up to the end of the turn's generation prompt, which is where the model begins to write
+    to the right   up to the token that ends the turn, or that opens the next one where the template writes no other
+
+Two proofs belong to it. Everything that the assistant says must be in its turn's span, every call and thought counted;
+and replacing everything that others say must leave what is trained on as it was. `bp_data.labels.shapes` finds the
+same spans once for all chats of one shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from bp_data.errors import RowFault, RowFaultError
-from bp_data.example import Chat, Message
+from bp_data.example import Chat
+from bp_data.labels.leaves import OWN, WRITERS, Kind, Leaf, Outline, replace_leaves
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
-from bp_data.turns import tool_name
 
-_STAND_IN = "\ue0f3turn\ue0f3"
+# How a model may be asked to begin: a template that opens a thought does so by one of these.
+_PROMPTS: Final[tuple[Mapping[str, Any], ...]] = (
+    {},
+    {"enable_thinking": True},
+    {"enable_thinking": False},
+    {"thinking": True},
+    {"thinking": False},
+)
+_PLAIN: Final = "Qanswerx"
+# Where a text may be cut without halving a token or a word: at tags and line feeds.
+_PIECES: Final = re.compile(r"<[^<>\n]*>|\[[^\[\]\n]*\]|\n|[^<\[\n]+|[<\[]")
+_LOST: Final[Mapping[Kind, tuple[RowFault, str]]] = {
+    "text": (RowFault.TURN_NOT_RENDERED, "what the assistant says"),
+    "thought": (RowFault.REASONING_NOT_RENDERED, "the assistant's reasoning"),
+    "call": (RowFault.TOOLS_NOT_RENDERED, "a tool call"),
+    "argument": (RowFault.TOOLS_NOT_RENDERED, "an argument of a tool call"),
+    "tool": (RowFault.TOOLS_NOT_RENDERED, "a tool"),
+}
 
 
 class Span(NamedTuple):
@@ -30,198 +53,260 @@ class Span(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A rendered chat and its characters to learn, in order, one span a turn."""
+    """A rendered chat and its characters to train on, in order, one span a turn."""
 
     text: str
     spans: list[Span]
 
 
 def find_spans(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> Marked:
-    """The rendered chat and the characters of each of the assistant's turns, its end token included.
+    """The rendered chat and the characters of each trained turn of the assistant.
 
     Raises:
-        RowFaultError: The template refuses the chat or leaves parts of it out, or turns can't be located.
+        RowFaultError: The template rejects the chat or leaves parts of it out, or turns can't be located beyond doubt.
     """
-    search = _Search(chat, tokenizer, template)
-    _check_rendered(chat, search.full)
-    # Marks do not say which turn they belong to, and a prompt's answers are not learnt.
-    by_marks = None if chat.first else search.by_marks()
-    spans = by_marks or [search.by_prefix(turn) or search.by_stand_in(turn) for turn in search.turns]
-    if any(after.start < before.end for before, after in pairwise(spans)):
-        raise RowFaultError(RowFault.SPANS_UNFOUND, "two turns of the assistant overlap in the rendered chat")
-    marked = Marked(search.full, spans)
-    if len(spans) == len(search.turns):
-        _check_turns(marked, [chat.messages[turn] for turn in search.turns], search.ends)
-    return marked
+    return SpanSearch(tokenizer, template).find(chat)
 
 
-class _Search:
-    """The assistant's turns of one chat, looked for in its rendering."""
+class SpanSearch:
+    """`find_spans` for one tokenizer and template, chat by chat."""
 
-    def __init__(self, chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-        self.chat = chat
-        self.template = template
-        self.messages: list[dict[str, Any]] = [message.to_dict() for message in chat.messages]
-        self.turns = [place for place, message in enumerate(chat.messages) if message.role == "assistant"]
-        self.turns = [place for place in self.turns if place >= chat.first]
-        self.full = template.render(self.messages, chat.tools)
-        self.ends = _end_texts(tokenizer, template)
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+        self._template = template
+        self._ends = _end_texts(tokenizer, template)
+        self._header = _find_header(template)
 
-    def by_marks(self) -> list[Span] | None:
-        """All turns by the template's own marks; None where it has none or they mark something else."""
-        if not self.template.has_marks(self.chat.tools):
-            return None
-        found = self.template.render_marked(self.messages, self.chat.tools)
-        # Marks that touch are one answer: some templates mark a closing token apart from the turn before it.
-        spans = _merge_spans(
-            [self._widen(span) for span in _merge_spans([Span(*pair) for pair in found[1]])] if found else []
-        )
-        texts = [self.full[start:end] for start, end in spans]
-        turns = [self.chat.messages[turn] for turn in self.turns]
-        return spans if spans and _in_order(texts, turns, self.ends) else None
+    def find(self, chat: Chat) -> Marked:
+        """As `find_spans`."""
+        plain = replace_leaves(chat, lambda *_: False)
+        text = self.render(plain)
+        turns = trained_turns(chat)
+        found = [self._locate_real(chat, text, turn) for turn in turns]
+        require_order(found)
+        self._prove_others(chat, turns, text, found)
+        return Marked(text, found)
 
-    def by_prefix(self, turn: int) -> Span | None:
-        """One turn, as what is added to its generation prompt; None where renderings are not prefixes."""
-        start = self._prompt_end(turn)
-        try:
-            upto = self.template.render(self.messages[: turn + 1], self.chat.tools)
-        except RowFaultError:
-            return None
-        if start is None or len(upto) <= start or not self.full.startswith(upto):
-            return None
-        return self._trim(Span(start, len(upto)))
+    def render(self, outline: Outline) -> str:
+        """The chat's text.
 
-    def by_stand_in(self, turn: int) -> Span:
-        """One turn, as what differs when its text is another.
+        ``content: null`` is dropped, as transformers does; where a template rejects that, an empty text is given.
 
         Raises:
-            RowFaultError: ROW_SPANS_UNFOUND.
+            RowFaultError: ROW_TEMPLATE_REFUSED.
         """
-        for other in self._stand_ins(turn):
-            before, found, after = other.partition(_STAND_IN)
-            start = common_prefix(before, self.full)
-            end = len(self.full) - len(after)
-            if found and not before[start:].strip() and self.full.endswith(after) and start < end:
-                return self._widen(Span(self._answer_start(turn, start), end))
-        raise RowFaultError(RowFault.SPANS_UNFOUND, f"turn {turn + 1} cannot be located in the rendered chat")
-
-    def _stand_ins(self, turn: int) -> list[str]:
-        message = self.messages[turn]
-        plain = {"role": message["role"], "content": _STAND_IN}
-        rendered = []
-        for stand_in in (plain, {**message, "content": _STAND_IN}):
-            try:
-                changed = [*self.messages[:turn], stand_in, *self.messages[turn + 1 :]]
-                rendered.append(self.template.render(changed, self.chat.tools))
-            except RowFaultError:
-                continue
-        return rendered
-
-    def _answer_start(self, turn: int, words: int) -> int:
-        """Where the model begins to write, given where its words begin."""
-        prompt_end = self._prompt_end(turn)
-        if prompt_end is not None and prompt_end <= words:
-            return prompt_end
-        lead = self.template.lead
-        return words - len(lead) if self.full.endswith(lead, 0, words) else words
-
-    def _prompt_end(self, turn: int) -> int | None:
-        """Where the prompt of a turn ends and the model begins to write; None where it is not how the whole begins."""
         try:
-            prompt = self.template.render(self.messages[:turn], self.chat.tools, add_generation_prompt=True)
+            return self._template.render(outline.messages, outline.tools)
         except RowFaultError:
-            return None
-        return len(prompt) if self.full.startswith(prompt) else None
+            empty = [message for message in outline.messages if message.get("content", "") is None]
+            for message in empty:
+                message["content"] = ""
+            if not empty:
+                raise
+        return self._template.render(outline.messages, outline.tools)
 
-    def _widen(self, span: Span) -> Span:
-        """With the end token, where one follows, be it after blanks, and the span does not hold it yet."""
-        if self.full[span.start : span.end].rstrip().endswith(self.ends):
-            return span
-        rest = self.full[span.end :]
+    def locate_all(self, outline: Outline, chat: Chat) -> tuple[str, list[Span]]:
+        """Text and spans of a chat all of whose leaves are placeholders, both proofs included.
+
+        Raises:
+            RowFaultError: As `find_spans`.
+        """
+        text = self.render(outline)
+        turns = trained_turns(chat)
+        require_rendered(text, outline, turns)
+        spans = [self._locate(outline, text, turn)[0] for turn in turns]
+        require_order(spans)
+        require_own_only(text, spans, turns, outline.leaves)
+        return text, spans
+
+    def _locate_real(self, chat: Chat, text: str, turn: int) -> Span:
+        """One turn's span in the real text: located among placeholders, and carried over where all else is the same."""
+        # A call's name may come back in the tool's result, and then what follows the turn is not the same.
+        for spared in ((), ("call",), ("call", "argument"), ("call", "argument", "thought")):
+
+            def is_own(place: int, kind: Kind, spared: Sequence[Kind] = spared) -> bool:
+                return place == turn and kind in OWN and kind not in spared
+
+            outline = replace_leaves(chat, is_own)
+            if not outline.replaced:
+                continue
+            changed = self.render(outline)
+            require_rendered(changed, outline, [turn])
+            span, first, last = self._locate(outline, changed, turn)
+            after = len(text) - len(changed)
+            # Between the borders and the turn's words all must be the same; else the template goes by the words.
+            if text[:first] == changed[:first] and text[last + after :] == changed[last:] and last + after >= first:
+                real = Span(span.start, span.end + after)
+                if all(_says(text[real.start : real.end], leaf) for leaf in outline.leaves if _is_own(leaf, turn)):
+                    return real
+        raise RowFaultError(RowFault.SPANS_UNFOUND, f"turn {turn + 1} can't be located in the rendered chat")
+
+    def _locate(self, outline: Outline, text: str, turn: int) -> tuple[Span, int, int]:
+        """One turn whose own leaves are placeholders, and where those begin and end."""
+        own = [leaf for leaf in outline.replaced if _is_own(leaf, turn)]
+        upto = self._template.try_render(outline.messages[: turn + 1], outline.tools)
+        first, last = _extent(own, text, upto)
+        others = [leaf for leaf in outline.replaced if leaf.turn != turn]
+        floor = max((at + len(leaf.mark) for leaf in others if (at := text.rfind(leaf.mark, 0, first)) >= 0), default=0)
+        span = Span(self._start(outline, text, turn, floor, first), self._end(outline, text, upto, own, others, last))
+        return span, first, last
+
+    def _start(self, outline: Outline, text: str, turn: int, floor: int, first: int) -> int:
+        """Where the model begins to write a turn whose first placeholder is at ``first``."""
+        best = None
+        for variables in _PROMPTS if turn else ():
+            prompt = self._template.try_render(
+                outline.messages[:turn], outline.tools, add_generation_prompt=True, variables=variables
+            )
+            if prompt is None:
+                continue
+            header = self._header_of(outline, turn, prompt, variables)
+            if header and len(prompt) <= first and text.startswith(prompt):
+                return len(prompt)
+            shared = common_prefix(prompt, text)
+            if best is None and header and shared > len(prompt) - len(header):
+                best = _match_header(text, header, len(prompt) - len(header), first)
+        if best is not None:
+            return best
+        for header in dict.fromkeys(self._header):
+            for at in _finds(text, header, floor, first):
+                if (found := _match_header(text, header, at, first)) is not None:
+                    return found
+        return self._after_role(outline, text, turn, first)
+
+    def _after_role(self, outline: Outline, text: str, turn: int, first: int) -> int:
+        """As `_start`, for templates without a generation prompt: after what they write before any answer."""
+        before = self._template.try_render(outline.messages[:turn], outline.tools) if turn else None
+        plain = [*outline.messages[:turn], {"role": "assistant", "content": _PLAIN}]
+        spoken = self._template.try_render(plain, outline.tools)
+        if before is not None and spoken is not None and text.startswith(before) and len(before) <= first:
+            role = spoken[len(before) : max(len(before), spoken.find(_PLAIN))]
+            if not role.strip():
+                return len(before)  # Mistral's blank is the model's to write
+            shared = common_prefix(role, text[len(before) : first])
+            return len(before) + _whole_pieces(role, shared)
+        lead = self._template.lead
+        return first - len(lead) if lead and text.endswith(lead, 0, first) else first
+
+    def _header_of(self, outline: Outline, turn: int, prompt: str, variables: Mapping[str, Any]) -> str:
+        before = self._template.try_render(outline.messages[:turn], outline.tools, variables=variables)
+        return prompt[len(before) :] if before and prompt.startswith(before) else ""
+
+    def _end(
+        self, outline: Outline, text: str, upto: str | None, own: Sequence[Leaf], others: Sequence[Leaf], last: int
+    ) -> int:
+        """Where a turn ends whose last placeholder ends at ``last``."""
+        limit = min((at for leaf in others if (at := text.find(leaf.mark, last)) >= 0), default=len(text))
+        tail = text[last:limit]
+        closing = len(tail)
+        if upto is not None and limit < len(text):
+            # What is here as well as where nothing follows closes the turn; the rest opens the next one.
+            closing = _shared(tail, upto, own)
+        ends = [(at, end) for end in self._ends if (at := tail.find(end)) >= 0 and at + len(end) <= closing]
+        if ends:
+            at, end = min(ends, key=lambda found: (found[0], -len(found[1])))
+            return last + at + len(end)
+        if limit == len(text):
+            # The last turn: what is here as well as where a question follows closes it.
+            closing = _shared(tail, self._asked_again(outline), own)
+        rest = tail[closing:]
         blanks = len(rest) - len(rest.lstrip())
-        end = max((len(text) for text in self.ends if rest.startswith(text, blanks)), default=None)
-        return span if end is None else Span(span.start, span.end + blanks + end)
+        # The stop token is the next role's marker, as in GLM-4: the model writes it, and generation ends there.
+        follows = max((end for end in self._ends if rest.startswith(end, blanks)), key=len, default="")
+        if follows:
+            return last + closing + blanks + len(follows)
+        return last + len(tail[:closing].rstrip())
 
-    def _trim(self, span: Span) -> Span | None:
-        """Up to its end token: not the line feed after it, nor an end-of-text token that closes the whole chat."""
-        text = self.full[span.start : span.end]
-        terminator = self.template.terminator
-        # The turn's own end token where only blanks and closing tokens follow, else whichever comes last: <|eom_id|>.
-        ends = [*([terminator] if terminator else []), *sorted(self.ends, key=text.rfind, reverse=True)]
-        found = [end for end in ends if end in text]
-        for end in found:
-            close = text.rfind(end) + len(end)
-            if self._is_closing(text[close:]):
-                return Span(span.start, span.start + close)
-        return None if found else span
+    def _asked_again(self, outline: Outline) -> str:
+        """The chat with one more question; empty if the template rejects it."""
+        more = [*outline.messages, {"role": "user", "content": "Qquestionx"}]
+        return self._template.try_render(more, outline.tools) or ""
 
-    def _is_closing(self, rest: str) -> bool:
-        for end in self.ends:
-            rest = rest.replace(end, "")
-        return not rest.strip()
+    def _prove_others(self, chat: Chat, turns: Sequence[int], text: str, spans: Sequence[Span]) -> None:
+        """Prove that what is trained on does not depend on what others say, and that none of it is left out."""
+        trained = set(turns)
 
+        def is_other(turn: int, kind: Kind) -> bool:
+            return kind != "id" and (turn not in trained or kind not in OWN)
 
-def _end_texts(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[str, ...]:
-    texts = {text for text, number in tokenizer.added.items() if number in tokenizer.stop_ids}
-    named = (template.terminator, tokenizer.special_tokens.get("eos_token"))
-    return tuple(sorted(texts | {text for text in named if text}))
-
-
-def _in_order(texts: Sequence[str], turns: Sequence[Message], ends: Sequence[str]) -> bool:
-    """Whether each text belongs to a turn, in the turns' order; a turn may have none."""
-    left = iter(turns)
-    return all(any(_belongs(text, turn, ends) for turn in left) for text in texts)
+        outline = replace_leaves(chat, is_other)
+        changed = self.render(outline)
+        require_rendered(changed, outline, turns)
+        place = 0
+        for span in spans:
+            words = text[span.start : span.end]
+            at = changed.find(words, place)
+            if at < 0:
+                reason = "what would be trained on changes with what others say"
+                raise RowFaultError(RowFault.SPANS_UNFOUND, reason)
+            place = at + len(words)
 
 
-def _belongs(text: str, turn: Message, ends: Sequence[str]) -> bool:
-    """Whether a text is a turn's: it holds the words, or the end of them where a template drops old reasoning."""
-    if not all(tool_name(call) in text for call in turn.tool_calls):
-        return False
-    words, said = _squash(turn.words), _squash(text)
-    if words in said:
-        return True
-    for end in ends:
-        said = said.removesuffix(_squash(end))
-    return bool(said) and words.endswith(said)
+def trained_turns(chat: Chat) -> list[int]:
+    """Places of the assistant's turns that are trained on."""
+    return [
+        place
+        for place, message in enumerate(chat.messages)
+        if message.role == "assistant" and message.learn and place >= chat.first
+    ]
 
 
-def _squash(text: str) -> str:
-    # Templates trim and re-space; which words are there is what counts here.
-    return "".join(text.split())
+def require_rendered(text: str, outline: Outline, turns: Sequence[int]) -> None:
+    """Prove that a template leaves out nothing that is trained on, nor what others say.
+
+    Raises:
+        RowFaultError: ROW_TURN_NOT_RENDERED, ROW_TOOLS_NOT_RENDERED or ROW_REASONING_NOT_RENDERED.
+    """
+    trained = set(turns)
+    for leaf in outline.replaced:
+        if leaf.mark in text or leaf.kind in ("id", "name", "description"):
+            continue
+        message = outline.messages[leaf.turn] if leaf.turn >= 0 else {"role": "tools"}
+        role = message["role"]
+        if role == "assistant" and leaf.turn not in trained:
+            continue  # it is only read, and the model reads it as the template writes it
+        if role == "assistant" or leaf.kind == "tool":
+            code, what = _LOST[leaf.kind]
+            reason = f"the chat template leaves out {what}"
+            named = leaf.kind in ("call", "tool")
+            raise RowFaultError(code, f"{reason}: {leaf.value}" if named else f"{reason} (turn {leaf.turn + 1})")
+        code = RowFault.TOOLS_NOT_RENDERED if role == "tool" else RowFault.TURN_NOT_RENDERED
+        reason = f"the chat template leaves out turn {leaf.turn + 1} ({role})"
+        if role == "system":
+            reason += "; for this model its words must stand in the user's first turn"
+        raise RowFaultError(code, reason)
 
 
-def _check_rendered(chat: Chat, full: str) -> None:
-    """Prove that the template left no turn of the others and no tool out of the rendering."""
-    squashed = _squash(full)
-    for place, message in enumerate(chat.messages, start=1):
-        if message.role in ("system", "user") and _squash(message.words) not in squashed:
-            reason = f"the chat template leaves out turn {place} ({message.role})"
-            if message.role == "system":
-                reason += "; for this model its words must stand in the user's first turn"
-            raise RowFaultError(RowFault.TURN_NOT_RENDERED, reason)
-    wanted = [*(chat.tools or ()), *(call for message in chat.messages for call in message.tool_calls)]
-    missing = dict.fromkeys(name for name in map(tool_name, wanted) if name not in full)
-    if missing:
-        reason = f"the chat template leaves out tools or calls: {', '.join(missing)}"
-        raise RowFaultError(RowFault.TOOLS_NOT_RENDERED, reason)
+def require_order(spans: Sequence[Span]) -> None:
+    """Prove that no span reaches into another.
+
+    Raises:
+        RowFaultError: ROW_SPANS_UNFOUND.
+    """
+    if any(after.start < before.end for before, after in pairwise(spans)):
+        raise RowFaultError(RowFault.SPANS_UNFOUND, "two turns of the assistant overlap in the rendered chat")
 
 
-def _check_turns(marked: Marked, turns: Sequence[Message], ends: Sequence[str]) -> None:
-    """Prove that each span holds its turn's words and calls."""
-    for (start, end), turn in zip(marked.spans, turns, strict=True):
-        if not _belongs(marked.text[start:end], turn, ends):
-            raise RowFaultError(RowFault.TURN_NOT_RENDERED, "the chat template leaves out what the assistant says")
+def require_own_only(text: str, spans: Sequence[Span], turns: Sequence[int], leaves: Sequence[Leaf]) -> None:
+    """Prove that each span holds its own turn's leaves, all of them, and no one else's.
+
+    Raises:
+        RowFaultError: ROW_SPANS_UNFOUND.
+    """
+    for span, turn in zip(spans, turns, strict=True):
+        for leaf in leaves:
+            inside = text.find(leaf.mark, span.start, span.end) >= 0
+            own = _is_own(leaf, turn)
+            if inside != own and (own or leaf.kind != "id"):
+                what = "leaves out its own words" if own else f"takes in the words of turn {leaf.turn + 1}"
+                raise RowFaultError(RowFault.SPANS_UNFOUND, f"the span found for turn {turn + 1} {what}")
 
 
-def _merge_spans(spans: Sequence[Span]) -> list[Span]:
-    """The spans with those joined that touch."""
-    merged: list[Span] = []
-    for span in spans:
-        if merged and merged[-1].end == span.start:
-            merged[-1] = Span(merged[-1].start, span.end)
-        else:
-            merged.append(span)
-    return merged
+def _is_own(leaf: Leaf, turn: int) -> bool:
+    return leaf.turn == turn and leaf.kind in OWN
+
+
+def _says(text: str, leaf: Leaf) -> bool:
+    return any(write(leaf.value) in text for write in WRITERS)
 
 
 def common_prefix(left: str, right: str) -> int:
@@ -231,3 +316,74 @@ def common_prefix(left: str, right: str) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
     return low
+
+
+def _extent(own: Sequence[Leaf], text: str, upto: str | None) -> tuple[int, int]:
+    """Where a turn's placeholders begin and end; later copies that only a following turn writes do not count."""
+    first, last = len(text), 0
+    for leaf in own:
+        count = max(1, upto.count(leaf.mark)) if upto is not None else 1
+        at = -1
+        for _ in range(count):
+            found = text.find(leaf.mark, at + 1)
+            if found < 0:
+                break
+            at = found
+            first, last = min(first, at), max(last, at + len(leaf.mark))
+    return first, last
+
+
+def _finds(text: str, part: str, floor: int, ceiling: int) -> list[int]:
+    """Places of ``part``'s first piece between two places, the last one first."""
+    pieces = _PIECES.findall(part)
+    found, at = [], text.find(pieces[0], floor, ceiling) if pieces else -1
+    while at >= 0:
+        found.append(at)
+        at = text.find(pieces[0], at + 1, ceiling)
+    return found[::-1]
+
+
+def _match_header(text: str, header: str, at: int, ceiling: int) -> int | None:
+    """The end of a generation prompt at ``at``; what it opens besides the role, such as a thought, may be missing."""
+    end, pieces = at, _PIECES.findall(header)
+    for place, piece in enumerate(pieces):
+        if not text.startswith(piece, end) or end + len(piece) > ceiling:
+            left = "".join(rest for rest in pieces[place:] if not rest.startswith(("<", "[")))
+            return end if place and not re.search(r"\w", left) else None
+        end += len(piece)
+    return end
+
+
+def _shared(tail: str, other: str, own: Sequence[Leaf]) -> int:
+    """Characters, in whole pieces, that follow a turn's last placeholder here and in another rendering."""
+    at = max((other.rfind(leaf.mark) + len(leaf.mark) for leaf in own if leaf.mark in other), default=len(other))
+    return _whole_pieces(tail, common_prefix(tail, other[at:]))
+
+
+def _whole_pieces(text: str, length: int) -> int:
+    """The most characters up to ``length`` that end with a whole tag, word or line."""
+    end = 0
+    for piece in _PIECES.findall(text):
+        if end + len(piece) > length:
+            break
+        end += len(piece)
+    return end
+
+
+def _find_header(template: ChatTemplate) -> list[str]:
+    """What the template writes for the model to go on from, without and with thinking."""
+    chat = [{"role": "user", "content": "Qquestionx"}]
+    found = []
+    for variables in _PROMPTS:
+        before = template.try_render(chat, variables=variables)
+        prompt = template.try_render(chat, add_generation_prompt=True, variables=variables)
+        if before is not None and prompt is not None and prompt.startswith(before) and len(prompt) > len(before):
+            found.append(prompt[len(before) :])
+    return found
+
+
+@lru_cache(maxsize=64)
+def _end_texts(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[str, ...]:
+    texts = {text for text, number in tokenizer.added.items() if number in tokenizer.stop_ids}
+    named = (template.terminator, tokenizer.special_tokens.get("eos_token"))
+    return tuple(sorted(texts | {text for text in named if text}))

