@@ -32,7 +32,7 @@ from bp_data.example import Rejected, Row
 from bp_data.files import load_zstd
 from bp_data.labels.encoder import Encoder
 from bp_data.ledger import Ledger
-from bp_data.packing import fit_row
+from bp_data.packing import fit_rows
 from bp_data.token_rows import TokenRow
 from bp_runs.errors import CodedError
 
@@ -240,7 +240,7 @@ def check_overflow(made):
     ids = array("i", [token for token, _ in tokens])
     mask = bytes(learnt or kind == "text" for _, learnt in tokens)
     row, ledger = TokenRow(1, ids, mask, kind), Ledger()
-    found = fit_row(row, longest, policy, stops, ledger)
+    found = fit_rows([row], longest, policy, stops, ledger)
     if isinstance(found, Rejected):
         assert ledger.read == 0
         assert found.code in (RowFault.OVERFLOW, RowFault.CUT_AWAY)

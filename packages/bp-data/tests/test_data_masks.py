@@ -128,11 +128,11 @@ ORIGINALS = {
         ["Hello 😀\n<|im_end|>", "Paris<|im_end|>"],
         RowFault.TOOLS_NOT_RENDERED,
     ),
-    # Its own marks take in the line that opens a turn and the line feed after it.
+    # Its own marks take in the line that opens a turn and the line feed after it: the prompt's, and nobody's.
     "smollm3-3b": (
-        ["<|im_start|>assistant\nHello 😀\n<|im_end|>\n", "<|im_start|>assistant\nParis<|im_end|>\n"],
-        ["<|im_start|>assistant\nHello 😀\n<|im_end|>\n", "<|im_start|>assistant\nParis<|im_end|>\n"],
-        RowFault.TURN_NOT_RENDERED,  # tools are listed, and a call of one is left out
+        ["Hello 😀\n<|im_end|>", "Paris<|im_end|>"],
+        ["Hello 😀\n<|im_end|>", "Paris<|im_end|>"],
+        RowFault.TOOLS_NOT_RENDERED,  # tools are listed, and a call of one is left out
     ),
 }
 
@@ -163,10 +163,28 @@ def test_a_left_out_system_prompt_is_told_with_the_fix(model):
         learnt(chat(("system", "Be brief."), *TWO_TURNS), folder)
 
 
-def test_reasoning_of_earlier_turns_may_be_dropped_by_the_template(model):
-    turns = (("user", "Hi"), ("assistant", "<think>\nhm\n</think>\n\nHello"), ("user", "So?"), ("assistant", "Fine."))
-    runs, _ = learnt(chat(*turns), model("chatml", families.REASONER))
-    assert runs == ["Hello<|im_end|>", "<think>\n\n</think>\n\nFine.<|im_end|>"]
+def test_each_thought_is_trained_on_where_the_model_would_write_it(model):
+    """The template drops the thoughts of earlier turns, so a chat becomes one row a question."""
+    thinking = families.REASONER.replace(
+        "{%- if loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{{- words }}",
+        "{%- if loop.last %}{{- m.content }}{%- else %}{{- words }}{%- endif %}",
+    )
+    assert thinking != families.REASONER
+    first, second = "<think>\nhm\n</think>\n\nHello", "<think>\naha\n</think>\n\nFine."
+    row = {"messages": turns(("user", "Hi"), ("assistant", first), ("user", "So?"), ("assistant", second))}
+    folder = model("chatml", thinking)
+    tokenizer = load_tokenizer(folder)
+    (encoded,) = Encoder(tokenizer, load_template(folder, tokenizer)).encode_rows([Row(1, row)])
+    decoded = [tokenizer.decode(part.ids) for part in encoded.parts]
+    learned = [tokenizer.decode([i for i, m in zip(part.ids, part.mask, strict=True) if m]) for part in encoded.parts]
+    assert learned == [f"{first}<|im_end|>", f"{second}<|im_end|>"]
+    assert "hm" not in decoded[1]
+    assert "Hello" in decoded[1]
+
+
+def test_reasoning_that_a_template_never_writes_rejects_the_row(model):
+    row = {"messages": turns(("user", "Hi"), ("assistant", "<think>\nhm\n</think>\n\nHello"))}
+    assert learnt_row(model("chatml", families.REASONER), row) == RowFault.REASONING_NOT_RENDERED
 
 
 def test_a_chat_that_begins_with_the_assistant(model):

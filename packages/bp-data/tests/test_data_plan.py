@@ -18,7 +18,7 @@ from bp_data.ledger import Ledger
 from bp_data.loop.plan import MAX_STEPS, MIN_STEPS, count_rows, hold_out, plan_run
 from bp_data.loop.plan_warnings import warn_about_plan
 from bp_data.loop.sampler import ExampleOrder, StepSampler
-from bp_data.packing import fit_row
+from bp_data.packing import fit_rows
 from bp_data.token_rows import JudgedRow, TokenWriter
 from bp_runs.errors import ContractError, InvalidSettingError
 from bp_runs.events import RowCounts, RunPlanned
@@ -256,7 +256,7 @@ def test_the_end_of_a_split_row_that_teaches_nothing_counts_as_truncated(chatml,
 def test_a_split_row_without_anything_to_learn_is_dropped():
     ledger = Ledger()
     lone = TokenRow(3, array("i", range(12)), bytes([0] * 8 + [1] + [0] * 3))  # the first token of its piece
-    found = fit_row(lone, 8, "split", frozenset(), ledger)
+    found = fit_rows([lone], 8, "split", frozenset(), ledger)
     assert isinstance(found, Rejected)
     assert (found.number, found.code, ledger.read, ledger.pieces) == (3, RowFault.CUT_AWAY, 0, 0)
 

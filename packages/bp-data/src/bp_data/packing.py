@@ -24,25 +24,33 @@ OnOverflow: TypeAlias = Literal["truncate", "drop", "split", "fail"]
 """truncate: cut at the end. drop, fail: leave the row out, or end the run. split: go on in further rows."""
 
 
-def fit_row(
-    row: TokenRow, longest: int, policy: OnOverflow, stops: frozenset[int], ledger: Ledger
+def fit_rows(
+    rows: Sequence[TokenRow], longest: int, policy: OnOverflow, stops: frozenset[int], ledger: Ledger
 ) -> list[TokenRow] | Rejected:
-    """The row cut to ``longest`` tokens as ``policy`` says, and entered in the ledger unless it is rejected.
+    """The rows that one row of the data became, each cut to ``longest`` tokens as ``policy`` says.
 
-    A cut chat ends with the last whole answer that fits, terminator included; only where none fits is an answer cut.
-    A split one goes on in rows of ``longest`` tokens; those with nothing to learn are left out and counted as cut off.
+    They are entered in the ledger as one, unless they are rejected. A cut chat ends with the last whole answer that
+    fits, terminator included; only if none fits is an answer cut. A split one continues in rows of ``longest`` tokens.
+    Rows with nothing to learn are left out and counted as cut off.
     """
-    if len(row.ids) <= longest:
+    fitted: list[TokenRow] = []
+    lost, fault = 0, None
+    for row in rows:
+        try:
+            fitted += _split(row, longest) if policy == "split" else [cut_row(row, longest, policy, stops)]
+        except RowFaultError as error:
+            fault, lost = error, lost + len(row.ids)
+    if fault and (not fitted or policy in ("drop", "fail")):
+        return Rejected(rows[0].number, fault.code, fault.reason)
+    fitted = [replace(row, continues=True) if place else row for place, row in enumerate(fitted)]
+    if lost:
+        fitted[0] = replace(fitted[0], cut=fitted[0].cut + lost)
+    if cut := sum(row.cut for row in fitted):
+        ledger.take_truncated(rows[0].number, cut)
+    else:
         ledger.take_whole()
-        return [row]
-    if policy == "split":
-        return _split(row, longest, ledger)
-    try:
-        cut = cut_row(row, longest, policy, stops)
-    except RowFaultError as fault:
-        return Rejected(row.number, fault.code, fault.reason)
-    ledger.take_truncated(row.number, cut.cut)
-    return [cut]
+    ledger.pieces += len(fitted) - 1
+    return fitted
 
 
 def cut_row(row: TokenRow, longest: int, policy: OnOverflow | None, stops: frozenset[int]) -> TokenRow:
@@ -73,27 +81,20 @@ def _whole_answers(row: TokenRow, longest: int, stops: frozenset[int]) -> int:
     return longest
 
 
-def _split(row: TokenRow, longest: int, ledger: Ledger) -> list[TokenRow] | Rejected:
-    pieces: list[TokenRow] = []
+def _split(row: TokenRow, longest: int) -> list[TokenRow]:
+    """The row in pieces of ``longest`` tokens, those with nothing to learn left out."""
+    if len(row.ids) <= longest:
+        return [row]
+    pieces = []
     for low in range(0, len(row.ids), longest):
-        high = low + longest
-        cut = high < len(row.ids)
-        piece = TokenRow(
-            row.number, row.ids[low:high], row.mask[low:high], row.kind, truncated=cut, continues=bool(pieces)
-        )
+        cut = low + longest < len(row.ids)
+        piece = TokenRow(row.number, row.ids[low : low + longest], row.mask[low : low + longest], row.kind, cut)
         if piece.trained:
             pieces.append(piece)
-    if not pieces:  # all that is learned stands first in a piece, where nothing predicts it
-        reason = f"split every {longest} tokens, no piece has anything to learn"
-        return Rejected(row.number, RowFault.CUT_AWAY, reason)
+    if not pieces:  # all that is trained on stands first in a piece, where nothing predicts it
+        raise RowFaultError(RowFault.CUT_AWAY, f"split every {longest} tokens, no piece has anything to learn")
     lost = len(row.ids) - sum(len(piece.ids) for piece in pieces)
-    if lost:
-        pieces[0] = replace(pieces[0], cut=lost)
-        ledger.take_truncated(row.number, lost)
-    else:
-        ledger.take_whole()
-    ledger.pieces += len(pieces) - 1
-    return pieces
+    return [replace(pieces[0], cut=lost), *pieces[1:]]
 
 
 @dataclass(frozen=True, slots=True)

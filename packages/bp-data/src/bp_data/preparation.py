@@ -28,7 +28,7 @@ from bp_data.files import sha256_data
 from bp_data.formats import Wanted
 from bp_data.labels.encoder import EncodedRow, Encoder
 from bp_data.ledger import Gate, Ledger
-from bp_data.packing import OnOverflow, cut_row, fit_row
+from bp_data.packing import OnOverflow, cut_row, fit_rows
 from bp_data.read import AS_UTF8, locate_row, read_rows
 from bp_data.reasoning import TraceBand
 from bp_data.templates.engine import ChatTemplate
@@ -85,7 +85,7 @@ class PrepareRequest:
         on_bad_row: ``fail`` raises at the first row that can't be trained on; ``skip`` drops it into the ledger.
         samples: Take at most so many rows, chosen evenly over the file by ``seed``; None takes all.
         seed: Decides which rows are taken; the same seed takes the same rows.
-        on_overflow: As `fit_row`; None truncates rows and splits the documents of .txt and .md files.
+        on_overflow: As `fit_rows`; None truncates rows and splits the documents of .txt and .md files.
         min_tokens: Drop rows with fewer tokens.
         dedup: Drop rows that are the same as an earlier one, or nearly so.
         trace: Keep reasoning traces of this band as plain text and drop rows without a good one.
@@ -318,13 +318,13 @@ class _Making:
         request = self._request
         if request.learns_from != "rows":
             return self._fit_completions(encoded, ledger)
-        (row,) = encoded.parts
-        if len(row.ids) < request.min_tokens:
-            reason = f"it has {len(row.ids)} tokens; wanted are at least {request.min_tokens}"
-            return Rejected(row.number, RowFault.TOO_SHORT, reason, row.source)
-        policy = request.on_overflow or ("split" if is_document(row.source) else "truncate")
-        fitted = fit_row(row, request.max_seq_length, policy, self._stops, ledger)
-        return replace(fitted, source=row.source) if isinstance(fitted, Rejected) else fitted
+        rows = encoded.parts
+        if (tokens := sum(len(row.ids) for row in rows)) < request.min_tokens:
+            reason = f"it has {tokens} tokens; wanted are at least {request.min_tokens}"
+            return Rejected(encoded.number, RowFault.TOO_SHORT, reason, encoded.source)
+        policy = request.on_overflow or ("split" if is_document(encoded.source) else "truncate")
+        fitted = fit_rows(rows, request.max_seq_length, policy, self._stops, ledger)
+        return replace(fitted, source=encoded.source) if isinstance(fitted, Rejected) else fitted
 
     def _fit_completions(self, encoded: EncodedRow, ledger: Ledger) -> list[TokenRow] | Rejected:
         request = self._request

@@ -14,13 +14,14 @@ from typing import Final, Literal, TypeAlias
 
 from bp_data.columns import PLAIN, FieldLedger, ReadOptions
 from bp_data.errors import RowFault, RowFaultError
-from bp_data.example import Chat, Example, Judged, Preference, Rejected, Row, Text
+from bp_data.example import Chat, Example, Preference, Rejected, Row, Text
 from bp_data.formats import Wanted, parse_row
 from bp_data.json_text import dump_json, excerpt
 from bp_data.labels.masks import Masked, build_strategies, mask_chats, mask_text, require_unicode
+from bp_data.labels.rows import mark_rows
 from bp_data.labels.shapes import SpanFinder
 from bp_data.labels.spans import Marked
-from bp_data.reasoning import TraceBand, find_trace, keep_trace
+from bp_data.reasoning import TraceBand, keep_trace
 from bp_data.templates.engine import ChatTemplate
 from bp_data.token_rows import TokenRow
 from bp_data.tokens import Tokenizer
@@ -39,7 +40,8 @@ class EncodedRow:
     Attributes:
         number, source: As in `Row`.
         example: What the row means; None if it can't be read.
-        parts: Its token rows, uncut: one; of a `Preference` the chosen completion's and the rejected one's.
+        parts: Its token rows, uncut: one, or several if a chat is one row a question (`bp_data.labels.rows`); of a
+            `Preference` the chosen completion's and the rejected one's.
         rejected: Why there are no parts.
     """
 
@@ -132,24 +134,32 @@ class Encoder:
             return planned
         planned.out.example = example
         try:
-            planned.parts = (
-                [example] if isinstance(example, Text) else [self._mark(chat) for chat in _chats_of(example)]
-            )
+            planned.parts = self._parts(example)
         except RowFaultError as fault:
             planned.reject(fault)
         return planned
 
-    def _mark(self, chat: Chat) -> Marked:
-        trace = ""
+    def _parts(self, example: Example) -> list[_Part]:
+        if isinstance(example, Text):
+            return [example]
+        if isinstance(example, Chat):
+            return [*self._mark(example)]
+        parts: list[_Part] = []
+        for chat in example.chats() if isinstance(example, Preference) else [example.chat]:
+            rows = self._mark(chat)
+            if len(rows) > 1:
+                reason = "the chat template drops reasoning of earlier turns, and a completion is not split"
+                raise RowFaultError(RowFault.REASONING_NOT_RENDERED, reason)
+            parts += rows
+        return parts
+
+    def _mark(self, chat: Chat) -> list[Marked]:
         if self._trace is not None:
             chat = keep_trace(chat, self.tokenizer, self._trace)
-            last = next(turn for turn in reversed(chat.messages) if turn.role == "assistant")
-            trace = find_trace(last.content or "") or ""
-        marked = self._finder.find(chat)
-        require_unicode(marked.text)
-        if trace and (not marked.spans or trace not in marked.text[marked.spans[-1].start :]):
-            raise RowFaultError(RowFault.TURN_NOT_RENDERED, "the chat template leaves the reasoning out")
-        return marked
+        rows = mark_rows(chat, self._finder)
+        for marked in rows:
+            require_unicode(marked.text)
+        return rows
 
     def _encode(self, batch: list[_Planned]) -> list[EncodedRow]:
         chats = [(planned, part) for planned in batch for part in planned.parts if isinstance(part, Marked)]
@@ -176,12 +186,6 @@ class Encoder:
             out = planned.out
             ids = array("i", result.ids)
             out.parts.append(TokenRow(out.number, ids, bytes(result.mask), kind, source=out.source))
-
-
-def _chats_of(example: Chat | Preference | Judged) -> tuple[Chat, ...]:
-    if isinstance(example, Preference):
-        return example.chats()
-    return (example.chat if isinstance(example, Judged) else example,)
 
 
 def reject_row(row: Row, code: RowFault, reason: str) -> Rejected:

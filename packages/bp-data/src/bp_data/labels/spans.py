@@ -145,10 +145,11 @@ class SpanSearch:
         own = [leaf for leaf in outline.replaced if _is_own(leaf, turn)]
         upto = self._template.try_render(outline.messages[: turn + 1], outline.tools)
         first, last = _extent(own, text, upto)
-        others = [leaf for leaf in outline.replaced if leaf.turn != turn]
+        others = [leaf for leaf in outline.replaced if leaf.turn != turn and leaf.kind != "id"]
         floor = max((at + len(leaf.mark) for leaf in others if (at := text.rfind(leaf.mark, 0, first)) >= 0), default=0)
-        span = Span(self._start(outline, text, turn, floor, first), self._end(outline, text, upto, own, others, last))
-        return span, first, last
+        limit = min((at for leaf in others if (at := text.find(leaf.mark, last)) >= 0), default=len(text))
+        end = last + self._closing(outline, text[last:limit], upto, own, is_last=limit == len(text))
+        return Span(self._start(outline, text, turn, floor, first), end), first, last
 
     def _start(self, outline: Outline, text: str, turn: int, floor: int, first: int) -> int:
         """Where the model begins to write a turn whose first placeholder is at ``first``."""
@@ -159,11 +160,12 @@ class SpanSearch:
             )
             if prompt is None:
                 continue
-            header = self._header_of(outline, turn, prompt, variables)
+            before = self._template.try_render(outline.messages[:turn], outline.tools, variables=variables) or ""
+            # Phi closes a chat without a prompt by an end token, so what both share is not always all of it.
+            header = prompt[common_prefix(before, prompt) :]
             if header and len(prompt) <= first and text.startswith(prompt):
                 return len(prompt)
-            shared = common_prefix(prompt, text)
-            if best is None and header and shared > len(prompt) - len(header):
+            if best is None and header and common_prefix(prompt, text) > len(prompt) - len(header):
                 best = _match_header(text, header, len(prompt) - len(header), first)
         if best is not None:
             return best
@@ -187,34 +189,24 @@ class SpanSearch:
         lead = self._template.lead
         return first - len(lead) if lead and text.endswith(lead, 0, first) else first
 
-    def _header_of(self, outline: Outline, turn: int, prompt: str, variables: Mapping[str, Any]) -> str:
-        before = self._template.try_render(outline.messages[:turn], outline.tools, variables=variables)
-        return prompt[len(before) :] if before and prompt.startswith(before) else ""
-
-    def _end(
-        self, outline: Outline, text: str, upto: str | None, own: Sequence[Leaf], others: Sequence[Leaf], last: int
-    ) -> int:
-        """Where a turn ends whose last placeholder ends at ``last``."""
-        limit = min((at for leaf in others if (at := text.find(leaf.mark, last)) >= 0), default=len(text))
-        tail = text[last:limit]
+    def _closing(self, outline: Outline, tail: str, upto: str | None, own: Sequence[Leaf], *, is_last: bool) -> int:
+        """How many characters of what follows a turn's last placeholder are the assistant's."""
         closing = len(tail)
-        if upto is not None and limit < len(text):
+        if upto is not None and not is_last:
             # What is here as well as where nothing follows closes the turn; the rest opens the next one.
             closing = _shared(tail, upto, own)
         ends = [(at, end) for end in self._ends if (at := tail.find(end)) >= 0 and at + len(end) <= closing]
         if ends:
             at, end = min(ends, key=lambda found: (found[0], -len(found[1])))
-            return last + at + len(end)
-        if limit == len(text):
-            # The last turn: what is here as well as where a question follows closes it.
+            return at + len(end)
+        if is_last:
+            # What is here as well as where a question follows closes it.
             closing = _shared(tail, self._asked_again(outline), own)
         rest = tail[closing:]
         blanks = len(rest) - len(rest.lstrip())
         # The stop token is the next role's marker, as in GLM-4: the model writes it, and generation ends there.
         follows = max((end for end in self._ends if rest.startswith(end, blanks)), key=len, default="")
-        if follows:
-            return last + closing + blanks + len(follows)
-        return last + len(tail[:closing].rstrip())
+        return closing + blanks + len(follows) if follows else len(tail[:closing].rstrip())
 
     def _asked_again(self, outline: Outline) -> str:
         """The chat with one more question; empty if the template rejects it."""
