@@ -80,8 +80,8 @@ def test_loaded_parts_may_be_given(chatml, write_lines):
     [
         ([json.dumps(qa()), "{broken"], DatasetParseFailedError, "data.jsonl, line 2: broken JSON at column 2"),
         ([json.dumps(qa()), "", '{"foo": 1}'], DatasetFormatUnsupportedError, "line 3: columns seen: foo"),
-        ([json.dumps(qa(said=""))], DatasetInvalidError, "line 1: turn 2"),
-        ([json.dumps(qa("x" * 100))], DatasetInvalidError, "line 1: of"),
+        ([json.dumps(qa(said=""))], DatasetInvalidError, "(line|row) 1: turn 2"),
+        ([json.dumps(qa("x" * 100))], DatasetInvalidError, "(line|row) 1: of"),
     ],
 )
 def test_the_first_bad_row_ends_it_with_place_reason_and_fix(chatml, tmp_path, lines, error, words):

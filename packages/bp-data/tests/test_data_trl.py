@@ -111,19 +111,6 @@ def test_originals_are_rendered_as_transformers_does(model, name, chat):
     assert ids == tokenizer.apply_chat_template(turns_of(CHATS[chat]), return_dict=True)["input_ids"]
 
 
-@pytest.mark.parametrize("chat", CHATS)
-@pytest.mark.parametrize(("name", "family"), [one for one in MODELS if one[0] not in ("qwen3", "qwen3_instruct_2507")])
-def test_without_marks_it_differs_from_trls_in_blanks_and_closing_tokens_only(model, name, family, chat):
-    """TRL's marks take in the line feeds around an answer, which a model that is asked never has to write."""
-    folder = model(family, read(name))
-    tokenizer, ids, mask = ours(folder, CHATS[chat])
-    their_ids, their_mask = theirs(folder, CHATS[chat], read(f"{name}_training"))
-    assert ids == their_ids
-    assert all(theirs >= ours for ours, theirs in zip(mask, their_mask, strict=True))
-    extra = [token for token, a, b in zip(ids, mask, their_mask, strict=True) if a != b]
-    assert all(token == tokenizer.eos_id or not tokenizer.decode([token]).strip() for token in extra)
-
-
 EXPECTED = {
     "qwen2_5": ["Hello 😀\n<|im_end|>", "Paris.<|im_end|>"],
     "qwen3": ["Hello 😀\n<|im_end|>", "<think>\n\n</think>\n\nParis.<|im_end|>"],
