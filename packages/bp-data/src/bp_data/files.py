@@ -311,8 +311,8 @@ def open_data(path: Path, encoding: str | None = None) -> Iterator[io.BufferedRe
 
 def find_encoding(path: Path) -> str:
     """``utf-8``, ``utf-16`` or ``utf-32`` by a file's first bytes; they don't tell other encodings from UTF-8."""
-    with coded_read_errors(path), path.open("rb") as raw:
-        return _find_wide(_unpack(path, raw).peek(_HEAD)[:_HEAD]) or "utf-8"
+    with coded_read_errors(path), path.open("rb") as raw, _unpack(path, raw) as stream:
+        return _find_wide(stream.peek(_HEAD)[:_HEAD]) or "utf-8"
 
 
 def _find_wide(head: bytes) -> str | None:

@@ -109,10 +109,9 @@ def _choose_format(data: Columns, wanted: Wanted | None) -> Callable[[Columns], 
 
 def _unknown_columns(data: Columns) -> RowFaultError:
     seen = sorted(data.names.values())
-    answers = ", ".join(dict.fromkeys(name for names in ANSWERS.values() for name in names))
     reason = (
-        f"columns seen: {', '.join(seen) or 'none'}; known are: messages; conversations; chosen + rejected; text; "
-        f"one of {', '.join(ANSWERS)} + one of {answers}"
+        f"columns seen: {', '.join(seen) or 'none'}; there is no question with an answer, and neither messages, "
+        "conversations, chosen with rejected, nor text"
     )
     mapping = propose_columns(seen)
     fix = f"Say which column is which: {columns_ref(mapping or {'THEIRS': 'question'})}"

@@ -105,7 +105,8 @@ def find_layout(stream: BinaryIO) -> Head:
     texts = [_plain(line) for _, line in lines]
     if is_cut:  # a list may have one endless line, a row may not
         return Head("whole" if texts[0].startswith(b"[") else "lines", tuple(lines))
-    return Head(_name_layout(*texts) if texts else "lines", tuple(lines))
+    goes_on = len(lines) > 1 and lines[1][1].rstrip().endswith(b",")
+    return Head(_name_layout(*texts, goes_on=goes_on) if texts else "lines", tuple(lines))
 
 
 def _is_cut(line: bytes) -> bool:
@@ -118,7 +119,7 @@ def _plain(line: bytes) -> bytes:
     return text[len(_BOM) :].lstrip(b" \t,") if text.startswith(_BOM) else text
 
 
-def _name_layout(first: bytes, second: bytes = b"") -> Layout:
+def _name_layout(first: bytes, second: bytes = b"", *, goes_on: bool = False) -> Layout:
     if first.startswith(b"["):
         if _is_json(first):
             return "lines" if second else "whole"
@@ -128,8 +129,11 @@ def _name_layout(first: bytes, second: bytes = b"") -> Layout:
         return "lines"
     if not second:
         return "whole" if _is_json(first) else "lines"
-    # An object over several lines, unless the first line is merely broken and the next row follows.
-    return "whole" if first.endswith((b"{", b"[", b":")) or not second.startswith(b"{") else "lines"
+    if not second.startswith(b"{"):
+        return "whole"  # an object over several lines
+    # Either an item of a list that began on the first line, or the first line is merely broken.
+    is_item = first.endswith((b"{", b"[", b":")) and (goes_on or not _is_json(second))
+    return "whole" if is_item else "lines"
 
 
 def _is_json(text: bytes) -> bool:

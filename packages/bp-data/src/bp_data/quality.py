@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -235,6 +235,7 @@ def build_report(
     near: bool = True,
     against: str | Path | None = None,
     options: ReadOptions = PLAIN,
+    files: Collection[Path] | None = None,
 ) -> Report:
     """Look at every row of a data set.
 
@@ -245,6 +246,7 @@ def build_report(
         near: Look for near duplicates too.
         against: Another file, such as a test set, whose rows should not be in this one.
         options: How the rows are read.
+        files: Of a folder, look only at these of its files.
 
     Raises:
         DataError: The file, the tokenizer or the template cannot be read; single bad rows are counted.
@@ -253,12 +255,12 @@ def build_report(
     counts = _Counts()
     tokenizer, template = (None, None) if model is None else load_source(model)
     special = [] if tokenizer is None else [tokenizer.decode([token]) for token in sorted(tokenizer.special_ids)]
-    rows = _look(read_rows(path, options), counts, options, special)
+    rows = _look(read_rows(path, options, files=files), counts, options, special)
     if tokenizer is None or template is None:
         _measure_characters(rows, counts)
     else:
         _measure_tokens(rows, counts, Encoder(tokenizer, template, wanted=None, options=options))
-    exact, similar = _duplicates(find_duplicates(read_rows(path, options), near=near))
+    exact, similar = _duplicates(find_duplicates(read_rows(path, options, files=files), near=near))
     contaminated = None
     if against is not None:
         tally = _Tally()
@@ -285,7 +287,7 @@ def build_report(
         outliers=_outliers(counts),
         personal={name: tally.found() for name, tally in sorted(counts.personal.items())},
         contaminated=contaminated,
-        files=len(list_files(path)),
+        files=len(list_files(path) if files is None else files),
         columns=counts.fields.to_dict(),
         control_tokens={name: tally.found() for name, tally in sorted(counts.control_tokens.items())},
         rendered=counts.rendered.found(),

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
@@ -25,13 +25,16 @@ _BOM: Final = b"\xef\xbb\xbf"
 _BLOCK: Final = 1 << 20
 
 
-def read_rows(path: str | Path, options: ReadOptions | None = None) -> Iterator[Row | Rejected]:
+def read_rows(
+    path: str | Path, options: ReadOptions | None = None, *, files: Collection[Path] | None = None
+) -> Iterator[Row | Rejected]:
     """Read a data file, or the data files of a folder, row by row; memory stays flat.
 
     Args:
         path: A file of one of `bp_data.files.KINDS`, perhaps packed, or a folder; see `bp_data.files.find_files`. A
             .txt or .md file is one row with its ``text``. Text is UTF-8, or UTF-16.
         options: The encoding of bytes that are not UTF-8. Columns keep their names; `parse_row` maps them.
+        files: Of a folder, read only these of its files.
 
     Yields:
         `Row` for each row that is an object, `Rejected` for each that cannot be read.
@@ -48,6 +51,8 @@ def read_rows(path: str | Path, options: ReadOptions | None = None) -> Iterator[
     encoding = options.encoding if options else None
     empty = True
     for file in list_files(path):
+        if files is not None and file not in files:
+            continue
         source = file.name if file == path else file.relative_to(path).as_posix()
         with coded_read_errors(file), open_data(file, encoding) as stream:
             for row in _READERS[kind_of(file)](stream, file, source):

@@ -100,7 +100,7 @@ def _read_turn(turn: Any, where: str, options: ReadOptions) -> list[Message]:
     if role is None:
         raise RowFaultError(
             RowFault.ROLE_UNKNOWN,
-            f"`{where}` has the role {shorten(name)}; known are {', '.join(ROLES)}",
+            f"`{where}` has the role {shorten(name)}; known are system, user, assistant, tool and their usual names",
             fix=_role_fix(name),
         )
     if turn.get("function_call"):

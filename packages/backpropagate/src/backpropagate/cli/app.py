@@ -106,8 +106,14 @@ COMMANDS = (
     Command(
         "validate",
         "validate:validate",
-        "Check a file as training reads it; show the mask.",
+        "Check a data file; list every row that training would not take.",
         "backprop validate my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct",
+    ),
+    Command(
+        "data doctor",
+        "data:doctor",
+        "Examine a data file on one page, with a fix for each finding.",
+        "backprop data doctor my_data.csv --model Qwen/Qwen2.5-7B-Instruct",
     ),
     Command(
         "data preview",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,17 +13,21 @@ from rich.console import Console
 from rich.text import Text
 
 from backpropagate.catalogue import find_tokenizer
-from backpropagate.cli.data_options import Model, Part, find_file, resolve_settings
+from backpropagate.cli.data_options import DataOptions, Model, find_data, resolve_settings
 from backpropagate.cli.flags import Json
 from backpropagate.cli.output import print_json
 from backpropagate.cli.token_colors import color_tokens, legend
 from bp_data import Limits, build_report, check_limits, clean_file, convert_file, preview_file, report_html, report_text
+from bp_data.columns import FieldLedger
 from bp_data.convert import ConvertResult, Format, split_file
+from bp_data.doctor import Examination, examine
 from bp_data.errors import DatasetGateError
 from bp_data.preview import PreviewedRow
 from bp_data.quality import Report
 from bp_runs.errors import InvalidSettingError
 from bp_runs.files import publish_bytes
+from bp_runs.redact import redact
+from bp_runs.wording import render
 
 Output = Annotated[Path, Parameter(name=("--output", "-o"))]
 OnBadRow = Literal["fail", "skip"]
@@ -40,11 +45,13 @@ def _model_folder(model: str | None) -> tuple[Path, int]:
 def preview(
     file: str,
     *,
-    part: Part | None = None,
+    options: DataOptions | None = None,
     model: Model = None,
     max_seq_length: Length = None,
     rows: Count = 3,
     skip: Count = 0,
+    bad: Annotated[bool, Parameter(negative="")] = False,
+    marks: bool = True,
     on_overflow: Literal["truncate", "drop", "split", "fail"] | None = None,
     json: Json = False,
 ) -> int:
@@ -62,19 +69,40 @@ def preview(
         How many rows to show.
     skip: int
         How many rows to pass over before.
+    bad: bool
+        Jump to the rows that can't be trained on, and show only those.
+    marks: bool
+        Show token borders, blanks and line feeds as signs.
     on_overflow: str
         What becomes of longer rows.
     """
     folder, longest = _model_folder(model)
-    data = find_file(file, part)
-    shown = preview_file(data, folder, max_seq_length or longest, rows=rows, skip=skip, on_overflow=on_overflow)
+    data, read = find_data(file, options)
+    fields = FieldLedger()
+    shown = preview_file(
+        data,
+        folder,
+        max_seq_length or longest,
+        rows=rows,
+        skip=skip,
+        on_overflow=on_overflow,
+        only_bad=bad,
+        options=read,
+        fields=fields,
+    )
     if json:
-        print_json("data-preview", {"data": str(file), "rows": [_row_body(row) for row in shown]})
+        body = {"data": str(file), "rows": [_row_body(row) for row in shown], "columns": fields.to_dict()}
+        print_json("data-preview", body)
         return 0
     console = Console(highlight=False)
-    console.print(legend(console))
+    console.print(legend(console, marks=marks))
     for row in shown:
-        console.print(_row_text(row, console), soft_wrap=True)
+        console.print(_row_text(row, console, marks=marks), soft_wrap=True)
+    if bad and not shown:
+        console.print("  every row can be trained on")
+    next_step = f"next: backprop validate {shlex.quote(file)}" + (f" --model {shlex.quote(model)}" if model else "")
+    for line in ["", *fields.describe(), next_step]:
+        console.print(f"  {line}".rstrip(), markup=False, soft_wrap=True)
     return 0
 
 
@@ -92,14 +120,15 @@ def _row_body(row: PreviewedRow) -> dict[str, object]:
     }
 
 
-def _row_text(row: PreviewedRow, console: Console) -> Text:
+def _row_text(row: PreviewedRow, console: Console, *, marks: bool) -> Text:
     title = f"\n{row.source + ', ' if row.source else ''}row {row.number}{', ' + row.answer if row.answer else ''}: "
     counts = f"{row.trained:,} of {row.tokens:,} tokens trained" + (f", {row.cut:,} cut off" if row.cut else "")
+    tokens = _plain(color_tokens(row.pieces, console, marks=marks))
     if row.rejected is None:
-        return Text(f"{title}{counts}\n", style="bold").append_text(_plain(color_tokens(row.pieces, console)))
-    told = Text(f"{title}not trained on\n", style="bold")
-    told.append(f"{row.rejected.code.value}: {row.rejected.reason}", style="red")
-    return told.append("\n").append_text(_plain(color_tokens(row.pieces, console))) if row.pieces else told
+        return Text(f"{title}{counts}\n", style="bold").append_text(tokens)
+    text = Text(f"{title}not trained on\n", style="bold")
+    text.append(f"{row.rejected.code.value}: {row.rejected.reason}", style="red")
+    return text.append("\n").append_text(tokens) if row.pieces else text
 
 
 def _plain(text: Text) -> Text:
@@ -110,7 +139,7 @@ def _plain(text: Text) -> Text:
 def report(
     file: str,
     *,
-    part: Part | None = None,
+    options: DataOptions | None = None,
     model: Model = None,
     max_seq_length: Length = None,
     against: str | None = None,
@@ -161,9 +190,9 @@ def report(
     if against is None and max_contaminated is not None:
         raise InvalidSettingError("--max-contaminated compares two files", fix="Name the other: --against FILE")
     folder, longest = (None, 2048) if model is None else _model_folder(model)
-    other = None if against is None else find_file(against)
-    data = find_file(file, part)
-    found = build_report(data, folder, max_seq_length=max_seq_length or longest, near=near, against=other)
+    other = None if against is None else find_data(against, options)[0]
+    data, read = find_data(file, options)
+    found = build_report(data, folder, max_seq_length=max_seq_length or longest, near=near, against=other, options=read)
     found = replace(found, path=file)
     if html is not None:
         publish_bytes(html, report_html(found).encode())
@@ -188,6 +217,56 @@ def report(
     return 0
 
 
+def doctor(
+    file: str,
+    *,
+    options: DataOptions | None = None,
+    model: Model = None,
+    max_seq_length: Length = None,
+    json: Json = False,
+) -> int:
+    """Examine a data file on one page: what is in it, what training would lose, and how to fix it.
+
+    Parameters
+    ----------
+    file: str
+        The data file, a folder, or the name of a data set on the Hub.
+    model: str
+        Also what this model's tokenizer and chat template make of the rows: a folder or Hub id.
+    max_seq_length: int
+        Tokens beyond which a row counts as over-long.
+    """
+    data, read = find_data(file, options)
+    folder, longest = (None, 2048) if model is None else _model_folder(model)
+    found = examine(data, folder, max_seq_length=max_seq_length or longest, options=read)
+    if json:
+        print_json("data-doctor", {**found.to_dict(), "path": file, "passed": found.is_usable})
+    else:
+        _show_findings(found, file)
+    return 0 if found.is_usable else 1
+
+
+_SIGNS = {"ok": ("✓", "green"), "look": ("!", "yellow"), "bad": ("✗", "red")}
+
+
+def _show_findings(found: Examination, file: str) -> None:
+    console = Console(highlight=False)
+    lines = [
+        f"read: {', '.join(found.taken) or 'nothing'}",
+        *(f"not read: {n}: {why}" for n, why in found.left.items()),
+    ]
+    console.print(
+        "\n".join([file, *(f"  {line}" for line in lines if found.left or len(found.taken) != 1)]), markup=False
+    )
+    width = max((len(finding.subject) for finding in found.findings), default=0)
+    for subject, status, text, fix in found.findings:
+        sign, style = _SIGNS[status]
+        line = Text(f"  {sign} ", style=style).append(f"{subject:<{width}}  ", style="bold")
+        console.print(line.append(redact(text), style="not bold default"), soft_wrap=True)
+        if fix:
+            console.print(f"    {'':<{width}}  {render(fix)}", markup=False, soft_wrap=True)
+
+
 def _refusal(found: Report, limits: Limits) -> DatasetGateError | None:
     try:
         check_limits(found, limits)
@@ -199,7 +278,7 @@ def _refusal(found: Report, limits: Limits) -> DatasetGateError | None:
 def split(
     file: str,
     *,
-    part: Part | None = None,
+    options: DataOptions | None = None,
     output: Output,
     heldout: Path,
     share: float = 0.05,
@@ -228,17 +307,15 @@ def split(
         raise InvalidSettingError(f"--share is {share}; it must be above 0 and below 1")
     if output == heldout:
         raise InvalidSettingError("--output and --heldout name the same file")
-    return _tell(
-        split_file(find_file(file, part), output, heldout, share=share, seed=seed, on_bad_row=on_bad_row),
-        "split",
-        json=json,
-    )
+    data, read = find_data(file, options)
+    done = split_file(data, output, heldout, share=share, seed=seed, on_bad_row=on_bad_row, options=read)
+    return _show_counts(done, "split", json=json)
 
 
 def clean(
     file: str,
     *,
-    part: Part | None = None,
+    options: DataOptions | None = None,
     output: Output,
     dedup: Literal["none", "exact", "near"] = "near",
     personal: bool = False,
@@ -257,13 +334,15 @@ def clean(
     personal: bool
         Leave out rows with hints of personal data as well.
     """
-    return _tell(clean_file(find_file(file, part), output, dedup=dedup, personal=personal), "clean", json=json)
+    data, read = find_data(file, options)
+    done = clean_file(data, output, dedup=dedup, personal=personal, options=read)
+    return _show_counts(done, "clean", json=json)
 
 
 def convert(
     file: str,
     *,
-    part: Part | None = None,
+    options: DataOptions | None = None,
     to: Format,
     output: Output,
     on_bad_row: OnBadRow = "fail",
@@ -282,10 +361,11 @@ def convert(
     on_bad_row: str
         fail: stop at the first bad row; skip: leave it out and list it.
     """
-    return _tell(convert_file(find_file(file, part), output, to, on_bad_row=on_bad_row), "convert", json=json)
+    data, read = find_data(file, options)
+    return _show_counts(convert_file(data, output, to, on_bad_row=on_bad_row, options=read), "convert", json=json)
 
 
-def _tell(done: ConvertResult, name: str, *, json: bool) -> int:
+def _show_counts(done: ConvertResult, name: str, *, json: bool) -> int:
     if json:
         print_json(f"data-{name}", done.to_dict())
         return 0

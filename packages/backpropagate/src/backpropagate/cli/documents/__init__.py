@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backpropagate.cli.documents.data import DataPreview, DataReport, DataWritten, Validate
+from backpropagate.cli.documents.data import DataDoctor, DataPreview, DataReport, DataWritten, Validate
 from backpropagate.cli.documents.machine import ConfigShow, Doctor, Error, Errors, Info, SettingRow, Ui
 from backpropagate.cli.documents.measuring import Eval
 from backpropagate.cli.documents.merging import Merge, MultiRun
@@ -70,6 +70,7 @@ DOCUMENTS: Mapping[str, type] = {
     "runs-import": RunsImported,
     "validate": Validate,
     "data-preview": DataPreview,
+    "data-doctor": DataDoctor,
     "data-report": DataReport,
     "data-split": DataWritten,
     "data-clean": DataWritten,

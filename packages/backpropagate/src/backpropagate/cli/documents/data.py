@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 
 class Drop(TypedDict):
@@ -14,7 +14,7 @@ class Drop(TypedDict):
 
 
 class Validate(TypedDict):
-    """`backprop validate`: read = whole + truncated + dropped."""
+    """`backprop validate`: read = whole + truncated + dropped; without a model, tokens are null."""
 
     data: str
     sha256: str
@@ -22,9 +22,12 @@ class Validate(TypedDict):
     whole: int
     truncated: int
     dropped: int
-    tokens: int
-    trained_tokens: int
+    tokens: int | None
+    trained_tokens: int | None
     rejected: list[Drop]
+    checked: Literal["rows", "labels"]
+    columns: dict[str, Any] | None
+    passed: bool
 
 
 class Piece(TypedDict):
@@ -51,6 +54,7 @@ class DataPreview(TypedDict):
 
     data: str
     rows: list[PreviewRow]
+    columns: dict[str, Any]
 
 
 class DataGate(TypedDict):
@@ -71,7 +75,31 @@ class DataReport(TypedDict):
     exact: dict[str, Any]
     near: dict[str, Any]
     lengths: dict[str, Any]
+    columns: dict[str, Any]
+    control_tokens: dict[str, Any]
+    rendered: dict[str, Any]
+    languages: dict[str, int]
     gate: DataGate | None
+
+
+class DataFinding(TypedDict):
+    """One line of the page; fix: null where there is nothing to do."""
+
+    subject: str
+    status: Literal["ok", "look", "bad"]
+    text: str
+    fix: str | None
+
+
+class DataDoctor(TypedDict):
+    """`backprop data doctor`; report: as of `backprop data report`, null where nothing can be read."""
+
+    path: str
+    files: list[str]
+    left: dict[str, str]
+    findings: list[DataFinding]
+    report: dict[str, Any] | None
+    passed: bool
 
 
 class DataWritten(TypedDict):
