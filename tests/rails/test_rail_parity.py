@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from bp_runs import Settings, TrainSpec
+from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.events import EvalDone, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail
@@ -163,3 +164,22 @@ def test_each_rail_measures_the_others_adapter(models, tmp_path):
         found = [rail.evaluate(spec, adapter, lambda _: None) for rail in (CudaRail(), MlxRail())]
         assert found[0].loss == pytest.approx(found[1].loss, abs=LOSS)
         assert found[0].tokens == found[1].tokens
+
+
+@pytest.mark.parametrize(("first", "second"), [(CudaRail, MlxRail), (MlxRail, CudaRail)])
+def test_a_run_begun_on_one_rail_is_resumed_on_the_other(models, tmp_path, first, second):
+    """One loss curve: that of a run on one rail, optimizer state, validation and data order included."""
+    spec = build_spec(tmp_path, models["llama"], steps=12, eval_steps=4, keep="last")
+    start = tmp_path / "start"
+    shutil.copytree(train(first(), elsewhere(spec, "zero", training=replace(spec.training, steps=1)))[0].adapter, start)
+    whole, *expected = train(first(), elsewhere(spec, "whole", initial_adapter=start))
+    cut = elsewhere(spec, "cut", initial_adapter=start)
+    half, losses, *_ = train(first(), cut, stop_after=5)
+    assert half.stopped
+    [checkpoint] = CheckpointFolder(cut.folders.run).read()
+    both, rest, norms, evals = train(second(), replace(cut, checkpoint=checkpoint.path))
+    assert losses + rest == pytest.approx(expected[0], abs=LOSS)
+    assert norms == pytest.approx(expected[1][5:], rel=1e-3)
+    assert evals[-2:] == pytest.approx(expected[2][-2:], abs=LOSS)
+    assert (both.steps, both.tokens, both.best_step) == (whole.steps, whole.tokens, whole.best_step)
+    require_equal_weights(whole.adapter, both.adapter)

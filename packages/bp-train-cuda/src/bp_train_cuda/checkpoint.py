@@ -1,11 +1,8 @@
-"""Checkpoints of a training run: what this rail puts into a folder of `bp_runs.checkpoint`.
+"""Checkpoints of a training run on this rail: the files of `bp_data.loop.checkpoint`, and
 
-    weights.safetensors     the trained weights by name, as they are after the step
-    best.safetensors        those of the lowest validation loss so far, where there was a validation
-    adapter_config.json     PEFT's description of them; absent for full fine-tuning
-    optimizer.pt random.pt  the optimizer's state, and the generators of the CPU and the GPU
-    rank-1/ …               of each further rank its generators and chunks, and its shards of the files above
-    state.json              the loop's: schema, step, tokens, seconds, losses, chunks, validation so far
+    random.pt       the generators of the CPU and the GPU
+    optimizer.pt    in place of optimizer.safetensors where weights are sharded, or the optimizer is bitsandbytes'
+    rank-1/ …       of each further rank its generators and chunks, and its shards of the files above
 
 The order of examples is drawn from the seed and the epoch, so the step alone says where in the data the run was.
 """
@@ -13,23 +10,31 @@ The order of examples is drawn from the seed and the epoch, so the step alone sa
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import orjson
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from bp_data.loop.checkpoint import (
+    BEST_FILE,
+    FIRST,
+    MARGIN,
+    OPTIMIZER_FILE,
+    SECOND,
+    WEIGHTS_FILE,
+    Stateful,
+    read_state,
+    write_state,
+)
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.validation import Validator
 from bp_runs.checkpoint import Reason
 from bp_runs.errors import CheckpointInvalidError, DiskFullError, first_line
-from bp_runs.events import Emit
-from bp_runs.migrations import schema_number
+from bp_runs.events import Emit, Notice
 from bp_runs.save import SaveSchedule, save_checkpoint
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.distributed.process_group import ProcessGroup
@@ -37,32 +42,12 @@ from bp_train_cuda.distributed.sharding import local_optimizer_state, local_shar
 from bp_train_cuda.engines.framework import TorchFramework
 from bp_train_cuda.errors import RanksChangedError
 
-WEIGHTS_FILE = "weights.safetensors"
-BEST_FILE = "best.safetensors"
-OPTIMIZER_FILE = "optimizer.pt"
+TORCH_OPTIMIZER_FILE = "optimizer.pt"
 RANDOM_FILE = "random.pt"
-STATE_FILE = "state.json"
-STATE_NAME = "backpropagate.cuda_state"
-STATE_NUMBER = 3
-"""1 and 2 held the files of transformers' Trainer."""
-STATE_SCHEMA = f"{STATE_NAME}/{STATE_NUMBER}"
 RANK_FOLDER = "rank-{}"
 _OWN_PARTS = ("guard", "reader")
 """Parts that differ from rank to rank: each has its own chunks."""
 _FULL = 2**20  # bytes that a full disk may still call free
-_MARGIN = 16 * 2**20  # bytes for what is small: generators, losses, manifest
-
-
-class Stateful(Protocol):
-    """A part of the loop that remembers something from step to step."""
-
-    def read_state(self) -> dict[str, Any]:
-        """JSON-ready; read after a step is done."""
-        ...
-
-    def restore_state(self, state: Mapping[str, Any]) -> None:
-        """Take what `read_state` gave in another process."""
-        ...
 
 
 class Checkpointer:
@@ -140,14 +125,14 @@ class Checkpointer:
         if folder is None:
             return
         own = rank_folder(folder, self._group)
-        state = _read_state(folder, set(self._parts))
+        state = read_state(folder, set(self._parts))
         whole = own if self._group.is_sharded else folder
         _restore_weights(whole, self._framework.own_weights())
         self._restore_optimizer(whole)
-        generators = torch.load(own / RANDOM_FILE, weights_only=True)
-        self._framework.set_random_state((generators["cpu"], generators["cuda"]))
+        remembered = state | self._restore_random(own)
         for name, part in self._parts.items():
-            part.restore_state(generators["parts"].get(name, state[name]))
+            if name in remembered:
+                part.restore_state(remembered[name])
         if self._validator and (whole / BEST_FILE).is_file():
             # Copies: loaded tensors keep their file mapped, and Windows would not let it be pruned.
             best = load_file(whole / BEST_FILE).items()
@@ -156,13 +141,29 @@ class Checkpointer:
     def _restore_optimizer(self, folder: Path) -> None:
         optimizer = self._framework.optimizer
         assert optimizer is not None  # noqa: S101
-        state = torch.load(folder / OPTIMIZER_FILE, weights_only=True, map_location="cpu")
         try:
-            optimizer.load_state_dict(state)
-        except (ValueError, KeyError, RuntimeError) as error:
+            if (folder / OPTIMIZER_FILE).is_file():
+                _load_averages(folder / OPTIMIZER_FILE, optimizer, self._framework.own_weights())
+            else:
+                optimizer.load_state_dict(
+                    torch.load(folder / TORCH_OPTIMIZER_FILE, weights_only=True, map_location="cpu")
+                )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise CheckpointInvalidError(f"{folder} holds another optimizer", cause=first_line(error)) from error
         if self._group.is_sharded:
             shard_optimizer_state(optimizer)
+
+    def _restore_random(self, folder: Path) -> dict[str, Any]:
+        """Set the generators; returns what parts remember of this rank alone."""
+        if (folder / RANDOM_FILE).is_file():
+            saved = torch.load(folder / RANDOM_FILE, weights_only=True)
+            self._framework.set_random_state((saved["cpu"], saved["cuda"]))
+            parts: dict[str, Any] = saved["parts"]
+            return parts
+        if self._spec.lora.dropout:
+            message = "the run began on another rail: dropout draws other values from here on"
+            self._emit(Notice(message=message, level="warning"))
+        return {}
 
     def _stage_own(self) -> None:
         """Let each further rank write what only it knows, for the main process to take along."""
@@ -189,14 +190,17 @@ class Checkpointer:
             save_file(weights, folder / WEIGHTS_FILE)
             if self._validator and self._validator.best:
                 save_file(self._validator.best, folder / BEST_FILE)
-            assert self._framework.optimizer is not None  # noqa: S101
-            torch.save(local_optimizer_state(self._framework.optimizer.state_dict()), folder / OPTIMIZER_FILE)
+            optimizer = self._framework.optimizer
+            assert optimizer is not None  # noqa: S101
+            if _is_plain(optimizer, self._group):
+                _save_averages(folder / OPTIMIZER_FILE, optimizer, self._framework.own_weights())
+            else:
+                torch.save(local_optimizer_state(optimizer.state_dict()), folder / TORCH_OPTIMIZER_FILE)
 
     def _write(self, folder: Path) -> None:
         with full_disk_coded(folder):
             self._write_own(folder)
-            state = {name: part.read_state() for name, part in self._parts.items()}
-            (folder / STATE_FILE).write_bytes(orjson.dumps({"schema": STATE_SCHEMA, **state}))
+            write_state(folder, self._parts)
             configs = getattr(self._framework.model.model, "peft_config", {})
             if "default" in configs:
                 configs["default"].save_pretrained(str(folder))
@@ -209,7 +213,7 @@ class Checkpointer:
         tensors = [*self._framework.own_weights().values(), *_tensors(optimizer.state if optimizer else {})]
         tensors += self._validator.best.values() if self._validator and self._validator.best else ()
         shares = self._group.count if self._group.is_sharded else 1
-        return _MARGIN + shares * sum(int(tensor.numel()) * int(tensor.element_size()) for tensor in tensors)
+        return MARGIN + shares * sum(int(tensor.numel()) * int(tensor.element_size()) for tensor in tensors)
 
 
 def rank_folder(checkpoint: Path, group: ProcessGroup) -> Path:
@@ -235,22 +239,6 @@ def _launcher(count: int) -> str:
     return "without torchrun" if count == 1 else f"torchrun --nproc-per-node {count} {{program:resume RUN}}"
 
 
-def _read_state(folder: Path, parts: set[str] | None = None) -> dict[str, Any]:
-    """What each part remembered."""
-    try:
-        saved: dict[str, Any] = {"schema": f"{STATE_NAME}/1"} | orjson.loads((folder / STATE_FILE).read_bytes())
-    except (OSError, orjson.JSONDecodeError) as error:
-        raise CheckpointInvalidError(f"{folder} cannot be read", cause=first_line(error)) from error
-    remembered = saved.keys() - {"schema"}
-    number = schema_number(saved, STATE_NAME) or math.inf
-    if number != STATE_NUMBER or (parts is not None and remembered != parts):
-        raise CheckpointInvalidError(
-            f"{folder} was saved by another version of the rail",
-            cause=f"{saved['schema']} of {sorted(remembered)}, not {STATE_SCHEMA} of {sorted(parts or remembered)}",
-        )
-    return saved
-
-
 def _restore_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     try:
         found = load_file(folder / WEIGHTS_FILE)
@@ -261,6 +249,51 @@ def _restore_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(found[name])
+
+
+def _is_plain(optimizer: torch.optim.Optimizer, group: ProcessGroup) -> bool:
+    """Whether other frameworks can read the optimizer's state: two whole averages of each weight."""
+    return isinstance(optimizer, torch.optim.AdamW) and not group.is_sharded
+
+
+def _save_averages(file: Path, optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]) -> None:
+    """AdamW's averages by the names of their weights, which any framework reads."""
+    found: dict[str, torch.Tensor] = {}
+    step = 0
+    for name, weight in weights.items():
+        state = optimizer.state.get(weight)
+        if not state:
+            continue  # it has had no gradient yet
+        found |= {name + FIRST: state["exp_avg"].contiguous(), name + SECOND: state["exp_avg_sq"].contiguous()}
+        step = int(state["step"])
+    save_file(found, file, {"step": str(step)})  # with two entries, their order would be random
+
+
+def _load_averages(file: Path, optimizer: torch.optim.Optimizer, weights: Mapping[str, torch.Tensor]) -> None:
+    """Undo `_save_averages`, in the layout that torch's own ``load_state_dict`` takes."""
+    # Copies: loaded tensors keep their file mapped.
+    found = {name: value.clone() for name, value in load_file(file).items()}
+    with safe_open(file, "pt") as opened:
+        step = float(opened.metadata()["step"])
+    names = {id(weight): name for name, weight in weights.items()}
+    template = optimizer.state_dict()
+    order = [weight for group in optimizer.param_groups for weight in group["params"]]
+    own = {names[id(weight)]: weight for weight in order}
+    if not {name.rpartition(".exp_avg")[0] for name in found} <= own.keys():
+        raise KeyError("the weights have other names")
+    state = {
+        place: {
+            "step": torch.tensor(step),
+            "exp_avg": found[names[id(weight)] + FIRST],
+            "exp_avg_sq": found[names[id(weight)] + SECOND],
+        }
+        for place, weight in enumerate(order)
+        if names[id(weight)] + FIRST in found
+    }
+    for place, values in state.items():
+        if values["exp_avg"].shape != order[place].shape:
+            raise ValueError(f"{names[id(order[place])]} has another shape")
+    optimizer.load_state_dict({**template, "state": state})
 
 
 def _tensors(state: Any) -> Iterator[torch.Tensor]:

@@ -143,6 +143,11 @@ def choose_mode(
     return Mode(wanted, "as set")
 
 
+def memory_limit(device: Device) -> int | None:
+    """Bytes that a chunk may use at most; None on a CPU, where the system decides."""
+    return device.memory if device.is_gpu else None
+
+
 class MemoryLimitError(RuntimeError):
     """A chunk used more memory than the device should; raised by us, before macOS starts to swap."""
 

@@ -124,7 +124,8 @@ class Checkpointer:
         self._restore_optimizer(folder)
         self._restore_draws(folder, state)
         for name, part in self.parts.items():
-            part.restore_state(state[name])
+            if name in state:
+                part.restore_state(state[name])
         if self.validator and (folder / shared.BEST_FILE).is_file():
             self.validator.best, _ = _read_arrays(folder / shared.BEST_FILE)
 
@@ -141,8 +142,12 @@ class Checkpointer:
         for end, state in ((shared.FIRST, optimizer.first), (shared.SECOND, optimizer.second)):
             names = {name: f"{trained.rename(name)}{end}" for name in state}
             mine = {name: trained.turn(found[saved]) for name, saved in names.items() if saved in found}
-            require_state(mine, state)
+            require_state(mine, {name: state[name] for name in mine})
             state.update(mine)
+        if not found.keys() <= {
+            trained.rename(name) + end for name in optimizer.first for end in (shared.FIRST, shared.SECOND)
+        }:
+            raise CheckpointInvalidError(f"the optimizer state in {folder} is of other weights")
         optimizer.step = int(metadata["step"])
 
     def _restore_draws(self, folder: Path, state: Mapping[str, Any]) -> None:
@@ -159,7 +164,7 @@ class Checkpointer:
 def _write_arrays(file: Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Mlx reports a full disk as a RuntimeError, so the bytes go through Python's own file."""
     with file.open("wb") as stream:
-        mx.save_safetensors(stream, dict(arrays), {"format": "pt", **(metadata or {})})
+        mx.save_safetensors(stream, dict(arrays), dict(metadata or {"format": "pt"}))
 
 
 def _read_arrays(file: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -21,11 +21,19 @@ from bp_data.loop.rows import pad_token, plan_rows
 from bp_data.loop.sampler import ExampleOrder, StepSampler
 from bp_data.loop.validation import Validator
 from bp_data.preparation import AnyPrepared
-from bp_runs.errors import CodedError, GpuOutOfMemoryError, TrainingDivergedError, TrainingFailedError, first_line
+from bp_runs.errors import (
+    CodedError,
+    GpuOutOfMemoryError,
+    OomExhaustedError,
+    TrainingDivergedError,
+    TrainingFailedError,
+    first_line,
+)
 from bp_runs.events import AdapterSaved, Emit, ModelLoaded, Notice
 from bp_runs.files import require_free_space
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
+from bp_runs.witness import Witness
 from bp_runs.wording import command_ref
 from bp_train_mlx import backend, check, preflight
 from bp_train_mlx.checkpoint import Checkpointer
@@ -38,6 +46,7 @@ from bp_train_mlx.model.log_probs import LogProbModel
 from bp_train_mlx.model.packing import require_packable
 from bp_train_mlx.model.save import save_adapter, save_model
 from bp_train_mlx.optim import AdamW
+from bp_train_mlx.witness import measure_witness
 
 _SMALL_FILES = 2**20  # bytes for settings and metrics
 
@@ -232,13 +241,28 @@ class MlxRun:
         for name, weight in trained.weights().items():
             if not bool(mx.isfinite(weight).all()):
                 raise TrainingDivergedError(f"{name} holds values that are not finite")
+        witness = self._measure_witness(trained, guard)
         if isinstance(trained, AllWeights):
-            folder, write = spec.folders.model, partial(save_model, trained.weights(), spec, template)
+            folder, write = spec.folders.model, partial(save_model, trained.weights(), spec, template, witness=witness)
         else:
-            folder, write = spec.folders.adapter, partial(save_adapter, trained, spec, template)
+            folder, write = spec.folders.adapter, partial(save_adapter, trained, spec, template, witness=witness)
         size = guard.retry(write, "the save")
         self.emit(AdapterSaved(path=str(folder), bytes=size))
         return folder
+
+    def _measure_witness(self, trained: lora.Adapter | AllWeights, guard: MemoryGuard) -> Witness | None:
+        """What the trained model says; without memory for it, the run ends without a witness."""
+        loaded = self.loaded
+        measure = partial(
+            measure_witness, self.spec, self.heldout, self.prepared.rows, loaded.model, trained, checked=loaded.checked,
+            dtype=loaded.dtype,
+        )  # fmt: skip
+        try:
+            return guard.retry(measure, "the witness")
+        except OomExhaustedError as error:
+            message = "exports have no witness: too little GPU memory"
+            self.emit(Notice(message=message, details={"reason": error.cause}))
+            return None
 
     def _keep_best(
         self, parts: LoopParts, trained: lora.Adapter | AllWeights, error: TrainingDivergedError
@@ -276,7 +300,7 @@ def build_framework(
         training=training,
         reader=MemoryGuard(backend.MlxMemory(), emit, enabled=training.oom_recovery),
         peak=backend.PeakMemory(),
-        limit=device.memory if device.is_gpu else None,
+        limit=backend.memory_limit(device),
     )
 
 

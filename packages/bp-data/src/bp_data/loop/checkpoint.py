@@ -31,6 +31,8 @@ STATE_NUMBER = 1
 STATE_SCHEMA = f"{STATE_NAME}/{STATE_NUMBER}"
 FIRST, SECOND = ".exp_avg", ".exp_avg_sq"
 """Ends of names in `OPTIMIZER_FILE`."""
+_SHARED = {"loop", "validation"}
+"""Parts that every rail has; others, such as how a rail splits batches, are that rail's own."""
 MARGIN = 16 * 2**20
 """Bytes for a checkpoint's small files: generators, losses, manifest."""
 
@@ -69,7 +71,7 @@ def read_state(folder: Path, parts: set[str] | None = None) -> dict[str, Any]:
         raise CheckpointInvalidError(f"{folder} cannot be read", cause=first_line(error)) from error
     remembered = saved.keys() - {"schema"}
     number = schema_number(saved, STATE_NAME) or math.inf
-    if number != STATE_NUMBER or (parts is not None and remembered != parts):
+    if number != STATE_NUMBER or (parts is not None and remembered & _SHARED != parts & _SHARED):
         raise CheckpointInvalidError(
             f"{folder} was saved by another version of the rail",
             cause=f"{saved['schema']} of {sorted(remembered)}, not {STATE_SCHEMA} of {sorted(parts or remembered)}",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from bp_data.loop.checkpoint import Stateful
 from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.rows import pad_token
@@ -24,7 +25,7 @@ from bp_runs.spec import TrainSpec
 from bp_runs.wording import command_ref
 from bp_train_cuda import backend
 from bp_train_cuda.backend import TorchMemory
-from bp_train_cuda.checkpoint import Checkpointer, Stateful
+from bp_train_cuda.checkpoint import Checkpointer
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import gather_weights, reshard, shard_model
 from bp_train_cuda.engines.base import (

@@ -69,8 +69,8 @@ def open_weights(model: Any, base: Path) -> AllWeights:
 def checkpoint_layers(model: Any) -> None:
     """Let every layer of ``model`` keep only its input for backward, and compute the rest again.
 
-    Each layer gets a class of its own, so that other models in this process are as before. Arrays go in as arguments,
-    since gradients do not reach arrays that a checkpointed function only refers to.
+    Each layer gets a class of its own, so that other models in this process are as before. Floating-point
+    arrays go in as arguments, since gradients do not reach what a checkpointed function only refers to.
     """
     for layer in model.layers:
         layer.__class__ = type(type(layer).__name__, (type(layer),), {"__call__": _recomputed(type(layer).__call__)})
@@ -83,10 +83,14 @@ def plain_layers(model: Any) -> None:
             layer.__class__ = type(layer).__mro__[1]
 
 
+def _is_float(value: Any) -> bool:
+    return isinstance(value, mx.array) and bool(mx.issubdtype(value.dtype, mx.floating))
+
+
 def _recomputed(call: Any) -> Any:
     def run(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        places = [place for place, value in enumerate(args) if isinstance(value, mx.array)]
-        keys = [key for key, value in kwargs.items() if isinstance(value, mx.array)]
+        places = [place for place, value in enumerate(args) if _is_float(value)]
+        keys = [key for key, value in kwargs.items() if _is_float(value)]
 
         def inner(weights: Any, some: list[Any], named: dict[str, Any]) -> Any:
             layer.update(weights)

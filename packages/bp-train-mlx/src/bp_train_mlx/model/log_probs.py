@@ -74,17 +74,17 @@ class LogProbModel:
         if hidden.shape[0] <= rows:
             return pick(self._head(hidden), targets)
         trained = self._trained_beside_layers()
+        starts = range(0, hidden.shape[0], rows)
+        return mx.concatenate([self._tile(targets[at : at + rows])(trained, hidden[at : at + rows]) for at in starts])
 
-        def run(weights: Any, some: Any, wanted: Any) -> Any:
+    def _tile(self, targets: Any) -> Any:
+        """A function of weights and hidden states (n, H) that keeps neither logits nor their softmax."""
+
+        def run(weights: Any, hidden: Any) -> Any:
             self.model.update(weights)  # so that gradients reach a head or embedding that is trained
-            return pick(self._head(some), wanted)
+            return pick(self._head(hidden), targets)
 
-        tile = mx.checkpoint(run)
-        parts = [
-            tile(trained, hidden[start : start + rows], targets[start : start + rows])
-            for start in range(0, hidden.shape[0], rows)
-        ]
-        return mx.concatenate(parts)
+        return mx.checkpoint(run)
 
     def _head(self, hidden: Any) -> Any:
         """(N, V) logits of hidden states (N, H)."""

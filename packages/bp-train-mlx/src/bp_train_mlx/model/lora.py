@@ -9,8 +9,9 @@ is the one under which its weight is in the base's files.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,16 @@ class Adapter:
         """PEFT's name of an mlx parameter."""
         path, side = name.rsplit(".", 1)
         return f"{PREFIX}{self.targets.names[path]}.{_SIDES[side]}.default.weight"
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """While the context lasts, the model is the base."""
+        adapted = [(path, module) for path, module in self.model.named_modules() if path in self.targets.names]
+        self.model.update_modules(tree_unflatten([(path, module.linear) for path, module in adapted]))
+        try:
+            yield
+        finally:
+            self.model.update_modules(tree_unflatten(adapted))
 
     def remove(self) -> None:
         """Give the base its own layers back."""

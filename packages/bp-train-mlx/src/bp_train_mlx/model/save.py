@@ -14,6 +14,7 @@ from bp_data.templates.engine import ChatTemplate
 from bp_runs.adapter import CONFIG_FILE, MODEL_SCHEMA, WEIGHTS_FILE, write_manifest
 from bp_runs.files import publish_folder
 from bp_runs.spec import TrainSpec
+from bp_runs.witness import Witness, write_witness
 from bp_train_mlx.model.lora import Adapter, file_name
 
 _PEFT = {"format": "pt"}
@@ -44,13 +45,14 @@ def peft_config(spec: TrainSpec, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def save_adapter(adapter: Adapter, spec: TrainSpec, template: ChatTemplate) -> int:
+def save_adapter(adapter: Adapter, spec: TrainSpec, template: ChatTemplate, *, witness: Witness | None = None) -> int:
     """Publish the adapter folder of the contract; returns the weights' size in bytes.
 
     Args:
         adapter: The trained one.
         spec: Names the base and the folder.
         template: The chat template that training used; the folder gets its text if the base has none.
+        witness: What the model said in memory; stored next to the weights.
     """
     folder = spec.folders.adapter
     with publish_folder(folder) as partial:
@@ -59,6 +61,8 @@ def save_adapter(adapter: Adapter, spec: TrainSpec, template: ChatTemplate) -> i
         config = peft_config(spec, adapter)
         (partial / CONFIG_FILE).write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2))
         copy_tokenizer(spec.base, partial, template)
+        if witness is not None:
+            write_witness(partial, witness, weights=partial / WEIGHTS_FILE)
         hashes = hash_conversations(template).to_dict()
         write_manifest(
             partial, run_id=spec.folders.run_id, base=spec.model.name, base_folder=spec.base, template=hashes
@@ -66,13 +70,16 @@ def save_adapter(adapter: Adapter, spec: TrainSpec, template: ChatTemplate) -> i
     return (folder / WEIGHTS_FILE).stat().st_size
 
 
-def save_model(weights: dict[str, Any], spec: TrainSpec, template: ChatTemplate) -> int:
+def save_model(
+    weights: dict[str, Any], spec: TrainSpec, template: ChatTemplate, *, witness: Witness | None = None
+) -> int:
     """Publish a model folder in Hugging Face's layout; returns the weights' size in bytes.
 
     Args:
         weights: All of them, by Hugging Face's names.
         spec: As for `save_adapter`.
         template: As for `save_adapter`.
+        witness: As for `save_adapter`.
     """
     folder = spec.folders.model
     with publish_folder(folder) as partial:
@@ -80,6 +87,8 @@ def save_model(weights: dict[str, Any], spec: TrainSpec, template: ChatTemplate)
         dtype = str(next(iter(weights.values())).dtype).removeprefix("mlx.core.")
         _write_config(spec.base, partial, dtype)
         copy_tokenizer(spec.base, partial, template)
+        if witness is not None:
+            write_witness(partial, witness)
         write_manifest(
             partial,
             run_id=spec.folders.run_id,
