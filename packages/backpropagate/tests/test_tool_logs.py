@@ -1,5 +1,6 @@
 """Every line of a run's log says which run it belongs to, whatever becomes of the run; and none holds a secret."""
 
+import io
 import json
 import logging
 import re
@@ -10,8 +11,10 @@ import pytest
 
 from backpropagate import Trainer, rails
 from backpropagate.cli.app import run
+from backpropagate.logs import ConsoleFormatter, JsonFormatter
 from bp_runs.errors import DiskFullError
 from bp_runs.events import StepDone
+from bp_runs.redact import MASK
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
 
@@ -171,3 +174,24 @@ def test_a_run_that_fails_with_secrets_leaves_none_in_any_file(train, capsys, tm
     found = {(name, place) for name, secret in secrets.items() for place, text in texts.items() if secret in text}
     assert not found
     assert "[redacted]" in texts["stderr"]
+
+
+def test_logs_of_a_chain_in_both_forms():
+    secret = "hf_" + "a1B2c3" * 6
+    for formatter in (ConsoleFormatter(), JsonFormatter()):
+        stream = io.StringIO()
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(formatter)
+        log = logging.getLogger("secrets-test")
+        log.handlers[:] = [handler]
+        log.propagate = False
+        try:
+            try:
+                raise KeyError(secret)
+            except KeyError as error:
+                raise ValueError(f"with {secret}") from error
+        except ValueError:
+            log.exception("asked %s with %r", secret, {"token": secret})
+        assert secret not in stream.getvalue()
+        assert MASK in stream.getvalue()
+        assert "ValueError" in stream.getvalue()
