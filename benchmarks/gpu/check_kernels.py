@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-from bp_train_cuda.memory.planner import ActivationPlan  # noqa: F401  # imports what a run imports
-from bp_train_cuda.model.activations import InputOffload, tile_feed_forward, untile_feed_forward
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bp_train_cuda.memory.planner import ActivationPlan  # noqa: F401  # imports what a run imports
 from bp_train_cuda.model import activations, nf4
+from bp_train_cuda.model.activations import InputOffload, tile_feed_forward, untile_feed_forward
 from bp_train_cuda.model.lora_linear import restore_lora, use_fast_lora
 
 GPU = torch.device("cuda")

@@ -9,7 +9,7 @@ import pytest
 
 from backpropagate import Trainer
 from backpropagate.quickstart import DEFAULTS, HELD_OUT
-from bp_export import LlamaChat
+from bp_export.chat import LlamaChat
 from bp_runs.adapter import changed_files
 from bp_runs.store import RunStore
 

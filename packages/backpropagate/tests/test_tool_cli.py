@@ -293,7 +293,7 @@ def test_info_names_rails_and_versions(fake, capsys):
     found = out(capsys, ["info"])
     assert found["rails"][0]["name"] == "fake"
     assert found["versions"]["backpropagate"]
-    assert found["kernels"] == bp_export.describe_kernels()
+    assert found["kernels"] == bp_export.quant.describe_kernels()
     assert run(["info"]) == 0
     assert "told so by the test" in capsys.readouterr().out
 
@@ -319,9 +319,9 @@ def test_loss_plot():
     ],
 )
 def test_ollama_s_own_variable_names_the_server(given, address):
-    from backpropagate.exporting import ollama_host
+    from backpropagate.exporting import read_ollama_host
 
-    assert ollama_host({"OLLAMA_HOST": given}) == address
+    assert read_ollama_host({"OLLAMA_HOST": given}) == address
 
 
 @pytest.mark.parametrize("given", ["box:many", "box:99999", "ftp://box", "http://[::1"])

@@ -1,5 +1,7 @@
 """What the export command adds to bp-export: the base found, Ollama looked for first, all formats reached."""
 
+import importlib
+import inspect
 import json
 import re
 import shlex
@@ -11,8 +13,9 @@ import pytest
 from backpropagate.cli.app import run
 from backpropagate.cli.errors import load_codes
 from backpropagate.exporting import export_adapter
-from bp_export import BOUNDS
+from bp_export.cli.options import COMMANDS
 from bp_export.errors import OllamaRegistrationError
+from bp_export.verify import BOUNDS
 from bp_merge import read_model_index, write_tensors
 
 
@@ -34,19 +37,31 @@ def adapter(tmp_path, pico_model):
     return folder
 
 
+@pytest.mark.parametrize("command", [*COMMANDS])
+def test_both_command_lines_have_the_same_options(command):
+    """One declaration, mounted twice: `bp_export.cli.options`."""
+    own = importlib.import_module(f"bp_export.cli.{command.partition(' ')[0]}").build_parser()
+    for word in command.split()[1:]:
+        own = next(a for a in own._actions if a.choices).choices[word]
+    alone = {a.dest: set(a.option_strings) for a in own._actions if a.option_strings}
+    module = importlib.import_module(f"backpropagate.cli.{command.partition(' ')[0]}")
+    signature = inspect.signature(getattr(module, command.split()[-1]))
+    mounted = {
+        p.name: set(p.annotation.__metadata__[0].name)
+        for p in signature.parameters.values()
+        if p.kind is p.KEYWORD_ONLY and p.name != "json"
+    }
+    assert mounted == {o.name: set(o.words) for o in COMMANDS[command]}
+    for name in ("help", "json", "version"):
+        alone.pop(name, None)
+    assert {n: {w for w in words if not w.startswith("--no-")} for n, words in alone.items()} == mounted
+
+
 @pytest.mark.parametrize("format", ["gguf-adapter", "mlx", "ollama-adapter", "lora"])
 def test_the_adapters_own_forms_are_reached(tmp_path, adapter, format, capsys):
-    argv = [
-        "export",
-        str(adapter),
-        "--format",
-        format,
-        "--output",
-        str(tmp_path / "out.x"),
-        "--ollama-base",
-        "x",
-        "--json",
-    ]
+    argv = ["export", str(adapter), "--format", format, "--output", str(tmp_path / "out.x"), "--json"]
+    if format == "ollama-adapter":
+        argv += ["--ollama-base", "x"]
     assert run(argv) == 0
     assert json.loads(capsys.readouterr().out)["format"] == format
     assert (tmp_path / "out.x").exists()
@@ -113,7 +128,8 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path, adapter, capsys):
     plan = json.loads(capsys.readouterr().out)
     assert plan["bytes"] == sum(tensor["bytes"] for tensor in plan["tensors"])
     assert sum(tensor["is_changed"] for tensor in plan["tensors"]) == 4
-    assert run(["export", str(adapter), "--dry-run", "--format", "merged"]) == 1
+    for format in ("merged", "lora", "mlx", "gguf-adapter"):
+        assert run(["export", str(adapter), "--dry-run", "--format", format]) == 0
     assert run(["export", str(adapter), "--dry-run"]) == 0
     assert not list(tmp_path.glob("*.gguf"))
 

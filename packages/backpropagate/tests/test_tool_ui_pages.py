@@ -47,7 +47,7 @@ def page(place):
 def test_data_files_are_browsed_in_the_page_s_folders(page, place):
     assert f">{place}/</a>" in page.get("/data").text
     text = page.get("/data", params={"path": str(place)}).text
-    assert re.findall(r">([^<>]+)</a>", text[text.index('class="files"') :]) == ["deep/", "m/", "d.jsonl"]
+    assert re.findall(r">([^<>]+)</a>", text[text.index('class="files"') :]) == ["deep/", "home/", "m/", "d.jsonl"]
     text = page.get("/data", params={"path": str(place / "deep")}).text
     assert "e.csv.gz" in text
     assert "secret.pem" not in text
@@ -123,9 +123,9 @@ def test_an_export_is_started_from_the_run_s_own_folder_into_the_page_s(page, pl
     for wrong in ({"format": "exe"}, {"quantization": "q1"}, {"source": "x/y"}, {"source": source + "/../x"}):
         assert send(**wrong).status_code == 400, wrong
     assert send(format="lora", force="yes").status_code == 303
-    (started,) = [json.loads(f.read_text()) for f in (place / "home/ui-outputs/.launches").glob("*.json")]
+    (started,) = page.app._app.state.site.jobs.newest()
     target = place / f"home/ui-outputs/exports/{run_id}-lora"
-    assert started["argv"] == [
+    assert list(started.argv) == [
         "export",
         f"{place}/output/runs/{run_id}/lora",
         "--format=lora",
@@ -133,9 +133,8 @@ def test_an_export_is_started_from_the_run_s_own_folder_into_the_page_s(page, pl
         "--force",
     ]
     until = time.monotonic() + 120
-    launches = page.app._app.state.site.launches
-    while launches._children and time.monotonic() < until:
-        launches._reap()
+    jobs = page.app._app.state.site.jobs
+    while jobs.is_alive(jobs.find("1")) and time.monotonic() < until:
         time.sleep(0.1)
-    assert (target / "adapter_model.safetensors").is_file(), page.get(f"/launches/{started['id']}").text
+    assert (target / "adapter_model.safetensors").is_file(), page.get("/jobs/1").text
     assert str(target) in page.get("/export").text

@@ -15,11 +15,11 @@ from starlette.testclient import TestClient
 
 from backpropagate import Trainer
 from backpropagate.cli.app import run
+from backpropagate.jobs.queue import Queue
 from backpropagate.ui.app import build_app
 from backpropagate.ui.folders import find_places
 from backpropagate.ui.pages.training import _NOT_HERE, offered, read_flags, to_words
 from backpropagate.ui_spec import UiSpec
-from bp_runs.process import process_birth
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
 
@@ -37,9 +37,10 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "m/config.json").write_text("{}")
     (tmp_path / "m/model.safetensors").write_bytes(b"")
     yield tmp_path
-    for launch in launches(tmp_path):  # a test that failed leaves no training behind
-        if process_birth(launch["pid"]) == launch["process_started"] is not None:
-            os.kill(launch["pid"], signal.SIGKILL)
+    queue = Queue(tmp_path / "home/ui-outputs/.jobs")
+    for job in queue.jobs():  # a test that failed leaves no training behind
+        if job.pid and queue.is_at_work(job):
+            os.kill(job.pid, signal.SIGKILL)
 
 
 def open_page(shown="output"):
@@ -52,8 +53,8 @@ def send(page, path, **form):
     return page.post(path, data={"token": token, **form})
 
 
-def launches(place):
-    return [json.loads(file.read_text()) for file in sorted((place / "home/ui-outputs").glob(".launches/*.json"))]
+def jobs_of(place):
+    return Queue(place / "home/ui-outputs/.jobs").jobs()
 
 
 def test_the_form_offers_every_setting_of_a_run_but_those_that_are_not_its_own(place):
@@ -84,9 +85,9 @@ def test_what_is_filled_in_becomes_one_word_a_flag():
         ({"steps": "many"}, "steps cannot be"),
         ({"steps": "0"}, "steps is 0"),
         ({"data": ""}, "no data file was named"),
-        ({"data": "/etc/passwd"}, "does not lie in a folder that this page may read"),
-        ({"data": "../x.jsonl"}, "does not lie in a folder that this page may read"),
-        ({"model": "/etc"}, "does not lie in a folder that this page may read"),
+        ({"data": "/etc/passwd"}, "is not in a folder that this page may read"),
+        ({"data": "../x.jsonl"}, "is not in a folder that this page may read"),
+        ({"model": "/etc"}, "is not in a folder that this page may read"),
         ({"folder": "../evil"}, "cannot name a folder"),
         ({"folder": ".launches"}, "cannot name a folder"),
         ({"method": "magic"}, "cannot be"),
@@ -100,7 +101,7 @@ def test_a_wrong_form_is_told_and_nothing_is_started(form, told, place):
     assert told in answer.text
     if "steps" not in form:
         assert 'name="steps" value="7"' in answer.text  # nothing has to be typed twice
-    assert not launches(place)
+    assert not jobs_of(place)
 
 
 def test_the_memory_verdict_is_that_of_estimate_vram(place, monkeypatch, capsys):
@@ -131,7 +132,7 @@ def test_a_run_of_elsewhere_fills_the_form_and_is_not_touched(place):
     assert ">a\nb</textarea>" in text
     assert 'name="folder"' in text
     assert send(page, f"/runs/{key}/{run_id}/resume").status_code == 403
-    assert not launches(place)
+    assert not jobs_of(place)
 
 
 def test_only_the_process_of_the_record_is_asked_to_stop(place):
@@ -159,21 +160,21 @@ def test_what_ends_before_its_run_says_why(place):
     page = open_page()
     address = send(page, "/train", data="nothing.jsonl", folder="one").headers["location"]
     until = time.monotonic() + 120
-    while "ended before a run was recorded" not in (text := page.get(address).text):
+    while "It ended before a run was recorded" not in (text := page.get(address).text):
         assert time.monotonic() < until, text
         time.sleep(0.2)
     assert "[INPUT_DATASET_NOT_FOUND]" in text
-    assert page.get("/launches/..%2fx").status_code == 404
-    assert page.get("/launches/nothing").status_code == 404
+    assert page.get("/jobs/..%2fx").status_code == 404
+    assert page.get("/jobs/nothing").status_code == 404
     let_go(page)
 
 
 def let_go(page):
     """Wait for what a page has started, so that no process is left behind."""
-    started = page.app._app.state.site.launches
+    jobs = page.app._app.state.site.jobs
     until = time.monotonic() + 120
-    while started._children and time.monotonic() < until:
-        started._reap()
+    while jobs._runners and time.monotonic() < until:
+        jobs.reap()
         time.sleep(0.1)
 
 
@@ -188,10 +189,9 @@ def test_a_run_of_the_page_is_done_again_as_its_child(place):
     filled = dict(re.findall(r'name="(\w+)" value="([^"]*)"', text)) | {"packing": "no"}
     changed = {"steps": "2", "lr": "", "sample_prompts": "who\r\nwhat", "again": f"{key}/{run_id}"}
     assert send(page, "/train", **filled | changed).status_code == 303
-    (started,) = launches(place)
-    os.kill(started["pid"], 9)
+    (started,) = jobs_of(place)
     let_go(page)
-    assert started["argv"] == [
+    assert list(started.argv) == [
         "replay", run_id, "--override=training.steps=2", "--override=training.learning_rate=0.0002",
         "--override=training.packing=false",
         "--override=training.sample_prompts=who|what", f"--output={own}",
@@ -218,12 +218,17 @@ def test_a_training_outlives_the_server_stops_when_it_is_asked_and_is_exported(p
     form = {"data": "d.jsonl", "model": str(pico_model), "steps": "100000", "max_seq_length": "64", "folder": "pirate"}
     first = open_server()
     launch = send(first, "/train", **form).headers["location"]
+    second = send(first, "/train", **{**form, "folder": "second"}).headers["location"]  # waits for the first
     page = open_server()  # as after a crash of the one that started it: nothing is shared but files
     state = wait(page, f"{launch}/state", lambda answer: answer.headers.get("hx-redirect"))
     store, run_id = RunStore(place / "home/ui-outputs/pirate"), state.rpartition("/")[2]
     wait(page, f"{state}/points", lambda answer: answer.json()["last"] >= 2)
     record = store.load(run_id)
     assert os.getsid(record.pid) == record.pid
+    assert "waiting" in page.get(second).text
+    assert not (place / "home/ui-outputs/second/runs").exists()
+    assert send(page, f"/queue/{second.rpartition('/')[2]}/remove").status_code == 303
+    assert page.get(second).status_code == 404
     environ = Path(f"/proc/{record.pid}/environ")
     if environ.exists():
         assert b"correct horse" not in environ.read_bytes()
@@ -235,7 +240,7 @@ def test_a_training_outlives_the_server_stops_when_it_is_asked_and_is_exported(p
     assert (store.folder(run_id) / "lora/adapter_model.safetensors").is_file()
     form = {"source": state[6:], "format": "gguf", "quantization": "f16"}
     launch = send(page, "/export", **form).headers["location"]
-    wait(page, f"{launch}/state", lambda answer: ">ended<" in answer.text)
+    wait(page, f"{launch}/state", lambda answer: "Exit status 0." in answer.text)
     shown = page.get("/export").text
     file = place / f"home/ui-outputs/exports/{run_id}-f16.gguf"
     assert file.is_file(), page.get(launch).text

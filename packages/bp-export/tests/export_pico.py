@@ -1,6 +1,5 @@
 """Pico models: two-layer checkpoints, a small byte-level BPE and LoRA adapters, written without network or torch."""
 
-import functools
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +17,12 @@ def skip_without_llama_cpp() -> None:
         pytest.skip("xllamacpp is not installed", allow_module_level=True)
 
 
-# The gate costs seconds and has a file of tests of its own.
-export_adapter = functools.partial(bp_export.export_adapter, verify=False)
+def export_adapter(adapter, *, format="gguf", ollama_base=None, **options):
+    """Without the gate, which costs seconds and has tests of its own; ``ollama_base`` only where the format takes it."""
+    if format == "ollama-adapter":
+        options["ollama_base"] = ollama_base
+    return bp_export.export_adapter(adapter, format=format, **{"verify": False, **options})
+
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (

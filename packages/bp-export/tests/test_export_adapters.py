@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from export_pico import export_adapter, read_place, skip_without_llama_cpp, write_base, write_lora
 
-from bp_export import is_verifiable, plan_export, read_settings
+from bp_export import plan_export
 from bp_export.chat.server import LlamaServer
 from bp_export.cli.app import main
 from bp_export.errors import AdapterFormatError, OutputTakenError
+from bp_export.gguf import read_settings
+from bp_export.verify import is_verifiable
 from bp_merge import AdapterMismatchError, TensorReader, load_adapter, read_index, write_tensors
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from export_pico import export_adapter, read_place, skip_without_llama_cpp, write_json, write_lora, write_tokenizer
 
-from bp_export import read_settings
 from bp_export.architectures import ARCHITECTURES
 from bp_export.chat.server import LlamaServer
 from bp_export.errors import ArchitectureUnsupportedError
+from bp_export.gguf import read_settings
 from bp_export.verify.decoder import COVERED
 from bp_merge import read_model_index
 

@@ -12,15 +12,16 @@ import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 from fake_ollama import serve
 
-from bp_export import LlamaChat, Manner, ask_once, converse, open_talk, register_gguf
+from bp_export.chat import ChatOptions, LlamaChat, ask_once, converse, open_session
 from bp_export.chat.server import LlamaServer
 from bp_export.cli.app import main
 from bp_export.errors import ChatFailedError, ChatTargetError
+from bp_export.ollama import register_gguf
 
 skip_without_llama_cpp()
 
 QUESTION = "the cat sat"
-SHORT = Manner(max_tokens=6)
+SHORT = ChatOptions(max_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def made(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["gguf", "lora", "merged"])
 def test_every_kind_says_the_same_in_pieces(made, kind, monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with open_talk(made[kind]) as talk:
+    with open_session(made[kind]) as talk:
         pieces = list(ask_once(talk, QUESTION, SHORT))
         assert len(list(tmp_path.rglob("*.gguf"))) == (kind != "gguf")
     assert "".join(pieces) == made["said"]
@@ -108,7 +109,7 @@ def test_what_was_said_is_kept_until_reset_and_a_stopped_answer_was_not_said():
         except StopIteration:
             raise EOFError from None
 
-    converse(parrot, Manner(system="Be kind."), read_line, shown.append)
+    converse(parrot, ChatOptions(system="Be kind."), read_line, shown.append)
     assert parrot.seen == [
         ["Be kind.", "a"],
         ["Be kind.", "a", "you said a", "stop"],
@@ -165,17 +166,17 @@ def test_a_child_that_says_much_is_not_held_up_and_its_last_words_are_told(tmp_p
 
 
 def test_what_cannot_be_talked_to(made, tmp_path):
-    with pytest.raises(ChatTargetError, match="no file or folder"), open_talk(tmp_path / "none"):
+    with pytest.raises(ChatTargetError, match="no file or folder"), open_session(tmp_path / "none"):
         pass
     (tmp_path / "text.gguf").write_text("no model")
-    with pytest.raises(ChatFailedError), open_talk(tmp_path / "text.gguf"):
+    with pytest.raises(ChatFailedError), open_session(tmp_path / "text.gguf"):
         pass
     for format in ("gguf-adapter", "ollama-adapter", "mlx"):
         alone = export_adapter(made["lora"], format=format, output=tmp_path / format, ollama_base="pico").path
-        with pytest.raises(ChatTargetError, match=r"is an adapter") as told, open_talk(alone):
+        with pytest.raises(ChatTargetError, match=r"is an adapter") as told, open_session(alone):
             pass
         assert "./output/lora" in told.value.fix
-    with open_talk(made["gguf"], context=256) as talk, pytest.raises(ChatFailedError) as caught:
+    with open_session(made["gguf"], context=256) as talk, pytest.raises(ChatFailedError) as caught:
         list(ask_once(talk, "the cat " * 400, SHORT))
     assert "context=8192" in caught.value.fix
 

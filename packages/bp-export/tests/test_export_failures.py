@@ -20,8 +20,6 @@ from bp_merge import AdapterMismatchError, TensorsInvalidError
 from bp_runs.adapter import write_manifest
 from bp_runs.errors import AdapterInvalidError, DiskFullError, InvalidSettingError
 from bp_runs.fingerprint import fingerprint_base
-from bp_runs.rail import TrainOutcome
-from bp_runs.store import RunStore
 
 
 class Usage(NamedTuple):
@@ -295,25 +293,6 @@ def test_a_folder_that_no_export_wrote_is_never_replaced(tmp_path, base, lora, f
     export_adapter(lora, **words, output=made)
     (made / "notes.md").write_text("mine")
     expect(OutputTakenError, "notes.md, which no export wrote", lora, **words, output=made)
-
-
-@pytest.mark.parametrize("format", ["merged", "lora", "mlx"])
-def test_an_export_from_before_the_mark_is_known_by_its_runs_record(tmp_path, base, format):
-    store = RunStore(tmp_path)
-    with store.start(settings={}, rail="fake", versions={}, hardware={}) as writer:
-        lora = write_lora(writer.folders.adapter, base)
-        write_manifest(lora, run_id=writer.run_id, base=str(base))
-        writer.finish(
-            TrainOutcome(adapter=lora, steps=1, first_loss=1.0, final_loss=1.0, tokens=1, seconds=1.0, peak_memory=1)
-        )
-    made = export_adapter(lora, format=format, output=tmp_path / "made")
-    (made.path / "export.json").unlink()
-    expect(OutputTakenError, "no export's folder", lora, format=format, output=made.path, force=True)
-    store.add_artifact(writer.run_id, {"kind": format, "path": str(made.path), "sha256": made.sha256})
-    export_adapter(lora, format=format, output=made.path, force=True)
-    shutil.rmtree(made.path)
-    write_base(made.path, seed=7)  # something else where the record says it was
-    expect(OutputTakenError, "no export's folder", lora, format=format, output=made.path, force=True)
 
 
 @pytest.mark.parametrize("format", ["merged", "lora", "mlx"])

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 
-from bp_export import QUANTIZATIONS, LlamaChat, read_settings
+from bp_export.chat import LlamaChat
 from bp_export.cli.app import main
-from bp_export.cli.export import QUANTIZATION_NAMES
+from bp_export.cli.options import FORMAT_NAMES
 from bp_export.errors import ChatFailedError
+from bp_export.export import FORMATS, build_request
+from bp_export.gguf import read_settings
+from bp_export.source import name_after
 from bp_merge import FoldedModel, TensorReader, load_adapter, read_model_index
+from bp_runs.errors import InvalidSettingError
 
-FORMATS = ("merged", "lora", "gguf-adapter", "mlx")
+WITHOUT_QUANTIZATION = ("merged", "lora", "gguf-adapter", "mlx")
 
 
 @pytest.fixture
@@ -54,9 +58,7 @@ def test_a_merged_folder_exports_to_the_same_file_as_the_adapter(tmp_path, lora)
     ],
 )
 def test_the_default_name_comes_from_the_base(base, name):
-    from bp_export.export import _name_after
-
-    assert _name_after(base) == name
+    assert name_after(base) == name
 
 
 def test_lora_is_a_copy(tmp_path, lora):
@@ -111,13 +113,46 @@ def test_the_command_reports_an_interrupt(lora, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bp_export.export.export_adapter", interrupt)
+    monkeypatch.setattr("bp_export.formats.gguf.GgufExport.write", interrupt)
     assert main([str(lora)]) == 130
     assert "nothing was left" in capsys.readouterr().err
 
 
-def test_the_commands_quantizations_are_the_tables():
-    assert list(QUANTIZATIONS) == list(QUANTIZATION_NAMES)
+def test_the_commands_formats_are_the_tables():
+    assert list(FORMATS) == list(FORMAT_NAMES)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_plan_names_what_is_written(format, tmp_path):
+    lora = write_lora(tmp_path / "lora", write_base(tmp_path / "base"))
+    options = (
+        {"ollama_base": "x"} if format == "ollama-adapter" else {"quantization": "q8_0"} if format == "gguf" else {}
+    )
+    request = build_request(str(lora), format, output=str(tmp_path / "out.x"), **options)
+    plan = request.plan()
+    assert not plan.path.exists()
+    assert any(tensor.is_changed for tensor in plan.tensors)
+    written = request.write()
+    assert (plan.path, len(plan.tensors)) == (written.path, written.tensors)
+    assert plan.bytes <= written.bytes
+
+
+@pytest.mark.parametrize(
+    ("format", "option"),
+    [
+        ("merged", "quantization"),
+        ("lora", "importance"),
+        ("mlx", "pre"),
+        ("gguf", "ollama_base"),
+        ("merged", "split_bytes"),
+    ],
+)
+def test_an_option_of_another_format_is_rejected(format, option, tmp_path):
+    with pytest.raises(InvalidSettingError, match=f"{option}.* is for the format") as caught:
+        build_request(tmp_path, format, **{option: "x"})
+    assert caught.value.setting == option
+    with pytest.raises(TypeError):
+        build_request(tmp_path, format, quantisation="q8_0")
 
 
 def test_import_and_help_are_light():
@@ -125,13 +160,15 @@ def test_import_and_help_are_light():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-def test_public_names_are_sorted_real_and_exported():
+@pytest.mark.parametrize("group", ["", "chat", "gguf", "hub", "ollama", "quant", "verify"])
+def test_public_names_are_real_and_exported(group):
     import bp_export
 
-    assert sorted(bp_export.__all__) == sorted(bp_export._MODULES)
-    assert all(getattr(bp_export, name) is not None for name in bp_export.__all__)
+    package = getattr(bp_export, group) if group else bp_export
+    assert len(package.__all__) == len(set(package.__all__))
+    assert all(getattr(package, name) is not None for name in package.__all__)
     with pytest.raises(AttributeError):
-        _ = bp_export.nonsense
+        _ = package.nonsense
 
 
 def test_it_works_where_frameworks_cannot_be_imported(tmp_path, lora):
@@ -145,12 +182,13 @@ class Blocker:
         if name.partition(".")[0] in blocked:
             raise ImportError(f"{{name}} is blocked")
 sys.meta_path.insert(0, Blocker())
-from bp_export import export_adapter, LlamaChat
+from bp_export import export_adapter
+from bp_export.chat import LlamaChat
 from bp_export.cli.app import main
 from bp_export.errors import LlamaCppMissingError
 outcome = export_adapter(Path({str(lora)!r}))
 assert outcome.parity is None
-for format in {FORMATS!r}:
+for format in {WITHOUT_QUANTIZATION!r}:
     export_adapter(Path({str(lora)!r}), format=format, output=Path({str(tmp_path / "without")!r}) / format)
 assert main([{str(lora)!r}, "--format", "gguf", "--quantization", "q8_0"]) == 0
 try:
@@ -164,10 +202,10 @@ except LlamaCppMissingError as error:
     assert done.returncode == 0, done.stderr
     assert "[DEP_LLAMA_CPP_MISSING]" in done.stdout
     assert {path.name for path in tmp_path.glob("*.gguf")} == {"pico-tuned-q4_k_m.gguf", "pico-tuned-q8_0.gguf"}
-    for format in FORMATS:
+    for format in WITHOUT_QUANTIZATION:
         export_adapter(lora, format=format, output=tmp_path / "with" / format)
     written = [path for path in (tmp_path / "with").rglob("*") if path.suffix in {".safetensors", ".gguf", ""}]
     written = [path for path in written if path.is_file()]
-    assert len(written) >= len(FORMATS)
+    assert len(written) >= len(WITHOUT_QUANTIZATION)
     for path in written:
         assert path.read_bytes() == (tmp_path / "without" / path.relative_to(tmp_path / "with")).read_bytes(), path

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from export_pico import export_adapter, write_base, write_lora
 
-from bp_export import QUANTIZATIONS, describe_kernels, read_settings
+from bp_export import QUANTIZATIONS
 from bp_export.errors import ImportanceInvalidError
+from bp_export.gguf import read_settings
+from bp_export.quant import describe_kernels
 from bp_merge import FoldedModel, TensorReader, decode, load_adapter, read_model_index
 from bp_runs.files import sha256_file
 
@@ -184,9 +186,11 @@ def test_threads_and_chunks_change_no_byte(tmp_path, monkeypatch):
 def test_a_sharded_base_gives_the_same_tensors(tmp_path):
     base = write_base(tmp_path / "base", hidden=64)
     from bp_export.formats.merged import write_merged
+    from bp_export.source import Source
 
     with FoldedModel(TensorReader(read_model_index(base))) as model:
-        write_merged(model, base, base, tmp_path / "sharded", shard_bytes=50_000)
+        source = Source(base, None, base, "x", None)
+        write_merged(model, source, tmp_path / "sharded", shard_bytes=50_000)
     assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 1
     one = export_adapter(base, output=tmp_path / "a.gguf", quantization="q8_0", name="x")
     assert (

@@ -9,8 +9,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from bp_export import describe_kernels
 from bp_export.errors import GgmlMissingError
+from bp_export.quant import describe_kernels
 from bp_export.quant import kernels as engines
 from bp_export.quant.kernels import TensorType, choose_engine, compute_row_bytes, quantize_rows
 

@@ -31,7 +31,7 @@ def test_without_llama_cpp_nothing_is_verified_or_asked(hide, tmp_path):
     hide("xllamacpp")
     for act in (
         lambda: bp_export.export_adapter(lora, base=tmp_path / "base", verify=True),
-        lambda: bp_export.open_talk(lora, base=tmp_path / "base").__enter__(),
+        lambda: bp_export.chat.open_session(lora, base=tmp_path / "base").__enter__(),
     ):
         with pytest.raises(LlamaCppMissingError) as caught:
             act()
@@ -55,5 +55,5 @@ def test_without_ggml_only_its_own_types_are_refused(hide, monkeypatch):
 def test_without_the_hub_s_client_nothing_is_pushed(hide, tmp_path):
     hide("huggingface_hub")
     with pytest.raises(HubMissingError) as caught:
-        bp_export.push(tmp_path, "me/model")
+        bp_export.hub.push(tmp_path, "me/model")
     assert "bp-export[hub]" in caught.value.fix

@@ -11,8 +11,15 @@ import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 from fake_ollama import serve
 
-from bp_export import (
-    LlamaChat,
+from bp_export.chat import LlamaChat
+from bp_export.cli.app import main
+from bp_export.errors import (
+    AdapterFormatError,
+    OllamaNameTakenError,
+    OllamaRegistrationError,
+    QuantizationUnknownError,
+)
+from bp_export.ollama import (
     ask_model,
     list_models,
     register_adapter,
@@ -21,13 +28,6 @@ from bp_export import (
     require_ollama,
     stream_answer,
     takes_adapters,
-)
-from bp_export.cli.app import main
-from bp_export.errors import (
-    AdapterFormatError,
-    OllamaNameTakenError,
-    OllamaRegistrationError,
-    QuantizationUnknownError,
 )
 from bp_export.ollama.register import FIRST_QUESTION
 from bp_export.ollama.server import is_local

@@ -5,7 +5,8 @@ import os
 import pytest
 from export_pico import export_adapter, write_base, write_lora
 
-from bp_export import (
+from bp_export.errors import OllamaNameTakenError, OllamaRegistrationError
+from bp_export.ollama import (
     ask_model,
     list_models,
     register_adapter,
@@ -14,7 +15,6 @@ from bp_export import (
     require_ollama,
     takes_adapters,
 )
-from bp_export.errors import OllamaNameTakenError, OllamaRegistrationError
 from bp_export.ollama.register import FIRST_QUESTION
 
 pytestmark = pytest.mark.ollama

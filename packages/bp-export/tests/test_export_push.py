@@ -15,7 +15,6 @@ import numpy as np
 from export_pico import export_adapter, write_base, write_json, write_lora
 from fake_hub import TOKEN, serve_hub
 
-from bp_export import prepare_push, push
 from bp_export.cli.app import main
 from bp_export.errors import (
     PushDeniedError,
@@ -25,6 +24,7 @@ from bp_export.errors import (
     PushRepoTakenError,
     PushSourceError,
 )
+from bp_export.hub import prepare_push, push
 from bp_export.hub.commands import write_train_command
 from bp_export.hub.run_record import find_origin
 from bp_merge import write_tensors

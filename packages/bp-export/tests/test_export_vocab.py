@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from export_pico import TEMPLATE, export_adapter, skip_without_llama_cpp, write_base, write_json, write_tokenizer
 
-from bp_export import read_settings
 from bp_export.errors import PreTokenizerUnknownError, TokenizerUnsupportedError
+from bp_export.gguf import read_settings
 from bp_export.tokenizer.pre import recognise_pre
 from bp_export.tokenizer.sentencepiece import read_pieces
 from bp_export.tokenizer.vocabulary import read_vocabulary

@@ -4,6 +4,8 @@ import ast
 import importlib
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +39,7 @@ def test_there_are_hints():
 
 @pytest.mark.parametrize("hint", HINTS)
 def test_flags_and_commands_of_hints_exist(hint):
-    shown = render(hint, ExportWording())
+    shown = re.sub(r"pip install [^;)]*", "", render(hint, ExportWording()))
     assert not find_references(shown)
     known = all_flags()
     assert {flag for flag in re.findall(r"(?<![\w-])--[a-z-]+", shown) if flag not in known} <= {"--version"}
@@ -68,7 +70,30 @@ def test_the_command_prints_its_own_flags(tmp_path, capsys):
     assert main([str(tmp_path), "--quantization", "q99"]) == 1
     assert main([str(tmp_path), "--format", "merged", "--split-mib", "3"]) == 1
     shown = capsys.readouterr().err
-    assert "(bp-export --help): --format gguf --quantization q4_k_m" in shown
+    assert "q3_k_m, q2_k: --quantization q4_k_m" in shown
     assert "--split-mib is for the format gguf" in shown
     assert "Leave it out: --split-mib" in shown
     assert render("{set:force=true}") == "force=True"
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"), [("fp16", "f16"), ("Q4", "q4_k_m"), ("float32", "f32"), ("q4_k_mm", "q4_k_m"), ("q8-1", "q8_0")]
+)
+def test_an_unknown_quantization_names_the_nearest(typed, near, tmp_path, capsys):
+    assert main([str(tmp_path), "--quantization", typed]) == 1
+    shown = capsys.readouterr().err
+    assert f"did you mean {near}?" in shown
+    assert f"--quantization {near}" in shown
+
+
+def test_the_version_is_shown(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert re.fullmatch(r"bp-export \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_help_imports_no_numpy():
+    code = "import sys; from bp_export.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

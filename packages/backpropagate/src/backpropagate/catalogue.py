@@ -15,7 +15,7 @@ from backpropagate.errors import (
     ModelInvalidError,
     ModelNotFoundError,
 )
-from backpropagate.system import is_offline, program_home, to_path
+from backpropagate.system import is_offline, path_exists, program_home, to_path
 from bp_data import DatasetNotFoundError, fetch_dataset, looks_like_hub_name
 from bp_data.hub import network_errors, send_no_usage_reports
 from bp_runs.errors import InvalidSettingError, first_line
@@ -64,22 +64,22 @@ def find_model(
         DiskFullError, OutputNotWritableError: The cache cannot hold it.
     """
     folder = to_path(name)
-    if folder.is_dir():
+    if path_exists(folder) and folder.is_dir():
         return BaseModel(require_model_folder(folder.resolve(), need), None)
-    if folder.exists():
+    if path_exists(folder):
         raise ModelInvalidError(f"{name} is a file, not a model folder")
     if _looks_like_path(name):
         raise ModelNotFoundError(f"there is no model folder {name}")
     return _from_hub(name, revision, offline=offline, need=need, with_code=with_code)
 
 
-def find_tokenizer(wanted: Settings) -> Path:
+def find_tokenizer(settings: Settings) -> Path:
     """The folder of the settings' model, with its tokenizer and config and perhaps without weights.
 
     Raises:
         CodedError: As `find_model`.
     """
-    model, offline = wanted.model, is_offline(os.environ)
+    model, offline = settings.model, is_offline(os.environ)
     return find_model(model.name, revision=model.revision, offline=offline, need=TOKENIZER).folder
 
 
@@ -105,13 +105,13 @@ def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, wit
     from huggingface_hub import errors as hub
 
     send_no_usage_reports()
-    wanted = [p for p in _WANTED if need == WHOLE or p != "*.safetensors"] + (["*.py"] if with_code else [])
+    patterns = [p for p in _WANTED if need == WHOLE or p != "*.safetensors"] + (["*.py"] if with_code else [])
     try:
         with coded_disk_errors(Path(constants.HF_HUB_CACHE)):
             found = snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=wanted,
+                allow_patterns=patterns,
                 ignore_patterns=list(_UNWANTED),
                 local_files_only=offline,
             )
@@ -157,7 +157,7 @@ def find_rows(data: DataSpec, environ: Mapping[str, str], *, offline: bool = Fal
     path = to_path(data.path)
     part = {"data.subset": data.subset, "data.split": data.split, "data.revision": data.revision}
     asked = [key for key, value in part.items() if value is not None]
-    if path.exists() and not (path.is_dir() and asked):
+    if path_exists(path) and not (path.is_dir() and asked):
         if asked:
             raise InvalidSettingError(
                 f"{{set:{asked[0]}}} chooses a part of a data set, and {data.path} is a file",
@@ -165,13 +165,13 @@ def find_rows(data: DataSpec, environ: Mapping[str, str], *, offline: bool = Fal
                 setting=asked[0],
             )
         return Rows(path, None)
-    if path.is_dir() and data.revision is not None:
+    if path_exists(path) and path.is_dir() and data.revision is not None:
         raise InvalidSettingError(
             f"{{set:data.revision}} is for data sets of the Hub, and {data.path} is a folder",
             fix="Leave it out: {set:data.revision}",
             setting="data.revision",
         )
-    if not path.is_dir() and not looks_like_hub_name(data.path):
+    if not (path_exists(path) and path.is_dir()) and not looks_like_hub_name(data.path):
         raise DatasetNotFoundError(f"there is no data file {data.path}")
     found = fetch_dataset(
         path if path.is_dir() else data.path,

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import bp_export
 from backpropagate import rails, settings, system
-from backpropagate.exporting import ollama_host
+from backpropagate.exporting import read_ollama_host
 from bp_runs.errors import CodedError, first_line
 from bp_runs.files import require_folder
 from bp_runs.rail import Check, ChecksMachine, Finding
@@ -157,7 +157,7 @@ def check_llama_cpp() -> Finding:
 def check_ollama(environ: Mapping[str, str]) -> Finding:
     """Whether Ollama answers."""
     try:
-        version = bp_export.require_ollama(ollama_host(environ))
+        version = bp_export.ollama.require_ollama(read_ollama_host(environ))
     except CodedError as error:
         return Finding(state="warning", message=f"does not answer: {error.message}", fix=error.fix)
     return Finding(state="ok", message=f"version {version} answers")

@@ -47,35 +47,32 @@ class ExportResult:
 
 def export_adapter(
     adapter: Path,
-    format: bp_export.Format,
+    format: bp_export.Format = "gguf",
     *,
-    quantization: str | None = None,
-    output: Path | None = None,
     base: str | None = None,
-    pre: str | None = None,
-    importance: Path | None = None,
-    split_bytes: int | None = None,
-    ollama_base: str | None = None,
-    verify: bool | None = None,
+    name: str | None = None,
     ollama: bool = False,
     ollama_name: str | None = None,
-    dequantize: bool = False,
+    ollama_host: str | None = None,
+    ollama_context: int | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> ExportResult:
     """Export an adapter folder, or the folder of a model of which all weights were trained.
 
     Args:
         adapter: The adapter's or model's folder.
+        format: One of `bp_export.FORMATS`.
         base: Overrides the base model that the adapter names: a folder or Hub id.
-        importance: An importance matrix for the quantizers: a file of llama-imatrix.
-        split_bytes: Most bytes of tensors a file; a larger GGUF becomes several.
-        ollama_base: For ``ollama-adapter``: the base's name in Ollama, or a GGUF of it.
+        name: As `bp_export.ExportRequest.name`; by default the base's and the end of the run's id.
         ollama: Register the GGUF with the Ollama that runs here.
         ollama_name: Its name there, which registers it too; default: the file's name.
-        dequantize: Whether a base in 4 bits (bitsandbytes) is unpacked.
+        ollama_host: Ollama's address; default: the variable ``OLLAMA_HOST``.
+        ollama_context: Tokens of context there; default: Ollama's own.
         force: Whether an earlier export, and a model of that name in Ollama, may be replaced.
-        verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
+        progress: Called with bytes written and bytes in all.
+        **options: As `bp_export.build_request`.
 
     Raises:
         CodedError: As `bp_export.export_adapter` and `catalogue.find_model`. After ParityFailedError the file is there,
@@ -84,74 +81,55 @@ def export_adapter(
     wants_ollama = ollama or ollama_name is not None
     if wants_ollama and format != "gguf":
         raise InvalidSettingError(f"Ollama takes GGUF files, not {format!r}", fix="Export a GGUF: {set:format=gguf}")
-    if wants_ollama and split_bytes is not None:
+    if wants_ollama and options.get("split_bytes") is not None:
         raise InvalidSettingError(
             "Ollama takes one file, and this would be several", fix="Leave it out: {set:split_bytes}"
         )
-    base_name, run_id = _read_origin(adapter)
-    name = _name_after(base_name, run_id)
-    if wants_ollama:
-        ollama_name = ollama_name or (output or bp_export.name_gguf(adapter, quantization, name=name)).stem
-        bp_export.require_ollama(ollama_host(os.environ), name=ollama_name, force=force)
-    base_folder = None if format in ("lora", "mlx") else find_base_folder(adapter, base)
+    host = ollama_host or read_ollama_host(os.environ) if wants_ollama else None
+    request, run_id = _build_request(adapter, format, base=base, name=name, force=force, **options)
+    if isinstance(request, bp_export.GgufExport) and wants_ollama:
+        ollama_name = (
+            ollama_name
+            or (request.output or bp_export.name_gguf(adapter, request.quantization, name=request.name)).stem
+        )
+        bp_export.ollama.require_ollama(host, name=ollama_name, force=force)
     try:
-        outcome = bp_export.export_adapter(
-            adapter,
-            output=output,
-            format=format,
-            quantization=quantization,
-            base=base_folder,
-            pre=pre,
-            name=name,
-            importance=importance,
-            split_bytes=split_bytes,
-            ollama_base=ollama_base,
-            dequantize=dequantize,
-            force=force,
-            verify=verify,
-            progress=progress,
-        )
+        outcome = request.write(progress)
     except ParityFailedError as error:
-        _note_in_run(
-            adapter,
-            run_id,
-            {"kind": format, "quantization": quantization or bp_export.USUAL_QUANTIZATION, **error.details},
-        )
+        quantization = bp_export.quant.read_quantization(options.get("quantization")).name
+        _note_in_run(adapter, run_id, {"kind": format, "quantization": quantization, **error.details})
         raise
-    run_id, context = _note_in_run(adapter, run_id, _build_artifact(outcome))
+    run_id = _note_in_run(adapter, run_id, _build_artifact(outcome))
     if ollama_name is not None:
-        bp_export.register_gguf(outcome.path, ollama_name, host=ollama_host(os.environ), context=context, force=force)
+        bp_export.ollama.register_gguf(outcome.path, ollama_name, host=host, context=ollama_context, force=force)
     return ExportResult(outcome=outcome, ollama=ollama_name, run_id=run_id)
 
 
 def plan_export(
     adapter: Path,
-    format: bp_export.Format,
+    format: bp_export.Format = "gguf",
     *,
-    quantization: str | None = None,
-    output: Path | None = None,
     base: str | None = None,
-    pre: str | None = None,
-    importance: Path | None = None,
-    dequantize: bool = False,
+    name: str | None = None,
+    **options: Any,
 ) -> bp_export.ExportPlan:
-    """What `export_adapter` would write as GGUF; nothing is written.
+    """What `export_adapter` would write; nothing is written.
 
     Raises:
-        CodedError: As `export_adapter`; InvalidSettingError for another format.
+        CodedError: As `export_adapter`.
     """
-    if format != "gguf":
-        raise InvalidSettingError(f"a dry run plans GGUF files, not {format!r}", fix="Plan a GGUF: {set:format=gguf}")
-    return bp_export.plan_export(
-        adapter,
-        output=output,
-        quantization=quantization,
-        base=find_base_folder(adapter, base),
-        pre=pre,
-        name=_name_after(*_read_origin(adapter)),
-        importance=importance,
-        dequantize=dequantize,
-    )
+    kept = {key: value for key, value in options.items() if not key.startswith("ollama") or key == "ollama_base"}
+    return _build_request(adapter, format, base=base, name=name, **kept)[0].plan()
+
+
+def _build_request(
+    adapter: Path, format: bp_export.Format, *, base: str | None, name: str | None, **options: Any
+) -> tuple[bp_export.ExportRequest, str | None]:
+    """The request, with the base found and fetched, and the id of the adapter's run."""
+    base_name, run_id = _read_origin(adapter)
+    folder = None if format in ("lora", "mlx") else find_base_folder(adapter, base)
+    own = name or _name_after(base_name, run_id)
+    return bp_export.build_request(adapter, format, base=folder, name=own, **options), run_id
 
 
 def warn_unexportable(base: Path) -> None:
@@ -209,7 +187,7 @@ def _name_after(base: str, run_id: str | None) -> str | None:
     return f"{PurePath(base).name}-{run_id[-6:]}" if run_id else None
 
 
-def ollama_host(environ: Mapping[str, str]) -> str | None:
+def read_ollama_host(environ: Mapping[str, str]) -> str | None:
     """Ollama's own variable ``OLLAMA_HOST`` as an address; None where it is not set.
 
     Raises:
@@ -240,13 +218,10 @@ def _build_artifact(outcome: bp_export.ExportOutcome) -> dict[str, Any]:
     }
 
 
-def _note_in_run(adapter: Path, run_id: str | None, artifact: Mapping[str, Any]) -> tuple[str | None, int | None]:
-    """Add the export to its run's record where that stands beside the adapter.
-
-    Returns the run's id and the row length, in tokens, that it was trained with; None where there is no record.
-    """
+def _note_in_run(adapter: Path, run_id: str | None, artifact: Mapping[str, Any]) -> str | None:
+    """Add the export to its run's record next to the adapter; returns the run's id, None without a record."""
     if run_id is None:
-        return None, None
+        return None
     for output in (adapter.resolve().parent, *adapter.resolve().parents[2:3]):
         store = RunStore(output)
         try:
@@ -254,18 +229,18 @@ def _note_in_run(adapter: Path, run_id: str | None, artifact: Mapping[str, Any])
         except RecordInvalidError:
             continue
         except CodedError as error:
-            _log.warning("the export is whole, but the run's record could not be told of it: %s", error)
-        return run_id, store.load(run_id).setting("model.max_seq_length")
-    return None, None
+            _log.warning("the export is complete, but it could not be added to the run's record: %s", error)
+        return run_id
+    return None
 
 
-def push_model(source: Path, repo: str, **asked: Any) -> bp_export.PushOutcome:
-    """Upload to the Hub, see `bp_export.push`.
+def push_model(source: Path, repo: str, **asked: Any) -> bp_export.hub.PushOutcome:
+    """Upload to the Hub, see `bp_export.hub.push`.
 
     Raises:
         PushNetworkError: The user forbade the network.
-        CodedError: As `bp_export.push`.
+        CodedError: As `bp_export.hub.push`.
     """
     if system.is_offline(os.environ):
         raise PushNetworkError("nothing can be pushed in offline mode", fix="Go online, and turn offline mode off.")
-    return bp_export.push(source, repo, **asked)
+    return bp_export.hub.push(source, repo, **asked)

@@ -26,7 +26,7 @@ _OPEN = Old("Open the address that backprop ui prints.", "nothing is opened behi
 COMMANDS: Mapping[str, Old] = {
     "ollama shelf": Old("List them: backprop ollama list"),
     "generate": Old(
-        "Talk to it: backprop chat ./output/lora", "chat talks to adapters, merged models, GGUFs and Ollama"
+        "Chat with it: backprop chat ./output/lora", "chat talks to adapters, merged models, GGUFs and Ollama"
     ),
 }
 

@@ -18,11 +18,11 @@ from bp_runs.rail import Estimates, MemoryEstimate, Rail
 from bp_runs.spec import LORA_PRESETS, Settings
 
 
-def estimate_memory(wanted: Settings, *, memory: int | None) -> MemoryEstimate:
+def estimate_memory(settings: Settings, *, memory: int | None) -> MemoryEstimate:
     """The memory of a training with these settings, from the model's shapes alone.
 
     Args:
-        wanted: The settings.
+        settings: The settings.
         memory: Bytes of the card, by which the mode is chosen where it is ``auto``; None: unknown.
 
     Raises:
@@ -30,7 +30,7 @@ def estimate_memory(wanted: Settings, *, memory: int | None) -> MemoryEstimate:
         CodedError: As `backpropagate.catalogue.find_model`.
     """
     machine = system.program_home(os.environ)
-    return require_estimator().estimate(wanted, read_config(wanted), memory=memory, machine=machine)
+    return require_estimator().estimate(settings, read_config(settings), memory=memory, machine=machine)
 
 
 def require_estimator() -> Estimates:
@@ -45,16 +45,16 @@ def require_estimator() -> Estimates:
     return found
 
 
-def read_config(wanted: Settings) -> Mapping[str, Any]:
+def read_config(settings: Settings) -> Mapping[str, Any]:
     """The model's config.json; of a preset what is known of it, without a download.
 
     Raises:
         CodedError: As `backpropagate.catalogue.find_model`.
     """
-    preset = find_preset(wanted.model.name)
+    preset = find_preset(settings.model.name)
     if preset is not None:
         return preset.config
-    folder = catalogue.find_tokenizer(wanted)
+    folder = catalogue.find_tokenizer(settings)
     found: Mapping[str, Any] = orjson.loads((folder / "config.json").read_bytes())
     return found
 
@@ -74,12 +74,12 @@ def settle_lora(resolved: Resolved, rail: Rail, base: Path, machine: Path | None
     config, free = orjson.loads((base / "config.json").read_bytes()), probe.memory
     needs: list[str] = []
     for name in LORA_PRESETS:
-        wanted = apply_lora_preset(resolved, name)
+        chosen = apply_lora_preset(resolved, name)
         try:
-            need = rail.estimate(wanted.settings, config, memory=free, machine=machine).needed
+            need = rail.estimate(chosen.settings, config, memory=free, machine=machine).needed
         except CodedError as error:
             return apply_lora_preset(resolved, "fast"), f"the LoRA preset fast: {error.message}"
         needs.append(f"{name} {need / 2**30:.1f}")
         if need <= free or name == list(LORA_PRESETS)[-1]:
             break
-    return wanted, f"the LoRA preset {name}: {', '.join(needs)} of {free / 2**30:.1f} GiB free"
+    return chosen, f"the LoRA preset {name}: {', '.join(needs)} of {free / 2**30:.1f} GiB free"

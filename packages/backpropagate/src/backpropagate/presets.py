@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from backpropagate.system import path_exists
 from bp_runs.events import Notice
 
 
@@ -110,7 +110,7 @@ MODEL_PRESETS: Mapping[str, ModelPreset] = MappingProxyType({preset.name: preset
 
 def find_preset(name: str) -> ModelPreset | None:
     """The preset of that name or Hub id; a folder of the same name goes first."""
-    if Path(name).exists():
+    if path_exists(name):
         return None
     by_id = {preset.model.lower(): preset for preset in _ALL}
     return MODEL_PRESETS.get(name.lower()) or by_id.get(name.lower())

@@ -159,7 +159,7 @@ def _validate(data: Path, base: Path, on_preview: Callable[[list[PreviewToken]],
 
 def _ask(gguf: Path, samples: Sequence[SampleAnswer], last_step: int) -> list[Answer]:
     said = {(s.step, s.prompt): s.answer for s in samples}
-    with bp_export.LlamaChat(gguf) as chat:
+    with bp_export.chat.LlamaChat(gguf) as chat:
         return [
             Answer(
                 prompt=prompt,

@@ -11,7 +11,7 @@ from typing import Any
 
 from backpropagate.errors import ResumeDiffersError
 from backpropagate.settings import Resolved, from_record
-from backpropagate.system import output_setting
+from backpropagate.system import output_setting, path_exists
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
 from bp_runs.errors import (
     CheckpointInvalidError,
@@ -133,14 +133,14 @@ def find_same(store: RunStore, resolved: Resolved, ranks: int = 1) -> ResumePlan
     Args:
         ranks: How many processes train together; a run of another number is another run.
     """
-    wanted = resolved.settings
+    settings = resolved.settings
     for row in store.list_newest(_LOOKED_AT)[0]:
         if _is_damaged(row):
-            found = _find_same_damaged(store, row["run_id"], wanted)
+            found = _find_same_damaged(store, row["run_id"], settings)
             if found is None:
                 continue
             return _with_checkpoint(store, found) if found.status in UNFINISHED else None
-        if (row["model"], row["data"], row["kind"]) != (wanted.model.name, wanted.data.path, "train"):
+        if (row["model"], row["data"], row["kind"]) != (settings.model.name, settings.data.path, "train"):
             continue
         try:
             record = store.load(row["run_id"])
@@ -149,7 +149,7 @@ def find_same(store: RunStore, resolved: Resolved, ranks: int = 1) -> ResumePlan
             continue
         if (record.parent or {}).get("relation") == "member" or record.hardware.get("ranks", 1) != ranks:
             continue
-        if not differences(wanted, recorded.settings):
+        if not differences(settings, recorded.settings):
             return _with_checkpoint(store, record) if record.status in UNFINISHED else None
     return None
 
@@ -163,23 +163,23 @@ def base_notices(record: RunRecord, folder: Path) -> list[Notice]:
     return [Notice(message=text, level="warning")]
 
 
-def pin(wanted: Settings, record: RunRecord | None) -> Settings:
+def pin(settings: Settings, record: RunRecord | None) -> Settings:
     """``wanted`` with the Hub's commits that the recorded run was made of, where it asks for the same model and data.
 
     A branch may have moved since; what the record does not know stays as it is asked for.
     """
     if record is None:
-        return wanted
+        return settings
     model, data = (found and found.get("revision") for found in (record.model, record.data))
-    if model and _asks_alike(wanted, record, "model.name", "model.revision"):
-        wanted = replace(wanted, model=replace(wanted.model, revision=model))
-    if data and _asks_alike(wanted, record, "data.path", "data.revision"):
-        wanted = replace(wanted, data=replace(wanted.data, revision=data))
-    return wanted
+    if model and _asks_alike(settings, record, "model.name", "model.revision"):
+        settings = replace(settings, model=replace(settings.model, revision=model))
+    if data and _asks_alike(settings, record, "data.path", "data.revision"):
+        settings = replace(settings, data=replace(settings.data, revision=data))
+    return settings
 
 
-def _asks_alike(wanted: Settings, record: RunRecord, *keys: str) -> bool:
-    flat = wanted.to_flat()
+def _asks_alike(settings: Settings, record: RunRecord, *keys: str) -> bool:
+    flat = settings.to_flat()
     return all(flat[key] == record.setting(key) for key in keys)
 
 
@@ -214,7 +214,7 @@ def differences(now: Settings, before: Settings) -> dict[str, tuple[Any, Any]]:
 def _comparable(settings: Settings) -> dict[str, Any]:
     flat = settings.to_flat() | {"training.learning_rate": settings.training.resolved_learning_rate}
     for key in ("model.name", "data.path"):
-        if Path(flat[key]).exists():
+        if path_exists(flat[key]):
             flat[key] = str(Path(flat[key]).resolve())
     return {key: value for key, value in flat.items() if key not in _OF_THE_CALL}
 
@@ -285,7 +285,7 @@ def _load_or_rebuild(store: RunStore, run_id: str, older: Sequence[Mapping[str, 
         return record
 
 
-def _find_same_damaged(store: RunStore, run_id: str, wanted: Settings) -> RunRecord | None:
+def _find_same_damaged(store: RunStore, run_id: str, settings: Settings) -> RunRecord | None:
     """A run with a damaged record, rebuilt, if it has these settings; None if not, or if nobody can tell."""
     copy = read_copy(store.folder(run_id))
     if copy is None:
@@ -293,7 +293,7 @@ def _find_same_damaged(store: RunStore, run_id: str, wanted: Settings) -> RunRec
         _log.warning("the record of the run %s is damaged; if it was this run, it is not resumed (%s)", run_id, hint)
         return None
     try:
-        is_same = not differences(wanted, from_record(copy.record).settings)
+        is_same = not differences(settings, from_record(copy.record).settings)
     except CodedError:
         return None
     return _load_or_rebuild(store, run_id) if is_same else None

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, get_type_hints
 from backpropagate import legacy_names
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
 from backpropagate.presets import find_preset
-from backpropagate.system import to_path
+from backpropagate.system import path_exists, to_path
 from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import InvalidSettingError
 from bp_runs.record import RunRecord
@@ -341,7 +341,7 @@ def anchored(key: str, value: Any, cwd: str) -> Any:
     if key not in _PATHS or not value or Path(value).is_absolute():
         return value
     there = Path(cwd) / value
-    return str(there) if Path(cwd) != Path.cwd() and there.exists() else value
+    return str(there) if Path(cwd) != Path.cwd() and path_exists(there) else value
 
 
 def _from_flags(flags: Mapping[str, Any], known: Mapping[str, Setting]) -> _Layer:

@@ -85,6 +85,11 @@ def is_network_forbidden(environ: Mapping[str, str]) -> bool:
     return environ.get("BACKPROPAGATE_OFFLINE", "").lower() in _TRUTHS
 
 
+def path_exists(path: Path | str) -> bool:
+    """Whether something is at the path; False for what no system takes as one, such as a name of 3,000 characters."""
+    return os.path.exists(path)  # noqa: PTH110  # Path.exists raises for those
+
+
 def to_path(text: str | Path) -> Path:
     """A path as a user writes it, ``~`` included.
 

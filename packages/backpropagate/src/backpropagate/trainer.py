@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from backpropagate import catalogue, memory_estimate, presets, rails, resume_plan, settings, system, warm_start
+from backpropagate import catalogue, memory_estimate, presets, rails, resume_plan, system, warm_start
 from backpropagate.distributed import launchers
 from backpropagate.errors import MainProcessError
 from backpropagate.exporting import ExportResult, export_adapter, push_model, warn_unexportable
@@ -30,6 +30,7 @@ from backpropagate.keywords import (
     TrainKeywords,
 )
 from backpropagate.session import RunSession, SessionContext
+from backpropagate.settings import TOML_FILE, Resolved, by_short_name, from_record, overlay, resolve, with_output
 from backpropagate.signatures import shows_keywords
 from backpropagate.trackers import tracker
 from bp_runs.adapter import read_manifest
@@ -46,7 +47,8 @@ if TYPE_CHECKING:
     from backpropagate.continual.multirun import MultiRun, MultiRunResult
     from backpropagate.evaluation.evaluate import EvalResult
     from bp_data.preparation import AnyPrepared
-    from bp_export import Format, PushOutcome
+    from bp_export import Format
+    from bp_export.hub import PushOutcome
     from bp_runs.proof import Proof
     from bp_runs.rail import MemoryEstimate
 
@@ -151,15 +153,15 @@ class Trainer:
             self.settings = resolved.settings
             store = RunStore(self.output)
             resolved = warm_start.settle_start(resolved, store.output, self._rail)
-            going_on = self._choose(store, resolved)
-            if going_on is None:
+            plan = self._choose(store, resolved)
+            if plan is None:
                 return self._train(store, resolved, on_event)
             try:
-                return self._train(store, going_on.resolved, on_event, going_on)
+                return self._train(store, plan.resolved, on_event, plan)
             except ResumeChangedError as error:
                 if resolved.settings.training.resume:
                     raise
-                _log.warning("the run %s cannot go on, a new one begins: %s", going_on.record.run_id, error.cause)
+                _log.warning("the run %s cannot go on, a new one begins: %s", plan.record.run_id, error.cause)
                 return self._train(store, resolved, on_event)
 
     def resume(
@@ -189,8 +191,8 @@ class Trainer:
             if record.kind == "multi-run":
                 self.multi_run(resume=record.run_id, on_event=on_event)
                 return self._newest_result()
-            going_on = resume_plan.prepare(store, record)
-            return self._train(store, going_on.resolved, on_event, going_on, take_over=take_over)
+            plan = resume_plan.prepare(store, record)
+            return self._train(store, plan.resolved, on_event, plan, take_over=take_over)
 
     @shows_keywords(RunKeywords)
     def replay(
@@ -219,9 +221,7 @@ class Trainer:
             record = store.load(run)
             if record.kind != "train" or record.is_imported:
                 raise ResumeNotFoundError(f"the record of the run {record.run_id} has not all that it was made with")
-            return self._train(
-                store, settings.from_record(record, {**(overrides or {}), **flags}), on_event, parent=record
-            )
+            return self._train(store, from_record(record, {**(overrides or {}), **flags}), on_event, parent=record)
 
     def extend(self, run: str, *, steps: int, on_event: Callable[[Event], None] | None = None) -> TrainResult:
         """Train a finished run for more steps, as a new run that starts from its newest weights.
@@ -265,12 +265,12 @@ class Trainer:
             raise ContractError("the call has left no result")
         return self.last
 
-    def _choose(self, store: RunStore, resolved: settings.Resolved) -> resume_plan.ResumePlan | None:
+    def _choose(self, store: RunStore, resolved: Resolved) -> resume_plan.ResumePlan | None:
         """The run that the setting ``resume`` means; None to begin a new one."""
-        wanted = resolved.settings.training.resume
-        if wanted is None:
+        resume = resolved.settings.training.resume
+        if resume is None:
             return resume_plan.find_same(store, resolved, self._ranks.count if self._ranks else 1)
-        if not wanted:
+        if not resume:
             return None
         record = resume_plan.find_record(store, None)
         if record.kind != "train":
@@ -283,60 +283,60 @@ class Trainer:
     def _train(
         self,
         store: RunStore,
-        resolved: settings.Resolved,
+        resolved: Resolved,
         on_event: Callable[[Event], None] | None,
-        going_on: resume_plan.ResumePlan | None = None,
+        plan: resume_plan.ResumePlan | None = None,
         *,
         parent: RunRecord | None = None,
         relation: Relation = "replay",
         notice: Notice | None = None,
         take_over: bool = False,
     ) -> TrainResult:
-        resolved = replace(resolved, settings=settings.with_output(resolved.settings, store.output))
-        wanted = resolved.settings
-        asked = resume_plan.pin(wanted, going_on.record if going_on else parent)
-        rows = catalogue.find_rows(asked.data, os.environ, offline=system.is_offline(os.environ))
-        context = self._open_context(store, wanted, on_event)
+        resolved = replace(resolved, settings=with_output(resolved.settings, store.output))
+        settings = resolved.settings
+        pinned = resume_plan.pin(settings, plan.record if plan else parent)
+        rows = catalogue.find_rows(pinned.data, os.environ, offline=system.is_offline(os.environ))
+        context = self._open_context(store, settings, on_event)
         launchers.require_together(context.rail, self._ranks)
         store.require_own_adapter(result_name(resolved.to_record()))
-        base = _find_base(context.rail, asked)
-        if going_on is None:
+        base = _find_base(context.rail, pinned)
+        if plan is None:
             remarks: list[Notice] = [notice] if notice else []
-            made_by = warm_start.parent_of(wanted.training.start_from, base.folder)
+            made_by = warm_start.parent_of(settings.training.start_from, base.folder)
             if parent is None:
                 resolved, chosen = memory_estimate.settle_lora(resolved, context.rail, base.folder, context.machine)
-                remarks += presets.remarks(wanted.model.name, chosen)
+                remarks += presets.remarks(settings.model.name, chosen)
             else:
                 remarks += resume_plan.base_notices(parent, base.folder)
             origin: tuple[str, Relation] | None = (made_by, "from") if made_by else None
             origin = (parent.run_id, relation) if parent else origin
             session = RunSession.start(context, resolved.to_record(), parent=origin)
         else:
-            remarks = going_on.notices(system.installed_versions())
-            session = _reopen(context, going_on, take_over=take_over)
-        self.settings = wanted = resolved.settings
-        checkpoint = going_on.checkpoint.path if going_on and going_on.checkpoint else None
+            remarks = plan.notices(system.installed_versions())
+            session = _reopen(context, plan, take_over=take_over)
+        self.settings = settings = resolved.settings
+        checkpoint = plan.checkpoint.path if plan and plan.checkpoint else None
         with session as run:
             run.use_base(base)
-            run.track(wanted, name=wanted.training.run_name, done=going_on.step if going_on else None)
+            run.track(settings, name=settings.training.run_name, done=plan.step if plan else None)
             for remark in remarks:
                 run.emit(remark)
-            start = None if checkpoint or wanted.training.start_from is None else Path(wanted.training.start_from)
-            outcome = run.train(wanted, base, rows, checkpoint=checkpoint, initial_adapter=start)
+            start = None if checkpoint or settings.training.start_from is None else Path(settings.training.start_from)
+            outcome = run.train(settings, base, rows, checkpoint=checkpoint, initial_adapter=start)
             adapter = run.publish(outcome)
             record = run.finish(outcome)
         self.last = TrainResult(run_id=run.run_id, adapter=adapter, outcome=outcome, record=record)
         return self.last
 
     def _open_context(
-        self, store: RunStore, wanted: Settings, on_event: Callable[[Event], None] | None
+        self, store: RunStore, settings: Settings, on_event: Callable[[Event], None] | None
     ) -> SessionContext:
         return SessionContext(
             store=store,
-            rail=self._rail or rails.choose_rail(wanted.training.backend),
+            rail=self._rail or rails.choose_rail(settings.training.backend),
             environ=os.environ,
             command=self._command,
-            followers=tracker.choose_trackers(wanted.training.report_to, os.environ),
+            followers=tracker.choose_trackers(settings.training.report_to, os.environ),
             on_event=on_event,
             interrupts=self._interrupts,
             ranks=self._ranks,
@@ -366,7 +366,7 @@ class Trainer:
 
         launchers.require_given(self._ranks, os.environ)
         launchers.require_one("a multi-run", self._ranks)
-        given = settings.by_short_name({"data": data, **flags})
+        given = by_short_name({"data": data, **flags})
         data = given.pop("data", None)
         paths = [data] if isinstance(data, str | Path) else list(data or [])
         resolved = self._resolve({"data": paths[0] if paths else None, **given})
@@ -374,11 +374,11 @@ class Trainer:
         store.require_own_adapter()
         run_id = None if resume is None else store.find(resume)
         if run_id is None:
-            wanted = check_settings(resolved.settings, len(paths))
-            sources = _find_sources(wanted, paths or [wanted.data.path])
+            settings = check_settings(resolved.settings, len(paths))
+            sources = _find_sources(settings, paths or [settings.data.path])
         else:
-            wanted, sources = settings.with_output(read_settings(store.load(run_id)), store.output), []
-        stream = self._build_multi_run(store, replace(resolved, settings=wanted), on_event, run_id)
+            settings, sources = with_output(read_settings(store.load(run_id)), store.output), []
+        stream = self._build_multi_run(store, replace(resolved, settings=settings), on_event, run_id)
         result = stream.start(sources) if run_id is None else stream.resume(run_id)
         self.last = TrainResult(
             run_id=result.run_id, adapter=result.adapter, outcome=result.outcome, record=result.record
@@ -388,26 +388,26 @@ class Trainer:
     def _build_multi_run(
         self,
         store: RunStore,
-        resolved: settings.Resolved,
+        resolved: Resolved,
         on_event: Callable[[Event], None] | None,
         run_id: str | None,
     ) -> MultiRun:
         """All that a multi-run needs beside its rows; ``run_id``: of one that goes on."""
         from backpropagate.continual.multirun import MultiRun, first_member
 
-        wanted = resolved.settings
-        context = self._open_context(store, wanted, on_event)
-        pinned = wanted if run_id is None else resume_plan.pin(wanted, first_member(store, run_id))
+        settings = resolved.settings
+        context = self._open_context(store, settings, on_event)
+        pinned = settings if run_id is None else resume_plan.pin(settings, first_member(store, run_id))
         base, chosen = _find_base(context.rail, pinned), ""
         if run_id is None:  # else ranks stay what they were, whatever is free on the card now
             resolved, chosen = memory_estimate.settle_lora(resolved, context.rail, base.folder, context.machine)
-        self.settings = wanted = resolved.settings
+        self.settings = settings = resolved.settings
         return MultiRun(
             context=context,
             base=base,
-            wanted=wanted,
+            settings=settings,
             record=resolved.to_record(),
-            remarks=presets.remarks(wanted.model.name, chosen),
+            remarks=presets.remarks(settings.model.name, chosen),
         )
 
     def export(
@@ -523,9 +523,9 @@ class Trainer:
         """
         from bp_data import PrepareRequest, prepare
 
-        wanted = self._resolve({"data": data, **flags}).settings
-        rows = catalogue.find_rows(wanted.data, os.environ, offline=system.is_offline(os.environ))
-        return prepare(PrepareRequest.from_settings(wanted, rows.path, catalogue.find_tokenizer(wanted)))
+        settings = self._resolve({"data": data, **flags}).settings
+        rows = catalogue.find_rows(settings.data, os.environ, offline=system.is_offline(os.environ))
+        return prepare(PrepareRequest.from_settings(settings, rows.path, catalogue.find_tokenizer(settings)))
 
     @shows_keywords(RunKeywords)
     def estimate_vram(self, *, memory: int | None = None, **flags: Unpack[RunKeywords]) -> MemoryEstimate:
@@ -569,7 +569,7 @@ class Trainer:
             endpoint: The Hub's address; default: the library's own.
 
         Raises:
-            CodedError: As `bp_export.push`.
+            CodedError: As `bp_export.hub.push`.
         """
         launchers.require_main("an upload", self._ranks)
         return push_model(
@@ -593,11 +593,9 @@ class Trainer:
         name = MODEL_NAME if self.settings.training.mode == "full" else ADAPTER_NAME
         return self.last.adapter if self.last else self.output / name
 
-    def _resolve(self, flags: dict[str, Any]) -> settings.Resolved:
+    def _resolve(self, flags: dict[str, Any]) -> Resolved:
         given = {name: value for name, value in flags.items() if value is not None}
-        return settings.resolve(
-            settings.overlay(self._flags, given), os.environ, Path(settings.TOML_FILE), self._defaults
-        )
+        return resolve(overlay(self._flags, given), os.environ, Path(TOML_FILE), self._defaults)
 
 
 def _read_result(folders: RunFolders | None, ranks: Ranks) -> TrainResult:
@@ -621,33 +619,31 @@ def _read_result(folders: RunFolders | None, ranks: Ranks) -> TrainResult:
     )
 
 
-def _find_sources(wanted: Settings, paths: Sequence[str | Path]) -> list[Path]:
+def _find_sources(settings: Settings, paths: Sequence[str | Path]) -> list[Path]:
     """Where the rows of a multi-run's data sets are, fetched where they are the Hub's."""
     is_offline = system.is_offline(os.environ)
-    asked = [replace(wanted.data, path=str(path)) for path in paths]
+    asked = [replace(settings.data, path=str(path)) for path in paths]
     return [catalogue.find_rows(data, os.environ, offline=is_offline).path for data in asked]
 
 
-def _reopen(context: SessionContext, going_on: resume_plan.ResumePlan, *, take_over: bool) -> RunSession:
-    name = going_on.checkpoint.path.name if going_on.checkpoint else None
-    session = RunSession.reopen(
-        context, going_on.record.run_id, from_step=going_on.step, checkpoint=name, take_over=take_over
-    )
+def _reopen(context: SessionContext, plan: resume_plan.ResumePlan, *, take_over: bool) -> RunSession:
+    name = plan.checkpoint.path.name if plan.checkpoint else None
+    session = RunSession.reopen(context, plan.record.run_id, from_step=plan.step, checkpoint=name, take_over=take_over)
     with contextlib.suppress(CodedError):  # where it cannot be noted, it is told all the same
-        CheckpointFolder(session.folders.run).note_damage(going_on.damaged)
+        CheckpointFolder(session.folders.run).note_damage(plan.damaged)
     return session
 
 
-def _find_base(rail: Rail, wanted: Settings) -> catalogue.BaseModel:
+def _find_base(rail: Rail, settings: Settings) -> catalogue.BaseModel:
     """The base model on disk; refused before its weights are fetched where the rail cannot train it."""
     find = partial(
         catalogue.find_model,
-        wanted.model.name,
-        revision=wanted.model.revision,
+        settings.model.name,
+        revision=settings.model.revision,
         offline=system.is_offline(os.environ),
-        with_code=wanted.model.trust_remote_code,
+        with_code=settings.model.trust_remote_code,
     )
     folder = find(need=catalogue.TOKENIZER).folder
-    rail.check(wanted, folder)
+    rail.check(settings, folder)
     warn_unexportable(folder)
     return find()

@@ -1,4 +1,4 @@
-"""What the web page is asked to do: settings of the group ``ui``, which no run records."""
+"""Settings of the web page, group ``ui``; runs don't record them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ class UiSpec:
     port: int = setting(7860, "Port to listen on; 0: any that is free.", at_least=0, at_most=2**16 - 1)
     auth: str | None = field(
         default=None,
-        metadata={"help": "Name and password that the page asks for, as user:password.", "secret": True},
+        metadata={"help": "Name and password to log in with, as user:password.", "secret": True},
     )
-    share: bool = setting(False, "Let other machines of this network see the page: listen on every address.")
-    allowed_hosts: tuple[str, ...] = setting((), "Further names that the page is asked for by, as behind a proxy.")
+    auth_file: str | None = setting(
+        None, "File whose first line is user:password, which hides it from other users of this machine.", is_path=True
+    )
+    share: bool = setting(False, "Listen on every address, so other machines of this network can open the page.")
+    allowed_hosts: tuple[str, ...] = setting((), "More host names to answer to, such as a proxy's.")
+    trusted_proxies: tuple[str, ...] = setting(
+        (), "Addresses of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto headers count."
+    )
     output: tuple[str, ...] = setting((), "Output folders whose runs are shown; default: training.output_dir.")
-    output_dir: str | None = setting(
-        None, "The folder that the page writes in; default: ui-outputs in the program's home, ~/.backpropagate."
-    )
+    output_dir: str | None = setting(None, "Folder to write to; default: ~/.backpropagate/ui-outputs.")
     data_dirs: tuple[str, ...] = setting(
-        (), "Folders whose data files and models the page may read; default: the one that it is started in."
+        (), "Folders whose data files and models the page may read; default: the current folder."
     )

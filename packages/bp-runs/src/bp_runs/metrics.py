@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -58,7 +58,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """A run's events as they count: torn lines are left out, and so is what a resumption has superseded."""
     try:
         lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         return []
     events: list[dict[str, Any]] = []
     for line in lines:
@@ -75,14 +75,17 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def read_new_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Events of the whole lines that were added since ``offset``, and where the next look begins, in bytes.
 
-    For whoever follows a run as it happens: nothing is left out but torn lines, and a `Resumed` among the events
-    supersedes what was told before.
+    For whoever follows a run as it happens: about a megabyte of lines at most, nothing left out but torn lines. A
+    `Resumed` among the events supersedes what came before.
     """
     try:
         with path.open("rb") as file:
             file.seek(offset)
-            whole, _, _ = file.read().rpartition(b"\n")
-    except FileNotFoundError:
+            text = file.read(_CHUNK)
+            while text and b"\n" not in text and (more := file.read(_CHUNK)):
+                text += more
+            whole, _, _ = text.rpartition(b"\n")
+    except OSError:
         return [], offset
     if not whole:
         return [], offset
@@ -133,7 +136,28 @@ def _is_torn(path: Path) -> bool:
         return file.read(1) != b"\n"
 
 
-_MEAN_STEPS = 100  # steps that a mean is taken over
+_MEAN_STEPS = 100  # steps that a mean is taken over, at most
+_FIRST_STEPS = 5
+_CHUNK = 2**20  # bytes read at once
+
+
+def mean_losses(first: Sequence[float], last: Sequence[float], count: int) -> tuple[float, float]:
+    """A run's first and final loss, in nats: the one definition of records, terminal and web page.
+
+    The first is the mean over the first five steps, so that it stays what it was while the run goes on. The final one
+    is the mean over the last tenth of the steps, from one to a hundred.
+
+    Args:
+        first: The first losses, five or more where there are as many.
+        last: The last losses, a hundred or more where there are as many.
+        count: Steps in all.
+
+    Raises:
+        ZeroDivisionError: There was no step.
+    """
+    begin = first[:_FIRST_STEPS]
+    share = min(_MEAN_STEPS, max(1, count // 10), count)
+    return sum(begin) / len(begin), sum(last[-share:]) / share
 
 
 class LossEnds:
@@ -154,17 +178,12 @@ class LossEnds:
         """Take the next step's loss."""
         self.count += 1
         self._last.append(loss)
-        if len(self._first) < _MEAN_STEPS:
+        if len(self._first) < _FIRST_STEPS:
             self._first.append(loss)
 
     def means(self) -> tuple[float, float]:
-        """Means over the first and the last tenth of the steps, from one step to a hundred each.
-
-        Raises:
-            ZeroDivisionError: There was no step.
-        """
-        share = min(_MEAN_STEPS, max(1, self.count // 10), self.count)
-        return sum(self._first[:share]) / share, sum(list(self._last)[-share:]) / share
+        """The first and the final loss, see `mean_losses`."""
+        return mean_losses(self._first, list(self._last), self.count)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, of at most two hundred numbers."""

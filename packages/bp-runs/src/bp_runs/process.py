@@ -6,6 +6,7 @@ A process id alone proves nothing: the system reuses it. A record therefore also
 from __future__ import annotations
 
 import errno
+import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,25 @@ def process_birth(pid: int) -> str | None:
         return None
     find = {"Linux": _birth_on_linux, "Windows": _birth_on_windows}.get(platform.system(), _birth_by_ps)
     return find(pid)
+
+
+def is_same_process(pid: int, birth: str | None) -> bool:
+    """Whether the process with this id is alive and is the one that started at ``birth`` (see `process_birth`).
+
+    A record can hold anything, so nothing is sent to a process that fails this test: ids of 1 and below mean groups,
+    every process of the user, or init, and an unknown birth proves nothing.
+    """
+    return pid > 1 and birth is not None and process_birth(pid) == birth
+
+
+def is_own_process(pid: int, birth: str | None) -> bool:
+    """As `is_same_process`, and the process belongs to this user, as far as the system tells."""
+    if not is_same_process(pid, birth):
+        return False
+    try:
+        return Path(f"/proc/{pid}").stat().st_uid == os.geteuid()
+    except (OSError, AttributeError):  # no /proc, or Windows: the kernel itself checks who may signal whom
+        return True
 
 
 def _birth_on_linux(pid: int) -> str | None:

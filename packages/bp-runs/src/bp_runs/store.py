@@ -27,7 +27,7 @@ from bp_runs.errors import (
 )
 from bp_runs.files import coded_disk_errors, publish_folder, rename, require_folder
 from bp_runs.metrics import read_events, read_last_time, read_progress
-from bp_runs.process import acquire_lock, process_birth
+from bp_runs.process import acquire_lock, is_same_process
 from bp_runs.record import Relation, RunRecord, read_record, utc_now, write_record
 from bp_runs.redact import redact_data
 from bp_runs.wording import command_ref
@@ -227,17 +227,17 @@ class RunStore:
         return sorted(rows, key=index.by_age, reverse=True)
 
     def find(self, partial_id: str) -> str:
-        """The one run id that starts with ``partial_id``, or ends with it.
+        """The one run id that has ``partial_id`` in it; ids that start or end with it go first.
 
         Raises:
-            RunNotFoundError: None or several do.
+            RunNotFoundError: None or several do, or it is empty.
         """
-        ids = index.run_ids(self.output)
-        matches = [i for i in ids if i.startswith(partial_id)] or [
-            i for i in ids if partial_id and i.endswith(partial_id)
-        ]
+        ids = index.run_ids(self.output) if partial_id else []
         if partial_id in ids:
             return partial_id
+        ways = (str.startswith, str.endswith, str.__contains__)
+        by_way = ([run_id for run_id in ids if way(run_id, partial_id)] for way in ways)
+        matches: list[str] = next((found for found in by_way if found), [])
         if len(matches) == 1:
             return matches[0]
         found = f"{len(matches)} runs match" if matches else "no run matches"
@@ -373,7 +373,7 @@ class RunStore:
 
     @staticmethod
     def _lives(record: RunRecord) -> bool:
-        return record.process_started is not None and process_birth(record.pid) == record.process_started
+        return is_same_process(record.pid, record.process_started)
 
 
 def _write_index(write: Callable[..., object], *arguments: Any) -> None:

@@ -86,7 +86,7 @@ COMMANDS = (
     Command(
         "chat",
         "chat:chat",
-        "Talk to it: adapter, model, GGUF, or one in Ollama.",
+        "Chat with an adapter, model, GGUF, or one in Ollama.",
         'backprop chat ./output/lora --prompt "What is the capital of France?"',
     ),
     Command(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -17,6 +17,8 @@ from backpropagate.system import to_path
 if TYPE_CHECKING:
     from cyclopts.help import HelpPanel
     from rich.console import Console, ConsoleOptions
+
+    from bp_export.cli.options import Option
 
 _LETTERS: Mapping[str, str] = {
     "model.name": "-m",
@@ -123,3 +125,39 @@ def show_usual_names(console: Console, options: ConsoleOptions, panel: HelpPanel
 
     entries = [entry.copy(positive_names=entry.positive_names[:1]) for entry in panel.entries]
     DefaultFormatter()(console, options, panel.copy(entries=entries))
+
+
+def with_options(command: Callable[..., int], options: Sequence[Option]) -> Callable[..., int]:
+    """Give ``command(…, **typed)`` a keyword for each declared option, next to the parameters that it has.
+
+    Args:
+        command: Takes the options as keywords, as they are typed; see `bp_export.cli.options.read_values`.
+        options: Declared once for both command lines.
+    """
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    kept = [parameter for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    keywords = [keyword(option.name, _annotate(option), option.default) for option in options]
+    required = inspect.Parameter.empty
+    keywords = [p.replace(default=required) if o.is_required else p for p, o in zip(keywords, options, strict=True)]
+    parameters = sorted([*kept, *keywords], key=lambda p: (p.kind, p.name == "json"))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+def _annotate(option: Option) -> Any:
+    kind: Any = Literal[option.choices] if option.choices else option.kind
+    optional = option.default is None and not option.is_required and (option.has_negative or not option.is_switch)
+    parameter = Parameter(
+        name=option.words,
+        help=_to_sentence(option.help),
+        negative=None if option.has_negative else "",
+        show_default=option.default is not None and not option.is_switch,
+    )
+    return Annotated[kind | None if optional else kind, parameter]
+
+
+def _to_sentence(help: str) -> str:
+    """Begins with a capital, unless the first word is a name such as ``gguf:`` or ``llama.cpp's``."""
+    first = help.split(" ", 1)[0]
+    return (help[:1].upper() + help[1:] if first.replace("'", "").isalpha() else help) + "."

@@ -17,7 +17,7 @@ from bp_runs.redact import redact
 
 def info(*, json: Json = False) -> int:
     """Show versions, rails, the machine and paths: what a bug report needs."""
-    from bp_export import describe_kernels
+    from bp_export.quant import describe_kernels
 
     machine = system.describe_machine()
     versions = system.installed_versions()

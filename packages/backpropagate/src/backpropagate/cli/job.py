@@ -1,4 +1,4 @@
-"""The process of a queue's job: ``python -m backpropagate.cli.job FOLDER NUMBER``.
+"""The process of a queue's job, ``python -m backpropagate.cli.job FOLDER NUMBER``; without a number, of all jobs.
 
 It holds the job's own lock for as long as it lives and records how it ended, so that a job that outlives whoever
 started it is neither started twice nor forgotten.
@@ -16,7 +16,7 @@ from filelock import Timeout
 from backpropagate.cli.app import run
 from backpropagate.cli.error_output import prepare_process
 from backpropagate.jobs.queue import LOOK_SECONDS, STOPPED, Queue, end_of
-from backpropagate.jobs.worker import TURNED_AWAY, last_error
+from backpropagate.jobs.worker import TURNED_AWAY, last_error, run_all
 
 
 def work(queue: Queue, number: int) -> int:
@@ -42,9 +42,13 @@ def work(queue: Queue, number: int) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Entry point: the queue's folder and the job's number."""
-    folder, number = argv
-    return work(Queue(Path(folder)), int(number))
+    """Entry point: the queue's folder, and a job's number for one job."""
+    folder, *number = argv
+    queue = Queue(Path(folder))
+    if number:
+        return work(queue, int(number[0]))
+    run_all(queue)
+    return 0
 
 
 if __name__ == "__main__":

@@ -5,26 +5,16 @@ from __future__ import annotations
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
+from typing import Any
 
 import bp_export
-from backpropagate.cli.flags import Json
+from backpropagate.cli.flags import Json, with_options
 from backpropagate.cli.output import print_json
-from backpropagate.exporting import ollama_host
+from backpropagate.exporting import read_ollama_host
+from bp_export.cli.options import REGISTER, read_values
 
 
-def register(
-    path: Path,
-    name: str,
-    *,
-    context: int | None = None,
-    system: str | None = None,
-    license: Path | None = None,
-    force: Annotated[bool, Parameter(negative="")] = False,
-    json: Json = False,
-) -> int:
+def _register(path: Path, name: str, *, json: Json = False, **typed: Any) -> int:
     """Register a GGUF, or a folder of the format ollama-adapter, with the Ollama that runs here (OLLAMA_HOST).
 
     Parameters
@@ -33,19 +23,12 @@ def register(
         The GGUF or the folder.
     name: str
         Its name in Ollama.
-    context: int
-        Tokens of context (num_ctx); default: Ollama's own.
-    system: str
-        A system prompt to keep with it; default: the one that a GGUF's chat template adds.
-    license: Path
-        A file with the licence, to keep with it; default: the name of the licence in a GGUF.
-    force: bool
-        Replace a model of that name.
     """
-    host = ollama_host(os.environ)
-    text = bp_export.read_license(license) if license else None
-    register_it = bp_export.register_adapter if path.is_dir() else bp_export.register_gguf
-    made = register_it(path, name, host=host, context=context, system=system, license=text, force=force)
+    asked = read_values(REGISTER, typed)
+    host = read_ollama_host(os.environ)
+    asked["license"] = bp_export.ollama.read_license(asked["license"]) if asked["license"] else None
+    register_it = bp_export.ollama.register_adapter if path.is_dir() else bp_export.ollama.register_gguf
+    made = register_it(path, name, host=host, **asked)
     if json:
         print_json("ollama-register", asdict(made))
         return 0
@@ -56,9 +39,12 @@ def register(
     return 0
 
 
+register = with_options(_register, REGISTER)
+
+
 def list_(*, json: Json = False) -> int:
     """List the models of the Ollama that runs here (OLLAMA_HOST)."""
-    models = bp_export.list_models(ollama_host(os.environ))
+    models = bp_export.ollama.list_models(read_ollama_host(os.environ))
     if json:
         print_json("ollama-list", {"models": [asdict(model) for model in models]})
         return 0
@@ -77,7 +63,7 @@ def rm(name: str, *, json: Json = False) -> int:
     name: str
         Its name in Ollama.
     """
-    bp_export.remove_model(name, ollama_host(os.environ))
+    bp_export.ollama.remove_model(name, read_ollama_host(os.environ))
     if json:
         print_json("ollama-rm", {"removed": name})
     else:

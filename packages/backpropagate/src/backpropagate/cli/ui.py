@@ -13,13 +13,14 @@ from backpropagate.cli.output import print_json
 from backpropagate.errors import UiMissingError
 from backpropagate.settings import TOML_FILE, resolve_ui, ui_settings
 
-_NEEDED = ("starlette", "uvicorn", "jinja2", "python_multipart", "itsdangerous")
+_NEEDED = ("starlette", "uvicorn", "jinja2", "python_multipart")
 
 
 def ui(*, json: bool = False, **flags: Any) -> int:
-    """Open a web page on this machine: train, watch runs, score cards, comparisons. Ctrl-C closes it.
+    """Open the web UI: train, watch and compare runs, export and chat.
 
-    Runs that are going on go on without it. Other machines see it only with --share or --host, and --auth.
+    Press Ctrl-C to close it; running jobs continue. Other machines can open it only with --share or --host, and a
+    password.
     """
     spec, _ = resolve_ui(flags, os.environ, Path(TOML_FILE))
     missing = [name for name in _NEEDED if find_spec(name) is None]
@@ -27,6 +28,7 @@ def ui(*, json: bool = False, **flags: Any) -> int:
         raise UiMissingError(f"the web page needs packages that are not installed: {', '.join(missing)}")
     from backpropagate.ui.server import Server
 
+    os.umask(0o077)  # what the page writes, and its jobs, is for this user alone
     with Server.open(spec, os.environ, shown=output_folder(None)) as server:
         if json:
             print_json("ui", server.to_dict())
@@ -35,7 +37,7 @@ def ui(*, json: bool = False, **flags: Any) -> int:
             print("\n".join(server.lines()), flush=True)  # noqa: T201
         server.run()
     if not json:
-        print("  closed    runs that are going on go on")  # noqa: T201
+        print("  closed    running jobs continue")  # noqa: T201
     return 0
 
 

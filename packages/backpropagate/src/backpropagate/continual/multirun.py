@@ -48,23 +48,23 @@ class MultiRunResult:
     record: RunRecord
 
 
-def check_settings(wanted: Settings, files: int) -> Settings:
+def check_settings(settings: Settings, files: int) -> Settings:
     """The settings with as many runs as there are data files, where these are several.
 
     Raises:
         InvalidSettingError: A setting that a stream of runs cannot have.
         RunsAndRowsError: Another number of runs than of files was asked for.
     """
-    multi, start = wanted.multirun, wanted.lora.init_lora_weights
-    if wanted.training.mode == "full":
+    multi, start = settings.multirun, settings.lora.init_lora_weights
+    if settings.training.mode == "full":
         raise InvalidSettingError(
             "{set:training.mode} is full, and a multi-run goes from adapter to adapter",
             fix="Train adapters: {set:training.mode=lora}",
             setting="training.mode",
         )
-    if wanted.training.start_from is not None:
+    if settings.training.start_from is not None:
         raise InvalidSettingError(
-            f"{{set:training.start_from}} is {wanted.training.start_from}, and a multi-run starts with a new adapter",
+            f"{{set:training.start_from}} is {settings.training.start_from}, and a multi-run starts with a new adapter",
             fix="Leave it out: {set:training.start_from}",
             setting="training.start_from",
         )
@@ -74,26 +74,26 @@ def check_settings(wanted: Settings, files: int) -> Settings:
             fix="Leave it out: {set:lora.init_lora_weights}",
             setting="lora.init_lora_weights",
         )
-    if multi.merge != "none" and wanted.lora.use_dora:
+    if multi.merge != "none" and settings.lora.use_dora:
         raise InvalidSettingError(
             f"{{set:lora.use_dora}} is true and {{set:multirun.merge}} is {multi.merge}, "
             "which can't merge DoRA's magnitudes",
             fix="Train without DoRA: {set:lora.use_dora=false}; or merge nothing: {set:multirun.merge=none}",
             setting="lora.use_dora",
         )
-    _check_measures(wanted)
+    _check_measures(settings)
     if files > 1 and multi.runs not in (files, MultiRunSpec().runs):
         raise RunsAndRowsError(
             f"there are {files} data files and {multi.runs} runs were asked for; with several files each is one run",
             fix="Leave it out: {set:multirun.runs}",
             setting="multirun.runs",
         )
-    return replace(wanted, multirun=replace(multi, runs=files)) if files > 1 else wanted
+    return replace(settings, multirun=replace(multi, runs=files)) if files > 1 else settings
 
 
-def _check_measures(wanted: Settings) -> None:
+def _check_measures(settings: Settings) -> None:
     """Refuse measures of held-out rows where there are none, or none that could be answered."""
-    multi, method = wanted.multirun, wanted.training.method
+    multi, method = settings.multirun, settings.training.method
     asked = {
         "{set:multirun.eval_gate} is true": multi.eval_gate,
         f"{{set:multirun.patience}} is {multi.patience}": multi.patience,
@@ -121,7 +121,7 @@ class MultiRun:
 
     context: SessionContext
     base: catalogue.BaseModel
-    wanted: Settings
+    settings: Settings
     """As `check_settings` gave them."""
     record: Mapping[str, Mapping[str, Any]]
     """The settings with their sources."""
@@ -187,7 +187,7 @@ class MultiRun:
         return Stream(
             context=self.context,
             base=self.base,
-            wanted=self.wanted,
+            settings=self.settings,
             record=self.record,
             folders=run.folders,
             slices=self._find_slices(run.folders.run / SLICES, sources, run.emit),
@@ -197,7 +197,8 @@ class MultiRun:
     def _find_slices(self, folder: Path, sources: Sequence[Path] | None, emit: Emit) -> list[Slice]:
         """The plan: made now, or read where the multi-run goes on."""
         if sources is not None:
-            return write_slices(folder, sources, self.wanted, lambda text: emit(Notice(message=text, level="warning")))
+            warn = lambda text: emit(Notice(message=text, level="warning"))  # noqa: E731
+            return write_slices(folder, sources, self.settings, warn)
         if not (folder / PLAN_FILE).is_file():
             raise MultiRunStateError(f"{folder / PLAN_FILE} is missing, which tells the rows of the runs to come")
         return read_slices(folder)
@@ -214,7 +215,7 @@ class MultiRun:
             raise MultiRunGateError(f"the gate left out all {len(progress.rejected)} runs")
         for leftover in (START, JUDGED):
             shutil.rmtree(folders.run / leftover, ignore_errors=True)
-        if self.wanted.multirun.keep_adapters == "none" and not stopped:
+        if self.settings.multirun.keep_adapters == "none" and not stopped:
             stream.drop_adapters((*progress.members, *progress.rejected))
         return join_outcomes(progress, folders.adapter, stopped=stopped)
 

@@ -62,7 +62,7 @@ class Slice:
         return f"run-{self.number}.heldout.jsonl"
 
 
-def write_slices(folder: Path, sources: Sequence[Path], wanted: Settings, say: Say) -> list[Slice]:
+def write_slices(folder: Path, sources: Sequence[Path], settings: Settings, say: Say) -> list[Slice]:
     """Part the data and publish ``folder`` with a train and a held-out file for each run, and the plan.
 
     Args:
@@ -73,24 +73,24 @@ def write_slices(folder: Path, sources: Sequence[Path], wanted: Settings, say: S
         RunsAndRowsError: Fewer rows than runs, or more or fewer files than runs.
         DataError: As `bp_data.read_rows`, or the first bad row.
     """
-    draw = random.Random(wanted.training.seed)  # noqa: S311 - a choice that must repeat, not a secret
+    draw = random.Random(settings.training.seed)  # noqa: S311 - a choice that must repeat, not a secret
     slices: list[Slice] = []
     trained: list[Places] = []
-    with publish_folder(folder) as partial, Spool(partial / _SPOOL, _options(wanted)) as spool:
+    with publish_folder(folder) as partial, Spool(partial / _SPOOL, _options(settings)) as spool:
         if len(sources) == 1:
-            parts = _cut(spool, sources[0], wanted, draw, say)
+            parts = _cut(spool, sources[0], settings, draw, say)
         else:
-            parts = _take(spool, sources, wanted, draw, say)
+            parts = _take(spool, sources, settings, draw, say)
         seen = Counter(spool.keys[place] for _, places in parts for place in places)
         for number, (source, places) in enumerate(parts, start=1):
             is_single = [seen[spool.keys[place]] == 1 for place in places]
             labels = (
                 [spool.labels[place] for place in places]
-                if METHODS[wanted.training.method].learns_from == "judged"
+                if METHODS[settings.training.method].learns_from == "judged"
                 else []
             )
-            heldout, own = _hold_out(number, source, places, is_single, labels=labels, share=wanted.multirun.heldout)
-            replayed = _replay(trained, len(own), wanted, draw)
+            heldout, own = _hold_out(number, source, places, is_single, labels=labels, share=settings.multirun.heldout)
+            replayed = _replay(trained, len(own), settings, draw)
             trained.append(own)
             slices.append(
                 Slice(
@@ -155,12 +155,12 @@ def read_slices(folder: Path) -> list[Slice]:
     return [Slice(**entry) for entry in orjson.loads((folder / PLAN_FILE).read_bytes())]
 
 
-def _cut(spool: Spool, source: Path, wanted: Settings, draw: random.Random, say: Say) -> list[tuple[Path, Places]]:
+def _cut(spool: Spool, source: Path, settings: Settings, draw: random.Random, say: Say) -> list[tuple[Path, Places]]:
     """Slices of equal size of one data set, shuffled."""
-    runs, samples = wanted.multirun.runs, wanted.data.samples or DEFAULT_SAMPLES
-    count = sum(1 for _ in _read(source, wanted, lambda _: None))
-    if count < runs * (2 if wanted.multirun.heldout else 1):
-        held = " and one held out for each" if wanted.multirun.heldout else ""
+    runs, samples = settings.multirun.runs, settings.data.samples or DEFAULT_SAMPLES
+    count = sum(1 for _ in _read(source, settings, lambda _: None))
+    if count < runs * (2 if settings.multirun.heldout else 1):
+        held = " and one held out for each" if settings.multirun.heldout else ""
         raise RunsAndRowsError(
             f"{source} has {count} rows, too few for {runs} runs of at least one row{held}",
             details={"rows": count, "runs": runs},
@@ -170,29 +170,29 @@ def _cut(spool: Spool, source: Path, wanted: Settings, draw: random.Random, say:
         say(f"{count} rows are fewer than {runs} runs of {samples}: each run has {size}")
     order = {place: position for position, place in enumerate(draw.sample(range(count), runs * size))}
     chosen = [0] * len(order)
-    for place, row in enumerate(_read(source, wanted, say)):
+    for place, row in enumerate(_read(source, settings, say)):
         if place in order:
             chosen[order[place]] = spool.add(row)
     return [(source, chosen[i * size : (i + 1) * size]) for i in range(runs)]
 
 
 def _take(
-    spool: Spool, sources: Sequence[Path], wanted: Settings, draw: random.Random, say: Say
+    spool: Spool, sources: Sequence[Path], settings: Settings, draw: random.Random, say: Say
 ) -> list[tuple[Path, Places]]:
     """One data set a run, each shuffled, at most the asked rows of each."""
     found = []
     for source in sources:
-        places = [spool.add(row) for row in _read(source, wanted, say)]
+        places = [spool.add(row) for row in _read(source, settings, say)]
         draw.shuffle(places)
-        found.append((source, places[: wanted.data.samples]))
+        found.append((source, places[: settings.data.samples]))
     return found
 
 
-def _read(source: Path, wanted: Settings, say: Say) -> Iterator[Row]:
+def _read(source: Path, settings: Settings, say: Say) -> Iterator[Row]:
     rejected = 0
-    for row in read_rows(source, _options(wanted)):
+    for row in read_rows(source, _options(settings)):
         if isinstance(row, Rejected):
-            if wanted.data.on_bad_row == "fail":
+            if settings.data.on_bad_row == "fail":
                 raise bad_row(source, row)
             rejected += 1
         else:
@@ -201,8 +201,8 @@ def _read(source: Path, wanted: Settings, say: Say) -> Iterator[Row]:
         say(f"{rejected} rows of {source} cannot be read and are left out")
 
 
-def _options(wanted: Settings) -> ReadOptions:
-    return ReadOptions.parse(wanted.data.columns, wanted.data.ignore_columns, wanted.data.encoding)
+def _options(settings: Settings) -> ReadOptions:
+    return ReadOptions.parse(settings.data.columns, settings.data.ignore_columns, settings.data.encoding)
 
 
 def _hold_out(
@@ -213,16 +213,16 @@ def _hold_out(
     Args:
         labels: Of each row, for kto, which can neither train nor measure with one label alone: both sides get both.
     """
-    wanted = max(1, round(share * len(places))) if share else 0
+    settings = max(1, round(share * len(places))) if share else 0
     single = [place for place, is_free in zip(places, is_single, strict=True) if is_free]
-    free = _pick_labels(single, dict(zip(places, labels, strict=True)), wanted) if labels else single[:wanted]
-    if wanted and labels and len({*labels}) == 2 and len(free) < 2:
+    free = _pick_labels(single, dict(zip(places, labels, strict=True)), settings) if labels else single[:settings]
+    if settings and labels and len({*labels}) == 2 and len(free) < 2:
         raise RunsAndRowsError(
             f"run {number} has {labels.count(True)} good and {labels.count(False)} bad answers of {source}; kto needs "
             "two of each, one to train on and one to measure on",
             details={"run": number, "good": labels.count(True), "bad": labels.count(False)},
         )
-    if len(places) - len(free) < 1 or (wanted and not free):
+    if len(places) - len(free) < 1 or (settings and not free):
         what = "only rows that other rows repeat" if places and not free else f"{len(places)} rows"
         raise RunsAndRowsError(
             f"run {number} has {what} of {source}: none to train on and measure on",
@@ -232,7 +232,7 @@ def _hold_out(
     return free, [place for place in places if place not in chosen]
 
 
-def _pick_labels(places: Places, labels: Mapping[int, bool], wanted: int) -> Places:
+def _pick_labels(places: Places, labels: Mapping[int, bool], settings: int) -> Places:
     """At least one place of each label, then the next ones up to ``wanted``; one of each label stays for training.
 
     Empty if that is impossible for one of the labels.
@@ -243,19 +243,19 @@ def _pick_labels(places: Places, labels: Mapping[int, bool], wanted: int) -> Pla
     for place in [*first, *places]:
         if place is None or (len(picked) < len(left) and left[labels[place]] < 2):
             return []
-        if place not in picked and left[labels[place]] > 1 and len(picked) < max(wanted, len(left)):
+        if place not in picked and left[labels[place]] > 1 and len(picked) < max(settings, len(left)):
             picked.append(place)
             left[labels[place]] -= 1
     return picked
 
 
-def _replay(trained: Sequence[Places], own: int, wanted: Settings, draw: random.Random) -> Places:
+def _replay(trained: Sequence[Places], own: int, settings: Settings, draw: random.Random) -> Places:
     """Earlier rows, so many that they are the asked share of the run's rows."""
-    share = wanted.multirun.replay_share
+    share = settings.multirun.replay_share
     count = round(share / (1 - share) * own)
     if not count or not trained:
         return []
-    match wanted.multirun.replay:
+    match settings.multirun.replay:
         case "recent":
             pools = [trained[-1]]
         case "random":

@@ -72,11 +72,11 @@ class Trained:
     """As ``before``, of the metric; None where none is asked for."""
 
 
-def learning_rate(wanted: Settings, number: int) -> float:
+def learning_rate(settings: Settings, number: int) -> float:
     """Of run ``number``, from 1: on a line from the first run's to the last's."""
-    first, runs = wanted.training.resolved_learning_rate, wanted.multirun.runs
+    first, runs = settings.training.resolved_learning_rate, settings.multirun.runs
     way = (number - 1) / max(1, runs - 1)
-    return first * (1 + (wanted.multirun.last_lr - 1) * way)
+    return first * (1 + (settings.multirun.last_lr - 1) * way)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +89,7 @@ class Stream:
 
     context: SessionContext
     base: catalogue.BaseModel
-    wanted: Settings
+    settings: Settings
     record: Mapping[str, Mapping[str, Any]]
     """The settings with their sources, for the members' records."""
     folders: RunFolders
@@ -121,11 +121,11 @@ class Stream:
             if self._is_over(progress):
                 break
             self.emit(Notice(message=self._announce(plan)))
-            if state is not None and self.wanted.multirun.merge == "slao-preserving":
+            if state is not None and self.settings.multirun.merge == "slao-preserving":
                 state = state.turn()
             shipped = self.folders.adapter if progress.members else None
             before = self._judge(plan, shipped) if plan.heldout else None
-            score = None if self.wanted.multirun.metric == "none" else self._score(plan, shipped)
+            score = None if self.settings.multirun.metric == "none" else self._score(plan, shipped)
             trained = replace(self._train(plan, progress, state, stop, before=before), before_score=score)
             if trained.outcome.stopped:
                 return progress, True
@@ -148,7 +148,7 @@ class Stream:
 
     def _is_over(self, progress: Progress) -> bool:
         """Whether the asked patience is at its end."""
-        patience = self.wanted.multirun.patience
+        patience = self.settings.multirun.patience
         if not patience or progress.since_better < patience:
             return False
         text = f"ended after run {progress.done}: the mean held-out loss no longer improves"
@@ -157,7 +157,7 @@ class Stream:
 
     def _announce(self, plan: Slice) -> str:
         replayed = f", {plan.replayed} of them replayed" if plan.replayed else ""
-        rate = learning_rate(self.wanted, plan.number)
+        rate = learning_rate(self.settings, plan.number)
         return f"run {plan.number} of {len(self.slices)}: {plan.train} rows{replayed}, learning rate {rate:.2g}"
 
     def _train(
@@ -165,9 +165,9 @@ class Stream:
     ) -> Trained:
         """One training, recorded as a run of its own."""
         training = replace(
-            self.wanted.training,
-            learning_rate=learning_rate(self.wanted, plan.number),
-            seed=(self.wanted.training.seed + plan.number - 1) % 2**32,
+            self.settings.training,
+            learning_rate=learning_rate(self.settings, plan.number),
+            seed=(self.settings.training.seed + plan.number - 1) % 2**32,
         )
         settings, file = self._settings_for(plan, plan.train_file, training)
         flat = settings.to_flat()
@@ -177,7 +177,7 @@ class Stream:
         )
         with session as run:
             run.use_base(self.base)
-            name = self.wanted.training.run_name
+            name = self.settings.training.run_name
             run.track(settings, name=f"{name}-{plan.number}" if name else None, group=self.folders.run_id)
             start = self._write_start(progress, state)
             outcome = run.train(settings, self.base, catalogue.Rows(file, None), initial_adapter=start)
@@ -186,18 +186,18 @@ class Stream:
 
     def _settings_for(self, plan: Slice, name: str, training: TrainingSpec) -> tuple[Settings, Path]:
         """The settings for one of a slice's files, which is read whole; documents are split as if read themselves."""
-        data, file = self.wanted.data, self.folders.run / SLICES / name
+        data, file = self.settings.data, self.folders.run / SLICES / name
         if data.on_overflow == "auto" and plan.source.removesuffix(".gz").endswith((".txt", ".md")):
             data = replace(data, on_overflow="split")
         data = replace(data, path=str(file), samples=None, subset=None, split=None, revision=None)
-        return replace(self.wanted, data=data, training=training), file
+        return replace(self.settings, data=data, training=training), file
 
     def _write_start(self, progress: Progress, state: SlaoState | None) -> Path | None:
         """The adapter that the next run starts from; None for a new one."""
         if progress.tuned is None:
             return None
         tuned = Path(progress.tuned)
-        if state is None or self.wanted.multirun.merge == "ftba-mb":
+        if state is None or self.settings.multirun.merge == "ftba-mb":
             return tuned
         return self._write_part("start", self.folders.run / START, tuned, state)
 
@@ -214,16 +214,16 @@ class Stream:
             old = [*(progress.card.losses[-1] if progress.card.losses else ()), trained.before]
             change = sum(row) / len(row) - sum(old) / len(old)
             after = replace(after, since_better=0 if change < 0 else progress.since_better + 1)
-            if self.wanted.multirun.eval_gate and change > self.wanted.multirun.max_regression:
+            if self.settings.multirun.eval_gate and change > self.settings.multirun.max_regression:
                 return self._leave_out(
                     trained, replace(after, rejected=(*progress.rejected, trained.run_id)), state, change
                 )
             own = self._judge(plan, tuned)
-            named = replace(progress.card, merge=self.wanted.multirun.merge)
+            named = replace(progress.card, merge=self.settings.multirun.merge)
             card = named.add(trained.run_id, plan.source, row=row, tuned=own, before=trained.before)
             if trained.before_score is not None:
                 scores = [self._score(self.slices[number - 1], merged) for number in numbers]
-                card = card.add_scores(self.wanted.multirun.metric, scores, trained.before_score)
+                card = card.add_scores(self.settings.multirun.metric, scores, trained.before_score)
             after = replace(after, card=card)
         after = replace(
             after,
@@ -234,7 +234,7 @@ class Stream:
         )
         self._publish(after, folded)
         _copy_adapter(merged, self.folders.adapter)
-        if self.wanted.multirun.keep_adapters != "all":
+        if self.settings.multirun.keep_adapters != "all":
             self.drop_adapters((*progress.members, *progress.rejected))
         self.emit(Notice(message=f"run {plan.number} is taken in", details={"card": after.card.to_dict()}))
         return after, folded
@@ -251,7 +251,7 @@ class Stream:
     def _merge(self, trained: Trained, state: SlaoState | None) -> tuple[Path, SlaoState | None]:
         """The adapter to ship after this run, and the stream's state."""
         tuned = trained.outcome.adapter
-        if self.wanted.multirun.merge == "none":
+        if self.settings.multirun.merge == "none":
             return tuned, None
         from bp_merge import start_stream
 
@@ -262,7 +262,7 @@ class Stream:
         """An adapter of the stream's state with the settings and tokenizer of a fine-tuned one."""
         from bp_merge import write_adapter_like
 
-        arm = self.wanted.multirun.merge
+        arm = self.settings.multirun.merge
         tensors = state.next_start(qr=arm == "slao") if part == "start" else state.merged_adapter()
         origin = {"method": arm, "part": part, "i": state.i}
         write_adapter_like(tuned, place, tensors, run_id=self.folders.run_id, origin=origin)
@@ -281,7 +281,7 @@ class Stream:
         """
         if not isinstance(self.rail, ExaminesRows):
             raise EvalRailError(f"the rail {self.rail.name} cannot answer rows, which {{set:multirun.metric}} needs")
-        metric, longest = METRICS[self.wanted.multirun.metric], self.wanted.training.sample_tokens
+        metric, longest = METRICS[self.settings.multirun.metric], self.settings.training.sample_tokens
         spec = self._heldout_spec(plan)
         rows = self.rail.examine(spec, adapter, lambda _: None, answers=_ANSWERED, answer_tokens=longest)
         found = [metric(r.answer, r.reference) for r in rows if r.answer is not None and r.reference is not None]
@@ -292,7 +292,7 @@ class Stream:
     def _heldout_spec(self, plan: Slice) -> TrainSpec:
         where = replace(self.folders, run=self.folders.run / JUDGED)
         where.run.mkdir(exist_ok=True)
-        settings, file = self._settings_for(plan, plan.heldout_file, replace(self.wanted.training, sample_prompts=()))
+        settings, file = self._settings_for(plan, plan.heldout_file, replace(self.settings.training, sample_prompts=()))
         return TrainSpec.build(settings, where, self.base.folder, self.base.commit, rows=file)
 
     def _publish(self, progress: Progress, state: SlaoState | None) -> None:
@@ -313,7 +313,7 @@ class Stream:
         if progress.tuned is None:
             return None
         tuned = Path(progress.tuned)
-        if self.wanted.multirun.merge == "none":
+        if self.settings.multirun.merge == "none":
             _copy_adapter(tuned, self.folders.adapter)
             return None
         from bp_merge import read_state

@@ -119,6 +119,22 @@ class Queue:
                 self._lock_file(job.id).unlink(missing_ok=True)
         return len(gone)
 
+    def move(self, number: int, by: int) -> None:
+        """Move a waiting job by so many places among those that wait; negative: earlier.
+
+        Raises:
+            JobNotFoundError: No such job waits.
+        """
+        with self._edit() as jobs:
+            places = [place for place, job in enumerate(jobs) if job.state == "waiting"]
+            order = [jobs[place] for place in places]
+            at = next((i for i, job in enumerate(order) if job.id == number), None)
+            if at is None:
+                raise JobNotFoundError(f"no job {number} waits")
+            order.insert(max(0, at + by), order.pop(at))
+            for place, job in zip(places, order, strict=True):
+                jobs[place] = job
+
     def is_run(self) -> bool:
         """Whether some process works through the queue now."""
         return _is_held(self._runner)

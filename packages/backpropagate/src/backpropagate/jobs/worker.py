@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from backpropagate.errors import QueueBusyError
 from backpropagate.jobs.queue import STOPPED, Job, Queue, end_of, settings_in
 from bp_runs.record import utc_now
 
@@ -73,7 +75,7 @@ def _wait_for_lock(queue: Queue, job: Job) -> None:
                 return
         except KeyboardInterrupt:
             pid = next((found.pid for found in queue.jobs() if found.id == job.id), None)
-            if interrupted or pid is None or os.name == "nt":
+            if interrupted or pid is None or pid <= 1 or os.name == "nt":
                 raise
             interrupted = True
             with contextlib.suppress(ProcessLookupError):
@@ -84,8 +86,9 @@ def run_job(queue: Queue, job: Job) -> Job | None:
     """Run a job to its end in a process of its own; None where another process is at it."""
     environ = {**_without_settings(os.environ), **job.environ}
     log = queue.log_of(job)
-    with log.open("ab") as out:
-        out.write(f"--- {utc_now()} backprop {' '.join(job.argv)}\n".encode())
+    # Logs hold prompts and paths: they are for this user's eyes only.
+    with os.fdopen(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as out:
+        out.write(f"--- {utc_now()} backprop {shlex.join(job.argv)}\n".encode())
         out.flush()
         begin = out.tell()
         try:
@@ -130,3 +133,11 @@ def last_error(log: Path, begin: int) -> str | None:
 def _without_settings(environ: Mapping[str, str]) -> dict[str, str]:
     kept = settings_in(environ)
     return {k: v for k, v in environ.items() if k not in kept}
+
+
+def run_all(queue: Queue) -> None:
+    """Run every job that waits, one after another, those added meanwhile included; nothing if another process does."""
+    with contextlib.suppress(QueueBusyError):
+        # A job added between the last look and the release of the queue would wait for nobody: look once more.
+        while run_queue(queue, lambda _what, _job: None) or any(job.state == "waiting" for job in queue.jobs()):
+            pass

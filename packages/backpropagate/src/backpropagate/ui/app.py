@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -12,24 +12,26 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.sessions import SessionMiddleware
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from backpropagate.errors import UiPathError
-from backpropagate.ui.background import Launches
+from backpropagate.errors import JobNotFoundError, UiPathError
+from backpropagate.ui.audit import Audit
+from backpropagate.ui.background import BackgroundJobs
 from backpropagate.ui.folders import Places
+from backpropagate.ui.live import SeriesCache
+from backpropagate.ui.login import Passwords, Sessions
 from backpropagate.ui.machine import Machine
-from backpropagate.ui.pages import comparisons, data, exports, models, runs, scorecard, training
+from backpropagate.ui.pages import comparisons, data, exports, jobs, models, runs, scorecard, training
 from backpropagate.ui.render import HERE, show
-from backpropagate.ui.security import Gate, LoginGate, Passwords, comes_from_us
+from backpropagate.ui.security import Gate, LoginGate, comes_from_us, session_of
 from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import CodedError, RunNotFoundError, UserError
 from bp_runs.redact import redact
 
-_SESSION_SECONDS = 12 * 60 * 60
+_FORM_SECONDS = 20.0  # in which a form must have arrived
 
 Change = Callable[[Request, FormData], Response]
 """Answers a form that was found to come from us; may take its time."""
@@ -41,30 +43,24 @@ class Site:
 
     places: Places
     passwords: Passwords | None
-    launches: Launches
+    sessions: Sessions
+    jobs: BackgroundJobs
     machine: Machine
+    series: SeriesCache
 
 
 def build_app(spec: UiSpec, places: Places) -> Gate:
     """The application, guarded; it does not look whether a password is needed, see `security.require_guarded`."""
     passwords = Passwords.of(spec.auth) if spec.auth else None
     cookie = f"backprop_{spec.port}"  # browsers do not tell ports apart
+    sessions = Sessions(places.own, cookie)
     app = Starlette(
         routes=build_routes(),
-        middleware=[
-            Middleware(
-                SessionMiddleware,
-                secret_key=secrets.token_urlsafe(32),
-                session_cookie=cookie,
-                max_age=_SESSION_SECONDS,
-                same_site="strict",
-            ),
-            Middleware(LoginGate, passwords=passwords),
-        ],
+        middleware=[Middleware(sessions.layer), Middleware(LoginGate, has_password=passwords is not None)],
         exception_handlers={CodedError: _tell_coded, HTTPException: _tell_http, Exception: _tell_bug},
     )
-    app.state.site = Site(places, passwords, Launches(places.own), Machine())
-    return Gate(app, spec)
+    app.state.site = Site(places, passwords, sessions, BackgroundJobs(places.own), Machine(), SeriesCache())
+    return Gate(app, spec, Audit(places.own))
 
 
 def build_routes() -> list[Route | Mount]:
@@ -74,7 +70,7 @@ def build_routes() -> list[Route | Mount]:
         Mount("/static", StaticFiles(directory=HERE / "static")),
         Route("/", lambda _: RedirectResponse("/runs", 303)),
         Route("/login", _show_login),
-        change("/login", _log_in),
+        Route("/login", _log_in, methods=["POST"]),
         change("/logout", _log_out),
         Route("/runs", runs.show_table),
         Route("/runs/table", runs.show_rows),
@@ -96,8 +92,13 @@ def build_routes() -> list[Route | Mount]:
         Route("/export", exports.show_exports),
         change("/export", exports.start),
         Route("/models", models.show_models),
-        Route("/launches/{launch}", training.show_launch),
-        Route("/launches/{launch}/state", training.show_launch_state),
+        Route("/queue", jobs.show_queue),
+        Route("/queue/rows", jobs.show_queue_rows),
+        change("/queue/{job}/remove", jobs.remove),
+        change("/queue/{job}/move", jobs.move),
+        change("/queue/clear", jobs.clear),
+        Route("/jobs/{job}", jobs.show_job),
+        Route("/jobs/{job}/state", jobs.show_job_state),
     ]
 
 
@@ -105,48 +106,62 @@ def change(path: str, answer: Change) -> Route:
     """A route that changes something: the form is read and must come from our own page, with its session's token."""
 
     async def endpoint(request: Request) -> Response:
-        form = await request.form(max_files=0, max_fields=400)
-        token = form.get("token") or request.headers.get("x-token", "")
-        if not isinstance(token, str) or not comes_from_us(request, token):
-            raise HTTPException(403, "this form is too old, or does not come from this page; load the page again")
-        return await run_in_threadpool(answer, request, form)
+        return await run_in_threadpool(answer, request, await read_form(request))
 
     return Route(path, endpoint, methods=["POST"])
 
 
+async def read_form(request: Request) -> FormData:
+    """The form of a request that changes something.
+
+    Raises:
+        HTTPException: It does not come from our own page with its session's token, or takes too long to arrive.
+    """
+    try:
+        form = await asyncio.wait_for(request.form(max_files=0, max_fields=400), _FORM_SECONDS)
+    except TimeoutError as error:
+        raise HTTPException(408, "the form did not arrive in time") from error
+    token = form.get("token") or request.headers.get("x-token", "")
+    if not isinstance(token, str) or not comes_from_us(request, token):
+        raise HTTPException(403, "this form is too old, or does not come from this page; load the page again")
+    return form
+
+
 def _show_login(request: Request) -> Response:
-    if request.app.state.site.passwords is None or request.session.get("user"):
+    if request.app.state.site.passwords is None or session_of(request).user:
         return RedirectResponse("/runs", 303)
     return show(request, "login.html", wrong=None)
 
 
-def _log_in(request: Request, form: FormData) -> Response:
-    passwords: Passwords | None = request.app.state.site.passwords
-    if passwords is None:
+async def _log_in(request: Request) -> Response:
+    site: Site = request.app.state.site
+    form = await read_form(request)
+    if site.passwords is None:
         return RedirectResponse("/runs", 303)
     address = request.client.host if request.client else ""
-    if wait := passwords.wait(address):
-        wrong = f"Too many wrong passwords; try again in {wait:.0f} s."
-        answer = show(request, "login.html", wrong=wrong, status=429)
-        answer.headers["Retry-After"] = str(int(wait) + 1)
-        return answer
     name, password = str(form.get("name", "")), str(form.get("password", ""))
-    if not passwords.check(address, name, password):
-        return show(request, "login.html", wrong="That name and password do not go together.", status=401)
-    request.session.clear()  # a new token: the old one was given to somebody unknown
-    request.session["user"] = name
-    return RedirectResponse("/runs", 303)
+    result = await site.passwords.check(address, name, password, session_of(request).id)
+    if isinstance(result, bool):
+        if result:
+            request.scope["session"] = await run_in_threadpool(site.sessions.log_in, request.scope, name)
+            return RedirectResponse("/runs", 303)
+        return show(request, "login.html", wrong="Wrong name or password.", status=401)
+    answer = show(request, "login.html", wrong="Too many attempts. Try again in a few seconds.", status=429)
+    answer.headers["Retry-After"] = str(int(result) + 1)
+    return answer
 
 
 def _log_out(request: Request, _form: FormData) -> Response:
-    request.session.clear()
-    return RedirectResponse("/login" if request.app.state.site.passwords else "/runs", 303)
+    site: Site = request.app.state.site
+    request.scope["session"] = site.sessions.log_out(session_of(request))
+    return RedirectResponse("/login" if site.passwords else "/runs", 303)
 
 
 def _tell_coded(request: Request, error: Exception) -> Response:
     assert isinstance(error, CodedError)  # noqa: S101  # Starlette calls it for no other
-    missing = isinstance(error, UiPathError | RunNotFoundError)
+    missing = isinstance(error, UiPathError | RunNotFoundError | JobNotFoundError)
     status = 404 if missing else 400 if isinstance(error, UserError) else 500
+    request.scope["audit_note"] = error.code
     return show(request, "error.html", status=status, title=redact(error.message), error=error.to_dict())
 
 

@@ -1,34 +1,33 @@
-"""Commands that the page starts: each in a process of its own, which goes on without the page and without the server.
+"""Commands that the page starts: jobs of a queue in the page's folder, run one at a time.
 
-What was started is kept in ``<own>/.launches``: a small file and a log for each, so that a new server finds them again.
+Each runs in a process of its own (`backpropagate.cli.job`), so closing the page or the server ends none of them,
+and a new server finds them again. Several trainings at once on one GPU would only fail; the next one waits.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from backpropagate.errors import UiPathError
+from backpropagate.errors import JobNotFoundError
+from backpropagate.jobs.queue import Job, Queue, settings_in
 from bp_runs.errors import PathUnusableError, RunActiveError
-from bp_runs.files import coded_disk_errors, publish_json
-from bp_runs.paths import new_run_id
-from bp_runs.process import process_birth
-from bp_runs.record import RunRecord, utc_now
+from bp_runs.process import is_own_process
+from bp_runs.record import RunRecord
 from bp_runs.redact import redact
 from bp_runs.store import RunStore
 
-FOLDER = ".launches"
+FOLDER = ".jobs"
 _TAIL = 16 * 2**10  # bytes of a log that are shown
-_LOOKED_AT = 20  # newest runs among which a launch's own is looked for
+_LOOKED_AT = 20  # newest runs among which a job's own is looked for
 CAN_STOP = os.name != "nt"
 """Whether another process can be asked to finish its step; Windows can only end it."""
 
@@ -42,115 +41,124 @@ _APART: dict[str, Any] = (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """One command that the page started."""
+def command_line(job: Job) -> str:
+    """What to type in a shell to do the same, secrets masked."""
+    return redact(f"backprop {shlex.join(job.argv)}")
 
-    id: str
-    argv: tuple[str, ...]
-    """Without ``backprop``."""
-    output: str | None
-    """The output folder that its run is recorded in; None for commands without a run."""
-    pid: int
-    process_started: str | None
-    """With the pid: the process, see `bp_runs.process.process_birth`."""
-    at: str
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether its process still works."""
-        return self.process_started is not None and process_birth(self.pid) == self.process_started
+def output_of(job: Job) -> Path | None:
+    """The output folder that a job's run is recorded in; None for commands without a run."""
+    if job.argv[0] not in ("train", "replay", "resume", "multi-run"):
+        return None
+    return next((Path(word.removeprefix("--output=")) for word in job.argv if word.startswith("--output=")), None)
 
 
 @dataclass(slots=True)
-class Launches:
-    """All commands that pages of one folder have started."""
+class BackgroundJobs:
+    """The jobs of the page's folder."""
 
     own: Path
     """The folder that the page writes in."""
-    _children: list[subprocess.Popen[bytes]] = field(default_factory=list)
-    _asked: set[str] = field(default_factory=set)
-    """Runs that were asked to stop."""
+    _runners: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _asked: set[tuple[str, int, str | None]] = field(default_factory=set)
+    """Processes that were asked to stop, with their runs: a resumed run is another process."""
 
-    def start(self, argv: Sequence[str], *, output: Path | None = None) -> Launch:
-        """Start ``backprop`` with these words, in the server's folder and with its settings.
+    @property
+    def queue(self) -> Queue:
+        """Where the jobs are."""
+        return Queue(self.own / FOLDER)
+
+    def start(self, argv: Sequence[str]) -> Job:
+        """Add ``backprop`` with these words, in the server's folder and with its settings; run it when it is its turn.
+
+        Raises:
+            PathUnusableError: The queue's process cannot be started.
+            DiskFullError, OutputNotWritableError: There is no room for the job.
+        """
+        environ = {k: v for k, v in settings_in(os.environ).items() if not k.startswith("BACKPROPAGATE_UI__")}
+        job = self.queue.add(argv, Path.cwd(), environ)
+        self.run_queue()
+        return job
+
+    def run_queue(self) -> None:
+        """Start the process that works through the queue, unless there is one.
 
         Raises:
             PathUnusableError: It cannot be started.
-            DiskFullError, OutputNotWritableError: There is no room for its log.
         """
-        folder, name = self.own / FOLDER, new_run_id()
+        self.reap()
+        queue = self.queue
+        if queue.is_run() or not any(job.state in ("waiting", "running") for job in queue.jobs()):
+            return
         environ = {k: v for k, v in os.environ.items() if not k.startswith("BACKPROPAGATE_UI__")}
-        with coded_disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            log = (folder / f"{name}.log").open("ab")
-        with log:
-            try:
-                child = subprocess.Popen(  # noqa: S603  # our own program, with flags that were checked
-                    [sys.executable, "-m", "backpropagate", *argv],
-                    env=environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    **_APART,
-                )
-            except OSError as error:
-                raise PathUnusableError("the command cannot be started", cause=error.strerror) from error
-        self._children.append(child)
-        launch = Launch(
-            id=name,
-            argv=tuple(argv),
-            output=None if output is None else str(output),
-            pid=child.pid,
-            process_started=process_birth(child.pid),
-            at=utc_now(),
-        )
-        publish_json(folder / f"{name}.json", asdict(launch))
-        return launch
+        command = [sys.executable, "-m", "backpropagate.cli.job", str(queue.folder)]
+        streams: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        try:
+            runner = subprocess.Popen(command, env=environ, **streams, **_APART)  # noqa: S603  # our own program
+        except OSError as error:
+            raise PathUnusableError("the queue's process cannot be started", cause=error.strerror) from error
+        self._runners.append(runner)
 
-    def newest(self, count: int = 10) -> list[Launch]:
+    def newest(self, count: int = 10) -> list[Job]:
         """The newest ones first."""
-        self._reap()
-        files = sorted((self.own / FOLDER).glob("*.json"), reverse=True)[:count]
-        return [launch for file in files if (launch := _read(file)) is not None]
+        return self.queue.jobs()[::-1][:count]
 
-    def find(self, name: str) -> Launch:
-        """The launch of an address.
+    def find(self, number: str) -> Job:
+        """The job of an address.
 
         Raises:
-            UiPathError: There is none.
+            JobNotFoundError: There is none.
         """
-        self._reap()
-        files = {file.stem: file for file in (self.own / FOLDER).glob("*.json")}
-        found = _read(files[name]) if name in files else None
-        if found is None:
-            raise UiPathError(f"nothing was started as {name!r}")
-        return found
+        for job in self.queue.jobs():
+            if str(job.id) == number:
+                return job
+        raise JobNotFoundError(f"there is no job {number[:20]!r}")
 
-    def log_of(self, launch: Launch) -> str:
-        """The end of what it printed, redacted."""
+    def is_alive(self, job: Job) -> bool:
+        """Whether the job waits or works."""
+        return job.state == "waiting" or (
+            job.state == "running" and (self.queue.is_run() or self.queue.is_at_work(job))
+        )
+
+    def log_of(self, job: Job) -> str:
+        """The last lines that the job printed, secrets masked."""
         try:
-            with (self.own / FOLDER / f"{launch.id}.log").open("rb") as file:
+            with self.queue.log_of(job).open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
                 return redact(file.read().decode(errors="replace"))
         except OSError:
             return ""
 
-    def run_of(self, launch: Launch) -> str | None:
-        """The id of the run that its process records; None before it is there."""
-        if launch.output is None:
+    def run_of(self, job: Job) -> str | None:
+        """The id of the run that the job's process records; None before it is there."""
+        output = output_of(job)
+        if output is None or job.pid is None or job.started_at is None:
             return None
-        store = RunStore(Path(launch.output))
+        store = RunStore(output)
         rows = store.list_runs()
         for row in rows[:_LOOKED_AT] + [row for row in rows[_LOOKED_AT:] if row["status"] == "running"]:
             sessions = store.load(row["run_id"]).sessions
-            if any(s["pid"] == launch.pid and s["at"] >= launch.at for s in sessions):
+            if any(s["pid"] == job.pid and s["at"] >= job.started_at for s in sessions):
                 return str(row["run_id"])
         return None
 
-    def is_asked(self, run_id: str) -> bool:
-        """Whether this server has asked the run to stop."""
-        return run_id in self._asked
+    def cancel(self, job: Job) -> None:
+        """Remove a job that waits; ask one that works to save and end.
+
+        Raises:
+            JobNotFoundError: It has ended.
+        """
+        if job.state == "running" and job.pid and self.queue.is_at_work(job) and CAN_STOP:
+            if job.pid > 1:
+                os.kill(job.pid, signal.SIGTERM)
+            return
+        if job.state != "waiting":
+            raise JobNotFoundError(f"job {job.id} has ended")
+        self.queue.remove(job.id)
+
+    def is_asked(self, record: RunRecord) -> bool:
+        """Whether this server has asked the run's present process to stop."""
+        return _process(record) in self._asked
 
     def stop(self, record: RunRecord) -> None:
         """Ask a run's process to finish its step and save; asked again, it ends at once, as Ctrl-C twice.
@@ -159,20 +167,17 @@ class Launches:
             RunActiveError: It runs elsewhere, or cannot be asked on this system.
         """
         if record.host != platform.node():
-            raise RunActiveError(f"the run {record.run_id} is going on on {record.host}")
+            raise RunActiveError(f"the run {record.run_id} is running on {record.host}")
         if not CAN_STOP:
             raise RunActiveError("Windows cannot ask another process to save", fix="Press Ctrl-C where it runs.")
-        if record.status == "running" and process_birth(record.pid) == record.process_started:
+        if record.status == "running" and is_own_process(record.pid, record.process_started):
             os.kill(record.pid, signal.SIGTERM)
-            self._asked.add(record.run_id)
+            self._asked.add(_process(record))
 
-    def _reap(self) -> None:
-        """Let go of children that have ended."""
-        self._children = [child for child in self._children if child.poll() is None]
+    def reap(self) -> None:
+        """Forget the queue's processes that have ended."""
+        self._runners = [runner for runner in self._runners if runner.poll() is None]
 
 
-def _read(file: Path) -> Launch | None:
-    try:
-        return msgspec.json.decode(file.read_bytes(), type=Launch)
-    except (OSError, msgspec.DecodeError):
-        return None
+def _process(record: RunRecord) -> tuple[str, int, str | None]:
+    return record.run_id, record.pid, record.process_started

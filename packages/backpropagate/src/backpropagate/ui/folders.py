@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -110,11 +111,22 @@ class Places:
         path = _resolve(to_path(text))
         allowed = [folder for folder in (*self.readable, self.own, *self.shown) if path.is_relative_to(folder)]
         if not allowed:
-            raise UiPathError(f"{text} does not lie in a folder that this page may read")
-        # Of a page that was started in a home folder, the keys in it are nobody's data; git-annex keeps data in .git.
-        below = [part.lower() for folder in allowed for part in path.relative_to(folder).parts]
-        if any(part in _CREDENTIALS - {".git"} for part in below) or any(part.startswith(".") for part in below[-1:]):
-            raise UiPathError(f"{text} is hidden, or lies where credentials are kept")
+            raise UiPathError(f"{text} is not in a folder that this page may read")
+        # Hidden folders hold keys, settings and the page's own files, never data. Behind a link from a visible name may
+        # be a hidden place all the same: git-annex keeps data in .git.
+        asked = Path(os.path.abspath(to_path(text)))  # noqa: PTH100  # links are not followed here
+        named = {part for folder in allowed if asked.is_relative_to(folder) for part in asked.relative_to(folder).parts}
+        below = {part.lower() for folder in allowed for part in path.relative_to(folder).parts}
+        if below & (_CREDENTIALS - {".git"}) or path.name.startswith(".") or any(n.startswith(".") for n in named):
+            raise UiPathError(f"{text} is hidden, or in a folder for credentials")
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            return path  # whoever opens it says so
+        except OSError as error:
+            raise UiPathError(f"{text[:100]} can't be read", cause=error.strerror) from error
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe or device would never end
+            raise UiPathError(f"{text} is neither a file nor a folder")
         return path
 
     def new_output(self, name: str) -> Path:

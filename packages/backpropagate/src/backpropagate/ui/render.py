@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
-from backpropagate.ui.security import token_of
+from backpropagate.ui.security import session_of
 from bp_runs.redact import redact
 
 HERE = Path(__file__).parent
@@ -23,11 +23,12 @@ _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 def show(request: Request, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
     """A page, or with a template of ``parts/`` a piece of one."""
     site = request.app.state.site
+    session = session_of(request)
     frame = {
         "path": request.url.path,
-        "token": token_of(request),
+        "token": session.token,
         "has_login": site.passwords is not None,
-        "user": request.session.get("user"),
+        "user": session.user,
     }
     return HTMLResponse(templates().get_template(template).render({**frame, **values}), status)
 
@@ -52,6 +53,18 @@ def templates() -> Environment:
         "redact": redact,
     }
     return found
+
+
+_MOST_DIGITS = 9
+
+
+@overload
+def whole_number(text: str, default: int) -> int: ...
+@overload
+def whole_number(text: str, default: None) -> int | None: ...
+def whole_number(text: str, default: int | None) -> int | None:
+    """A number from an address: up to nine ASCII digits, else the default."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MOST_DIGITS else default
 
 
 def number(value: Any, digits: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""Who may see the page and who may change something: names of hosts, passwords, tokens of forms, headers.
+"""Which requests are answered at all: names of hosts, tokens of forms, headers, and the login.
 
 A page on this machine can be reached by every other page that its user's browser shows, so that the local case is
 guarded too: a request must name a host of ours (else a foreign name that leads here could read the answers, DNS
@@ -7,14 +7,12 @@ rebinding), and one that changes something must come from our own page (its orig
 
 from __future__ import annotations
 
-import hashlib
+import asyncio
 import hmac
 import ipaddress
-import secrets
 import socket
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -23,15 +21,17 @@ from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backpropagate.errors import UiAuthError
+from backpropagate.system import to_path
+from backpropagate.ui.audit import Audit
+from backpropagate.ui.login import Session
 from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import InvalidSettingError
 
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 OPEN_PATHS = ("/static/", "/login")
 MOST_BODY = 256 * 2**10  # bytes of a form
-_SHORTEST_PASSWORD = 8
+_REFUSED = 400  # HTTP statuses from here on are refusals
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
-_SCRYPT = {"n": 2**14, "r": 8, "p": 1, "maxmem": 64 * 2**20}
 
 HEADERS: Mapping[str, str] = {
     "Content-Security-Policy": (
@@ -56,6 +56,35 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+SHORT_PASSWORD = 8
+"""A password with fewer characters is accepted with a warning."""
+
+
+def read_auth(spec: UiSpec) -> UiSpec:
+    """The settings with ``auth`` from the file that ``auth_file`` names.
+
+    Raises:
+        InvalidSettingError: Both are set, or the file can't be read.
+    """
+    if spec.auth_file is None:
+        return spec
+    if spec.auth is not None:
+        raise InvalidSettingError(
+            "ui.auth and ui.auth_file both set a password", fix="Leave one of them out.", setting="ui.auth_file"
+        )
+    file = to_path(spec.auth_file)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidSettingError(
+            f"{file} can't be read",
+            cause=str(error),
+            fix=f"Write user:password into it: {file}",
+            setting="ui.auth_file",
+        ) from error
+    return replace(spec, auth=lines[0].strip() if lines else "", auth_file=None)
+
+
 def require_guarded(spec: UiSpec) -> None:
     """Refuse a page that others would see without a password, before anything listens.
 
@@ -67,68 +96,30 @@ def require_guarded(spec: UiSpec) -> None:
         raise InvalidSettingError("ui.host is empty", fix="Stay local: {do:ui ui.host=127.0.0.1}")
     if spec.auth is not None:
         name, _, password = spec.auth.partition(":")
-        if not name or len(password) < _SHORTEST_PASSWORD:
+        if not name or not password:
             raise InvalidSettingError(
-                f"ui.auth must be a name, a colon and a password of at least {_SHORTEST_PASSWORD} characters",
+                "ui.auth must be a name, a colon and a password",
                 fix="Set it where no list of processes shows it: BACKPROPAGATE_UI__AUTH=user:password",
             )
-    elif spec.share or not is_loopback(spec.host):
-        where = "--share" if spec.share else f"--host {spec.host}"
-        raise UiAuthError(f"{where} lets other machines see the page, and no password is set")
+        return
+    public = [name for name in spec.allowed_hosts if not is_loopback(name)]
+    opened = "{set:ui.share=true}" if spec.share else f"{{set:ui.host={spec.host}}}"
+    if not spec.share and is_loopback(spec.host):
+        if not public:
+            return
+        opened = f"{{set:ui.allowed_hosts={public[0]}}}"
+    raise UiAuthError(f"{opened} lets other machines see the page, and no password is set")
 
 
-@dataclass(slots=True)
-class Passwords:
-    """Checks the one password, and makes whoever guesses wait."""
-
-    name: str
-    _salt: bytes
-    _digest: bytes
-    _wrong: dict[str, tuple[int, float]] = field(default_factory=dict)
-    """By address: wrong guesses in a row, and until when no other one is looked at."""
-
-    @classmethod
-    def of(cls, auth: str) -> Passwords:
-        """Of ``user:password``; the password itself is not kept."""
-        name, _, password = auth.partition(":")
-        salt = secrets.token_bytes(16)
-        return cls(name, salt, _digest(password, salt))
-
-    def wait(self, address: str) -> float:
-        """Seconds until a guess from the address is looked at."""
-        return max(0.0, self._wrong.get(address, (0, 0.0))[1] - time.monotonic())
-
-    def check(self, address: str, name: str, password: str) -> bool:
-        """Whether name and password are right; both are always compared, in the same time."""
-        is_name = hmac.compare_digest(name.encode(), self.name.encode())
-        is_right = hmac.compare_digest(_digest(password, self._salt), self._digest) and is_name
-        if is_right:
-            self._wrong.pop(address, None)
-        else:
-            guesses = self._wrong.get(address, (0, 0.0))[0] + 1
-            if len(self._wrong) >= _MOST_ADDRESSES:
-                self._wrong.clear()
-            self._wrong[address] = (guesses, time.monotonic() + min(60.0, 2.0 ** (guesses - 1)))
-        return is_right
-
-
-_MOST_ADDRESSES = 10_000
-
-
-def _digest(password: str, salt: bytes) -> bytes:
-    return hashlib.scrypt(password.encode(), salt=salt, **_SCRYPT)
-
-
-def token_of(request: Request) -> str:
-    """The session's token, which every form of ours carries; made at the first look."""
-    token = request.session.setdefault("token", secrets.token_urlsafe(24))
-    return str(token)
+def session_of(request: Request) -> Session:
+    """The session of a request."""
+    found: Session = request.scope["session"]
+    return found
 
 
 def comes_from_us(request: Request, token: str) -> bool:
     """Whether a request that changes something has our origin and its session's token."""
-    wanted = request.session.get("token", "")
-    if not wanted or not hmac.compare_digest(str(wanted).encode(), token.encode()):
+    if not hmac.compare_digest(session_of(request).token.encode(), token.encode()):
         return False
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
@@ -139,20 +130,36 @@ def comes_from_us(request: Request, token: str) -> bool:
 class Gate:
     """The outermost layer: hosts that are not ours are refused, bodies are short, every answer has the headers."""
 
-    def __init__(self, app: ASGIApp, spec: UiSpec) -> None:
+    def __init__(self, app: ASGIApp, spec: UiSpec, audit: Audit) -> None:
         self._app = app
-        self._names = _LOOPBACK_NAMES | {name.lower() for name in spec.allowed_hosts}
+        self._audit = audit
+        self._proxies = frozenset(spec.trusted_proxies)
+        self._names = _LOOPBACK_NAMES | {name.lower() for name in spec.allowed_hosts} | {spec.host.lower()}
         self._is_local = is_loopback(spec.host) and not spec.share
         if not self._is_local:
-            self._names |= {socket.gethostname().lower(), spec.host.lower()}
+            self._names |= {socket.gethostname().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
+        if (scope.get("client") or ("",))[0] in self._proxies:
+            _take_forwarded(scope, headers, self._proxies)
         refusal = self._refuse(headers, scope["method"])
-        await (refusal or self._app)(scope, receive, _with_headers(send, scope["path"]))
+        await (refusal or self._app)(scope, receive, self._audited(scope, _with_headers(send, scope["path"])))
+
+    def _audited(self, scope: Scope, send: Send) -> Send:
+        """Note what changes something and what is refused, once it is answered."""
+
+        async def send_noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                status = int(message["status"])
+                if scope["method"] not in SAFE_METHODS or status >= _REFUSED:
+                    await asyncio.to_thread(self._audit.write, scope, status)
+            await send(message)
+
+        return send_noted
 
     def _refuse(self, headers: Headers, method: str) -> PlainTextResponse | None:
         if not self._is_ours(headers.get("host", "")):
@@ -173,6 +180,16 @@ class Gate:
             return True
         # An address is no name that somebody else could let lead here.
         return not self._is_local and _is_address(name)
+
+
+def _take_forwarded(scope: Scope, headers: Headers, proxies: frozenset[str]) -> None:
+    """Believe a trusted proxy about its client: the last address in ``X-Forwarded-For`` that is no such proxy."""
+    named = [part.strip() for part in headers.get("x-forwarded-for", "").split(",")]
+    others = [name for name in named if _is_address(name) and name not in proxies]
+    if others:
+        scope["client"] = (others[-1], 0)
+    if headers.get("x-forwarded-proto") == "https":
+        scope["scheme"] = "https"
 
 
 def _is_address(name: str) -> bool:
@@ -198,15 +215,15 @@ def _with_headers(send: Send, path: str) -> Send:
 class LoginGate:
     """Sends whoever has not logged in to the login page, where a password is set."""
 
-    def __init__(self, app: ASGIApp, passwords: Passwords | None) -> None:
+    def __init__(self, app: ASGIApp, *, has_password: bool) -> None:
         self._app = app
-        self._passwords = passwords
+        self._has_password = has_password
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         path = scope["path"]
-        is_open = self._passwords is None or any(path.startswith(open_) for open_ in OPEN_PATHS)
-        if scope["type"] != "http" or is_open or scope["session"].get("user"):
+        is_open = not self._has_password or any(path.startswith(open_) for open_ in OPEN_PATHS)
+        if scope["type"] != "http" or is_open or scope["session"].user:
             await self._app(scope, receive, send)
             return
         if scope["method"] in SAFE_METHODS and "hx-request" not in Headers(scope=scope):

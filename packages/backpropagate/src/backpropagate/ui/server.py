@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Mapping
@@ -10,25 +11,49 @@ from pathlib import Path
 from typing import Any, Self
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from backpropagate.errors import UiPortError
 from backpropagate.ui.app import build_app
 from backpropagate.ui.folders import Places, find_places
-from backpropagate.ui.security import is_loopback, require_guarded
+from backpropagate.ui.security import SHORT_PASSWORD, is_loopback, read_auth, require_guarded
 from backpropagate.ui_spec import UiSpec
 from bp_runs.files import require_folder
 
 _EVERYWHERE = "0.0.0.0"  # noqa: S104  # only with a password, see security.require_guarded
 _WAIT_SECONDS = 2  # for open pages, when the server is closed
+_REQUEST_SECONDS = 15.0  # in which a request's headers must have arrived
+_MOST_CONNECTIONS = 256
 
 
-@dataclass(frozen=True, slots=True)
+class _PatientProtocol(H11Protocol):
+    """HTTP/1.1 whose requests must have arrived in time, so that half-open ones don't use up the connections."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the time of the first request."""
+        super().connection_made(transport)
+        self.loop.call_later(_REQUEST_SECONDS, self._require_request, self.cycle)
+
+    def data_received(self, data: bytes) -> None:
+        """Start the time of a further request at its first bytes."""
+        before = self.cycle
+        super().data_received(data)
+        if before is not None and self.cycle is before and before.response_complete:
+            self.loop.call_later(_REQUEST_SECONDS, self._require_request, before)
+
+    def _require_request(self, before: object) -> None:
+        if self.cycle is before and not self.transport.is_closing():
+            self.transport.close()
+
+
+@dataclass(slots=True)
 class Server:
     """A page that is listened for; a context manager that closes it."""
 
     spec: UiSpec
     places: Places
     socket: socket.socket
+    _running: uvicorn.Server | None = None
 
     @classmethod
     def open(cls, spec: UiSpec, environ: Mapping[str, str], *, shown: Path) -> Self:
@@ -45,6 +70,7 @@ class Server:
             UiPortError: The address cannot be listened on.
             OutputNotWritableError: Nothing can be written where the page writes.
         """
+        spec = read_auth(spec)
         require_guarded(spec)
         places = find_places(spec, environ, shown=shown)
         require_folder(places.own)
@@ -58,15 +84,17 @@ class Server:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def lines(self) -> list[str]:
-        """What a person is told."""
+        """What the command prints."""
         shown = ", ".join(map(str, self.places.shown))
-        told = [f"  open      {self.address}", f"  shows     {shown}", f"  writes    {self.places.own}"]
+        lines = [f"  open      {self.address}", f"  shows     {shown}", f"  writes    {self.places.own}"]
         if self.spec.share or not is_loopback(self.spec.host):
-            told.append(f"  shared    as http://{socket.gethostname()}:{self.socket.getsockname()[1]}, unencrypted")
-        return [*told, "  close     Ctrl-C; runs that are going on go on"]
+            lines.append(f"  shared    as http://{socket.gethostname()}:{self.socket.getsockname()[1]}, unencrypted")
+        if self.spec.auth and len(self.spec.auth.partition(":")[2]) < SHORT_PASSWORD:
+            lines.append(f"  warning   the password has fewer than {SHORT_PASSWORD} characters and is easy to guess")
+        return [*lines, "  close     Ctrl-C; running jobs continue"]
 
     def to_dict(self) -> dict[str, Any]:
-        """What a program is told."""
+        """As `lines`, for programs."""
         return {
             "address": self.address,
             "pid": os.getpid(),
@@ -83,15 +111,22 @@ class Server:
             access_log=False,
             lifespan="off",
             ws="none",
-            http="h11",
+            http=_PatientProtocol,
+            limit_concurrency=_MOST_CONNECTIONS,
             proxy_headers=False,
             server_header=False,
             timeout_graceful_shutdown=_WAIT_SECONDS,
         )
+        self._running = uvicorn.Server(config)
         try:
-            uvicorn.Server(config).run([self.socket])
+            self._running.run([self.socket])
         except KeyboardInterrupt:
             return  # uvicorn hands on what closed it
+
+    def stop(self) -> None:
+        """Let `run` return, from another thread."""
+        if self._running is not None:
+            self._running.should_exit = True
 
     def __enter__(self) -> Self:
         return self

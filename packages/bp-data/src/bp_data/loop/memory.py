@@ -47,6 +47,7 @@ class MemoryGuard:
         halvings: Micro-batches run in ``2 ** halvings`` chunks. Kept from step to step: what did not fit once is not
             tried again.
         has_dropout: Whether dropout draws depend on the chunks.
+        most: Halvings at most; more where micro-batches were joined to larger ones.
     """
 
     memory: Memory
@@ -54,6 +55,7 @@ class MemoryGuard:
     enabled: bool = True
     halvings: int = 0
     has_dropout: bool = field(default=False, kw_only=True)
+    most: int = field(default=HALVINGS, kw_only=True)
 
     @property
     def chunks(self) -> int:
@@ -118,7 +120,7 @@ class MemoryGuard:
         return first_line(error).split(". ")[0]
 
     def _halve(self, examples: int, reason: str) -> None:
-        if self.halvings == HALVINGS or examples <= self.chunks:
+        if self.halvings >= self.most or examples <= self.chunks:
             chunks = min(examples, self.chunks)
             raise OomExhaustedError(
                 f"a micro-batch of {examples} examples does not fit in memory, not even in {chunks} chunks",

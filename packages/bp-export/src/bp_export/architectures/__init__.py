@@ -15,7 +15,7 @@ from bp_export.architectures.qwen2 import Qwen2Architecture
 from bp_export.architectures.qwen3 import Qwen3Architecture
 from bp_export.architectures.qwen35 import Qwen35Architecture
 from bp_export.architectures.smollm3 import SmolLm3Architecture
-from bp_export.errors import ArchitectureUnsupportedError
+from bp_export.errors import ArchitectureUnsupportedError, ModelInvalidError
 
 ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
     {
@@ -33,7 +33,7 @@ ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
     }
 )
 
-__all__ = ["ARCHITECTURES", "Architecture", "find_architecture"]
+__all__ = ["ARCHITECTURES", "Architecture", "find_architecture", "supports"]
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:
@@ -51,3 +51,12 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
             details={"architecture": str(names[0]), "known": list(ARCHITECTURES)},
         )
     return found({**config, **(config.get("text_config") or {})})
+
+
+def supports(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this ``config.json`` can be written as GGUF; `find_architecture` says why not."""
+    try:
+        find_architecture(config)
+    except (ArchitectureUnsupportedError, ModelInvalidError):
+        return False
+    return True

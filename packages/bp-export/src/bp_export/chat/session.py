@@ -1,4 +1,4 @@
-"""Talk to whatever was made: a GGUF, an adapter, a model folder, or a model in Ollama.
+"""Chat with whatever was made: a GGUF, an adapter, a model folder, or a model in Ollama.
 
 An adapter or a model folder becomes a GGUF in the base's own type for as long as the talk lasts, and llama.cpp runs
 that: no torch, the same arithmetic as what is exported, and disk for one copy of the model. It does not use a GPU.
@@ -23,7 +23,7 @@ RESET, LEAVE = "/reset", "/bye"
 Messages = Sequence[Mapping[str, str]]
 
 
-class Talk(Protocol):
+class ChatSession(Protocol):
     """Something that answers."""
 
     @property
@@ -41,7 +41,7 @@ class Talk(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class OllamaTalk:
+class OllamaSession:
     """A model in Ollama."""
 
     name: str
@@ -60,7 +60,7 @@ class OllamaTalk:
 
 
 @dataclass(frozen=True, slots=True)
-class Manner:
+class ChatOptions:
     """How answers are made."""
 
     system: str | None = None
@@ -73,7 +73,7 @@ class Manner:
 
 
 @contextlib.contextmanager
-def open_talk(
+def open_session(
     target: Path,
     *,
     base: Path | None = None,
@@ -81,7 +81,7 @@ def open_talk(
     quantization: str | None = None,
     dequantize: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Talk]:
+) -> Iterator[ChatSession]:
     """Something on this disk to talk to, for as long as the block lasts.
 
     Args:
@@ -103,31 +103,33 @@ def open_talk(
         yield chat
 
 
-def ask_once(talk: Talk, prompt: str, manner: Manner) -> Iterator[str]:
+def ask_once(talk: ChatSession, prompt: str, options: ChatOptions) -> Iterator[str]:
     """The answer to one message, piece by piece."""
-    return _answer(talk, [*_begin(manner), {"role": "user", "content": prompt}], manner)
+    return _answer(talk, [*_begin(options), {"role": "user", "content": prompt}], options)
 
 
-def converse(talk: Talk, manner: Manner, read_line: Callable[[], str], write: Callable[[str], None]) -> None:
+def converse(
+    talk: ChatSession, options: ChatOptions, read_line: Callable[[], str], write: Callable[[str], None]
+) -> None:
     """Question and answer until the input ends or says ``/bye``; ``/reset`` forgets what was said.
 
     Args:
         talk: What answers.
-        manner: How.
+        options: How.
         read_line: The next question; raises EOFError at the end.
         write: Shows a piece of an answer.
 
     Raises:
         CodedError: It cannot answer.
     """
-    messages = _begin(manner)
+    messages = _begin(options)
     while (question := _read(read_line)) is not None:
         if question == RESET:
-            messages = _begin(manner)
+            messages = _begin(options)
         elif question:
             messages.append({"role": "user", "content": question})
             try:
-                answer = _show(_answer(talk, messages, manner), write)
+                answer = _show(_answer(talk, messages, options), write)
             except KeyboardInterrupt:  # an answer that is stopped was not said
                 messages.pop()
                 write("\n")
@@ -152,9 +154,9 @@ def _show(pieces: Iterator[str], write: Callable[[str], None]) -> str:
     return "".join(said)
 
 
-def _begin(manner: Manner) -> list[dict[str, str]]:
-    return [{"role": "system", "content": manner.system}] if manner.system else []
+def _begin(options: ChatOptions) -> list[dict[str, str]]:
+    return [{"role": "system", "content": options.system}] if options.system else []
 
 
-def _answer(talk: Talk, messages: Messages, manner: Manner) -> Iterator[str]:
-    return talk.stream(messages, manner.max_tokens, manner.temperature, manner.seed)
+def _answer(talk: ChatSession, messages: Messages, options: ChatOptions) -> Iterator[str]:
+    return talk.stream(messages, options.max_tokens, options.temperature, options.seed)

@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from bp_export.cli.output import add_json_flag, find_progress, tell, tell_json
+from bp_export.cli.options import IMATRIX
+from bp_export.cli.output import add_options, find_progress, tell, tell_json
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -16,13 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure an importance matrix on a text, for bp-export --imatrix and llama-quantize (Linux).",
     )
     parser.add_argument("source", type=Path, help="an adapter or model folder, or a GGUF in 16 or 32 bits")
-    parser.add_argument("--text", type=Path, required=True, help="a text like what the model is going to be used on")
-    parser.add_argument("--output", type=Path, help="the file to write (default: beside the source)")
-    parser.add_argument("--base", type=Path, help="the base model's folder (default: the one the adapter names)")
-    parser.add_argument("--chunk-tokens", type=int, default=512, help="tokens that are read at once (default: 512)")
-    parser.add_argument("--chunks", type=int, help="read at most so many (default: the whole text)")
-    parser.add_argument("--force", action="store_true", help="replace an earlier matrix")
-    add_json_flag(parser)
+    add_options(parser, IMATRIX)
     return parser
 
 

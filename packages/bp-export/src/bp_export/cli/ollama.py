@@ -7,7 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bp_export.cli.output import add_json_flag, tell, tell_json
+from bp_export.cli.options import REGISTER
+from bp_export.cli.output import add_json_flag, add_options, tell, tell_json
 
 if TYPE_CHECKING:
     from bp_export.ollama.register import OllamaModel
@@ -22,10 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     register = actions.add_parser("register", help="register a GGUF, or a folder of the format ollama-adapter")
     register.add_argument("path", type=Path, help="the GGUF or the folder")
     register.add_argument("name", help="its name in Ollama")
-    register.add_argument("--context", type=int, help="tokens of context (num_ctx)")
-    register.add_argument("--system", help="a system prompt to keep with it")
-    register.add_argument("--license", type=Path, help="a file with the licence, to keep with it")
-    register.add_argument("--force", action="store_true", help="replace a model of that name")
+    add_options(register, REGISTER, has_json=False)
     actions.add_parser("list", help="list the models that it has")
     actions.add_parser("rm", help="take a model away").add_argument("name", help="its name in Ollama")
     return parser
@@ -33,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Register, list or remove."""
-    from bp_export.ollama import server  # NumPy only after --help
+    from bp_export import ollama  # NumPy only after --help
 
     if options.action == "register":
         made = _register(options)
@@ -43,10 +41,10 @@ def run(options: argparse.Namespace) -> int:
             tell(f"{made.name}\n  in Ollama {made.version}; it says: {made.answer!r}\n  ollama run {made.name}")
             tell(f"  chat template: {made.rendering.note}")
     elif options.action == "rm":
-        server.remove_model(options.name, options.host)
+        ollama.remove_model(options.name, options.host)
         tell_json([{"name": options.name, "removed": True}]) if options.json else tell(f"{options.name} removed")
     else:
-        models = server.list_models(options.host)
+        models = ollama.list_models(options.host)
         if options.json:
             tell_json([dataclasses.asdict(model) for model in models])
         for model in () if options.json else models:
@@ -55,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _register(options: argparse.Namespace) -> OllamaModel:
-    from bp_export.ollama import register as ollama
+    from bp_export import ollama
 
     license = ollama.read_license(options.license) if options.license else None
     register = ollama.register_adapter if options.path.is_dir() else ollama.register_gguf

@@ -5,11 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from bp_export.cli.options import Option
 from bp_runs.errors import CodedError
 from bp_runs.redact import redact, redact_data
+
+
+def add_options(parser: argparse.ArgumentParser, options: Sequence[Option], *, has_json: bool = True) -> None:
+    """Mount declared options, and ``--json``."""
+    for option in options:
+        has_default = option.default is not None and not option.is_switch
+        help = f"{option.help} (default: {option.default})" if has_default else option.help
+        if option.is_switch:
+            action = argparse.BooleanOptionalAction if option.has_negative else "store_true"
+            parser.add_argument(*option.words, dest=option.name, action=action, help=help)
+        else:
+            parser.add_argument(
+                *option.words,
+                dest=option.name,
+                type=option.kind,
+                default=option.default,
+                metavar=None if option.choices else option.long.removeprefix("--").replace("-", "_").upper(),
+                choices=option.choices or None,
+                required=option.is_required,
+                help=help,
+            )
+    if has_json:
+        add_json_flag(parser)
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,8 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from bp_export.cli.output import add_json_flag, tell, tell_json
+from bp_export.cli.options import PUSH
+from bp_export.cli.output import add_options, tell, tell_json
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,21 +18,13 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="A token comes from `hf auth login`, from HF_TOKEN, or from --token-file.",
     )
     parser.add_argument("source", type=Path, help="an adapter folder, a model folder or a GGUF")
-    parser.add_argument("--repo", required=True, help="owner/name; it is made where it does not exist")
-    parser.add_argument("--base", help="the base's Hub id, or its folder, whose card names the licence")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--force", action="store_true", help="replace files of the repository by a new commit")
-    parser.add_argument("--revision", help="the branch (default: the main one)")
-    parser.add_argument("--message", help="the commit's message")
-    parser.add_argument("--token-file", type=Path, help="a file with a token that may write")
-    parser.add_argument("--dry-run", action="store_true", help="print the card, and upload nothing")
-    add_json_flag(parser)
+    add_options(parser, PUSH)
     return parser
 
 
 def run(options: argparse.Namespace) -> int:
     """Push, or print the card."""
-    from bp_export.hub import push as hub  # NumPy only after --help
+    from bp_export import hub  # NumPy only after --help
 
     if options.dry_run:
         prepared = hub.prepare_push(options.source, options.repo, base=options.base)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 
+from bp_export.cli.options import Option, find_option
 from bp_runs.wording import PlainWording, Settings
 
-_MIB = 2**20
-# Keywords of the library that are spelled in another way on both command lines.
-_FLAGS: Mapping[str, str] = MappingProxyType({"importance": "--imatrix", "split_bytes": "--split-mib"})
 _COMMANDS = frozenset({"chat", "imatrix", "ollama", "push"})
 
 
 def spell_option(key: str, value: str | None) -> str:
     """A keyword of this package as a flag: ``--force``, ``--no-verify``, ``--split-mib 2048``."""
-    flag = _FLAGS.get(key) or "--" + key.replace("_", "-")
+    option = find_option(key) or Option(key)
     if value is None or value == "true":
-        return flag
+        return option.long
     if value == "false":
-        return f"--no-{flag.removeprefix('--')}"
-    return f"{flag} {shlex.quote(str(int(value) // _MIB) if key == 'split_bytes' else value)}"
+        return f"--no-{option.long.removeprefix('--')}"
+    return f"{option.long} {shlex.quote(value if option.factor == 1 else str(int(value) // option.factor))}"
 
 
 class ExportWording(PlainWording):

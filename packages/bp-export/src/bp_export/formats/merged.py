@@ -1,22 +1,34 @@
-"""The two folder formats: a merged Hugging Face model, and a copy of the adapter."""
+"""A merged Hugging Face folder: the base's tensors with the adapter in, a few rows at a time."""
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import ClassVar
 
-from bp_data.templates.conversations import ConversationHashes
 from bp_export.formats.hash_and_flush import HashAndFlush
-from bp_export.formats.output import MARK_FILE, write_mark
-from bp_export.gguf.plan import grow_vocabulary, read_config
+from bp_export.formats.output import require_free_folder, write_mark
+from bp_export.formats.request import (
+    ExportOutcome,
+    ExportPlan,
+    Format,
+    ModelRequest,
+    PlannedTensor,
+    Progress,
+    summarize_plan,
+)
+from bp_export.gguf.plan import grow_vocabulary
 from bp_export.gguf.writer import CHUNK_WEIGHTS, compute_in_order, count_parts, count_threads
-from bp_merge import FoldedModel, TensorInfo, build_header, encode, read_index
-from bp_runs.adapter import TEMPLATE_FOLDER, AdapterFolder, copy_tokenizer_files
+from bp_export.source import Source, read_config
+from bp_merge import FoldedModel, TensorInfo, build_header, encode
+from bp_runs.adapter import copy_tokenizer_files
 from bp_runs.files import publish_folder, publish_json, require_folder, require_free_space, sha256_file
 
 SHARD_BYTES = 5 * 10**9
@@ -26,27 +38,58 @@ _MODEL_FILES = ("config.json", "generation_config.json")
 _INDEX_FILE = "model.safetensors.index.json"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergedExport(ModelRequest):
+    """The format ``merged``."""
+
+    format: ClassVar[Format] = "merged"
+
+    threads: int | None = None
+    """Threads that compute; None for the machine's cores, at most 8."""
+
+    def plan(self) -> ExportPlan:
+        """Every tensor in the base's dtype."""
+        source = self.read_source()
+        with source.open() as model:
+            tensors = tuple(
+                PlannedTensor(i.name, i.name, i.dtype, i.shape, i.bytes, i.name in model.changed)
+                for i in model.tensors.values()
+            )
+        return summarize_plan(self._find_target(source), tensors, threads=self.threads)
+
+    def write(self, progress: Progress | None = None) -> ExportOutcome:
+        """Write the folder."""
+        begun = time.monotonic()
+        source = self.read_source()
+        rendering = source.check_rendering()
+        target = self._find_target(source)
+        with source.open() as model:
+            require_free_folder(target, force=self.force, sources=source.folders)
+            size, sha256 = write_merged(model, source, target, progress=progress, threads=self.threads)
+            count = len(model.tensors)
+        return ExportOutcome(target, self.format, None, size, count, time.monotonic() - begun, sha256, rendering)
+
+    def _find_target(self, source: Source) -> Path:
+        return self.output or self.adapter.parent / f"{source.name}-merged"
+
+
 def write_merged(
     model: FoldedModel,
-    base: Path,
-    tokenizer: Path,
+    source: Source,
     output: Path,
     *,
-    hashes: ConversationHashes | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> tuple[int, str]:
-    """Write the model with its adapter as a Hugging Face folder, a few rows at a time.
+    """Write the model with its adapter as a Hugging Face folder.
 
-    Tensors keep the base's names and dtypes; config files come from the base, tokenizer files from ``tokenizer``.
+    Tensors keep the base's names and dtypes; config files come from the base.
 
     Args:
         model: The weights.
-        base: Its folder.
-        tokenizer: The folder whose tokenizer goes along.
+        source: The base's folder, the tokenizer and what training stored.
         output: The folder to make; it appears there only when it is whole.
-        hashes: How training rendered ten conversations; the folder carries them.
         progress: Called with bytes done and bytes in all.
         threads: As `bp_export.gguf.writer.write_gguf`.
         shard_bytes: Weights a file; a model with more gets shards and an index.
@@ -74,14 +117,8 @@ def write_merged(
         if len(shards) > 1:
             weight_map = {name: file_name for file_name, infos in shards.items() for name in infos}
             publish_json(folder / _INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        _copy_files(base, folder, _MODEL_FILES)
-        config = read_config(base)
-        grown = grow_vocabulary(config, model)
-        grown.pop("quantization_config", None)  # what was packed is written unpacked
-        if grown != config:
-            publish_json(folder / "config.json", grown)
-        copy_tokenizer_files(tokenizer, folder)
-        write_mark(folder, "merged", None if hashes is None else hashes.to_dict())
+        _write_settings(model, source, folder)
+        write_mark(folder, "merged", None if source.hashes is None else source.hashes.to_dict())
     size = sum(file.stat().st_size for file in output.iterdir())
     return size, sha256_file(output / _INDEX_FILE) if len(shards) > 1 else digests[next(iter(shards))]
 
@@ -112,30 +149,6 @@ def _cut_rows(info: TensorInfo) -> list[tuple[int, int]]:
     return [(start, min(start + step, info.rows)) for start in range(0, info.rows, step)]
 
 
-def copy_adapter(adapter: AdapterFolder, output: Path) -> tuple[int, int, str]:
-    """Copy an adapter folder's files to ``output``; of its sub-folders only the one with chat templates.
-
-    Returns:
-        Tensors, bytes of all files, and the SHA-256 of the weights.
-
-    Raises:
-        TensorsInvalidError: The weights are damaged; they are looked at before anything is copied.
-        DiskFullError, OutputNotWritableError: As named; no folder is left.
-    """
-    tensors = read_index(adapter.weights)
-    files = [file for file in adapter.path.iterdir() if file.is_file() and file.name != MARK_FILE]
-    size = sum(file.stat().st_size for file in files)
-    require_folder(output.parent)
-    require_free_space(output.parent, size, "the adapter's copy")
-    with publish_folder(output) as folder:
-        for file in files:
-            shutil.copyfile(file, folder / file.name)
-        if (adapter.path / TEMPLATE_FOLDER).is_dir():
-            shutil.copytree(adapter.path / TEMPLATE_FOLDER, folder / TEMPLATE_FOLDER)
-        write_mark(folder, "lora")
-    return len(tensors), size, sha256_file(output / adapter.weights.name)
-
-
 def cut_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str, dict[str, TensorInfo]]:
     """Tensors by file: in their order, each file up to ``shard_bytes`` but never empty."""
     groups: list[dict[str, TensorInfo]] = [{}]
@@ -151,7 +164,13 @@ def cut_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int) -> dict[str,
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _copy_files(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def _write_settings(model: FoldedModel, source: Source, folder: Path) -> None:
+    for name in _MODEL_FILES:
+        if (source.base / name).is_file():
+            shutil.copyfile(source.base / name, folder / name)
+    config = read_config(source.base)
+    merged = grow_vocabulary(config, model)
+    merged.pop("quantization_config", None)  # what was packed is written unpacked
+    if merged != config:
+        publish_json(folder / "config.json", merged)
+    copy_tokenizer_files(source.tokenizer, folder)

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from gguf import GGUFReader
@@ -21,8 +21,11 @@ from gguf import GGUFReader
 from bp_data.templates.conversations import ConversationHashes
 from bp_export.architectures import Architecture
 from bp_export.errors import AdapterFormatError
-from bp_export.formats.adapter import write_gguf_adapter
-from bp_export.formats.output import write_mark
+from bp_export.formats.gguf_adapter import AdapterRequest, write_gguf_adapter
+from bp_export.formats.output import require_free_folder, write_mark
+from bp_export.formats.request import Format
+from bp_export.source import Source, read_config
+from bp_export.tokenizer.vocabulary import read_vocabulary
 from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter
 from bp_runs.files import publish_folder, publish_json, sha256_file
 
@@ -31,7 +34,7 @@ ADAPTER_FILE, MODELFILE, BASE_FILE = "adapter.gguf", "Modelfile", "base.json"
 
 @dataclass(frozen=True, slots=True)
 class OllamaAdapter:
-    """A folder that `write_ollama_adapter` wrote, read back."""
+    """A folder that `OllamaAdapterExport` wrote, read back."""
 
     path: Path
     """The adapter's GGUF."""
@@ -49,57 +52,62 @@ class OllamaAdapter:
         return Path(self.runs_on) if self.runs_on.endswith(".gguf") else None
 
 
-def write_ollama_adapter(
-    model: FoldedModel,
-    adapter: LoraAdapter,
-    architecture: Architecture,
-    output: Path,
-    *,
-    base: Path,
-    runs_on: str,
-    name: str,
-    stop: Sequence[str],
-    hashes: ConversationHashes | None = None,
-) -> tuple[int, int, str]:
-    """Write the folder.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OllamaAdapterExport(AdapterRequest):
+    """The format ``ollama-adapter``."""
 
-    Args:
-        model: The base with the adapter.
-        adapter: The adapter.
-        architecture: The base's layout.
-        output: The folder to make; it appears there only when it is whole.
-        base: The base's folder.
-        runs_on: The base in Ollama: a model's name, or the path of a GGUF, which is compared with the base.
-        name: The adapter's ``general.name``.
-        stop: Stop words.
-        hashes: How training rendered ten conversations.
+    format: ClassVar[Format] = "ollama-adapter"
+    ending: ClassVar[str] = "-ollama"
 
-    Returns:
-        Tensors, bytes of all files, and the SHA-256 of the adapter.
+    ollama_base: str | None = None
+    """What the adapter goes on: the base's name in Ollama, or the path of a GGUF of it, which is compared with it."""
 
-    Raises:
-        AdapterMismatchError: The GGUF is of another base.
-        AdapterFormatError: ``runs_on`` has the look of a path, and there is no GGUF.
-    """
-    if runs_on.endswith(".gguf"):
-        check_base(Path(runs_on), model, architecture)
-    lines = [f"FROM {runs_on}", f"ADAPTER ./{ADAPTER_FILE}", *(f"PARAMETER stop {json.dumps(word)}" for word in stop)]
-    with publish_folder(output) as folder:
-        tensors, _, sha256 = write_gguf_adapter(model, adapter, architecture, folder / ADAPTER_FILE, name=name)
-        (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        publish_json(
-            folder / BASE_FILE,
-            {
-                "base": adapter.folder.base,
-                "config_sha256": sha256_file(base / "config.json"),
-                "from": runs_on,
-                "layout": _read_layout(architecture),
-                "stop": list(stop),
-                "template": None if hashes is None else hashes.to_dict(),
-            },
-        )
-        write_mark(folder, "ollama-adapter")
-    return tensors, sum(file.stat().st_size for file in output.iterdir()), sha256
+    def write_adapter(
+        self, source: Source, model: FoldedModel, adapter: LoraAdapter, architecture: Architecture, target: Path
+    ) -> tuple[int, int, str]:
+        """Write the folder.
+
+        Raises:
+            AdapterMismatchError: The GGUF is of another base.
+            AdapterFormatError: No base is named, or it looks like a path and there is no GGUF.
+        """
+        runs_on = self.ollama_base
+        if runs_on is None:
+            raise AdapterFormatError(
+                "an adapter for Ollama goes on a model there, and none is named",
+                fix="Name the same base as Ollama has it, or a GGUF of it: {set:ollama_base=smollm2:135m}",
+            )
+        require_free_folder(target, force=self.force, sources=source.folders)
+        if runs_on.endswith(".gguf"):
+            check_base(Path(runs_on), model, architecture)
+        stop = _read_stop(source)
+        lines = [f"FROM {runs_on}", f"ADAPTER ./{ADAPTER_FILE}"]
+        lines += [f"PARAMETER stop {json.dumps(word)}" for word in stop]
+        with publish_folder(target) as folder:
+            path = folder / ADAPTER_FILE
+            tensors, _, sha256 = write_gguf_adapter(model, adapter, architecture, path, name=source.name)
+            (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            publish_json(folder / BASE_FILE, _describe_base(source, adapter, architecture, runs_on, stop))
+            write_mark(folder, "ollama-adapter")
+        return tensors, sum(file.stat().st_size for file in target.iterdir()), sha256
+
+
+def _read_stop(source: Source) -> list[str]:
+    words = read_vocabulary(source.tokenizer, vocab_size=None, model_config=read_config(source.base), pre="default")
+    return [] if words.turn_end is None else [str(words.tokens[words.turn_end])]
+
+
+def _describe_base(
+    source: Source, adapter: LoraAdapter, architecture: Architecture, runs_on: str, stop: Sequence[str]
+) -> dict[str, Any]:
+    return {
+        "base": adapter.folder.base,
+        "config_sha256": sha256_file(source.base / "config.json"),
+        "from": runs_on,
+        "layout": _read_layout(architecture),
+        "stop": list(stop),
+        "template": None if source.hashes is None else source.hashes.to_dict(),
+    }
 
 
 def read_ollama_adapter(folder: Path) -> OllamaAdapter:

@@ -13,8 +13,7 @@ from typing import Any
 
 from bp_export.errors import OutputTakenError
 from bp_export.gguf.file import MAGIC
-from bp_export.hub.run_record import find_origin
-from bp_runs.files import publish_json, sha256_file
+from bp_runs.files import publish_json
 from bp_runs.wording import setting_ref
 
 MARK_FILE = "export.json"
@@ -53,10 +52,10 @@ def require_free_folder(path: Path, *, force: bool, sources: Sequence[Path]) -> 
     if not force:
         raise OutputTakenError(f"{path} exists and is not empty")
     mark = _read_mark(path)
-    if mark is None and not _is_recorded(path):
+    if mark is None:
         raise OutputTakenError(f"{path} is no export's folder", fix=_ELSEWHERE)
     there = {entry.name for entry in path.iterdir()} - _LITTER - {MARK_FILE}
-    if mark is not None and (added := sorted(there - mark[1])):
+    if added := sorted(there - mark[1]):
         raise OutputTakenError(f"{path} holds {added[0]}, which no export wrote", fix=_ELSEWHERE)
 
 
@@ -82,13 +81,6 @@ def _read_mark(folder: Path) -> tuple[str, set[str]] | None:
         return None if mark is None else (str(mark["format"]), set(map(str, mark["files"])))
     except (KeyError, TypeError):
         return None
-
-
-def _is_recorded(folder: Path) -> bool:
-    """Whether a run's record names the folder as an export, and its weights: before there were marks."""
-    origin = find_origin(folder)
-    digest = origin.find_artifact(folder).get("sha256") if origin else None
-    return digest is not None and any(sha256_file(file) == digest for file in folder.iterdir() if file.is_file())
 
 
 def require_free_file(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from bp_export.chat.server import require_installed
 from bp_export.errors import ChatTargetError
-from bp_export.export import export_adapter, find_own_type
+from bp_export.formats.gguf import GgufExport, find_own_type
 from bp_export.formats.output import read_format
 from bp_export.gguf.file import read_settings
 
@@ -51,13 +52,14 @@ def open_gguf(
     if not target.is_dir():
         raise ChatTargetError(f"there is no file or folder {target}")
     with tempfile.TemporaryDirectory(prefix="bp-export-") as scratch:
-        made = export_adapter(
-            target,
+        asked = GgufExport(
+            adapter=target,
             output=Path(scratch) / "model.gguf",
-            quantization=quantization or find_own_type(target, base, dequantize=dequantize),
+            quantization=quantization,
             base=base,
             dequantize=dequantize,
             verify=False,
-            progress=progress,
         )
-        yield made.path
+        if quantization is None:
+            asked = replace(asked, quantization=find_own_type(asked.read_source()))
+        yield asked.write(progress).path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +13,14 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, Metadata, size_
 from bp_data.templates.conversations import ConversationHashes
 from bp_export.architectures import Architecture, find_architecture
 from bp_export.architectures.change import KEEP, Change
-from bp_export.errors import BaseModelNotFoundError, ModelInvalidError
+from bp_export.errors import ModelInvalidError
 from bp_export.gguf.file import add_tensor, align, order_like_quantizer
 from bp_export.hub.license import read_license
 from bp_export.quant.imatrix import Importance, check_importance
 from bp_export.quant.kernels import TensorType, compute_row_bytes
-from bp_export.quant.types import MixtureFacts, Quantization, choose_types, is_big_llama, sort_like_quantizer
+from bp_export.quant.mixture import MixtureFacts, choose_types, is_big_llama, sort_like_quantizer
+from bp_export.quant.types import Quantization
+from bp_export.source import read_config
 from bp_export.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from bp_export.verify.template import add_hashes
 from bp_merge import AdapterMismatchError, FoldedModel
@@ -63,6 +64,8 @@ class GgufPlan:
     vocabulary: Vocabulary
     importance: Importance
     """By GGUF name; empty without an importance matrix."""
+    notes: tuple[str, ...] = ()
+    """What the user has to know of the file."""
 
     @property
     def data_bytes(self) -> int:
@@ -74,25 +77,6 @@ class GgufPlan:
         """Room to ask for: tensors with padding, and a generous header."""
         words = sum(len(token) for token in self.vocabulary.tokens) + 64 * len(self.vocabulary.tokens)
         return sum(align(tensor.bytes) for tensor in self.tensors) + words + _SPARE_BYTES
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's ``config.json``.
-
-    Raises:
-        BaseModelNotFoundError: There is no such folder, or no config.json in it.
-        ModelInvalidError: It is damaged.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise BaseModelNotFoundError(f"{folder} is not a model folder on this machine: it has no config.json")
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelInvalidError(f"{file} cannot be read", cause=str(error)) from error
-    if not isinstance(config, dict):
-        raise ModelInvalidError(f"{file} is not a JSON object")
-    return config
 
 
 def grow_vocabulary(config: Mapping[str, Any], model: FoldedModel) -> dict[str, Any]:

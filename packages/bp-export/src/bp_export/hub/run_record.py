@@ -10,10 +10,11 @@ from typing import Any
 from bp_export.local_paths import has_hub_form
 from bp_runs.adapter import read_manifest
 from bp_runs.errors import CodedError
+from bp_runs.metrics import read_events
+from bp_runs.paths import METRICS_FILE, run_folder, runs_folder
 from bp_runs.proof import Proof, read_proof
-from bp_runs.record import RunRecord
+from bp_runs.record import RunRecord, read_record
 from bp_runs.spec import Settings
-from bp_runs.store import RunStore
 
 # Where things were and how it was begun, which says nothing of what was learned.
 _PLACES = ("model.name", "model.revision", "data.path", "data.revision", "training.output_dir", "training.resume")
@@ -49,13 +50,11 @@ def find_origin(path: Path) -> Origin | None:
     place = path.resolve()
     run_id = _read_run_id(path)
     for output in (place.parent, *place.parents[2:3]):
-        store = RunStore(output)
-        if not (output / "runs").is_dir():
-            continue
-        for known in [run_id] if run_id else [str(row["run_id"]) for row in store.list_runs()]:
-            record = _load(store, known)
+        names = [run_id] if run_id else [folder.name for folder in sorted(runs_folder(output).glob("*"))]
+        for folder in (run_folder(output, name) for name in names):
+            record = _load(folder)
             if record and (run_id or any(_is_at(artifact, place) for artifact in record.artifacts)):
-                return Origin(record, tuple(_read_losses(store, known)), read_proof(store.folder(known)))
+                return Origin(record, tuple(_read_losses(folder)), read_proof(folder))
     return None
 
 
@@ -86,15 +85,15 @@ def _read_run_id(path: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _load(store: RunStore, run_id: str) -> RunRecord | None:
+def _load(folder: Path) -> RunRecord | None:
     try:
-        return store.load(run_id)
+        return read_record(folder) if folder.is_dir() else None
     except CodedError:
         return None
 
 
-def _read_losses(store: RunStore, run_id: str) -> Iterator[float]:
-    for row in store.read_metrics(run_id):
+def _read_losses(folder: Path) -> Iterator[float]:
+    for row in read_events(folder / METRICS_FILE):
         if row.get("event") == "step" and isinstance(row.get("loss"), int | float):
             yield float(row["loss"])
 

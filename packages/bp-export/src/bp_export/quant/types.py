@@ -1,84 +1,107 @@
-"""Which tensor of a model gets which type: llama.cpp's mixtures, for dense decoder models.
+"""The table of quantizations: one row each, read by the exporter, the gate, both command lines and the pages.
 
-The rules are those of ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in llama.cpp's llama-quant.cpp
-(read in b11434), for the file types offered here. Tested against ``llama_model_quantize``. Not here: expert models.
+This module imports no NumPy, so that a command's help can list the names at once. The rules that choose a type for each
+tensor are in `bp_export.quant.mixture`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-
-from gguf import LlamaFileType
+from typing import TYPE_CHECKING
 
 from bp_export.errors import QuantizationUnknownError
-from bp_export.quant.kernels import TensorType, read_block
+from bp_runs.wording import setting_ref
 
-_BIG_LLAMA_LAYERS = 80
-_MANY_HEADS_A_VALUE = 4
-_NEVER_QUANTIZED = ("_norm.weight", "ssm_conv1d.weight")
-_VALUES = ("attn_v.weight", "attn_qkv.weight")
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, LlamaFileType
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a quantization may cost before verification fails."""
+
+    divergence: float
+    """Mean Kullback-Leibler divergence from the reference, nats; more fails."""
+    agreement: float
+    """Share of clear places with the reference's next token; less fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """A quantization, by its name."""
+    """A row of the table."""
 
     name: str
-    file_type: LlamaFileType
-    """What ``general.file_type`` says."""
-    default: TensorType
-    """The type of most matrices."""
+    type: str
+    """ggml's name of the type of most matrices."""
+    bits: float
+    """Bits per weight of a 7B model's file, about."""
+    bound: Bound
+    """From runs on SmolLM2-135M, which suffers more than larger models do, with room (docs/log has the figures)."""
+    help: str
 
     @property
     def is_float(self) -> bool:
-        """Whether it is a plain float format, which the converter writes by itself, without llama-quantize."""
-        return read_block(self.default) == 1
+        """Whether it is a plain float format, which llama.cpp's converter writes without llama-quantize."""
+        return self.type in ("F32", "BF16", "F16")
 
+    @property
+    def default(self) -> GGMLQuantizationType:
+        """The type of most matrices, as gguf-py has it."""
+        from gguf import GGMLQuantizationType
 
-@dataclass(frozen=True, slots=True)
-class MixtureFacts:
-    """What the mixtures ask about a model."""
+        return GGMLQuantizationType[self.type]
 
-    layers: int
-    heads_a_value: int = 1
-    """Query heads that share one value head."""
-    is_big_llama: bool = False
-    """Whether it is the 80-layer Llama, whose few value heads get more bits."""
-    has_importance: bool = False
-    """Whether an importance matrix is given."""
+    @property
+    def file_type(self) -> LlamaFileType:
+        """What ``general.file_type`` says."""
+        from gguf import LlamaFileType
+
+        return LlamaFileType["ALL_F32" if self.name == "f32" else f"MOSTLY_{self.name.upper()}"]
 
 
 _TABLE = (
-    Quantization("f32", LlamaFileType.ALL_F32, TensorType.F32),
-    Quantization("bf16", LlamaFileType.MOSTLY_BF16, TensorType.BF16),
-    Quantization("f16", LlamaFileType.MOSTLY_F16, TensorType.F16),
-    Quantization("q8_0", LlamaFileType.MOSTLY_Q8_0, TensorType.Q8_0),
-    Quantization("q6_k", LlamaFileType.MOSTLY_Q6_K, TensorType.Q6_K),
-    Quantization("q5_k_m", LlamaFileType.MOSTLY_Q5_K_M, TensorType.Q5_K),
-    Quantization("q5_k_s", LlamaFileType.MOSTLY_Q5_K_S, TensorType.Q5_K),
-    Quantization("q5_0", LlamaFileType.MOSTLY_Q5_0, TensorType.Q5_0),
-    Quantization("q4_k_m", LlamaFileType.MOSTLY_Q4_K_M, TensorType.Q4_K),
-    Quantization("q4_k_s", LlamaFileType.MOSTLY_Q4_K_S, TensorType.Q4_K),
-    Quantization("q4_0", LlamaFileType.MOSTLY_Q4_0, TensorType.Q4_0),
-    Quantization("iq4_xs", LlamaFileType.MOSTLY_IQ4_XS, TensorType.IQ4_XS),
-    Quantization("q3_k_m", LlamaFileType.MOSTLY_Q3_K_M, TensorType.Q3_K),
-    Quantization("q2_k", LlamaFileType.MOSTLY_Q2_K, TensorType.Q2_K),
+    Quantization("f32", "F32", 32.0, Bound(0.001, 1.0), "float32"),
+    Quantization("bf16", "BF16", 16.0, Bound(0.005, 0.99), "bfloat16"),
+    Quantization("f16", "F16", 16.0, Bound(0.002, 0.99), "float16"),
+    Quantization("q8_0", "Q8_0", 8.5, Bound(0.03, 0.98), "8 bits"),
+    Quantization("q6_k", "Q6_K", 6.6, Bound(0.06, 0.97), "6 bits"),
+    Quantization("q5_k_m", "Q5_K", 5.7, Bound(0.2, 0.9), "5 bits, 6 for some tensors"),
+    Quantization("q5_k_s", "Q5_K", 5.5, Bound(0.2, 0.9), "5 bits"),
+    Quantization("q5_0", "Q5_0", 5.5, Bound(0.3, 0.9), "5 bits, older format"),
+    Quantization("q4_k_m", "Q4_K", 4.8, Bound(0.3, 0.9), "4 bits, 6 for some tensors; the default"),
+    Quantization("q4_k_s", "Q4_K", 4.6, Bound(0.4, 0.9), "4 bits"),
+    Quantization("q4_0", "Q4_0", 4.5, Bound(0.6, 0.8), "4 bits, older format"),
+    Quantization("iq4_xs", "IQ4_XS", 4.3, Bound(0.4, 0.9), "4 bits, smaller"),
+    Quantization("q3_k_m", "Q3_K", 3.9, Bound(0.8, 0.7), "3 bits, 4 and 5 for some tensors"),
+    Quantization("q2_k", "Q2_K", 3.2, Bound(1.5, 0.5), "2 bits, 3 and 4 for some tensors"),
 )
 USUAL_QUANTIZATION = "q4_k_m"
-"""What a GGUF gets where none is asked for."""
+"""What a GGUF gets if no quantization is named."""
 QUANTIZATIONS: Mapping[str, Quantization] = MappingProxyType({q.name: q for q in _TABLE})
 
-_FALLBACKS = MappingProxyType(
+# What the same types are called elsewhere.
+_ALIASES: Mapping[str, str] = MappingProxyType(
     {
-        TensorType.Q2_K: TensorType.Q4_0,
-        TensorType.Q3_K: TensorType.Q4_0,
-        TensorType.Q4_K: TensorType.Q5_0,
-        TensorType.Q5_K: TensorType.Q5_1,
-        TensorType.Q6_K: TensorType.Q8_0,
-        TensorType.IQ4_XS: TensorType.IQ4_NL,
+        "fp32": "f32",
+        "float32": "f32",
+        "fp16": "f16",
+        "float16": "f16",
+        "half": "f16",
+        "bfloat16": "bf16",
+        "q8": "q8_0",
+        "int8": "q8_0",
+        "q6": "q6_k",
+        "q5": "q5_k_m",
+        "q5_k": "q5_k_m",
+        "q4": "q4_k_m",
+        "q4_k": "q4_k_m",
+        "int4": "q4_k_m",
+        "q3": "q3_k_m",
+        "q3_k": "q3_k_m",
+        "q2": "q2_k",
     }
 )
 
@@ -87,119 +110,15 @@ def read_quantization(name: str | None) -> Quantization:
     """The quantization of a name, in any case; of None `USUAL_QUANTIZATION`.
 
     Raises:
-        QuantizationUnknownError: There is none.
+        QuantizationUnknownError: There is none; the hint names the nearest.
     """
-    found = QUANTIZATIONS.get((name or USUAL_QUANTIZATION).lower().replace("-", "_"))
-    if found is None:
-        raise QuantizationUnknownError(f"there is no quantization {name!r}; there are {', '.join(QUANTIZATIONS)}")
-    return found
-
-
-def sort_like_quantizer(names: Sequence[str]) -> list[str]:
-    """GGUF tensor names as llama-quantize writes them: first those of no layer, then layer by layer, each by name."""
-    return sorted(names, key=lambda name: (_read_layer(name), name))
-
-
-def choose_types(
-    shapes: Mapping[str, tuple[int, ...]], quantization: Quantization, facts: MixtureFacts
-) -> dict[str, TensorType]:
-    """The type of each tensor.
-
-    Args:
-        shapes: By GGUF name; the last axis is the row.
-        quantization: What was asked for.
-        facts: About the model.
-
-    Returns:
-        By GGUF name, in the order that llama-quantize counts in.
-    """
-    names = sort_like_quantizer(list(shapes))
-    values = [name for name in names if name.endswith(_VALUES)]
-    tied = "output.weight" not in shapes
-    chosen = {}
-    downs = 0
-    for name in names:
-        kind = quantization.default if _is_quantized(name, shapes[name]) else TensorType.F32
-        if kind != TensorType.F32 and not quantization.is_float:
-            columns = shapes[name][-1]
-            if name == "output.weight" or (tied and name == "token_embd.weight"):
-                kind = _choose_output(kind, columns)
-            elif name.endswith(_VALUES):
-                kind = _choose_value(kind, quantization.name, values.index(name), len(values), facts)
-            elif "ffn_down" in name:
-                kind = _choose_down(kind, quantization.name, downs, facts)
-                downs += 1
-            elif "attn_output.weight" in name:
-                kind = _OUTPUTS.get(quantization.name, kind)
-            kind = _fall_back(kind, columns)
-        chosen[name] = kind
-    return chosen
-
-
-def _read_layer(name: str) -> int:
-    match = re.match(r"blk\.(\d+)\.", name)
-    return int(match[1]) if match else -1
-
-
-def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) > 1 and name.endswith("weight") and not name.endswith(_NEVER_QUANTIZED)
-
-
-def _uses_more_bits(index: int, count: int) -> bool:
-    """The first and last eighth of the layers, and every third between them."""
-    return index < count // 8 or index >= 7 * count // 8 or (index - count // 8) % 3 == 2
-
-
-def _choose_output(kind: TensorType, columns: int) -> TensorType:
-    if kind == TensorType.Q8_0 or columns % read_block(kind):
-        return TensorType.Q8_0
-    return TensorType.Q6_K
-
-
-# What the attention's output projection gets instead of the default.
-_OUTPUTS: Mapping[str, TensorType] = MappingProxyType({"q2_k": TensorType.Q3_K, "q3_k_m": TensorType.Q4_K})
-
-
-def _choose_value(kind: TensorType, asked: str, index: int, count: int, facts: MixtureFacts) -> TensorType:
-    is_shared = facts.heads_a_value >= _MANY_HEADS_A_VALUE
-    if asked == "q2_k":
-        kind = TensorType.Q4_K if is_shared else TensorType.Q3_K
-    elif asked == "q3_k_m":
-        kind = TensorType.Q5_K if index < 2 else TensorType.Q4_K
-    elif (asked == "iq4_xs" and is_shared) or (asked == "q4_k_s" and index < 4):
-        kind = TensorType.Q5_K
-    elif asked in ("q4_k_m", "q5_k_m") and _uses_more_bits(index, count):
-        kind = TensorType.Q6_K
-    return TensorType.Q5_K if facts.is_big_llama and kind in (TensorType.Q3_K, TensorType.Q4_K) else kind
-
-
-def _choose_down(kind: TensorType, asked: str, index: int, facts: MixtureFacts) -> TensorType:
-    layers, is_first = facts.layers, index < facts.layers // 8
-    if asked == "q2_k":
-        return TensorType.Q3_K
-    if asked == "q3_k_m":
-        return TensorType.Q5_K if index < layers // 16 else TensorType.Q4_K
-    if asked in ("q4_k_m", "q5_k_m"):
-        return TensorType.Q6_K if _uses_more_bits(index, layers) else kind
-    if is_first and (asked == "q4_k_s" or (asked == "iq4_xs" and not facts.has_importance)):
-        return TensorType.Q5_K
-    if is_first and asked in _WITH_OFFSET and facts.has_importance:
-        return _WITH_OFFSET[asked]
-    return kind
-
-
-# An importance matrix can lead the plain 4 and 5 bits astray in the first layers.
-_WITH_OFFSET: Mapping[str, TensorType] = MappingProxyType({"q4_0": TensorType.Q4_1, "q5_0": TensorType.Q5_1})
-
-
-def _fall_back(kind: TensorType, columns: int) -> TensorType:
-    """The next type whose blocks fit a row; F16 where none does."""
-    if columns % read_block(kind) == 0:
-        return kind
-    kind = _FALLBACKS.get(kind, TensorType.F16)
-    return kind if columns % read_block(kind) == 0 else TensorType.F16
-
-
-def is_big_llama(layers: int, heads: int, key_heads: int) -> bool:
-    """Whether llama.cpp takes a llama for the 70B, by its layers and grouped heads."""
-    return layers == _BIG_LLAMA_LAYERS and heads != key_heads
+    asked = (name or USUAL_QUANTIZATION).lower().replace("-", "_")
+    if (found := QUANTIZATIONS.get(asked)) is not None:
+        return found
+    near = [_ALIASES[asked]] if asked in _ALIASES else difflib.get_close_matches(asked, QUANTIZATIONS, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise QuantizationUnknownError(
+        f"there is no quantization {name!r}{hint}",
+        fix=f"Choose one of {', '.join(QUANTIZATIONS)}: {setting_ref('quantization', near[0] if near else 'q4_k_m')}",
+        details={"known": list(QUANTIZATIONS)},
+    )

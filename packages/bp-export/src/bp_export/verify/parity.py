@@ -25,8 +25,9 @@ from pathlib import Path
 from bp_data.templates.conversations import CONVERSATIONS, Messages
 from bp_export.chat.server import LlamaServer, is_installed
 from bp_export.errors import ParityFailedError, ParityNotTestedError
-from bp_export.gguf.plan import GgufPlan, read_config
+from bp_export.gguf.plan import GgufPlan
 from bp_export.quant.types import Quantization
+from bp_export.source import read_config
 from bp_export.verify.checks import (
     check_effect,
     check_next_tokens,

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal, TypeAlias, get_args
 
+from bp_export.quant.types import QUANTIZATIONS, Bound
+
 CheckName: TypeAlias = Literal[
     "training", "tokenizer", "template", "witness", "greedy", "divergence", "window", "stop", "effect"
 ]
@@ -15,36 +17,7 @@ Result: TypeAlias = Literal["passed", "failed", "not tested"]
 _ESSENTIAL: Final = "divergence"
 """Without this comparison of what the file computes, nothing says that it is the trained model."""
 
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """What a quantization may cost."""
-
-    divergence: float
-    """Mean divergence from the merged weights, nats; more fails."""
-    agreement: float
-    """Share of clear places with the same likeliest token; less fails."""
-
-
-# From runs on SmolLM2-135M, which suffers more than larger models do, with room (docs/log has the figures).
-BOUNDS: Mapping[str, Bound] = MappingProxyType(
-    {
-        "f32": Bound(0.001, 1.0),
-        "bf16": Bound(0.005, 0.99),
-        "f16": Bound(0.002, 0.99),
-        "q8_0": Bound(0.03, 0.98),
-        "q6_k": Bound(0.06, 0.97),
-        "q5_k_m": Bound(0.2, 0.9),
-        "q5_k_s": Bound(0.2, 0.9),
-        "q5_0": Bound(0.3, 0.9),
-        "q4_k_m": Bound(0.3, 0.9),
-        "q4_k_s": Bound(0.4, 0.9),
-        "q4_0": Bound(0.6, 0.8),
-        "iq4_xs": Bound(0.4, 0.9),
-        "q3_k_m": Bound(0.8, 0.7),
-        "q2_k": Bound(1.5, 0.5),
-    }
-)
+BOUNDS: Mapping[str, Bound] = MappingProxyType({name: row.bound for name, row in QUANTIZATIONS.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,16 @@ import numpy as np
 
 from bp_export.chat.server import LlamaServer
 from bp_export.gguf.file import read_settings
-from bp_export.gguf.plan import GgufPlan, build_plan, read_config
+from bp_export.gguf.plan import GgufPlan, build_plan
 from bp_export.gguf.writer import write_gguf
-from bp_export.quant.types import QUANTIZATIONS
+from bp_export.quant.types import QUANTIZATIONS, Bound
+from bp_export.source import read_config
 from bp_export.verify.decoder import DecoderPlan, NotCoveredError, read_decoder
 from bp_export.verify.evidence import Evidence, compute_divergence, compute_prompt
 from bp_export.verify.forward import Forward
 from bp_export.verify.ops import Floats
 from bp_export.verify.probe import read_places
-from bp_export.verify.report import Bound, ParityCheck, judge_nats, report_untested
+from bp_export.verify.report import ParityCheck, judge_nats, report_untested
 from bp_merge import FoldedModel, TensorReader, read_model_index, write_tensors
 from bp_runs.files import require_free_space
 from bp_runs.witness import WitnessPrompt

@@ -18,6 +18,7 @@ from bp_train_cuda.backend import PeakMemory, TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import full_norm, is_sharded_weight, local_weights, scale_gradients_to_sum
 from bp_train_cuda.examples import Batch, JudgedExamples, Mismatch, PairExamples, RowExamples, find_longest, to_device
+from bp_train_cuda.memory.planner import ActivationPlan
 from bp_train_cuda.model.log_probs import LogProbModel
 from bp_train_cuda.model.lora import trainable_weights
 
@@ -52,6 +53,7 @@ class TorchFramework(TorchMemory):
         pack_arguments: What the forward of packed rows takes besides positions.
         peak: Reads the peak memory.
         optimizer: None where nothing is trained.
+        activations: Decides what a forward pass leaves in memory; None: the model's own checkpoints.
     """
 
     model: LogProbModel
@@ -66,6 +68,7 @@ class TorchFramework(TorchMemory):
     plain_inputs: bool = False
     pack_arguments: Callable[[torch.Tensor], Mapping[str, Any]] = lambda _: {}
     optimizer: torch.optim.Optimizer | None = None
+    activations: ActivationPlan | None = None
 
     def __post_init__(self) -> None:
         self._weights = list(trainable_weights(self.model.model).values())
@@ -106,6 +109,12 @@ class TorchFramework(TorchMemory):
     def add(self, sums: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
         """Both together."""
         return sums + more
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        """As `TorchMemory`; the next attempt plans with less memory."""
+        if self.activations is not None:
+            self.activations.shrink()
+        return super().is_out_of_memory(error)
 
     def clear_gradients(self) -> None:
         """Free all gradients."""
@@ -330,7 +339,9 @@ class TorchFramework(TorchMemory):
         inputs: dict[str, Any] = dict(batch)
         if "position_ids" in inputs:
             inputs |= self.pack_arguments(inputs["position_ids"])
-        found: torch.Tensor = self.model(to_device(inputs, self.device))
+        plan = self.activations if torch.is_grad_enabled() else None
+        with contextlib.nullcontext() if plan is None else plan.forward_pass(batch["input_ids"].numel()):
+            found: torch.Tensor = self.model(to_device(inputs, self.device))
         return found
 
     def _completions(

@@ -13,7 +13,7 @@ from transformers import set_seed
 
 from bp_data.loop.checkpoint import Stateful
 from bp_data.loop.loop import LoopParts, LoopState, run_loop
-from bp_data.loop.memory import MemoryGuard
+from bp_data.loop.memory import HALVINGS, MemoryGuard
 from bp_data.loop.rows import pad_token
 from bp_data.loop.sampler import ExampleOrder, StepSampler
 from bp_data.loop.validation import Validator
@@ -38,8 +38,9 @@ from bp_train_cuda.engines.base import (
 from bp_train_cuda.engines.framework import TorchFramework
 from bp_train_cuda.examples import build_examples, find_longest
 from bp_train_cuda.guards.monitor import open_monitor
-from bp_train_cuda.memory import preflight
+from bp_train_cuda.memory import planner, preflight
 from bp_train_cuda.memory.fit import GpuFit
+from bp_train_cuda.model.activations import untile_feed_forward
 from bp_train_cuda.model.log_probs import LogProbModel
 from bp_train_cuda.model.lora_linear import use_fast_lora
 from bp_train_cuda.model.packing import require_packable
@@ -77,13 +78,18 @@ class NativeRun:
             parts.validator.restore_best(state.step)
         folder = self._save(wrapped, parts.guard)  # before anything that may still fail
         if group.rank == 0 and not group.is_sharded:
-            fit.remember(parts.guard.halvings, parts.framework.peak_memory())
+            plan = parts.framework.activations  # type: ignore[attr-defined]
+            is_least = plan is None or not plan.has_kept
+            fit.remember(
+                parts.guard.halvings, parts.framework.peak_memory(), parts.sampler.batch_size, is_least=is_least
+            )
         parts.sample(state.step)
         peaks = group.all_gather(parts.framework.peak_memory())
         if group.count > 1:
             shown = ", ".join(f"{one / 2**30:.1f}" for one in peaks)
             self.emit(Notice(message=f"peak memory of each process: {shown} GiB", details={"peaks": peaks}))
         if not group.is_sharded:
+            untile_feed_forward(wrapped.model)
             close_model(wrapped.model, mode)
         return _outcome(folder, parts, state, max(peaks))
 
@@ -107,7 +113,8 @@ class NativeRun:
         framework = self._build_framework(wrapped, peak)
         if packing is not None:
             framework.pack_arguments = packing.arguments
-        parts, state, saver = self._build_loop(framework, sample, halvings=fit.recall_halvings())
+        together = self._plan(model, framework)
+        parts, state, saver = self._build_loop(framework, sample, fit, together)
         self._start(parts, framework)
         saver.restore()
         return wrapped, parts, state, fit
@@ -140,22 +147,37 @@ class NativeRun:
             optimizer=optimizer,
         )
 
+    def _plan(self, model: Any, framework: TorchFramework) -> int:
+        """Plan the GPU's memory; returns how many micro-batches of a step run as one."""
+        if self.group.is_sharded:
+            return 1
+        plan = framework.activations = planner.plan_activations(self.spec, self.loaded.mode.name, model)
+        lengths = framework.examples.lengths()
+        if plan is None or not len(lengths):
+            return 1
+        # Ranks must agree on it, and packs joined to one row would need a larger mask.
+        alone = self.group.count == 1 and not self.spec.training.packing
+        together = planner.choose_rows(self.spec, plan, lengths) if alone else 1
+        self.emit(planner.describe_plan(self.spec, plan, together, lengths))
+        return together
+
     def _build_loop(
-        self, framework: TorchFramework, sample: Any, *, halvings: int
+        self, framework: TorchFramework, sample: Any, fit: GpuFit, together: int
     ) -> tuple[LoopParts, LoopState, Checkpointer]:
         spec, training, group = self.spec, self.spec.training, self.group
+        rows = training.batch_size * together
         guard = MemoryGuard(
             framework,
             self.emit,
             enabled=training.oom_recovery,
-            halvings=halvings,
+            halvings=fit.recall_halvings(rows),
+            most=HALVINGS + together.bit_length() - 1,
             has_dropout=self.loaded.mode.name != "full" and spec.lora.dropout > 0,
         )
         monitor = open_monitor(training, self.loaded.device, self.emit, self.stop)
         order = ExampleOrder(framework.examples.count, training.seed, shuffled=training.curriculum == "none")
-        sampler = StepSampler(
-            order, training.batch_size, training.gradient_accumulation, rank=group.rank, ranks=group.count
-        )
+        accumulation = training.gradient_accumulation // together
+        sampler = StepSampler(order, rows, accumulation, rank=group.rank, ranks=group.count)
         validator = None
         if framework.heldout is not None:
             validator = Validator(
@@ -194,7 +216,7 @@ class NativeRun:
             visited = sampler.visited(parts.steps)
             # All steps and the preflight's batches, also in a resumed run: so the same batches give the same bits.
             steps = [sampler.all_indexes(step) for step in range(parts.steps)]
-            steps.append(find_longest(framework.examples.lengths(), spec.training.batch_size))
+            steps.append(find_longest(framework.examples.lengths(), sampler.batch_size))
             self.emit(Notice(message=f"measuring the model before training on {len(visited)} examples"))
             framework.measure_references(visited, steps, framework.longest_heldout())
         if preflight.is_due(spec, self.loaded.device):

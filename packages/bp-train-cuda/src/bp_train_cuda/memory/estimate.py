@@ -108,7 +108,7 @@ def estimate(shapes: Shapes, load: Load, calibration: float = 1.0) -> MemoryEsti
         "adapter": 0 if full else size * trained,
         "optimizer": 0 if paged else moments,
     }
-    passing = _find_peak(shapes, load, adapted, gradients, trained)
+    passing = _find_peak(shapes, load, gradients)
     parts = {k: int(calibration * v) for k, v in {**lasting, **passing}.items()}
     return MemoryEstimate(
         mode=load.mode,
@@ -144,60 +144,100 @@ def _weigh_moments(shapes: Shapes, load: Load, trained: int) -> tuple[int, bool]
     return int(_8BIT * (trained - embedding)) + 8 * embedding, optimizer.startswith("paged")
 
 
-def _find_peak(shapes: Shapes, load: Load, adapted: tuple[Linear, ...], gradients: int, trained: int) -> dict[str, int]:
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Bytes of activations: per token in each layer, and while one layer or the loss head runs."""
+
+    input: int
+    """A token's in each checkpointed layer from forward to backward: the layer's input."""
+    saved: int
+    """The same in a layer that keeps its activations."""
+    inner: int
+    """A token's in the feed-forward part of the layer that is differentiated."""
+    rest: int
+    """A token's in the rest of that layer."""
+    unpacked: int
+    """Of the largest weight while it is dense."""
+    tile: int | None
+    """Tokens that the feed-forward part runs at a time; None: all."""
+    head_token: int
+    """A token's while the loss is computed."""
+    head_logits: int
+    """A logit's."""
+    vocabulary: int
+    head_own: int
+    """Of the head's gradient."""
+
+    def block(self, tokens: int) -> int:
+        """While a layer is computed again and differentiated."""
+        tile = tokens if self.tile is None or tokens < 2 * self.tile else self.tile
+        return self.inner * tile + self.rest * tokens + self.unpacked
+
+    def head(self, tokens: int) -> int:
+        """While the loss is computed: a tile of logits, the hidden states and their gradient, the head's own."""
+        logits = min(_TILE, tokens * self.vocabulary)
+        return self.head_logits * logits + self.head_token * tokens + self.head_own
+
+
+def count_parts(shapes: Shapes, load: Load, tile: int | None = None) -> Parts:
+    """What activations take.
+
+    Args:
+        tile: As `Parts.tile`.
+    """
+    adapted = find_adapted(shapes, load)
+    is_full = load.mode == "full"
+    inner = (10 if load.fused else 12) * shapes.feed_forward
+    return Parts(
+        input=2 * shapes.hidden,
+        saved=count_saved_bytes(shapes, load),
+        inner=inner,
+        rest=count_layer_bytes(shapes, load, adapted) - inner,
+        unpacked=_unpack(shapes, load),
+        tile=tile,
+        head_token=10 * shapes.hidden,
+        head_logits=8 if is_full else 10,  # logits and their softmax in float32; once more in 16 bits
+        vocabulary=shapes.vocabulary,
+        head_own=6 * shapes.vocabulary * shapes.hidden if is_full else 0,
+    )
+
+
+def _find_peak(shapes: Shapes, load: Load, gradients: int) -> dict[str, int]:
     """The highest of the moments of a step at which memory can be highest, in bytes."""
-    inputs = 2 * shapes.hidden * load.tokens * shapes.layers
-    one_input = inputs // shapes.layers
-    layer = count_layer_bytes(shapes, load, adapted) * load.tokens + _unpack(shapes, load)
-    head = _count_head_bytes(shapes, load)
-    cast = 0 if load.mode == "full" else 2 * trained  # autocast keeps adapters in bfloat16 while it goes forward
-    if not load.checkpointing:
-        inputs = count_saved_bytes(shapes, load, adapted) * load.tokens * shapes.layers
-        one_input = inputs // shapes.layers
+    parts, tokens = count_parts(shapes, load), load.tokens
+    one_input = (parts.input if load.checkpointing else parts.saved) * tokens
+    inputs, layer = one_input * shapes.layers, parts.block(tokens)
     earlier = gradients if load.accumulates else 0
     embedding = 2 * shapes.vocabulary * shapes.hidden if load.mode == "full" else 0
     moments = (
         {"gradients": earlier, "activations": inputs + layer},  # backward of the last layer
         {"gradients": gradients, "activations": one_input + layer},  # backward of the first layer
-        {"gradients": earlier, "activations": inputs, "logits": head + cast},  # the head, and the way forward
+        {"gradients": earlier, "activations": inputs, "logits": parts.head(tokens)},  # the head
         {"gradients": gradients + embedding, "activations": one_input},  # backward of the embedding
     )
     return max(moments, key=lambda moment: sum(moment.values()))
 
 
 def count_layer_bytes(shapes: Shapes, load: Load, adapted: tuple[Linear, ...]) -> int:
-    """Bytes a token needs in a layer while it is recomputed and differentiated.
-
-    PEFT's layers on a 16-bit base copy their input to float32 and back; those on a 4-bit base leave it to autocast.
-    """
+    """Bytes a token needs in a layer while it is recomputed and differentiated."""
+    inner, hidden = 10 if load.fused else 12, 12 if load.mode == "full" else 10
     names = {a.name for a in adapted}
-    inner, hidden, queries = 10 if load.fused else 12, 12 if load.mode == "full" else 10, 4
-    if load.mode == "lora":
-        if "down_proj" in names:
-            inner, hidden = 14, 14
-        if names & {"o_proj", "out_proj"}:
-            queries, hidden = 6, max(hidden, 12)
-        if names & {"gate_proj", "up_proj", "gate_up_proj"}:
-            hidden = 24 if "down_proj" in names else 16
     return (
         inner * shapes.feed_forward
         + hidden * shapes.hidden
-        + queries * shapes.queries
+        + 4 * shapes.queries
         + 4 * shapes.keys
         + 4 * load.r * len(names)
     )
 
 
-def count_saved_bytes(shapes: Shapes, load: Load, adapted: tuple[Linear, ...]) -> int:
+def count_saved_bytes(shapes: Shapes, load: Load) -> int:
     """Bytes a token leaves in a layer for backward where nothing is recomputed."""
-    share = len({a.name for a in adapted}) / max(1, len({a.name for a in shapes.linears}))
-    share = 1.0 if load.mode == "full" else 0.0 if load.mode == "qlora" else share
-    return int(
-        (6 + 2 * share) * shapes.feed_forward
-        + (8 + 10 * share) * shapes.hidden
-        + (4 + 2 * share) * shapes.queries
-        + 4 * shapes.keys
-    )
+    if load.mode == "full":
+        inner, hidden, queries = 8, 18, 6
+    else:  # Liger's norms and SwiGLU save their inputs alone
+        inner, hidden, queries = (6, 8, 4) if load.fused else (8, 12, 4)
+    return inner * shapes.feed_forward + hidden * shapes.hidden + queries * shapes.queries + 4 * shapes.keys
 
 
 def _unpack(shapes: Shapes, load: Load) -> int:
@@ -208,11 +248,3 @@ def _unpack(shapes: Shapes, load: Load) -> int:
     largest = max(linear.inp * linear.out for linear in shapes.linears)
     once = 2 * largest if load.mode == "qlora" or (load.mode == "full" and load.accumulates) else 0
     return once + (8 * largest if load.use_dora else 0)
-
-
-def _count_head_bytes(shapes: Shapes, load: Load) -> int:
-    """Bytes while the loss is taken: a tile of logits, the hidden states and their gradient, the head's own."""
-    logits = min(_TILE, load.tokens * shapes.vocabulary)
-    tile = (8 if load.mode == "full" else 10) * logits  # logits and their softmax in float32; once more in 16 bits
-    own = 6 * shapes.vocabulary * shapes.hidden if load.mode == "full" else 0
-    return tile + 10 * shapes.hidden * load.tokens + own

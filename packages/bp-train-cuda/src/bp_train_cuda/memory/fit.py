@@ -129,42 +129,47 @@ class GpuFit:
         self._memory = FitMemory(spec.folders.machine, device.card)
         self._load = describe_load(spec, mode)
 
-    def recall_halvings(self) -> int:
-        """Halvings to begin with, told to the user where there are any."""
+    def recall_halvings(self, batch_size: int) -> int:
+        """Halvings to begin with, reported where there are any.
+
+        Args:
+            batch_size: Rows of a micro-batch.
+        """
         if not self._spec.training.oom_recovery:
             return 0
         training = self._spec.training
-        found = self._memory.recall(self._load, self._parts, self._device.memory, most=HALVINGS)
+        parts = self._count_parts(batch_size)
+        found = self._memory.recall(self._load, parts, self._device.memory, most=HALVINGS)
         if found:
-            chunks = min(self._parts, 2**found)
-            what = f"{training.batch_size} {'packs' if training.packing else 'rows'}"
+            chunks = min(parts, 2**found)
+            what = f"{batch_size} {'packs' if training.packing else 'rows'}"
             message = f"micro-batches of {what} run in {chunks} chunks, which is what fitted this GPU before"
             self._emit(Notice(message=message, details={"chunks": chunks}))
         return found
 
-    @property
-    def _parts(self) -> int:
+    def _count_parts(self, batch_size: int) -> int:
         """Into how many parts a micro-batch can be cut: its rows; packed ones lie together, many to a pack."""
-        training = self._spec.training
-        return training.batch_size * (2**HALVINGS if training.packing else 1)
+        return batch_size * (2**HALVINGS if self._spec.training.packing else 1)
 
-    def remember(self, halvings: int, peak: int) -> None:
+    def remember(self, halvings: int, peak: int, batch_size: int, *, is_least: bool = True) -> None:
         """Write down how many rows fitted at once; on a GPU also what they took.
 
         Args:
             peak: Bytes in use at most.
+            batch_size: Rows of a micro-batch.
+            is_least: Whether the run took no more than it had to; else its peak says nothing about estimates.
         """
         on_gpu = self._device.kind == "cuda"
         if not on_gpu and not halvings:
             return
         training = self._spec.training
-        rows = -(-training.batch_size // 2**halvings)
-        is_whole = not training.packing or training.batch_size >= 2**halvings  # else less than a pack ran at once
+        rows = -(-batch_size // 2**halvings)
+        is_whole = not training.packing or batch_size >= 2**halvings  # else less than a pack ran at once
         fitted = Fitted(
-            rows=-(-self._parts // 2**halvings) if halvings else None,
+            rows=-(-self._count_parts(batch_size) // 2**halvings) if halvings else None,
             free=self._device.memory,
             peak=peak if on_gpu else 0,
-            estimated=_estimate(self._spec, self._mode, rows) if on_gpu and is_whole else 0,
+            estimated=_estimate(self._spec, self._mode, rows) if on_gpu and is_whole and is_least else 0,
             at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         try:

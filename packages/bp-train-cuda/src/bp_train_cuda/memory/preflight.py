@@ -17,7 +17,6 @@ import torch
 from bp_data.loop.loop import LoopParts
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
-from bp_data.loop.validation import Validator
 from bp_runs.events import Notice
 from bp_runs.files import require_free_space
 from bp_runs.spec import TrainSpec
@@ -62,7 +61,7 @@ def run_preflight(spec: TrainSpec, parts: LoopParts, framework: TorchFramework, 
         OomExhaustedError: Not even a single example fits.
         DiskFullError: The checkpoints would not fit the disk.
     """
-    found = _measure(framework, parts.guard, parts.validator, spec.training.gradient_accumulation)
+    found = _measure(framework, parts, spec.training.gradient_accumulation)
     training = spec.training
     saves = training.keep_checkpoints + 1 if training.save_steps else 1  # one where the run is stopped
     what = "a checkpoint" if saves == 1 else f"{saves} checkpoints"
@@ -71,10 +70,9 @@ def run_preflight(spec: TrainSpec, parts: LoopParts, framework: TorchFramework, 
     return found
 
 
-def _measure(
-    framework: TorchFramework, guard: MemoryGuard, validator: Validator | None, accumulation: int
-) -> Preflight:
-    batch = find_longest(framework.examples.lengths(), framework.training.batch_size)
+def _measure(framework: TorchFramework, parts: LoopParts, accumulation: int) -> Preflight:
+    guard, validator = parts.guard, parts.validator
+    batch = find_longest(framework.examples.lengths(), parts.sampler.batch_size)
     on_gpu = framework.device.type == "cuda"
     optimizer = framework.optimizer
     assert optimizer is not None  # noqa: S101

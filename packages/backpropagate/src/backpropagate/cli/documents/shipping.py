@@ -24,6 +24,8 @@ class Export(TypedDict):
     sha256: str
     rendering: Rendering
     parity: dict[str, Any] | None
+    kernels: str | None
+    notes: list[str]
     ollama: str | None
     run_id: str | None
 
@@ -47,6 +49,7 @@ class ExportPlan(TypedDict):
     bytes: int
     free_bytes: int
     seconds: float
+    notes: list[str]
 
 
 class Imatrix(TypedDict):

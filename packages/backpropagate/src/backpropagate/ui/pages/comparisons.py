@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from backpropagate.ui.folders import Output
-from backpropagate.ui.live import chart_points
+from backpropagate.ui.pages.runs import metrics_of
 from backpropagate.ui.render import show
 from bp_runs.diff import diff_runs
 from bp_runs.record import RunRecord
@@ -69,7 +69,6 @@ def _settings_that_differ(records: list[RunRecord]) -> dict[str, list[Any]]:
 def points(request: Request) -> Response:
     """Each run's numbers, in the order of the query."""
     found = _find_runs(request)
-    runs = [
-        {"run_id": record.run_id, **chart_points(output.store.read_metrics(record.run_id))} for output, record in found
-    ]
+    series = request.app.state.site.series
+    runs = [{"run_id": record.run_id, **series.read(metrics_of(output, record)).points()} for output, record in found]
     return JSONResponse({"runs": runs})

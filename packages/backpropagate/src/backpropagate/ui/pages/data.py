@@ -13,7 +13,7 @@ from backpropagate.errors import UiPathError
 from backpropagate.settings import TOML_FILE, resolve
 from backpropagate.ui.folders import Places
 from backpropagate.ui.pages.training import require_readable_name
-from backpropagate.ui.render import show
+from backpropagate.ui.render import show, whole_number
 from backpropagate.ui.subcommand import AnswerError, ask
 from bp_runs.errors import CodedError
 
@@ -47,7 +47,7 @@ def _form(request: Request) -> dict[str, Any]:
         "model": request.query_params.get("model", ""),
         "max_seq_length": request.query_params.get("max_seq_length", ""),
         "known": known.model,
-        "skip": int(skip) if skip.isdigit() else 0,
+        "skip": whole_number(skip, 0),
     }
 
 

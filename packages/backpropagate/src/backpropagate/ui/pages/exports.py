@@ -9,10 +9,10 @@ from starlette.datastructures import FormData
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from backpropagate.cli.export import Format
 from backpropagate.keywords import QuantizationName
 from backpropagate.ui.folders import Places
 from backpropagate.ui.render import show
+from bp_export.cli.options import FORMAT_NAMES
 from bp_runs.adapter import CONFIG_FILE
 from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME
@@ -22,7 +22,7 @@ FOLDER = "exports"
 _LOOKED_AT = 100
 """Newest runs of each folder whose files are shown."""
 _OWN_FILES = ("adapter", "model")
-_FORMATS = tuple(word for word in get_args(Format) if word != "ollama-adapter")
+_FORMATS = tuple(word for word in FORMAT_NAMES if word != "ollama-adapter")
 """An adapter for Ollama needs the base's name there as well."""
 
 
@@ -85,10 +85,10 @@ def start(request: Request, form: FormData) -> Response:
     filled = {name: str(value) for name, value in form.items()}
     try:
         words = _words(site.places, filled)
-        launch = site.launches.start(words)
+        job = site.jobs.start(words)
     except CodedError as error:
         return _page(request, filled, error)
-    return RedirectResponse(f"/launches/{launch.id}", 303)
+    return RedirectResponse(f"/jobs/{job.id}", 303)
 
 
 def _words(places: Places, filled: dict[str, str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlencode
 
@@ -15,11 +16,11 @@ from backpropagate.continual.scorecard import find_scorecard
 from backpropagate.resume_plan import UNFINISHED, resume_line
 from backpropagate.ui.background import CAN_STOP
 from backpropagate.ui.folders import Output
-from backpropagate.ui.live import chart_points, follow
-from backpropagate.ui.render import show
+from backpropagate.ui.live import RunSeries, follow
+from backpropagate.ui.render import show, whole_number
+from backpropagate.ui.security import session_of
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import RunStatus
-from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
 from bp_runs.index import by_age
 from bp_runs.metrics import read_progress
 from bp_runs.paths import METRICS_FILE, REJECTED_FILE
@@ -72,7 +73,7 @@ def _table(request: Request) -> dict[str, Any]:
             (r for r in rows if r[column] is not None), key=lambda r: (r[column], r["run_id"]), reverse=is_down
         )
     rows = known + [row for row in rows if row[column] is None]
-    page = int(asked["page"]) if asked["page"].isdigit() else 1
+    page = whole_number(asked["page"], 1)
     pages = max(1, -(-len(rows) // MOST_ROWS))
     page = min(max(1, page), pages)
     shown = rows[(page - 1) * MOST_ROWS : page * MOST_ROWS]
@@ -112,34 +113,38 @@ def find_run(request: Request) -> tuple[Output, RunStore, RunRecord]:
     return output, output.store, output.store.load(request.path_params["run"])
 
 
+def metrics_of(output: Output, record: RunRecord) -> Path:
+    """A run's ``metrics.jsonl``."""
+    return output.store.folder(record.run_id) / METRICS_FILE
+
+
 def show_run(request: Request) -> Response:
     """One run in full."""
     output, store, record = find_run(request)
-    events = store.read_metrics(record.run_id)
+    series = request.app.state.site.series.read(metrics_of(output, record))
     return show(
         request,
         "run.html",
-        **_summary(request, output, record, events),
+        **_summary(request, output, record, series),
         settings=redact_data(record.settings),
         checkpoints=CheckpointFolder(store.folder(record.run_id)).read(),
         rejected=_read_rejected(store, record),
         most_rejected=_REJECTED_SHOWN,
-        points=[e for e in events if e.get("event") == StepDone.kind][-_POINTS_SHOWN:],
+        points=series.newest(_POINTS_SHOWN),
     )
 
 
 def show_summary(request: Request) -> Response:
-    """What changes while the run goes on, as the page asks for it when something has happened."""
-    output, store, record = find_run(request)
-    events = store.read_metrics(record.run_id)
-    return show(request, "parts/run_renewed.html", **_summary(request, output, record, events))
+    """What changes while the run trains, as the page asks for it when something has happened."""
+    output, _, record = find_run(request)
+    series = request.app.state.site.series.read(metrics_of(output, record))
+    return show(request, "parts/run_renewed.html", **_summary(request, output, record, series))
 
 
-def _summary(request: Request, output: Output, record: RunRecord, events: list[dict[str, Any]]) -> dict[str, Any]:
-    steps = [e for e in events if e.get("event") == StepDone.kind]
-    notices = [e for e in events if e.get("event") == Notice.kind]
+def _summary(request: Request, output: Output, record: RunRecord, series: RunSeries) -> dict[str, Any]:
     is_member = (record.parent or {}).get("relation") == "member"
-    can_go_on = record.status in UNFINISHED and not is_member and not record.is_imported
+    can_resume = record.status in UNFINISHED and not is_member and not record.is_imported
+    first, final = series.losses()
     return {
         "output": output.key,
         "output_name": output.name,
@@ -147,16 +152,17 @@ def _summary(request: Request, output: Output, record: RunRecord, events: list[d
         "run": RunRecord(**record.to_dict()),
         "plan": record.describe_plan(),
         "counted": record.describe_rows(),
-        "step": steps[-1] if steps else None,
-        "first_loss": steps[0].get("loss") if steps else None,
-        "evals": [e for e in events if e.get("event") == EvalDone.kind],
-        "samples": _samples(events),
-        "notices": redact_data(notices),
+        "step": series.step(-1) if series.count else None,
+        "first_loss": first if first is not None else record.result.get("first_loss"),
+        "final_loss": final if final is not None else record.result.get("final_loss"),
+        "evals": series.evals,
+        "samples": _samples(series.samples),
+        "notices": redact_data(series.notices),
         "can_stop": CAN_STOP and record.host == platform.node(),
-        "is_asked": request.app.state.site.launches.is_asked(record.run_id),
-        "has_card": find_scorecard(record, notices) is not None,
+        "is_asked": request.app.state.site.jobs.is_asked(record),
+        "has_card": find_scorecard(record, series.notices) is not None,
         "members": [row for row in output.store.list_runs() if row["parent"] == record.run_id][::-1],
-        "go_on": render(resume_line(record.run_id, output.path)) if can_go_on else None,
+        "go_on": render(resume_line(record.run_id, output.path)) if can_resume else None,
     }
 
 
@@ -164,8 +170,7 @@ def _samples(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Prompts, each with its answers by step."""
     found: dict[str, dict[int, str]] = {}
     for event in events:
-        if event.get("event") == SampleAnswer.kind:
-            found.setdefault(event["prompt"], {})[event["step"]] = event["answer"]
+        found.setdefault(str(event.get("prompt", "")), {})[event["step"]] = str(event.get("answer", ""))
     return [{"prompt": prompt, "answers": answers} for prompt, answers in found.items()]
 
 
@@ -185,19 +190,22 @@ def _read_rejected(store: RunStore, record: RunRecord) -> list[dict[str, Any]]:
 
 def points(request: Request) -> Response:
     """The numbers that the charts begin with."""
-    _, store, record = find_run(request)
-    return JSONResponse({**chart_points(store.read_metrics(record.run_id)), "status": record.status})
+    output, _, record = find_run(request)
+    series = request.app.state.site.series.read(metrics_of(output, record))
+    return JSONResponse({**series.points(), "status": record.status})
 
 
 def follow_run(request: Request) -> Response:
     """The run's events from ``Last-Event-ID``, or the query's ``after``, as they come."""
     _, store, record = find_run(request)
+    sessions, session = request.app.state.site.sessions, session_of(request)
     after = request.headers.get("last-event-id") or request.query_params.get("after", "")
     return StreamingResponse(
         follow(
             store.folder(record.run_id) / METRICS_FILE,
-            int(after) if after.isdigit() else None,
+            whole_number(after, None),
             lambda: store.load(record.run_id).status,
+            lambda: sessions.is_valid(session),
         ),
         media_type="text/event-stream",
         headers={"X-Accel-Buffering": "no"},

@@ -19,7 +19,7 @@ from backpropagate.cli.flags import MULTI_RUN, flag_names
 from backpropagate.errors import DataMissingError
 from backpropagate.presets import MODEL_PRESETS, find_preset
 from backpropagate.settings import TOML_FILE, Resolved, Setting, all_settings, choices, resolve
-from backpropagate.system import program_home, to_path
+from backpropagate.system import path_exists, program_home, to_path
 from backpropagate.ui.folders import Output, Places
 from backpropagate.ui.pages.runs import find_run
 from backpropagate.ui.render import show
@@ -45,8 +45,6 @@ FIRST = (
 """Settings that most people look at."""
 _NOT_HERE = ("training.output_dir", "training.resume", "model.trust_remote_code", *MULTI_RUN)
 """The page says where it writes; and code of a model is allowed by whoever owns the machine, not by a form."""
-_STOP_ASKING = 286
-"""HTMX's own status: the answer is shown, and not asked for again."""
 _PATHS = ("data.path", "model.name")
 
 
@@ -85,7 +83,6 @@ def _form(request: Request, filled: Mapping[str, str], *, again: str, error: Cod
         folder=filled.get("folder") or f"run-{datetime.now(UTC):%Y%m%d-%H%M}",
         own=site.places.own,
         presets=list(MODEL_PRESETS.values()),
-        launches=[(launch, launch.is_alive) for launch in site.launches.newest(5)],
         error=None if error is None else error.to_dict(),
         status=200 if error is None else 400,
     )
@@ -184,7 +181,7 @@ def require_readable_name(places: Places, text: str) -> None:
     """
     if not text or find_preset(text) is not None:
         return
-    if looks_like_hub_name(text) and not to_path(text).exists():
+    if looks_like_hub_name(text) and not path_exists(to_path(text)):
         return
     places.require_readable(text)
 
@@ -205,11 +202,11 @@ def start(request: Request, form: FormData) -> Response:
         else:
             folder = site.places.new_output(str(form.get("folder", "")).strip())
             words = ["train", *to_words(flags)]
-        launch = site.launches.start([*words, f"--output={folder}"], output=folder)
+        job = site.jobs.start([*words, f"--output={folder}"])
     except CodedError as error:
         filled = {name: str(value) for name, value in form.items() if isinstance(value, str)}
         return _form(request, filled, again=again, error=error)
-    return RedirectResponse(f"/launches/{launch.id}", 303)
+    return RedirectResponse(f"/jobs/{job.id}", 303)
 
 
 def _can_replay(output: Output, record: RunRecord) -> bool:
@@ -270,36 +267,10 @@ def _estimate(wanted: Resolved, memory: int | None) -> dict[str, Any] | None:
     return {"need": need, "memory": memory, "name": name}
 
 
-def show_launch(request: Request) -> Response:
-    """What was started, until its run is there."""
-    return _launch(request, "launch.html")
-
-
-def show_launch_state(request: Request) -> Response:
-    """The part of that page that moves; once the run is there, the browser is sent to it."""
-    return _launch(request, "parts/launch_state.html")
-
-
-def _launch(request: Request, template: str) -> Response:
-    site = request.app.state.site
-    launch = site.launches.find(request.path_params["launch"])
-    run_id = site.launches.run_of(launch)
-    if run_id is not None:
-        key = next((o.key for o in site.places.outputs() if str(o.path) == launch.output), "")
-        address = f"/runs/{key}/{run_id}"
-        if template.startswith("parts/"):
-            return Response(headers={"HX-Redirect": address})
-        return RedirectResponse(address, 303)
-    is_alive = launch.is_alive
-    status = 200 if is_alive or not template.startswith("parts/") else _STOP_ASKING
-    log = site.launches.log_of(launch)
-    return show(request, template, launch=launch, is_alive=is_alive, log=log, status=status)
-
-
 def stop(request: Request, _form: FormData) -> Response:
     """Ask a run to finish its step and save."""
     output, _, record = find_run(request)
-    request.app.state.site.launches.stop(record)
+    request.app.state.site.jobs.stop(record)
     return RedirectResponse(f"/runs/{output.key}/{record.run_id}", 303)
 
 
@@ -308,10 +279,8 @@ def go_on(request: Request, _form: FormData) -> Response:
     output, _, record = find_run(request)
     if not output.is_own:
         raise HTTPException(403, "This page writes only in its own folder; go on in a terminal.")
-    launch = request.app.state.site.launches.start(
-        ["resume", record.run_id, f"--output={output.path}"], output=output.path
-    )
-    return RedirectResponse(f"/launches/{launch.id}", 303)
+    job = request.app.state.site.jobs.start(["resume", record.run_id, f"--output={output.path}"])
+    return RedirectResponse(f"/jobs/{job.id}", 303)
 
 
 def _run_of(places: Places, text: str) -> tuple[Output, RunRecord]:

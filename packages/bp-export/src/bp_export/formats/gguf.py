@@ -1,0 +1,173 @@
+"""One GGUF for llama.cpp and Ollama: base and adapter, quantized in one pass, compared with the model afterwards."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from bp_data.templates.conversations import Messages
+from bp_export.errors import LlamaCppMissingError, QuantizationUnknownError
+from bp_export.formats.output import require_free_file
+from bp_export.formats.request import (
+    ExportOutcome,
+    ExportPlan,
+    Format,
+    ModelRequest,
+    PlannedTensor,
+    Progress,
+    summarize_plan,
+)
+from bp_export.gguf.file import name_split
+from bp_export.gguf.plan import GgufPlan, TensorPlan, build_plan
+from bp_export.gguf.writer import cut_plan, write_gguf, write_split
+from bp_export.quant.imatrix import read_importance
+from bp_export.quant.kernels import describe_kernels
+from bp_export.quant.types import read_quantization
+from bp_export.source import Source, is_model, name_after
+from bp_export.verify.parity import is_verifiable, verify_gguf
+from bp_merge import FoldedModel, open_model
+from bp_runs.adapter import read_adapter_folder
+from bp_runs.files import require_folder, require_free_space
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufExport(ModelRequest):
+    """The format ``gguf``."""
+
+    format: ClassVar[Format] = "gguf"
+
+    quantization: str | None = None
+    """One of `QUANTIZATIONS`; None for ``q4_k_m``."""
+    pre: str | None = None
+    """llama.cpp's name of the tokenizer's splitting rule, instead of recognizing it."""
+    importance: Path | None = None
+    """An importance matrix for the quantizers: a file of llama-imatrix, GGUF or .dat."""
+    split_bytes: int | None = None
+    """Most bytes of tensors per file; a larger GGUF becomes several, and the outcome names the first."""
+    verify: bool | None = None
+    """Whether to load the GGUF in llama.cpp and compare it with the model; None: if llama.cpp is installed."""
+    prompts: Sequence[Messages] | None = None
+    """Conversations to compare it on, such as held-out ones; None for the package's own."""
+    threads: int | None = None
+    """Threads that quantize; None for the machine's cores, at most 8."""
+
+    def plan(self) -> ExportPlan:
+        """Every tensor with its type and size, and how long quantizing takes here."""
+        source = self.read_source()
+        with source.open() as model:
+            plan = self._build_plan(source, model)
+            tensors = tuple(
+                PlannedTensor(t.name, t.source, t.kind.name, t.shape, t.bytes, t.source in model.changed)
+                for t in plan.tensors
+            )
+        return summarize_plan(self._find_target(source), tensors, threads=self.threads, notes=plan.notes)
+
+    def write(self, progress: Progress | None = None) -> ExportOutcome:
+        """Write the file or its parts, then verify."""
+        begun = time.monotonic()
+        read_quantization(self.quantization)
+        self._check_split()
+        verify = self._decide_to_verify()
+        source = self.read_source()
+        rendering = source.check_rendering()
+        with source.open() as model:
+            plan = self._build_plan(source, model)
+            written = self._write_parts(plan, model, self._find_target(source), progress)
+            path = written[0][0]
+            parity = None
+            if verify:
+                parity = verify_gguf(
+                    path,
+                    plan,
+                    model,
+                    base=source.base,
+                    tokenizer=source.tokenizer,
+                    quantization=read_quantization(self.quantization),
+                    trained=self.adapter,
+                    prompts=self.prompts,
+                    required=bool(self.verify),
+                )
+        return ExportOutcome(
+            path=path,
+            format=self.format,
+            quantization=read_quantization(self.quantization).name,
+            bytes=sum(size for _, size, _ in written),
+            tensors=len(plan.tensors),
+            seconds=time.monotonic() - begun,
+            sha256=written[0][2],
+            rendering=rendering,
+            parity=parity,
+            kernels=describe_kernels(),
+            notes=plan.notes,
+        )
+
+    def _find_target(self, source: Source) -> Path:
+        return self.output or name_gguf(self.adapter, self.quantization, name=source.name)
+
+    def _build_plan(self, source: Source, model: FoldedModel) -> GgufPlan:
+        return build_plan(
+            model,
+            source.base,
+            quantization=read_quantization(self.quantization),
+            tokenizer=source.tokenizer,
+            name=source.name,
+            pre=self.pre,
+            importance=read_importance(self.importance) if self.importance else None,
+            hashes=source.hashes,
+        )
+
+    def _write_parts(
+        self, plan: GgufPlan, model: FoldedModel, target: Path, progress: Progress | None
+    ) -> list[tuple[Path, int, str]]:
+        """Path, bytes and SHA-256 of each file."""
+        groups: list[list[TensorPlan]] = cut_plan(plan, self.split_bytes) if self.split_bytes else [list(plan.tensors)]
+        count = len(groups)
+        paths = [name_split(target, i, count) for i in range(1, count + 1)] if count > 1 else [target]
+        for path in paths:
+            require_free_file(path, force=self.force, sources=[self.importance] if self.importance else [])
+        require_folder(target.parent)
+        require_free_space(target.parent, plan.disk_bytes, f"the {read_quantization(self.quantization).name} GGUF")
+        if count > 1:
+            written = write_split(plan, model, target, groups, progress=progress, threads=self.threads)
+        else:
+            written = [write_gguf(plan, model, target, progress=progress, threads=self.threads)]
+        return [(path, size, sha256) for path, (size, sha256) in zip(paths, written, strict=True)]
+
+    def _check_split(self) -> None:
+        if self.split_bytes is not None and self.split_bytes < 1:
+            raise QuantizationUnknownError(
+                "files of no bytes cannot be written", fix="Say how large a file may be: {set:split_bytes=2147483648}"
+            )
+
+    def _decide_to_verify(self) -> bool:
+        if self.verify and not is_verifiable():
+            raise LlamaCppMissingError("the export cannot be verified: xllamacpp or tokenizers is not installed")
+        return is_verifiable() if self.verify is None else self.verify
+
+
+def name_gguf(adapter: Path, quantization: str | None = None, *, name: str | None = None) -> Path:
+    """Where `GgufExport` writes if no ``output`` is named.
+
+    Args:
+        adapter: As there, and so are the others.
+
+    Raises:
+        AdapterInvalidError: It is neither an adapter nor a model folder.
+        QuantizationUnknownError: There is no such quantization.
+    """
+    if name is None:
+        name = adapter.resolve().name if is_model(adapter) else name_after(read_adapter_folder(adapter).base)
+    return adapter.parent / f"{name}-{read_quantization(quantization).name}.gguf"
+
+
+def find_own_type(source: Source) -> str:
+    """The quantization that changes nothing: the type of the largest tensor of an adapter's base, or of a model.
+
+    Raises:
+        CodedError: As `bp_merge.open_model`.
+    """
+    tensors = open_model(source.base, dequantize=source.dequantize).tensors.values()
+    return max(tensors, key=lambda info: info.bytes).dtype.lower()
