@@ -16,6 +16,7 @@ import raised_codes
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import backpropagate
 from backpropagate.errors import UnknownSettingError
 from backpropagate.settings import find_setting
 
@@ -298,6 +299,10 @@ def test_sibling_ranges_are_two_sided_and_hold():
                 assert any(s.operator in (">=", "==") for s in need.specifier), f"{name}: {line} has no floor"
 
 
+def test_the_version_that_the_program_prints_is_the_package_s():
+    assert backpropagate.__version__ == project("backpropagate")["version"]
+
+
 def test_declared_dependencies_are_those_imported():
     from importlib.metadata import packages_distributions
 
@@ -387,8 +392,13 @@ def test_a_light_start(code):
 
 
 def test_a_list_of_runs_starts_with_what_it_needs():
-    listed = loaded_by("from backpropagate.cli.app import run; run(['list-runs', '--output', 'no-such-folder'])")
-    assert not listed & {"msgspec", "filelock", "rich", "hashlib", "tomllib", "difflib", "bp_runs.writer", "bp_data"}
+    listed = loaded_by(
+        "from backpropagate.cli.fast_path import answer; assert answer(['list-runs', '--output', 'none'], {}) == 0"
+    )
+    assert not listed & {
+        "cyclopts", "msgspec", "filelock", "rich", "hashlib", "tomllib", "difflib", "bp_runs.writer", "bp_runs.spec",
+        "bp_runs.events", "bp_data", "backpropagate.settings", "importlib.metadata",
+    }  # fmt: skip
 
 
 def test_every_json_document_has_a_schema_and_every_command_prints_one():

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from backpropagate.merging import merge_adapters
     from backpropagate.trainer import Trainer, TrainResult
 
+__version__ = "2.0.0"
+
 __all__ = [
     "EvalResult",
     "ExportResult",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from backpropagate.installation import install_command
 from bp_runs.wording import Settings, literal
 
 
@@ -32,4 +31,6 @@ class PythonWording:
 
     def install(self, words: Sequence[str]) -> str:
         """``pip install …``, as this environment needs it."""
+        from backpropagate.installation import install_command  # the import of the package stays light
+
         return install_command(words)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backpropagate import catalogue, rails, resume_plan, settings, system
 from backpropagate.errors import ProofFailedError
-from backpropagate.system import output_setting
+from backpropagate.run_hints import output_setting
 from bp_runs.errors import InvalidSettingError, ProofUnsupportedError, RunNotFoundError
 from bp_runs.proof import Proof, write_proof
 from bp_runs.rail import Rail, ReplaysSteps

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from backpropagate.errors import ResumeDiffersError
+from backpropagate.run_hints import UNFINISHED, output_setting, resume_line
 from backpropagate.settings import Resolved, from_record
-from backpropagate.system import output_setting, path_exists
+from backpropagate.system import path_exists
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
 from bp_runs.errors import (
     CheckpointInvalidError,
@@ -30,9 +31,6 @@ from bp_runs.store import RunStore
 from bp_runs.wording import command_ref, render
 
 _log = logging.getLogger("backpropagate")
-
-UNFINISHED = ("interrupted", "stopped", "failed")
-"""Statuses of runs that can go on; one that diverged would do so again."""
 
 _LOOKED_AT = 50  # newest runs of the folder among which the same command is looked for
 _OF_THE_CALL = ("training.resume", "training.output_dir", "training.report_to", "training.run_name")
@@ -69,12 +67,6 @@ class ResumePlan:
             message = f"other versions than the run began with, so the rest may differ in the last bits: {told}"
             found.append(Notice(message=message, level="warning", details=changed))
         return found
-
-
-def resume_line(run_id: str, output: Path, ranks: int = 1) -> str:
-    """The command that resumes a run of so many processes, for a hint."""
-    line = command_ref("resume", run_id, **output_setting(output))
-    return line if ranks == 1 else f"torchrun --nproc-per-node {ranks} {line.replace('{do:', '{program:', 1)}"
 
 
 def find_record(store: RunStore, partial_id: str | None) -> RunRecord:

@@ -21,12 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from backpropagate import offline, resume_plan, system
+from backpropagate import offline, system
 from backpropagate.catalogue import BaseModel, Rows
 from backpropagate.distributed import launchers
 from backpropagate.event_dispatch import EventDispatcher
 from backpropagate.interrupts import Interrupts, no_interrupts
 from backpropagate.logs import follow_run
+from backpropagate.run_hints import resume_line
 from backpropagate.trackers import tracker
 from bp_runs import wording
 from bp_runs.adapter import read_manifest
@@ -259,7 +260,7 @@ class RunSession:
             yield
         except KeyboardInterrupt as error:
             ranks = self._context.ranks
-            line = resume_plan.resume_line(self.run_id, self._context.store.output, ranks.count if ranks else 1)
+            line = resume_line(self.run_id, self._context.store.output, ranks.count if ranks else 1)
             raise InterruptedRunError(
                 f"the run {self.run_id} was cut off",
                 fix=f"Resume it: {line}",

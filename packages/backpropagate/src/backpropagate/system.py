@@ -100,8 +100,3 @@ def to_path(text: str | Path) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise PathUnusableError(f"{text} names no folder", cause=str(error)) from error
-
-
-def output_setting(output: Path) -> dict[str, Path]:
-    """An output folder as the setting of a command in a hint; empty for the default folder."""
-    return {} if output == Path("output") else {"output": output}

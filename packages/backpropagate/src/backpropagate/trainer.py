@@ -29,6 +29,7 @@ from backpropagate.keywords import (
     TrainerKeywords,
     TrainKeywords,
 )
+from backpropagate.run_hints import resume_line
 from backpropagate.session import RunSession, SessionContext
 from backpropagate.settings import TOML_FILE, Resolved, by_short_name, from_record, overlay, resolve, with_output
 from backpropagate.signatures import shows_keywords
@@ -274,7 +275,7 @@ class Trainer:
             return None
         record = resume_plan.find_record(store, None)
         if record.kind != "train":
-            line = resume_plan.resume_line(record.run_id, store.output)
+            line = resume_line(record.run_id, store.output)
             raise ResumeNotFoundError(f"the newest unfinished run, {record.run_id}, is a multi-run", fix=line)
         found = resume_plan.prepare(store, record)
         resume_plan.require_same(resolved, found.resolved, found.record.run_id)

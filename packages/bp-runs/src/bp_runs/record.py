@@ -13,7 +13,6 @@ from typing import Any, Literal
 import orjson
 
 from bp_runs.errors import ContractError, RecordInvalidError, RecordNewerError, RunStatus
-from bp_runs.events import RowCounts, RunPlanned
 from bp_runs.files import publish_json
 from bp_runs.migrations import LATEST, RECORD_SCHEMA, migrate, schema_number
 from bp_runs.paths import RECORD_FILE
@@ -110,6 +109,8 @@ class RunRecord:
     def describe_plan(self) -> str:
         """How long the run trains, in words; empty where that is not recorded."""
         with contextlib.suppress(ContractError):  # the record has none, or it was edited
+            from bp_runs.events import RunPlanned  # a list of runs describes no plan
+
             return RunPlanned.from_dict(self.plan).describe()
         return ""
 
@@ -117,6 +118,8 @@ class RunRecord:
         """What became of every row that was read, or what is planned for it; empty where neither is recorded."""
         planned = "" if self.result.get("rows") else "planned: "
         with contextlib.suppress(ContractError):  # as above
+            from bp_runs.events import RowCounts
+
             return planned + from_json(RowCounts, self.result.get("rows") or self.plan.get("rows")).describe()
         return ""
 

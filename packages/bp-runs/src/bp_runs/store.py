@@ -26,7 +26,6 @@ from bp_runs.errors import (
     RunNotFoundError,
 )
 from bp_runs.files import coded_disk_errors, publish_folder, rename, require_folder
-from bp_runs.metrics import read_events, read_last_time, read_progress
 from bp_runs.process import acquire_lock, is_same_process
 from bp_runs.record import Relation, RunRecord, read_record, utc_now, write_record
 from bp_runs.redact import redact_data
@@ -276,6 +275,8 @@ class RunStore:
 
     def read_metrics(self, run_id: str) -> list[dict[str, Any]]:
         """The run's events, oldest first; torn lines and what a resumption superseded are left out."""
+        from bp_runs.metrics import read_events  # a list of runs reads no events
+
         return read_events(self.folder(run_id) / paths.METRICS_FILE)
 
     def add_artifact(self, run_id: str, artifact: Mapping[str, Any]) -> None:
@@ -367,6 +368,8 @@ class RunStore:
     def _interrupt(self, record: RunRecord) -> None:
         metrics = self.folder(record.run_id) / paths.METRICS_FILE
         record.status = "interrupted"
+        from bp_runs.metrics import read_last_time, read_progress
+
         record.ended_at = read_last_time(metrics) or utc_now()  # its last sign of life
         record.progress = read_progress(metrics)
         self.save(record)

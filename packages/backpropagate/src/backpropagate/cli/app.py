@@ -8,12 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cyclopts import App, CycloptsError, Group
 
-from backpropagate import system
+from backpropagate import __version__, system
 from backpropagate.cli import process
 from backpropagate.cli.error_output import is_terminal_lost, prepare_process, report_bug, report_error, set_up_logs
 from backpropagate.cli.global_flags import environment, overview, take_switches
@@ -145,10 +144,10 @@ COMMANDS = (
         "Write every row in one format; nothing of a row is lost.",
         "backprop data convert my_data.csv --to messages --output my_data.jsonl",
     ),
-    Command("list-runs", "list_runs:list_runs", "List the runs of an output folder.", "backprop list-runs --limit 5"),
+    Command("list-runs", "runs:list_runs", "List the runs of an output folder.", "backprop list-runs --limit 5"),
     Command(
         "show-run",
-        "show_run:show_run",
+        "runs:show_run",
         "Show one run in full; a part of its id will do.",
         "backprop show-run 20261123 --output ./output",
     ),
@@ -277,7 +276,7 @@ def build_app() -> App:
         help_format="plaintext",
         group_parameters=Group("Parameters", sort_key=-1, help_formatter=_show_usual_names),
         suppress_keyboard_interrupt=False,
-        version=_read_version,
+        version=__version__,
         version_flags=["--version", "-V"],
     )
     beside = Group("Beside", sort_key=len(PANELS))
@@ -334,12 +333,6 @@ def _explain_in_full(app: App, words: Sequence[str]) -> None:
         app = app[word]
     text = (inspect.getdoc(app.default_command) or "").partition("\n\nParameters\n")[0]
     app.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
-
-
-def _read_version() -> str:
-    from importlib.metadata import version
-
-    return version("backpropagate")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -411,7 +404,10 @@ def _run(argv: Sequence[str], *, as_json: bool) -> int:
 
 def _call(argv: Sequence[str]) -> object:
     if not argv:
-        return _tell_next_steps()
+        from backpropagate.cli.flags import output_folder
+        from backpropagate.cli.next_steps import print_next_steps
+
+        return print_next_steps(output_folder(None))
     words = ["config", "show"] if list(argv) == ["config"] else list(argv)
     app = build_app()
     if {"--help", "-h"} & set(words):
@@ -426,14 +422,6 @@ def _end_start() -> None:
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
-
-
-def _tell_next_steps() -> int:
-    from backpropagate.cli.flags import output_folder
-    from backpropagate.cli.next_steps import next_steps, show
-
-    print(show(next_steps(Path.cwd(), output_folder(None))))  # noqa: T201
-    return 0
 
 
 def main() -> None:

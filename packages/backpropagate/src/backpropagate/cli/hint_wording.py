@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, get_args
 
-from backpropagate.installation import install_command
 from bp_runs.wording import Settings
 
 if TYPE_CHECKING:
@@ -55,6 +54,8 @@ class CommandLineWording:
 
     def install(self, words: Sequence[str]) -> str:
         """``pip install …``, ``pipx inject backpropagate …``: as this environment needs it."""
+        from backpropagate.installation import install_command  # a list of runs installs nothing
+
         return install_command(words)
 
 

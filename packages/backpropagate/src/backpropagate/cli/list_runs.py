@@ -1,41 +1,28 @@
-"""`backprop list-runs`."""
+"""The table of `backprop list-runs`; light, see `backpropagate.cli.fast_path`."""
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.hint_wording import command_line
 from backpropagate.cli.output import print_json
 from backpropagate.errors import CommandLineError
-from backpropagate.system import output_setting
+from backpropagate.run_hints import output_setting
 from bp_runs.errors import RunStatus
 from bp_runs.store import RunStore
 
-_HEADS = ("run", "status", "started (UTC)", "steps", "loss", "model", "data", "tags")
+_HEADS = ("run", "status", "steps", "loss", "model", "data", "tags", "started (UTC)")
+_SHRINKS = (5, 4, 6)
+"""Columns that are cut where a terminal is too narrow: data first, then model and tags."""
+_LEAST = 6
+"""Columns of a terminal that a cut column keeps."""
 
 
-def list_runs(
-    *,
-    output: Output = None,
-    status: RunStatus | None = None,
-    tag: str | None = None,
-    limit: int = 20,
-    json: Json = False,
-) -> int:
-    """List the runs of an output folder, newest first.
-
-    Parameters
-    ----------
-    status: str
-        Only runs that ended so.
-    tag: str
-        Only runs with this tag.
-    limit: int
-        At most so many; 0: all.
-    """
-    folder = output_folder(output)
+def print_list(folder: Path, *, status: RunStatus | None, tag: str | None, limit: int, json: bool) -> int:
+    """Print the runs of an output folder, newest first, one line each."""
     if limit < 0:
         raise CommandLineError(f"--limit is {limit}; it must be 0 or more", fix="All of them: --limit 0")
     shown, total = _find(RunStore(folder), status, tag, limit)
@@ -49,7 +36,8 @@ def list_runs(
         start = command_line("train", data="my_data.jsonl", **output_setting(folder))
         print(f"no runs in {folder}; start one: {start}")  # noqa: T201
         return 0
-    print(_table([_HEADS, *(_cells(row) for row in shown)]))  # noqa: T201
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(table([_HEADS, *(_cells(row) for row in shown)], width))  # noqa: T201
     if len(shown) < total:
         print(f"{total - len(shown)} older ones: --limit 0")  # noqa: T201
     return 0
@@ -69,12 +57,12 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     return (
         row["run_id"],
         row["status"],
-        started,
         _steps(row),
         loss,
         Path(row["model"] or "").name,
         Path(row["data"] or "").name,
         " ".join(row["tags"]),
+        started,
     )
 
 
@@ -86,7 +74,21 @@ def _steps(row: dict[str, Any]) -> str:
     return f"{done or 0}/{asked}"
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: list[tuple[str, ...]], width: int | None) -> str:
+    """Rows as aligned lines; in a terminal of ``width`` columns each row stays on one line.
+
+    Too wide a table first loses its last column, the time, which a run's id tells too; then names are cut.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join(lines)
+    if width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+        rows, widths = [row[:-1] for row in rows], widths[:-1]
+        for place in _SHRINKS:
+            excess = sum(widths) + 2 * (len(widths) - 1) - width
+            if excess > 0:
+                widths[place] = min(widths[place], max(_LEAST, widths[place] - excess))
+    return "\n".join(_line(row, widths)[:width] for row in rows)
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    cells = (cell if len(cell) <= w else f"{cell[: w - 1]}…" for cell, w in zip(row, widths, strict=True))
+    return "  ".join(cell.ljust(w) for cell, w in zip(cells, widths, strict=True)).rstrip()

@@ -12,7 +12,7 @@ from backpropagate.cli.output import open_screen, print_json
 from backpropagate.cli.process import open_trainer
 from backpropagate.continual.multirun import MultiRunResult
 from backpropagate.continual.scorecard import card_html, card_text
-from backpropagate.resume_plan import resume_line
+from backpropagate.run_hints import resume_line
 from backpropagate.settings import all_settings
 from bp_runs.files import publish_bytes
 from bp_runs.wording import render

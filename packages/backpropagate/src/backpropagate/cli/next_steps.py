@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backpropagate.cli.hint_wording import command_line
-from backpropagate.system import output_setting
+from backpropagate.run_hints import output_setting
 from bp_runs.paths import adapter_folder, index_file
 
 _DATA_ENDINGS = (".jsonl", ".csv", ".parquet", ".jsonl.gz", ".jsonl.zst")
@@ -45,6 +45,12 @@ def next_steps(here: Path, output: Path) -> tuple[Step, Step, Step]:
         (command_line("train", data=named), "train on your own rows"),
         ("backprop doctor", "check this machine first"),
     )
+
+
+def print_next_steps(output: Path) -> int:
+    """Print what to do next in the working folder."""
+    print(show(next_steps(Path.cwd(), output)))  # noqa: T201
+    return 0
 
 
 def show(steps: Sequence[Step]) -> str:

@@ -1,4 +1,4 @@
-"""`backprop runs`: remove, tag, note, protect and import runs."""
+"""`backprop list-runs`, `show-run`, and `runs`: list, show, remove, tag, note, protect and import runs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,49 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json, Output, output_folder
+from backpropagate.cli.list_runs import print_list
 from backpropagate.cli.output import print_json
+from backpropagate.cli.show_run import print_run
 from backpropagate.errors import HistoryInvalidError
 from backpropagate.import_1x import import_history
 from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.errors import RunStatus
 from bp_runs.index import older_histories
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
+
+
+def list_runs(
+    *,
+    output: Output = None,
+    status: RunStatus | None = None,
+    tag: str | None = None,
+    limit: int = 20,
+    json: Json = False,
+) -> int:
+    """List the runs of an output folder, newest first.
+
+    Parameters
+    ----------
+    status: str
+        Only runs that ended so.
+    tag: str
+        Only runs with this tag.
+    limit: int
+        At most so many; 0: all.
+    """
+    return print_list(output_folder(output), status=status, tag=tag, limit=limit, json=json)
+
+
+def show_run(run: str | None = None, *, output: Output = None, json: Json = False) -> int:
+    """Show one run in full: its settings, what it used, how it went and how it ended.
+
+    Parameters
+    ----------
+    run: str
+        The run's id, or a part of it that only one run has; default: the newest run.
+    """
+    return print_run(output_folder(output), run, json=json)
 
 
 def rm(*runs: str, output: Output = None, json: Json = False) -> int:

@@ -1,17 +1,16 @@
-"""`backprop show-run`."""
+"""The page of `backprop show-run`; light, see `backpropagate.cli.fast_path`."""
 
 from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.output import print_json
 from backpropagate.cli.progress import loss_plot
-from backpropagate.continual.scorecard import Scorecard, card_text
-from backpropagate.resume_plan import UNFINISHED, resume_line
+from backpropagate.run_hints import UNFINISHED, resume_line
 from bp_runs.checkpoint import Checkpoint, CheckpointFolder
 from bp_runs.errors import RunNotFoundError
 from bp_runs.proof import read_proof
@@ -20,19 +19,13 @@ from bp_runs.store import RunStore
 from bp_runs.wording import render
 
 
-def show_run(run: str | None = None, *, output: Output = None, json: Json = False) -> int:
-    """Show one run in full: what was asked, with what, how it went and how it ended.
-
-    Parameters
-    ----------
-    run: str
-        The run's id, or a part of it that only one run has; default: the newest run.
-    """
-    store = RunStore(output_folder(output))
+def print_run(folder: Path, run: str | None, *, json: bool) -> int:
+    """Print one run in full: its settings, what it used, how it went and how it ended."""
+    store = RunStore(folder)
     record = store.load(run or _newest(store))
     metrics = store.read_metrics(record.run_id)
-    folder = CheckpointFolder(store.folder(record.run_id))
-    checkpoints, damaged = folder.read(), folder.read_damaged()
+    saved = CheckpointFolder(store.folder(record.run_id))
+    checkpoints, damaged = saved.read(), saved.read_damaged()
     proof = read_proof(store.folder(record.run_id))
     if json:
         told = [_checkpoint(found) for found in checkpoints]
@@ -55,7 +48,7 @@ def show_run(run: str | None = None, *, output: Output = None, json: Json = Fals
 def _newest(store: RunStore) -> str:
     rows, _ = store.list_newest(1)
     if not rows:
-        raise RunNotFoundError(f"no runs in {store.output}", fix="Start one: backprop train --data my_data.jsonl")
+        raise RunNotFoundError(f"no runs in {store.output}", fix="Start one: {do:train data.path=my_data.jsonl}")
     return str(rows[0]["run_id"])
 
 
@@ -96,6 +89,8 @@ def _went(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
             best = f"the lowest, after step {result['best_step']}"
             lines.append(f"  validation loss {_number(result['eval_loss'])}, {best}")
         if result.get("score_card"):
+            from backpropagate.continual.scorecard import Scorecard, card_text  # of multi-runs only
+
             lines.append(card_text(Scorecard.from_dict(result["score_card"])))
     else:
         done = next((m for m in reversed(metrics) if m.get("event") == "step"), record.progress)

@@ -9,8 +9,7 @@ from backpropagate.cli.flags import MULTI_RUN, Json, keyword, with_settings
 from backpropagate.cli.hint_wording import command_line
 from backpropagate.cli.output import open_screen, print_json
 from backpropagate.cli.process import open_trainer
-from backpropagate.resume_plan import resume_line
-from backpropagate.system import output_setting
+from backpropagate.run_hints import output_setting, resume_line
 from backpropagate.trainer import TrainResult
 from bp_runs.wording import render
 

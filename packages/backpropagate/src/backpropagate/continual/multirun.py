@@ -20,7 +20,7 @@ from backpropagate.continual.scorecard import Scorecard
 from backpropagate.continual.slices import PLAN_FILE, Slice, read_slices, write_slices
 from backpropagate.continual.stream import JUDGED, SLICES, START, Progress, Stream, join_outcomes, read_progress
 from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
-from backpropagate.resume_plan import resume_line
+from backpropagate.run_hints import resume_line
 from backpropagate.session import RunSession, SessionContext
 from backpropagate.settings import all_settings, anchored, resolve
 from bp_runs import keep_base

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from backpropagate.continual.scorecard import find_scorecard
-from backpropagate.resume_plan import UNFINISHED, resume_line
+from backpropagate.run_hints import UNFINISHED, resume_line
 from backpropagate.ui.background import CAN_STOP
 from backpropagate.ui.folders import Output
 from backpropagate.ui.live import RunSeries, follow
