@@ -59,15 +59,16 @@ def test_a_run_records_the_commit_of_its_data_set(place):
     assert str(place) not in json.dumps(record["data"])
 
 
-def test_a_folder_with_splits_is_reported_and_trained_by_split(place, capsys):
+def test_a_folder_with_splits_is_reported_and_trained_by_split(place, capsys, caplog):
     with rails.use(FakeRail()):
         assert run(["train", "--data", "./chats", "--split", "test", "--model", "./m", "--steps", "1", "--json"]) == 0
     capsys.readouterr()
     assert run(["data", "convert", "./chats", "--split", "test", "--to", "messages", "-o", "o.jsonl"]) == 0
     assert '"test"' in (place / "o.jsonl").read_text()
     assert run(["data", "report", "./chats", "--json"]) == 0
-    captured = capsys.readouterr().out
-    assert json.loads(captured[captured.index("{") :])["rows"] == 2, "without a split, a folder is all its files"
+    captured = capsys.readouterr()
+    assert json.loads(captured.out[captured.out.index("{") :])["rows"] == 1, "without a split, not the test file"
+    assert "not read: data/test.jsonl (for tests or validation, by its name)" in caplog.text
 
 
 @pytest.mark.parametrize(

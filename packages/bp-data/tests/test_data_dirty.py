@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bp_data import parse_row, read_rows
+from bp_data import fetch_dataset, parse_row, read_rows
 from bp_data.columns import FieldLedger, ReadOptions, propose_columns
 from bp_data.errors import DatasetColumnsLeftError, DatasetParseFailedError, DatasetPartUnknownError, RowFault
 from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row
@@ -257,6 +257,19 @@ def test_a_saved_data_set_is_read_by_its_own_list(tmp_path):
     datasets.DatasetDict({"de": data, "en": data}).save_to_disk(tmp_path / "three")
     with pytest.raises(DatasetPartUnknownError, match="de, en"):
         list(read_rows(tmp_path / "three"))
+    chosen = fetch_dataset(tmp_path / "three", tmp_path / "store", split="en")
+    assert [row.data for row in read_rows(chosen.path)] == ROWS
+
+
+def test_the_files_of_a_split_are_all_read_whatever_their_names(tmp_path):
+    pytest.importorskip("datasets")
+    names = ["latest-test-run.jsonl", "notes.jsonl"]
+    for name in names:
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text('{"text": "a"}\n')
+    (tmp_path / "in/README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: '*.jsonl'\n---\n")
+    found = fetch_dataset(tmp_path / "in", tmp_path / "store", split="train")
+    assert {row.source for row in read_rows(found.path)} == set(names)
 
 
 # --- Names ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from backpropagate.errors import (
 )
 from backpropagate.system import is_offline, path_exists, program_home, to_path
 from bp_data import DatasetNotFoundError, fetch_dataset, looks_like_hub_name
+from bp_data.files import find_files
 from bp_data.hub import network_errors, send_no_usage_reports
 from bp_runs.errors import InvalidSettingError, first_line
 from bp_runs.files import coded_disk_errors
 from bp_runs.spec import DataSpec, Settings
 
+_log = logging.getLogger("backpropagate")
 TOKENIZER: Literal["tokenizer"] = "tokenizer"
 WHOLE: Literal["whole"] = "whole"
 Need = Literal["whole", "tokenizer"]
@@ -138,13 +141,22 @@ class Rows:
     """The Hub commit of a data set; None for files of the user's."""
 
 
-def find_rows(data: DataSpec, environ: Mapping[str, str], *, offline: bool = False) -> Rows:
+def _report_left(path: Path) -> None:
+    """Say which files of a folder are read and which are not."""
+    if path.is_dir() and (files := find_files(path)).left:
+        taken = ", ".join(file.relative_to(path).as_posix() for file in files.taken)
+        left = ", ".join(f"{file.relative_to(path).as_posix()} ({why})" for file, why in files.left.items())
+        _log.warning("%s: read: %s; not read: %s", path, taken, left)
+
+
+def find_rows(data: DataSpec, environ: Mapping[str, str], *, offline: bool = False, quiet: bool = False) -> Rows:
     """The data's file or folder; a data set of the Hub is downloaded unless it was before.
 
     Args:
         data: What is asked for.
         environ: The environment, which says where downloads are kept.
         offline: Use what was downloaded before.
+        quiet: Don't log which files of a folder are not read.
 
     Raises:
         DataMissingError: Nothing is asked for.
@@ -164,6 +176,8 @@ def find_rows(data: DataSpec, environ: Mapping[str, str], *, offline: bool = Fal
                 fix=f"Leave it out: {{set:{asked[0]}}}",
                 setting=asked[0],
             )
+        if not quiet:
+            _report_left(path)
         return Rows(path, None)
     if path_exists(path) and path.is_dir() and data.revision is not None:
         raise InvalidSettingError(

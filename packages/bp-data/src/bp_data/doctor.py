@@ -250,9 +250,8 @@ def _look_at_rows(report: Report, path: str) -> Iterator[Finding]:
         yield Finding("languages", "ok", f"{shares} (a guess)")
     for name, found in report.personal.items():
         text = f"hints of {name.replace('_', ' ')}: {_count(found, report)}"
-        yield Finding(
-            "personal data", "look", text, f"Leave such rows out: {command_ref('data clean', path, personal=True)}"
-        )
+        without = command_ref("data clean", path, output="clean.jsonl", personal=True)
+        yield Finding("personal data", "look", text, f"Leave such rows out: {without}")
 
 
 def _look_at_lengths(report: Report) -> Iterator[Finding]:

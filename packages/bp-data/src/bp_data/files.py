@@ -105,6 +105,10 @@ class DataFiles:
     left: Mapping[Path, str] = field(default_factory=dict)
 
 
+LIST_FILE: Final = ".files.json"
+"""In a folder that was made for one split of a data set: the names of its files, of which all are read."""
+
+
 def list_files(path: Path) -> list[Path]:
     """The data files that a path stands for; see `find_files`."""
     return list(find_files(path).taken)
@@ -129,7 +133,7 @@ def find_files(path: Path) -> DataFiles:
                 raise DatasetNotFoundError(f"there is no file {path}")
             kind_of(path)
             return DataFiles((path,))
-        if (saved := _find_saved(path)) is not None:
+        if (saved := _find_listed(path) or _find_saved(path)) is not None:
             return saved
         left: dict[Path, str] = {}
         found = _drop_copies(_drop_described(_walk(path, left), left), left)
@@ -224,16 +228,26 @@ def _drop_held_out(path: Path, files: Sequence[Path], left: dict[Path, str]) -> 
     return rest or list(files)
 
 
+def _find_listed(path: Path) -> DataFiles | None:
+    names = _read_names(path / LIST_FILE, "files")
+    return DataFiles(tuple(path / name for name in names)) if names else None
+
+
+def saved_splits(path: Path) -> list[str]:
+    """The splits of a folder that `datasets.DatasetDict.save_to_disk` wrote; empty for any other folder."""
+    return _read_names(path / "dataset_dict.json", "splits")
+
+
 def _find_saved(path: Path) -> DataFiles | None:
     """The Arrow files of a folder that the `datasets` library saved; None for any other folder."""
-    splits = _read_names(path / "dataset_dict.json", "splits")
+    splits = saved_splits(path)
     if splits:
         split = "train" if "train" in splits else splits[0]
         if split != "train" and len(splits) > 1:
             raise DatasetPartUnknownError(
                 f"{path} has several splits, and none is named; there are: {', '.join(splits)}",
-                fix=f"Name one of them: {setting_ref('data.path', path / splits[0])}",
-                setting="data.path",
+                fix=f"Name one of them: {setting_ref('data.split', splits[0])}",
+                setting="data.split",
                 details={"splits": splits},
             )
         saved = _find_saved(path / split)
@@ -253,7 +267,7 @@ def _read_names(file: Path, key: str) -> list[str]:
     except (OSError, orjson.JSONDecodeError, KeyError, TypeError):
         return []
     found = [name.get("filename") if isinstance(name, dict) else name for name in names]
-    return [name for name in found if isinstance(name, str) and "/" not in name]
+    return [name for name in found if isinstance(name, str) and ".." not in Path(name).parts]
 
 
 # --- The bytes of a file -------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from bp_data.errors import (
     DatasetPartUnknownError,
     DatasetUnreachableError,
 )
-from bp_data.files import kind_of
+from bp_data.files import LIST_FILE, kind_of, saved_splits
 from bp_runs.errors import OutputLockedError, first_line
 from bp_runs.files import coded_disk_errors, publish_folder, publish_json
 from bp_runs.process import acquire_lock
@@ -134,6 +134,9 @@ def fetch_dataset(
 
 
 def _from_folder(local: Path, folder: Path, subset: str | None, split: str | None) -> HubData:
+    if saved := saved_splits(local):
+        split = _choose(str(local), "split", split, saved, _USUAL_SPLITS)
+        return HubData(local / split, str(local), subset or "default", split, None)
     chosen, files, split = _find_files(str(local), None, subset, split)
     paths = [Path(file) for file in files]
     path = paths[0] if len(paths) == 1 else _link_all(local, paths, folder / "folders", _key(str(local), chosen, split))
@@ -155,6 +158,7 @@ def _link_all(local: Path, files: Sequence[Path], parent: Path, name: str) -> Pa
                     place = partial / file.relative_to(local)
                     place.parent.mkdir(parents=True, exist_ok=True)
                     _link(file, place)
+                _write_list(partial, [file.relative_to(local).as_posix() for file in files])
             for old in parent.glob(f"{escape(name)}-*"):
                 if old != target:
                     shutil.rmtree(old, ignore_errors=True)
@@ -191,9 +195,15 @@ def _from_hub(name: str, folder: Path, subset: str | None, split: str | None, re
                     name, repo_type="dataset", revision=commit, allow_patterns=[*map(escape, wanted)], local_dir=partial
                 )
                 shutil.rmtree(partial / ".cache", ignore_errors=True)
+                _write_list(partial, wanted)
         _prune(target, parent.glob(f"{escape(key)}-*"))
     path = target / wanted[0] if len(wanted) == 1 else target
     return HubData(path, name, subset, split, commit)
+
+
+def _write_list(folder: Path, names: Sequence[str]) -> None:
+    """Note a split's files, so that none is taken for something else by its name."""
+    (folder / LIST_FILE).write_bytes(orjson.dumps({"files": list(names)}))
 
 
 @contextlib.contextmanager

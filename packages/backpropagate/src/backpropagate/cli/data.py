@@ -236,7 +236,7 @@ def doctor(
     max_seq_length: int
         Tokens beyond which a row counts as over-long.
     """
-    data, read = find_data(file, options)
+    data, read = find_data(file, options, quiet=True)
     folder, longest = (None, 2048) if model is None else _model_folder(model)
     found = examine(data, folder, max_seq_length=max_seq_length or longest, options=read)
     if json:

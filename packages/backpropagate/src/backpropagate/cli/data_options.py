@@ -37,23 +37,23 @@ class DataOptions:
     encoding: Annotated[str | None, _named("data.encoding")] = None
 
 
-def find_data(file: str, given: DataOptions | None = None) -> tuple[Path, ReadOptions]:
-    """The local file or folder of what was typed, and how its rows are read.
+def find_data(file: str, given: DataOptions | None = None, *, quiet: bool = False) -> tuple[Path, ReadOptions]:
+    """The local file or folder of what was typed, and how its rows are read; ``quiet`` as in `find_file`.
 
     Raises:
         CodedError: As `find_file`, or a setting is wrong.
     """
     data = resolve_settings({**asdict(given or DataOptions()), "data": file}).data
-    return find_file(data), read_options(data)
+    return find_file(data, quiet=quiet), read_options(data)
 
 
-def find_file(data: DataSpec) -> Path:
-    """The local file or folder of the settings.
+def find_file(data: DataSpec, *, quiet: bool = False) -> Path:
+    """The local file or folder of the settings; ``quiet`` for commands that show themselves which files are read.
 
     Raises:
         CodedError: As `catalogue.find_rows`.
     """
-    return catalogue.find_rows(data, os.environ, offline=system.is_offline(os.environ)).path
+    return catalogue.find_rows(data, os.environ, offline=system.is_offline(os.environ), quiet=quiet).path
 
 
 def read_options(data: DataSpec) -> ReadOptions:

@@ -64,7 +64,7 @@ def validate(data: str, *, rows: int = 2, json: bool = False, **flags: Any) -> i
     """
     resolved = settings.resolve({**flags, "data": data}, os.environ, Path(settings.TOML_FILE))
     wanted = resolved.settings
-    path = find_file(wanted.data)
+    path = find_file(wanted.data, quiet=True)
     has_model = resolved.sources["model.name"] != "default"
     checked = _check_labels(wanted, path) if has_model else _check_rows(wanted, path)
     failure = _failure(path, checked)
