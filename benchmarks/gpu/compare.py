@@ -201,9 +201,7 @@ def write_chats(file: Path, base: Path, cell: Cell) -> None:
     from bp_data import PrepareRequest, prepare
 
     core, draw = Tokenizer.from_file(str(base / "tokenizer.json")), random.Random(0)
-    words = [
-        word for word in ["river", "stone", "lamp", "bread", "window", "cloud", "paper", "garden", "winter", "copper"]
-    ]
+    words = ["river", "stone", "lamp", "bread", "window", "cloud", "paper", "garden", "winter", "copper"]
     cost = {word: len(core.encode(" " + word).ids) for word in words}
     ones = [word for word, tokens in cost.items() if tokens == 1]
 
