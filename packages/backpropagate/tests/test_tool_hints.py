@@ -14,7 +14,8 @@ from backpropagate.cli.errors import load_codes
 from backpropagate.cli.global_flags import SWITCHES, take_switches
 from backpropagate.cli.hint_wording import CommandLineWording, flag_of
 from backpropagate.hint_wording import PythonWording
-from backpropagate.settings import all_settings
+from backpropagate.legacy_codes import LEGACY_CODES
+from backpropagate.settings import all_settings, ui_settings
 from bp_runs.wording import command_ref, find_references, parse_reference, render
 
 ROOT = Path(__file__).parents[3]
@@ -53,6 +54,7 @@ def hints() -> dict[str, str]:
     found = {code: render(f"{cls.default_fix} {cls.when}", words) for code, cls in load_codes().items()}
     for name, old in {**legacy_names.COMMANDS, **legacy_names.GONE_ENV}.items():
         found[name] = old.now
+    found |= {name: render(old.fix, words) for name, old in LEGACY_CODES.items()}
     for command, flags in legacy_names.FLAGS.items():
         found |= {f"{command} {flag}": old.now for flag, old in flags.items()}
     for file in ROOT.glob("packages/*/src/*/**/*.py"):
@@ -119,7 +121,7 @@ def test_every_setting_of_a_hint_is_a_flag(content):
     words, settings = parse_reference(content)
     for key in (*words, *settings):
         assert flag_of(key) in all_flags(), key
-        assert "." not in key or key in all_settings(), key
+        assert "." not in key or key in {**all_settings(), **ui_settings()}, key
 
 
 @pytest.mark.parametrize("cls", load_codes().values(), ids=lambda cls: cls.code)

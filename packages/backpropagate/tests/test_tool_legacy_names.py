@@ -6,8 +6,10 @@ import pytest
 
 from backpropagate import legacy_names
 from backpropagate.cli.app import COMMANDS, GROUPS, build_app, run
+from backpropagate.cli.errors import load_codes
 from backpropagate.cli.global_flags import SWITCHES
 from backpropagate.errors import OldNameError
+from backpropagate.legacy_codes import LEGACY_CODES
 from backpropagate.settings import ENV_PREFIX, PROGRAM_ENV, all_settings, resolve, resolve_ui, run_names, ui_settings
 
 SHARED = """--model -m --data -d --steps --samples --batch-size --lr --lora-preset --lora-r --lora-alpha --lora-dropout
@@ -146,3 +148,81 @@ def test_the_table_names_only_old_things():
     for command, flags in legacy_names.FLAGS.items():
         assert command in OLD_FLAGS
         assert set(flags) <= set(OLD_FLAGS[command].split())
+
+
+OLD_CODES = [
+    "INPUT_VALIDATION_FAILED",
+    "INPUT_AUTH_REQUIRED",
+    "INPUT_AUTH_INVALID_SHAPE",
+    "INPUT_PATH_TRAVERSAL",
+    "INPUT_DATASET_INVALID",
+    "INPUT_DATASET_NOT_FOUND",
+    "INPUT_DATASET_PARSE_FAILED",
+    "INPUT_DATASET_VALIDATION_FAILED",
+    "INPUT_DATASET_FORMAT_UNSUPPORTED",
+    "INPUT_DATASET_REPORT_THRESHOLD",
+    "INPUT_EVAL_RUN_NOT_FOUND",
+    "INPUT_EVAL_HELDOUT_UNRESOLVED",
+    "INPUT_RESUME_NOT_FOUND",
+    "INPUT_UNSAFE_CHAT_TEMPLATE",
+    "CONFIG_INVALID",
+    "CONFIG_INVALID_SETTING",
+    "CONFIG_TRUST_REMOTE_CODE_REQUIRED",
+    "DEP_MODEL_LOAD_FAILED",
+    "DEP_DATASET_ENGINE_MISSING",
+    "DEP_OLLAMA_REGISTRATION_FAILED",
+    "DEP_GPU_NOT_AVAILABLE",
+    "DEP_MLX_UNAVAILABLE",
+    "DEP_FSDP_UNAVAILABLE",
+    "RUNTIME_TRAINING_FAILED",
+    "RUNTIME_TRAINING_ABORTED",
+    "RUNTIME_EVAL_FAILED",
+    "RUNTIME_EVAL_GATE_REGRESSED",
+    "RUNTIME_VRAM_CALIBRATION_FAILED",
+    "RUNTIME_UI_AUTH_NOT_ENFORCED",
+    "RUNTIME_UI_PORT_IN_USE",
+    "RUNTIME_UI_WORKDIR_UNAVAILABLE",
+    "UI_OUTPUT_DIR_FORBIDDEN",
+    "STATE_CHECKPOINT_INVALID",
+    "PEFT_API_INCOMPATIBLE",
+    "RUNTIME_EXPORT_FAILED",
+    "RUNTIME_LORA_EXPORT_FAILED",
+    "RUNTIME_GGUF_EXPORT_FAILED",
+    "RUNTIME_MERGE_EXPORT_FAILED",
+    "HUB_PUSH_INVALID_REPO",
+    "HUB_PUSH_NOT_FOUND",
+    "HUB_PUSH_NETWORK",
+    "HUB_PUSH_UNKNOWN",
+    "RUNTIME_GPU_ERROR",
+    "RUNTIME_GPU_OOM",
+    "RUNTIME_OOM_RECOVERY_EXHAUSTED",
+    "RUNTIME_OOM_ADJACENT",
+    "RUNTIME_FULL_FT_MODEL_TOO_LARGE",
+    "RUNTIME_FP8_UNSUPPORTED",
+    "RUNTIME_GPU_TEMPERATURE_CRITICAL",
+    "RUNTIME_GPU_MONITORING_FAILED",
+    "RUNTIME_SLAO_ERROR",
+    "RUNTIME_SLAO_MERGE_FAILED",
+    "SLAO_MERGE_DIVERGED",
+    "STATE_SLAO_CHECKPOINT_INVALID",
+    "PARTIAL_BATCH_OPERATION",
+    "PARTIAL_SUCCESS",
+]
+
+
+def test_every_old_code_is_explained(capsys):
+    known = load_codes()
+    assert len(OLD_CODES) == 56
+    for code in OLD_CODES:
+        assert run(["errors", f"[{code.lower()}]:"]) == 0
+        said = capsys.readouterr().out
+        assert said.startswith(f"{code}  (exit ")
+        assert len(said.splitlines()) == (3 if code in known else 4)
+        assert "{" not in said
+    assert set(LEGACY_CODES) == set(OLD_CODES) - set(known), "a code is either alive or explained"
+    assert {name for old in LEGACY_CODES.values() for name in old.replaced_by} <= set(known)
+
+
+def test_an_unknown_code_is_answered_with_the_nearest_one(capsys):
+    assert run(["errors", "RUNTIME_GGUF_EXPORT_FAIL"]) == 1
+    assert "did you mean 'RUNTIME_GGUF_EXPORT_FAILED'?" in capsys.readouterr().err

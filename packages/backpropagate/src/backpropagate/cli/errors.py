@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from backpropagate.cli.flags import Json
 from backpropagate.cli.output import print_json
 from backpropagate.errors import CommandLineError
+from backpropagate.legacy_codes import LEGACY_CODES, LegacyCode
 from backpropagate.settings import nearest
 from bp_runs.errors import CodedError, registered_codes
 from bp_runs.wording import render
@@ -16,25 +18,34 @@ _OWNERS = ("bp_runs", "bp_data", "bp_merge", "bp_export", "bp_train_cuda", "bp_t
 
 
 def errors(code: str | None = None, *, json: Json = False) -> int:
-    """Explain one error code, or list them all.
+    """Explain one error code, or list them all; codes of backpropagate 1.x are explained too.
 
     Parameters
     ----------
     code: str
         The code, in any case.
     """
-    known = load_codes()
-    if code is not None and code.upper() not in known:
-        raise CommandLineError(
-            f"there is no error code {code!r}{nearest(code.upper(), known)}", fix="List them: backprop errors"
-        )
-    chosen = known if code is None else {code.upper(): known[code.upper()]}
+    rows = [_row(name, cls) for name, cls in load_codes().items()]
+    if code is not None:
+        old = [_legacy_row(name, row) for name, row in LEGACY_CODES.items()]
+        rows = [row for row in (*rows, *old) if row["code"] == _plain(code)]
+        if not rows:
+            near = nearest(_plain(code), (*load_codes(), *LEGACY_CODES))
+            raise CommandLineError(f"there is no error code {code!r}{near}", fix="List them: {do:errors}")
     if json:
-        print_json("errors", {"errors": [_row(name, cls) for name, cls in chosen.items()]})
+        print_json("errors", {"errors": rows})
         return 0
-    for name, cls in chosen.items():
-        print(f"{name}  (exit {cls.exit_status})\n  {cls.when}\n  {render(cls.default_fix)}")  # noqa: T201
+    for row in rows:
+        print(f"{row['code']}  (exit {row['exit_status']})\n  {row['when']}\n  {row['fix']}")  # noqa: T201
+        if "replaced_by" in row:
+            now = ", ".join(row["replaced_by"]) or "no error of this version"
+            print(f"  A code of backpropagate 1.x; now: {now}")  # noqa: T201
     return 0
+
+
+def _plain(code: str) -> str:
+    """A code as it is registered; as it is pasted from a message, it stands in brackets."""
+    return code.strip("[]:").upper()
 
 
 def load_codes() -> dict[str, type[CodedError]]:
@@ -45,5 +56,10 @@ def load_codes() -> dict[str, type[CodedError]]:
     return dict(registered_codes())
 
 
-def _row(name: str, cls: type[CodedError]) -> dict[str, object]:
+def _row(name: str, cls: type[CodedError]) -> dict[str, Any]:
     return {"code": name, "when": cls.when, "fix": render(cls.default_fix), "exit_status": cls.exit_status}
+
+
+def _legacy_row(name: str, old: LegacyCode) -> dict[str, Any]:
+    told = {"code": name, "when": old.when, "fix": render(old.fix), "exit_status": old.exit_status}
+    return {**told, "replaced_by": list(old.replaced_by)}

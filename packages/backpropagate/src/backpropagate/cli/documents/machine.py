@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 
 class SettingRow(TypedDict):
@@ -73,12 +73,13 @@ class Ui(TypedDict):
 
 
 class ErrorRow(TypedDict):
-    """A code of the catalogue."""
+    """A code of the catalogue; replaced_by: of a code of backpropagate 1.x, the codes that say it now."""
 
     code: str
     when: str
     fix: str
     exit_status: int
+    replaced_by: NotRequired[list[str]]
 
 
 class Errors(TypedDict):
