@@ -203,7 +203,7 @@ def _tell_base(named: str, base: Path | str | None, origin: Origin | None) -> st
     name = told[1].rpartition("/")[2]
     if name:
         _log.warning(
-            "the card names the base %s, which only you know. %s",
+            "the model card names the base %s, which only you know. %s",
             name,
             render("Give its Hub id: {set:base=owner/name}"),
         )
@@ -271,4 +271,4 @@ def _explain(error: Any) -> PushDeniedError | PushRefusedError:
         return PushDeniedError("the Hub lets nobody write there with this token", cause=words)
     if status == _MISSING:
         return PushDeniedError("the Hub has no such repository, or does not show it to this token", cause=words)
-    return PushRefusedError(f"the Hub refuses with status {status}", cause=words)
+    return PushRefusedError(f"the Hub rejected the request with status {status}", cause=words)
