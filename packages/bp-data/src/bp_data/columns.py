@@ -159,6 +159,22 @@ def is_known(name: object) -> bool:
     return isinstance(name, str) and fold(name) in KNOWN
 
 
+def _assign_names(names: tuple[str, ...], mapped: Mapping[str, str]) -> list[str]:
+    """The known name of each of a row's columns; no two are the same."""
+    found: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: 0 if name in mapped else 1 if name in KNOWN else 2):
+        known = fold(mapped.get(name, name))
+        found[f"\0{name}" if known in found else known] = name  # the other gets a name that no format asks for
+    own = {name: known for known, name in found.items()}
+    return [own[name] for name in names]
+
+
+@lru_cache(maxsize=1024)
+def _plain_names(names: tuple[str, ...]) -> list[str]:
+    """`_assign_names` without a user's mapping; a file has few different sets of columns."""
+    return _assign_names(names, {})
+
+
 class Columns(Mapping[str, Any]):
     """A row's columns by their known names, without those that are null; remembers which of them were read.
 
@@ -166,24 +182,25 @@ class Columns(Mapping[str, Any]):
     a name that no format reads, so that it is counted as left aside.
     """
 
+    __slots__ = ("_values", "names", "options", "read")
+
     def __init__(self, data: Mapping[str, Any], options: ReadOptions = PLAIN) -> None:
         self.options = options
         self.read: set[str] = set()
-        self.names: dict[str, str] = {}
+        given = {str(name): value for name, value in data.items() if value is not None and name not in options.ignore}
+        known = _plain_names(tuple(given)) if options is PLAIN else _assign_names(tuple(given), options.columns)
+        self.names: dict[str, str] = dict(zip(known, given, strict=True))
         """The file's name of each known name."""
-        self._values: dict[str, Any] = {}
-        mapped = options.columns
-        given = [(str(name), value) for name, value in data.items() if value is not None and name not in options.ignore]
-        for name, value in sorted(given, key=lambda pair: 0 if pair[0] in mapped else 1 if pair[0] in KNOWN else 2):
-            known = fold(mapped.get(name, name))
-            known = f"\0{name}" if known in self._values else known  # a name that no format asks for
-            self._values[known] = value
-            self.names[known] = name
+        self._values: dict[str, Any] = dict(zip(known, given.values(), strict=True))
 
     def __getitem__(self, name: str) -> Any:
         value = self._values[name]
         self.read.add(name)
         return value
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The column's value, or ``default`` if the row has none."""
+        return self[name] if name in self._values else default
 
     def __contains__(self, name: object) -> bool:
         return name in self._values
@@ -275,9 +292,17 @@ class FieldLedger:
         """
         self.rows += 1
         self.characters += sum(map(len, texts))
-        self.turns.update(turn_fields)
-        self.read.update(columns.names[name] for name in columns.read if name in columns.names)
-        for name, value in columns.left_aside().items():
+        if turn_fields:
+            self.turns.update(turn_fields)
+        names = columns.names
+        for name in columns.read:
+            if name in names:
+                self.read[names[name]] += 1
+        if len(columns.read) < len(columns):
+            self._take_left(columns.left_aside(), texts)
+
+    def _take_left(self, columns: Mapping[str, Any], texts: Sequence[str]) -> None:
+        for name, value in columns.items():
             entry = self.left.setdefault(name, LeftAside())
             entry.rows += 1
             for text in _leaves(value):
@@ -329,7 +354,7 @@ class FieldLedger:
 
 
 def _leaves(value: Any) -> Iterator[str]:
-    left = [value]
+    left = [value] if isinstance(value, str | list | tuple | Mapping) else []
     while left:
         item = left.pop()
         if isinstance(item, str):

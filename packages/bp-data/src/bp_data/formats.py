@@ -89,21 +89,25 @@ def _choose_format(data: Columns, wanted: Wanted | None) -> Callable[[Columns], 
             f"the column {name!r} holds media, and only text is trained on",
             fix=f"Train on the text alone: {setting_ref('data.ignore_columns', name)}",
         )
-    fitting = [(kind, read) for kind, fits, read in _FORMATS if fits(data)]
-    if not fitting or fitting[0][1] is _read_text:
-        _reject_lone_message(data)
-    if not fitting:
-        raise _unknown_columns(data)
-    for kind, read in fitting:
+    first: Wanted | None = None
+    for kind, fits, read in _FORMATS:
+        if not fits(data):
+            continue
+        if read is _read_text and first is None:
+            _reject_lone_message(data)
+        first = first or kind
+        if wanted in (None, kind):
+            return read
         # A judged answer is no example to follow: it may be a bad one.
         if wanted == "sft" and kind == "kto":
             break
-        if wanted in (None, kind):
-            return read
+    if first is None:
+        _reject_lone_message(data)
+        raise _unknown_columns(data)
     if wanted == "kto" and "label" in data and _find_pair(data):
         reason = f"`label` is {shorten(data['label'])}; a label is true or false, 1 or 0, yes or no"
         raise RowFaultError(RowFault.FIELD_TYPE, reason)
-    found, needed = _METHODS[fitting[0][0]], _METHODS[wanted or "sft"]
+    found, needed = _METHODS[first], _METHODS[wanted or "sft"]
     raise RowFaultError(RowFault.WRONG_KIND, f"it is a row for {found}, and one for {needed} is wanted")
 
 

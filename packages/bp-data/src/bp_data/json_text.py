@@ -22,8 +22,7 @@ _EXCERPT: Final = 80  # characters
 _BLOCK = 1 << 20
 # A quote that ends a text and a colon: an object's key. Inside a text a quote has a backslash before it.
 _KEY = re.compile(rb'[^\\]"[ \t\r\n]*:')
-# orjson turns integers beyond 64 bits into floats, which have 16 digits; nothing shorter than 19 digits is that long.
-_LONG_NUMBER = re.compile(rb"\d{19}")
+_LONGEST_INT: Final = 2.0**63  # orjson turns integers beyond 64 bits into floats
 _decoder = json.JSONDecoder()
 
 
@@ -49,9 +48,29 @@ def load_json(text: bytes | str) -> Any:
         if "infinity" not in str(error):  # an integer of more than 308 digits
             raise _fault(raw, error) from error
         return _load_exactly(raw)
-    is_nested = isinstance(data, dict | list)
-    has_twice = is_nested and len(_KEY.findall(raw)) > _count_keys(data)
-    return _load_exactly(raw) if has_twice or _LONG_NUMBER.search(raw) else data
+    return _load_exactly(raw) if isinstance(data, dict | list) and _loses_data(raw, data) else data
+
+
+def _loses_data(raw: bytes, data: Any) -> bool:
+    """Whether orjson lost a field that is named twice, or turned a long integer into a float."""
+    keys = 0
+    left: list[Any] = [data]
+    while left:
+        item = left.pop()
+        values = item
+        if type(item) is dict:
+            keys += len(item)
+            values = item.values()
+        for value in values:
+            kind = type(value)
+            if kind is dict or kind is list:
+                left.append(value)
+            elif kind is float and not -_LONGEST_INT < value < _LONGEST_INT:
+                return True
+    # A quote and a colon end a key, also with blanks between; in a text a quote has a backslash before it. If there
+    # are as many as keys, none is lost. Only otherwise the slower search tells keys from texts.
+    blanks = b'" ' in raw or b'"\t' in raw or b'"\n' in raw or b'"\r' in raw
+    return (blanks or raw.count(b'":') != keys) and len(_KEY.findall(raw)) > keys
 
 
 def _load_exactly(raw: bytes) -> Any:
@@ -104,19 +123,6 @@ def _to_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         reason = f"the field {excerpt(twice)!r} is named twice in one object, and one of its values would be lost"
         raise JsonFaultError(RowFault.DUPLICATE_KEYS, reason)
     return found
-
-
-def _count_keys(data: Any) -> int:
-    count = 0
-    left: list[Any] = [data]
-    while left:
-        item = left.pop()
-        if isinstance(item, dict):
-            count += len(item)
-            left += [value for value in item.values() if type(value) in (dict, list)]
-        else:
-            left += [value for value in item if type(value) in (dict, list)]
-    return count
 
 
 def _fault(raw: bytes, error: orjson.JSONDecodeError) -> JsonFaultError:

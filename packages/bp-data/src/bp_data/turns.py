@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
-from bp_data.columns import ANSWERS, Columns, ReadOptions, fold
+from bp_data.columns import ANSWERS, Columns, fold
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Message, Role
 from bp_data.json_text import JsonFaultError, load_json, name_type
@@ -79,12 +79,26 @@ def unpack_list(text: str) -> list[Any] | None:
 
 
 def _read_all(data: Columns, turns: Iterable[Any], name: str) -> list[Message]:
-    return [
-        message for place, turn in enumerate(turns) for message in _read_turn(turn, f"{name}[{place}]", data.options)
-    ]
+    found: list[Message] = []
+    mapped = data.options.columns
+    for place, turn in enumerate(turns):
+        if plain := _read_plain(turn, mapped):
+            found.append(plain)
+        else:
+            found += _read_turn(turn, f"{name}[{place}]", mapped)
+    return found
 
 
-def _read_turn(turn: Any, where: str, options: ReadOptions) -> list[Message]:
+def _read_plain(turn: Any, mapped: Mapping[str, str]) -> Message | None:
+    """A turn with a role and a text alone, as nearly all are; None for any other, which `_read_turn` reads."""
+    if type(turn) is dict and len(turn) == 2:
+        role, content = turn.get("role") or turn.get("from"), turn.get("content") or turn.get("value")
+        if type(role) is str and type(content) is str and role not in mapped and role in ROLES:
+            return Message(ROLES[role], content)
+    return None
+
+
+def _read_turn(turn: Any, where: str, mapped: Mapping[str, str]) -> list[Message]:
     """The messages of a turn: one, or a question and its answer."""
     if not isinstance(turn, dict):
         raise RowFaultError(RowFault.FIELD_TYPE, f"`{where}` is {name_type(turn)}, not an object")
@@ -92,11 +106,11 @@ def _read_turn(turn: Any, where: str, options: ReadOptions) -> list[Message]:
         turn = {str(name).lower(): value for name, value in turn.items()}
     if not any(key in turn for key in _ROLE_KEYS) and (exchange := _read_exchange(turn)):
         return exchange
-    name = turn.get(_first_key(turn, _ROLE_KEYS))
-    content = turn.get(_first_key(turn, _CONTENT_KEYS))
+    role_key, content_key = _first_key(turn, _ROLE_KEYS), _first_key(turn, _CONTENT_KEYS)
+    name, content = turn.get(role_key), turn.get(content_key)
     if isinstance(name, str) and fold(name) in ("function_call", "tool_call"):
         return [Message("assistant", None, {"tool_calls": [_read_call(unpack_json(content, where), where)]})]
-    role = _find_role(name, options)
+    role = _find_role(name, mapped)
     if role is None:
         raise RowFaultError(
             RowFault.ROLE_UNKNOWN,
@@ -106,7 +120,7 @@ def _read_turn(turn: Any, where: str, options: ReadOptions) -> list[Message]:
     if turn.get("function_call"):
         reason = f"`{where}.function_call` is the old form; name it in `tool_calls`"
         raise RowFaultError(RowFault.FIELD_UNSUPPORTED, reason)
-    used = {*_CORE_FIELDS, _first_key(turn, _ROLE_KEYS), _first_key(turn, _CONTENT_KEYS)}
+    used = {*_CORE_FIELDS, role_key, content_key}
     fields = {key: value for key, value in turn.items() if key not in used and value is not None}
     if turn.get("tool_calls"):
         fields["tool_calls"] = read_calls(turn["tool_calls"], where)
@@ -124,11 +138,8 @@ def _role_fix(name: Any) -> str | None:
     return f"Say which role it is: {setting_ref('data.columns', f'{name}={role}')}"
 
 
-def _find_role(name: Any, options: ReadOptions) -> Role | None:
-    if not isinstance(name, str):
-        return None
-    mapped = options.columns.get(name)
-    return ROLES.get(mapped or name.strip().lower())
+def _find_role(name: Any, mapped: Mapping[str, str]) -> Role | None:
+    return ROLES.get(mapped.get(name) or name.strip().lower()) if isinstance(name, str) else None
 
 
 def _read_exchange(turn: _Data) -> list[Message]:
