@@ -101,7 +101,7 @@ def build_cli() -> str:
 def _help_of(argv: list[str]) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        status = run([*argv, "--help"])
+        status = run([*argv, "--help-all" if argv else "--help"])
     if status:
         raise RuntimeError(f"backprop {' '.join(argv)} --help fails")
     return "\n".join(line.rstrip() for line in printed.getvalue().strip().splitlines())

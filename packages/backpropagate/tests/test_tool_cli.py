@@ -83,7 +83,7 @@ def test_a_failed_run_is_told_recorded_and_leaves_the_adapter(place, capsys):
         assert run(TRAIN) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("[RUNTIME_TRAINING_DIVERGED]: the loss is nan at step 2\n")
-    assert "do:" in captured.err
+    assert "Fix:" in captured.err
     assert "Traceback" not in captured.err
     assert (place / "output/lora/run.json").read_bytes() == before
     assert [r["status"] for r in RunStore(place / "output").list_runs()] == ["diverged", "completed"]
@@ -240,7 +240,7 @@ def test_bad_input_has_a_code_a_fix_and_leaves_runs_alone(place, fake, capsys, a
     assert run(argv) == status
     plain = capsys.readouterr()
     assert plain.err.startswith(f"[{code}]: ")
-    assert "  do:    " in plain.err
+    assert "  Fix:   " in plain.err
     assert "Traceback" not in plain.err
     assert near in plain.err
     assert run([*argv, "--json"]) == status

@@ -205,7 +205,7 @@ def test_help_loads_nothing_that_only_commands_and_errors_need():
     assert not loaded & late
     assert {name for name in loaded if name.startswith("backpropagate.cli.")} <= {
         "backpropagate.cli.app", "backpropagate.cli.error_output", "backpropagate.cli.process", "backpropagate.cli.global_flags",
-        "backpropagate.cli.hint_wording"}  # fmt: skip
+        "backpropagate.cli.hint_wording", "backpropagate.cli.shorthands"}  # fmt: skip
     assert not {name for name in loaded if name.startswith(("bp_export", "gguf", "numpy"))}
 
 
@@ -221,7 +221,7 @@ def test_the_overview_has_one_line_for_each_command_and_a_panel_for_each(capsys,
     lines = help_of([], capsys, monkeypatch)
     assert all(len(line) <= 80 for line in lines)
     panels = [line.split()[1] for line in lines if line.startswith("╭")]
-    assert panels == [*(title.split()[0] for title in PANELS), "Beside"]
+    assert panels == [*(title.split()[0] for title in PANELS), "Global"]
     rows = [line.strip("│ ") for line in lines if line.startswith("│")]
     assert [row.split()[0] for row in rows[:-3]] == [name for names in PANELS.values() for name in names]
 

@@ -21,7 +21,6 @@ class Old:
 
 
 _UI_FLAGS = Old("Give the flags of: backprop ui --help", "the page is another one, with settings of its own")
-_OPEN = Old("Open the address that backprop ui prints.", "nothing is opened behind your back")
 
 COMMANDS: Mapping[str, Old] = {
     "ollama shelf": Old("List them: backprop ollama list"),
@@ -160,7 +159,7 @@ GONE_ENV: Mapping[str, Old] = {
     "WINDOWS__DATALOADER_NUM_WORKERS": Old("Unset it.", "there are no worker processes"),
     "WINDOWS__CUDA_LAUNCH_BLOCKING": Old("Set the driver's own: CUDA_LAUNCH_BLOCKING=1"),
     "WINDOWS__TOKENIZERS_PARALLELISM": Old("Set the library's own: TOKENIZERS_PARALLELISM=true"),
-    "UI__AUTO_OPEN": _OPEN,
+    "UI__AUTO_OPEN": Old("BACKPROPAGATE_UI__OPEN_BROWSER=true", "the page is opened only if you ask for it"),
     **dict.fromkeys(
         (
             "SECURITY__REQUIRE_AUTH", "SECURITY__AUTH_USERNAME", "SECURITY__AUTH_PASSWORD", "SECURITY__ALLOWED_PATHS",

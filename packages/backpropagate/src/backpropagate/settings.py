@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias, get_type_hints
 from backpropagate import legacy_names
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
 from backpropagate.presets import find_preset
+from backpropagate.suggestions import nearest
 from backpropagate.system import path_exists, to_path
 from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import InvalidSettingError
@@ -29,6 +30,9 @@ Source = Literal["flag", "env", "toml", "preset", "default", "record", "override
 
 # Environment names of the program itself, which are no settings of a run.
 PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "LOG_FILE", "OFFLINE", "DEBUG", "RANKS_TOKEN"})
+
+TAKES_AUTO = frozenset({"training.batch_size"})
+"""Numbers for which ``auto``, as in backpropagate 1.x, means the default."""
 
 _PATHS = ("model.name", "data.path")
 _TRACE_SEQ_LENGTH = 8192  # tokens; reasoning is long
@@ -227,7 +231,7 @@ def _join(
             values.pop(replaced, None)
             sources[replaced] = "default"
         for key, (name, raw) in layer.items():
-            if key in known:
+            if key in known and not (raw == "auto" and key in TAKES_AUTO):
                 values[key] = _convert(known[key], raw, source, name)
                 sources[key] = source
     return values, sources
@@ -410,14 +414,6 @@ def _from_toml(file: Path | None) -> _Layer:
                 raise UnknownSettingError(f"{file} sets {spelled!r}, which is no setting{nearest(spelled, names)}")
             named.append((f"{spelled} in {file.name}", names[spelled].key, value))
     return _join_names(named)
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``; did you mean 'x'?`` for the known name nearest to ``name``; empty where none is near."""
-    import difflib
-
-    match = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {match[0]!r}?" if match else ""
 
 
 def _convert(setting: Setting, raw: Any, source: Source, name: str) -> Any:

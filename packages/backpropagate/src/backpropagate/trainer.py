@@ -129,6 +129,7 @@ class Trainer:
         self,
         data: str | Path | None = None,
         *,
+        resume_run: str | None = None,
         on_event: Callable[[Event], None] | None = None,
         **flags: Unpack[TrainKeywords],
     ) -> TrainResult:
@@ -140,6 +141,7 @@ class Trainer:
         Args:
             data: The data: a file, a folder or a Hub data set; default: the setting ``data.path``.
                 With the setting ``resume`` unset, an unfinished run of the same settings goes on.
+            resume_run: Resume this unfinished run, by part of its id; settings that are given must agree with it.
             on_event: Called with every event of the run, after it is recorded.
             **flags: Settings for this run, over the Trainer's own.
 
@@ -154,7 +156,7 @@ class Trainer:
             self.settings = resolved.settings
             store = RunStore(self.output)
             resolved = warm_start.settle_start(resolved, store.output, self._rail)
-            plan = self._choose(store, resolved)
+            plan = self._choose(store, resolved, resume_run)
             if plan is None:
                 return self._train(store, resolved, on_event)
             try:
@@ -266,14 +268,14 @@ class Trainer:
             raise ContractError("the call has left no result")
         return self.last
 
-    def _choose(self, store: RunStore, resolved: Resolved) -> resume_plan.ResumePlan | None:
-        """The run that the setting ``resume`` means; None to begin a new one."""
+    def _choose(self, store: RunStore, resolved: Resolved, run: str | None) -> resume_plan.ResumePlan | None:
+        """The run to resume: the named one, or the one that the setting ``resume`` means; None to begin a new one."""
         resume = resolved.settings.training.resume
-        if resume is None:
+        if run is None and resume is None:
             return resume_plan.find_same(store, resolved, self._ranks.count if self._ranks else 1)
-        if not resume:
+        if run is None and not resume:
             return None
-        record = resume_plan.find_record(store, None)
+        record = resume_plan.find_record(store, run)
         if record.kind != "train":
             line = resume_line(record.run_id, store.output)
             raise ResumeNotFoundError(f"the newest unfinished run, {record.run_id}, is a multi-run", fix=line)
@@ -356,14 +358,14 @@ class Trainer:
 
         Args:
             data: One data file, which is cut into slices, or one for each run; default: the setting ``data.path``.
-            resume: Id, or a part of it, of a multi-run that did not end: go on with it as it was started.
+            resume: Resume this unfinished multi-run, by its id or a part of it; ``newest`` for the newest one.
             on_event: Called with every event of the multi-run and of its runs.
             **flags: Settings for it, over the Trainer's own: ``runs=3``, ``replay_share=0.05``.
 
         Raises:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
         """
-        from backpropagate.continual.multirun import check_settings, read_settings
+        from backpropagate.continual.multirun import check_settings, find_multi_run, read_settings
 
         launchers.require_given(self._ranks, os.environ)
         launchers.require_one("a multi-run", self._ranks)
@@ -373,7 +375,7 @@ class Trainer:
         resolved = self._resolve({"data": paths[0] if paths else None, **given})
         store = RunStore(system.to_path(resolved.settings.training.output_dir))
         store.require_own_adapter()
-        run_id = None if resume is None else store.find(resume)
+        run_id = None if resume is None else find_multi_run(store, resume)
         if run_id is None:
             settings = check_settings(resolved.settings, len(paths))
             sources = _find_sources(settings, paths or [settings.data.path])

@@ -21,6 +21,7 @@ class UiSpec:
         None, "File whose first line is user:password, which hides it from other users of this machine.", is_path=True
     )
     share: bool = setting(False, "Listen on every address, so other machines of this network can open the page.")
+    open_browser: bool = setting(False, "Open the page in a browser.")
     allowed_hosts: tuple[str, ...] = setting((), "More host names to answer to, such as a proxy's.")
     trusted_proxies: tuple[str, ...] = setting(
         (), "Addresses of reverse proxies whose X-Forwarded-For and X-Forwarded-Proto headers count."

@@ -17,6 +17,7 @@ from backpropagate.cli import process
 from backpropagate.cli.error_output import is_terminal_lost, prepare_process, report_bug, report_error, set_up_logs
 from backpropagate.cli.global_flags import environment, overview, take_switches
 from backpropagate.cli.hint_wording import CommandLineWording
+from backpropagate.cli.shorthands import HELP, HELP_ALL, expand
 from backpropagate.distributed import launchers
 from backpropagate.offline import forbid_network
 from bp_runs.errors import CodedError, InterruptedRunError, PathUnusableError
@@ -43,19 +44,19 @@ COMMANDS = (
     Command(
         "quickstart",
         "quickstart:quickstart",
-        "See it work: train, export and ask a small model.",
+        "Try it: train, export and chat with a small model.",
         "backprop quickstart --output ./quickstart",
     ),
     Command(
         "train",
         "train:train",
-        "Train an adapter on your data, to OUTPUT/lora.",
+        "Train an adapter on your data.",
         "backprop train --data my_data.jsonl --model Qwen/Qwen2.5-7B-Instruct --steps 100",
     ),
     Command(
         "multi-run",
         "multi_run:multi_run",
-        "Train run after run without forgetting what was before.",
+        "Train on several datasets in sequence and merge with SLAO.",
         "backprop multi-run --data my_data.jsonl --runs 5 --steps 100 --samples 1000",
     ),
     Command(
@@ -67,7 +68,7 @@ COMMANDS = (
     Command(
         "export",
         "export:export",
-        "Write a GGUF, a merged model …; register it in Ollama.",
+        "Write a GGUF, merged model or adapter; register it in Ollama.",
         "backprop export ./output/lora --format gguf --quantization q4_k_m --ollama --ollama-name my-model",
     ),
     Command(
@@ -79,7 +80,7 @@ COMMANDS = (
     Command(
         "push",
         "push:push",
-        "Upload it to the Hub, with a model card.",
+        "Upload to the Hugging Face Hub, with a model card.",
         "backprop push ./output/lora --repo me/my-model --private",
     ),
     Command(
@@ -95,11 +96,11 @@ COMMANDS = (
         "backprop ollama register ./output/model-q4_k_m.gguf my-model",
     ),
     Command("ollama list", "ollama:list_", "List the models that Ollama has.", "backprop ollama list"),
-    Command("ollama rm", "ollama:rm", "Take a model away from Ollama.", "backprop ollama rm my-model"),
+    Command("ollama rm", "ollama:rm", "Remove a model from Ollama.", "backprop ollama rm my-model"),
     Command(
         "eval",
         "eval:eval_",
-        "Is it better than its base? On rows held out.",
+        "Compare an adapter with its base model on held-out data.",
         "backprop eval ./output/lora --data heldout.jsonl --gate not-worse",
     ),
     Command(
@@ -123,44 +124,44 @@ COMMANDS = (
     Command(
         "data report",
         "data:report",
-        "Tell what a data file is like; with limits, say no where one does not hold.",
+        "Report on a data file; fail if it breaks a limit.",
         "backprop data report my_data.jsonl --html report.html --max-duplicates 0.01",
     ),
     Command(
         "data split",
         "data:split",
-        "Part a data file in two; equal rows land on the same side.",
+        "Split a data file in two; equal examples stay together.",
         "backprop data split my_data.jsonl --output train.jsonl --heldout test.jsonl",
     ),
     Command(
         "data clean",
         "data:clean",
-        "Write the rows that can be used; broken ones and duplicates are left out and listed.",
+        "Write the usable examples; list what was left out.",
         "backprop data clean my_data.jsonl --output clean.jsonl",
     ),
     Command(
         "data convert",
         "data:convert",
-        "Write every row in one format; nothing of a row is lost.",
+        "Convert every example to one format.",
         "backprop data convert my_data.csv --to messages --output my_data.jsonl",
     ),
     Command("list-runs", "runs:list_runs", "List the runs of an output folder.", "backprop list-runs --limit 5"),
     Command(
         "show-run",
         "runs:show_run",
-        "Show one run in full; a part of its id will do.",
+        "Show one run in full; part of its id is enough.",
         "backprop show-run 20261123 --output ./output",
     ),
     Command(
         "resume",
         "resume:resume",
-        "Go on with a run, as if it had not been cut off.",
+        "Resume an interrupted run.",
         "backprop resume 20261123 --output ./output",
     ),
     Command(
         "replay",
         "resume:replay",
-        "Do a run again, with some settings changed.",
+        "Rerun a past run, optionally with changed settings.",
         "backprop replay 20261123 --override lr=1e-4 --override lora.r=8",
     ),
     Command(
@@ -172,7 +173,7 @@ COMMANDS = (
     Command(
         "diff-runs",
         "diff_runs:diff_runs",
-        "Show what is different between two runs.",
+        "Compare two runs.",
         "backprop diff-runs 9f2c1a 77b0de",
     ),
     Command(
@@ -184,32 +185,37 @@ COMMANDS = (
     Command(
         "export-runs",
         "export_runs:export_runs",
-        "Write all runs of an output folder as one file.",
+        "Write all runs of an output folder to one file.",
         "backprop export-runs --format csv --to runs.csv",
     ),
     Command("runs rm", "runs:rm", "Delete runs with their adapters and checkpoints.", "backprop runs rm 9f2c1a 77b0de"),
-    Command("runs tag", "runs:tag", "Give a run tags, or take them away.", "backprop runs tag 9f2c1a good pirate"),
-    Command("runs note", "runs:note", "Write a note to a run.", 'backprop runs note 9f2c1a "the one that we ship"'),
-    Command("runs protect", "runs:protect", "Keep a checkpoint for good.", "backprop runs protect 9f2c1a --step 50"),
+    Command("runs tag", "runs:tag", "Add tags to a run, or remove them.", "backprop runs tag 9f2c1a good pirate"),
+    Command("runs note", "runs:note", "Add a note to a run.", 'backprop runs note 9f2c1a "the one that we ship"'),
+    Command(
+        "runs protect",
+        "runs:protect",
+        "Protect a checkpoint from removal.",
+        "backprop runs protect 9f2c1a --step 50",
+    ),
     Command(
         "runs import",
         "runs:import_",
-        "Take over the runs of backpropagate 1.x.",
+        "Import runs from 1.x (safe to repeat).",
         "backprop runs import ./old-output/run_history.json",
     ),
     Command(
         "queue add",
         "queue:add",
-        "Put a command at the end of the queue, checked now and run later.",
+        "Add a command to the queue; its flags are checked now.",
         "backprop queue add train --data week1.jsonl --output week1",
     ),
-    Command("queue run", "queue:run", "Work through the queue, going on after errors.", "backprop queue run"),
-    Command("queue list", "queue:list_", "List the jobs and how they went.", "backprop queue list"),
-    Command("queue rm", "queue:rm", "Take jobs out of the queue.", "backprop queue rm --ended"),
+    Command("queue run", "queue:run", "Run the queued jobs; an error does not stop the next.", "backprop queue run"),
+    Command("queue list", "queue:list_", "List the jobs and their results.", "backprop queue list"),
+    Command("queue rm", "queue:rm", "Remove jobs from the queue.", "backprop queue rm --ended"),
     Command(
         "config show",
         "config:show",
-        "Show every setting, its value and where that comes from.",
+        "Show every setting, its value and its source.",
         "backprop config show --changed",
     ),
     Command(
@@ -221,46 +227,46 @@ COMMANDS = (
     Command(
         "models",
         "models:models",
-        "Base models that train well, with licence and memory.",
+        "Base models that train well, with license and memory.",
         "backprop models --json",
     ),
     Command(
         "estimate-vram",
         "estimate_vram:estimate_vram",
-        "What a training takes of a card, loading nothing.",
+        "Estimate GPU memory without loading the model.",
         "backprop estimate-vram qwen2.5-7b --vram 16 --mode qlora --max-seq-length 4096",
     ),
     Command(
         "ui",
         "ui:ui",
-        "Open a web page: train, watch runs, compare them.",
+        "Open the web UI: train, watch and compare runs, export.",
         "backprop ui --output ./output",
     ),
     Command(
         "doctor",
         "doctor:doctor",
-        "Try out what training needs; say how to mend it.",
+        "Check that this machine can train and export.",
         "backprop doctor --offline",
     ),
-    Command("info", "info:info", "Versions, rails and the machine, for bug reports.", "backprop info --json"),
+    Command("info", "info:info", "Show versions, backends and hardware, for bug reports.", "backprop info --json"),
     Command("errors", "errors:errors", "Explain the error codes.", "backprop errors INPUT_DATASET_NOT_FOUND"),
 )
 
 # Commands of two words stand together under the first.
 GROUPS = {
-    "data": "Look at data files; split, clean or convert them.",
+    "data": "Inspect, split, clean or convert data files.",
     "runs": "Remove, tag, annotate, protect and import runs.",
-    "queue": "Several runs in a night, one after the other.",
-    "config": "Look at the settings and where they come from.",
-    "ollama": "Register models in Ollama, list them, remove them.",
+    "queue": "Queue runs and run them one after another.",
+    "config": "Show the settings and where their values come from.",
+    "ollama": "Register, list and remove models in Ollama.",
 }
 
 # The panels of the overview, in their order; the first word of each command stands in one.
 PANELS = {
     "Train": ("quickstart", "train", "multi-run", "resume", "replay", "extend", "eval", "queue"),
     "Data": ("validate", "data"),
-    "Use what was trained": ("export", "merge", "imatrix", "push", "chat", "ollama"),
-    "Look back": ("list-runs", "show-run", "diff-runs", "prove", "export-runs", "runs", "ui"),
+    "Export and chat": ("export", "merge", "imatrix", "push", "chat", "ollama"),
+    "Runs": ("list-runs", "show-run", "diff-runs", "prove", "export-runs", "runs", "ui"),
     "This machine": ("doctor", "info", "models", "estimate-vram", "config", "errors"),
 }
 
@@ -279,7 +285,7 @@ def build_app() -> App:
         version=__version__,
         version_flags=["--version", "-V"],
     )
-    beside = Group("Beside", sort_key=len(PANELS))
+    beside = Group("Global options", sort_key=len(PANELS))
     app.command(
         "backpropagate.cli.completion:install_completion",
         name="--install-completion",
@@ -333,6 +339,19 @@ def _explain_in_full(app: App, words: Sequence[str]) -> None:
         app = app[word]
     text = (inspect.getdoc(app.default_command) or "").partition("\n\nParameters\n")[0]
     app.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+
+
+def _choose_flags(app: App, words: Sequence[str]) -> None:
+    """Let a long page of help show the flags that most people need, and say how to see the others."""
+    if words[0] not in {command.name for command in COMMANDS}:
+        return
+    from backpropagate.cli.flags import COMMON_FLAGS, show_only
+
+    common = None if HELP_ALL in words else COMMON_FLAGS.get(words[0])
+    show_only(common)
+    if common is not None:
+        page = app[words[0]]
+        page.help_epilogue = f"More flags: backprop {words[0]} {HELP_ALL}\n\n{page.help_epilogue}"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -408,10 +427,12 @@ def _call(argv: Sequence[str]) -> object:
         from backpropagate.cli.next_steps import print_next_steps
 
         return print_next_steps(output_folder(None))
-    words = ["config", "show"] if list(argv) == ["config"] else list(argv)
+    words = expand(argv)
     app = build_app()
-    if {"--help", "-h"} & set(words):
+    if {HELP, HELP_ALL, "-h"} & set(words):
         _explain_in_full(app, words)
+        _choose_flags(app, words)
+        words = [HELP if word == HELP_ALL else word for word in words]
     command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False, help_on_error=False)
     _end_start()
     return command(*bound.args, **bound.kwargs)
@@ -426,5 +447,8 @@ def _end_start() -> None:
 
 def main() -> None:
     """Carry out the process's own command line and leave with its exit status."""
-    prepare_process()
+    try:
+        prepare_process()
+    except CodedError as error:
+        sys.exit(report_error(error, as_json="--json" in sys.argv))
     sys.exit(run(sys.argv[1:]))

@@ -12,17 +12,25 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import NoReturn, TextIO, TypeVar
 
 from backpropagate import system
+from backpropagate.cli.global_flags import FORMATS, LEVELS
 from backpropagate.cli.process import set_environment
 from backpropagate.interrupts import stop_signals
-from bp_runs.errors import CodedError, RunFailedError
+from bp_runs.errors import CodedError, InvalidSettingError, RunFailedError
 from bp_runs.redact import redact
+
+_Word = TypeVar("_Word", bound=str)
 
 
 def prepare_process() -> None:
-    """UTF-8 on every console, telemetry off, log handlers from the environment."""
+    """UTF-8 on every console, telemetry off, log handlers from the environment.
+
+    Raises:
+        InvalidSettingError: A variable for logs has a value that it cannot take.
+        OutputNotWritableError: The log file cannot be written.
+    """
     for number in stop_signals():
         if number is not signal.SIGINT:  # Python's own handler raises KeyboardInterrupt
             signal.signal(number, _raise_interrupt)  # so that half-written files are cleared as on Ctrl-C
@@ -37,12 +45,22 @@ def set_up_logs(environ: Mapping[str, str]) -> None:
     """Log handlers as ``BACKPROPAGATE_LOG_LEVEL``, ``_FORMAT`` and ``_FILE`` say."""
     from backpropagate.logs import install_handlers
 
-    level = environ.get("BACKPROPAGATE_LOG_LEVEL", "WARNING").upper()
     install_handlers(
-        level if level in {"DEBUG", "INFO", "WARNING", "ERROR"} else "WARNING",
-        "json" if environ.get("BACKPROPAGATE_LOG_FORMAT", "console").lower() == "json" else "console",
+        _one_of(environ, "BACKPROPAGATE_LOG_LEVEL", "WARNING", LEVELS),
+        _one_of(environ, "BACKPROPAGATE_LOG_FORMAT", "console", FORMATS),
         environ.get("BACKPROPAGATE_LOG_FILE"),
     )
+
+
+def _one_of(environ: Mapping[str, str], name: str, default: str, words: tuple[_Word, ...]) -> _Word:
+    """A variable's word, in any case; another word is an error, since nothing else would say that it is ignored."""
+    value = environ.get(name) or default
+    found = next((word for word in words if word.lower() == value.lower()), None)
+    if found is None:
+        raise InvalidSettingError(
+            f"{name} cannot be {value!r}", cause=f"it must be one of: {', '.join(words)}", fix=f"Set {name}={default}"
+        )
+    return found
 
 
 def _raise_interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -80,13 +98,25 @@ def report_error(error: CodedError, *, as_json: bool) -> int:
 
         _tell(sys.stderr, error_line(error))
         return error.exit_status
-    lines = [str(error)]
-    if error.cause:
-        lines.append(f"  cause: {error.cause}")
-    lines.append(f"  do:    {error.fix}")
-    lines.append(f"  more:  backprop errors {error.code}")
-    _tell(sys.stderr, redact("\n".join(lines)))
+    _tell(sys.stderr, redact(describe_error(error, color=_has_color(sys.stderr))))
     return error.exit_status
+
+
+def describe_error(error: CodedError, *, color: bool = False) -> str:
+    """Code and message, cause, fix, and where to read on; a line each."""
+    red, bold, plain = ("\x1b[31m", "\x1b[1m", "\x1b[0m") if color else ("", "", "")
+    lines = [f"{red}[{error.code}]{plain}: {bold}{error.message}{plain}"]
+    if error.cause:
+        lines.append(f"  Cause: {error.cause}")
+    lines.append(f"  Fix:   {error.fix}")
+    lines.append(f"  More:  backprop errors {error.code}")
+    return "\n".join(lines)
+
+
+def _has_color(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal that shows colors; NO_COLOR forbids them."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wanted and stream is not None and stream.isatty()
 
 
 class _BugError(RunFailedError):

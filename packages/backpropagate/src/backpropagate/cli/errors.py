@@ -10,7 +10,7 @@ from backpropagate.cli.flags import Json
 from backpropagate.cli.output import print_json
 from backpropagate.errors import CommandLineError
 from backpropagate.legacy_codes import LEGACY_CODES, LegacyCode
-from backpropagate.settings import nearest
+from backpropagate.suggestions import nearest
 from bp_runs.errors import CodedError, registered_codes
 from bp_runs.wording import render
 

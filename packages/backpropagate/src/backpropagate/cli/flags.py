@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from backpropagate.settings import TOML_FILE, Setting, all_settings, resolve, ui_settings
+from backpropagate.errors import CommandLineError
+from backpropagate.settings import TAKES_AUTO, TOML_FILE, Setting, all_settings, resolve, ui_settings
 from backpropagate.system import to_path
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
 
     from bp_export.cli.options import Option
+
 
 _LETTERS: Mapping[str, str] = {
     "model.name": "-m",
@@ -84,6 +87,29 @@ def with_settings(
     return command
 
 
+FILE = inspect.Parameter(
+    "file",
+    inspect.Parameter.POSITIONAL_ONLY,
+    default=None,
+    annotation=Annotated[str | None, Parameter(help="The data, as --data.", show_default=False)],
+)
+"""The data as a word of its own: ``backprop train my_data.jsonl``."""
+
+
+def join_data(file: str | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a command with the data that was named without a flag.
+
+    Raises:
+        CommandLineError: The flag names other data.
+    """
+    other = flags.get("data")
+    if file is None or file == other:
+        return flags
+    if other is not None:
+        raise CommandLineError(f"the data is named twice: {file} and --data {other}", fix="Name it once.")
+    return {**flags, "data": file}
+
+
 def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     """A keyword-only parameter for `with_settings`."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -91,6 +117,8 @@ def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 def _parameter(setting: Setting) -> inspect.Parameter:
     kind: Any = list[str] if "tuple" in str(setting.type) else setting.type
+    if setting.key in TAKES_AUTO:
+        kind = kind | Literal["auto"]
     shown = "" if setting.default in (None, "", ()) else f" [default: {spell(setting.default)}]"
     annotation: Any = Annotated[
         kind | None,
@@ -119,12 +147,35 @@ def spell(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+_COMMON = "--model --data --samples --max-seq-length --mode --steps --lr --batch-size --lora-r --output --resume"
+COMMON_FLAGS: Mapping[str, frozenset[str]] = MappingProxyType(
+    {
+        "train": frozenset(f"{_COMMON} --method --epochs --packing --from".split()),
+        "multi-run": frozenset(f"{_COMMON} --runs --merge --replay-share --eval-gate".split()),
+    }
+)
+"""Flags that the help of a command shows first; ``--help-all`` shows every one."""
+
+_hidden: set[str] = set()
+"""Flags that the page of help which is printed next leaves out."""
+
+
+def show_only(flags: Collection[str] | None) -> None:
+    """Let the help that this process prints next leave out other flags of settings; None: none."""
+    _hidden.clear()
+    if flags is not None:
+        _hidden.update(flag_names(setting)[0] for setting in all_settings().values())
+        _hidden.difference_update(flags)
+
+
 def show_usual_names(console: Console, options: ConsoleOptions, panel: HelpPanel) -> None:
     """Print a panel of the help with one spelling per flag; `backprop config explain` lists the others."""
     from cyclopts.help import DefaultFormatter
 
-    entries = [entry.copy(positive_names=entry.positive_names[:1]) for entry in panel.entries]
-    DefaultFormatter()(console, options, panel.copy(entries=entries))
+    chosen = [entry.copy(positive_names=entry.positive_names[:1]) for entry in panel.entries]
+    chosen = [entry for entry in chosen if not _hidden.intersection(entry.positive_names)]
+    if chosen:
+        DefaultFormatter()(console, options, panel.copy(entries=chosen))
 
 
 def with_options(command: Callable[..., int], options: Sequence[Option]) -> Callable[..., int]:

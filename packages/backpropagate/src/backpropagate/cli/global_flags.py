@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 from backpropagate.errors import CommandLineError
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-FORMATS = ("console", "json")
+FORMATS: tuple[Literal["console", "json"], ...] = ("console", "json")
 
 
 @dataclass(frozen=True, slots=True)

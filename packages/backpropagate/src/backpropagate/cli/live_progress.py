@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backpropagate.cli.progress import describe, loss_plot, spark
-from bp_runs.events import EvalDone, Event, Notice, StepDone
+from bp_runs.events import EvalDone, Event, Notice, RunPlanned, StepDone
 from bp_runs.redact import redact
 
 _RECENT_STEPS = 20
@@ -46,6 +46,8 @@ class LiveScreen:
     def show(self, event: Event) -> None:
         """Move the lines, or print an event's line above them."""
         match event:
+            case RunPlanned():
+                self._began = self._clock()  # the clock of a run is its time of training
             case StepDone():
                 self._on_step(event)
                 return

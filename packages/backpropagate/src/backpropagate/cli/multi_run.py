@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,18 +27,24 @@ Data = Annotated[
     ),
 ]
 Resume = Annotated[
-    str | None, Parameter(name="--resume", help="Id of a multi-run that did not end: go on with it as it was started.")
+    str | None,
+    Parameter(name="--resume", help="Resume this unfinished multi-run; without an id, the newest one."),
 ]
+FILES = inspect.Parameter(
+    "files",
+    inspect.Parameter.VAR_POSITIONAL,
+    annotation=Annotated[str, Parameter(help="The data, as --data.", show_default=False)],
+)
 Html = Annotated[Path | None, Parameter(name="--html", help="Write the score card as a page to this file.")]
 
 
-def multi_run(**flags: Any) -> int:
+def multi_run(*files: str, **flags: Any) -> int:
     """Train several runs in a row, each from the one before, and leave their merged adapter at OUTPUT/lora."""
     as_json, page = flags.pop("json", False), flags.pop("html", None)
-    data, resume = flags.pop("data", None), flags.pop("resume", None)
+    data, resume = [*files, *(flags.pop("data", None) or ())], flags.pop("resume", None)
     trainer = open_trainer(**flags)
     with open_screen(as_json=as_json) as screen:
-        result = trainer.multi_run(data, resume=resume, on_event=screen.show)
+        result = trainer.multi_run(data or None, resume=resume, on_event=screen.show)
     if page is not None:
         publish_bytes(page, card_html(result.card, f"Multi-run {result.run_id}").encode())
     if as_json:
@@ -77,6 +84,7 @@ with_settings(
     multi_run,
     leave_out=("data.path", "training.resume"),
     extra=[
+        FILES,
         keyword("data", Data, default=None),
         keyword("resume", Resume, default=None),
         keyword("html", Html, default=None),

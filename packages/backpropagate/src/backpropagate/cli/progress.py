@@ -76,6 +76,8 @@ class PlainScreen:
 
     def show(self, event: Event) -> None:
         """Print an event's line; steps are thinned to about ten lines."""
+        if isinstance(event, RunPlanned):
+            self._began = time.monotonic()  # the clock of a run is its time of training
         if isinstance(event, StepDone) and not _is_told(event):
             return
         line = describe(event, since=self._began)

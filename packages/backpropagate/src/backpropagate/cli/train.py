@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from backpropagate.cli.flags import MULTI_RUN, Json, keyword, with_settings
+from cyclopts import Parameter
+
+from backpropagate.cli.flags import FILE, MULTI_RUN, Json, join_data, keyword, with_settings
 from backpropagate.cli.hint_wording import command_line
 from backpropagate.cli.output import open_screen, print_json
 from backpropagate.cli.process import open_trainer
@@ -14,12 +16,12 @@ from backpropagate.trainer import TrainResult
 from bp_runs.wording import render
 
 
-def train(**flags: Any) -> int:
+def train(file: str | None = None, /, **flags: Any) -> int:
     """Train an adapter on your data and leave it at OUTPUT/lora."""
-    as_json = flags.pop("json", False)
-    trainer = open_trainer(**flags)
+    as_json, run = flags.pop("json", False), flags.pop("resume_run", None)
+    trainer = open_trainer(**join_data(file, flags))
     with open_screen(as_json=as_json) as screen:
-        result = trainer.train(on_event=screen.show)
+        result = trainer.train(resume_run=run, on_event=screen.show)
         if plot := screen.plot():
             screen.say(f"\n{plot}\n")
     if as_json:
@@ -53,4 +55,10 @@ def tell_end(result: TrainResult, output: Path) -> None:
     print("\n".join(lines))  # noqa: T201
 
 
-with_settings(train, leave_out=MULTI_RUN, extra=[keyword("json", Json, default=False)])
+_ResumeRun = Annotated[str | None, Parameter(name="--resume-run", show=False)]
+
+with_settings(
+    train,
+    leave_out=MULTI_RUN,
+    extra=[FILE, keyword("resume_run", _ResumeRun, default=None), keyword("json", Json, default=False)],
+)

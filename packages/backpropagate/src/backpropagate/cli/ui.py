@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import webbrowser
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def ui(*, json: bool = False, **flags: Any) -> int:
             sys.stdout.flush()  # whoever waits for the address reads a pipe
         else:
             print("\n".join(server.lines()), flush=True)  # noqa: T201
+        if spec.open_browser:
+            webbrowser.open(server.address)
         server.run()
     if not json:
         print("  closed    running jobs continue")  # noqa: T201

@@ -20,16 +20,19 @@ from backpropagate.continual.scorecard import Scorecard
 from backpropagate.continual.slices import PLAN_FILE, Slice, read_slices, write_slices
 from backpropagate.continual.stream import JUDGED, SLICES, START, Progress, Stream, join_outcomes, read_progress
 from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
-from backpropagate.run_hints import resume_line
+from backpropagate.run_hints import UNFINISHED, resume_line
 from backpropagate.session import RunSession, SessionContext
 from backpropagate.settings import all_settings, anchored, resolve
 from bp_runs import keep_base
-from bp_runs.errors import InterruptedRunError, InvalidSettingError
+from bp_runs.errors import InterruptedRunError, InvalidSettingError, ResumeNotFoundError
 from bp_runs.events import Emit, Notice
 from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord
 from bp_runs.spec import MultiRunSpec, Settings
 from bp_runs.store import RunStore
+
+NEWEST = "newest"
+"""Stands for the id of the newest unfinished multi-run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +242,25 @@ def recorded_sources(record: RunRecord) -> list[Path]:
     """The data files of a multi-run, as its record names them, from wherever it is resumed."""
     named = record.setting("data.path")
     return [Path(anchored("data.path", name, record.cwd)) for name in (named if isinstance(named, list) else [named])]
+
+
+def find_multi_run(store: RunStore, wanted: str) -> str:
+    """The id of the multi-run to resume.
+
+    Args:
+        wanted: Its id or a part of it; ``newest`` for the newest unfinished one.
+
+    Raises:
+        ResumeNotFoundError: There is no unfinished multi-run.
+        RunNotFoundError: As `RunStore.find`.
+    """
+    if wanted != NEWEST:
+        return store.find(wanted)
+    rows = (row for row in store.list_runs() if row["kind"] == "multi-run" and row["status"] in UNFINISHED)
+    found = next(rows, None)
+    if found is None:
+        raise ResumeNotFoundError(f"no unfinished multi-run in {store.output}")
+    return str(found["run_id"])
 
 
 def first_member(store: RunStore, run_id: str) -> RunRecord | None:
