@@ -40,6 +40,10 @@ lint-workflows:
     uv tool run check-jsonschema --builtin-schema vendor.compose-spec compose.yaml
     uv tool run check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
+# A share of the tests in random order, which must change nothing; the seed is printed.
+random *arguments:
+    uv run --with 'pytest-randomly>=5.1' pytest -n 0 packages/bp-runs packages/bp-data packages/bp-merge packages/backpropagate {{arguments}}
+
 # The heavy campaigns that the default run leaves out.
 slow:
     uv run pytest -m slow -n 0
