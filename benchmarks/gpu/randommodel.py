@@ -29,6 +29,7 @@ def _shape(
 # From the models' own config.json.
 SHAPES: dict[str, dict[str, Any]] = {
     "pico": _shape("qwen2", 512, 64, 128, 2, 4, 2, tied=True),
+    "smollm2-135m": _shape("llama", 49152, 576, 1536, 30, 9, 3, tied=True),
     "qwen2.5-0.5b": _shape("qwen2", 151936, 896, 4864, 24, 14, 2, tied=True),
     "llama-3.2-1b": _shape("llama", 128256, 2048, 8192, 16, 32, 8, tied=True, head_dim=64),
     "qwen2.5-1.5b": _shape("qwen2", 151936, 1536, 8960, 28, 12, 2, tied=True),

@@ -1,8 +1,8 @@
 """Kill a real training at random moments, and go on. No part of a test: run as a script.
 
-    python killing.py BASE DATA FOLDER KILLS [SEED]
+    python killing.py BASE DATA FOLDER KILLS [SEED] [cuda|mlx]
 
-One process imports torch once and forks a child for each life of a run; a child trains the model in BASE on DATA for
+One process imports the framework once and forks a child for each life of a run; a child trains the model in BASE on DATA for
 real and is killed with SIGKILL: at a random moment of its life, or within a save. After each
 kill the store must open, the newest checkpoint be whole and no older than before, and the run go on; a run that comes
 to its end must have the bytes of one that was never killed. Prints what happened as its last line, as JSON; any fault
@@ -21,17 +21,24 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
-import torch
-
-import bp_train_cuda.engines.native  # the children find it imported
 from bp_runs import Settings, TrainSpec
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, TrainingSpec
 from bp_runs.store import RunStore
-from bp_train_cuda import CudaRail
 
-assert bp_train_cuda.engines.native
-torch.set_num_threads(1)
+if "mlx" in sys.argv[6:]:
+    import bp_train_mlx.train  # the children find it imported
+    from bp_train_mlx import MlxRail as Rail
+
+    assert bp_train_mlx.train
+else:
+    import torch
+
+    import bp_train_cuda.engines.native
+    from bp_train_cuda import CudaRail as Rail
+
+    assert bp_train_cuda.engines.native
+    torch.set_num_threads(1)
 
 SHARE_AT_RANDOM = 0.4
 """Of the kills; the others strike within a save, or just after one."""
@@ -66,11 +73,11 @@ class Campaign:
             writer = store.reopen(self.run_id, from_step=step, checkpoint=name)
         else:
             checkpoint = None
-            writer = store.start(settings={}, rail="cuda")
+            writer = store.start(settings={}, rail=Rail.name)
         with writer as run:
             path = checkpoint.path if checkpoint else None
             spec = TrainSpec.build(self.settings, run.folders, self.base, checkpoint=path)
-            outcome = CudaRail().train(spec, run.emit, lambda: False)
+            outcome = Rail().train(spec, run.emit, lambda: False)
             store.publish_adapter(run.run_id)
             run.finish(outcome)
 

@@ -164,8 +164,6 @@ def test_a_run_that_diverges_says_so(pico_model, tmp_path):
         ({"kernels": "liger"}, "training.kernels"),
         ({"fp8": True}, "training.fp8"),
         ({"lora": {"init_lora_weights": "pissa"}}, "lora.init_lora_weights"),
-        ({"batch_size": 0}, "training.batch_size"),
-        ({"lora": {"alpha": 0.0}}, "lora.alpha"),
     ],
 )
 def test_settings_that_would_do_nothing_are_rejected(pico_model, tmp_path, changes, setting):

@@ -38,11 +38,11 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         MlxUnavailableError: mlx is missing, or the model is too large for a CPU.
         ModelLoadError, RemoteCodeError: As `load.read_config` and `load.sketch_model`.
         ModeError, FullModelTooLargeError: As `backend.choose_mode`.
-        InvalidSettingError: A number that trains nothing, or a setting that only the CUDA rail has.
+        InvalidSettingError: A run without a length, or a setting that only the CUDA rail has.
         TargetModulesError: The adapter cannot be made on this model.
         AdapterInvalidError: ``adapter`` is of another base.
     """
-    require_numbers(settings)
+    require_length(settings.training)
     require_here(settings)
     device, trust = backend.choose_device(), settings.model.trust_remote_code
     config = load.read_config(base, trust_remote_code=trust)
@@ -60,22 +60,6 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
     if adapter is not None:
         require_same_base(adapter, base)
     return Checked(device, mode, config, parameters, warnings)
-
-
-def require_numbers(settings: Settings) -> None:
-    """Reject an adapter without rank or effect, and batches or steps without anything in them."""
-    own, training = settings.lora, settings.training
-    lowest = {
-        "lora.r": own.r,
-        "training.batch_size": training.batch_size,
-        "training.gradient_accumulation": training.gradient_accumulation,
-    }
-    for key, value in lowest.items():
-        if value < 1:
-            raise InvalidSettingError(f"{key} is {value}; it must be at least 1", setting=key)
-    require_length(training)
-    if not own.resolved_alpha > 0:
-        raise InvalidSettingError(f"lora.alpha is {own.alpha}; it must be a positive number", setting="lora.alpha")
 
 
 def require_here(settings: Settings) -> None:
