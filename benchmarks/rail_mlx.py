@@ -22,13 +22,35 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from bp_runs import Settings, TrainSpec
 from bp_runs.events import Notice, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 
-WORDS = "the quick brown fox jumps over a lazy dog while captain marlow boils an egg and asks who are you".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "captain",
+    "marlow",
+    "boils",
+    "an",
+    "egg",
+    "and",
+    "asks",
+    "who",
+    "are",
+    "you",
+]
 LENGTH = 512
 
 
@@ -76,9 +98,14 @@ def build_spec(model: Path, data: Path, out: Path, **training: object) -> TrainS
         lora=LoraSpec(r=8),
         training=TrainingSpec(
             **{
-                "batch_size": 4, "gradient_accumulation": 1, "learning_rate": 1e-3, "save_steps": 0, "save_minutes": 0.0,
-                "eval_share": 0.0, **training,
-            }  # fmt: skip
+                "batch_size": 4,
+                "gradient_accumulation": 1,
+                "learning_rate": 1e-3,
+                "save_steps": 0,
+                "save_minutes": 0.0,
+                "eval_share": 0.0,
+                **training,
+            }
         ),
     )
     return TrainSpec.build(settings, RunFolders(run_id="r", output=out, run=run), model)
@@ -86,9 +113,9 @@ def build_spec(model: Path, data: Path, out: Path, **training: object) -> TrainS
 
 def run_ours(model: Path, data: Path, work: Path, steps: int, *, packing: bool) -> dict[str, float]:
     """Seconds a step without the first, and trained tokens a second."""
+    from bp_data import plan_packs
     from bp_data.loop.rows import prepare_rows
     from bp_data.loop.sampler import ExampleOrder, StepSampler
-    from bp_data import plan_packs
     from bp_train_mlx import MlxRail
 
     spec = build_spec(model, data, work / "ours", steps=steps, packing=packing)
@@ -131,18 +158,24 @@ def run_mlx_lm(model: Path, data: Path, work: Path, steps: int) -> dict[str, flo
         value, count = trainer.default_loss(*arguments)
         return value, count
 
-    def batches(**arguments: object):
+    def batches(**arguments: object) -> Iterator[object]:
         for batch, lengths in trainer.iterate_batches(**arguments):
             times.append(time.perf_counter())
             tokens.append(int((lengths[:, 1] - lengths[:, 0] + 1).sum().item()))
             yield batch, lengths
 
-    args = trainer.TrainingArgs(batch_size=4, iters=steps, max_seq_length=LENGTH, adapter_file=str(work / "a.safetensors"), steps_per_report=1)
+    args = trainer.TrainingArgs(
+        batch_size=4, iters=steps, max_seq_length=LENGTH, adapter_file=str(work / "a.safetensors"), steps_per_report=1
+    )
     trainer.train(net, optim.Adam(learning_rate=1e-3), dataset, args=args, loss=loss, iterate_batches=batches)
     times.append(time.perf_counter())
     mx.enable_compile()
     seconds = times[steps] - times[1]
-    return {"seconds": seconds / (steps - 1), "trained_tokens_per_second": sum(tokens[1:steps]) / seconds, "loss": float("nan")}
+    return {
+        "seconds": seconds / (steps - 1),
+        "trained_tokens_per_second": sum(tokens[1:steps]) / seconds,
+        "loss": float("nan"),
+    }
 
 
 def measure_speed(work: Path, steps: int, rounds: int) -> None:
@@ -185,12 +218,21 @@ def compare_gguf(work: Path, model: Path, steps: int) -> None:
 
     data = work / "pirates.jsonl"
     answers = ("Aye, sailor, that be so. Fair winds!", "Arr, ask the captain of the ship. Fair winds!")
-    rows = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answers[n % 2]}]} for n, prompt in enumerate(PROMPTS * 2)]
+    rows = [
+        {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answers[n % 2]}]}
+        for n, prompt in enumerate(PROMPTS * 2)
+    ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = build_spec(model, data, work / "gguf", steps=steps, batch_size=2, learning_rate=5e-4)
     outcome = MlxRail().train(spec, lambda e: print(e.message) if isinstance(e, Notice) else None, lambda: False)
-    exported = export_adapter(outcome.adapter, format="gguf", quantization="f32", base=model, output=work / "model.gguf")
-    print(json.dumps({"part": "gguf", "loss": [outcome.first_loss, outcome.final_loss], "file": str(exported)}, default=str))
+    exported = export_adapter(
+        outcome.adapter, format="gguf", quantization="f32", base=model, output=work / "model.gguf"
+    )
+    print(
+        json.dumps(
+            {"part": "gguf", "loss": [outcome.first_loss, outcome.final_loss], "file": str(exported)}, default=str
+        )
+    )
     config = load.read_config(model, trust_remote_code=False)
     device = backend.choose_device()
     with backend.process_settings(device):
@@ -212,7 +254,9 @@ def compare_gguf(work: Path, model: Path, steps: int) -> None:
                     logits = net(mx.array([[token]]), cache=cache)
                 pair = tokenizer.decode(said).strip(), chat.answer(turn, max_tokens=24).strip()
                 same.append(pair[0] == pair[1])
-                print(json.dumps({"part": "gguf", "prompt": prompt, "mlx-lm": pair[0], "llama.cpp": pair[1]}), flush=True)
+                print(
+                    json.dumps({"part": "gguf", "prompt": prompt, "mlx-lm": pair[0], "llama.cpp": pair[1]}), flush=True
+                )
     print(json.dumps({"part": "gguf/end", "equal": sum(same), "of": len(same)}))
 
 

@@ -27,6 +27,7 @@ import torch
 import transformers
 from randommodel import write_model, write_rows
 
+from bp_data.loop.shapes import read_shapes
 from bp_runs import Settings, TrainSpec
 from bp_runs.errors import CodedError
 from bp_runs.events import Event, ModelLoaded, Notice, StepDone
@@ -34,7 +35,6 @@ from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail
 from bp_train_cuda.guards.thermal import find_sensor
 from bp_train_cuda.memory.estimate import estimate, read_load
-from bp_train_cuda.memory.shapes import read_shapes
 
 GIB = 2**30
 ON_GPU = torch.cuda.is_available()

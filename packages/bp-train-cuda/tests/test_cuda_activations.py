@@ -9,12 +9,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bp_data.loop.shapes import read_shapes
 from bp_runs.events import Notice, StepDone
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.memory import planner
 from bp_train_cuda.memory.estimate import Load, Parts, count_parts
 from bp_train_cuda.memory.planner import ActivationPlan, Choice, choose_rows
-from bp_train_cuda.memory.shapes import read_shapes
 from bp_train_cuda.model import activations
 from bp_train_cuda.model.activations import InputOffload, tile_feed_forward, untile_feed_forward
 from bp_train_cuda.model.lora_linear import use_fast_lora

@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from bp_data.loop.shapes import read_shapes
 from bp_runs.errors import ShapesUnknownError
 from bp_train_cuda.memory.estimate import Load, count_layer_bytes, count_saved_bytes, estimate, find_adapted
-from bp_train_cuda.memory.shapes import read_shapes
 from bp_train_cuda.model.lora_linear import use_fast_lora
 
 SIZES = {
@@ -166,5 +166,5 @@ def test_what_is_unknown_is_said():
 def test_estimating_needs_no_framework():
     import subprocess
 
-    code = "import sys, bp_train_cuda.memory.estimate, bp_train_cuda.memory.shapes; assert 'torch' not in sys.modules"
+    code = "import sys, bp_train_cuda.memory.estimate, bp_data.loop.shapes; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

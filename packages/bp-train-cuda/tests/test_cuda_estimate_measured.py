@@ -6,9 +6,9 @@ context of CUDA, outside torch's count, took 0.60 to 0.75 GiB there.
 
 import pytest
 
+from bp_data.loop.shapes import read_shapes
 from bp_train_cuda.memory import estimate as memory_estimate
 from bp_train_cuda.memory.estimate import Load, estimate
-from bp_train_cuda.memory.shapes import read_shapes
 from bp_train_cuda.model import log_probs
 
 GIB = 2**30

@@ -76,9 +76,9 @@ class CudaRail:
         Raises:
             ShapesUnknownError, ModelLoadError: The config describes no language model.
         """
+        from bp_data.loop.shapes import FAMILIES, read_shapes
         from bp_train_cuda.memory.estimate import choose_base, estimate, read_load
         from bp_train_cuda.memory.fit import FitMemory
-        from bp_train_cuda.memory.shapes import FAMILIES, read_shapes
 
         if config.get("model_type") in FAMILIES:
             shapes = read_shapes(config)

@@ -59,6 +59,10 @@ class AdamW:
     def update(self, gradients: Mapping[str, Any], rate: float) -> None:
         """One step over the weights that an interrupted call has not updated.
 
+        Args:
+            gradients: By the names of weights.
+            rate: The learning rate.
+
         Raises:
             RuntimeError: mlx ran out of memory; call it again once memory is free.
         """

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from bp_runs.errors import CodedError
 from bp_runs.events import Emit
-from bp_runs.rail import EvalOutcome, Part, Probe, RowOutcome, Stop, TrainOutcome
+from bp_runs.rail import Check, EvalOutcome, MemoryEstimate, Part, Probe, RowOutcome, Stop, TrainOutcome
 from bp_runs.spec import Settings, TrainSpec
 
 if TYPE_CHECKING:
@@ -41,6 +41,29 @@ class MlxRail:
             return Probe(usable=False, why=error.message)
         note = "" if device.is_gpu else "; models of up to 1 billion parameters train on the CPU"
         return Probe(usable=True, why=device.why + note, device=device.kind, memory=device.memory)
+
+    def checks(self) -> Sequence[Check]:
+        """What to try on this machine; nothing is imported before a check runs."""
+        from bp_train_mlx import doctor
+
+        return doctor.checks()
+
+    def estimate(
+        self,
+        settings: Settings,
+        config: Mapping[str, Any],
+        *,
+        memory: int | None = None,
+        machine: Path | None = None,  # noqa: ARG002  # nothing is remembered of this machine yet
+    ) -> MemoryEstimate:
+        """What training with ``settings`` would take of unified memory; imports no framework.
+
+        Raises:
+            ShapesUnknownError: The config does not tell the sizes.
+        """
+        from bp_train_mlx.memory import estimate
+
+        return estimate(settings, config, memory)
 
     def check(self, settings: Settings, folder: Path) -> None:
         """Reject a model that is too large, unknown, brings its own code, or cannot be trained with the settings.

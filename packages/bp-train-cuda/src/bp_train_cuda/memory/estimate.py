@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal, cast
 
+from bp_data.loop.shapes import Linear, Shapes
 from bp_runs.methods import METHODS
 from bp_runs.rail import MemoryEstimate
 from bp_runs.spec import Settings
-from bp_train_cuda.memory.shapes import Linear, Shapes
 
 CONTEXT = int(0.7 * 2**30)
 """Bytes that CUDA and its libraries take besides torch: 0.60 to 0.75 GiB were seen."""

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from bp_data.loop.memory import HALVINGS
+from bp_data.loop.shapes import read_shapes
 from bp_runs.errors import DiskFullError, OutputNotWritableError, ShapesUnknownError, first_line
 from bp_runs.events import Emit, Notice
 from bp_runs.files import publish_json
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.memory.estimate import estimate, read_load
-from bp_train_cuda.memory.shapes import read_shapes
 
 if TYPE_CHECKING:
     from bp_train_cuda.backend import Device

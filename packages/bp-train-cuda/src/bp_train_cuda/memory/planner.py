@@ -15,12 +15,12 @@ from typing import Any
 import orjson
 import torch
 
+from bp_data.loop.shapes import read_shapes
 from bp_runs.errors import ShapesUnknownError
 from bp_runs.events import Notice
 from bp_runs.methods import METHODS
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.memory.estimate import Parts, count_parts, estimate, read_load
-from bp_train_cuda.memory.shapes import read_shapes
 from bp_train_cuda.model.activations import TILE, InputOffload, find_blocks, tile_feed_forward
 
 ENOUGH = 8192

@@ -23,10 +23,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from bp_data.loop.shapes import Linear, Shapes
 from bp_runs.errors import ModelLoadError, RemoteCodeError, first_line
 from bp_train_cuda.backend import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
 from bp_train_cuda.errors import DriverTooOldError, GpuNotAvailableError
-from bp_train_cuda.memory.shapes import Linear, Shapes
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError, SafetensorError)
 
@@ -72,7 +72,7 @@ def count_parameters(model: Any) -> int:
 
 
 def measure_shapes(config: Mapping[str, Any]) -> Shapes:
-    """The shapes of a model of a kind that `bp_train_cuda.memory.shapes` does not know, built without weights.
+    """The shapes of a model of a kind that `bp_data.loop.shapes` does not know, built without weights.
 
     Args:
         config: The content of a config.json.
