@@ -167,15 +167,16 @@ def workbook(path, sheets):
     return path
 
 
-def test_a_workbook_is_a_table(tmp_path):
+def test_a_workbook_is_a_table(tmp_path, caplog):
     rows = [["question", "answer", ""], ["Möwe?", "ja", ""], ["", "", ""], ["2 + 2", 4, ""], ["half", 0.5]]
-    path = workbook(tmp_path / "a.xlsx", {"empty": [], "Data": rows})
+    path = workbook(tmp_path / "a.xlsx", {"empty": [], "Data": rows, "More": [["x"]]})
     assert list(read_rows(path)) == [
         Row(2, {"question": "Möwe?", "answer": "ja"}),
         Row(4, {"question": "2 + 2", "answer": "4"}),
         Row(5, {"question": "half", "answer": "0.5"}),
     ]
     assert locate_row(path, 4) == "row 4"
+    assert [record.message for record in caplog.records] == [f"{path}: read: sheet Data; not read: More"]
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DatasetParseFailedError, match="broken workbook"):
         list(read_rows(path))
@@ -456,6 +457,9 @@ def test_columns_can_be_mapped_and_proposals_can_be_used():
         (["foo", "bar"], {}),
     ):
         assert propose_columns(names) == mapping, names
+    with pytest.raises(InvalidSettingError, match="maps 'qestion', and no row"):
+        ledger_of({"question": "Q", "answer": "A"}).check("d.jsonl", ReadOptions.parse(["qestion=prompt"]))
+    assert parse_row(Row(1, {"question": "Q", "answer": "A", "turns": 3, "dialog": "id-7"})) == Chat(QA)
     for wrong in (["question"], ["question=qustion"], ["=prompt"]):
         with pytest.raises(InvalidSettingError, match=r"data\.columns"):
             ReadOptions.parse(wrong)

@@ -48,6 +48,8 @@ _ALIASES: Final[Mapping[str, str]] = {
     "conversation": "conversations",
     "dialogue": "conversations",
     "dialog": "conversations",
+    "turns": "conversations",
+    "chat": "conversations",
     "system_prompt": "system",
     "system_message": "system",
     "options": "choices",
@@ -58,13 +60,25 @@ _ALIASES: Final[Mapping[str, str]] = {
 # Names that are only proposed: each may mean something else, so a person says yes by setting data.columns.
 _GUESSES: Final[Mapping[str, tuple[str, ...]]] = {
     "prompt": (
-        *("user_input", "user_message", "input_text", "human", "ask", "request", "task", "source", "src", "sentence1"),
-        *("title", "frage", "pregunta", "domanda", "question_text", "q", "user_prompt", "utterance", "goal"),
+        *("inputs", "prompts", "questions", "instructions", "user_input", "user_message", "user_prompt", "input_text"),
+        *("question_text", "human", "ask", "request", "task", "source", "src", "sentence1", "title", "utterance"),
+        *("goal", "q", "frage", "pregunta", "domanda"),
     ),
     "completion": (
-        *("reply", "bot", "ai", "gpt", "target", "tgt", "gold", "ideal", "expected", "summary", "translation", "a"),
-        *("output_text", "bot_reply", "antwort", "respuesta", "risposta", "reponse", "answer_text", "generation"),
-        *("model_response", "assistant_response", "highlights", "label_text", "best_answer", "final_answer"),
+        *("outputs", "completions", "responses", "answers", "targets", "reply", "bot", "ai", "gpt", "target", "tgt"),
+        *(
+            "gold",
+            "ideal",
+            "expected",
+            "summary",
+            "translation",
+            "highlights",
+            "output_text",
+            "answer_text",
+            "bot_reply",
+        ),
+        *("model_response", "assistant_response", "best_answer", "final_answer", "label_text", "generation", "a"),
+        *("bot_reply", "antwort", "respuesta", "risposta", "reponse"),
     ),
     "text": ("content", "body", "document", "article", "story", "sentence", "passage", "paragraph", "code"),
     "chosen": ("preferred", "accepted", "better", "winner", "positive", "response_chosen"),
@@ -211,6 +225,10 @@ class Columns(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def peek(self, name: str) -> Any:
+        """The column's value, or None, without counting it as read."""
+        return self._values.get(name)
+
     def left_aside(self) -> dict[str, Any]:
         """Columns that were not read, by the file's names."""
         return {self.names[name]: value for name, value in self._values.items() if name not in self.read}
@@ -325,12 +343,21 @@ class FieldLedger:
         others = {name: entry for name, entry in sorted(self.left.items()) if name not in whole}
         return lines + [f"left aside in {entry.rows:,} of {self.rows:,} rows: {name}" for name, entry in others.items()]
 
-    def check(self, path: object) -> None:
-        """Stop where text would be lost.
+    def check(self, path: object, options: ReadOptions = PLAIN) -> None:
+        """Stop where text would be lost, or where a mapped column is in no row.
 
         Raises:
             DatasetColumnsLeftError: `prose` is not empty.
+            InvalidSettingError: ``options`` maps a column that no row has.
         """
+        seen = {*self.read, *self.left}
+        unseen = [name for name, ours in options.columns.items() if ours not in ROLE_TARGETS and name not in seen]
+        if unseen and self.rows:
+            raise InvalidSettingError(
+                f"data.columns maps {unseen[0]!r}, and no row of {path} has such a column",
+                fix=f"Use one of its columns: {', '.join(sorted(seen))}",
+                setting="data.columns",
+            )
         if lost := self.prose():
             names = ", ".join(lost)
             first = next(iter(lost))

@@ -6,8 +6,8 @@ import contextlib
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal, TypeAlias
 
@@ -38,12 +38,14 @@ class ConvertResult:
         written: Rows in each new file, by its path.
         ledger: Rows left out, with reasons.
         rejected: The file that lists them; None where there are none.
+        left_aside: Columns that the new format has no place for, by the rows that have them.
     """
 
     read: int
     written: dict[str, int]
     ledger: Ledger
     rejected: Path | None
+    left_aside: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The counts, JSON-ready."""
@@ -54,6 +56,7 @@ class ConvertResult:
             "dropped": self.ledger.dropped,
             "dropped_by_code": dict(sorted(codes.items())),
             "rejected": None if self.rejected is None else str(self.rejected),
+            "left_aside": dict(self.left_aside),
         }
 
 
@@ -167,7 +170,7 @@ def convert_file(
             raise RowFaultError(example.code, example.reason, fix=example.fix)
         return output, convert_example(example, to)
 
-    return _rewrite(Path(path), read_rows(path, options), (output,), place, on_bad_row, fields=fields)
+    return _rewrite(Path(path), read_rows(path, options), (output,), place, on_bad_row, fields=fields, options=options)
 
 
 def _rewrite(
@@ -178,6 +181,7 @@ def _rewrite(
     on_bad_row: OnBadRow,
     *,
     fields: FieldLedger | None = None,
+    options: ReadOptions = PLAIN,
 ) -> ConvertResult:
     """Stream ``rows`` to their places; nothing is published if a bad row or ``fields`` stops it."""
     _require_outputs(path, outputs)
@@ -197,7 +201,7 @@ def _rewrite(
             else:
                 ledger.take_dropped(result)
         if fields is not None:
-            fields.check(path)
+            fields.check(path, options)
     ledger.check()
     rejected = outputs[0].with_name(outputs[0].name + ".rejected.jsonl")
     if ledger.drops:
@@ -205,7 +209,8 @@ def _rewrite(
     else:
         rejected.unlink(missing_ok=True)  # an earlier call's list would be taken for this one's
     counts = {str(output): count for output, count in written.items()}
-    return ConvertResult(ledger.read, counts, ledger, rejected if ledger.drops else None)
+    left = {name: entry.rows for name, entry in fields.left.items()} if fields else {}
+    return ConvertResult(ledger.read, counts, ledger, rejected if ledger.drops else None, left)
 
 
 def _require_outputs(path: Path, outputs: Sequence[Path]) -> None:

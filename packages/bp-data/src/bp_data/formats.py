@@ -47,8 +47,8 @@ Wanted: TypeAlias = Literal["sft", "preference", "kto"]
 
 _METHODS: Final = {"sft": "sft", "preference": "dpo, orpo or simpo", "kto": "kto"}
 _LABELS: Final[Mapping[str, bool]] = {
-    **dict.fromkeys(("true", "1", "1.0", "yes", "y", "t", "good", "chosen"), True),
-    **dict.fromkeys(("false", "0", "0.0", "-1", "-1.0", "no", "n", "f", "bad", "rejected"), False),
+    **dict.fromkeys(("true", "1", "1.0", "yes", "y", "t", "good", "chosen", "desirable"), True),
+    **dict.fromkeys(("false", "0", "0.0", "-1", "-1.0", "no", "n", "f", "bad", "rejected", "undesirable"), False),
 }
 
 
@@ -161,6 +161,10 @@ def _read_messages(data: Columns) -> Chat:
     if data.get("functions"):
         raise RowFaultError(RowFault.FIELD_UNSUPPORTED, "`functions` is the old form; name them in `tools`")
     return _read_chat(data, "messages")
+
+
+def _read_conversations(data: Columns) -> Chat:
+    return _read_chat(data, "conversations")
 
 
 def _read_chat(data: Columns, name: str) -> Chat:
@@ -368,12 +372,22 @@ def _optional_text(data: Columns, name: str) -> str:
     return _text(data, name) if name in data else ""
 
 
-_FORMATS: Final[tuple[tuple[Wanted, Callable[[Columns], bool], Callable[[Columns], Example]], ...]] = (
+def _holds_turns(data: Columns, name: str) -> bool:
+    """Whether a column may hold turns; a number of turns, or an id of a conversation, doesn't."""
+    value = data.peek(name)
+    return isinstance(value, list) or (isinstance(value, str) and value.lstrip().startswith("["))
+
+
+_Reader: TypeAlias = Callable[[Columns], Example]
+_FORMATS: Final[tuple[tuple[Wanted, Callable[[Columns], bool], _Reader], ...]] = (
     ("preference", lambda data: "chosen" in data and "rejected" in data, _read_preference),
-    ("sft", lambda data: "messages" in data, _read_messages),
-    ("sft", lambda data: "conversations" in data, lambda data: _read_chat(data, "conversations")),
+    ("sft", lambda data: _holds_turns(data, "messages"), _read_messages),
+    ("sft", lambda data: _holds_turns(data, "conversations"), _read_conversations),
     ("kto", _is_judged, _read_judged),
     ("sft", _is_calls, _read_calls_row),
     ("sft", lambda data: _find_pair(data) is not None, _read_pair),
+    ("sft", lambda data: "messages" in data, _read_messages),
+    ("sft", lambda data: "conversations" in data, _read_conversations),
     ("sft", lambda data: "text" in data, _read_text),
 )
+"""The formats, the first that fits first: the kind of its rows, whether a row fits, and its reader."""

@@ -8,7 +8,6 @@ each line, a comma before a closing bracket, byte order marks between joined fil
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
@@ -29,6 +28,7 @@ from bp_data.json_text import (
     load_json,
     name_type,
     read_items,
+    warn_once,
 )
 
 LONGEST_LINE: Final = 64 * 2**20
@@ -40,7 +40,6 @@ AS_UTF8: Final = (
 )
 """What to do about bytes that are not UTF-8."""
 
-_log = logging.getLogger("bp_data")
 _BLOCK: Final = 1 << 20
 _WHOLE = 32 * 2**20  # bytes of a file up to which it is parsed at once
 _BOM: Final = b"\xef\xbb\xbf"
@@ -339,7 +338,7 @@ def _unwrap(data: Mapping[str, Any], file: Path) -> list[Any] | None:
         return None
     name = next((name for name in ("train", "data", "rows", "examples") if name in lists), next(iter(lists)))
     if others := [f"{other} ({len(rows):,} rows)" for other, rows in lists.items() if other != name]:
-        _log.warning("%s: %s (%d rows) is read; left aside: %s", file, name, len(lists[name]), ", ".join(others))
+        warn_once(f"{file}: read: {name} ({len(lists[name]):,} rows); not read: {', '.join(others)}")
     return lists[name]
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import date
+from functools import lru_cache
 from math import isfinite
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -18,12 +20,19 @@ import orjson
 
 from bp_data.errors import RowFault
 
+_log = logging.getLogger("bp_data")
 _EXCERPT: Final = 80  # characters
 _BLOCK = 1 << 20
 # A quote that ends a text and a colon: an object's key. Inside a text a quote has a backslash before it.
 _KEY = re.compile(rb'[^\\]"[ \t\r\n]*:')
 _LONGEST_INT: Final = 2.0**63  # orjson turns integers beyond 64 bits into floats
 _decoder = json.JSONDecoder()
+
+
+@lru_cache(maxsize=256)
+def warn_once(message: str) -> None:
+    """Log a warning about a file; files are read several times."""
+    _log.warning("%s", message)
 
 
 class JsonFaultError(ValueError):

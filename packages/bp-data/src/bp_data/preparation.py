@@ -308,7 +308,7 @@ class _Making:
                 writer.append(row, good=good)
         ledger.check()
         if self._request.gate:
-            self.fields.check(self._path)
+            self.fields.check(self._path, self._request.read)
             gate.close(ledger)
             self._check_labels(labels, ledger)
         return ledger

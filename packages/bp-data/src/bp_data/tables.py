@@ -16,7 +16,7 @@ from bp_data.columns import is_known
 from bp_data.errors import DatasetFormatUnsupportedError, DatasetParseFailedError, RowFault
 from bp_data.example import Rejected, Row
 from bp_data.json_rows import AS_UTF8, LONGEST_LINE, to_row
-from bp_data.json_text import excerpt
+from bp_data.json_text import excerpt, warn_once
 
 SEPARATORS: Final = (",", ";", "\t", "|")
 _BOM: Final = "\ufeff"
@@ -154,8 +154,11 @@ def read_workbook(stream: BinaryIO, file: Path, source: str) -> Iterator[Row | R
             ]
     except (CalamineError, OSError, ValueError) as error:
         raise DatasetParseFailedError(f"{file}: broken workbook", cause=str(error)) from error
+    filled = [(name, rows) for name, rows in sheets if rows]
+    if others := [name for name, _ in filled[1:]]:
+        warn_once(f"{file}: read: sheet {filled[0][0]}; not read: {', '.join(others)}")
     header: _Header | None = None
-    for number, cells in enumerate(next((rows for _, rows in sheets if rows), []), start=1):
+    for number, cells in enumerate(filled[0][1] if filled else [], start=1):
         fields = [_cell_text(cell) for cell in cells]
         if not any(field.strip() for field in fields):
             continue

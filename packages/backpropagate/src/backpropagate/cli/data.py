@@ -375,4 +375,6 @@ def _show_counts(done: ConvertResult, name: str, *, json: bool) -> int:
     if done.rejected is not None:
         console.print(f"  {done.ledger.dropped:>9,} left out, listed in {done.rejected}", markup=False, soft_wrap=True)
     console.print(f"  {done.read:>9,} rows read", markup=False)
+    if done.left_aside:
+        console.print(f"  not in the new file: {', '.join(done.left_aside)}", markup=False, soft_wrap=True)
     return 0

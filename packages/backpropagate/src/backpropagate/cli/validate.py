@@ -18,13 +18,13 @@ from backpropagate.cli.data_options import describe_files, find_file, read_optio
 from backpropagate.cli.flags import Json, flag_names, keyword, with_settings
 from backpropagate.cli.output import print_json
 from backpropagate.settings import all_settings
-from bp_data.columns import FieldLedger
+from bp_data.columns import FieldLedger, ReadOptions
 from bp_data.errors import DatasetColumnsLeftError, DatasetGateError, DatasetInvalidError
 from bp_data.example import Rejected
 from bp_data.files import sha256_data
 from bp_data.read import unit_of
 from bp_data.structure import check_structure
-from bp_runs.errors import CodedError
+from bp_runs.errors import CodedError, InvalidSettingError
 from bp_runs.methods import METHODS
 from bp_runs.spec import Settings
 from bp_runs.wording import command_ref
@@ -93,7 +93,7 @@ def _check_rows(wanted: Settings, path: Path) -> Checked:
     checked = Checked(
         counts | {"tokens": None, "trained_tokens": None}, found.rejected, bad, summary, found.fields, failure
     )
-    return _with_columns(path, checked)
+    return _with_columns(path, checked, read_options(wanted.data))
 
 
 def _check_labels(wanted: Settings, path: Path) -> Checked:
@@ -117,11 +117,11 @@ def _check_labels(wanted: Settings, path: Path) -> Checked:
     return Checked(counts, ledger.drops, bad, summary, prepared.fields, failure, prepared)
 
 
-def _with_columns(path: Path, checked: Checked) -> Checked:
+def _with_columns(path: Path, checked: Checked, options: ReadOptions) -> Checked:
     try:
         if checked.fields is not None:
-            checked.fields.check(path)
-    except DatasetColumnsLeftError as error:
+            checked.fields.check(path, options)
+    except (DatasetColumnsLeftError, InvalidSettingError) as error:
         checked.failure = checked.failure or error
     return checked
 

@@ -110,3 +110,4 @@ class DataWritten(TypedDict):
     dropped: int
     dropped_by_code: dict[str, int]
     rejected: str | None
+    left_aside: dict[str, int]
