@@ -111,7 +111,7 @@ def test_models_are_those_of_the_command(page, capsys):
 
 
 def test_an_export_is_started_from_the_run_s_own_folder_into_the_page_s(page, place):
-    assert "No run has left anything" in page.get("/export").text
+    assert "Nothing to export yet" in page.get("/export").text
     run_id = Trainer("./m", output="output", rail=FakeRail(), steps=2, lora_r=2).train("d.jsonl").run_id
     text = page.get("/export").text
     source = re.search(rf'value="(\w+/{run_id})"', text)[1]

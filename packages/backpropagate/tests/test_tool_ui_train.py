@@ -114,7 +114,7 @@ def test_the_memory_verdict_is_that_of_estimate_vram(place, monkeypatch, capsys)
     told = json.loads(capsys.readouterr().out)
     assert f"<strong>{told['needed_bytes'] / 2**30:.1f} GiB</strong> needed, 8.0 GiB free" in text
     assert ("does not fit" in text) is not told["fits"]
-    assert "cannot be told" in page.get("/train/memory", params={"model": "nobody/nothing"}).text
+    assert "is estimated once" in page.get("/train/memory", params={"model": "nobody/nothing"}).text
     assert "may read" in page.get("/train/memory", params={"model": "/etc"}).text
 
 
@@ -233,7 +233,7 @@ def test_a_training_outlives_the_server_stops_when_it_is_asked_and_is_exported(p
     if environ.exists():
         assert b"correct horse" not in environ.read_bytes()
     assert send(page, f"{state}/stop").status_code == 303
-    assert "was asked to stop" in page.get(state).text or store.load(run_id).status == "stopped"
+    assert "Stopping: it finishes" in page.get(state).text or store.load(run_id).status == "stopped"
     wait(page, "/runs", lambda _: store.load(run_id).status != "running")
     stopped = store.load(run_id)
     assert stopped.status == "stopped"

@@ -39,7 +39,7 @@ def _chat(target: str | None = None, *, json: Json = False, **typed: Any) -> int
     if target and not asked["ollama"]:
         wanted = str(find_adapter(target, runs))
     options = bp_export.chat.ChatOptions(*(asked[key] for key in ("system", "max_tokens", "temperature", "seed")))
-    with _open(wanted, asked) as session:
+    with open_target(wanted, asked) as session:
         if prompt is None:
             print(f"  template  {session.rendering.note}", file=sys.stderr)  # noqa: T201
             bp_export.chat.converse(session, options, lambda: input("> " if sys.stdin.isatty() else ""), _write)
@@ -59,7 +59,8 @@ def _chat(target: str | None = None, *, json: Json = False, **typed: Any) -> int
 chat = with_options(_chat, CHAT)
 
 
-def _open(target: str, asked: Mapping[str, Any]) -> contextlib.AbstractContextManager[bp_export.chat.ChatSession]:
+def open_target(target: str, asked: Mapping[str, Any]) -> contextlib.AbstractContextManager[bp_export.chat.ChatSession]:
+    """Something to talk to, by the options of `backprop chat`."""
     if asked["ollama"]:
         host = asked["ollama_host"] or read_ollama_host(os.environ)
         return contextlib.nullcontext(bp_export.chat.OllamaSession(target, host))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -20,18 +21,32 @@ from starlette.staticfiles import StaticFiles
 from backpropagate.errors import JobNotFoundError, UiPathError
 from backpropagate.ui.audit import Audit
 from backpropagate.ui.background import BackgroundJobs
+from backpropagate.ui.chats import Chats
 from backpropagate.ui.folders import Places
 from backpropagate.ui.live import SeriesCache
 from backpropagate.ui.login import Passwords, Sessions
 from backpropagate.ui.machine import Machine
-from backpropagate.ui.pages import comparisons, data, exports, jobs, models, runs, scorecard, training
+from backpropagate.ui.pages import (
+    chat,
+    combine,
+    comparisons,
+    data,
+    exports,
+    home,
+    jobs,
+    models,
+    runs,
+    scorecard,
+    training,
+)
 from backpropagate.ui.render import HERE, show
-from backpropagate.ui.security import Gate, LoginGate, comes_from_us, session_of
+from backpropagate.ui.security import UPLOAD_PATH, Gate, LoginGate, comes_from_us, session_of
 from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import CodedError, RunNotFoundError, UserError
 from bp_runs.redact import redact
 
 _FORM_SECONDS = 20.0  # in which a form must have arrived
+_UPLOAD_SECONDS = 15 * 60.0
 
 Change = Callable[[Request, FormData], Response]
 """Answers a form that was found to come from us; may take its time."""
@@ -47,6 +62,8 @@ class Site:
     jobs: BackgroundJobs
     machine: Machine
     series: SeriesCache
+    chats: Chats
+    environ: Mapping[str, str]
 
 
 def build_app(spec: UiSpec, places: Places) -> Gate:
@@ -59,7 +76,9 @@ def build_app(spec: UiSpec, places: Places) -> Gate:
         middleware=[Middleware(sessions.layer), Middleware(LoginGate, has_password=passwords is not None)],
         exception_handlers={CodedError: _tell_coded, HTTPException: _tell_http, Exception: _tell_bug},
     )
-    app.state.site = Site(places, passwords, sessions, BackgroundJobs(places.own), Machine(), SeriesCache())
+    app.state.site = Site(
+        places, passwords, sessions, BackgroundJobs(places.own), Machine(), SeriesCache(), Chats(places.own), os.environ
+    )
     return Gate(app, spec, Audit(places.own))
 
 
@@ -68,7 +87,17 @@ def build_routes() -> list[Route | Mount]:
     run = "/runs/{output}/{run}"
     return [
         Mount("/static", StaticFiles(directory=HERE / "static")),
-        Route("/", lambda _: RedirectResponse("/runs", 303)),
+        Route("/", home.show_home),
+        Route("/home/state", home.show_home_state),
+        Route("/settings", home.show_settings),
+        Route("/chat", chat.show_chat),
+        change("/chat/answer", chat.answer),
+        change("/chat/pair", chat.hide),
+        change("/chat/vote", chat.vote),
+        Route("/multi-run", combine.show_multi_run),
+        change("/multi-run", combine.start_multi_run),
+        Route("/merge", combine.show_merge),
+        change("/merge", combine.start_merge),
         Route("/login", _show_login),
         Route("/login", _log_in, methods=["POST"]),
         change("/logout", _log_out),
@@ -81,6 +110,10 @@ def build_routes() -> list[Route | Mount]:
         Route(f"{run}/events", runs.follow_run),
         Route(f"{run}/summary", runs.show_summary),
         Route(f"{run}/card", scorecard.show_scorecard),
+        Route(f"{run}/report", runs.download_report),
+        change(f"{run}/note", runs.change_note),
+        change(f"{run}/remove", runs.remove),
+        change(f"{run}/protect", runs.protect),
         change(f"{run}/stop", training.stop),
         change(f"{run}/resume", training.go_on),
         Route("/train", training.show_form),
@@ -89,6 +122,7 @@ def build_routes() -> list[Route | Mount]:
         Route("/data", data.show_data),
         Route("/data/preview", data.show_preview),
         Route("/data/check", data.show_check),
+        change(UPLOAD_PATH, data.upload, max_files=1, seconds=_UPLOAD_SECONDS),
         Route("/export", exports.show_exports),
         change("/export", exports.start),
         Route("/models", models.show_models),
@@ -102,23 +136,28 @@ def build_routes() -> list[Route | Mount]:
     ]
 
 
-def change(path: str, answer: Change) -> Route:
-    """A route that changes something: the form is read and must come from our own page, with its session's token."""
+def change(path: str, answer: Change, *, max_files: int = 0, seconds: float = _FORM_SECONDS) -> Route:
+    """A route that changes something: the form is read and must come from our own page, with its session's token.
+
+    Args:
+        max_files: Files that the form may have.
+        seconds: In which it must have arrived.
+    """
 
     async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(answer, request, await read_form(request))
+        return await run_in_threadpool(answer, request, await read_form(request, max_files, seconds))
 
     return Route(path, endpoint, methods=["POST"])
 
 
-async def read_form(request: Request) -> FormData:
+async def read_form(request: Request, max_files: int = 0, seconds: float = _FORM_SECONDS) -> FormData:
     """The form of a request that changes something.
 
     Raises:
         HTTPException: It does not come from our own page with its session's token, or takes too long to arrive.
     """
     try:
-        form = await asyncio.wait_for(request.form(max_files=0, max_fields=400), _FORM_SECONDS)
+        form = await asyncio.wait_for(request.form(max_files=max_files, max_fields=400), seconds)
     except TimeoutError as error:
         raise HTTPException(408, "the form did not arrive in time") from error
     token = form.get("token") or request.headers.get("x-token", "")
@@ -129,7 +168,7 @@ async def read_form(request: Request) -> FormData:
 
 def _show_login(request: Request) -> Response:
     if request.app.state.site.passwords is None or session_of(request).user:
-        return RedirectResponse("/runs", 303)
+        return RedirectResponse("/", 303)
     return show(request, "login.html", wrong=None)
 
 
@@ -137,14 +176,14 @@ async def _log_in(request: Request) -> Response:
     site: Site = request.app.state.site
     form = await read_form(request)
     if site.passwords is None:
-        return RedirectResponse("/runs", 303)
+        return RedirectResponse("/", 303)
     address = request.client.host if request.client else ""
     name, password = str(form.get("name", "")), str(form.get("password", ""))
     result = await site.passwords.check(address, name, password, session_of(request).id)
     if isinstance(result, bool):
         if result:
             request.scope["session"] = await run_in_threadpool(site.sessions.log_in, request.scope, name)
-            return RedirectResponse("/runs", 303)
+            return RedirectResponse("/", 303)
         return show(request, "login.html", wrong="Wrong name or password.", status=401)
     answer = show(request, "login.html", wrong="Too many attempts. Try again in a few seconds.", status=429)
     answer.headers["Retry-After"] = str(int(result) + 1)
@@ -154,7 +193,7 @@ async def _log_in(request: Request) -> Response:
 def _log_out(request: Request, _form: FormData) -> Response:
     site: Site = request.app.state.site
     request.scope["session"] = site.sessions.log_out(session_of(request))
-    return RedirectResponse("/login" if site.passwords else "/runs", 303)
+    return RedirectResponse("/login" if site.passwords else "/", 303)
 
 
 def _tell_coded(request: Request, error: Exception) -> Response:

@@ -13,8 +13,10 @@ from hashlib import sha256
 from pathlib import Path
 
 from backpropagate.errors import UiFolderError, UiPathError
-from backpropagate.system import program_home, to_path
+from backpropagate.presets import find_preset
+from backpropagate.system import path_exists, program_home, to_path
 from backpropagate.ui_spec import UiSpec
+from bp_data import looks_like_hub_name
 from bp_runs.paths import runs_folder
 from bp_runs.store import RunStore
 
@@ -143,6 +145,19 @@ class Places:
         if path.is_symlink() or _resolve(path).parent != self.own:
             raise UiPathError(f"{name!r} leads out of the folder of this page")
         return path
+
+
+def require_readable_name(places: Places, text: str) -> None:
+    """Refuse a path outside the page's folders; names of the Hub and of presets are none.
+
+    Raises:
+        UiPathError: It is one.
+    """
+    if not text or find_preset(text) is not None:
+        return
+    if looks_like_hub_name(text) and not path_exists(to_path(text)):
+        return
+    places.require_readable(text)
 
 
 def find_places(spec: UiSpec, environ: Mapping[str, str], *, shown: Path) -> Places:

@@ -1,4 +1,4 @@
-"""What the machine's card has free; asked again when that is old."""
+"""What the GPU has free; asked again when that is old."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_SECONDS = 120.0
 
 @dataclass(slots=True)
 class Machine:
-    """The rails of this machine as `backprop info` tells them."""
+    """The rails of this machine, from `backprop info`."""
 
     _rails: list[dict[str, Any]] | None = None
     _looked: float = 0.0
@@ -29,8 +29,14 @@ class Machine:
                 self._rails, self._looked = _ask_rails(), time.monotonic()
             return self._rails
 
+    def known_memory(self) -> int | None:
+        """As `free_memory`, if it has been asked before; asks nothing."""
+        found = (r for r in self._rails or () if r["usable"] and r["device"] == "cuda")
+        memory = next((r["memory"] for r in found), None)
+        return int(memory) if memory is not None else None
+
     def free_memory(self) -> int | None:
-        """Bytes free on the card that training would take; None where there is none."""
+        """Bytes free on the GPU that training would use; None without one."""
         found = (r for r in self.rails() or () if r["usable"] and r["device"] == "cuda")
         memory = next((r["memory"] for r in found), None)
         return int(memory) if memory is not None else None

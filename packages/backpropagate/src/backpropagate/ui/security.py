@@ -30,6 +30,9 @@ from bp_runs.errors import InvalidSettingError
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 OPEN_PATHS = ("/static/", "/login")
 MOST_BODY = 256 * 2**10  # bytes of a form
+UPLOAD_PATH = "/data/upload"
+MOST_UPLOAD = 2 * 2**30  # bytes of a data file; longer ones are opened where they are
+_MOST_DIGITS = 12  # of a length
 _REFUSED = 400  # HTTP statuses from here on are refusals
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -146,7 +149,7 @@ class Gate:
         headers = Headers(scope=scope)
         if (scope.get("client") or ("",))[0] in self._proxies:
             _take_forwarded(scope, headers, self._proxies)
-        refusal = self._refuse(headers, scope["method"])
+        refusal = self._refuse(headers, scope["method"], scope["path"])
         await (refusal or self._app)(scope, receive, self._audited(scope, _with_headers(send, scope["path"])))
 
     def _audited(self, scope: Scope, send: Send) -> Send:
@@ -161,7 +164,7 @@ class Gate:
 
         return send_noted
 
-    def _refuse(self, headers: Headers, method: str) -> PlainTextResponse | None:
+    def _refuse(self, headers: Headers, method: str, path: str) -> PlainTextResponse | None:
         if not self._is_ours(headers.get("host", "")):
             return PlainTextResponse("this page is not served under that name\n", 421)
         if method in SAFE_METHODS:
@@ -169,7 +172,9 @@ class Gate:
         length = headers.get("content-length", "")
         if not length.isdigit():
             return PlainTextResponse("the length of the form is missing\n", 411)
-        return PlainTextResponse("the form is too long\n", 413) if int(length) > MOST_BODY else None
+        most = MOST_UPLOAD if path == UPLOAD_PATH else MOST_BODY
+        is_long = len(length) > _MOST_DIGITS or int(length) > most
+        return PlainTextResponse("the form is too long\n", 413) if is_long else None
 
     def _is_ours(self, host: str) -> bool:
         try:

@@ -55,7 +55,7 @@ def _look(places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         store = output.store
         for row in store.list_runs()[:_LOOKED_AT]:
             key = f"{output.key}/{row['run_id']}"
-            if _weights(store.folder(row["run_id"])) is not None and row["status"] != "running":
+            if weights_of(store.folder(row["run_id"])) is not None and row["status"] != "running":
                 sources.append({**row, "key": key, "output_name": output.name})
             try:
                 record = store.load(row["run_id"])
@@ -72,7 +72,7 @@ def _look(places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return sources, newest
 
 
-def _weights(run: Path) -> Path | None:
+def weights_of(run: Path) -> Path | None:
     """The folder of a run's adapter, or of its model; None where it has neither."""
     if (run / ADAPTER_NAME / CONFIG_FILE).is_file():
         return run / ADAPTER_NAME
@@ -101,7 +101,7 @@ def _words(places: Places, filled: dict[str, str]) -> list[str]:
     key, _, run_id = filled.get("source", "").partition("/")
     store = places.find(key).store
     run_id = store.find(run_id)
-    weights = _weights(store.folder(run_id))
+    weights = weights_of(store.folder(run_id))
     if weights is None:
         raise InvalidSettingError(f"the run {run_id} has left no adapter", fix="Choose another run.")
     format, quantization = filled.get("format", "gguf"), filled.get("quantization", "q4_k_m")

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import platform
+import shlex
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlencode
 
 import orjson
+from markupsafe import Markup
+from starlette.datastructures import FormData
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from backpropagate.continual.scorecard import find_scorecard
 from backpropagate.run_hints import UNFINISHED, resume_line
 from backpropagate.ui.background import CAN_STOP
 from backpropagate.ui.folders import Output
 from backpropagate.ui.live import RunSeries, follow
-from backpropagate.ui.render import show, whole_number
+from backpropagate.ui.render import HERE, show, whole_number
 from backpropagate.ui.security import session_of
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import RunStatus
@@ -25,13 +30,13 @@ from bp_runs.index import by_age
 from bp_runs.metrics import read_progress
 from bp_runs.paths import METRICS_FILE, REJECTED_FILE
 from bp_runs.record import RunRecord
-from bp_runs.redact import redact_data
+from bp_runs.redact import redact, redact_data
 from bp_runs.store import RunStore
 from bp_runs.wording import render
 
 MOST_ROWS = 100
 _COLUMNS = {
-    "created_at": "Started (UTC)",
+    "created_at": "Started",
     "status": "Status",
     "model": "Model",
     "data": "Data",
@@ -126,6 +131,7 @@ def show_run(request: Request) -> Response:
         request,
         "run.html",
         **_summary(request, output, record, series),
+        command=redact(shlex.join(record.command)),
         settings=redact_data(record.settings),
         checkpoints=CheckpointFolder(store.folder(record.run_id)).read(),
         rejected=_read_rejected(store, record),
@@ -155,6 +161,7 @@ def _summary(request: Request, output: Output, record: RunRecord, series: RunSer
         "step": series.step(-1) if series.count else None,
         "first_loss": first if first is not None else record.result.get("first_loss"),
         "final_loss": final if final is not None else record.result.get("final_loss"),
+        "proof": _proof(record, series, record.describe_rows()),
         "evals": series.evals,
         "samples": _samples(series.samples),
         "notices": redact_data(series.notices),
@@ -172,6 +179,42 @@ def _samples(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for event in events:
         found.setdefault(str(event.get("prompt", "")), {})[event["step"]] = str(event.get("answer", ""))
     return [{"prompt": prompt, "answers": answers} for prompt, answers in found.items()]
+
+
+def _proof(record: RunRecord, series: RunSeries, counted: str | None) -> list[dict[str, str]]:
+    """What shows that the run learned and lost nothing: each point with ``mark`` yes, no or open, and words."""
+    points = []
+    if counted:
+        points.append({"mark": "yes", "text": f"Every row is accounted for: {counted}"})
+    first, final = series.losses()
+    if first is not None and final is not None and series.count > 1:
+        points.append(
+            {"mark": "yes" if final < first else "no", "text": f"Training loss went from {first:.3f} to {final:.3f}"}
+        )
+    losses = [event["loss"] for event in series.evals if event["loss"] is not None]
+    if len(losses) > 1:
+        mark = "yes" if min(losses[1:]) < losses[0] else "no"
+        points.append({"mark": mark, "text": f"Validation loss went from {losses[0]:.3f} to {min(losses):.3f} at best"})
+    elif not losses:
+        points.append({"mark": "open", "text": "Not validated: no examples were held out"})
+    exports = [a for a in record.artifacts if a.get("parity")]
+    for artifact in exports:
+        checks = artifact["parity"].get("checks") or []
+        results = Counter(str(check.get("result", "")) for check in checks)
+        failed = results["failed"]
+        passed = results["ok"] + results["passed"]
+        untested = len(checks) - failed - passed
+        text = (
+            f"Export {artifact.get('quantization', '')}: {passed} checks passed, {failed} failed, {untested} not tested"
+        )
+        step = artifact.get("step")
+        is_stale = isinstance(step, int) and series.count > 0 and step < series.step(-1)["step"]
+        text += f"; made at step {step}, the run is further now: export again" if is_stale else ""
+        mark = "no" if failed else "yes" if passed and not is_stale else "open"
+        points.append({"mark": mark, "text": text})
+    if not exports:
+        points.append({"mark": "open", "text": "Not exported yet"})
+    return points
 
 
 def _read_rejected(store: RunStore, record: RunRecord) -> list[dict[str, Any]]:
@@ -209,4 +252,75 @@ def follow_run(request: Request) -> Response:
         ),
         media_type="text/event-stream",
         headers={"X-Accel-Buffering": "no"},
+    )
+
+
+def change_note(request: Request, form: FormData) -> Response:
+    """Set a run's note and tags."""
+    output, store, record = find_run(request)
+    note = str(form.get("note", "")).strip()[:2000]
+    tags = [tag.strip()[:40] for tag in str(form.get("tags", "")).split(",") if tag.strip()][:20]
+
+    def change(found: RunRecord) -> None:
+        found.note, found.tags = note, tags
+
+    store.update(record.run_id, change)
+    return RedirectResponse(f"/runs/{output.key}/{record.run_id}", 303)
+
+
+def remove(request: Request, form: FormData) -> Response:
+    """Delete a run of the page's own folders, once its id is typed.
+
+    Raises:
+        HTTPException: It is somebody else's, or the id is not what was typed.
+    """
+    output, store, record = find_run(request)
+    if not output.is_own:
+        raise HTTPException(403, "This page deletes only in its own folder. Use `backprop runs rm` in a terminal.")
+    if str(form.get("confirm", "")).strip() != record.run_id[-6:]:
+        raise HTTPException(400, "Type the last six characters of the run's id to delete it.")
+    store.remove(record.run_id)
+    return RedirectResponse("/runs", 303)
+
+
+def protect(request: Request, form: FormData) -> Response:
+    """Keep a checkpoint for good."""
+    output, store, record = find_run(request)
+    CheckpointFolder(store.folder(record.run_id)).protect(whole_number(str(form.get("step", "")), -1))
+    return RedirectResponse(f"/runs/{output.key}/{record.run_id}#h-checkpoints", 303)
+
+
+def download_report(request: Request) -> Response:
+    """One HTML file about the run, to share: no scripts, nothing loaded from elsewhere, secrets masked."""
+    output, store, record = find_run(request)
+    series = request.app.state.site.series.read(metrics_of(output, record))
+    style = Markup(f"<style>{(HERE / 'static/page.css').read_text(encoding='utf-8')}</style>")  # noqa: S704  # our own file
+    page = show(
+        request,
+        "report.html",
+        **_summary(request, output, record, series),
+        settings=redact_data(record.settings),
+        rejected=_read_rejected(store, record),
+        head=style,
+        curve=_curve(series),
+    )
+    page.headers["Content-Disposition"] = f'attachment; filename="run-{record.run_id}.html"'
+    return page
+
+
+_CURVE = (720, 220)
+
+
+def _curve(series: RunSeries) -> str:
+    """The training loss as points of a polyline in a picture of `_CURVE`."""
+    columns = series.points()["columns"]
+    found = [(step, loss) for step, loss in zip(columns["step"], columns["loss"], strict=True) if loss is not None]
+    if len(found) < 2:
+        return ""
+    (first, _), (last, _) = found[0], found[-1]
+    low, high = min(loss for _, loss in found), max(loss for _, loss in found)
+    width, height = _CURVE
+    return " ".join(
+        f"{width * (step - first) / max(1, last - first):.1f},{height * (high - loss) / ((high - low) or 1):.1f}"
+        for step, loss in found
     )

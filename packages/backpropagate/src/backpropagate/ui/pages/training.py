@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,15 @@ from backpropagate.cli.flags import MULTI_RUN, flag_names
 from backpropagate.errors import DataMissingError
 from backpropagate.presets import MODEL_PRESETS, find_preset
 from backpropagate.settings import TOML_FILE, Resolved, Setting, all_settings, choices, resolve
-from backpropagate.system import path_exists, program_home, to_path
-from backpropagate.ui.folders import Output, Places
+from backpropagate.system import program_home
+from backpropagate.ui.folders import Output, Places, require_readable_name
+from backpropagate.ui.labels import CHOICES, GROUPS, LABELS, MACHINE, ONLY_FOR
+from backpropagate.ui.local_models import find_local_models
+from backpropagate.ui.pages.data import find_data_files
 from backpropagate.ui.pages.runs import find_run
-from backpropagate.ui.render import show
-from bp_data import looks_like_hub_name
+from backpropagate.ui.render import gib, show, spell
 from bp_runs.errors import CodedError, InvalidSettingError
+from bp_runs.rail import MemoryEstimate
 from bp_runs.record import RunRecord
 from bp_runs.redact import MASK
 from bp_runs.spec import Settings
@@ -66,40 +69,67 @@ def _form(request: Request, filled: Mapping[str, str], *, again: str, error: Cod
     site = request.app.state.site
     original = _run_of(site.places, again) if again else None
     known = resolve({}, os.environ, Path(TOML_FILE))
-    fields = [_field(setting, filled, known) for setting in offered().values()]
-    by_key = {field["key"]: field for field in fields}
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for field in fields:
-        if field["key"] not in FIRST:
-            groups.setdefault(field["key"].partition(".")[0], []).append(field)
+    fault = fault_of(error)
+    fields = {s.key: describe_field(s, filled, known, fault) for s in offered().values()}
+    grouped = {key for keys in GROUPS.values() for key in keys}
+    groups = {name: [fields[key] for key in keys if key in fields] for name, keys in GROUPS.items()}
+    groups[MACHINE] = [field for key, field in fields.items() if key not in grouped and key not in FIRST]
     return show(
         request,
         "train.html",
-        first=[by_key[key] for key in FIRST],
+        fields=fields,
         groups=groups,
-        filled={k: v for k, v in filled.items() if v},
         again=again,
         is_replay=original is not None and _can_replay(*original),
         folder=filled.get("folder") or f"run-{datetime.now(UTC):%Y%m%d-%H%M}",
         own=site.places.own,
         presets=list(MODEL_PRESETS.values()),
+        local=find_local_models(site.places, site.environ),
+        files=find_data_files(site.places),
         error=None if error is None else error.to_dict(),
         status=200 if error is None else 400,
     )
 
 
-def _field(setting: Setting, filled: Mapping[str, str], known: Resolved) -> dict[str, Any]:
+def fault_of(error: CodedError | None) -> tuple[str, str] | None:
+    """The key of the setting at fault and what is wrong with it, in words of the form; None if no setting is."""
+    if error is None or error.setting not in all_settings():
+        return None
+    key = str(error.setting)
+    setting = all_settings()[key]
+    words = choices(setting)
+    if words:
+        return key, f"Choose one of {', '.join(words)}."
+    kinds = {"int": "a whole number", "float": "a number", "bool": "yes or no"}
+    kind = next((text for name, text in kinds.items() if name in str(setting.type)), None)
+    if kind is not None and "cannot be" in error.message:
+        return key, f"{LABELS[key]} must be {kind}."
+    return key, error.message.replace(key, LABELS[key])
+
+
+def describe_field(
+    setting: Setting, filled: Mapping[str, str], known: Resolved, fault: tuple[str, str] | None
+) -> dict[str, Any]:
+    """One field of a form, as ``parts/fields.html`` shows it."""
     kind = "lines" if "tuple" in str(setting.type) else "bool" if "bool" in str(setting.type) else "text"
     words = choices(setting)
+    value = known.settings.to_flat()[setting.key]
+    shown = {
+        word: CHOICES.get((setting.key, word), word) for word in (words or (("yes", "no") if kind == "bool" else ()))
+    }
     return {
         "key": setting.key,
         "name": setting.short,
+        "label": LABELS[setting.key],
         "help": setting.help,
         "kind": "choice" if words else kind,
-        "choices": words,
+        "choices": list(shown.items()),
         "value": filled.get(setting.short, ""),
-        "known": known.settings.to_flat()[setting.key],
+        "known_word": _text(value) if value is not None else "",
+        "known_label": shown.get(str(value), spell(value)),
         "source": known.sources[setting.key],
+        "only_for": ONLY_FOR.get(setting.key),
+        "fault": fault[1] if fault and fault[0] == setting.key else None,
     }
 
 
@@ -131,10 +161,14 @@ def _text(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def read_flags(form: FormData | QueryParams) -> dict[str, Any]:
-    """What was filled in, by short name, as `backpropagate.settings.resolve` takes it."""
+def read_flags(form: FormData | QueryParams, keys: Collection[str] | None = None) -> dict[str, Any]:
+    """What was filled in, by short name, as `backpropagate.settings.resolve` takes it.
+
+    Args:
+        keys: Settings of the form; default: those of `offered`.
+    """
     flags: dict[str, Any] = {}
-    for setting in offered().values():
+    for setting in _settings_of(keys):
         text = str(form.get(setting.short, "")).strip()
         if not text:
             continue
@@ -147,10 +181,14 @@ def read_flags(form: FormData | QueryParams) -> dict[str, Any]:
     return flags
 
 
-def to_words(flags: Mapping[str, Any]) -> list[str]:
-    """The flags as words of a command line; each value stands with its flag, so that none is taken for another."""
+def _settings_of(keys: Collection[str] | None) -> list[Setting]:
+    return [all_settings()[key] for key in keys] if keys is not None else list(offered().values())
+
+
+def to_words(flags: Mapping[str, Any], keys: Collection[str] | None = None) -> list[str]:
+    """The flags as words of a command line; each value is joined to its flag, so that none is taken for another."""
     words = []
-    for setting in offered().values():
+    for setting in _settings_of(keys):
         value, flag = flags.get(setting.short), flag_names(setting)[0]
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag.removeprefix('--')}")
@@ -171,19 +209,6 @@ def check(places: Places, flags: Mapping[str, Any]) -> Resolved:
     for key in _PATHS:
         require_readable_name(places, str(flags.get(all_settings()[key].short, "")))
     return resolve(flags, os.environ, Path(TOML_FILE))
-
-
-def require_readable_name(places: Places, text: str) -> None:
-    """Refuse a path outside the page's folders; names of the Hub and of presets are none.
-
-    Raises:
-        UiPathError: It is one.
-    """
-    if not text or find_preset(text) is not None:
-        return
-    if looks_like_hub_name(text) and not path_exists(to_path(text)):
-        return
-    places.require_readable(text)
 
 
 def start(request: Request, form: FormData) -> Response:
@@ -236,20 +261,51 @@ def _overrides(record: RunRecord, form: FormData) -> list[str]:
     return words
 
 
+_WAYS = (
+    ({"mode": "qlora"}, "QLoRA (a 4-bit base)"),
+    ({"mode": "qlora", "batch_size": "1", "gradient_accumulation": "8"}, "QLoRA with one example at a time"),
+    ({"mode": "qlora", "batch_size": "1", "gradient_accumulation": "8", "max_seq_length": "1024"},
+     "QLoRA with examples of at most 1,024 tokens"),
+)  # fmt: skip
+"""What to try when training does not fit, in the order of what it costs."""
+_TIGHT = 0.9  # of the free memory
+
+
 def show_verdict(request: Request) -> Response:
-    """Whether what is filled in fits the card; a part of the form's page."""
+    """Whether what is filled in fits the GPU, and if not what would; with the button that starts."""
     site = request.app.state.site
+    flags = read_flags(request.query_params)
     try:
-        wanted = check(site.places, read_flags(request.query_params))
-        verdict = _estimate(wanted, site.machine.free_memory())
+        wanted = check(site.places, flags)
+        memory = site.machine.free_memory()
+        found = estimate(wanted, memory)
     except CodedError as error:
         return show(request, "parts/verdict.html", need=None, told=error.message)
-    if verdict is None:
-        return show(request, "parts/verdict.html", need=None, told="Memory cannot be told before the model is here.")
-    return show(request, "parts/verdict.html", **verdict)
+    if found is None:
+        return show(
+            request, "parts/verdict.html", need=None, told="Memory is estimated once the model is on this machine."
+        )
+    fits = memory is None or found.needed <= memory
+    way = None if fits else _find_way(site.places, flags, memory)
+    is_tight = fits and memory is not None and found.needed > _TIGHT * memory
+    return show(request, "parts/verdict.html", need=found, memory=memory, name=wanted.settings.model.name, fits=fits,
+                is_tight=is_tight, way=way, reason=f"Needs {gib(found.needed)} of {gib(memory)}")  # fmt: skip
 
 
-def _estimate(wanted: Resolved, memory: int | None) -> dict[str, Any] | None:
+def _find_way(places: Places, flags: Mapping[str, Any], memory: int | None) -> dict[str, Any] | None:
+    """The first change with which it fits."""
+    for changes, words in _WAYS:
+        try:
+            found = estimate(check(places, {**flags, **changes}), memory)
+        except CodedError:
+            continue
+        if found is not None and memory is not None and found.needed <= memory:
+            return {"changes": changes, "words": words, "needed": found.needed}
+    return None
+
+
+def estimate(wanted: Resolved, memory: int | None) -> MemoryEstimate | None:
+    """What a run needs of the GPU's memory; None while nothing is known of the model."""
     estimator = rails.find_estimator()
     name = wanted.settings.model.name
     preset = find_preset(name)
@@ -263,8 +319,7 @@ def _estimate(wanted: Resolved, memory: int | None) -> dict[str, Any] | None:
         except CodedError:
             return None
         config = orjson.loads((folder / "config.json").read_bytes())
-    need = estimator.estimate(wanted.settings, config, memory=memory, machine=program_home(os.environ))
-    return {"need": need, "memory": memory, "name": name}
+    return estimator.estimate(wanted.settings, config, memory=memory, machine=program_home(os.environ))
 
 
 def stop(request: Request, _form: FormData) -> Response:

@@ -33,7 +33,7 @@ function series(label, place, format, more = {}) {
 }
 
 /** A chart that fills `place`: `lines` are uPlot series beside the step, `format` spells what the y axis shows. */
-function draw(place, lines, data, format, legend) {
+function draw(place, lines, data, format, legend, isLog) {
   const size = () => ({
     width: Math.max(120, place.clientWidth - 14),
     height: place.classList.contains("tall") ? 270 : 150,
@@ -41,7 +41,7 @@ function draw(place, lines, data, format, legend) {
   const chart = new uPlot(
     {
       ...size(),
-      scales: { x: { time: false } },
+      scales: { x: { time: false }, ...(isLog ? { y: { distr: 3 } } : {}) },
       axes: [
         { ...axis((v) => v.toLocaleString("en")), incrs: WHOLE_STEPS },
         { ...axis(format), size: 62, space: 26 },

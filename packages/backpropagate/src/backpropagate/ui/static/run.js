@@ -15,11 +15,28 @@
   let charts = {};
   let waiting = false;
 
+  const smooth = document.getElementById("smooth");
+  const log = document.getElementById("log");
+
+  /** The exponential moving average that W&B and TensorBoard call smoothing, corrected for its start. */
+  function smoothed(values) {
+    const weight = Number(smooth?.value ?? 0);
+    if (!weight) return values;
+    let mean = 0;
+    let count = 0;
+    return values.map((v) => {
+      if (v === null) return null;
+      mean = weight * mean + (1 - weight) * v;
+      count += 1;
+      return mean / (1 - weight ** count);
+    });
+  }
+
   function columns() {
     const order = [...new Set([...steps.keys(), ...evals.keys()])].sort((a, b) => a - b);
     const column = (name) => order.map((step) => steps.get(step)?.[name] ?? null);
     return {
-      loss: [order, column("loss"), order.map((step) => evals.get(step) ?? null)],
+      loss: [order, smoothed(column("loss")), order.map((step) => evals.get(step) ?? null)],
       rate: [order, column("learning_rate")],
       speed: [order, column("tokens_per_second")],
       memory: [order, column("memory_bytes").map((v) => (v === null ? null : v / 2 ** 30))],
@@ -40,7 +57,7 @@
       series("training", 0, loss),
       series("validation", 1, loss, { points: { show: true, size: 7 }, dash: [8, 3] }),
     ];
-    charts.loss = draw(place("loss"), lines, data.loss, (v) => v.toFixed(2), true);
+    charts.loss = draw(place("loss"), lines, data.loss, (v) => v.toFixed(2), true, log?.checked);
     charts.rate = draw(place("rate"), [series("learning rate", 0, rate)], data.rate, rate, false);
     charts.speed = draw(place("speed"), [series("tokens/s", 0, whole)], data.speed, whole, false);
     charts.memory = draw(place("memory"), [series("GiB", 0, (v) => v.toFixed(1))], data.memory, (v) => v.toFixed(v < 2 ? 2 : 1), false);
@@ -143,6 +160,17 @@
     found.evals[0].forEach((step, i) => evals.set(step, found.evals[1][i]));
     drawAll();
     if (found.status === "running") follow(found.last);
+  }
+
+  smooth?.addEventListener("input", redrawSoon);
+  log?.addEventListener("change", () => {
+    place("loss").replaceChildren();
+    drawAllAgain();
+  });
+  function drawAllAgain() {
+    for (const name of ["loss", "rate", "speed", "memory", "heat"]) place(name)?.replaceChildren();
+    charts = {};
+    drawAll();
   }
 
   begin();
