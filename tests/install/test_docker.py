@@ -62,7 +62,7 @@ def test_the_steps_make_an_image_that_serves(tmp_path):
         pytest.skip("needs root and debootstrap")
     context = copy_tree(tmp_path / "context", sources=True)
     # Kept across mounts: files are linked to the cache instead of copied, which saves gigabytes.
-    base = make_base(tmp_path / "debian", {"UV_LINK_MODE": "symlink"})
+    base = make_base(tmp_path / "debian", {"SSL_CERT_FILE": "/etc/ssl/certs/ca-certificates.crt"})
     builder = Builder(STAGES, context, tmp_path, {"TORCH_BACKEND": ""}, base)
     builder.build("base").environment["UV_LINK_MODE"] = "symlink"
     root = builder.build("cpu")

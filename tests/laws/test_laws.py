@@ -543,3 +543,22 @@ def test_the_facade_speaks_a_command_line_in_its_command_line_only():
             if id(node) not in docs and _speaks(plain):
                 wrong.append(f"{place}:{node.lineno}: {text}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"packages/{name}/README.md" for name in PACKAGES)])
+def test_paths_that_pages_name_exist(page):
+    """Of files and folders: where one would look is where they are."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    places = [ROOT, *PACKAGES.values(), *(folder / "src" for folder in PACKAGES.values())]
+    places += [
+        folder / "src" / MODULES[name] for name, folder in PACKAGES.items() if page.startswith(f"packages/{name}/")
+    ]
+    places += [folder / "tests" for folder in PACKAGES.values()]
+    named = set(re.findall(r"`((?:[\w.-]+/)*[\w-]+(?:\.py|\.yml|\.toml|/))`", text))
+    for path in named - {"backpropagate.toml", "config.toml"}:
+        assert any((place / path).exists() for place in places), f"{page}: {path}"
+    tree = re.search(r"^```text\npackages/\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    for line in tree[1].splitlines() if tree else ():
+        inside = line.startswith("  ")
+        name = line.split()[0]
+        assert (ROOT / ("packages" if inside else "") / name).is_dir(), f"{page}: {name}"
