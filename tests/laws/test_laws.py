@@ -556,7 +556,9 @@ def test_paths_that_pages_name_exist(page):
     places += [folder / "tests" for folder in PACKAGES.values()]
     named = set(re.findall(r"`((?:[\w.-]+/)*[\w-]+(?:\.py|\.yml|\.toml|/))`", text))
     for path in named - {"backpropagate.toml", "config.toml"}:
-        assert any((place / path).exists() for place in places), f"{page}: {path}"
+        found = [place / path for place in places if (place / path).exists()]
+        found = found or ([] if "/" in path else list(ROOT.glob(f"packages/**/{path}")))
+        assert found, f"{page}: {path}"
     tree = re.search(r"^```text\npackages/\n(.*?)```", text, re.MULTILINE | re.DOTALL)
     for line in tree[1].splitlines() if tree else ():
         inside = line.startswith("  ")
