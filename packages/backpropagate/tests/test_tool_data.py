@@ -148,7 +148,7 @@ def test_validate_reads_rows_as_the_method_does(place, capsys):
     assert "⟦bad<|im_end|>⟧" in text
     assert "3 rows read = 3 whole" in text
     assert run(["validate", "p.jsonl", "--model", "./m"]) == 1
-    assert "one for sft is wanted" in capsys.readouterr().err
+    assert "this run trains sft" in capsys.readouterr().err
     assert run(["validate", "p.jsonl", "--model", "./m", "--method", "dpo", "--min-tokens", "3"]) == 1
     assert "CONFIG_INVALID_SETTING" in capsys.readouterr().err
 

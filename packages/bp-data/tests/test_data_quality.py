@@ -295,6 +295,7 @@ def test_cleaning_writes_rows_as_they_were(tmp_path, write_lines):
         "dropped": 3,
         "dropped_by_code": {"ROW_COLUMNS_UNKNOWN": 1, "ROW_DUPLICATE": 1, "ROW_EMPTY_TURN": 1},
         "rejected": str(tmp_path / "clean.jsonl.rejected.jsonl"),
+        "left_aside": {},
     }
     kept = data_of(tmp_path / "clean.jsonl")
     assert all(row in ROWS for row in kept)

@@ -70,7 +70,7 @@ def split_file(
     on_bad_row: OnBadRow = "fail",
     options: ReadOptions = PLAIN,
 ) -> ConvertResult:
-    """Part a file in two; rows with the same texts always land on the same side.
+    """Split a file in two; rows with the same texts always land on the same side.
 
     Args:
         path: The data file, or a folder of them.
@@ -123,7 +123,7 @@ def clean_file(
 
     Args:
         path: The data file, or a folder of them.
-        output: The .jsonl file to write; what is left out is listed beside it.
+        output: The .jsonl file to write; what is left out is listed next to it.
         dedup: Leave out rows that are the same as an earlier one, or nearly so.
         personal: Leave out rows with hints of personal data as well.
         options: How the file's rows are read.
@@ -214,7 +214,7 @@ def _rewrite(
 
 
 def _require_outputs(path: Path, outputs: Sequence[Path]) -> None:
-    """Refuse a name that says something else than JSON lines, and to write over what is read.
+    """Reject a name that is not one of JSON lines, and the name of a file that is read.
 
     Raises:
         DatasetFormatUnsupportedError, OutputTakenError: The two.
@@ -294,25 +294,25 @@ def _tools(tools: Any) -> dict[str, Any]:
     return {"tools": list(tools)} if tools else {}
 
 
-def _refuse_prompt(chat: Chat, to: Format) -> None:
+def _reject_prompt(chat: Chat, to: Format) -> None:
     if chat.first:
-        reason = f"its first {chat.first} turns are a prompt that is not learnt, which {to} cannot say"
+        reason = f"its first {chat.first} turns are a prompt that is not trained on, which {to} cannot say"
         raise RowFaultError(RowFault.FIELD_UNSUPPORTED, reason)
 
 
 def _to_messages(chat: Chat) -> dict[str, Any]:
-    _refuse_prompt(chat, "messages")
+    _reject_prompt(chat, "messages")
     return {"messages": _turns(chat.messages), **_tools(chat.tools)}
 
 
 def _to_conversations(chat: Chat) -> dict[str, Any]:
-    _refuse_prompt(chat, "conversations")
+    _reject_prompt(chat, "conversations")
     turns = [{"from": _SPEAKERS[m.role], "value": m.content, **m.fields, **_flag(m)} for m in chat.messages]
     return {"conversations": turns, **_tools(chat.tools)}
 
 
 def _to_alpaca(chat: Chat) -> dict[str, Any]:
-    _refuse_prompt(chat, "alpaca")
+    _reject_prompt(chat, "alpaca")
     messages = list(chat.messages)
     system = messages.pop(0).content if messages[0].role == "system" else ""
     roles = [message.role for message in messages]
@@ -332,7 +332,7 @@ def _to_alpaca(chat: Chat) -> dict[str, Any]:
 def _prompt_completion(chat: Chat) -> dict[str, Any]:
     answers = [place for place, message in enumerate(chat.messages) if message.role == "assistant"]
     if not chat.first and len(answers) > 1:
-        reason = "several answers are learnt, and prompt and completion hold one"
+        reason = "several answers are trained on, and prompt and completion hold one"
         raise RowFaultError(RowFault.FIELD_UNSUPPORTED, reason)
     first = chat.first or answers[0]
     if not first:
@@ -350,7 +350,7 @@ _CHATS: Final[dict[str, Callable[[Chat], dict[str, Any]]]] = {
 
 
 def normal_form(example: Example) -> Example:
-    """The example with what formats may write in two ways made one: a lone answer's prompt counts as not learnt."""
+    """The example with what formats may write in two ways made one: a lone answer's prompt counts as not trained on."""
     if isinstance(example, Chat) and not example.first:
         answers = [place for place, message in enumerate(example.messages) if message.role == "assistant"]
         return replace(example, first=answers[0]) if answers and answers[0] else example

@@ -25,7 +25,7 @@ THRESHOLD: Final = 0.85
 _HASHES, _BANDS, _SEED = 128, 16, 42
 _BATCH = 1024  # rows
 _WORD = re.compile(r"\w+")
-# What beside the words tells rows apart, and what does not.
+# Columns that differ between rows which say the same.
 _LEFT_ASIDE = frozenset({"id", "uuid", "idx", "index", "source", "prompt_id", "timestamp", "created_at"})
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 _RUN = re.compile(rb"[\x80-\xff]+")
-# The letters that are most frequent in a text of each encoding, beside ASCII: a third of it or more.
+# The most frequent letters of a text in each encoding, apart from ASCII: a third of it or more.
 _FREQUENT: Final = (
     ("cp1251", "оеаинтс"),
     ("koi8-r", "оеаинтс"),

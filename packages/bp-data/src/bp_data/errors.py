@@ -42,11 +42,11 @@ class DatasetNotFoundError(DataError):
 
 
 class DatasetUnreadableError(DataError):
-    """The file exists, and the system refuses to read it."""
+    """The file exists, but can't be read."""
 
     code = "INPUT_DATASET_UNREADABLE"
     setting = "data.path"
-    when = "The data file exists and the system refuses to read it (permissions, a bad disk)."
+    when = "The data file exists but can't be read (permissions, a bad disk)."
     default_fix = "Make the file readable for your user, or copy it to a folder of yours."
 
 
@@ -136,12 +136,12 @@ class DatasetAccessError(DependencyError):
 
     code = "DEP_DATASET_ACCESS"
     setting = "data.path"
-    when = "The data set is gated and the Hub refused access."
+    when = "The data set is gated and the Hub denied access."
     default_fix = "Accept the terms on the data set's page, then: hf auth login"
 
 
 class DatasetGateError(GateError):
-    """The check before the first step said no."""
+    """The check before the first step failed."""
 
     code = "INPUT_DATASET_VALIDATION_FAILED"
     when = (
@@ -185,11 +185,17 @@ class RowFault(StrEnum):
         "ROW_WRONG_KIND",
         "The row is of another kind than the method trains: a preference for sft, a chat for dpo.",
     )
-    TRACE_MISSING = "ROW_TRACE_MISSING", "A reasoning trace was asked for, and the answer has none or an empty one."
+    TRACE_MISSING = (
+        "ROW_TRACE_MISSING",
+        "With reasoning_trace on, the answer has no trace or an empty one.",
+    )
     TRACE_UNBALANCED = "ROW_TRACE_UNBALANCED", "The answer's <think> and </think> do not pair up."
-    TRACE_LENGTH = "ROW_TRACE_LENGTH", "The reasoning trace is shorter or longer than the band that was asked for."
+    TRACE_LENGTH = (
+        "ROW_TRACE_LENGTH",
+        "The reasoning trace is shorter or longer than the settings allow.",
+    )
     TOOL_CALL_BROKEN = "ROW_TOOL_CALL_BROKEN", "A tool call or tool description cannot be read."
-    TEMPLATE_REFUSED = "ROW_TEMPLATE_REFUSED", "The model's chat template refuses the chat; the reason is its own."
+    TEMPLATE_REFUSED = "ROW_TEMPLATE_REFUSED", "The model's chat template rejects the chat, with a reason of its own."
     TURN_NOT_RENDERED = "ROW_TURN_NOT_RENDERED", "The model's chat template leaves a turn's text out."
     TOOLS_NOT_RENDERED = "ROW_TOOLS_NOT_RENDERED", "The model's chat template leaves tools or tool calls out."
     REASONING_NOT_RENDERED = "ROW_REASONING_NOT_RENDERED", "The model's chat template leaves the reasoning out."

@@ -108,7 +108,7 @@ def _choose_format(data: Columns, wanted: Wanted | None) -> Callable[[Columns], 
         reason = f"`label` is {shorten(data['label'])}; a label is true or false, 1 or 0, yes or no"
         raise RowFaultError(RowFault.FIELD_TYPE, reason)
     found, needed = _METHODS[first], _METHODS[wanted or "sft"]
-    raise RowFaultError(RowFault.WRONG_KIND, f"it is a row for {found}, and one for {needed} is wanted")
+    raise RowFaultError(RowFault.WRONG_KIND, f"it is a row for {found}, and this run trains {needed}")
 
 
 def _unknown_columns(data: Columns) -> RowFaultError:
@@ -318,7 +318,7 @@ def _read_spoken(data: Columns, name: str, *, spoken: bool) -> list[Message]:
     if isinstance(value, str) and spoken and unpack_turns(value) is None:
         turns = _split_spoken(value)
         if not turns:
-            raise RowFaultError(RowFault.FIELD_TYPE, f"`{name}` is a text, and there is no `prompt` beside it")
+            raise RowFaultError(RowFault.FIELD_TYPE, f"`{name}` is a text, and there is no `prompt` next to it")
         return turns
     return read_side(data, name, "assistant")
 

@@ -54,7 +54,7 @@ class HubData:
 
     Attributes:
         path: The file, or a folder that holds the split's files and nothing else.
-        name: The data set as it was asked for.
+        name: The data set as it was given.
         subset: Its configuration.
         split: Its split.
         commit: The Hub's commit, 40 hex digits; None for a folder of the user's.
@@ -100,7 +100,8 @@ def fetch_dataset(
     Raises:
         DatasetNotFoundError: Neither the Hub nor this machine has it, or not at this revision.
         DatasetPartUnknownError: No such subset or split, or several and none is named; they are listed.
-        DatasetUnreachableError, DatasetAccessError: The Hub does not answer and nothing was fetched before; it refuses.
+        DatasetUnreachableError: The Hub does not answer, and nothing was fetched before.
+        DatasetAccessError: The Hub wants a login, or accepted terms.
         DatasetFormatUnsupportedError: It is made by a script, or its files are of a kind that is not understood; or
             the `datasets` library is not installed.
         DiskFullError, OutputNotWritableError: ``folder`` cannot hold the files.
@@ -146,7 +147,7 @@ def _from_folder(local: Path, folder: Path, subset: str | None, split: str | Non
 def _link_all(local: Path, files: Sequence[Path], parent: Path, name: str) -> Path:
     """A folder with these files alone, as they are now: hard links where the disk allows, else copies.
 
-    Another process may be reading it, so it is made anew only where a file changed.
+    Another process may be reading it, so it is only made again if a file changed.
     """
     stats = [file.stat() for file in files]
     state = _key("", *(f"{f} {s.st_size} {s.st_mtime_ns}" for f, s in zip(files, stats, strict=True)))
@@ -328,5 +329,5 @@ def _coded(name: str, revision: str | None = None) -> Iterator[None]:
         raise DatasetFormatUnsupportedError(
             f"the data set {name} cannot be read by its files",
             cause=first_line(error),
-            fix="If a script makes it, use the Hub's converted copy: {set:data.revision=refs/convert/parquet}",
+            fix="Use the Hub's converted copy, if a script makes the data: {set:data.revision=refs/convert/parquet}",
         ) from error

@@ -1,4 +1,4 @@
-"""What is learned, token by token, for a coloured preview."""
+"""What is trained on, token by token, for a colored preview."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class PreviewToken(NamedTuple):
 
     Attributes:
         text: Its characters; several tokens that only together form a character make one piece.
-        trained: Whether it is learned.
+        trained: Whether it is trained on.
         special: Whether it is a special token.
-        truncated: Whether it is cut off, and neither learned nor read.
+        truncated: Whether it is cut off, and neither trained on nor read.
     """
 
     text: str
@@ -45,8 +45,8 @@ class PreviewedRow:
     Attributes:
         number: As in `Row`.
         pieces: The whole row, what is cut off included; empty where it cannot be read.
-        tokens: Tokens that are read or learned.
-        trained: Tokens that are learned.
+        tokens: Tokens that are read or trained on.
+        trained: Tokens that are trained on.
         rejected: Why it is not trained on; None where it is.
         source: As in `Row`.
         answer: Which answer it shows, of a row that compares or judges answers.

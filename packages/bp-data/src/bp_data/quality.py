@@ -88,7 +88,7 @@ class Report:
         lengths: Of the usable rows.
         max_seq_length: The length beyond which rows count as over-long, in tokens; None without a model.
         overlong: Rows longer than that.
-        trained_tokens: Tokens that would be learnt; None without a model.
+        trained_tokens: Tokens that would be trained on; None without a model.
         turns: Chats by their number of turns.
         exact: Rows that repeat an earlier one.
         near: Rows that nearly repeat an earlier one.

@@ -41,7 +41,7 @@ def read_rows(
 
     Raises:
         DatasetNotFoundError: No such file.
-        DatasetUnreadableError: The system refuses to read it.
+        DatasetUnreadableError: The system can't read it.
         DatasetFormatUnsupportedError: An unknown kind of file; a folder without data files; or a kind that needs a
             library which is not installed.
         DatasetParseFailedError: Binary data, damaged compression, or a file that is broken as a whole.

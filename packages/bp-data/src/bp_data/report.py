@@ -62,7 +62,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ]
     if report.trained_tokens is not None:
         share = report.trained_tokens / max(lengths.total, 1)
-        found.append(("learnt", f"{report.trained_tokens:,} tokens, {share:.0%}"))
+        found.append(("trained on", f"{report.trained_tokens:,} tokens, {share:.0%}"))
         found.append((f"over {report.max_seq_length:,} tokens", f"{report.overlong:,} rows"))
     if report.languages:
         found.append(("languages, a guess", ", ".join(f"{rows:,} {name}" for name, rows in report.languages.items())))

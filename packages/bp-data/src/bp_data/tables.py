@@ -94,7 +94,7 @@ def _first_line(lines: Iterator[str]) -> tuple[int, str]:
 
 
 def _decode_lines(stream: BinaryIO) -> Iterator[str]:
-    """Lines as texts; bytes that are not UTF-8 stand in them as lone surrogates, which no UTF-8 gives."""
+    """Lines as texts; bytes that are not UTF-8 become lone surrogates, which no UTF-8 gives."""
     while line := stream.readline(LONGEST_LINE):
         yield line.decode(errors="surrogateescape").removeprefix(_BOM)
 

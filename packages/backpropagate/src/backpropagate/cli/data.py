@@ -68,13 +68,13 @@ def preview(
     rows: int
         How many rows to show.
     skip: int
-        How many rows to pass over before.
+        How many rows to skip first.
     bad: bool
         Jump to the rows that can't be trained on, and show only those.
     marks: bool
         Show token borders, blanks and line feeds as signs.
     on_overflow: str
-        What becomes of longer rows.
+        What happens to longer rows.
     """
     folder, longest = _model_folder(model)
     data, read = find_data(file, options)
@@ -154,7 +154,7 @@ def report(
     min_rows: int | None = None,
     json: Json = False,
 ) -> int:
-    """Tell what a data file is like; with limits, say no (exit status 65) where one does not hold.
+    """Show what a data file is like; with limits, exit with status 65 if one is exceeded.
 
     Parameters
     ----------
@@ -205,15 +205,15 @@ def report(
         contaminated=max_contaminated,
         min_rows=min_rows,
     )
-    refusal = _refusal(found, limits)
+    failure = _broken_limits(found, limits)
     if json:
         asked = any(value is not None for value in asdict(limits).values())
-        gate = {"passed": refusal is None, "broken": refusal.details["broken"] if refusal else []} if asked else None
+        gate = {"passed": failure is None, "broken": failure.details["broken"] if failure else []} if asked else None
         print_json("data-report", {**found.to_dict(), "gate": gate})
-        return refusal.exit_status if refusal else 0
+        return failure.exit_status if failure else 0
     Console(highlight=False).print(Text(report_text(found)), soft_wrap=True)
-    if refusal is not None:
-        raise refusal
+    if failure is not None:
+        raise failure
     return 0
 
 
@@ -267,7 +267,7 @@ def _show_findings(found: Examination, file: str) -> None:
             console.print(f"    {'':<{width}}  {render(fix)}", markup=False, soft_wrap=True)
 
 
-def _refusal(found: Report, limits: Limits) -> DatasetGateError | None:
+def _broken_limits(found: Report, limits: Limits) -> DatasetGateError | None:
     try:
         check_limits(found, limits)
     except DatasetGateError as error:
@@ -286,7 +286,7 @@ def split(
     on_bad_row: OnBadRow = "fail",
     json: Json = False,
 ) -> int:
-    """Part a data file in two; equal rows land on the same side.
+    """Split a data file in two; equal rows land on the same side.
 
     Parameters
     ----------

@@ -31,7 +31,7 @@ class Validate(TypedDict):
 
 
 class Piece(TypedDict):
-    """Text of neighbouring tokens that share a fate."""
+    """Text of adjacent tokens that are treated the same."""
 
     text: str
     trained: bool
