@@ -82,6 +82,8 @@ def foreign_bases(source, node):
         if source.is_foreign(base):
             origin = source.imported[ast.unparse(base).partition(".")[0]]
             module, _, first = origin.rpartition(".")
+            if origin.startswith("mlx") and sys.platform != "darwin":
+                continue  # installed on Macs alone
             found = getattr(import_module(module), first) if module else import_module(origin)
             for part in ast.unparse(base).split(".")[1:]:
                 found = getattr(found, part)

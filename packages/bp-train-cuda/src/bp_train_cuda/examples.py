@@ -16,6 +16,8 @@ from bp_runs.methods import METHODS
 Batch = dict[str, torch.Tensor]
 Mismatch = tuple[int, int]
 """An example whose prompt is read, and the one whose completion follows it."""
+_FULL_ENOUGH = 0.95
+"""Share of own tokens from which a padded batch, with its simpler attention, is as fast as a flat one."""
 _CACHED = 512
 """Rows that stay in memory, since a step counts them before it runs them."""
 
@@ -60,6 +62,9 @@ class RowExamples:
         room: Tokens of a pack; None: not packed.
     """
 
+    lays_flat = False
+    """Whether rows of many lengths are laid end to end instead of padded: the model must keep them apart."""
+
     def __init__(self, rows: Sequence[TokenRow], pad_id: int, room: int | None = None) -> None:
         self._rows = rows
         self._pad_id = pad_id
@@ -89,17 +94,23 @@ class RowExamples:
         return self._lengths[index]
 
     def collate(self, indexes: Sequence[int]) -> Batch:
-        """(B, T) padded on the right; packed rows (1, T) with ``position_ids`` that begin at 0 with each row.
+        """(B, T) padded on the right; flat and packed rows (1, T) with ``position_ids`` that begin at 0 with each row.
 
         There is no attention mask: padding comes after a row's own tokens, which never look ahead, and its outputs
         carry no loss.
         """
         rows = [self._row(index) for index in indexes]
-        if self.packs is None:
+        if self.packs is None and not (self.lays_flat and _is_ragged(rows)):
             return pad_rows(rows, self._pad_id)
         batch = _trained_places([(start, row) for start, row in zip(_starts(rows), rows, strict=True)])
         positions = torch.cat([torch.arange(len(row.ids)) for row in rows])
         return {"input_ids": torch.cat([_ids(row) for row in rows])[None], "position_ids": positions[None], **batch}
+
+
+def _is_ragged(rows: Sequence[TokenRow]) -> bool:
+    """Whether padding would be more than a twentieth of a batch."""
+    lengths = [len(row.ids) for row in rows]
+    return sum(lengths) < _FULL_ENOUGH * len(lengths) * max(lengths)
 
 
 class PairExamples:

@@ -41,7 +41,15 @@ class Tested:
     """The version in the lock file."""
 
 
-PRIVATE_NAMES: tuple[PrivateName, ...] = ()  # none, and that is the aim
+PRIVATE_NAMES: tuple[PrivateName, ...] = (
+    PrivateName(
+        package="transformers",
+        module="transformers",
+        name="PreTrainedConfig._attn_implementation",
+        used_in="model.varlen",
+        reason="nothing public says which attention a model uses, which has to be put back after a trial",
+    ),
+)
 
 # Kept equal to pyproject.toml and uv.lock by packages/bp-train-cuda/tests/test_cuda_third_party.py.
 TESTED: Mapping[str, Tested] = MappingProxyType(
@@ -51,7 +59,7 @@ TESTED: Mapping[str, Tested] = MappingProxyType(
         "peft": Tested("0.19", "0.21.2"),
         "torch": Tested("2.9", "2.15.0"),
         "transformers": Tested("5.5", "5.23.0"),
-        "trl": Tested("1.16", "1.16.0"),
+        "trl": Tested("1.15", "1.16.0"),
     }
 )
 

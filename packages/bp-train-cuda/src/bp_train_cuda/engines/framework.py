@@ -21,6 +21,7 @@ from bp_train_cuda.examples import Batch, JudgedExamples, Mismatch, PairExamples
 from bp_train_cuda.memory.planner import ActivationPlan
 from bp_train_cuda.model.log_probs import LogProbModel
 from bp_train_cuda.model.lora import trainable_weights
+from bp_train_cuda.model.varlen import flat_pass
 
 AnyExamples = RowExamples | PairExamples | JudgedExamples
 _PREFERENCE_SUMS = ("loss", "accuracy", "margin")
@@ -50,7 +51,8 @@ class TorchFramework(TorchMemory):
         reader: Cuts work without gradients into chunks that fit.
         autocast: The dtype that products are computed in; None: the weights' own.
         plain_inputs: Whether adapters may get their inputs in the dtype of the base; with ``autocast`` alone.
-        pack_arguments: What the forward of packed rows takes besides positions.
+        pack_arguments: What the forward of flat and packed rows takes besides positions.
+        lays_flat: Whether such rows need no mask (`bp_train_cuda.model.varlen`).
         peak: Reads the peak memory.
         optimizer: None where nothing is trained.
         activations: Decides what a forward pass leaves in memory; None: the model's own checkpoints.
@@ -67,6 +69,7 @@ class TorchFramework(TorchMemory):
     peak: PeakMemory
     plain_inputs: bool = False
     pack_arguments: Callable[[torch.Tensor], Mapping[str, Any]] = lambda _: {}
+    lays_flat: bool = False
     optimizer: torch.optim.Optimizer | None = None
     activations: ActivationPlan | None = None
 
@@ -337,10 +340,12 @@ class TorchFramework(TorchMemory):
     def _log_probs(self, batch: Batch) -> torch.Tensor:
         """(N,) of the trained tokens."""
         inputs: dict[str, Any] = dict(batch)
-        if "position_ids" in inputs:
+        is_flat = "position_ids" in inputs
+        if is_flat:
             inputs |= self.pack_arguments(inputs["position_ids"])
+        flat = flat_pass() if is_flat and self.lays_flat else contextlib.nullcontext()
         plan = self.activations if torch.is_grad_enabled() else None
-        with contextlib.nullcontext() if plan is None else plan.forward_pass(batch["input_ids"].numel()):
+        with flat, contextlib.nullcontext() if plan is None else plan.forward_pass(batch["input_ids"].numel()):
             found: torch.Tensor = self.model(to_device(inputs, self.device))
         return found
 

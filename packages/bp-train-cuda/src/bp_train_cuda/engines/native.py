@@ -20,6 +20,7 @@ from bp_data.loop.validation import Validator
 from bp_data.preparation import AnyPrepared
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import Emit, Notice
+from bp_runs.methods import METHODS
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
 from bp_runs.wording import command_ref
@@ -36,7 +37,7 @@ from bp_train_cuda.engines.base import (
     save_result,
 )
 from bp_train_cuda.engines.framework import TorchFramework
-from bp_train_cuda.examples import build_examples, find_longest
+from bp_train_cuda.examples import RowExamples, build_examples, find_longest
 from bp_train_cuda.guards.monitor import open_monitor
 from bp_train_cuda.memory import planner, preflight
 from bp_train_cuda.memory.fit import GpuFit
@@ -44,6 +45,7 @@ from bp_train_cuda.model.activations import untile_feed_forward
 from bp_train_cuda.model.log_probs import LogProbModel
 from bp_train_cuda.model.lora_linear import use_fast_lora
 from bp_train_cuda.model.packing import require_packable
+from bp_train_cuda.model.varlen import stop_varlen, use_varlen
 from bp_train_cuda.optim import build_optimizer, choose_optimizer, rounds_away
 
 _ROUNDED_AWAY = Notice(
@@ -90,6 +92,7 @@ class NativeRun:
             self.emit(Notice(message=f"peak memory of each process: {shown} GiB", details={"peaks": peaks}))
         if not group.is_sharded:
             untile_feed_forward(wrapped.model)
+            stop_varlen(wrapped.model)
             close_model(wrapped.model, mode)
         return _outcome(folder, parts, state, max(peaks))
 
@@ -101,7 +104,10 @@ class NativeRun:
         if self.loaded.mode.name != "full" and not group.is_sharded:
             use_fast_lora(model)  # FSDP2 swaps the weights that it would hold on to
         wrapped = LogProbModel(model)
-        packing = require_packable(model) if spec.training.packing else None
+        packing = None if group.is_sharded or METHODS[spec.training.method].loss is not None else use_varlen(model)
+        lays_flat = packing is not None
+        if packing is None and spec.training.packing:
+            packing = require_packable(model)
         if group.is_sharded:
             shard_model(wrapped, model, self.loaded.base, device.kind)
         sample = partial(self._answer, wrapped)
@@ -112,7 +118,10 @@ class NativeRun:
         fit = GpuFit(spec, self.loaded.mode.name, device, self.emit)
         framework = self._build_framework(wrapped, peak)
         if packing is not None:
-            framework.pack_arguments = packing.arguments
+            framework.pack_arguments, framework.lays_flat = packing.arguments, lays_flat
+            for examples in (framework.examples, framework.heldout):
+                if isinstance(examples, RowExamples):
+                    examples.lays_flat = lays_flat
         together = self._plan(model, framework)
         parts, state, saver = self._build_loop(framework, sample, fit, together)
         self._start(parts, framework)
@@ -156,7 +165,7 @@ class NativeRun:
         if plan is None or not len(lengths):
             return 1
         # Ranks must agree on it, and packs joined to one row would need a larger mask.
-        alone = self.group.count == 1 and not self.spec.training.packing
+        alone = self.group.count == 1 and (framework.lays_flat or not self.spec.training.packing)
         together = planner.choose_rows(self.spec, plan, lengths) if alone else 1
         self.emit(planner.describe_plan(self.spec, plan, together, lengths))
         return together

@@ -68,8 +68,8 @@ def use_fast_lora(model: Any) -> int:
 def restore_lora(model: Any) -> None:
     """Give the layers PEFT's forward back."""
     for module in model.modules():
-        if isinstance(module, LoraLayer):
-            vars(module).pop("forward", None)
+        if isinstance(module, LoraLayer) and "forward" in vars(module):
+            del module.forward
 
 
 def _qualifies(layer: Any) -> bool:

@@ -132,6 +132,14 @@ def require_packable(model: Any) -> Packing:
     )
 
 
+def find_leak(model: Any, packing: Packing) -> str | None:
+    """Why ``packing`` does not keep examples of ``model`` apart, or not give what they give alone; None if it does."""
+    base = unwrap_model(model)
+    device = next(base.parameters()).device
+    with evaluating(model, device):
+        return _Proof(base, device).find_leak(packing)
+
+
 def _best_reason(reasons: list[str]) -> str:
     """What transformers says itself, if anything: it names the package to install."""
     return next((reason for reason in reasons if "nstall" in reason), reasons[0])
