@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bp_train_cuda.memory.planner import ActivationPlan  # noqa: F401  # imports what a run imports
 from bp_train_cuda.model import activations, nf4
-from bp_train_cuda.model.activations import InputOffload, tile_feed_forward, untile_feed_forward
+from bp_train_cuda.model.activations import InputOffload, Tiling, tile_feed_forward, untile_feed_forward
 from bp_train_cuda.model.lora_linear import restore_lora, use_fast_lora
 
 GPU = torch.device("cuda")
@@ -100,7 +100,7 @@ def check_gradients() -> bool:
     mine = gradients(model)
     offload = InputOffload(256, 4)
     moved = [gradients(model, offload.forward_pass()) for _ in range(3)][-1]
-    tile_feed_forward(model, 1000)
+    tile_feed_forward(model, Tiling(1000))
     tiled = gradients(model)
     untile_feed_forward(model)
     restore_lora(model)

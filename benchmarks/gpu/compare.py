@@ -66,7 +66,7 @@ CELLS = {
     cell.name: cell
     for cell in (
         Cell(name="7b-2x4"),
-        Cell(name="7b-8x1", batch=8, accumulation=1, cap=9.6),
+        Cell(name="7b-8x1", batch=8, accumulation=1, cap=8.2),
         Cell(name="7b-8x1-free", batch=8, accumulation=1, cap=15.2),
         Cell(name="7b-r256", r=256),
         Cell(name="7b-short", short=True, steps=6),

@@ -16,7 +16,7 @@ from bp_train_cuda.memory import planner
 from bp_train_cuda.memory.estimate import Load, Parts, count_parts
 from bp_train_cuda.memory.planner import ActivationPlan, Choice, choose_rows
 from bp_train_cuda.model import activations
-from bp_train_cuda.model.activations import InputOffload, tile_feed_forward, untile_feed_forward
+from bp_train_cuda.model.activations import InputOffload, Tiling, tile_feed_forward, untile_feed_forward
 from bp_train_cuda.model.lora_linear import use_fast_lora
 
 LAYERS, WIDTH = 4, 32
@@ -65,7 +65,7 @@ def test_inputs_in_ram_change_no_bit(monkeypatch):
 def test_tiles_change_no_gradient_and_are_run_once_forward_and_once_backward(tile):
     model, calls = adapted(), []
     expected = gradients(model)
-    assert tile_feed_forward(model, tile) == LAYERS
+    assert tile_feed_forward(model, Tiling(tile)) == LAYERS
     model.base_model.model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
     found = gradients(model)
     for one, other in zip(found, expected, strict=True):
@@ -75,9 +75,7 @@ def test_tiles_change_no_gradient_and_are_run_once_forward_and_once_backward(til
     assert all(torch.equal(one, other) for one, other in zip(gradients(model), expected, strict=True))
 
 
-PARTS = Parts(
-    input=1, saved=11, inner=20, rest=10, unpacked=0, tile=None, head_token=1, head_logits=0, vocabulary=1, head_own=0
-)
+PARTS = Parts(input=1, saved=11, inner=20, rest=10, unpacked=0, head_token=1, head_logits=0, vocabulary=1, head_own=0)
 
 
 def blocks(count=10):
@@ -107,10 +105,29 @@ def test_memory_decides_what_layers_keep(spare, expected):
 
 
 def test_tiles_bound_a_layer_s_work():
-    shapes = read_shapes(LlamaConfig(hidden_size=64, intermediate_size=256, vocab_size=64).to_dict())
-    whole, tiled = (count_parts(shapes, Load(), tile) for tile in (None, 100))
-    assert tiled.block(199) == whole.block(199)
-    assert whole.block(400) - tiled.block(400) == 300 * whole.inner
+    parts = count_parts(
+        read_shapes(LlamaConfig(hidden_size=64, intermediate_size=256, vocab_size=64).to_dict()), Load()
+    )
+    assert parts.block(199, 100) == parts.block(199)
+    assert parts.block(400) - parts.block(400, 100) == 300 * parts.inner
+
+
+@pytest.mark.parametrize(
+    ("spare", "expected"),
+    [  # 16,384 tokens: 30 bytes of work each, 10 of inputs; in tiles 20 of the 30 count for a tile's tokens
+        (40 * 16384, Choice(0, offload=False)),
+        (30 * 16384, Choice(0, offload=False, tile=8192)),
+        (22 * 16384, Choice(0, offload=True, tile=8192)),
+        (17 * 16384, Choice(0, offload=True, tile=4096)),
+        (100, Choice(0, offload=True, tile=2048)),
+    ],
+)
+def test_what_costs_least_goes_first(spare, expected):
+    tiling = Tiling()
+    plan = ActivationPlan(spare, PARTS, blocks(), InputOffload(8, 10), tiling)
+    assert plan.choose(16384) == expected
+    plan.forward_pass(16384)
+    assert tiling.tokens == expected.tile
 
 
 @pytest.mark.parametrize(

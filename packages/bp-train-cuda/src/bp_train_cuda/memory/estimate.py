@@ -158,8 +158,6 @@ class Parts:
     """A token's in the rest of that layer."""
     unpacked: int
     """Of the largest weight while it is dense."""
-    tile: int | None
-    """Tokens that the feed-forward part runs at a time; None: all."""
     head_token: int
     """A token's while the loss is computed."""
     head_logits: int
@@ -168,10 +166,14 @@ class Parts:
     head_own: int
     """Of the head's gradient."""
 
-    def block(self, tokens: int) -> int:
-        """While a layer is computed again and differentiated."""
-        tile = tokens if self.tile is None or tokens < 2 * self.tile else self.tile
-        return self.inner * tile + self.rest * tokens + self.unpacked
+    def block(self, tokens: int, tile: int | None = None) -> int:
+        """While a layer is computed again and differentiated.
+
+        Args:
+            tile: Tokens that the feed-forward part runs at a time; None: all.
+        """
+        at_once = tokens if tile is None or tokens < 2 * tile else tile
+        return self.inner * at_once + self.rest * tokens + self.unpacked
 
     def head(self, tokens: int) -> int:
         """While the loss is computed: a tile of logits, the hidden states and their gradient, the head's own."""
@@ -179,12 +181,8 @@ class Parts:
         return self.head_logits * logits + self.head_token * tokens + self.head_own
 
 
-def count_parts(shapes: Shapes, load: Load, tile: int | None = None) -> Parts:
-    """What activations take.
-
-    Args:
-        tile: As `Parts.tile`.
-    """
+def count_parts(shapes: Shapes, load: Load) -> Parts:
+    """What activations take."""
     adapted = find_adapted(shapes, load)
     is_full = load.mode == "full"
     inner = (10 if load.fused else 12) * shapes.feed_forward
@@ -194,7 +192,6 @@ def count_parts(shapes: Shapes, load: Load, tile: int | None = None) -> Parts:
         inner=inner,
         rest=count_layer_bytes(shapes, load, adapted) - inner,
         unpacked=_unpack(shapes, load),
-        tile=tile,
         head_token=10 * shapes.hidden,
         head_logits=8 if is_full else 10,  # logits and their softmax in float32; once more in 16 bits
         vocabulary=shapes.vocabulary,

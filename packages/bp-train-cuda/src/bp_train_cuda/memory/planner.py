@@ -21,7 +21,7 @@ from bp_runs.events import Notice
 from bp_runs.methods import METHODS
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.memory.estimate import Parts, count_parts, estimate, read_load
-from bp_train_cuda.model.activations import TILE, InputOffload, find_blocks, tile_feed_forward
+from bp_train_cuda.model.activations import TILES, InputOffload, Tiling, find_blocks, tile_feed_forward
 
 ENOUGH = 8192
 """Tokens of a micro-batch from which larger ones are hardly faster."""
@@ -39,6 +39,8 @@ class Choice:
     """Blocks that keep their activations; the others keep their input and compute the rest again."""
     offload: bool
     """Whether those inputs wait in system RAM."""
+    tile: int | None = None
+    """Tokens that the feed-forward parts of the others run at a time; None: all."""
 
 
 class ActivationPlan:
@@ -50,25 +52,41 @@ class ActivationPlan:
         blocks: How many there are.
     """
 
-    def __init__(self, spare: int, parts: Parts, blocks: Sequence[Any], offload: InputOffload | None) -> None:
+    def __init__(
+        self,
+        spare: int,
+        parts: Parts,
+        blocks: Sequence[Any],
+        offload: InputOffload | None = None,
+        tiling: Tiling | None = None,
+    ) -> None:
         self.spare, self.blocks = spare, list(blocks)
-        self._parts, self._offload = parts, offload
+        self._parts, self._offload, self._tiling = parts, offload, tiling
         self.has_kept = False
         """Whether any micro-batch kept more than its blocks' inputs: then the peak is no measure of the least."""
 
     def choose(self, tokens: int) -> Choice:
-        """For a micro-batch of ``tokens`` tokens, padding included."""
-        parts, count = self._parts, len(self.blocks)
-        work = max(parts.block(tokens), parts.head(tokens))
-        inputs = count * parts.input * tokens
-        more = (parts.saved - parts.input) * tokens
-        kept = min(count, max(0, int((self.spare - work - inputs) // max(1, more))))
-        return Choice(kept, offload=not kept and self._offload is not None and work + inputs > self.spare)
+        """For a micro-batch of ``tokens`` tokens, padding included: the fastest that fits, else what takes least."""
+        parts, inputs = self._parts, len(self.blocks) * self._parts.input * tokens
+        left = self.spare - self._work(tokens, None) - inputs
+        kept = min(len(self.blocks), max(0, int(left // max(1, (parts.saved - parts.input) * tokens))))
+        if left >= 0 or kept:
+            return Choice(kept, offload=False)
+        tiles: tuple[int | None, ...] = (None,) if self._tiling is None else TILES
+        options = [(tiles[0], False)]
+        if self._offload is not None:
+            options += [(tile, True) for tile in tiles]
+        for tile, offload in options:
+            if self._work(tokens, tile) + (2 * parts.input * tokens if offload else inputs) <= self.spare:
+                return Choice(0, offload, tile)
+        return Choice(0, options[-1][1], options[-1][0])
+
+    def _work(self, tokens: int, tile: int | None) -> int:
+        return max(self._parts.block(tokens, tile), self._parts.head(tokens))
 
     def fits(self, tokens: int) -> bool:
-        """Whether a micro-batch fits without moving anything."""
-        work = max(self._parts.block(tokens), self._parts.head(tokens))
-        return work + len(self.blocks) * self._parts.input * tokens <= self.spare
+        """Whether a micro-batch fits without moving or tiling anything."""
+        return self._work(tokens, None) + len(self.blocks) * self._parts.input * tokens <= self.spare
 
     def forward_pass(self, tokens: int) -> contextlib.AbstractContextManager[None]:
         """The context of a forward pass with gradients."""
@@ -77,6 +95,8 @@ class ActivationPlan:
         first_kept = len(self.blocks) - choice.kept  # the last ones, which backward frees first
         for place, block in enumerate(self.blocks):
             block.gradient_checkpointing = place < first_kept
+        if self._tiling is not None:
+            self._tiling.tokens = choice.tile
         if choice.offload and self._offload is not None:
             return self._offload.forward_pass()
         return contextlib.nullcontext()
@@ -109,9 +129,11 @@ def plan_activations(spec: TrainSpec, mode: str, model: Any) -> ActivationPlan |
     load = read_load(spec, mode)
     found = estimate(shapes, load)
     to_come = found.parts["optimizer"] + found.trained * (2 if mode == "full" else 4)  # and gradients
-    is_tiled = mode != "full" and tile_feed_forward(model) == len(blocks)
-    parts = count_parts(shapes, load, TILE if is_tiled else None)
-    return ActivationPlan(int(SHARE * free) - to_come, parts, blocks, InputOffload(shapes.hidden, len(blocks)))
+    tiling = Tiling()
+    is_tiled = mode != "full" and tile_feed_forward(model, tiling) == len(blocks)
+    spare = int(SHARE * free) - to_come
+    offload = InputOffload(shapes.hidden, len(blocks))
+    return ActivationPlan(spare, count_parts(shapes, load), blocks, offload, tiling if is_tiled else None)
 
 
 def choose_rows(spec: TrainSpec, plan: ActivationPlan | None, lengths: Sequence[int]) -> int:
@@ -144,6 +166,8 @@ def describe_plan(spec: TrainSpec, plan: ActivationPlan, together: int, lengths:
     blocks = len(plan.blocks)
     if choice.kept:
         words += f"; {choice.kept} of {blocks} layers keep their activations"
+    if choice.tile is not None:
+        words += f"; feed-forward in tiles of {choice.tile:,} tokens"
     if choice.offload:
         words += "; layer inputs wait in system RAM"
     details = {"rows": rows, "together": together, "kept": choice.kept, "offload": choice.offload, "tokens": tokens}

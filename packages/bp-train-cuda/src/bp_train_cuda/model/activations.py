@@ -10,14 +10,25 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-TILE = 8192
-"""Tokens of a feed-forward tile: enough for products to run at full speed."""
+TILES = (8192, 4096, 2048)
+"""Tokens of a feed-forward tile: products run at full speed, but each tile unpacks 4-bit weights once more."""
+
+
+@dataclass
+class Tiling:
+    """How many tokens the feed-forward parts of a model run at a time; changed between forward passes."""
+
+    tokens: int | None = None
+    """None: all."""
+
+
 _FEED_FORWARD = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}
 _LEAST = 2**20  # bytes below which a copy is not worth its launch
 
@@ -113,11 +124,11 @@ class InputOffload:
         return found[: tensor.numel()]
 
 
-def tile_feed_forward(model: Any, tile: int = TILE) -> int:
-    """Let the feed-forward parts of checkpointed blocks run over ``tile`` tokens at a time; returns how many do.
+def tile_feed_forward(model: Any, tiling: Tiling) -> int:
+    """Let the feed-forward parts of checkpointed blocks run over some tokens at a time; returns how many can.
 
     Only parts that are plain functions of a token: a module ``mlp`` with ``down_proj`` whose own weights are frozen. A
-    part is left whole below twice ``tile`` tokens, without gradients, and where its block keeps its activations.
+    part is left whole below two tiles, without gradients, and where its block keeps its activations.
     """
     changed = 0
     for block in find_blocks(model):
@@ -127,7 +138,7 @@ def tile_feed_forward(model: Any, tile: int = TILE) -> int:
             continue
         if any(weight.requires_grad and ".lora_" not in name for name, weight in part.named_parameters()):
             continue
-        part.forward = _tiled(block, part, part.forward, tile)
+        part.forward = _tiled(block, part, part.forward, tiling)
         changed += 1
     return changed
 
@@ -141,10 +152,14 @@ def untile_feed_forward(model: Any) -> None:
             part.forward = before  # Liger's, or the class's own
 
 
-def _tiled(block: Any, part: Any, plain: Callable[[Tensor], Tensor], tile: int) -> Callable[[Tensor], Tensor]:
+def _tiled(block: Any, part: Any, plain: Callable[[Tensor], Tensor], tiling: Tiling) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        tokens = x.numel() // x.shape[-1]
-        if tokens < 2 * tile or not (torch.is_grad_enabled() and block.gradient_checkpointing and block.training):
+        tokens, tile = x.numel() // x.shape[-1], tiling.tokens
+        if (
+            tile is None
+            or tokens < 2 * tile
+            or not (torch.is_grad_enabled() and block.gradient_checkpointing and block.training)
+        ):
             return plain(x)
         params = [weight for weight in part.parameters() if weight.requires_grad]
         holder = _Hold.apply(x, *params)
