@@ -1,13 +1,53 @@
-"""Where a run's events go: into its record, into the log, and to whoever looks on."""
+"""Where a run's events go: its record, the log, and callbacks."""
 
 from __future__ import annotations
 
+import inspect
 import logging
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 from backpropagate.logs import log_event
+from bp_runs.errors import ContractError
 from bp_runs.events import Emit, Event
 
 _log = logging.getLogger("backpropagate")
+
+
+Callback: TypeAlias = Callable[[Event], Any] | object
+"""A function that is called with every event; or an object with methods named after them: ``on_step``, ``on_eval``,
+``on_notice``, ``on_sample`` … (`Event.kind`), and perhaps ``on_event`` for all."""
+
+
+def listener(callback: Callback | None) -> Emit | None:
+    """What calls a callback with the events that it wants.
+
+    Raises:
+        ContractError: It is neither a function nor an object with such a method.
+    """
+    if callback is None or inspect.isroutine(callback):
+        return callback
+    kinds = {cls.kind for cls in _events(Event)}
+    methods = {
+        name for name in dir(callback) if name.removeprefix("on_") in {*kinds, "event"} and name.startswith("on_")
+    }
+    if not methods:
+        if callable(callback):
+            return callback
+        raise ContractError(f"{type(callback).__name__} has no method on_event, on_step, on_eval …")
+
+    def call(event: Event) -> None:
+        for name in ("on_event", f"on_{event.kind}"):
+            if name in methods:
+                getattr(callback, name)(event)
+
+    return call
+
+
+def _events(cls: type[Event]) -> Iterator[type[Event]]:
+    for inner in cls.__subclasses__():
+        yield inner
+        yield from _events(inner)
 
 
 class EventDispatcher:

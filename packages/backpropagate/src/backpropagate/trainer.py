@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from backpropagate import catalogue, memory_estimate, presets, rails, resume_plan, system, warm_start
+from backpropagate.data_input import Data, is_in_memory, snapshot
 from backpropagate.distributed import launchers
 from backpropagate.errors import MainProcessError
+from backpropagate.event_dispatch import Callback, listener
 from backpropagate.exporting import ExportResult, export_adapter, push_model, warn_unexportable
 from backpropagate.interrupts import Interrupts, no_interrupts
 from backpropagate.keywords import (
@@ -31,13 +33,22 @@ from backpropagate.keywords import (
 )
 from backpropagate.run_hints import resume_line
 from backpropagate.session import RunSession, SessionContext
-from backpropagate.settings import TOML_FILE, Resolved, by_short_name, from_record, overlay, resolve, with_output
+from backpropagate.settings import (
+    TOML_FILE,
+    Resolved,
+    all_settings,
+    by_short_name,
+    from_record,
+    overlay,
+    resolve,
+    with_output,
+)
 from backpropagate.signatures import shows_keywords
 from backpropagate.trackers import tracker
 from bp_runs.adapter import read_manifest
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import CodedError, ContractError, ResumeChangedError, ResumeNotFoundError
-from bp_runs.events import Event, Notice
+from bp_runs.events import Notice
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, result_name
 from bp_runs.rail import Rail, TrainOutcome
 from bp_runs.record import Relation, RunRecord
@@ -70,6 +81,9 @@ class TrainResult:
     def final_loss(self) -> float:
         """The training loss of the last step, in nats per trained token."""
         return self.outcome.final_loss
+
+
+_DATA_NAMES = frozenset(all_settings()["data.path"].words)
 
 
 class Trainer:
@@ -105,13 +119,17 @@ class Trainer:
         interrupts: Interrupts = no_interrupts,
         **flags: Unpack[TrainerKeywords],
     ) -> None:
-        self._flags = {"model": model, "output": output, **flags}
+        data = {name: value for name, value in flags.items() if name in _DATA_NAMES}
+        self._flags = {"model": model, "output": output, **{k: v for k, v in flags.items() if k not in data}}
         self._rail = rail
         self._command = tuple(command)
         self._defaults = dict(defaults or {})
         self._ranks = ranks
         self._interrupts = interrupts
-        self.settings = self._resolve({}).settings
+        self.settings = self._resolve({}).settings  # which names the output folder, where examples are written
+        if data:
+            self._flags |= self._all_written(data)
+            self.settings = self._resolve({}).settings
         self.last: TrainResult | None = None
 
     @property
@@ -127,10 +145,10 @@ class Trainer:
     @shows_keywords(TrainKeywords)
     def train(
         self,
-        data: str | Path | None = None,
+        data: Data | None = None,
         *,
         resume_run: str | None = None,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: Callback | None = None,
         **flags: Unpack[TrainKeywords],
     ) -> TrainResult:
         """Train an adapter and leave it at ``<output>/lora``.
@@ -139,10 +157,13 @@ class Trainer:
         same result; see the argument ``ranks`` of `Trainer`.
 
         Args:
-            data: The data: a file, a folder or a Hub data set; default: the setting ``data.path``.
+            data: A file, a folder or a Hub dataset; or the examples themselves: a list of dicts, a generator, a
+                `datasets.Dataset` or a DataFrame, which is written to ``<output>/snapshots``. Default: the setting
+                ``data.path``.
                 With the setting ``resume`` unset, an unfinished run of the same settings goes on.
             resume_run: Resume this unfinished run, by part of its id; settings that are given must agree with it.
-            on_event: Called with every event of the run, after it is recorded.
+            on_event: Called with every event of the run, after it is recorded; or an object with methods such as
+                ``on_step`` and ``on_eval``, see `backpropagate.event_dispatch.Callback`.
             **flags: Settings for this run, over the Trainer's own.
 
         Raises:
@@ -172,7 +193,7 @@ class Trainer:
         run: str | None = None,
         *,
         take_over: bool = False,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: Callback | None = None,
     ) -> TrainResult:
         """Go on with an unfinished run or multi-run by its record; a run from its newest whole checkpoint.
 
@@ -203,7 +224,7 @@ class Trainer:
         run: str,
         *,
         overrides: Mapping[str, Any] | None = None,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: Callback | None = None,
         **flags: Unpack[RunKeywords],
     ) -> TrainResult:
         """Do a recorded run again as a new one, its child, with some settings changed.
@@ -224,9 +245,11 @@ class Trainer:
             record = store.load(run)
             if record.kind != "train" or record.is_imported:
                 raise ResumeNotFoundError(f"the record of the run {record.run_id} has not all that it was made with")
-            return self._train(store, from_record(record, {**(overrides or {}), **flags}), on_event, parent=record)
+            return self._train(
+                store, from_record(record, self._all_written({**(overrides or {}), **flags})), on_event, parent=record
+            )
 
-    def extend(self, run: str, *, steps: int, on_event: Callable[[Event], None] | None = None) -> TrainResult:
+    def extend(self, run: str, *, steps: int, on_event: Callback | None = None) -> TrainResult:
         """Train a finished run for more steps, as a new run that starts from its newest weights.
 
         The schedule is planned anew for these steps, and the optimizer starts fresh; a notice says so. To finish an
@@ -287,7 +310,7 @@ class Trainer:
         self,
         store: RunStore,
         resolved: Resolved,
-        on_event: Callable[[Event], None] | None,
+        on_event: Callback | None,
         plan: resume_plan.ResumePlan | None = None,
         *,
         parent: RunRecord | None = None,
@@ -331,16 +354,14 @@ class Trainer:
         self.last = TrainResult(run_id=run.run_id, adapter=adapter, outcome=outcome, record=record)
         return self.last
 
-    def _open_context(
-        self, store: RunStore, settings: Settings, on_event: Callable[[Event], None] | None
-    ) -> SessionContext:
+    def _open_context(self, store: RunStore, settings: Settings, on_event: Callback | None) -> SessionContext:
         return SessionContext(
             store=store,
             rail=self._rail or rails.choose_rail(settings.training.backend),
             environ=os.environ,
             command=self._command,
             followers=tracker.choose_trackers(settings.training.report_to, os.environ),
-            on_event=on_event,
+            on_event=listener(on_event),
             interrupts=self._interrupts,
             ranks=self._ranks,
         )
@@ -348,16 +369,17 @@ class Trainer:
     @shows_keywords(StreamKeywords)
     def multi_run(
         self,
-        data: str | Path | Sequence[str | Path] | None = None,
+        data: Data | Sequence[str | Path] | None = None,
         *,
         resume: str | None = None,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: Callback | None = None,
         **flags: Unpack[StreamKeywords],
     ) -> MultiRunResult:
         """Train several runs, each from the one before, and leave their merged adapter at ``<output>/lora``.
 
         Args:
-            data: One data file, which is cut into slices, or one for each run; default: the setting ``data.path``.
+            data: Data as for `train`, which is cut into slices; or a list of files, one for each run. Default: the
+                setting ``data.path``.
             resume: Resume this unfinished multi-run, by its id or a part of it; ``newest`` for the newest one.
             on_event: Called with every event of the multi-run and of its runs.
             **flags: Settings for it, over the Trainer's own: ``runs=3``, ``replay_share=0.05``.
@@ -369,7 +391,7 @@ class Trainer:
 
         launchers.require_given(self._ranks, os.environ)
         launchers.require_one("a multi-run", self._ranks)
-        given = by_short_name({"data": data, **flags})
+        given = by_short_name({"data": self._written(data), **self._all_written(flags)})
         data = given.pop("data", None)
         paths = [data] if isinstance(data, str | Path) else list(data or [])
         resolved = self._resolve({"data": paths[0] if paths else None, **given})
@@ -392,7 +414,7 @@ class Trainer:
         self,
         store: RunStore,
         resolved: Resolved,
-        on_event: Callable[[Event], None] | None,
+        on_event: Callback | None,
         run_id: str | None,
     ) -> MultiRun:
         """All that a multi-run needs beside its rows; ``run_id``: of one that goes on."""
@@ -452,7 +474,7 @@ class Trainer:
 
     def evaluate(
         self,
-        data: str | Path | None = None,
+        data: Data | None = None,
         *,
         adapter: str | Path | None = None,
         against: str | Path | None = None,
@@ -461,7 +483,7 @@ class Trainer:
         metrics: Sequence[MetricName] = ("exact", "f1", "contains"),
         pattern: str | None = None,
         seed: int = 0,
-        on_event: Callable[[Event], None] | None = None,
+        on_event: Callback | None = None,
     ) -> EvalResult:
         """Measure an adapter against its base, or against another adapter, on rows that it was not trained on.
 
@@ -486,7 +508,7 @@ class Trainer:
         return evaluate_adapter(
             None if (adapter or newest) is None else str(adapter or newest),
             output=self.output,
-            data=None if data is None else Path(data),
+            data=None if (rows := self._written(data)) is None else Path(rows),
             against=None if against is None else str(against),
             answers=answers,
             answer_tokens=answer_tokens,
@@ -494,7 +516,7 @@ class Trainer:
             pattern=pattern,
             seed=seed,
             rail=self._rail,
-            emit=on_event or (lambda _: None),
+            emit=listener(on_event) or (lambda _: None),
         )
 
     def prove(self, run: str | None = None, *, steps: int = 10) -> Proof:
@@ -515,7 +537,7 @@ class Trainer:
         return prove_run(RunStore(self.output), run, steps=steps, rail=self._rail)
 
     @shows_keywords(TrainKeywords)
-    def validate(self, data: str | Path | None = None, **flags: Unpack[TrainKeywords]) -> AnyPrepared:
+    def validate(self, data: Data | None = None, **flags: Unpack[TrainKeywords]) -> AnyPrepared:
         """Read, tokenize and mask the data as `train` would, without loading the model.
 
         Returns:
@@ -596,9 +618,18 @@ class Trainer:
         name = MODEL_NAME if self.settings.training.mode == "full" else ADAPTER_NAME
         return self.last.adapter if self.last else self.output / name
 
-    def _resolve(self, flags: dict[str, Any]) -> Resolved:
-        given = {name: value for name, value in flags.items() if value is not None}
+    def _resolve(self, flags: Mapping[str, Any]) -> Resolved:
+        given = {name: value for name, value in self._all_written(flags).items() if value is not None}
         return resolve(overlay(self._flags, given), os.environ, Path(TOML_FILE), self._defaults)
+
+    def _all_written(self, flags: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings with examples in memory replaced by their files, so that no message can hold the examples."""
+        output = flags.get("output")
+        return {k: self._written(v, output) if k in _DATA_NAMES else v for k, v in flags.items()}
+
+    def _written(self, data: Any, output: str | Path | None = None) -> Any:
+        """``data``, or the file that its examples were written to."""
+        return snapshot(data, self.output if output is None else system.to_path(output)) if is_in_memory(data) else data
 
 
 def _read_result(folders: RunFolders | None, ranks: Ranks) -> TrainResult:
