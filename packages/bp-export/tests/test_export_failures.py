@@ -62,7 +62,7 @@ def test_unknown_architecture(base, lora):
 @pytest.mark.parametrize(
     ("changes", "error", "word"),
     [
-        ({"num_hidden_layers": None}, ModelInvalidError, "num_hidden_layers"),
+        ({"num_hidden_layers": "two"}, ModelInvalidError, "num_hidden_layers"),
         ({"num_hidden_layers": 3}, ModelInvalidError, "layer 2"),
         (
             {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
@@ -117,7 +117,7 @@ def test_what_only_a_gguf_can_have_is_not_left_out_without_a_word(lora, format):
     [
         ({"model.layers.7.self_attn.q_proj": (64, 64)}, "no such module"),
         ({"model.layers.0.self_attn.q_proj": (32, 64)}, "the base has it as"),
-        ({"lm_head": (300, 64)}, "lm_head"),
+        ({"lm_head": (301, 64)}, "lm_head as"),
     ],
 )
 def test_an_adapter_of_another_base(tmp_path, base, modules, word):
@@ -154,13 +154,6 @@ def test_a_torn_header(base, lora):
 def test_a_rank_that_is_none(lora, r):
     change_json(lora / "adapter_config.json", r=r)
     expect(AdapterInvalidError, "rank", lora)
-
-
-def test_an_adapter_on_a_head_that_a_tied_model_would_drop(tmp_path):
-    base = write_base(tmp_path / "untied", tied=False)
-    change_json(base / "config.json", tie_word_embeddings=True)
-    vocab = json.loads((base / "config.json").read_text())["vocab_size"]
-    expect(AdapterMismatchError, "shares", write_lora(tmp_path / "other", base, modules={"lm_head": (vocab, 64)}))
 
 
 def test_damaged_weights(base, lora):

@@ -28,8 +28,8 @@ class ExportResult:
     """What was written, and under which name Ollama has it."""
 
     outcome: bp_export.ExportOutcome
-    ollama: str | None
-    """The name it was registered under; None where that was not asked for."""
+    ollama: bp_export.ollama.OllamaModel | None
+    """What it was registered as; None if that was not requested."""
     run_id: str | None
     """The run whose record now names the file; None for adapters from elsewhere."""
 
@@ -41,7 +41,8 @@ class ExportResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         parity = self.outcome.parity.to_dict() if self.outcome.parity else None
-        own = {"path": str(self.path), "parity": parity, "ollama": self.ollama, "run_id": self.run_id}
+        own: dict[str, Any] = {"path": str(self.path), "parity": parity, "run_id": self.run_id}
+        own |= {"ollama": self.ollama and self.ollama.name, "ollama_context": self.ollama and self.ollama.context}
         return {**asdict(self.outcome), **own}
 
 
@@ -101,8 +102,11 @@ def export_adapter(
         raise
     run_id = _note_in_run(adapter, run_id, _build_artifact(outcome))
     if ollama_name is not None:
-        bp_export.ollama.register_gguf(outcome.path, ollama_name, host=host, context=ollama_context, force=force)
-    return ExportResult(outcome=outcome, ollama=ollama_name, run_id=run_id)
+        model = bp_export.ollama.register_gguf(
+            outcome.path, ollama_name, host=host, context=ollama_context, force=force
+        )
+        return ExportResult(outcome=outcome, ollama=model, run_id=run_id)
+    return ExportResult(outcome=outcome, ollama=None, run_id=run_id)
 
 
 def plan_export(

@@ -75,8 +75,8 @@ class PreTokenizerUnknownError(UserError):
     """The tokenizer's splitting rule has no known name in llama.cpp."""
 
     code = "INPUT_EXPORT_PRE_TOKENIZER"
-    when = "The tokenizer.json splits text by a rule that is not in the table, so that llama.cpp might split otherwise."
-    default_fix = "If you know llama.cpp's name of the rule, give it: {set:pre=llama-bpe}"
+    when = "The tokenizer.json splits text by a rule that is not in the table; llama.cpp could split it differently."
+    default_fix = "Export it as a merged model instead: {set:format=merged}"
 
 
 class QuantizationUnknownError(UserError):

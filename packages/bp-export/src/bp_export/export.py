@@ -27,7 +27,7 @@ FORMATS: Mapping[str, type[ExportRequest]] = MappingProxyType(
 )
 """The request of each format."""
 # Where the base is, how fast to work and how to check: without effect on the formats that don't read that.
-_HARMLESS = frozenset({"base", "dequantize", "threads", "verify", "prompts"})
+_HARMLESS = frozenset({"base", "dequantize", "threads", "verify", "prompts", "text_only"})
 
 
 def build_request(adapter: str | os.PathLike[str], format: str = "gguf", **options: Any) -> ExportRequest:

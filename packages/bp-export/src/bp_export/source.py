@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from bp_data.templates.conversations import ConversationHashes
-from bp_export.errors import BaseModelNotFoundError, ModelInvalidError
-from bp_export.local_paths import tell_model
+from bp_export.errors import AdapterFormatError, BaseModelNotFoundError, ModelInvalidError
+from bp_export.hub.cache import find_cached_model
+from bp_export.local_paths import has_hub_form, tell_model
+from bp_export.model_config import complete_config
 from bp_export.verify.template import RenderingCheck, check_folder, read_trained_hashes
 from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter, load_adapter, open_model
-from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, is_other_base
-from bp_runs.wording import setting_ref
+from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, is_other_base
+from bp_runs.errors import AdapterInvalidError
+from bp_runs.wording import command_ref, setting_ref
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -52,6 +55,7 @@ class Source:
         Raises:
             CodedError: As `bp_merge.open_model` and `bp_merge.FoldedModel`.
         """
+        require_safetensors(self.base)
         return FoldedModel(open_model(self.base, dequantize=self.dequantize), self.adapter)
 
 
@@ -68,12 +72,9 @@ def read_source(folder: Path, base: Path | None, name: str | None, *, dequantize
         _require_unpacked(read_config(folder), folder, dequantize=dequantize)
         own = name or folder.resolve().name
         return Source(folder, None, folder, own, read_trained_hashes(folder), dequantize)
+    explain_folder(folder)
     adapter = load_adapter(folder)
-    where = base or Path(adapter.folder.base)
-    if not where.is_dir():
-        raise BaseModelNotFoundError(
-            f"the base model {where} is not a folder on this machine", details={"base": adapter.folder.base}
-        )
+    where = find_base(base or Path(adapter.folder.base), adapter)
     _require_unpacked(read_config(where), where, dequantize=dequantize)
     if is_other_base(folder, where):
         raise AdapterMismatchError(
@@ -93,7 +94,16 @@ def is_model(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A model folder's ``config.json``.
+    """A model folder's ``config.json``, with what its class assumes where the file is silent.
+
+    Raises:
+        BaseModelNotFoundError, ModelInvalidError: As `read_config_file`.
+    """
+    return complete_config(read_config_file(folder))
+
+
+def read_config_file(folder: Path) -> dict[str, Any]:
+    """A model folder's ``config.json`` as it stands.
 
     Raises:
         BaseModelNotFoundError: There is no such folder, or no config.json in it.
@@ -116,6 +126,84 @@ def name_after(base: str) -> str:
     return f"{tell_model(base).rpartition('/')[2] or 'model'}-tuned"
 
 
+def find_base(named: Path, adapter: LoraAdapter) -> Path:
+    """The base's folder: as named, or for a Hub id what the Hub's cache has of it.
+
+    Raises:
+        BaseModelNotFoundError: It is in neither place.
+    """
+    if named.is_dir():
+        return named
+    name = named.as_posix()
+    details = {"base": adapter.folder.base}
+    if not has_hub_form(name):
+        raise BaseModelNotFoundError(f"the base model {named} is not a folder on this machine", details=details)
+    is_own = name == Path(adapter.folder.base).as_posix()
+    revision = adapter.folder.config.get("revision") if is_own else None
+    found = find_cached_model(name, revision if isinstance(revision, str) else None)
+    if found is None:
+        raise BaseModelNotFoundError(
+            f"the base model {name} is neither a folder nor in the Hub's cache on this machine",
+            fix=f"Download it: hf download {name}; or name its folder: {{set:base=/path/to/base-model}}",
+            details=details,
+        )
+    return found
+
+
+_TO_SAFETENSORS = (
+    'Convert it: python -c "import torch; from safetensors.torch import save_file; '
+    "save_file(torch.load('{old}', map_location='cpu', weights_only=True), '{new}')\""
+)
+
+
+def explain_folder(folder: Path) -> None:
+    """Say what is there instead of an adapter or a model, if it is something known.
+
+    Raises:
+        AdapterFormatError: An adapter in another program's files, or a folder of checkpoints.
+        BaseModelNotFoundError: There is no such folder.
+    """
+    if not folder.exists():
+        raise AdapterInvalidError(f"there is no folder {folder}")
+    config, weights = folder / CONFIG_FILE, folder / WEIGHTS_FILE
+    old = folder / "adapter_model.bin"
+    if config.is_file() and old.is_file() and not weights.is_file():
+        raise AdapterFormatError(
+            f"{old} is an adapter in torch's own format; safetensors is needed",
+            fix=_TO_SAFETENSORS.format(old=old, new=weights),
+        )
+    if (folder / "adapters.safetensors").is_file() and not weights.is_file():
+        raise AdapterFormatError(
+            f"{folder} is an adapter of mlx-lm, and not PEFT's",
+            fix="Merge it with mlx-lm's own mlx_lm.fuse, and export the folder that it writes.",
+        )
+    checkpoints = [path for path in folder.glob("checkpoint-*") if (path / CONFIG_FILE).is_file()]
+    if checkpoints and not config.is_file():
+        newest = max(checkpoints, key=lambda path: (len(path.name), path.name))
+        raise AdapterFormatError(
+            f"{folder} holds {len(checkpoints)} checkpoints, and no adapter of its own",
+            fix=f"Name the one to export, such as the newest: {command_ref('export', newest)}",
+        )
+
+
+def require_safetensors(folder: Path) -> None:
+    """Refuse a model whose weights are in torch's own format only.
+
+    Raises:
+        ModelInvalidError: It has no safetensors, and how to get them.
+    """
+    old = sorted(folder.glob("pytorch_model*.bin"))
+    if old and not any(folder.glob("*.safetensors")):
+        raise ModelInvalidError(
+            f"{old[0]} is in torch's own format; safetensors is needed",
+            fix='Convert it: python -c "from transformers import AutoModelForCausalLM; AutoModelForCausalLM.'
+            f"from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}')\"",
+        )
+
+
+_PACKED_NAME = re.compile(r"(-unsloth)?-bnb-4bit$|-fp8(-dynamic)?$|-gptq(-int\d)?$|-awq$|-int[48]$", re.IGNORECASE)
+
+
 def _require_unpacked(config: Mapping[str, Any], folder: Path, *, dequantize: bool) -> None:
     """A base in 4 bits was made from one in 16, and the adapter's changes belong on that."""
     packed = config.get("quantization_config")
@@ -123,11 +211,19 @@ def _require_unpacked(config: Mapping[str, Any], folder: Path, *, dequantize: bo
         return
     told = packed if isinstance(packed, dict) else {}
     kind = str(told.get("quant_method", "some"))
-    original = re.sub(r"(-unsloth)?-bnb-4bit$", "", str(config.get("_name_or_path") or folder.name))
     is_known = kind == "bitsandbytes" and bool(told.get("load_in_4bit"))
     if not (dequantize and is_known):
         raise ModelInvalidError(
             f"{folder} holds weights packed by {kind} quantization; the export needs them in 16 or 32 bits",
-            fix=f"Name the model that it was made from: {setting_ref('base', original)}"
+            fix=_name_original(config, folder)
             + ("; or use what 4 bits left of it: {set:dequantize=true}" if is_known else ""),
+            details={"quantization": kind},
         )
+
+
+def _name_original(config: Mapping[str, Any], folder: Path) -> str:
+    """Where the unpacked model is, as far as names tell: Qwen/Qwen3-8B of Qwen/Qwen3-8B-FP8."""
+    for name in (str(config.get("_name_or_path") or ""), tell_model(str(folder)), folder.name):
+        if (original := _PACKED_NAME.sub("", name)) != name:
+            return f"Name the model that it was made from: {setting_ref('base', original)}"
+    return "Download the model that it was made from, in 16 bits, and name its folder: {set:base=/path/to/original}"

@@ -14,7 +14,7 @@ from bp_merge.errors import (
     SlaoStreamError,
     TensorsInvalidError,
 )
-from bp_merge.fold import FoldedModel, fold_rows
+from bp_merge.fold import FoldedModel, fold_rows, strip_wrappers
 from bp_merge.lowrank import Product, Term, cut_matrix, cut_product, cut_sum
 from bp_merge.merge import MergeOutcome, merge_adapters, write_adapter_like
 from bp_merge.methods.options import MergeOptions, ModulePlan
@@ -88,6 +88,7 @@ __all__ = [
     "require_alike",
     "round_to",
     "start_stream",
+    "strip_wrappers",
     "write_adapter_like",
     "write_state",
     "write_tensors",

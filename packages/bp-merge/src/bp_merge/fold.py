@@ -12,7 +12,8 @@ Rows are independent of each other, so cutting them into chunks changes no bit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -36,6 +37,12 @@ def fold_rows(rows: Floats, pair: LoraPair, start: int, dtype: Dtype) -> Floats:
     return round_to(delta, dtype)
 
 
+HEAD, TABLE = "lm_head.weight", "embed_tokens.weight"
+"""The head's and the embedding's names, without wrappers."""
+_WRAPPERS = frozenset({"model", "language_model", "text_model"})
+_BLOCK_ROWS = 4096
+
+
 class FoldedModel:
     """A base model read through an adapter; with no adapter it is the base as it stands.
 
@@ -49,12 +56,18 @@ class FoldedModel:
 
     def __init__(self, base: TensorReader, adapter: LoraAdapter | None = None) -> None:
         self._base = base
-        self._replaced = _match(base.tensors, adapter, adapter.replaced) if adapter else {}
-        grown = {name: replace(base.tensors[name], shape=values.shape) for name, values in self._replaced.items()}
-        self._tensors: Mapping[str, TensorInfo] = MappingProxyType({**base.tensors, **grown})
-        self._pairs: Mapping[str, LoraPair] = _match_pairs(self._tensors, adapter) if adapter else {}
-        self._rows = _match_rows(self._tensors, adapter) if adapter else {}
-        self._added = _match(self._tensors, adapter, adapter.added) if adapter else {}
+        table = _find_shared_table(base.tensors)
+        self._shared = {HEAD: table} if adapter and table and _tells_head_apart(adapter, base, table) else {}
+        """The stored tensor of a head that has none of its own, where the adapter makes the two differ."""
+        head = {name: replace(base.tensors[stored], name=name) for name, stored in self._shared.items()}
+        found = _Matches({**base.tensors, **head}, adapter, drops_head=table is not None and not head)
+        self._replaced = found.match_values(adapter.replaced) if adapter else {}
+        resized = {name: replace(found.tensors[name], shape=value.shape) for name, value in self._replaced.items()}
+        self._tensors: Mapping[str, TensorInfo] = MappingProxyType({**found.tensors, **resized})
+        found = replace(found, tensors=self._tensors)
+        self._pairs: Mapping[str, LoraPair] = found.match_pairs(adapter.modules) if adapter else {}
+        self._rows = found.match_rows(adapter.rows) if adapter else {}
+        self._added = found.match_values(adapter.added) if adapter else {}
         self._otherwise = frozenset([*self._replaced, *self._rows, *self._added])
         """What is changed in other ways than by a pair, or in both."""
         self._changed = self._otherwise | self._pairs.keys()
@@ -73,7 +86,10 @@ class FoldedModel:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """The tensors by name: the base's, but for the shape of an embedding or head to which rows were added."""
+        """The tensors by name: the base's, but for an embedding or head of another size, and a head of its own.
+
+        A tied base stores no ``lm_head.weight``. It is listed if the adapter makes it differ from the embedding.
+        """
         return self._tensors
 
     @property
@@ -105,12 +121,13 @@ class FoldedModel:
         Raises:
             TensorsInvalidError: The base's file cannot be read to the end.
         """
+        stored = self._shared.get(name, name)
         if name not in self._changed:
-            return self._base.read_rows(name, start, stop)
+            return self._base.read_rows(stored, start, stop)
         dtype = self.tensors[name].dtype
         pair = self._pairs.get(name)
         if pair is not None and pair.is_plain and name not in self._otherwise:
-            raw, b = self._base.read_raw(name, start, stop), pair.b[start:stop]
+            raw, b = self._base.read_raw(stored, start, stop), pair.b[start:stop]
             if (folded := add_in_order(raw, dtype, b, pair.a, pair.scale)) is not None:
                 return folded
         rows = self._read_unfolded(name, start, stop)
@@ -123,7 +140,7 @@ class FoldedModel:
         info = self.tensors[name]
         whole = self._replaced.get(name)
         if whole is None:
-            rows = self._base.read_rows(name, start, stop)
+            rows = self._base.read_rows(self._shared.get(name, name), start, stop)
         else:
             rows = round_to(whole.reshape(info.rows, info.columns)[start:stop], info.dtype)
         for index, row in self._rows.get(name, ()):
@@ -132,54 +149,129 @@ class FoldedModel:
         return rows
 
 
-def _match_pairs(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter) -> PairsByName:
-    modules = {
-        _find(tensors, adapter, f"{module}.weight", pair.shape).name: module for module, pair in adapter.modules.items()
-    }
-    return PairsByName(modules, adapter.modules.__getitem__)
+@dataclass(frozen=True, slots=True)
+class _Matches:
+    """Finds the base's tensors by the adapter's names."""
+
+    tensors: Mapping[str, TensorInfo]
+    adapter: LoraAdapter | None
+    drops_head: bool
+    """Whether what the adapter says of a tied head is left out, since it is the embedding's."""
+
+    def match_pairs(self, modules: Mapping[str, LoraPair]) -> PairsByName:
+        """Pairs by the base's names."""
+        named = {
+            self._find(f"{module}.weight", pair.shape, is_whole=False).name: module
+            for module, pair in modules.items()
+            if not self._is_dropped(f"{module}.weight")
+        }
+        return PairsByName(named, modules.__getitem__)
+
+    def match_values(self, values: Mapping[str, Floats]) -> dict[str, Floats]:
+        """Whole tensors by the base's names."""
+        return {self._find(n, v.shape).name: v for n, v in values.items() if not self._is_dropped(n)}
+
+    def match_rows(self, rows: Mapping[str, tuple[tuple[int, ...], Floats]]) -> dict[str, list[tuple[int, Floats]]]:
+        """Rows by the base's names."""
+        found = {}
+        for name, (indices, values) in rows.items():
+            if self._is_dropped(name):
+                continue
+            info = self._find(name)
+            if max(indices) >= info.rows or values.shape[1] != info.columns:
+                raise AdapterMismatchError(f"the adapter changes row {max(indices)} of {name}, which is {info.shape}")
+            found[info.name] = list(zip(indices, values, strict=True))
+        return found
+
+    def _is_dropped(self, name: str) -> bool:
+        return self.drops_head and _is_head(name)
+
+    def _find(self, name: str, shape: tuple[int, ...] | None = None, *, is_whole: bool = True) -> TensorInfo:
+        info = self.tensors.get(name) or self.tensors.get(self._inner_names().get(strip_wrappers(name), ""))
+        cause = f"the adapter names {self.adapter.folder.base} as its base" if self.adapter else None
+        module = name.removesuffix(".weight")
+        if info is None:
+            raise AdapterMismatchError(f"the adapter changes {module}, and the base has no such module", cause=cause)
+        if shape is not None and info.shape != shape and not (is_whole and _is_resized(info, shape)):
+            raise AdapterMismatchError(
+                f"the adapter changes {module} as {shape}, and the base has it as {info.shape}", cause=cause
+            )
+        return info
+
+    def _inner_names(self) -> Mapping[str, str]:
+        """The tensors without the wrappers that libraries put around a language model; ambiguous ones are left out."""
+        return _index_inner_names(tuple(self.tensors))
 
 
-def _match(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter, values: Mapping[str, Floats]) -> dict[str, Floats]:
-    """Whole tensors by the base's names; a head that is saved with the embedding it shares is no change of its own."""
-    shared = {name for name in values if _is_shared_head(tensors, values, name)}
-    return {_find(tensors, adapter, n, v.shape).name: v for n, v in values.items() if n not in shared}
-
-
-def _match_rows(tensors: Mapping[str, TensorInfo], adapter: LoraAdapter) -> dict[str, list[tuple[int, Floats]]]:
-    found = {}
-    for name, (indices, values) in adapter.rows.items():
-        info = _find(tensors, adapter, name)
-        if max(indices) >= info.rows or values.shape[1] != info.columns:
-            raise AdapterMismatchError(f"the adapter changes row {max(indices)} of {name}, which is {info.shape}")
-        found[info.name] = list(zip(indices, values, strict=True))
+@lru_cache(maxsize=4)
+def _index_inner_names(names: tuple[str, ...]) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        inner = strip_wrappers(name)
+        found[inner] = "" if inner in found else name
     return found
 
 
-def _is_shared_head(tensors: Mapping[str, TensorInfo], values: Mapping[str, Floats], name: str) -> bool:
-    if name != "lm_head.weight" or name in tensors:
+def strip_wrappers(name: str) -> str:
+    """A tensor's name without the modules around a language model: ``layers.0.mlp.up_proj.weight``.
+
+    transformers 4 saved ``language_model.model.layers``, transformers 5 names ``model.language_model.layers``, and a
+    language model loaded alone has ``model.layers``. Only leading parts are taken off.
+    """
+    parts = name.split(".")
+    while parts and parts[0] in _WRAPPERS:
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def _find_shared_table(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """The embedding's name, if it is the head too: a checkpoint of a tied model has no tensor of the head."""
+    tables = [name for name in tensors if strip_wrappers(name) == TABLE]
+    return None if len(tables) != 1 or any(map(_is_head, tensors)) else tables[0]
+
+
+def _tells_head_apart(adapter: LoraAdapter, base: TensorReader, table: str) -> bool:
+    """Whether head and embedding of a tied base are two different matrices with the adapter.
+
+    PEFT trains each of the two alone: LoRA on one leaves the other as it was while it trains, although a merge in place
+    changes both; and a whole copy (``modules_to_save``) of one leaves the other. ``ensure_weight_tying`` ties them.
+    Trained rows are PEFT's exception: those are tied by themselves.
+    """
+    if any(map(_is_head, adapter.rows)):
+        return True
+    pairs = {_is_head(f"{m}.weight"): p for m, p in adapter.modules.items() if _is_table(f"{m}.weight")}
+    whole = {_is_head(name): values for name, values in adapter.replaced.items() if _is_table(name)}
+    if not any(pairs) and not any(whole) and (adapter.folder.config.get("ensure_weight_tying") or not (pairs or whole)):
         return False
-    return any(n.endswith("embed_tokens.weight") and np.array_equal(v, values[name]) for n, v in values.items())
+    info = base.tensors[table]
+    if len(whole) == 1 and whole.get(False, whole.get(True, np.empty(0))).shape != info.shape:
+        return False  # one table of another size, and no other: it is resized, and both are it
+    if any(pair.shape != whole.get(is_head, info).shape for is_head, pair in pairs.items()):
+        return True  # which does not fit, and is refused where it is looked for
+    sides = [(whole.get(is_head), pairs.get(is_head)) for is_head in (False, True)]
+    count = max([info.rows, *(len(values) for values in whole.values())])
+    for start in range(0, count, _BLOCK_ROWS):
+        embedding, head = (_fold_side(base, table, *side, start) for side in sides)
+        if not np.array_equal(embedding, head):
+            return True
+    return False
 
 
-def _find(
-    tensors: Mapping[str, TensorInfo], adapter: LoraAdapter, name: str, shape: tuple[int, ...] | None = None
-) -> TensorInfo:
-    """A tensor of the base; a language model loaded out of a larger one has its names without its place in that."""
-    inside = name.removeprefix("model.")
-    names = (name, f"model.language_model.{inside}", f"language_model.model.{inside}")
-    info = next((tensors[n] for n in names if n in tensors), None)
-    cause = f"the adapter names {adapter.folder.base} as its base"
-    module = name.removesuffix(".weight")
-    if info is None:
-        raise AdapterMismatchError(f"the adapter changes {module}, and the base has no such module", cause=cause)
-    if shape is not None and info.shape != shape and not _has_grown(info, shape):
-        raise AdapterMismatchError(
-            f"the adapter changes {module} as {shape}, and the base has it as {info.shape}", cause=cause
-        )
-    return info
+def _fold_side(base: TensorReader, table: str, whole: Floats | None, pair: LoraPair | None, start: int) -> Floats:
+    info = base.tensors[table]
+    stop = min(start + _BLOCK_ROWS, info.rows if whole is None else whole.shape[0])
+    rows = base.read_rows(table, start, stop) if whole is None else round_to(whole[start:stop], info.dtype)
+    return rows if pair is None else fold_rows(rows, pair, start, info.dtype)
 
 
-def _has_grown(info: TensorInfo, shape: tuple[int, ...]) -> bool:
-    """Whether a table of tokens got rows for new ones."""
-    is_table = info.name.endswith(("embed_tokens.weight", "lm_head.weight"))
-    return is_table and info.shape[1:] == shape[1:] and info.shape[0] < shape[0]
+def _is_head(name: str) -> bool:
+    return strip_wrappers(name) == HEAD
+
+
+def _is_table(name: str) -> bool:
+    return strip_wrappers(name) in (HEAD, TABLE)
+
+
+def _is_resized(info: TensorInfo, shape: tuple[int, ...]) -> bool:
+    """Whether a table of tokens has another number of rows: for new tokens, or without rows that padded it."""
+    return _is_table(info.name) and info.shape[1:] == shape[1:]

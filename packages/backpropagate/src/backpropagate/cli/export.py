@@ -70,8 +70,9 @@ def _print_result(result: ExportResult, folder: Path) -> None:
     if done.parity:
         print(f"  verified  {done.parity.summary}")  # noqa: T201
     if result.ollama:
-        print(f"  ollama    registered as {result.ollama}")  # noqa: T201
-        print(f"  next      ollama run {result.ollama}")  # noqa: T201
+        context = result.ollama.describe_context()
+        print(f"  ollama    registered as {result.ollama.name}, context: {context}")  # noqa: T201
+        print(f"  next      ollama run {result.ollama.name}")  # noqa: T201
     elif done.format == "gguf":
         print(f"  next      backprop export {folder} --ollama-name my-model    with Ollama running")  # noqa: T201
 

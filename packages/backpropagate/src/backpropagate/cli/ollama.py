@@ -33,6 +33,7 @@ def _register(path: Path, name: str, *, json: Json = False, **typed: Any) -> int
         print_json("ollama-register", asdict(made))
         return 0
     print(f"  ollama    {made.name} in Ollama {made.version}")  # noqa: T201
+    print(f"  context   {made.describe_context()}")  # noqa: T201
     print(f"  template  {made.rendering.note}")  # noqa: T201
     print(f"  it says   {' '.join((made.answer or '').split())}")  # noqa: T201
     print(f"  next      ollama run {made.name}")  # noqa: T201

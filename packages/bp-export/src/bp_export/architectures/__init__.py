@@ -16,6 +16,7 @@ from bp_export.architectures.qwen3 import Qwen3Architecture
 from bp_export.architectures.qwen35 import Qwen35Architecture
 from bp_export.architectures.smollm3 import SmolLm3Architecture
 from bp_export.errors import ArchitectureUnsupportedError, ModelInvalidError
+from bp_export.model_config import complete_config
 
 ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
     {
@@ -43,6 +44,7 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
         ArchitectureUnsupportedError: There is none for it, or it has an option that the layout cannot say.
         ModelInvalidError: A setting that the layout needs is missing.
     """
+    config = complete_config(config)
     names = config.get("architectures") or ["(none named)"]
     found = ARCHITECTURES.get(str(names[0]))
     if found is None:

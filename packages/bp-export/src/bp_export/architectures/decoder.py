@@ -6,6 +6,8 @@ converter (b11434), so that a file made here can be compared byte by byte with o
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -19,6 +21,7 @@ from bp_merge import Floats
 _SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # What transformers assumes for these models where config.json is silent.
 _DEFAULT_EPSILON, _DEFAULT_THETA = 1e-6, 10000.0
+_NORM_BIAS = ("norm.bias",)
 _PLAIN_ROPES = ("default", "linear", "yarn")
 
 
@@ -40,6 +43,12 @@ class Architecture:
     tells_space_prefix: ClassVar[bool] = False
     """Whether the converter repeats the tokenizer's ``add_prefix_space``."""
     activation: ClassVar[str] = "silu"
+    biases: ClassVar[frozenset[str]] = frozenset()
+    """Modules that have a bias in llama.cpp's graph: ``self_attn.q_proj``; a file with others does not load."""
+    has_windows: ClassVar[bool] = False
+    """Whether llama.cpp keeps to a sliding window."""
+    windows_need_switch: ClassVar[bool] = False
+    """Whether transformers uses a window only with ``use_sliding_window``."""
     default_head_width: ClassVar[int | None] = None
     """What transformers assumes where config.json names no ``head_dim``; None for a share of the width."""
 
@@ -87,6 +96,8 @@ class Architecture:
         name = self.clean_name(name)
         if self.is_left_out(name):
             return None
+        if name.endswith(".bias") and not name.endswith(_NORM_BIAS) and strip_layer(name) not in self.biases:
+            raise self._refuse(f"a bias, {name}")
         mapped = self._names.get_name(key=name, try_suffixes=(".weight", ".bias"))
         if mapped is None:
             raise ArchitectureUnsupportedError(f"{self.name} has no place for the tensor {name}")
@@ -95,6 +106,47 @@ class Architecture:
     def clean_name(self, name: str) -> str:
         """The name as gguf-py's map knows it."""
         return name
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user has to know of a file of this model."""
+        window = self.ignored_window
+        if window is None:
+            return ()
+        context = self.config.get("max_position_embeddings")
+        words = f"llama.cpp ignores this model's sliding window of {window} tokens and would answer differently past it"
+        return (f"{words}, so the file's context is {window} instead of {context} tokens",)
+
+    @property
+    def ignored_window(self) -> int | None:
+        """A sliding window that transformers keeps to and llama.cpp does not, in tokens; None without one.
+
+        A text of up to so many tokens is read alike by both, since each token sees all before it.
+        """
+        config, window = self.config, self.config.get("sliding_window")
+        if self.has_windows or not isinstance(window, int) or isinstance(window, bool) or window < 1:
+            return None
+        if self.windows_need_switch and not config.get("use_sliding_window"):
+            return None
+        kinds = config.get("layer_types")
+        if kinds and "sliding_attention" not in kinds:
+            return None
+        first = int(config.get("max_window_layers", 0)) if self.windows_need_switch and not kinds else 0
+        context = config.get("max_position_embeddings")
+        is_short = isinstance(context, int) and context <= window
+        return None if is_short or first >= self.layers else window
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest text, in tokens, that llama.cpp reads as transformers does; None if config.json does not say."""
+        context = self.config.get("max_position_embeddings")
+        found = [int(value) for value in (context, self.ignored_window) if value is not None]
+        return min(found, default=None)
+
+    def is_of_another_tower(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint is none of the language model's, such as a vision tower's."""
+        del name
+        return False
 
     def is_left_out(self, name: str) -> bool:
         """Whether a tensor, by its clean name, has no place in the GGUF and needs none."""
@@ -121,8 +173,8 @@ class Architecture:
         """Write the model's numbers into a GGUF's key-value section."""
         config = self.config
         writer.add_block_count(self.layers)
-        if (context := config.get("max_position_embeddings")) is not None:
-            writer.add_context_length(int(context))
+        if (context := self.context_length) is not None:
+            writer.add_context_length(context)
         writer.add_embedding_length(self.width)
         writer.add_feed_forward_length(self._read_count("intermediate_size"))
         writer.add_head_count(self.heads)
@@ -155,9 +207,19 @@ class Architecture:
             writer.add_rope_freq_base_swa(float(local))
 
     def _add_yarn_options(self, writer: GGUFWriter) -> None:
+        """The ramp's bounds, and the factor on cosines and sines where it is not YaRN's own.
+
+        llama.cpp computes 1 + 0.1 ln(factor), whatever ``yarn_attn_factor`` says, and multiplies it by ``attn_factor``
+        (llama-context.cpp); so what config.json wants is written as a multiple of that. llama.cpp's converter writes
+        the former key, with which logits differ. ``extrapolation_factor`` is no setting of transformers.
+        """
+        if self.rope.get("truncate", True) is not True:
+            raise self._refuse("YaRN with truncate=false")
+        factor = self._read_rope_number("factor")
+        wanted, own = compute_yarn_attention(self.rope, factor), compute_yarn_scale(factor)
+        if not math.isclose(wanted, own, rel_tol=1e-7):
+            writer.add_rope_scaling_attn_factors(wanted / own)
         options = (
-            ("extrapolation_factor", writer.add_rope_scaling_yarn_ext_factor),
-            ("attention_factor", writer.add_rope_scaling_yarn_attn_factor),
             ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
             ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
         )
@@ -179,6 +241,26 @@ class Architecture:
         if not isinstance(value, int) or value < 1:
             raise ModelInvalidError(f"config.json says {key}={value!r}; a whole number above 0 is needed")
         return value
+
+
+def compute_yarn_scale(factor: float, multiple: float = 1.0) -> float:
+    """YaRN's factor on the attention for a stretch of the context (arXiv:2309.00071): 1 + 0.1 m ln(factor)."""
+    return 1.0 if factor <= 1 else 0.1 * multiple * math.log(factor) + 1.0
+
+
+def compute_yarn_attention(rope: Mapping[str, Any], factor: float) -> float:
+    """The factor on cosines and sines, as ``_compute_yarn_parameters`` of transformers has it."""
+    if (told := rope.get("attention_factor")) is not None:
+        return float(told)
+    top, bottom = rope.get("mscale"), rope.get("mscale_all_dim")
+    if top and bottom:
+        return compute_yarn_scale(factor, float(top)) / compute_yarn_scale(factor, float(bottom))
+    return compute_yarn_scale(factor)
+
+
+def strip_layer(name: str) -> str:
+    """A layer's module, without the layer and the tensor's own part: ``self_attn.q_proj``."""
+    return re.sub(r"^.*layers\.\d+\.", "", name).rpartition(".")[0]
 
 
 def _read_ropes(config: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:

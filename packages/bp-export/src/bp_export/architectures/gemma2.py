@@ -14,15 +14,18 @@ _PLUS_ONE = Change(values="plus one")
 
 
 class Gemma2Architecture(Architecture):
-    """The output is the embedding, always; a saved lm_head is left out.
+    """llama.cpp's ``gemma2`` takes the embedding for the output, always; a head that differs from it is refused.
 
     Windows and the scale of the attention are fixed in llama.cpp, so other choices are refused.
     """
 
     gguf_arch = MODEL_ARCH.GEMMA2
+    has_windows = True
     activation = "gelu_pytorch_tanh"
     default_head_width = 256
     tells_head_width = True
+    has_head: ClassVar[bool] = False
+    """Whether llama.cpp reads an ``output.weight``."""
     window_every: ClassVar[int] = 2
     """One layer in so many sees the whole text."""
     scaled_by_width: ClassVar[int] = 46
@@ -38,6 +41,8 @@ class Gemma2Architecture(Architecture):
             raise self._refuse(f"query_pre_attn_scalar={config['query_pre_attn_scalar']}")
         if config.get("attention_bias"):
             raise self._refuse("attention_bias")
+        if not self.has_head and config.get("tie_word_embeddings") is False:
+            raise self._refuse("a head that is not its embedding")
 
     def is_left_out(self, name: str) -> bool:
         """Also lm_head."""

@@ -9,6 +9,7 @@ from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType
 
 from bp_export.architectures.decoder import Architecture
 from bp_export.architectures.gemma2 import Gemma2Architecture
+from bp_merge import strip_wrappers
 
 _VISION = ("vision_tower.", "multi_modal_projector.")
 
@@ -18,6 +19,7 @@ class Gemma3Architecture(Gemma2Architecture):
 
     gguf_arch = MODEL_ARCH.GEMMA3
     ropes = ("default", "linear")
+    has_head = True
     window_every = 6
     scaled_by_width = 62
 
@@ -35,9 +37,13 @@ class Gemma3Architecture(Gemma2Architecture):
         name = name.removeprefix("language_model.")
         return name.replace("model.language_model.", "model.", 1)
 
+    def is_of_another_tower(self, name: str) -> bool:
+        """The vision tower's, and of the projection behind it."""
+        return strip_wrappers(name).startswith(_VISION)
+
     def is_left_out(self, name: str) -> bool:
         """Also the vision tower."""
-        return name.removeprefix("model.").startswith(_VISION) or super().is_left_out(name)
+        return self.is_of_another_tower(name) or Architecture.is_left_out(self, name)
 
     def add_settings(self, writer: GGUFWriter, file_type: LlamaFileType) -> None:
         """The common ones, then caps and window."""

@@ -28,6 +28,8 @@ class LlamaArchitecture(Architecture):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
+        # transformers' LlamaForCausalLM knows no window, whatever its config.json says.
+        self.has_windows = "LlamaForCausalLM" in (config.get("architectures") or ())  # type: ignore[misc]
         for key in ("attention_bias", "mlp_bias"):
             if config.get(key):
                 raise self._refuse(key)

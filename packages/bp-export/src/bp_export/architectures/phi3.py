@@ -40,6 +40,15 @@ class Phi3Architecture(Architecture):
         found = self.rope.get("original_max_position_embeddings", self.config.get("original_max_position_embeddings"))
         return int(found or self._read_count("max_position_embeddings"))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Also that llama.cpp chooses LongRoPE's factors by the context, and transformers by the text."""
+        found, original = super().notes, self._original_context
+        if not self._factors[_LONG] or (self.context_length or 0) <= original:
+            return found
+        words = "llama.cpp uses LongRoPE's long factors from the first token on, the model only for long texts"
+        return (*found, f"with a context of more than {original} tokens {words}")
+
     def build_extra_tensors(self) -> dict[str, Floats]:
         """LongRoPE's factors on the wavelengths, for long and for short texts: (rotated dimensions / 2,)."""
         return {name: np.array(values, np.float32) for name, values in self._factors.items() if values}
@@ -49,11 +58,11 @@ class Phi3Architecture(Architecture):
         if self._factors[_LONG]:
             scale = self._read_count("max_position_embeddings") / self._original_context
             factor = math.sqrt(1 + math.log(scale) / math.log(self._original_context)) if scale > 1 else 1.0
-            writer.add_rope_scaling_attn_factors(factor)
+            writer.add_rope_scaling_attn_factors(float(self.rope.get("attention_factor") or factor))
 
     def add_settings(self, writer: GGUFWriter, file_type: LlamaFileType) -> None:
         """In the order of ``Phi3MiniModel`` of llama.cpp's converter."""
-        writer.add_context_length(self._read_count("max_position_embeddings"))
+        writer.add_context_length(self.context_length or self._read_count("max_position_embeddings"))
         writer.add_rope_scaling_orig_ctx_len(self._original_context)
         writer.add_embedding_length(self.width)
         writer.add_feed_forward_length(self._read_count("intermediate_size"))

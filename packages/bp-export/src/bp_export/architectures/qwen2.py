@@ -11,3 +11,5 @@ class Qwen2Architecture(Architecture):
     """As the checkpoint has it."""
 
     gguf_arch = MODEL_ARCH.QWEN2
+    biases = frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"})
+    windows_need_switch = True

@@ -11,5 +11,6 @@ class Qwen3Architecture(Architecture):
     """As the checkpoint has it."""
 
     gguf_arch = MODEL_ARCH.QWEN3
+    windows_need_switch = True
     tells_head_width = True
     default_head_width = 128

@@ -16,8 +16,9 @@ from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType
 from bp_export.architectures.change import KEEP, Change, Indices
 from bp_export.architectures.decoder import Architecture
 from bp_export.errors import ModelInvalidError
+from bp_merge import strip_wrappers
 
-_LEFT_OUT = ("mtp.", "model.mtp.", "model.visual.", "visual.")
+_LEFT_OUT = ("mtp.", "visual.")
 _SECTIONS = [11, 11, 10, 0]
 _INTERVAL = 4
 _DELTA = "linear_attn."
@@ -28,6 +29,8 @@ class Qwen35Architecture(Architecture):
     """Norms are stored less one, but for the one inside a delta net."""
 
     gguf_arch = MODEL_ARCH.QWEN35
+    has_windows = True  # it has none
+    biases = frozenset({"linear_attn.dt_proj"})
     tells_head_width = True
     default_head_width = 256
 
@@ -49,9 +52,13 @@ class Qwen35Architecture(Architecture):
         name = name.replace("model.language_model.", "model.", 1)
         return name.replace(".dt_bias", ".dt_proj.bias")
 
+    def is_of_another_tower(self, name: str) -> bool:
+        """The vision tower's."""
+        return strip_wrappers(name).startswith("visual.")
+
     def is_left_out(self, name: str) -> bool:
         """Also the vision tower and the layers that predict further tokens."""
-        return name.startswith(_LEFT_OUT) or super().is_left_out(name)
+        return strip_wrappers(name).startswith(_LEFT_OUT) or super().is_left_out(name)
 
     def plan_change(self, name: str, shape: tuple[int, ...]) -> Change:
         """As the module says; the convolution loses its axis of one channel."""

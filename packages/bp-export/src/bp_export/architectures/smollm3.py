@@ -16,6 +16,7 @@ class SmolLm3Architecture(LlamaArchitecture):
     """Which layers have no rotary embedding is fixed in llama.cpp, so other choices are refused."""
 
     gguf_arch = MODEL_ARCH.SMOLLM3
+    windows_need_switch = True
     tells_head_width = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -24,5 +25,3 @@ class SmolLm3Architecture(LlamaArchitecture):
         usual = [int((i + 1) % _INTERVAL != 0) for i in range(self.layers)]
         if (chosen and list(chosen) != usual) or config.get("no_rope_layer_interval", _INTERVAL) != _INTERVAL:
             raise self._refuse("these no_rope_layers")
-        if config.get("use_sliding_window"):
-            raise self._refuse("use_sliding_window")

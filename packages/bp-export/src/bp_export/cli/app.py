@@ -8,11 +8,13 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType, MappingProxyType, ModuleType
 from typing import NoReturn
 
 from bp_export.cli.output import tell_error
 from bp_export.cli.wording import ExportWording
+from bp_export.hub.cache import use_cache
 from bp_runs.errors import CodedError
 from bp_runs.wording import use_wording
 
@@ -37,8 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = words.pop(0) if words[:1] and words[0] in COMMANDS else "export"
     command = importlib.import_module(f"bp_export.cli.{name}")
     options = command.build_parser().parse_args(words)
-    with use_wording(ExportWording()):
+    with use_wording(ExportWording()), use_cache(_find_hub_cache(os.environ)):
         return _carry_out(command, options)
+
+
+def _find_hub_cache(environ: Mapping[str, str]) -> Path | None:
+    """Where huggingface_hub keeps models, by its own variables; None for its default."""
+    if folder := environ.get("HF_HUB_CACHE"):
+        return Path(folder).expanduser()
+    if home := environ.get("HF_HOME"):
+        return Path(home).expanduser() / "hub"
+    return Path(home).expanduser() / "huggingface" / "hub" if (home := environ.get("XDG_CACHE_HOME")) else None
 
 
 def _carry_out(command: ModuleType, options: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from bp_export.cli.output import add_options, find_progress, tell, tell_json
 
 if TYPE_CHECKING:
     from bp_export.formats.request import ExportOutcome, ExportPlan
+    from bp_export.ollama import OllamaModel
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     outcome = request.write(progress)
     context, host = ollama["ollama_context"], ollama["ollama_host"]
     model = bp_export.ollama.register_gguf(outcome.path, name, host=host, context=context, force=options.force)
-    _tell_outcome(outcome, model.name, as_json=options.json)
+    _tell_outcome(outcome, model, as_json=options.json)
     return 0
 
 
@@ -81,15 +82,18 @@ def _tell_plan(plan: ExportPlan, *, as_json: bool) -> None:
     tell(f"{plan.path}\n  {len(plan.tensors)} tensors, {size:,.1f} MiB ({free:,.0f} free), {plan.seconds:.0f} s")
 
 
-def _tell_outcome(outcome: ExportOutcome, registered: str | None, *, as_json: bool) -> None:
+def _tell_outcome(outcome: ExportOutcome, registered: OllamaModel | None, *, as_json: bool) -> None:
     if as_json:
         fields: dict[str, Any] = dataclasses.asdict(outcome)
-        tell_json({**fields, "path": str(outcome.path), "ollama": registered})
+        ollama = {"ollama": registered and registered.name, "ollama_context": registered and registered.context}
+        tell_json({**fields, "path": str(outcome.path), **ollama})
         return
     kind = f"{outcome.format} {outcome.quantization or ''}".strip()
     size = f"{outcome.bytes / 2**20:,.1f} MiB, {outcome.tensors} tensors, {outcome.seconds:.1f} s"
     size += f", {outcome.kernels} kernels" if outcome.kernels else ""
     tell(f"{outcome.path}\n  {kind}, {size}\n  sha256 {outcome.sha256}")
+    for note in outcome.notes:
+        tell(f"  note: {note}")
     if outcome.parity is None:
         tell(f"  {'training':<11} {outcome.rendering.result:<10} {outcome.rendering.note}")
     for check in outcome.parity.checks if outcome.parity else ():
@@ -97,4 +101,5 @@ def _tell_outcome(outcome: ExportOutcome, registered: str | None, *, as_json: bo
     if outcome.parity:
         tell(f"  verified: {outcome.parity.summary}")
     if registered:
-        tell(f"  in Ollama as {registered}: ollama run {registered}")
+        name, context = registered.name, registered.describe_context()
+        tell(f"  in Ollama as {name}: ollama run {name}\n  context: {context}")

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
             tell_json([dataclasses.asdict(made)])
         else:
             tell(f"{made.name}\n  in Ollama {made.version}; it says: {made.answer!r}\n  ollama run {made.name}")
-            tell(f"  chat template: {made.rendering.note}")
+            tell(f"  context: {made.describe_context()}\n  chat template: {made.rendering.note}")
     elif options.action == "rm":
         ollama.remove_model(options.name, options.host)
         tell_json([{"name": options.name, "removed": True}]) if options.json else tell(f"{options.name} removed")

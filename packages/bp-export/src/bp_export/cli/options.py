@@ -104,6 +104,7 @@ EXPORT = (
     _OLLAMA_HOST,
     Option("ollama_context", int, "tokens of context in Ollama, num_ctx (default: Ollama's own)"),
     _DEQUANTIZE,
+    Option("text_only", bool, "leave out what the adapter changes outside of the language model (a vision tower)"),
     Option("dry_run", bool, "show what would be written, its size and about how long it takes; write nothing"),
     Option("force", bool, "replace an earlier export, and a model of that name in Ollama"),
 )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
 from bp_data.templates.conversations import Messages
 from bp_export.errors import LlamaCppMissingError, QuantizationUnknownError
+from bp_export.formats.left_out import check_left_out
 from bp_export.formats.output import require_free_file
 from bp_export.formats.request import (
     ExportOutcome,
@@ -108,7 +109,7 @@ class GgufExport(ModelRequest):
         return self.output or name_gguf(self.adapter, self.quantization, name=source.name)
 
     def _build_plan(self, source: Source, model: FoldedModel) -> GgufPlan:
-        return build_plan(
+        plan = build_plan(
             model,
             source.base,
             quantization=read_quantization(self.quantization),
@@ -118,6 +119,8 @@ class GgufExport(ModelRequest):
             importance=read_importance(self.importance) if self.importance else None,
             hashes=source.hashes,
         )
+        notes = check_left_out(model, plan.architecture, text_only=self.text_only)
+        return replace(plan, notes=(*plan.notes, *notes))
 
     def _write_parts(
         self, plan: GgufPlan, model: FoldedModel, target: Path, progress: Progress | None

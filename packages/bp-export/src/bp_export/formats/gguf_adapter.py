@@ -17,6 +17,7 @@ from gguf import GGUFType, GGUFWriter, Keys
 
 from bp_export.architectures import Architecture, find_architecture
 from bp_export.errors import AdapterFormatError
+from bp_export.formats.left_out import check_left_out
 from bp_export.formats.output import require_free_file
 from bp_export.formats.request import (
     ExportOutcome,
@@ -28,9 +29,11 @@ from bp_export.formats.request import (
     summarize_plan,
 )
 from bp_export.gguf.file import GgufStream, add_tensor
+from bp_export.gguf.plan import list_left_out
+from bp_export.model_config import fit_config
 from bp_export.quant.kernels import TensorType
 from bp_export.source import Source, read_config
-from bp_merge import Floats, FoldedModel, LoraAdapter
+from bp_merge import Floats, FoldedModel, LoraAdapter, strip_wrappers
 from bp_runs.files import require_folder
 
 
@@ -43,23 +46,27 @@ class AdapterRequest(ModelRequest):
 
     def plan(self) -> ExportPlan:
         """The adapter's tensors."""
-        source, adapter, architecture = self._read()
+        source, adapter = self._read()
         with source.open() as model:
+            architecture = find_architecture(fit_config(read_config(source.base), model))
+            notes = self._check(model, architecture)
             values = build_adapter_tensors(model, adapter, architecture)
         planned = tuple(PlannedTensor(n, None, "F32", v.shape, v.nbytes, is_changed=True) for n, v in values.items())
-        return summarize_plan(self.find_target(source), planned)
+        return summarize_plan(self.find_target(source), planned, notes=notes)
 
     def write(self, progress: Progress | None = None) -> ExportOutcome:
         """Write the file or folder."""
         del progress  # adapters are small
         begun = time.monotonic()
-        source, adapter, architecture = self._read()
+        source, adapter = self._read()
         rendering = source.check_rendering()
         target = self.find_target(source)
         with source.open() as model:
+            architecture = find_architecture(fit_config(read_config(source.base), model))
+            notes = self._check(model, architecture)
             tensors, size, sha256 = self.write_adapter(source, model, adapter, architecture, target)
         seconds = time.monotonic() - begun
-        return ExportOutcome(target, self.format, None, size, tensors, seconds, sha256, rendering)
+        return ExportOutcome(target, self.format, None, size, tensors, seconds, sha256, rendering, notes=notes)
 
     def find_target(self, source: Source) -> Path:
         """Where it is written."""
@@ -71,12 +78,18 @@ class AdapterRequest(ModelRequest):
     ) -> tuple[int, int, str]:
         """Write it; returns tensors, bytes of all files, and the SHA-256 of the GGUF."""
 
-    def _read(self) -> tuple[Source, LoraAdapter, Architecture]:
+    def _read(self) -> tuple[Source, LoraAdapter]:
         source = self.read_source()
         if source.adapter is None:
             raise AdapterFormatError(f"{source.base} is a model and not an adapter")
         require_plain(source.adapter, self.format)
-        return source, source.adapter, find_architecture(read_config(source.base))
+        return source, source.adapter
+
+    def _check(self, model: FoldedModel, architecture: Architecture) -> tuple[str, ...]:
+        """Notes for the user."""
+        if any(strip_wrappers(name) == "lm_head.weight" for name in model.tensors.keys() - model.base_tensors.keys()):
+            raise AdapterFormatError("the adapter changes the head of a tied model, and llama.cpp has no head there")
+        return (*architecture.notes, *check_left_out(model, architecture, text_only=self.text_only))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +153,10 @@ def write_gguf_adapter(
 def build_adapter_tensors(model: FoldedModel, adapter: LoraAdapter, architecture: Architecture) -> dict[str, Floats]:
     """``<tensor>.lora_a`` (r, d_in) and ``.lora_b`` (d_out, r) of each pair, by GGUF name."""
     tensors: dict[str, Floats] = {}
+    left_out = {*list_left_out(model, architecture)}
     for source, pair in model.pairs.items():
+        if source in left_out:
+            continue
         clean = architecture.clean_name(source)
         change = architecture.plan_change(clean, model.tensors[source].shape)
         target = architecture.map_name(source)

@@ -24,9 +24,9 @@ from bp_export.formats.request import (
     Progress,
     summarize_plan,
 )
-from bp_export.gguf.plan import grow_vocabulary
 from bp_export.gguf.writer import CHUNK_WEIGHTS, compute_in_order, count_parts, count_threads
-from bp_export.source import Source, read_config
+from bp_export.model_config import fit_config
+from bp_export.source import Source, read_config_file
 from bp_merge import FoldedModel, TensorInfo, build_header, encode
 from bp_runs.adapter import copy_tokenizer_files
 from bp_runs.files import publish_folder, publish_json, require_folder, require_free_space, sha256_file
@@ -168,8 +168,8 @@ def _write_settings(model: FoldedModel, source: Source, folder: Path) -> None:
     for name in _MODEL_FILES:
         if (source.base / name).is_file():
             shutil.copyfile(source.base / name, folder / name)
-    config = read_config(source.base)
-    merged = grow_vocabulary(config, model)
+    config = read_config_file(source.base)
+    merged = fit_config(config, model)
     merged.pop("quantization_config", None)  # what was packed is written unpacked
     if merged != config:
         publish_json(folder / "config.json", merged)

@@ -45,6 +45,8 @@ class OllamaAdapter:
     stop: tuple[str, ...]
     hashes: ConversationHashes | None = None
     """How training rendered ten conversations; None if it did not store that."""
+    context: int | None = None
+    """Longest text that Ollama reads as the model does, in tokens; None for no such bound."""
 
     @property
     def base_file(self) -> Path | None:
@@ -83,6 +85,8 @@ class OllamaAdapterExport(AdapterRequest):
         stop = _read_stop(source)
         lines = [f"FROM {runs_on}", f"ADAPTER ./{ADAPTER_FILE}"]
         lines += [f"PARAMETER stop {json.dumps(word)}" for word in stop]
+        if architecture.ignored_window is not None:
+            lines.append(f"PARAMETER num_ctx {architecture.ignored_window}")
         with publish_folder(target) as folder:
             path = folder / ADAPTER_FILE
             tensors, _, sha256 = write_gguf_adapter(model, adapter, architecture, path, name=source.name)
@@ -106,6 +110,7 @@ def _describe_base(
         "from": runs_on,
         "layout": _read_layout(architecture),
         "stop": list(stop),
+        "context": architecture.ignored_window,
         "template": None if source.hashes is None else source.hashes.to_dict(),
     }
 
@@ -120,7 +125,7 @@ def read_ollama_adapter(folder: Path) -> OllamaAdapter:
         told = json.loads((folder / BASE_FILE).read_bytes())
         hashes = ConversationHashes.from_dict(told.get("template"))
         layout, stop = dict(told["layout"]), tuple(told["stop"])
-        found = OllamaAdapter(folder / ADAPTER_FILE, str(told["from"]), layout, stop, hashes)
+        found = OllamaAdapter(folder / ADAPTER_FILE, str(told["from"]), layout, stop, hashes, told.get("context"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterFormatError(
             f"{folder} is no folder of the format ollama-adapter",

@@ -137,6 +137,9 @@ class ModelRequest(ExportRequest):
     dequantize: bool = False
     """Whether a base that bitsandbytes packed in 4 bits is unpacked, instead of asking for the original."""
 
+    text_only: bool = False
+    """Whether what the adapter changes outside of the language model, such as in a vision tower, may be left out."""
+
     def read_source(self) -> Source:
         """The base and the adapter."""
         return read_source(self.adapter, self.base, self.name, dequantize=self.dequantize)

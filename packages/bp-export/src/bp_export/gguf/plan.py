@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, Metadata, size_label
 
@@ -16,6 +15,7 @@ from bp_export.architectures.change import KEEP, Change
 from bp_export.errors import ModelInvalidError
 from bp_export.gguf.file import add_tensor, align, order_like_quantizer
 from bp_export.hub.license import read_license
+from bp_export.model_config import fit_config
 from bp_export.quant.imatrix import Importance, check_importance
 from bp_export.quant.kernels import TensorType, compute_row_bytes
 from bp_export.quant.mixture import MixtureFacts, choose_types, is_big_llama, sort_like_quantizer
@@ -23,7 +23,7 @@ from bp_export.quant.types import Quantization
 from bp_export.source import read_config
 from bp_export.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from bp_export.verify.template import add_hashes
-from bp_merge import AdapterMismatchError, FoldedModel
+from bp_merge import FoldedModel, strip_wrappers
 
 _SPARE_BYTES = 64 * 2**20
 
@@ -79,16 +79,6 @@ class GgufPlan:
         return sum(align(tensor.bytes) for tensor in self.tensors) + words + _SPARE_BYTES
 
 
-def grow_vocabulary(config: Mapping[str, Any], model: FoldedModel) -> dict[str, Any]:
-    """The config as it is with the adapter: one that added tokens says how many there are now."""
-    rows = [model.tensors[name].rows for name in model.changed if name.endswith("embed_tokens.weight")]
-    if not rows:
-        return dict(config)
-    text = config.get("text_config")
-    inner = {"text_config": {**text, "vocab_size": rows[0]}} if isinstance(text, dict) else {}
-    return {**config, "vocab_size": rows[0], **inner}
-
-
 def build_plan(
     model: FoldedModel,
     base: Path,
@@ -116,9 +106,8 @@ def build_plan(
     Raises:
         ImportanceInvalidError: It was made for another model.
         ArchitectureUnsupportedError, ModelInvalidError, TokenizerUnsupportedError, PreTokenizerUnknownError: As named.
-        AdapterMismatchError: The adapter changes a tensor that the file leaves out, such as a tied lm_head.
     """
-    config = grow_vocabulary(read_config(base), model)
+    config = fit_config(read_config(base), model)
     architecture = find_architecture(config)
     tensors = _plan_tensors(model, architecture, quantization, importance)
     vocabulary = read_vocabulary(
@@ -132,18 +121,26 @@ def build_plan(
     writer = _build_writer(architecture, vocabulary, tensors, quantization, _read_metadata(base, name, tensors))
     if hashes is not None:
         add_hashes(writer, hashes)
-    return GgufPlan(tensors, writer, architecture, vocabulary, importance or {})
+    notes = (*architecture.notes, *vocabulary.notes, *_note_left_out(model, architecture))
+    return GgufPlan(tensors, writer, architecture, vocabulary, importance or {}, notes)
+
+
+def list_left_out(model: FoldedModel, architecture: Architecture) -> list[str]:
+    """Tensors that the adapter changes and the file leaves out, such as a vision tower's."""
+    return sorted(name for name in model.changed if architecture.map_name(name) is None)
+
+
+def _note_left_out(model: FoldedModel, architecture: Architecture) -> list[str]:
+    towers = {strip_wrappers(n).split(".")[0] for n in model.tensors if architecture.is_of_another_tower(n)}
+    if not towers:
+        return []
+    return [f"the file holds the language model only; left out: {', '.join(sorted(towers))}"]
 
 
 def _plan_tensors(
     model: FoldedModel, architecture: Architecture, quantization: Quantization, importance: Importance | None
 ) -> tuple[TensorPlan, ...]:
     named = {info.name: architecture.map_name(info.name) for info in model.tensors.values()}
-    if lost := sorted(name for name in model.changed if named[name] is None):
-        raise AdapterMismatchError(
-            f"the adapter changes {lost[0]}, which this model shares with its embedding",
-            fix="Train without that module: {set:lora.target_modules=all-linear}, which leaves lm_head out.",
-        )
     sources = {gguf: hf for hf, gguf in named.items() if gguf is not None}
     shapes = {name: value.shape for name, value in architecture.build_extra_tensors().items()}
     changes = {
@@ -176,6 +173,9 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], architecture: Architect
         raise ModelInvalidError(
             f"the embedding is {embedding}; config.json says {(architecture.vocab_size, architecture.width)}"
         )
+    head = shapes.get("output.weight", embedding)
+    if head != embedding:
+        raise ModelInvalidError(f"the embedding is {embedding}, and the head is {head}; both need a row per token")
     kinds = ("attn_q.weight", "attn_qkv.weight")
     if missing := [i for i in range(architecture.layers) if not any(f"blk.{i}.{kind}" in shapes for kind in kinds)]:
         raise ModelInvalidError(f"config.json says {architecture.layers} layers, and layer {missing[0]} has no weights")

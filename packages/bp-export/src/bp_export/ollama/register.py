@@ -28,10 +28,13 @@ from bp_export.ollama.server import (
 )
 from bp_export.ollama.templates import find_go_template
 from bp_export.verify.template import RenderingCheck, check_gguf, read_gguf_template
+from bp_runs.errors import InvalidSettingError
 from bp_runs.files import sha256_file
+from bp_runs.wording import setting_ref
 
 FIRST_QUESTION = "Say hello in one short sentence."
 _FIRST_TOKENS = 16
+_DEFAULT_CONTEXT = 4096  # Ollama's own on machines with less than 24 GiB of GPU memory
 _RAW = "{{ .Prompt }}"
 _OWN_TEMPLATE = "not tested: Ollama renders chats with a template of its own and not with the GGUF's"
 # Ollama's own default for repetitions is 1.1, which is not what was trained nor what was verified.
@@ -58,6 +61,12 @@ class OllamaModel:
     """Its first words to the question that tries it; None where it was not asked."""
     rendering: RenderingCheck
     """Whether its chat template renders ten conversations as at training."""
+    context: int | None = None
+    """Tokens of context that were set (``num_ctx``); None for Ollama's default."""
+
+    def describe_context(self) -> str:
+        """The context in words."""
+        return "Ollama's default" if self.context is None else f"{self.context} tokens"
 
 
 def register_gguf(
@@ -84,7 +93,7 @@ def register_gguf(
             conversation has none: Ollama's templates know no such thing.
         template: A Go template, for servers older than 0.30. By default none, and where the server then passes prompts
             on raw, the one in `bp_export.ollama.templates` that fits the GGUF's own.
-        context: Tokens of context (``num_ctx``).
+        context: Tokens of context (``num_ctx``); by default Ollama's own, or the file's where that is shorter.
         stop: Stop words; by default the end tokens that the GGUF names.
         license: Text of the model's licence, to keep with it; by default the one that the GGUF names.
         force: Whether it may take the place of a model of the same name.
@@ -110,6 +119,7 @@ def register_gguf(
     rendering = check_gguf(path, settings)
     system = _find_system(settings) if system is None else system
     words = tuple(stop if stop is not None else read_stop_strings(settings))
+    context = _choose_context(settings, context)
     asked = _build_request(name, words, context, system, license or _find_license(settings))
     with connect(server) as client:
         asked["files"] = {path.name: _upload(client, server, path, status)}
@@ -121,7 +131,7 @@ def register_gguf(
             found = _read_template(client, name)
     rendering = _unless_replaced(rendering, found, settings)
     answer = None if question is None else _try(name, question, server)
-    return OllamaModel(name, server, version, found, words, found.strip() == _RAW, answer, rendering)
+    return OllamaModel(name, server, version, found, words, found.strip() == _RAW, answer, rendering, context)
 
 
 def register_adapter(
@@ -159,6 +169,7 @@ def register_adapter(
     version, server = _require_place(name, host, force=force), find_server(host)
     if not takes_adapters(version):
         raise OllamaRegistrationError(f"Ollama {version} takes no adapters", fix=MERGED_WAY)
+    context = _cap_context(adapter.context, context)
     asked = _build_request(name, adapter.stop, context, system, license)
     with connect(server) as client:
         asked |= _find_base(client, server, adapter, status)
@@ -167,7 +178,7 @@ def register_adapter(
         found = _read_template(client, name)
     rendering = _unless_replaced(rendering, found, settings)
     answer = None if question is None else _try(name, question, server)
-    return OllamaModel(name, server, version, found, adapter.stop, found.strip() == _RAW, answer, rendering)
+    return OllamaModel(name, server, version, found, adapter.stop, found.strip() == _RAW, answer, rendering, context)
 
 
 def read_license(path: Path) -> str:
@@ -234,6 +245,30 @@ def _require_place(name: str, host: str | None, *, force: bool) -> str:
 
 def _refuse_bare_adapter(path: Path) -> OllamaRegistrationError:
     return OllamaRegistrationError(f"{path} is an adapter and not a model", fix=MERGED_WAY)
+
+
+def _choose_context(settings: Mapping[str, Any], asked: int | None) -> int | None:
+    """What to set: as asked, the file's own where Ollama's default is longer, else nothing.
+
+    Training on short rows does not shorten what a model can read, so a run's row length has no say here.
+
+    Raises:
+        InvalidSettingError: The file's context is shorter than what was asked for.
+    """
+    longest = settings.get(f"{settings.get('general.architecture')}.context_length")
+    return _cap_context(longest if isinstance(longest, int) else None, asked)
+
+
+def _cap_context(longest: int | None, asked: int | None) -> int | None:
+    if longest is None:
+        return asked
+    if asked is not None and asked > longest:
+        raise InvalidSettingError(
+            f"a context of {asked} tokens is more than the {longest} that the file allows",
+            cause="past it the model would answer differently than it was trained to",
+            fix=f"Use at most that: {setting_ref('ollama_context', longest)}",
+        )
+    return longest if asked is None and longest < _DEFAULT_CONTEXT else asked
 
 
 def _build_request(

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from bp_export.errors import PreTokenizerUnknownError
+from bp_runs.wording import setting_ref
 
 Rule: TypeAlias = tuple[tuple[str, ...], ...]
 """The steps of a pre-tokenizer, each as its type and what matters of its settings."""
@@ -43,6 +44,18 @@ _RULES: Mapping[Rule, str] = MappingProxyType(
         (("Split", _TEKKEN), _BYTES_ONLY): "tekken",
     }
 )
+# Texts on which the known rules differ from each other: digits, contractions, cases, marks, lines, blanks, scripts.
+_PROBES = (
+    "Hello world",
+    "In 2026 it cost 1234567.89 dollars",
+    "I'm sure THEY'LL go, don't",
+    "camelCaseWORDSHere HTTPServer",
+    "a\n\nb  c\t\td\r\n   e   ",
+    "x=1;y/=2 //comment\n/path/to\n",
+    "\u00e9t\u00e9 e\u0301te\u0301 \u0915\u094d\u0937\u0947\u0924\u094d\u0930 \u0e44\u0e17\u0e22",
+    "\u4f60\u597d\uff0c\u4e16\u754c 123\u5e74",
+    "\U0001f600\U0001f680 !!! ??? ...",
+)
 # llama.cpp normalizes nothing; it takes the text of these two as composed already.
 _COMPOSED = ("qwen2", "qwen35")
 # With these names llama.cpp takes a word that is a token whole, without trying its merges.
@@ -58,14 +71,75 @@ def recognise_pre(tokenizer: Mapping[str, Any]) -> str:
     steps = tokenizer.get("pre_tokenizer") or {}
     rule = tuple(_describe(step) for step in steps.get("pretokenizers", [steps]))
     name = _RULES.get(rule)
+    normalizer = _simplify(tokenizer.get("normalizer"))
     if name is None:
-        raise _build_error("the pre-tokenizer", steps)
-    normalizer = tokenizer.get("normalizer")
+        raise _build_error("the pre-tokenizer", steps, tokenizer)
     if normalizer and not (name in _COMPOSED and normalizer.get("type") == "NFC"):
-        raise _build_error("the normalizer", normalizer)
+        raise _build_error("the normalizer", normalizer, tokenizer)
     if (name in _WHOLE_WORDS) != bool(tokenizer["model"].get("ignore_merges")):
-        raise _build_error(f"ignore_merges beside the rule of {name}", tokenizer["model"].get("ignore_merges"))
+        found = tokenizer["model"].get("ignore_merges")
+        raise _build_error(f"ignore_merges beside the rule of {name}", found, tokenizer)
     return name
+
+
+def find_fitting_rules(tokenizer: Mapping[str, Any]) -> list[str]:
+    """The known rules that split the probe texts as a tokenizer does, whatever its files say; needs ``tokenizers``.
+
+    An empty list also without that package.
+    """
+    try:
+        from tokenizers import Tokenizer  # an extra
+    except ImportError:
+        return []
+
+    def split(normalizer: Any, steps: Any) -> list[list[str]]:
+        model = {"type": "BPE", "vocab": {}, "merges": []}
+        rule = {"version": "1.0", "normalizer": normalizer, "pre_tokenizer": steps, "model": model, "added_tokens": []}
+        engine = Tokenizer.from_str(json.dumps(rule))
+        texts = [engine.normalizer.normalize_str(t) if engine.normalizer else t for t in _PROBES]
+        return [[word for word, _ in engine.pre_tokenizer.pre_tokenize_str(text)] for text in texts]
+
+    try:
+        wanted = split(tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer"))
+    except Exception:  # noqa: BLE001  # the library raises bare Exception for a file that it cannot read
+        return []
+    whole = bool(tokenizer["model"].get("ignore_merges"))
+    known = {name: rule for rule, name in _RULES.items() if (name in _WHOLE_WORDS) == whole}
+    return [name for name, rule in known.items() if split(_build_normalizer(name), _build_steps(rule)) == wanted]
+
+
+def _build_normalizer(name: str) -> dict[str, str] | None:
+    return {"type": "NFC"} if name in _COMPOSED else None
+
+
+def _build_steps(rule: Rule) -> dict[str, Any]:
+    """A rule as tokenizer.json has it."""
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    steps: list[dict[str, Any]] = []
+    for kind, what in rule:
+        if kind == "ByteLevel":
+            steps.append({**plain, "use_regex": what == "splits"})
+        elif kind == "Digits":
+            steps.append({"type": "Digits", "individual_digits": True})
+        else:
+            steps.append({"type": "Split", "pattern": {"Regex": what}, "behavior": "Isolated", "invert": False})
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def _simplify(normalizer: Any) -> dict[str, Any] | None:
+    """A normalizer without steps that change nothing; None if none is left."""
+    if not isinstance(normalizer, dict):
+        return None
+    kind = normalizer.get("type")
+    if kind == "Sequence":
+        steps = [step for step in map(_simplify, normalizer.get("normalizers") or []) if step]
+        return steps[0] if len(steps) == 1 else {"type": kind, "normalizers": steps} if steps else None
+    is_idle = (
+        (kind == "Strip" and not (normalizer.get("strip_left", True) or normalizer.get("strip_right", True)))
+        or (kind == "Prepend" and not normalizer.get("prepend"))
+        or (kind == "Replace" and (normalizer.get("pattern") or {}).get("String") == normalizer.get("content"))
+    )
+    return None if is_idle else normalizer
 
 
 def _describe(step: Mapping[str, Any]) -> tuple[str, ...]:
@@ -81,8 +155,14 @@ def _describe(step: Mapping[str, Any]) -> tuple[str, ...]:
     return kind, json.dumps(step, sort_keys=True)
 
 
-def _build_error(what: str, value: Any) -> PreTokenizerUnknownError:
+def _build_error(what: str, value: Any, tokenizer: Mapping[str, Any]) -> PreTokenizerUnknownError:
+    fitting = find_fitting_rules(tokenizer)
+    hint = None
+    if len(fitting) == 1:
+        name = setting_ref("pre", fitting[0])
+        hint = f"It splits {len(_PROBES)} probe texts as llama.cpp's rule {fitting[0]} does: {name}"
     return PreTokenizerUnknownError(
         f"{what} of tokenizer.json is not known: {json.dumps(value, ensure_ascii=False)[:200]}",
-        details={"known": sorted(set(_RULES.values()))},
+        fix=hint,
+        details={"known": sorted(set(_RULES.values())), "fitting": fitting},
     )

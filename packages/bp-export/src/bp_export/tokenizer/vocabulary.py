@@ -59,6 +59,8 @@ class Vocabulary:
     """By id, for SentencePiece vocabularies; None for byte-level ones."""
     has_space_prefix: bool = True
     """Whether a SentencePiece vocabulary puts a space before a text."""
+    notes: tuple[str, ...] = ()
+    """Tokens of the tokenizer that are left out."""
 
     def add_to(self, writer: GGUFWriter) -> None:
         """Write it as the converter does, in its order."""
@@ -96,7 +98,7 @@ def read_vocabulary(
         TokenizerUnsupportedError: Files missing or damaged, not a byte-level BPE, or more tokens than the model has.
         PreTokenizerUnknownError: The splitting rule is not in the table and ``pre`` is None.
     """
-    tokenizer = _read_tokenizer(folder)
+    tokenizer = _read_tokenizer(_require_fast(folder))
     if tokenizer["model"].get("byte_fallback"):
         return _read_sentencepiece(folder, tokenizer, vocab_size, model_config, pre, is_trained=is_trained)
     config = _read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
@@ -104,7 +106,7 @@ def read_vocabulary(
     by_id = {int(i): token for token, i in tokenizer["model"]["vocab"].items()}
     by_id.update({i: str(entry["content"]) for i, entry in added.items()})
     size = vocab_size or max(by_id) + 1
-    _require_room(folder, max(by_id), size)
+    notes = _leave_out_rowless(folder, by_id, added, size)
     entries = [_to_entry(i, by_id.get(i), added.get(i)) for i in range(size)]
     special = _read_special(folder, model_config, size)
     template = _read_template(folder, special, added, is_trained=is_trained)
@@ -112,7 +114,7 @@ def read_vocabulary(
     if pre is None:
         pre = recognise_pre(_read_tokenizer(base) if base and (base / TOKENIZER_FILE).is_file() else tokenizer)
     tokens, types = [token for token, _ in entries], [kind for _, kind in entries]
-    return Vocabulary(tokens, types, pre, special, turn_end, template, config.get("add_prefix_space"))
+    return Vocabulary(tokens, types, pre, special, turn_end, template, config.get("add_prefix_space"), notes=notes)
 
 
 def _read_sentencepiece(
@@ -134,7 +136,7 @@ def _read_sentencepiece(
         if i in told or i not in pieces or pieces[i].text != text or _has_become_control(kind, pieces[i].kind):
             pieces[i] = Piece(text, ADDED_SCORE, kind)
     size = vocab_size or max(pieces) + 1
-    _require_room(folder, max(added, default=0), size)
+    notes = _leave_out_rowless(folder, {i: str(entry["content"]) for i, entry in added.items()}, added, size)
     unused = int(TokenType.UNUSED)
     listed = [pieces.get(i) or Piece(f"[PAD{i}]", UNUSED_SCORE, unused) for i in range(size)]
     special = _read_special(folder, model_config, size, load_merges=False)
@@ -150,6 +152,7 @@ def _read_sentencepiece(
         space_prefix=config.get("add_prefix_space"),
         scores=[piece.score for piece in listed],
         has_space_prefix=True if pre else read_space_prefix(tokenizer),
+        notes=notes,
     )
 
 
@@ -158,12 +161,39 @@ def _has_become_control(kind: int, before: int) -> bool:
     return kind == int(TokenType.CONTROL) and before == int(TokenType.NORMAL)
 
 
-def _require_room(folder: Path, largest: int, size: int) -> None:
-    if largest >= size:
+def _leave_out_rowless(
+    folder: Path, tokens: dict[int, str], added: dict[int, Mapping[str, Any]], size: int
+) -> tuple[str, ...]:
+    """Take out special tokens past the model's rows, such as a pad token that was added and never trained on.
+
+    The model has no vector for them, so no prompt can hold one.
+
+    Raises:
+        TokenizerUnsupportedError: Other tokens are past the rows too.
+    """
+    rowless = {i: token for i, token in tokens.items() if i >= size}
+    if not rowless:
+        return ()
+    if words := [i for i in rowless if i not in added or _to_entry(i, rowless[i], added[i])[1] != TokenType.CONTROL]:
         raise TokenizerUnsupportedError(
-            f"{folder} has token {largest}, and the model has only {size} tokens",
+            f"{folder} has token {max(words)}, and the model has only {size} tokens",
             cause="the tokenizer was extended, or belongs to another model",
         )
+    for i in rowless:
+        del tokens[i], added[i]
+    named = ", ".join(f"{token} ({i})" for i, token in sorted(rowless.items())[:5])
+    return (f"the model has no row for {len(rowless)} special tokens, which are left out: {named}",)
+
+
+def _require_fast(folder: Path) -> Path:
+    slow = [name for name in ("tokenizer.model", "vocab.json") if (folder / name).is_file()]
+    if slow and not (folder / TOKENIZER_FILE).is_file():
+        raise TokenizerUnsupportedError(
+            f"{folder} has {slow[0]} and no {TOKENIZER_FILE}",
+            fix='Convert it: python -c "from transformers import AutoTokenizer; '
+            f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"",
+        )
+    return folder
 
 
 def _read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -224,6 +254,8 @@ def _read_special(
 ) -> SpecialVocab:
     """gguf-py's reading of the folder, with the model's own ids where the tokenizer names none."""
     special = SpecialVocab(folder, load_merges=load_merges)
+    for kind in [kind for kind, i in special.special_token_ids.items() if i >= size]:
+        del special.special_token_ids[kind]
     for kind in _SPECIAL_KINDS:
         value = model_config.get(f"{kind}_token_id")
         if kind not in special.special_token_ids and isinstance(value, int) and 0 <= value < size:

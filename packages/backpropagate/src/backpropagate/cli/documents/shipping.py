@@ -27,6 +27,7 @@ class Export(TypedDict):
     kernels: str | None
     notes: list[str]
     ollama: str | None
+    ollama_context: int | None
     run_id: str | None
 
 
@@ -100,6 +101,7 @@ class OllamaRegister(TypedDict):
     is_raw: bool
     answer: str | None
     rendering: Rendering
+    context: int | None
 
 
 class OllamaRow(TypedDict):
