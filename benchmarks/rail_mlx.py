@@ -145,7 +145,8 @@ def run_mlx_lm(model: Path, data: Path, work: Path, steps: int) -> dict[str, flo
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load
 
-    mx.disable_compile()
+    if not mx.cuda.is_available() and not mx.metal.is_available():
+        mx.disable_compile()
     net, tokenizer = load(str(model))
     net.freeze()
     net.set_dtype(mx.float32)

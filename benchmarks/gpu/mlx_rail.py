@@ -51,7 +51,11 @@ def train_once(rail: str, folder: Path, start: Path | None, steps: int, dtype: A
     events: list[Event] = []
     outcome = Rail().train(spec, events.append, lambda: False)
     done = [e for e in events if isinstance(e, StepDone)]
+    expected = 0
+    if rail == "mlx":
+        expected = Rail().estimate(settings, json.loads((folder / "model" / "config.json").read_text())).in_use
     return {
+        "estimated_gib": expected / 2**30,
         "rail": rail,
         "adapter": str(outcome.adapter),
         "losses": [e.loss for e in done],

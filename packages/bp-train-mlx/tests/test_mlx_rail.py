@@ -126,8 +126,6 @@ def test_small_updates_of_bfloat16_weights_are_not_lost(pico_model, tmp_path):
 
 def test_the_witness_is_what_the_model_says(pico_model, tmp_path):
     """The base's own log-probabilities differ from the adapter's; both are those of a fresh forward pass."""
-    from bp_train_cuda import CudaRail  # noqa: F401  # torch judges mlx
-
     outcome, _ = train(spec_for(pico_model, tmp_path, "run", steps=6, learning_rate=3e-2))
     witness = read_witness(outcome.adapter)
     import torch
