@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backpropagate import Trainer, presets
+from backpropagate import Trainer, presets, rails
 from backpropagate.cli.app import run
 from backpropagate.memory_estimate import settle_lora
 from backpropagate.presets import MODEL_PRESETS, find_preset
@@ -188,3 +188,14 @@ def test_a_model_of_an_unknown_kind_is_measured_without_weights(tmp_path, capsys
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing-known"}))
     assert run(["estimate-vram", str(tmp_path), "--vram", "8", "--json"]) != 0
     assert json.loads(capsys.readouterr().out)["error"]["code"] == "DEP_MODEL_LOAD_FAILED"
+
+
+def test_on_a_mac_the_page_speaks_of_unified_memory(capsys):
+    from bp_train_mlx import MlxRail
+
+    with rails.use(MlxRail()):
+        assert run(["estimate-vram", "qwen2.5-7b", "--vram", "11", "--batch-size", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "qlora, sft" in shown
+    assert "fits 11.0 GiB of unified memory" in shown
+    assert "macOS, Metal and unused buffers" in shown

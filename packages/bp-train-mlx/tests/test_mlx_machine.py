@@ -66,6 +66,7 @@ def test_what_fits_a_mac(monkeypatch):
     assert 15 * GIB < lora.needed < 20 * GIB
     assert estimate(settings(mode="auto"), QWEN_7B, 11 * GIB).mode == "qlora"
     assert estimate(settings(mode="auto"), QWEN_7B, 48 * GIB).mode == "lora"
+    assert qlora.unified
     stored = estimate(settings(mode="auto", batch_size=1), {**QWEN_7B, "quantization": {"bits": 8, "group_size": 64}})
     assert stored.mode == "qlora"
     assert qlora.parts["weights"] < stored.parts["weights"] < lora.parts["weights"]

@@ -16,6 +16,8 @@ from bp_runs.wording import render
 
 GROUP = "backpropagate.rails"
 _ORDER = ("cuda", "mlx")
+GPUS = ("cuda", "metal")
+"""Values of `Probe.device` whose memory is what training can use."""
 _in_use: list[Rail] = []
 
 
@@ -81,7 +83,7 @@ def _load(point: EntryPoint) -> Any:
 
 def free_memory() -> int | None:
     """Bytes free on the card of the first rail that has one; None where there is no card."""
-    return next((s.probe.memory for s in all_rails() if s.probe.usable and s.probe.device == "cuda"), None)
+    return next((s.probe.memory for s in all_rails() if s.probe.usable and s.probe.device in GPUS), None)
 
 
 def run_check(check: Check) -> Finding:

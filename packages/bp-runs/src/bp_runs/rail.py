@@ -49,6 +49,8 @@ class MemoryEstimate:
     """Optimizer memory that may lie in system RAM where the card is full."""
     parameters: int
     trained: int
+    unified: bool = False
+    """Whether the memory is shared with the system, as on Apple silicon."""
     measured_runs: int = 0
     """Runs on this card that the estimate is corrected by."""
 

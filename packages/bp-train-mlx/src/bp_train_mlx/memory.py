@@ -64,6 +64,7 @@ def estimate(settings: Settings, config: Mapping[str, Any], memory: int | None =
         beside=SYSTEM + int(CACHE * sum(parts.values())),
         parameters=shapes.parameters,
         trained=trained,
+        unified=True,
     )
 
 

@@ -147,11 +147,12 @@ def _lines(wanted: Resolved, need: MemoryEstimate, memory: int | None) -> list[s
     ]
     lines += [f"  {name:<12} {size / 2**30:>7.2f} GiB" for name, size in need.parts.items()]
     lines.append(f"  {'in use':<12} {need.in_use / 2**30:>7.2f} GiB")
-    lines.append(f"  {'beside':<12} {need.beside / 2**30:>7.2f} GiB  the driver, and what lies between tensors")
+    besides = "macOS, Metal and unused buffers" if need.unified else "the driver, and what lies between tensors"
+    lines.append(f"  {'beside':<12} {need.beside / 2**30:>7.2f} GiB  {besides}")
     verdict = ""
     if memory:
         fits = "fits" if need.needed <= memory else "does not fit"
-        verdict = f"  {fits} {memory / 2**30:.1f} GiB"
+        verdict = f"  {fits} {memory / 2**30:.1f} GiB{' of unified memory' if need.unified else ''}"
     lines.append(f"  {'needed':<12} {need.needed / 2**30:>7.2f} GiB{verdict}")
     if need.paged:
         lines.append(f"  {'paged':<12} {need.paged / 2**30:>7.2f} GiB  the optimizer's; may lie in system RAM")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from backpropagate.rails import GPUS
 from backpropagate.ui.subcommand import AnswerError, ask
 
 _FRESH_SECONDS = 60.0
@@ -31,13 +32,13 @@ class Machine:
 
     def known_memory(self) -> int | None:
         """As `free_memory`, if it has been asked before; asks nothing."""
-        found = (r for r in self._rails or () if r["usable"] and r["device"] == "cuda")
+        found = (r for r in self._rails or () if r["usable"] and r["device"] in GPUS)
         memory = next((r["memory"] for r in found), None)
         return int(memory) if memory is not None else None
 
     def free_memory(self) -> int | None:
         """Bytes free on the GPU that training would use; None without one."""
-        found = (r for r in self.rails() or () if r["usable"] and r["device"] == "cuda")
+        found = (r for r in self.rails() or () if r["usable"] and r["device"] in GPUS)
         memory = next((r["memory"] for r in found), None)
         return int(memory) if memory is not None else None
 
