@@ -132,6 +132,8 @@ class Builder:
             (root.folder / rest.lstrip("/")).mkdir(parents=True, exist_ok=True)
         elif word == "USER":
             root.user = rest
+            users = [line.split(":") for line in (root.folder / "etc/passwd").read_text().splitlines()]
+            root.environment["HOME"] = next(home for _, _, uid, _, _, home, _ in users if uid == rest)
 
     def _run(self, root: Root, rest: str) -> None:
         binds = {}
