@@ -58,7 +58,7 @@ TESTED: Mapping[str, Tested] = MappingProxyType(
         "bitsandbytes": Tested("0.50", "0.50.2"),
         "peft": Tested("0.19", "0.21.2"),
         "torch": Tested("2.9", "2.15.0"),
-        "transformers": Tested("5.5", "5.23.0"),
+        "transformers": Tested("5.5", "5.24.0"),
         "trl": Tested("1.15", "1.16.0"),
     }
 )
