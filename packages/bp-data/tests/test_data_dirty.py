@@ -1,23 +1,25 @@
 """Files as people have them: every encoding, separator, wrapper and column name gives the same rows, or a reason."""
 
+import contextlib
 import csv
 import gzip
 import io
 import itertools
 import json
+import random
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from bp_data import fetch_dataset, parse_row, read_rows
+from bp_data import clean_file, convert_file, examine, fetch_dataset, parse_row, read_rows, split_file
 from bp_data.columns import FieldLedger, ReadOptions, propose_columns
 from bp_data.errors import DatasetColumnsLeftError, DatasetParseFailedError, DatasetPartUnknownError, RowFault
 from bp_data.example import Chat, Judged, Message, Preference, Rejected, Row
-from bp_data.files import find_files
+from bp_data.folders import find_files
 from bp_data.json_text import dump_json, load_json
 from bp_data.read import locate_row
-from bp_runs.errors import InvalidSettingError
+from bp_runs.errors import CodedError, InvalidSettingError
 
 CASES = Path(__file__).parent / "cases"
 ROWS = [
@@ -27,11 +29,11 @@ ROWS = [
 ]
 
 
-def as_csv(separator, line_end="\r\n", quoting=csv.QUOTE_MINIMAL):
+def as_csv(separator, line_end="\r\n", quoting=csv.QUOTE_MINIMAL, rows=ROWS):
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(ROWS[0]), delimiter=separator, lineterminator=line_end, quoting=quoting)
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=separator, lineterminator=line_end, quoting=quoting)
     writer.writeheader()
-    writer.writerows(ROWS)
+    writer.writerows(rows)
     return text.getvalue()
 
 
@@ -48,13 +50,15 @@ def encode(text, encoding):
 def test_tables_in_every_encoding_with_every_separator(tmp_path, encoding, separator):
     options = ReadOptions(encoding="cp1252")
     for ending, quoting, line_end in itertools.product(
-        ("csv", "tsv"), (csv.QUOTE_MINIMAL, csv.QUOTE_ALL), ("\n", "\r\n")
+        ("csv", "tsv"), (csv.QUOTE_MINIMAL, csv.QUOTE_ALL), ("\n", "\r\n", "\r")
     ):
+        # A file without line feeds between rows, as for old Macs, has none in a cell.
+        wanted = ROWS if line_end != "\r" else [ROWS[0], ROWS[2]]
         path = tmp_path / f"a.{ending}"
-        path.write_bytes(encode(as_csv(separator, line_end, quoting), encoding))
-        assert [row.data for row in read_rows(path, options)] == ROWS, (ending, quoting, line_end)
-        path.write_bytes(encode(f"sep={separator}{line_end}" + as_csv(separator, line_end, quoting), encoding))
-        assert [row.data for row in read_rows(path, options)] == ROWS, "Excel's first line"
+        path.write_bytes(encode(as_csv(separator, line_end, quoting, wanted), encoding))
+        assert [row.data for row in read_rows(path, options)] == wanted, (ending, quoting, line_end)
+        path.write_bytes(encode(f"sep={separator}{line_end}" + as_csv(separator, line_end, quoting, wanted), encoding))
+        assert [row.data for row in read_rows(path, options)] == wanted, "Excel's first line"
     if encoding == "cp1252":
         first, *_ = read_rows(path)
         assert isinstance(first, Rejected)
@@ -487,6 +491,72 @@ def test_a_number_of_ten_thousand_digits_is_a_bad_row(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"n": ' + "7" * 10_000 + "}")
     (row,) = read_rows(tmp_path / "a.jsonl")
     assert (row.code, "too long" in row.reason) == (RowFault.JSON_BROKEN, True)
+
+
+def test_clean_convert_and_split_keep_integers_and_flags(tmp_path):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"id": 2**80}}}
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "bad", "loss": False},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        dump_json({"messages": turns, "id": 2**70}) + b"\n" + dump_json({"text": "t", "id": 2**70}) + b"\n"
+    )
+    first, second = (row.data for row in read_rows(path))
+    clean_file(path, tmp_path / "clean.jsonl")
+    assert [row.data for row in read_rows(tmp_path / "clean.jsonl")] == [first, second]
+    split_file(path, tmp_path / "b.jsonl", tmp_path / "c.jsonl", share=0.5)
+    parts = [row.data["id"] for name in "bc" for row in read_rows(tmp_path / f"{name}.jsonl")]
+    assert parts == [2**70, 2**70]
+    for to in ("messages", "conversations"):
+        done = convert_file(path, tmp_path / f"{to}.jsonl", to, on_bad_row="skip")
+        assert done.left_aside == {"id": 2}
+        (row,) = read_rows(tmp_path / f"{to}.jsonl")
+        chat = parse_row(row)
+        assert [turn.learn for turn in chat.messages] == [True, False, True, True]
+        assert chat.messages[3].tool_calls[0]["function"]["arguments"]["id"] == 2**80
+
+
+def damage(data, draw):
+    """Bytes changed, taken away, put in, cut off or in another encoding."""
+    found = bytearray(data)
+    for _ in range(draw.choice([1, 1, 2, 6])):
+        at = draw.randrange(len(found) + 1)
+        kind = draw.randrange(5)
+        if kind == 0:
+            found[at : at + 1] = bytes([draw.randrange(256)])
+        elif kind == 1:
+            del found[at : at + draw.randrange(1, 20)]
+        elif kind == 2:
+            signs = [b"\n", b"\r", b"\xef\xbb\xbf", b",", b"[", b"}", b'"', b"\x00", b"\\", b";", b"1e999", b"9" * 30]
+            found[at:at] = draw.choice(signs)
+        elif kind == 3:
+            del found[at:]
+        else:
+            found = bytearray(found.decode(errors="replace").encode(draw.choice(["utf-16", "utf-32"]), "replace"))
+    return bytes(found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_files_end_in_coded_errors_or_rejected_rows(tmp_path, seed):
+    draw = random.Random(seed)
+    endings = [".jsonl", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow", ".xlsx", ".jsonl.gz"]
+    sources = sorted(CASES.iterdir())
+    for turn in range(60):
+        source = draw.choice(sources)
+        data = damage(source.read_bytes(), draw)
+        path = tmp_path / f"a{draw.choice([source.suffix, *endings])}"
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+        options = draw.choice([ReadOptions(), ReadOptions.parse(["claude=assistant"], ["images"], "cp1252")])
+        with contextlib.suppress(CodedError):
+            for row in read_rows(path, options):
+                if isinstance(row, Row):
+                    parse_row(row, draw.choice([None, "sft", "preference", "kto"]), options, FieldLedger())
+        if not turn % 10:
+            assert examine(path, options=options).findings
 
 
 # --- The cases found from outside ----------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from bp_data.errors import (
     RowFault,
 )
 from bp_data.example import Rejected, Row
-from bp_data.files import load_zstd, sha256_data
+from bp_data.files import load_zstd
+from bp_data.folders import sha256_data
 from bp_data.json_text import BrokenListError, read_items
 
 ROWS = [{"prompt": f"Q{i} 😀", "completion": f'A{i}\n"x"'} for i in range(50)]

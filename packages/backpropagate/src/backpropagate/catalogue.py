@@ -18,7 +18,7 @@ from backpropagate.errors import (
 )
 from backpropagate.system import is_offline, path_exists, program_home, to_path
 from bp_data import DatasetNotFoundError, fetch_dataset, looks_like_hub_name
-from bp_data.files import find_files
+from bp_data.folders import find_files
 from bp_data.hub import network_errors, send_no_usage_reports
 from bp_runs.errors import InvalidSettingError, first_line
 from bp_runs.files import coded_disk_errors

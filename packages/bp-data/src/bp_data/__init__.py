@@ -4,11 +4,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bp_data.columns import FieldLedger, ReadOptions
     from bp_data.convert import ConvertResult, clean_file, convert_example, convert_file, split_file
     from bp_data.dedupe import Contaminated, Duplicate, find_contamination, find_duplicates
+    from bp_data.doctor import Examination, Finding, examine
     from bp_data.errors import (
         DataError,
         DatasetAccessError,
+        DatasetColumnsLeftError,
         DatasetEmptyError,
         DatasetFormatUnsupportedError,
         DatasetGateError,
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
         TokenizerInvalidError,
     )
     from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
+    from bp_data.folders import DataFiles, find_files
     from bp_data.formats import parse_row
     from bp_data.hub import HubData, fetch_dataset, looks_like_hub_name
     from bp_data.ledger import Gate, Ledger, check_gate
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from bp_data.read import read_rows
     from bp_data.reasoning import TraceBand
     from bp_data.report import report_html, report_text
+    from bp_data.structure import Structure, check_structure
     from bp_data.templates.engine import ChatTemplate
     from bp_data.templates.reader import DEFAULT_TEMPLATE_NAME, load_template
     from bp_data.token_rows import (
@@ -49,14 +54,18 @@ if TYPE_CHECKING:
     from bp_data.tokens import Tokenizer, TokenizerFacts, load_tokenizer
 
 _HOMES = {
+    "columns": "FieldLedger ReadOptions",
     "convert": "ConvertResult clean_file convert_example convert_file split_file",
     "dedupe": "Contaminated Duplicate find_contamination find_duplicates",
+    "doctor": "Examination Finding examine",
     "errors": (
-        "DataError DatasetAccessError DatasetEmptyError DatasetFormatUnsupportedError DatasetGateError "
+        "DataError DatasetAccessError DatasetColumnsLeftError DatasetEmptyError DatasetFormatUnsupportedError "
+        "DatasetGateError "
         "DatasetInvalidError DatasetNotFoundError DatasetParseFailedError DatasetPartUnknownError "
         "DatasetUnreachableError DatasetUnreadableError RowFault TemplateFailedError TokenizerInvalidError"
     ),
     "example": "Chat Example Judged Message Preference Rejected Row Text",
+    "folders": "DataFiles find_files",
     "formats": "parse_row",
     "hub": "HubData fetch_dataset looks_like_hub_name",
     "ledger": "Gate Ledger check_gate",
@@ -67,6 +76,7 @@ _HOMES = {
     "read": "read_rows",
     "reasoning": "TraceBand",
     "report": "report_html report_text",
+    "structure": "Structure check_structure",
     "templates.engine": "ChatTemplate",
     "templates.reader": "DEFAULT_TEMPLATE_NAME load_template",
     "token_rows": "IGNORED JudgedRow JudgedRows PairRow PairRows StoredRows TokenRow TokenRows split_rows",
@@ -82,7 +92,9 @@ __all__ = [
     "Contaminated",
     "ConvertResult",
     "DataError",
+    "DataFiles",
     "DatasetAccessError",
+    "DatasetColumnsLeftError",
     "DatasetEmptyError",
     "DatasetFormatUnsupportedError",
     "DatasetGateError",
@@ -93,7 +105,10 @@ __all__ = [
     "DatasetUnreachableError",
     "DatasetUnreadableError",
     "Duplicate",
+    "Examination",
     "Example",
+    "FieldLedger",
+    "Finding",
     "Gate",
     "HubData",
     "Judged",
@@ -110,11 +125,13 @@ __all__ = [
     "Prepared",
     "PreviewToken",
     "PreviewedRow",
+    "ReadOptions",
     "Rejected",
     "Report",
     "Row",
     "RowFault",
     "StoredRows",
+    "Structure",
     "TemplateFailedError",
     "Text",
     "TokenRow",
@@ -127,12 +144,15 @@ __all__ = [
     "build_report",
     "check_gate",
     "check_limits",
+    "check_structure",
     "clean_file",
     "convert_example",
     "convert_file",
+    "examine",
     "fetch_dataset",
     "find_contamination",
     "find_duplicates",
+    "find_files",
     "iter_packs",
     "load_template",
     "load_tokenizer",

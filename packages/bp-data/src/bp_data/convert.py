@@ -15,7 +15,7 @@ from bp_data.columns import PLAIN, FieldLedger, ReadOptions
 from bp_data.dedupe import exact_key, reject_duplicates, row_text
 from bp_data.errors import DatasetFormatUnsupportedError, RowFault, RowFaultError
 from bp_data.example import Chat, Example, Judged, Message, Preference, Rejected, Row, Text
-from bp_data.files import list_files
+from bp_data.folders import list_files
 from bp_data.formats import parse_row
 from bp_data.json_text import dump_json
 from bp_data.labels.encoder import reject_row

@@ -11,14 +11,15 @@ from bp_data.columns import PLAIN, ReadOptions, columns_ref, propose_columns
 from bp_data.encodings import guess_encoding
 from bp_data.errors import RowFault
 from bp_data.example import Rejected
-from bp_data.files import find_encoding, find_files, kind_of, open_data
+from bp_data.files import find_encoding, kind_of, open_data
+from bp_data.folders import find_files
 from bp_data.formats import parse_row
 from bp_data.json_rows import find_layout
 from bp_data.quality import Found, Report, build_report
 from bp_data.read import read_rows, unit_of
 from bp_data.report import name_rows
 from bp_data.row_checks import ODDITIES
-from bp_data.tables import find_separator, list_sheets
+from bp_data.tables import find_separator, read_sheets
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 from bp_runs.errors import CodedError
@@ -147,7 +148,8 @@ def _describe_file(file: Path) -> Iterator[tuple[str, str]]:
     """Encoding, separator and layout, as far as the kind of file has them."""
     kind = kind_of(file)
     if kind in (".xlsx", ".xls", ".ods"):
-        first, *others = list_sheets(file) or [""]
+        with open_data(file) as stream:
+            first, *others = [name for name, rows in read_sheets(stream, file) if rows] or [""]
         yield "sheet", f"{first}" + (f"; not read: {', '.join(others)}" if others else "")
     if kind in (".xlsx", ".xls", ".ods", ".parquet", ".arrow"):
         return

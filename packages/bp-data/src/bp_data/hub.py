@@ -32,7 +32,8 @@ from bp_data.errors import (
     DatasetPartUnknownError,
     DatasetUnreachableError,
 )
-from bp_data.files import LIST_FILE, kind_of, saved_splits
+from bp_data.files import kind_of
+from bp_data.folders import LIST_FILE, saved_splits
 from bp_runs.errors import OutputLockedError, first_line
 from bp_runs.files import coded_disk_errors, publish_folder, publish_json
 from bp_runs.process import acquire_lock

@@ -24,7 +24,7 @@ from bp_data.errors import (
     RowFaultError,
 )
 from bp_data.example import Judged, Rejected, Row
-from bp_data.files import sha256_data
+from bp_data.folders import sha256_data
 from bp_data.formats import Wanted
 from bp_data.labels.encoder import EncodedRow, Encoder
 from bp_data.ledger import Gate, Ledger

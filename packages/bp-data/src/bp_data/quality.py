@@ -13,7 +13,7 @@ from bp_data.columns import PLAIN, FieldLedger, ReadOptions
 from bp_data.dedupe import Duplicate, find_contamination, find_duplicates, row_text
 from bp_data.errors import DatasetGateError
 from bp_data.example import Chat, Judged, Rejected, Row
-from bp_data.files import list_files, sha256_data
+from bp_data.folders import list_files, sha256_data
 from bp_data.formats import parse_row
 from bp_data.labels.encoder import Encoder
 from bp_data.preparation import load_source

@@ -15,7 +15,8 @@ from bp_data import json_rows, tables
 from bp_data.columns import ReadOptions
 from bp_data.errors import DataError, DatasetEmptyError, RowFault
 from bp_data.example import Rejected, Row
-from bp_data.files import coded_read_errors, kind_of, list_files, open_data
+from bp_data.files import kind_of, open_data
+from bp_data.folders import list_files
 from bp_data.json_rows import AS_UTF8
 from bp_data.json_text import excerpt, name_type
 
@@ -31,7 +32,7 @@ def read_rows(
     """Read a data file, or the data files of a folder, row by row; memory stays flat.
 
     Args:
-        path: A file of one of `bp_data.files.KINDS`, perhaps packed, or a folder; see `bp_data.files.find_files`. A
+        path: A file of one of `bp_data.files.KINDS`, perhaps packed, or a folder; see `bp_data.folders.find_files`. A
             .txt or .md file is one row with its ``text``. Text is UTF-8, or UTF-16.
         options: The encoding of bytes that are not UTF-8. Columns keep their names; `parse_row` maps them.
         files: Of a folder, read only these of its files.
@@ -54,7 +55,7 @@ def read_rows(
         if files is not None and file not in files:
             continue
         source = file.name if file == path else file.relative_to(path).as_posix()
-        with coded_read_errors(file), open_data(file, encoding) as stream:
+        with open_data(file, encoding) as stream:
             for row in _READERS[kind_of(file)](stream, file, source):
                 empty = False
                 yield row
@@ -76,7 +77,7 @@ def unit_of(path: str | Path) -> Literal["line", "row"]:
     if kind not in (".jsonl", ".ndjson", ".json"):
         return "row"
     try:
-        with coded_read_errors(file), open_data(file) as stream:
+        with open_data(file) as stream:
             return "row" if json_rows.find_layout(stream).layout == "whole" else "line"
     except DataError:
         return "line"

@@ -6,7 +6,7 @@ import contextlib
 import csv
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import date
 from itertools import chain
 from pathlib import Path
@@ -46,10 +46,17 @@ def find_separator(first: str, default: str = ",") -> TableHead:
     if declared == "sep=":  # a tab, which strip() took
         return TableHead("\t", 1)
     order = (default, *(sign for sign in SEPARATORS if sign != default))
-    names = {sign: next(csv.reader([first], delimiter=sign), []) for sign in order}
+    names = {sign: _split_header(first, sign) for sign in order}
     known = {sign: sum(is_known(name.strip(" \ufeff")) for name in names[sign]) for sign in order}
     best = max(order, key=lambda sign: (known[sign], sign == default and len(names[sign]) > 1, len(names[sign])))
     return TableHead(best, 0)
+
+
+def _split_header(line: str, separator: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=separator), [])
+    except csv.Error:
+        return []
 
 
 def read_csv(stream: BinaryIO, file: Path, source: str, *, default: str = ",") -> Iterator[Row | Rejected]:
@@ -95,7 +102,11 @@ def _first_line(lines: Iterator[str]) -> tuple[int, str]:
 
 def _decode_lines(stream: BinaryIO) -> Iterator[str]:
     """Lines as texts; bytes that are not UTF-8 become lone surrogates, which no UTF-8 gives."""
-    while line := stream.readline(LONGEST_LINE):
+    first = stream.readline(LONGEST_LINE)
+    lines: Iterable[bytes] = chain([first], iter(lambda: stream.readline(LONGEST_LINE), b""))
+    if b"\n" not in first and b"\r" in first.rstrip():  # CSV for old Macs has no line feeds at all
+        lines = (piece + b"\n" for line in lines for piece in line.split(b"\r"))
+    for line in lines:
         yield line.decode(errors="surrogateescape").removeprefix(_BOM)
 
 
@@ -141,19 +152,7 @@ class _Header:
 
 def read_workbook(stream: BinaryIO, file: Path, source: str) -> Iterator[Row | Rejected]:
     """Rows of the first sheet with data, numbered as the spreadsheet numbers them; cells are texts, as in CSV."""
-    try:
-        from python_calamine import CalamineError, CalamineWorkbook
-    except ImportError as error:
-        fix = "Install it: {install:bp-data[excel]}; or save the sheet as CSV."
-        raise DatasetFormatUnsupportedError(f"{file.name}: reading workbooks needs python-calamine", fix=fix) from error
-    try:
-        with _seekable(file, stream) as whole:
-            book = CalamineWorkbook.from_filelike(whole)
-            sheets = [
-                (name, book.get_sheet_by_name(name).to_python(skip_empty_area=False)) for name in book.sheet_names
-            ]
-    except (CalamineError, OSError, ValueError) as error:
-        raise DatasetParseFailedError(f"{file}: broken workbook", cause=str(error)) from error
+    sheets = read_sheets(stream, file)
     filled = [(name, rows) for name, rows in sheets if rows]
     if others := [name for name, _ in filled[1:]]:
         warn_once(f"{file}: read: sheet {filled[0][0]}; not read: {', '.join(others)}")
@@ -168,12 +167,24 @@ def read_workbook(stream: BinaryIO, file: Path, source: str) -> Iterator[Row | R
             yield header.to_row(number, fields, source, "\t")
 
 
-def list_sheets(file: Path) -> list[str]:
-    """Names of a workbook's sheets that have data; the first is the one that is read."""
-    from python_calamine import CalamineWorkbook
+def read_sheets(stream: BinaryIO, file: Path) -> list[tuple[str, list[list[Any]]]]:
+    """The sheets of a workbook with their cells, row by row.
 
-    book = CalamineWorkbook.from_path(str(file))
-    return [name for name in book.sheet_names if book.get_sheet_by_name(name).to_python()]
+    Raises:
+        DatasetFormatUnsupportedError: python-calamine is not installed.
+        DatasetParseFailedError: It is no workbook, or a damaged or locked one.
+    """
+    try:
+        from python_calamine import CalamineError, CalamineWorkbook
+    except ImportError as error:
+        fix = "Install it: {install:bp-data[excel]}; or save the sheet as CSV."
+        raise DatasetFormatUnsupportedError(f"{file.name}: reading workbooks needs python-calamine", fix=fix) from error
+    try:
+        with _seekable(file, stream) as whole:
+            book = CalamineWorkbook.from_filelike(whole)
+            return [(name, book.get_sheet_by_name(name).to_python(skip_empty_area=False)) for name in book.sheet_names]
+    except (CalamineError, OSError, ValueError) as error:
+        raise DatasetParseFailedError(f"{file}: broken workbook", cause=str(error)) from error
 
 
 def _cell_text(cell: Any) -> str:

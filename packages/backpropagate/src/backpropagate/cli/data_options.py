@@ -13,7 +13,7 @@ from cyclopts import Parameter
 from backpropagate import catalogue, settings, system
 from backpropagate.cli.flags import flag_names
 from bp_data.columns import ReadOptions
-from bp_data.files import find_files
+from bp_data.folders import find_files
 from bp_runs.spec import DataSpec, Settings
 
 Model = Annotated[str | None, Parameter(name=flag_names(settings.all_settings()["model.name"]))]

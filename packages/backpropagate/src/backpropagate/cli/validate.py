@@ -21,7 +21,7 @@ from backpropagate.settings import all_settings
 from bp_data.columns import FieldLedger, ReadOptions
 from bp_data.errors import DatasetColumnsLeftError, DatasetGateError, DatasetInvalidError
 from bp_data.example import Rejected
-from bp_data.files import sha256_data
+from bp_data.folders import sha256_data
 from bp_data.read import unit_of
 from bp_data.structure import check_structure
 from bp_runs.errors import CodedError, InvalidSettingError
