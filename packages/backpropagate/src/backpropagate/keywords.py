@@ -156,8 +156,8 @@ class TrainingKeywords(TypedDict, total=False):
     """
 
     mode: Literal["auto", "lora", "qlora", "full"] | None
-    """lora: adapter on a 16-bit base; qlora: adapter on a 4-bit base, GPU only; full: all weights. auto: lora
-    or qlora, by memory.
+    """lora: adapter on a 16-bit base; qlora: adapter on a 4-bit base, GPU only; full: full fine-tuning. auto:
+    lora or qlora, by memory.
     """
 
     engine: Literal["auto", "native", "trl", "unsloth"] | None

@@ -37,7 +37,7 @@ class DatasetNotFoundError(DataError):
 
     code = "INPUT_DATASET_NOT_FOUND"
     setting = "data.path"
-    when = "The data file does not exist, nor a data set of this name on the Hub."
+    when = "The data file does not exist, and the Hub has no dataset of this name."
     default_fix = "Check the path, relative to the current folder: {set:data.path=./my_data.jsonl}"
 
 
@@ -54,7 +54,7 @@ class DatasetFormatUnsupportedError(DataError):
     """Not a kind of file, or not columns, that are understood."""
 
     code = "INPUT_DATASET_FORMAT_UNSUPPORTED"
-    when = "The kind of file, or the columns of a row, are none of those understood."
+    when = "The file type, or the columns of a row, are not supported."
     default_fix = (
         "Give a .jsonl, .json, .csv, .parquet, .txt or .md file (also .gz, .zst) whose rows have `messages`, "
         "`conversations`, `instruction` and `output`, `prompt` and `completion`, `chosen` and `rejected`, or `text`."
@@ -65,7 +65,7 @@ class DatasetParseFailedError(DataError):
     """The file is not what its name says: binary, not UTF-8, broken JSON or CSV."""
 
     code = "INPUT_DATASET_PARSE_FAILED"
-    when = "The data file is binary, not UTF-8, or holds broken JSON or CSV."
+    when = "The data file is binary, not UTF-8, or contains broken JSON or CSV."
     default_fix = "Fix the place that the message names, or skip broken rows: {set:data.on_bad_row=skip}"
 
 
@@ -74,7 +74,7 @@ class DatasetInvalidError(DataError):
 
     code = "INPUT_DATASET_INVALID"
     setting = "data.on_bad_row"
-    when = "A row of the data can be read but not trained on, and bad rows are not skipped."
+    when = "A row can't be trained on, and bad rows are not skipped."
     default_fix = "Fix the row that the message names, or skip bad rows: {set:data.on_bad_row=skip}"
 
 
@@ -92,7 +92,7 @@ class DatasetColumnsLeftError(DataError):
 
     code = "INPUT_DATASET_COLUMNS_LEFT"
     setting = "data.ignore_columns"
-    when = "A column of the data holds text that no format reads, so it would silently be left out of training."
+    when = "A column contains text that no format reads, so it would be left out of training."
     default_fix = "Leave the column out on purpose: {set:data.ignore_columns=NAME}"
 
 
@@ -100,7 +100,7 @@ class DatasetPartUnknownError(DataError):
     """The data set has no such subset or split, or several to choose from."""
 
     code = "INPUT_DATASET_PART_UNKNOWN"
-    when = "A data set has no subset or split of the given name, or has several and none was named."
+    when = "The dataset has no such subset or split, or has several and none was selected."
     default_fix = "Name one of those that the message lists: {set:data.subset=NAME}, or {set:data.split=NAME}"
 
 
@@ -109,8 +109,8 @@ class TokenizerInvalidError(DataError):
 
     code = "INPUT_TOKENIZER_INVALID"
     setting = "model.name"
-    when = "The model folder lacks tokenizer.json, or it is damaged."
-    default_fix = "Download the model again, with its tokenizer.json; older tokenizer files alone are not enough."
+    when = "tokenizer.json is missing or damaged."
+    default_fix = "Download the model again, with its tokenizer.json. Older tokenizer files alone are not enough."
 
 
 class TemplateFailedError(DataError):
@@ -118,7 +118,7 @@ class TemplateFailedError(DataError):
 
     code = "INPUT_TEMPLATE_FAILED"
     setting = "model.name"
-    when = "The chat template of the model is not valid Jinja, or none can be chosen or made."
+    when = "The model's chat template is invalid, or none can be chosen."
     default_fix = "Use a model folder whose chat_template.jinja is whole, or a model with a chat template."
 
 
@@ -127,7 +127,7 @@ class DatasetUnreachableError(DependencyError):
 
     code = "DEP_DATASET_UNREACHABLE"
     setting = "data.path"
-    when = "A data set of the Hub was not fetched yet, and the Hub cannot be reached or offline mode is on."
+    when = "A Hub dataset is not cached, and the Hub can't be reached or offline mode is on."
     default_fix = "Go online once to download it, or give a file or folder: {set:data.path=./my_data.jsonl}"
 
 
@@ -136,8 +136,8 @@ class DatasetAccessError(DependencyError):
 
     code = "DEP_DATASET_ACCESS"
     setting = "data.path"
-    when = "The data set is gated and the Hub denied access."
-    default_fix = "Accept the terms on the data set's page, then: hf auth login"
+    when = "The Hub denied access to a gated or private dataset."
+    default_fix = "Accept the terms on the dataset's page, then: hf auth login"
 
 
 class DatasetGateError(GateError):
@@ -145,7 +145,8 @@ class DatasetGateError(GateError):
 
     code = "INPUT_DATASET_VALIDATION_FAILED"
     when = (
-        "Before the first step: no rows are left, a row has nothing to learn, or the model would never learn to stop."
+        "Checked before the first step: no rows are left, a row has no trained tokens, or the model would "
+        "never learn to stop."
     )
     default_fix = "Look at what would be trained on: {do:data preview my_data.jsonl}"
 

@@ -51,7 +51,7 @@ class ModelInvalidError(UserError):
     """The model's folder lacks something or contradicts itself."""
 
     code = "INPUT_EXPORT_MODEL_INVALID"
-    when = "The model's config.json is missing, damaged or incomplete, or its tensors do not fit it."
+    when = "The model's config.json is missing, damaged or incomplete, or its tensors don't match it."
     default_fix = "Download or save the base model again; its folder must hold config.json and all of its weights."
 
 
@@ -59,7 +59,7 @@ class ArchitectureUnsupportedError(UserError):
     """There is no GGUF layout for this kind of model here."""
 
     code = "INPUT_EXPORT_ARCHITECTURE"
-    when = "The model's architecture, or an option of it, is not one that the GGUF export can write."
+    when = "GGUF export does not support the model's architecture, or one of its options."
     default_fix = "Export it as a merged model instead: {set:format=merged}"
 
 
@@ -75,15 +75,15 @@ class PreTokenizerUnknownError(UserError):
     """The tokenizer's splitting rule has no known name in llama.cpp."""
 
     code = "INPUT_EXPORT_PRE_TOKENIZER"
-    when = "The tokenizer.json splits text by a rule that is not in the table; llama.cpp could split it differently."
-    default_fix = "Export it as a merged model instead: {set:format=merged}"
+    when = "The tokenizer splits text by an unknown rule, so llama.cpp might split it differently."
+    default_fix = "Give llama.cpp's name of the rule, if you know it: {set:pre=llama-bpe}"
 
 
 class QuantizationUnknownError(UserError):
     """The quantization or the format is not one of those that exist."""
 
     code = "INPUT_EXPORT_QUANTIZATION"
-    when = "The name given as quantization or format is unknown."
+    when = "The quantization or format is unknown."
     default_fix = (
         "Use one of the names that the help lists ({do:export help=true}): {set:format=gguf quantization=q4_k_m}"
     )
@@ -93,7 +93,7 @@ class AdapterFormatError(UserError):
     """The adapter cannot be written in the form that was asked for."""
 
     code = "INPUT_EXPORT_ADAPTER_FORMAT"
-    when = "The adapter does more than the asked-for format can say, or the format needs something that is not given."
+    when = "The requested format can't represent the adapter, or needs something that was not given."
     default_fix = "Export base and adapter as one file instead: {set:format=gguf}"
 
 
@@ -101,7 +101,7 @@ class TemplateChangedError(UserError):
     """Chats render differently than when the model was trained."""
 
     code = "INPUT_EXPORT_TEMPLATE_CHANGED"
-    when = "The chat template renders the ten conversations differently than it did when the model was trained."
+    when = "The chat template renders conversations differently than in training."
     default_fix = "Restore the chat template that the model was trained with, and export it again."
 
 
@@ -109,7 +109,7 @@ class ImportanceInvalidError(UserError):
     """The importance matrix cannot be used."""
 
     code = "INPUT_EXPORT_IMPORTANCE"
-    when = "The importance matrix is missing or damaged, or was measured on another model."
+    when = "The importance matrix is missing, damaged, or made for another model."
     default_fix = "Measure one on this model: {do:imatrix MODEL.gguf text=TEXT}; or leave it out."
 
 
@@ -117,7 +117,7 @@ class OutputTakenError(UserError):
     """The output's place is taken by something that an export must not replace."""
 
     code = "INPUT_EXPORT_OUTPUT_TAKEN"
-    when = "The output exists. Only a GGUF or the folder of an earlier export can be replaced, and only if you say so."
+    when = "The output exists. Only files of an earlier export can be replaced, and only with force."
     default_fix = "Replace it: {set:force=true}; or choose another place: {set:output=./output/export}"
 
 
@@ -125,7 +125,7 @@ class OllamaNameTakenError(UserError):
     """Ollama has a model of that name."""
 
     code = "INPUT_OLLAMA_NAME_TAKEN"
-    when = "Ollama has a model of the asked-for name, which it would replace without a word."
+    when = "Ollama already has a model of this name."
     default_fix = "Replace it: {set:force=true}; or choose another name: {set:ollama_name=my-model-2}"
 
 
@@ -133,7 +133,7 @@ class ChatTargetError(UserError):
     """There is nothing to talk to."""
 
     code = "INPUT_CHAT_TARGET"
-    when = "What should be talked to is neither a file nor a folder on this machine."
+    when = "The chat target is neither a file nor a folder on this machine."
     default_fix = "Name a GGUF, an adapter or a model folder; for a model in Ollama, add {set:ollama=true}."
 
 
@@ -141,7 +141,7 @@ class PushSourceError(UserError):
     """What should be pushed cannot be."""
 
     code = "INPUT_HUB_PUSH_SOURCE"
-    when = "What should be uploaded is no adapter folder, model folder or GGUF, or one of its files holds a secret."
+    when = "The source is not an adapter folder, model folder or GGUF, or one of its files contains a secret."
     default_fix = "Name what training or an export wrote: {do:push ./output/lora repo=me/my-model}"
 
 
@@ -149,7 +149,7 @@ class PushRepoInvalidError(UserError):
     """The Hub has no such names."""
 
     code = "INPUT_HUB_PUSH_INVALID_REPO"
-    when = "The name of the repository is not one that the Hub takes."
+    when = "The repository name is invalid."
     default_fix = "Use your name there and letters, digits, -, _ and .: {set:repo=me/my-model}"
 
 
@@ -157,7 +157,7 @@ class PushRepoTakenError(UserError):
     """The repository has files already."""
 
     code = "INPUT_HUB_PUSH_REPO_TAKEN"
-    when = "The repository holds files already, and the upload would replace some of them."
+    when = "The repository already has files that the upload would replace."
     default_fix = (
         "Add a commit that replaces them (the old ones stay in its history): {set:force=true}; or name another."
     )
@@ -167,15 +167,15 @@ class PushDeniedError(UserError):
     """The Hub does not let the user write there."""
 
     code = "INPUT_HUB_PUSH_DENIED"
-    when = "There is no token, it is not valid, or it may not write to that repository."
-    default_fix = "Make a token with write access in the Hub's settings, then: hf auth login"
+    when = "There is no token, it is invalid, or it can't write to the repository."
+    default_fix = "Create a token with write access in the Hub's settings, then: hf auth login"
 
 
 class GgmlMissingError(DependencyError):
     """ggml's shared library cannot be loaded."""
 
     code = "DEP_GGML_MISSING"
-    when = "The package libggml-python is not installed for this platform, or its library does not load."
+    when = "libggml-python is not installed, or its library does not load."
     default_fix = "Reinstall it: {install:--force-reinstall libggml-python}"
 
 
@@ -183,7 +183,7 @@ class LlamaCppMissingError(DependencyError):
     """llama.cpp for Python is not installed."""
 
     code = "DEP_LLAMA_CPP_MISSING"
-    when = "A GGUF should be tried in llama.cpp, and the package xllamacpp is not installed."
+    when = "A GGUF needs llama.cpp to be run or verified, and xllamacpp is not installed."
     default_fix = "Install the extra: {install:bp-export[verify]}"
 
 
@@ -191,7 +191,7 @@ class HubMissingError(DependencyError):
     """The Hub's library is not installed."""
 
     code = "DEP_HUB_MISSING"
-    when = "Something should be pushed to the Hub, and huggingface_hub or Pillow is not installed."
+    when = "A push needs huggingface_hub and Pillow, which are not installed."
     default_fix = "Install the extra: {install:bp-export[hub]}"
 
 
@@ -199,23 +199,23 @@ class PushNetworkError(DependencyError):
     """The Hub cannot be reached."""
 
     code = "DEP_HUB_PUSH_NETWORK"
-    when = "The Hub does not answer, or the connection broke; what was uploaded so far is not sent again."
-    default_fix = "Look at the connection, and that offline mode is off; then repeat the command."
+    when = "The Hub does not answer, or the connection broke. Uploaded files are not sent again."
+    default_fix = "Check the connection and that offline mode is off, then repeat the command."
 
 
 class PushRefusedError(DependencyError):
     """The Hub refuses the upload."""
 
     code = "DEP_HUB_PUSH_REFUSED"
-    when = "The Hub answers with an error that is neither about the token nor about the name."
-    default_fix = "Read what it says, then repeat the command; status.huggingface.co tells of outages."
+    when = "The Hub rejected the upload, for a reason other than the token or the name."
+    default_fix = "Read the Hub's message, then repeat the command. See status.huggingface.co for outages."
 
 
 class OllamaRegistrationError(DependencyError):
     """Ollama cannot be reached, or refuses the model."""
 
     code = "DEP_OLLAMA_REGISTRATION_FAILED"
-    when = "Ollama does not answer, or refuses the model; the exported file is kept."
+    when = "Ollama does not answer, or rejects the model. The exported file is kept."
     default_fix = "Start it in another terminal with `ollama serve` (or open the Ollama app), then repeat the command."
 
 
@@ -223,7 +223,7 @@ class ParityFailedError(PartialError):
     """The written GGUF differs from the trained model by more than its type explains."""
 
     code = "PARTIAL_EXPORT_PARITY_FAILED"
-    when = "The GGUF is kept, but in llama.cpp its prompt tokens, next tokens or stops are not the trained model's."
+    when = "The file was written, but in llama.cpp it differs from the trained model."
     default_fix = "Look at the table; try {set:quantization=q8_0}, or leave the check out: {set:verify=false}"
 
 
@@ -232,7 +232,8 @@ class ParityNotTestedError(PartialError):
 
     code = "PARTIAL_EXPORT_NOT_VERIFIED"
     when = (
-        "The file is kept. Training stored no witness of this model, and the independent forward pass does not know it."
+        "The file was written but not verified: training stored no witness, and the independent forward pass "
+        "does not support the model."
     )
     default_fix = "Export an adapter that was trained with this version, or leave the check out: {set:verify=false}"
 
@@ -241,7 +242,7 @@ class ChatFailedError(RunFailedError):
     """llama.cpp cannot load the file, or cannot answer with it."""
 
     code = "RUNTIME_CHAT_FAILED"
-    when = "llama.cpp cannot load the GGUF, or its answer is an error."
+    when = "llama.cpp can't load the GGUF, or failed to answer."
     default_fix = (
         "Export the model again; if it fails again, try {set:quantization=bf16} to see whether the type matters."
     )
@@ -251,7 +252,7 @@ class MeasureFailedError(RunFailedError):
     """An importance matrix cannot be measured."""
 
     code = "RUNTIME_MEASURE_FAILED"
-    when = "llama.cpp cannot load or run the model, or the installed build of it is laid out otherwise than expected."
+    when = "llama.cpp can't load or run the model, or its installed build has an unexpected layout."
     default_fix = (
         "Try another version of xllamacpp, or measure with llama.cpp's own llama-imatrix: {set:importance=FILE}"
     )

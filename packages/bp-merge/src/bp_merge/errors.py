@@ -23,7 +23,7 @@ class TensorsInvalidError(UserError):
     """A model's or an adapter's safetensors cannot be read."""
 
     code = "INPUT_TENSORS_INVALID"
-    when = "A safetensors file is missing, cut short or damaged, or holds a dtype other than BF16, F16 and F32."
+    when = "A safetensors file is missing, truncated or damaged, or has a dtype other than BF16, F16 and F32."
     default_fix = "Download or save the model again, in bf16, f16 or f32, without bitsandbytes quantization."
 
 
@@ -31,7 +31,7 @@ class AdapterUnfoldableError(UserError):
     """The adapter has a feature that a fold would lose."""
 
     code = "INPUT_ADAPTER_UNFOLDABLE"
-    when = "The adapter uses a PEFT feature whose merge is not implemented (PiSSA, target_parameters, …)."
+    when = "The adapter uses a PEFT feature that can't be merged here."
     default_fix = "Merge it with PEFT's merge_and_unload(), save that model, and give that folder instead."
 
 
@@ -47,7 +47,7 @@ class AdapterUnmergeableError(UserError):
     """The adapter is not a sum of products, which is all that merge methods work on."""
 
     code = "INPUT_ADAPTER_UNMERGEABLE"
-    when = "An adapter to merge has DoRA's magnitudes, biases, embeddings or whole layers, which no method can merge."
+    when = "An adapter to merge has DoRA magnitudes, biases, embeddings or whole layers."
     default_fix = "Train adapters to merge with plain LoRA or rsLoRA on linear layers, without DoRA."
 
 
@@ -55,7 +55,7 @@ class AdaptersDifferError(UserError):
     """Adapters that do not belong together."""
 
     code = "INPUT_ADAPTERS_DIFFER"
-    when = "Adapters to merge have different bases, adapted layers or shapes, or for slao different ranks or scales."
+    when = "The adapters to merge have different bases, layers or shapes; for slao also different ranks or scales."
     default_fix = "Merge adapters of one base with the same adapted layers; linear, cat and ties take any ranks."
 
 
@@ -63,7 +63,7 @@ class MergeOptionError(UserError):
     """A merge cannot be asked for like that."""
 
     code = "CONFIG_MERGE_OPTION"
-    when = "A merge has an unknown method, or a weight, density, scale, rank or output that it cannot take."
+    when = "A merge has an unknown method, or an invalid weight, density, scale, rank or output."
     default_fix = "See the options of each method: {do:merge help=true}"
 
 
@@ -71,7 +71,7 @@ class SlaoStateError(StateError):
     """The file of a stream's state cannot be used."""
 
     code = "STATE_SLAO_INVALID"
-    when = "The file with the state of a stream of runs is missing, damaged or of another kind."
+    when = "The state of a multi-run's merge is missing or damaged."
     default_fix = "Start a new stream, which leaves finished adapters as they are: {do:multi-run}"
 
 
@@ -79,5 +79,5 @@ class SlaoStreamError(StateError):
     """The state belongs to another stream of runs."""
 
     code = "STATE_SLAO_OTHER_STREAM"
-    when = "The state of a stream of runs was made by another stream, or its adapters have other ranks or layers."
+    when = "The merge state belongs to another multi-run, or to other ranks or layers."
     default_fix = "Continue the stream that made it, or start a new one: {do:multi-run}"

@@ -175,8 +175,8 @@ class InvalidSettingError(UserError):
     """A setting cannot take the value, or not together with another."""
 
     code = "CONFIG_INVALID_SETTING"
-    when = "A setting has a value of the wrong type, out of its range, or one that does not go with another setting."
-    default_fix = "Give it a value that the message allows; see all settings: {do:config show}"
+    when = "A setting has an invalid value, or two settings conflict."
+    default_fix = "Set a valid value; see all settings: {do:config show}"
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class OutputNotWritableError(UserError):
     """The output folder cannot be created or written."""
 
     code = "INPUT_OUTPUT_NOT_WRITABLE"
-    when = "The output folder cannot be created or written."
+    when = "The output folder can't be created or written."
     default_fix = "Choose a folder that you can write to: {set:output=./output}"
 
 
@@ -204,10 +204,7 @@ class OutputTakenError(UserError):
     """Something that is not ours stands where the output should go."""
 
     code = "INPUT_OUTPUT_TAKEN"
-    when = (
-        "The output folder holds a lora folder that no run of ours has written, or the output is the file that is "
-        "read; it would have been replaced."
-    )
+    when = "The output would replace a lora folder that no run wrote, or the file being read."
     default_fix = "Move it away, or choose another folder: {set:output=./output2}"
 
 
@@ -215,7 +212,7 @@ class PathUnusableError(UserError):
     """The system refuses a path."""
 
     code = "INPUT_PATH_UNUSABLE"
-    when = "The system refuses a path that was given: no permission, too long a name, an unknown user's home."
+    when = "The system rejects a path: no permission, too long, or an unknown user's home."
     default_fix = "Check the path and its folders' permissions."
 
 
@@ -231,7 +228,7 @@ class DiskFullError(StateError):
     """There is not enough room on the disk."""
 
     code = "STATE_DISK_FULL"
-    when = "The disk has, or would have, no room for a file; nothing half-written is left."
+    when = "The disk has too little space. No half-written file is left."
     default_fix = "Free some space, or choose another disk: {set:output=/other/disk/output}"
 
 
@@ -239,7 +236,7 @@ class RunNotFoundError(UserError):
     """No run has the id, or several start with it."""
 
     code = "INPUT_RUN_NOT_FOUND"
-    when = "No run in the output folder has the given id, or several ids start with it."
+    when = "No run has this id, or several ids match."
     default_fix = "See the ids: {do:list-runs}"
 
 
@@ -247,7 +244,7 @@ class RunActiveError(StateError):
     """Another process works on the run."""
 
     code = "STATE_RUN_ACTIVE"
-    when = "The run is still going on in another process, here or on another machine."
+    when = "Another process is working on the run, here or on another machine."
     default_fix = "Wait for it to end, or stop it there with Ctrl-C."
 
 
@@ -255,7 +252,7 @@ class ResumeNotFoundError(UserError):
     """There is no run to continue."""
 
     code = "INPUT_RESUME_NOT_FOUND"
-    when = "The output folder has no unfinished run, or the named one is finished or diverged."
+    when = "The output folder has no unfinished run, or the given run is finished or diverged."
     default_fix = "See the runs and how they ended: {do:list-runs}"
 
 
@@ -263,15 +260,15 @@ class ResumeChangedError(UserError):
     """The data or the model is no longer what the run began with."""
 
     code = "INPUT_RESUME_CHANGED"
-    when = "A run was to be continued, but its data, chat template or base model has changed since it began."
-    default_fix = "Put back what the run began with, or start over with its settings: {do:replay RUN}"
+    when = "The data, chat template or base model has changed since the run began."
+    default_fix = "Restore what the run began with, or rerun with its settings: {do:replay RUN}"
 
 
 class ProofUnsupportedError(UserError):
     """An independent loop can't replay the run."""
 
     code = "INPUT_PROVE_UNSUPPORTED"
-    when = "A run was to be replayed by an independent loop, which can't repeat how it was trained, or on what."
+    when = "The independent loop can't repeat how this run was trained, or its data."
     default_fix = "Prove a plain run of the same data: {do:train training.steps=10 lora.dropout=0}"
 
 
@@ -279,7 +276,7 @@ class CheckpointInvalidError(StateError):
     """No checkpoint of the run is whole."""
 
     code = "STATE_CHECKPOINT_INVALID"
-    when = "A run has checkpoints, and the hashes of none of them hold; or one does not fit the model."
+    when = "Every checkpoint of the run is damaged, or one does not fit the model."
     default_fix = "Start from scratch with the same settings: {do:replay RUN}"
 
 
@@ -287,7 +284,7 @@ class RecordNewerError(StateError):
     """A record of a newer version is read, never rewritten."""
 
     code = "STATE_RECORD_NEWER"
-    when = "A run's record was written by a newer version and was to be changed by this one."
+    when = "A run's record was written by a newer version, so this one can't change it."
     default_fix = "Update: {install:--upgrade backpropagate}"
 
 
@@ -295,20 +292,18 @@ class RecordInvalidError(StateError):
     """A run's record cannot be read."""
 
     code = "STATE_RECORD_INVALID"
-    when = "A run's run.json is missing, damaged or not a record."
-    default_fix = (
-        "The run's other files are untouched; restore run.json from a backup, or look at metrics.jsonl beside it."
-    )
+    when = "A run's run.json is missing or damaged."
+    default_fix = "Restore run.json from a backup, or look at metrics.jsonl next to it. Other files are not affected."
 
 
 class AdapterInvalidError(UserError):
     """A folder is not a complete PEFT adapter."""
 
     code = "INPUT_ADAPTER_INVALID"
-    when = "A folder given as an adapter lacks its files, or they are damaged."
+    when = "The adapter folder is incomplete or damaged."
     default_fix = (
-        "Give the folder that training wrote, such as ./output/lora. If there is none yet: "
-        "{do:train data.path=my_data.jsonl}"
+        "Use the folder that training wrote, such as ./output/lora. If there is none yet: {do:train "
+        "data.path=my_data.jsonl}"
     )
 
 
@@ -318,7 +313,7 @@ class InterruptedRunError(RunFailedError):
     code = "RUNTIME_INTERRUPTED"
     exit_status = 130
     run_status = "interrupted"
-    when = "Ctrl-C came a second time, or while nothing could be kept; finished files are untouched."
+    when = "The run was stopped immediately. Finished files are not affected."
     default_fix = "See how far it came: {do:list-runs}"
 
 
@@ -327,7 +322,7 @@ class TrainingDivergedError(RunFailedError):
 
     code = "RUNTIME_TRAINING_DIVERGED"
     run_status = "diverged"
-    when = "The loss became NaN or infinite; the run is recorded as diverged and no adapter is published."
+    when = "The loss became NaN or infinite. The run is recorded as diverged, and no adapter is published."
     default_fix = (
         "Lower the learning rate: {set:training.learning_rate=5e-5}; and check the data: {do:validate my_data.jsonl}"
     )
@@ -337,9 +332,9 @@ class NothingHeldOutError(UserError):
     """There are no held-out rows to measure on."""
 
     code = "INPUT_NOTHING_HELD_OUT"
-    when = "A model was to be measured on held-out rows, and training with these settings holds out none."
+    when = "There is no held-out data to measure on: training with these settings holds out none."
     default_fix = (
-        "Hold out more: {set:training.eval_share=0.2 training.eval_min_rows=1}; or name a file of held-out rows."
+        "Hold out more: {set:training.eval_share=0.2 training.eval_min_rows=1}; or give a file of held-out data."
     )
 
 
@@ -362,7 +357,7 @@ class ModelLoadError(DependencyError):
 
     code = "DEP_MODEL_LOAD_FAILED"
     setting = "model.name"
-    when = "The base model's files are damaged, incomplete, or of a kind that the training libraries do not know."
+    when = "The base model's files are damaged, incomplete, or not supported by the training libraries."
     default_fix = "Check the folder, or download the model again; see the installed versions: {do:info}"
 
 
@@ -371,7 +366,7 @@ class RemoteCodeError(UserError):
 
     code = "CONFIG_TRUST_REMOTE_CODE_REQUIRED"
     setting = "model.trust_remote_code"
-    when = "The model's config points to its own Python code, and trust_remote_code is off."
+    when = "The model needs its own Python code, and trust_remote_code is off."
     default_fix = "Read that code first; then set BACKPROPAGATE_MODEL__TRUST_REMOTE_CODE=true"
 
 
@@ -380,7 +375,7 @@ class ShapesUnknownError(UserError):
 
     code = "INPUT_SHAPES_UNKNOWN"
     setting = "model.name"
-    when = "A model's config.json names a kind of model that is not known, or lacks a size."
+    when = "The model's config.json names an unknown model type, or lacks a size."
     default_fix = "Check the folder's config.json; see models that are known to train: {do:models}"
 
 
@@ -389,7 +384,7 @@ class SequenceTooLongError(UserError):
 
     code = "CONFIG_SEQUENCE_TOO_LONG"
     setting = "model.max_seq_length"
-    when = "A row has more tokens than the model's config has positions."
+    when = "max_seq_length is larger than the number of positions the model supports."
     default_fix = "Truncate examples: {set:model.max_seq_length=2048}"
 
 
@@ -407,10 +402,7 @@ class PackingError(UserError):
 
     code = "CONFIG_PACKING_MIXES_ROWS"
     setting = "training.packing"
-    when = (
-        "packing was set for a model whose layers carry a state from one packed example to the next on this device: "
-        "hybrids such as Qwen3.5, Granite 4 and Falcon-H1 without their GPU kernels, or models that take no positions."
-    )
+    when = "Packing was set for a model whose packed examples would affect each other on this device."
     default_fix = "Train without packing: {set:training.packing=false}"
 
 
@@ -419,7 +411,7 @@ class TargetModulesError(UserError):
 
     code = "CONFIG_TARGET_MODULES"
     setting = "lora.target_modules"
-    when = "No layer of the model has a name given as target module, or it is the embedding or the output layer."
+    when = "A target module matches no layer of the model, or is the embedding or the output layer."
     default_fix = "Adapt all linear layers: {set:lora.target_modules=all-linear}"
 
 
@@ -429,8 +421,8 @@ class ModeError(UserError):
     code = "CONFIG_MODE_UNSUPPORTED"
     setting = "training.mode"
     when = (
-        "4-bit training with bitsandbytes was set on a CPU, where it can give wrong gradients without a word; or full "
-        "fine-tuning of a base that is already quantized."
+        "4-bit training was set on a CPU, where bitsandbytes can compute wrong gradients; or full fine-tuning"
+        " of a quantized base."
     )
     default_fix = "Use a 16-bit base: {set:training.mode=lora}"
 
@@ -440,9 +432,9 @@ class FullModelTooLargeError(RunFailedError):
 
     code = "RUNTIME_FULL_FT_MODEL_TOO_LARGE"
     setting = "training.mode"
-    when = "mode full was asked for with a model of over 4 billion parameters."
+    when = "Full fine-tuning was set for a model with over 4 billion parameters."
     default_fix = (
-        "Train an adapter: {set:training.mode=lora}; or all weights of a smaller model: Qwen-3.5-4B, Phi-4-mini-3.8B, "
+        "Train an adapter: {set:training.mode=lora}; or use a smaller model: Qwen-3.5-4B, Phi-4-mini-3.8B, "
         "SmolLM3-3B, Llama-3.2-3B or Llama-3.2-1B."
     )
 
@@ -451,7 +443,7 @@ class GpuOutOfMemoryError(RunFailedError):
     """The GPU has too little memory for a step."""
 
     code = "RUNTIME_GPU_OOM"
-    when = "The GPU ran out of memory while loading or training; nothing of earlier runs is touched."
+    when = "The GPU ran out of memory while loading or training. Earlier runs are not affected."
     default_fix = "Use smaller batches or shorter examples: {set:training.batch_size=1 model.max_seq_length=1024}"
 
 
@@ -459,5 +451,5 @@ class TrainingFailedError(RunFailedError):
     """The training framework raised an error in the loop."""
 
     code = "RUNTIME_TRAINING_FAILED"
-    when = "The training framework, such as torch or mlx, raised an error in the training loop."
+    when = "The training framework (torch or mlx) raised an error."
     default_fix = "Report it with the output of: {do:info}; the run's metrics.jsonl shows how far it came."

@@ -252,7 +252,7 @@ class TrainingSpec:
     )
     mode: Literal["auto", "lora", "qlora", "full"] = setting(
         "auto",
-        "lora: adapter on a 16-bit base; qlora: adapter on a 4-bit base, GPU only; full: all weights. "
+        "lora: adapter on a 16-bit base; qlora: adapter on a 4-bit base, GPU only; full: full fine-tuning. "
         "auto: lora or qlora, by memory.",
     )
     engine: Literal["auto", "native", "trl", "unsloth"] = setting(

@@ -62,10 +62,10 @@ def check_build() -> Finding:
             fix=_CUDA_TORCH,
         )
     if driver:
-        return Finding(state="failed", message="torch cannot use the NVIDIA card that is here", fix=_DRIVER)
+        return Finding(state="failed", message="torch can't use the NVIDIA GPU of this machine", fix=_DRIVER)
     return Finding(
         state="warning",
-        message=f"torch {torch.__version__}, no NVIDIA card: models of up to 1 billion parameters train on the CPU",
+        message=f"torch {torch.__version__}, no NVIDIA GPU: models of up to 1 billion parameters train on the CPU",
     )
 
 

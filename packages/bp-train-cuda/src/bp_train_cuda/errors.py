@@ -27,8 +27,8 @@ class GpuNotAvailableError(DependencyError):
     """The model is too large to train on a CPU."""
 
     code = "DEP_GPU_NOT_AVAILABLE"
-    when = "A model of over 1 billion parameters was to be trained where no CUDA device can be used."
-    default_fix = "Use a machine with an NVIDIA card and its driver, or a model under 1 billion parameters."
+    when = "The model has over 1 billion parameters, and no CUDA device can be used."
+    default_fix = "Use a machine with an NVIDIA GPU and its driver, or a model under 1 billion parameters."
 
 
 class DriverTooOldError(DependencyError):
@@ -36,8 +36,8 @@ class DriverTooOldError(DependencyError):
 
     code = "DEP_GPU_DRIVER_TOO_OLD"
     when = (
-        "A model of over 1 billion parameters was to be trained on a GPU whose driver is older than torch's CUDA; "
-        "smaller ones train on the CPU then."
+        "The GPU driver is older than torch's CUDA, and the model has over 1 billion parameters. Smaller "
+        "models train on the CPU."
     )
     default_fix = "Update the NVIDIA driver and restart; or install a torch built for an older CUDA."
 
@@ -46,7 +46,7 @@ class BitsandbytesError(DependencyError):
     """bitsandbytes, which 4-bit bases need, cannot be used."""
 
     code = "DEP_BITSANDBYTES_MISSING"
-    when = "A 4-bit base was requested, or is needed to fit the memory, and bitsandbytes cannot be imported."
+    when = "A 4-bit base was requested or is needed to fit, and bitsandbytes can't be imported."
     default_fix = "Install it: {install:bitsandbytes}; or use a 16-bit base: {set:training.mode=lora}"
 
 
@@ -55,7 +55,7 @@ class KernelsError(DependencyError):
 
     code = "DEP_KERNELS_UNUSABLE"
     setting = "training.kernels"
-    when = "Liger's kernels were requested and are not installed, do not know the model, or there is no GPU."
+    when = "Liger's kernels were requested, but are not installed, don't support the model, or there is no GPU."
     default_fix = "Install them: {install:liger-kernel}; or let the rail choose: {set:training.kernels=auto}"
 
 
@@ -64,7 +64,7 @@ class UnslothError(DependencyError):
 
     code = "DEP_UNSLOTH_UNUSABLE"
     setting = "training.engine"
-    when = "The engine unsloth was requested where it is not installed, or does not import: it wants a GPU to do so."
+    when = "The engine unsloth was requested, but is not installed or does not import. It needs a GPU."
     default_fix = "Train without it: {set:training.engine=native}"
 
 
@@ -72,7 +72,7 @@ class VersionUntestedError(DependencyError):
     """An installed package lacks something that this version uses."""
 
     code = "DEP_VERSION_UNTESTED"
-    when = "transformers, TRL, PEFT or torch is installed in a version that lacks a name this version uses."
+    when = "An installed version of transformers, TRL, PEFT or torch lacks something this version uses."
     default_fix = "Install versions that are tested together: {install:--upgrade --force-reinstall bp-train-cuda}"
 
 
@@ -81,7 +81,7 @@ class Bf16Error(UserError):
 
     code = "CONFIG_BF16_UNSUPPORTED"
     setting = "model.dtype"
-    when = "dtype bfloat16 was requested on a GPU older than Ampere, which only emulates it."
+    when = "bfloat16 was requested on a GPU older than Ampere, which only emulates it."
     default_fix = "Let the GPU decide: {set:model.dtype=auto}"
 
 
@@ -89,7 +89,7 @@ class RanksError(UserError):
     """Several processes cannot train this together."""
 
     code = "CONFIG_RANKS_UNSUPPORTED"
-    when = "torchrun or accelerate launch started several processes for a training that they cannot share."
+    when = "Several processes were started for a run that they can't share."
     default_fix = "Start it without torchrun; choose the GPU with CUDA_VISIBLE_DEVICES=0"
 
 
@@ -97,7 +97,7 @@ class RanksChangedError(UserError):
     """A run was to resume with another number of processes than it began with."""
 
     code = "CONFIG_RANKS_CHANGED"
-    when = "A run is to resume in more or fewer processes than trained it so far, which would change what a step is."
+    when = "A run is being resumed with another number of processes, which would change every step."
     default_fix = (
         "Start as many processes as before: torchrun --nproc-per-node 2 {program:resume RUN}; "
         "or start from scratch: {set:training.resume=false}"
@@ -117,10 +117,10 @@ class RankLostError(RunFailedError):
     """One of several processes that train together is gone."""
 
     code = "RUNTIME_RANK_LOST"
-    when = "A process of several that train together was killed, or the place where they meet cannot be reached."
+    when = "One of several training processes was killed, or their meeting point can't be reached."
     default_fix = (
-        "Look at the end of the other processes' output and the system's log (a lack of RAM kills too); then go on "
-        "where the run stopped, with the same command."
+        "Look at the end of the other processes' output and at the system log (RAM may be short), then run "
+        "the same command again to resume."
     )
 
 
@@ -139,5 +139,5 @@ class GpuTemperatureError(RunFailedError):
     """The GPU is dangerously hot."""
 
     code = "RUNTIME_GPU_TEMPERATURE_CRITICAL"
-    when = "The GPU got critically hot, or did not cool down while training paused; the work was saved before the stop."
-    default_fix = "Improve the GPU's airflow and let it cool; then continue where the run stopped: {do:resume RUN}"
+    when = "The GPU became critically hot, or did not cool while training paused. The run was saved first."
+    default_fix = "Improve airflow and let the GPU cool; then resume: {do:resume RUN}"

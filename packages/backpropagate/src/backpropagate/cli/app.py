@@ -414,7 +414,7 @@ def _run(argv: Sequence[str], *, as_json: bool) -> int:
             return InterruptedRunError.exit_status
         if error.filename is None:
             return report_bug(error, as_json=as_json)
-        refusal = PathUnusableError(f"the system refuses {error.filename}", cause=error.strerror)
+        refusal = PathUnusableError(f"the system rejects {error.filename}", cause=error.strerror)
         return report_error(refusal, as_json=as_json)
     except Exception as error:  # noqa: BLE001  # an edge: whatever is left is a bug, and the user gets a report to send
         return report_bug(error, as_json=as_json)

@@ -139,12 +139,12 @@ def import_(file: Path | None = None, *, output: Output = None, json: Json = Fal
     Parameters
     ----------
     file: Path
-        Its run_history.json; default: the one that lies in the output folder.
+        Its run_history.json; default: the one in the output folder.
     """
     store = RunStore(output_folder(output))
     files = [file] if file else older_histories(store.output)
     if not files:
-        raise HistoryInvalidError(f"no run history of backpropagate 1.x lies in {store.output}")
+        raise HistoryInvalidError(f"there is no run history of backpropagate 1.x in {store.output}")
     done = [import_history(store, found) for found in files]
     added = [run_id for part in done for run_id in part.added]
     known = [run_id for part in done for run_id in part.known]

@@ -87,7 +87,7 @@ def check_settings(settings: Settings, files: int) -> Settings:
     _check_measures(settings)
     if files > 1 and multi.runs not in (files, MultiRunSpec().runs):
         raise RunsAndRowsError(
-            f"there are {files} data files and {multi.runs} runs were asked for; with several files each is one run",
+            f"there are {files} data files, and {multi.runs} runs were set; with several files, each is one run",
             fix="Leave it out: {set:multirun.runs}",
             setting="multirun.runs",
         )
@@ -212,7 +212,7 @@ class MultiRun:
         if not progress.members and stopped:
             raise InterruptedRunError(
                 "the multi-run was stopped before its first run was merged",
-                fix=f"Go on with it: {resume_line(folders.run_id, folders.output)}",
+                fix=f"Resume it: {resume_line(folders.run_id, folders.output)}",
             )
         if not progress.members:
             raise MultiRunGateError(f"the gate left out all {len(progress.rejected)} runs")

@@ -159,7 +159,7 @@ def _compile(pattern: str) -> Metric:
         return matches(re.compile(pattern))
     except re.error as error:
         raise InvalidSettingError(
-            f"--regex {pattern!r} is no regular expression", cause=str(error), fix="Mend it, or leave it out."
+            f"--regex {pattern!r} is not a regular expression", cause=str(error), fix="Fix it, or leave it out."
         ) from error
 
 

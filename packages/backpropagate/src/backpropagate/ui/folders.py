@@ -197,7 +197,7 @@ def require_harmless(folder: Path, environ: Mapping[str, str]) -> Path:
         if any(spelled.is_relative_to(system) for system in _system_folders(environ)):
             raise UiFolderError(f"{folder} belongs to the system")
         if found := [part for part in spelled.parts if part.lower() in _CREDENTIALS]:
-            raise UiFolderError(f"{folder} lies in {found[0]}, where credentials or a program's own files are kept")
+            raise UiFolderError(f"{folder} is in {found[0]}, a folder for credentials or a program's own files")
     home = _resolve(Path.home())
     if home.is_relative_to(path):
         raise UiFolderError(f"{folder} is a whole home folder, or above one")

@@ -260,7 +260,7 @@ class ChatTemplate:
         try:
             return str(self._compiled[self._pick(tools)].render(given))
         except TEMPLATE_FAULTS as error:
-            raise RowFaultError(RowFault.TEMPLATE_REFUSED, f"the chat template refuses it: {error}") from error
+            raise RowFaultError(RowFault.TEMPLATE_REFUSED, f"the chat template rejects it: {error}") from error
 
 
 def _prepare_message(message: Mapping[str, Any]) -> dict[str, Any]:

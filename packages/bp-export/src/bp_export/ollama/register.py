@@ -191,7 +191,7 @@ def read_license(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise OllamaRegistrationError(
-            f"the licence {path} cannot be read", cause=str(error), fix="Name a text file: {set:license=LICENSE}"
+            f"the license {path} cannot be read", cause=str(error), fix="Name a text file: {set:license=LICENSE}"
         ) from error
 
 

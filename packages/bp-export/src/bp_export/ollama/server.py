@@ -184,9 +184,9 @@ def _coded(server: str) -> Iterator[None]:
 def _build_refusal(error: ResponseError) -> OllamaRegistrationError:
     words = str(error.error).strip() or f"HTTP {error.status_code}"
     if "no longer supported" in words or ("quantize" in words and "llama.cpp" in words):
-        return OllamaRegistrationError(f"Ollama refuses: {words}", fix=MERGED_WAY)
+        return OllamaRegistrationError(f"Ollama rejects it: {words}", fix=MERGED_WAY)
     return OllamaRegistrationError(
-        f"Ollama refuses: {words}", fix="Read what it says; an older Ollama may need an update: ollama --version"
+        f"Ollama rejects it: {words}", fix="Read its message. An older Ollama may need an update: ollama --version"
     )
 
 
