@@ -211,7 +211,9 @@ def test_validate_with_a_model_lists_every_bad_row_too(place, capsys):
     (place / "all.jsonl").write_text("\n".join(BAD))
     for argv in (["--on-bad-row", "skip"], []):
         assert run(["validate", "all.jsonl", "--model", "./m", *argv]) != 0
-        assert capsys.readouterr().out.count("line ") == 4, "also when all fail"
+        captured = capsys.readouterr()
+        assert captured.out.count("line ") == 4, "also when all fail"
+        assert "all.jsonl" in captured.err.splitlines()[-2], "the fix names the file"
 
 
 @pytest.mark.parametrize("name", ["nofile.jsonl", "nofile.csv", "./nofile", "data/nofile.ndjson", "nofile.xlsx"])

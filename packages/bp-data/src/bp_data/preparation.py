@@ -5,6 +5,7 @@ A `PrepareRequest` holds all that tokens and masks depend on, so that it is also
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -224,12 +225,14 @@ def prepare(request: PrepareRequest) -> Prepared[Any]:
     digest = sha256_data(Path(request.path))
     making = _Making(request, tokenizer, template, facts)
     if request.cache is None:
-        stored, ledger, trained, hit = *making.to_memory(), False
+        with _named_in_fix(request.path):
+            stored, ledger, trained, hit = *making.to_memory(), False
     else:
         entry = request.cache / cached.cache_key(digest, tokenizer, template, request.key())
         hit = (found := cached.read_entry(entry)) is not None
         if found is None:
-            making.to_folder(entry)
+            with _named_in_fix(request.path):
+                making.to_folder(entry)
             cached.prune(request.cache)
             found = cached.read_entry(entry)
         if found is None:
@@ -253,6 +256,17 @@ def prepare(request: PrepareRequest) -> Prepared[Any]:
         from_cache=hit,
         fields=None if hit else making.fields,
     )
+
+
+@contextlib.contextmanager
+def _named_in_fix(path: str | Path) -> Iterator[None]:
+    """Put the user's own file into the gate's fix."""
+    try:
+        yield
+    except DatasetGateError as error:
+        if error.hint == DatasetGateError.default_fix:
+            error.hint = f"Look at what would be trained on: {command_ref('data preview', path)}"
+        raise
 
 
 class _Making:
