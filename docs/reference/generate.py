@@ -20,7 +20,7 @@ from backpropagate.cli.app import COMMANDS, run
 from backpropagate.cli.documents import DOCUMENTS, build_schema
 from backpropagate.cli.errors import load_codes
 from backpropagate.cli.estimate_vram import CARDS, longest_rows
-from backpropagate.cli.flags import flag_names
+from backpropagate.cli.flags import flag_names, spell
 from backpropagate.cli.hint_wording import CommandLineWording
 from backpropagate.presets import MODEL_PRESETS
 from backpropagate.rails import find_estimator
@@ -74,7 +74,7 @@ def build_settings() -> str:
     for setting in (*all_settings().values(), *ui_settings().values()):
         flag = flag_names(setting)[0]
         others = ", ".join(f"`{name}`" for name in setting.other_names)
-        default = "" if setting.default in (None, "", ()) else f"`{setting.default}`"
+        default = "" if setting.default in (None, "", ()) else f"`{spell(setting.default)}`"
         text = setting.help.replace("|", "\\|")
         lines.append(f"| `{setting.key}` | `{flag}` | `{setting.env}` | {others} | {default} | {text} |")
     program = {

@@ -9,7 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from backpropagate.evaluation.compare import METRICS
-from backpropagate.settings import Setting, all_settings
+from backpropagate.settings import Setting, all_settings, choices
 from bp_export import QUANTIZATIONS
 
 _WIDTH = 120
@@ -69,6 +69,7 @@ _CALLS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], str], ...] = (
 def build_keywords() -> str:
     """The module's source."""
     parts = [_HEAD + f"\n{_alias('QuantizationName', QUANTIZATIONS)}\n{_alias('MetricName', METRICS)}"]
+    parts[0] += f"\n{_alias('TrackerName', choices(all_settings()['training.report_to']))}"
     for group, title in _TITLES.items():
         found = [setting for setting in all_settings().values() if setting.key.startswith(f"{group}.")]
         parts.append(_build_class(f"{title}Keywords", ("TypedDict",), _WHAT[group], list(_keys(found, leave_out=_OWN))))
@@ -113,6 +114,8 @@ def _key(word: str, setting: Setting) -> str:
 
 def spell_type(setting: Setting) -> str:
     """The type of a setting's values as source text, without None."""
+    if setting.key == "training.report_to":
+        return "TrackerName | Sequence[TrackerName]"
     if get_origin(setting.type) is tuple:
         return "Mapping[str, str] | Sequence[str]" if setting.key in _PAIRS else "Sequence[str]"
     kinds = get_args(setting.type) if get_origin(setting.type) in (Union, UnionType) else (setting.type,)

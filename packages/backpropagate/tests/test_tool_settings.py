@@ -55,7 +55,7 @@ OTHERS = {
     "training.epochs": 1.5,
     "training.optim": "adamw_8bit",
     "training.deterministic": True,
-    "training.report_to": "tensorboard",
+    "training.report_to": ("tensorboard",),
     "training.run_name": "mine",
     "training.start_from": "9f2c1a@50",
     "training.fp8": True,

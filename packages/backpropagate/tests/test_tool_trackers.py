@@ -7,8 +7,9 @@ import pytest
 
 from backpropagate import Trainer
 from backpropagate.errors import TrackerMissingError
+from backpropagate.settings import resolve
 from backpropagate.trackers import tracker
-from bp_runs.errors import TrainingDivergedError
+from bp_runs.errors import InvalidSettingError, TrainingDivergedError
 from bp_runs.events import EvalDone, Notice, StepDone
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
@@ -207,14 +208,40 @@ def test_a_tracker_that_is_not_installed_is_refused_before_a_run_exists(chat_fil
     with pytest.raises(TrackerMissingError, match="wandb"):
         fake_trainer(chat_file, pico_model, tmp_path, report_to="wandb").train()
     assert not (tmp_path / "out" / "runs").exists()
-    assert tracker.choose_trackers("auto", {}) == []
+    assert tracker.choose_trackers(["auto"], {}) == []
 
 
-def test_auto_takes_what_is_found_and_sends_nothing_away_unasked(monkeypatch):
+SENDING = {"WANDB_API_KEY": "x", "MLFLOW_TRACKING_URI": "https://mlflow.example", "TRACKIO_SPACE_ID": "me/space"}
+LOCAL = {"MLFLOW_TRACKING_URI": "sqlite:///runs.db"}
+
+
+def test_a_tracker_that_sends_data_starts_only_when_it_is_named(monkeypatch):
     monkeypatch.setattr(tracker, "find_spec", lambda name: object())
-    assert tracker.choose_trackers("auto", {}) == ["tensorboard", "mlflow", "trackio"]
-    assert "wandb" in tracker.choose_trackers("auto", {"WANDB_API_KEY": "x"})
-    assert tracker.choose_trackers("wandb", {}) == ["wandb"]
+    for environ in ({}, LOCAL, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}, {"WANDB_API_KEY": "x"}):
+        assert tracker.choose_trackers(["auto"], environ) == ["tensorboard", "mlflow", "trackio"]
+    assert tracker.choose_trackers(["auto"], SENDING) == ["tensorboard"]
+    for name in ("wandb", "mlflow", "trackio"):
+        assert tracker.choose_trackers([name], SENDING) == [name]
+    assert tracker.choose_trackers(["wandb", "auto"], {}) == ["wandb", "tensorboard", "mlflow", "trackio"]
+    assert tracker.choose_trackers(["wandb", "tensorboard"], {}) == ["wandb", "tensorboard"]
+    assert tracker.choose_trackers(["none"], {}) == []
+    with pytest.raises(InvalidSettingError, match="none, or some"):
+        tracker.choose_trackers(["none", "wandb"], {})
+
+
+@pytest.mark.parametrize(
+    "given", [["wandb", "tensorboard"], ("wandb", "tensorboard"), "wandb,tensorboard", "wandb|tensorboard"]
+)
+def test_several_trackers_by_every_way_of_setting_them(given, tmp_path):
+    both = ("wandb", "tensorboard")
+    assert Trainer("m", report_to=given).settings.training.report_to == both
+    if isinstance(given, str):
+        assert resolve({}, {"BACKPROPAGATE_TRAINING__REPORT_TO": given}).settings.training.report_to == both
+    file = tmp_path / "backpropagate.toml"
+    file.write_text(f"[training]\nreport_to = {list(given) if not isinstance(given, str) else given!r}\n")
+    assert resolve({}, {}, file).settings.training.report_to == both
+    with pytest.raises(InvalidSettingError, match="report_to cannot be 'wandbb'; did you mean 'wandb'"):
+        Trainer("m", report_to=["tensorboard", "wandbb"])
 
 
 def test_numbers_of_events():

@@ -31,6 +31,8 @@ QuantizationName: TypeAlias = Literal[
 
 MetricName: TypeAlias = Literal["exact", "f1", "contains"]
 
+TrackerName: TypeAlias = Literal["auto", "none", "tensorboard", "mlflow", "wandb", "trackio"]
+
 
 class ModelKeywords(TypedDict, total=False):
     """The base model."""
@@ -281,8 +283,8 @@ class TrainingKeywords(TypedDict, total=False):
     random_state: int | None
     """As ``seed``. Seed for the order of examples, initial weights and dropout."""
 
-    report_to: Literal["auto", "none", "tensorboard", "mlflow", "wandb", "trackio"] | None
-    """Tracker to log to. auto: local ones that are installed; those that send data only when named."""
+    report_to: TrackerName | Sequence[TrackerName] | None
+    """Trackers to log to. auto: local ones that are installed; those that send data only when named."""
 
     run_name: str | None
     """Name of the run in trackers. Default: its id."""

@@ -5,6 +5,7 @@ A setting is a field of `bp_runs.Settings`; nothing here lists them a second tim
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
@@ -423,13 +424,19 @@ def _convert(setting: Setting, raw: Any, source: Source, name: str) -> Any:
         InvalidSettingError: It can't be; ``name`` is the setting's as it was spelled.
     """
     if isinstance(raw, str) and "tuple" in str(setting.type):
-        raw = [part.strip() for part in raw.split("|") if part.strip()]
+        apart = "[|,]" if choices(setting) else "[|]"  # texts may hold commas, words of a list do not
+        raw = [part.strip() for part in re.split(apart, raw) if part.strip()]
     if isinstance(raw, Mapping) and "tuple" in str(setting.type):
         raw = [f"{theirs}={ours}" for theirs, ours in raw.items()]
     if isinstance(raw, Path):
         raw = str(raw)
     where = name if source in ("env", "toml") else f"{{set:{name.replace('-', '_')}}}"
-    value = raw if choices(setting) or type(raw) is setting.type else _as_type(setting, raw, source, where)
+    is_word = choices(setting) and "tuple" not in str(setting.type)
+    if choices(setting) and isinstance(raw, list):
+        raw = tuple(map(str, raw))
+    value = (
+        raw if is_word or isinstance(raw, tuple) or type(raw) is setting.type else _as_type(setting, raw, source, where)
+    )
     check_value(setting.key, value, setting.type, setting.range, where)
     return value
 

@@ -112,7 +112,9 @@ def check_value(key: str, value: Any, kind: Any, allowed: Range | None, name: st
     choices = choices_of(kind)
     if value is None:
         return
-    if choices and value not in choices:
+    wrong = [one for one in (value if isinstance(value, tuple) else (value,)) if one not in choices]
+    if choices and wrong:
+        value = wrong[0]
         import difflib  # only for a message: commands start without it
 
         near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
@@ -365,8 +367,9 @@ class TrainingSpec:
         at_least=0,
         at_most=2**32 - 1,
     )
-    report_to: Literal["auto", "none", "tensorboard", "mlflow", "wandb", "trackio"] = setting(
-        "auto", "Tracker to log to. auto: local ones that are installed; those that send data only when named."
+    report_to: tuple[Literal["auto", "none", "tensorboard", "mlflow", "wandb", "trackio"], ...] = setting(
+        ("auto",),
+        "Trackers to log to. auto: local ones that are installed; those that send data only when named.",
     )
     run_name: str | None = setting(None, "Name of the run in trackers. Default: its id.")
     deterministic: bool = setting(

@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
+from types import GenericAlias, MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
 from backpropagate.errors import CommandLineError
-from backpropagate.settings import TAKES_AUTO, TOML_FILE, Setting, all_settings, resolve, ui_settings
+from backpropagate.settings import TAKES_AUTO, TOML_FILE, Setting, all_settings, choices, resolve, ui_settings
 from backpropagate.system import to_path
 
 if TYPE_CHECKING:
@@ -116,7 +116,9 @@ def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _parameter(setting: Setting) -> inspect.Parameter:
-    kind: Any = list[str] if "tuple" in str(setting.type) else setting.type
+    kind: Any = setting.type
+    if "tuple" in str(kind):
+        kind = GenericAlias(list, (Literal[choices(setting)],)) if choices(setting) else list[str]
     if setting.key in TAKES_AUTO:
         kind = kind | Literal["auto"]
     shown = "" if setting.default in (None, "", ()) else f" [default: {spell(setting.default)}]"
@@ -144,6 +146,8 @@ def _group(name: str) -> Group:
 
 def spell(value: Any) -> str:
     """A setting's value as it is typed."""
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

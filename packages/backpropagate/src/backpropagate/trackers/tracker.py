@@ -15,9 +15,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from backpropagate.errors import TrackerMissingError
-from bp_runs.errors import first_line
+from bp_runs.errors import InvalidSettingError, first_line
 from bp_runs.events import Emit, EvalDone, Event, Notice, StepDone
 from bp_runs.redact import redact_data
 
@@ -177,23 +178,42 @@ TRACKERS: Mapping[str, Callable[[Tracked], Tracker]] = {
 }
 
 
-def choose_trackers(wanted: str, environ: Mapping[str, str]) -> list[str]:
-    """The trackers to tell: the one named, none, or with ``auto`` all that are found.
+def choose_trackers(names: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """The trackers to log to: those named; with ``auto`` all that are installed and send nothing to other machines.
 
     Raises:
-        TrackerMissingError: The one named is not installed.
+        InvalidSettingError: ``none`` next to others.
+        TrackerMissingError: One that is named is not installed.
     """
-    if wanted == "auto":
-        found = [name for name in TRACKERS if find_spec(name) is not None]
-        return [name for name in found if name != "wandb" or environ.get("WANDB_API_KEY")]
-    if wanted == "none":
+    if "none" in names:
+        if len(names) > 1:
+            raise InvalidSettingError(
+                f"{{set:training.report_to}} is {', '.join(names)}: none, or some", setting="training.report_to"
+            )
         return []
-    if find_spec(wanted) is None:
-        raise TrackerMissingError(
-            f"the tracker {wanted} is not installed",
-            fix=f"Install it: {{install:{wanted}}}; or train without: {{set:training.report_to=none}}",
-        )
-    return [wanted]
+    for name in names:
+        if name != "auto" and find_spec(name) is None:
+            raise TrackerMissingError(
+                f"the tracker {name} is not installed",
+                fix=f"Install it: {{install:{name}}}; or train without: {{set:training.report_to=none}}",
+            )
+    local = [name for name in TRACKERS if find_spec(name) is not None and not _sends_data(name, environ)]
+    chosen = [*(name for name in names if name != "auto"), *(local if "auto" in names else ())]
+    return list(dict.fromkeys(chosen))
+
+
+def _sends_data(name: str, environ: Mapping[str, str]) -> bool:
+    """Whether a tracker sends what it logs to another machine, so that it starts only when it is named.
+
+    wandb does. MLflow does if its tracking server is not a folder, a database file or this machine; trackio if it
+    syncs to a Space. TensorBoard writes files.
+    """
+    if name == "wandb":
+        return True
+    if name == "mlflow":
+        place = urlsplit(environ.get("MLFLOW_TRACKING_URI", ""))
+        return place.scheme not in ("", "file", "sqlite") and place.hostname not in ("localhost", "127.0.0.1", "::1")
+    return name == "trackio" and bool(environ.get("TRACKIO_SPACE_ID"))
 
 
 class Watching(Protocol):
