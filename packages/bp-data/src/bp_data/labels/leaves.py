@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, TypeAlias
 from bp_data.example import REASONING_FIELDS, Chat, Message
 
 Kind: TypeAlias = Literal["text", "thought", "call", "argument", "id", "name", "tool", "description"]
+Value: TypeAlias = str | int | float
 Pick: TypeAlias = Callable[[int, Kind], bool]
 """Whether leaves of a turn (-1: the tools) and of a kind are replaced."""
 
@@ -30,7 +31,7 @@ _MARK: Final = "Zq{:05d}qZ"
 _NUMBER: Final = 91_827_000_000
 MARKS: Final = re.compile(r"Zq\d{5}qZ|918270\d{5}(?:\.5)?|Zi\d{4,}")
 # How templates write a value: as it is, as JSON without its quotes, as Python does.
-WRITERS: Final[tuple[Callable[[str | int | float], str], ...]] = (
+WRITERS: Final[tuple[Callable[[Value], str], ...]] = (
     str,
     lambda value: json.dumps(value, ensure_ascii=False)[1:-1] if isinstance(value, str) else json.dumps(value),
     lambda value: json.dumps(value)[1:-1] if isinstance(value, str) else json.dumps(value),
@@ -52,7 +53,7 @@ class Leaf:
 
     turn: int
     kind: Kind
-    value: str | int | float
+    value: Value
     mark: str
 
 
@@ -75,6 +76,12 @@ class Outline:
 def replace_leaves(chat: Chat, pick: Pick | None = None) -> Outline:
     """The chat with placeholders for the leaves that ``pick`` names; None: for all."""
     return _Replacer(chat, pick).outline
+
+
+def to_outline(chat: Chat) -> Outline:
+    """The chat as it is."""
+    tools = None if chat.tools is None else [dict(tool) for tool in chat.tools]
+    return Outline([message.to_dict() for message in chat.messages], tools)
 
 
 class _Replacer:

@@ -8,15 +8,14 @@ chat's leaves in the slots are the borders taken over; all other chats go throug
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-import orjson
-
 from bp_data.errors import RowFaultError
 from bp_data.example import Chat
-from bp_data.labels.leaves import MARKS, WRITERS, Leaf, Outline, replace_leaves
+from bp_data.json_text import dump_json
+from bp_data.labels.leaves import MARKS, WRITERS, Leaf, Outline, Value, replace_leaves, to_outline
 from bp_data.labels.spans import Marked, Span, SpanSearch
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
@@ -33,12 +32,12 @@ class _Shape:
     """For each slot, the place of its leaf."""
     borders: tuple[tuple[int, int], ...]
     """Start and end of each span in turn: a place in ``literals``, and characters after that literal's beginning."""
-    writers: list[Callable[[str | int | float], str]] = field(default_factory=list)
+    writers: list[Callable[[Value], str]] = field(default_factory=list)
     """For each slot, how the last chat of this shape had its leaf written."""
 
-    def place(self, text: str, leaves: Sequence[Leaf]) -> list[Span] | None:
+    def place(self, text: str, leaves: Sequence[Value]) -> list[Span] | None:
         """The spans in a chat's rendering; None if the rendering is not these literals with the chat's leaves."""
-        values = [write(leaves[leaf].value) for write, leaf in zip(self.writers, self.slots, strict=True)]
+        values = [write(leaves[leaf]) for write, leaf in zip(self.writers, self.slots, strict=True)]
         pieces = [self.literals[0]]
         for value, literal in zip(values, self.literals[1:], strict=True):
             pieces += (value, literal)
@@ -51,7 +50,7 @@ class _Shape:
             at += len(piece)
         return self._spans(starts)
 
-    def _align(self, text: str, leaves: Sequence[Leaf]) -> list[Span] | None:
+    def _align(self, text: str, leaves: Sequence[Value]) -> list[Span] | None:
         """As `place`, trying every writer at every slot."""
         starts, at = [0], len(self.literals[0])
         if not text.startswith(self.literals[0]):
@@ -60,7 +59,7 @@ class _Shape:
         for slot, leaf in enumerate(self.slots):
             literal = self.literals[slot + 1]
             for write in WRITERS:
-                value = write(leaves[leaf].value)
+                value = write(leaves[leaf])
                 if text.startswith(value, at) and text.startswith(literal, at + len(value)):
                     break
             else:
@@ -83,7 +82,7 @@ class SpanFinder:
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self._search = SpanSearch(tokenizer, template)
-        self._known: dict[bytes, _Shape | None] = {}
+        self._known: dict[Hashable, _Shape | None] = {}
 
     def find(self, chat: Chat) -> Marked:
         """The rendered chat and the characters to train on.
@@ -91,22 +90,28 @@ class SpanFinder:
         Raises:
             RowFaultError: As `find_spans`.
         """
-        outline = replace_leaves(chat)
-        shape = self._shape(chat, outline)
+        found = _read_plain(chat)
+        if found is None:
+            outline = replace_leaves(chat)
+            learned = [message.learn for message in chat.messages]
+            key = dump_json([chat.first, learned, outline.messages, outline.tools])
+            shape = self._shape(key, chat, outline)
+            leaves: Sequence[Value] = [leaf.value for leaf in outline.leaves]
+        else:
+            plain_key, leaves = found
+            shape = self._shape(plain_key, chat, None)
         if shape is not None:
-            text = self._search.render(replace_leaves(chat, lambda *_: False))
-            spans = shape.place(text, outline.leaves)
+            text = self._search.render(to_outline(chat))
+            spans = shape.place(text, leaves)
             if spans is not None:
                 return Marked(text, spans)
         return self._search.find(chat)
 
-    def _shape(self, chat: Chat, outline: Outline) -> _Shape | None:
-        learned = [message.learn for message in chat.messages]
-        key = orjson.dumps([chat.first, learned, outline.messages, outline.tools], option=orjson.OPT_NON_STR_KEYS)
+    def _shape(self, key: Hashable, chat: Chat, outline: Outline | None) -> _Shape | None:
         if key not in self._known:
             if len(self._known) >= _MOST:
                 self._known.clear()
-            self._known[key] = self._build(chat, outline)
+            self._known[key] = self._build(chat, outline or replace_leaves(chat))
         return self._known[key]
 
     def _build(self, chat: Chat, outline: Outline) -> _Shape | None:
@@ -115,6 +120,22 @@ class SpanFinder:
         except RowFaultError:
             return None  # the search says why, in terms of the chat itself
         return _take_apart(text, spans, outline.leaves)
+
+
+def _read_plain(chat: Chat) -> tuple[Hashable, list[str]] | None:
+    """Shape and leaves of a chat of texts alone, without the cost of an outline; None for other chats."""
+    if chat.tools is not None:
+        return None
+    shape: list[Hashable] = [chat.first]
+    leaves = []
+    for message in chat.messages:
+        content = message.content
+        if message.fields or not content or "</think>" in content or not (core := content.strip()):
+            return None
+        blanks = None if len(core) == len(content) else content.partition(core)[::2]
+        shape.append((message.role, message.learn, blanks))
+        leaves.append(core)
+    return tuple(shape), leaves
 
 
 def _take_apart(text: str, spans: Sequence[Span], leaves: Sequence[Leaf]) -> _Shape | None:

@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat
-from bp_data.labels.leaves import OWN, WRITERS, Kind, Leaf, Outline, replace_leaves
+from bp_data.labels.leaves import OWN, WRITERS, Kind, Leaf, Outline, replace_leaves, to_outline
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 
@@ -74,12 +74,11 @@ class SpanSearch:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self._template = template
         self._ends = _end_texts(tokenizer, template)
-        self._header = _find_header(template)
+        self._headers = tuple(dict.fromkeys(_find_headers(template)))
 
     def find(self, chat: Chat) -> Marked:
         """As `find_spans`."""
-        plain = replace_leaves(chat, lambda *_: False)
-        text = self.render(plain)
+        text = self.render(to_outline(chat))
         turns = trained_turns(chat)
         found = [self._locate_real(chat, text, turn) for turn in turns]
         require_order(found)
@@ -143,7 +142,8 @@ class SpanSearch:
     def _locate(self, outline: Outline, text: str, turn: int) -> tuple[Span, int, int]:
         """One turn whose own leaves are placeholders, and where those begin and end."""
         own = [leaf for leaf in outline.replaced if _is_own(leaf, turn)]
-        upto = self._template.try_render(outline.messages[: turn + 1], outline.tools)
+        is_last = turn == len(outline.messages) - 1
+        upto = text if is_last else self._template.try_render(outline.messages[: turn + 1], outline.tools)
         first, last = _extent(own, text, upto)
         others = [leaf for leaf in outline.replaced if leaf.turn != turn and leaf.kind != "id"]
         floor = max((at + len(leaf.mark) for leaf in others if (at := text.rfind(leaf.mark, 0, first)) >= 0), default=0)
@@ -160,6 +160,8 @@ class SpanSearch:
             )
             if prompt is None:
                 continue
+            if len(prompt) <= first and prompt.endswith(self._headers) and text.startswith(prompt):
+                return len(prompt)
             before = self._template.try_render(outline.messages[:turn], outline.tools, variables=variables) or ""
             # Phi closes a chat without a prompt by an end token, so what both share is not always all of it.
             header = prompt[common_prefix(before, prompt) :]
@@ -169,7 +171,7 @@ class SpanSearch:
                 best = _match_header(text, header, len(prompt) - len(header), first)
         if best is not None:
             return best
-        for header in dict.fromkeys(self._header):
+        for header in self._headers:
             for at in _finds(text, header, floor, first):
                 if (found := _match_header(text, header, at, first)) is not None:
                     return found
@@ -362,7 +364,7 @@ def _whole_pieces(text: str, length: int) -> int:
     return end
 
 
-def _find_header(template: ChatTemplate) -> list[str]:
+def _find_headers(template: ChatTemplate) -> list[str]:
     """What the template writes for the model to go on from, without and with thinking."""
     chat = [{"role": "user", "content": "Qquestionx"}]
     found = []
