@@ -86,6 +86,11 @@ ollama-record address:
 ui-browser:
     uv run --group browser pytest -n 0 packages/backpropagate/tests/test_tool_ui_browser.py
 
+# Every public chat template × every kind of chat, judged by transformers, and the handbook's page; two minutes.
+templates:
+    uv run python packages/bp-data/tests/template_matrix.py docs/reference/templates.md
+    uv run pytest -m slow -n 0 packages/bp-data/tests/test_data_matrix.py
+
 # Generated reference pages.
 docs:
     uv run python docs/reference/generate.py

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass, field
+import sys
+from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -105,17 +107,49 @@ CASES = {
         ]
     },
     "reasoning field": {"messages": [_ASKED, _turn("assistant", "Wanswer", reasoning_content="Wthought")]},
+    "reasoning with a call": {
+        "messages": [
+            _ASKED,
+            _turn("assistant", "", reasoning_content="Wthought", tool_calls=[_call(1, "Nweather", "Woslo")]),
+            _RESULT,
+            _turn("assistant", "Wanswer", reasoning_content="Wafter"),
+        ],
+        "tools": _TOOLS,
+    },
+    "nested arguments": {
+        "messages": [
+            _ASKED,
+            _turn(
+                "assistant",
+                "",
+                tool_calls=[_call(1, "Nweather", {"of": ["Woslo", {"key": "Wrome"}], "n": 7, "b": True})],
+            ),
+            _RESULT,
+            _turn("assistant", "Wanswer"),
+        ],
+        "tools": _TOOLS,
+    },
+    "call without arguments": {
+        "messages": [
+            _ASKED,
+            _turn(
+                "assistant", "", tool_calls=[{"type": "function", "function": {"name": "Nweather", "arguments": {}}}]
+            ),
+            _turn("tool", "Nresult", name="Nweather"),
+            _turn("assistant", "Wanswer"),
+        ],
+        "tools": _TOOLS,
+    },
 }
 
 
-@dataclass
-class Verdict:
+class Verdict(NamedTuple):
     """What became of one chat under one template."""
 
     kind: str  # works, rejected, wrong, lost
     reason: str = ""
     possible: bool = True  # whether transformers renders every word
-    rows: list = field(default_factory=list)
+    rows: tuple = ()
 
 
 class Tokens:
@@ -146,7 +180,29 @@ def find_templates():
 
 
 def render(text, case, **more):
-    """transformers' rendering; None where it rejects the chat."""
+    """transformers' rendering; None where it rejects the chat.
+
+    Templates of models that see pictures may take content in parts alone, and write nothing of a plain text.
+    """
+    return _render(text, _in_parts(case) if _takes_parts_alone(text) else case, **more)
+
+
+def _in_parts(case):
+    messages = [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]} if turn.get("content") else turn
+        for turn in case["messages"]
+    ]
+    return {**case, "messages": messages}
+
+
+@cache
+def _takes_parts_alone(text):
+    shown = [_render(text, one) or "" for one in (CASES["single"], _in_parts(CASES["single"]))]
+    said = ["Wanswer" in one and "Nasked" in one for one in shown]
+    return said == [False, True]
+
+
+def _render(text, case, **more):
     messages = [{key: value for key, value in turn.items() if value is not None} for turn in case["messages"]]
     try:  # without the keys that are None, as apply_chat_template does
         return render_jinja_template([messages], case.get("tools"), chat_template=text, **TOKENS, **more)[0][0]
@@ -179,7 +235,7 @@ def judge(text, finder, case):
         rows = mark_rows(example, finder)
     except RowFaultError as fault:
         return Verdict("rejected", f"{fault.code.value}: {fault.reason}", possible)
-    wrong = _check(text, case, rows, wanted, others)
+    wrong = check(text, case, rows, wanted, others)
     return Verdict("wrong", wrong, possible, rows) if wrong else Verdict("works", "", possible, rows)
 
 
@@ -212,7 +268,7 @@ def _possible(text, case, wanted):
     return True
 
 
-def _check(text, case, rows, wanted, others):
+def check(text, case, rows, wanted, others):
     """What is wrong with the rows; empty if nothing is."""
     seen = []
     prefixes = [
@@ -272,41 +328,76 @@ def _cut_short(text, case, row):
     return ""
 
 
+def finder_for(text):
+    """The finder of spans for a template, with tokens made up from its text."""
+    tokens = Tokens(text)
+    return SpanFinder(tokens, ChatTemplate(text, tokens))
+
+
 def run(templates=None, cases=CASES):
     """Verdicts by template and case."""
     found = {}
-    for name, text in (templates or find_templates()).items():
-        tokens = Tokens(text)
+    for name, text in (find_templates() if templates is None else templates).items():
         try:
-            template = ChatTemplate(text, tokens)
+            finder = finder_for(text)
         except TemplateFailedError as error:
             found[name] = {case: Verdict("rejected", str(error), possible=False) for case in cases}
             continue
-        finder = SpanFinder(tokens, template)
         found[name] = {case: judge(text, finder, data) for case, data in cases.items()}
     return found
 
 
-def main():
-    found = run()
-    print(f"{len(found)} templates")
-    print(f"{'case':22}{'works':>7}{'rejected':>10}{'of these possible':>19}{'wrong':>7}")
+def summarize(found):
+    """A row a case: works, rejected, rejected although the template could say it, wrong."""
     for case in CASES:
         column = [verdicts[case] for verdicts in found.values()]
-        counts = [sum(v.kind == kind for v in column) for kind in ("works", "rejected", "wrong")]
-        avoidable = sum(v.kind == "rejected" and v.possible for v in column)
-        print(f"{case:22}{counts[0]:7}{counts[1]:10}{avoidable:19}{counts[2]:7}")
+        kinds = [sum(verdict.kind == kind for verdict in column) for kind in ("works", "rejected", "wrong")]
+        yield case, kinds[0], kinds[1], sum(v.kind == "rejected" and v.possible for v in column), kinds[2]
+
+
+_SHORT = {"single": "one turn", "thinking, two turns": "thinking", "reasoning with a call": "reasoning + call"}
+_HEAD = """# Your model's template
+
+<!-- Generated by `just templates`; change the code, not this page. -->
+
+Every chat template below was tried with every kind of chat. **yes**: exactly the assistant's words are trained on, its
+tool calls and reasoning included, as judged by transformers. **no**: the template can't write such a chat, and
+`backprop` rejects these rows with the reason. No chat loses a word in silence.
+
+If your model's template can't write reasoning, use `--reasoning-trace`: it puts the reasoning into the answer's text.
+
+"""
+
+
+def build_page(found):
+    """The handbook's page."""
+    lines = [_HEAD, "| chat | works | rejected | wrong |", "|---|---|---|---|"]
+    lines += [f"| {case} | {works} | {no} | {wrong} |" for case, works, no, _, wrong in summarize(found)]
+    names = [_SHORT.get(case, case) for case in CASES]
+    lines += [
+        "",
+        f"## {len(found)} templates",
+        "",
+        f"| template | {' | '.join(names)} |",
+        "|---|" + "---|" * len(names),
+    ]
+    for name, verdicts in sorted(found.items(), key=lambda one: one[0].lower()):
+        marks = ["yes" if verdicts[case].kind == "works" else "no" for case in CASES]
+        lines.append(f"| {name.split(': ')[1]} | {' | '.join(marks)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    """Print the summary; with a path, write the page there."""
+    found = run()
+    print(f"{len(found)} templates")
+    print(f"{'case':24}{'works':>7}{'rejected':>10}{'of these possible':>19}{'wrong':>7}")
+    for case, works, rejected, possible, wrong in summarize(found):
+        print(f"{case:24}{works:7}{rejected:10}{possible:19}{wrong:7}")
+    if sys.argv[1:]:
+        Path(sys.argv[1]).write_text(build_page(found), encoding="utf-8")
     return found
 
 
 if __name__ == "__main__":
-    import json
-    import sys
-
-    found = main()
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(
-            json.dumps(
-                {n: {c: [v.kind, v.reason, v.possible] for c, v in vs.items()} for n, vs in found.items()}, indent=1
-            )
-        )
+    main()

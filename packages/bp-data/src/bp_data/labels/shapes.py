@@ -101,7 +101,7 @@ class SpanFinder:
             plain_key, leaves = found
             shape = self._shape(plain_key, chat, None)
         if shape is not None:
-            text = self._search.render(to_outline(chat))
+            text = self._search.renderer.render(to_outline(chat))
             spans = shape.place(text, leaves)
             if spans is not None:
                 return Marked(text, spans)

@@ -15,25 +15,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat
 from bp_data.labels.leaves import OWN, WRITERS, Kind, Leaf, Outline, replace_leaves, to_outline
+from bp_data.labels.renderer import PROBE, PROMPTS, ChatRenderer
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 
-# How a model may be asked to begin: a template that opens a thought does so by one of these.
-_PROMPTS: Final[tuple[Mapping[str, Any], ...]] = (
-    {},
-    {"enable_thinking": True},
-    {"enable_thinking": False},
-    {"thinking": True},
-    {"thinking": False},
-)
-_PLAIN: Final = "Qanswerx"
 # Where a text may be cut without halving a token or a word: at tags and line feeds.
 _PIECES: Final = re.compile(r"<[^<>\n]*>|\[[^\[\]\n]*\]|\n|[^<\[\n]+|[<\[]")
 _LOST: Final[Mapping[Kind, tuple[RowFault, str]]] = {
@@ -72,36 +63,17 @@ class SpanSearch:
     """`find_spans` for one tokenizer and template, chat by chat."""
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
-        self._template = template
+        self.renderer = ChatRenderer(template)
         self._ends = _end_texts(tokenizer, template)
-        self._headers = tuple(dict.fromkeys(_find_headers(template)))
 
     def find(self, chat: Chat) -> Marked:
         """As `find_spans`."""
-        text = self.render(to_outline(chat))
+        text = self.renderer.render(to_outline(chat))
         turns = trained_turns(chat)
         found = [self._locate_real(chat, text, turn) for turn in turns]
         require_order(found)
         self._prove_others(chat, turns, text, found)
         return Marked(text, found)
-
-    def render(self, outline: Outline) -> str:
-        """The chat's text.
-
-        ``content: null`` is dropped, as transformers does; where a template rejects that, an empty text is given.
-
-        Raises:
-            RowFaultError: ROW_TEMPLATE_REFUSED.
-        """
-        try:
-            return self._template.render(outline.messages, outline.tools)
-        except RowFaultError:
-            empty = [message for message in outline.messages if message.get("content", "") is None]
-            for message in empty:
-                message["content"] = ""
-            if not empty:
-                raise
-        return self._template.render(outline.messages, outline.tools)
 
     def locate_all(self, outline: Outline, chat: Chat) -> tuple[str, list[Span]]:
         """Text and spans of a chat all of whose leaves are placeholders, both proofs included.
@@ -109,7 +81,7 @@ class SpanSearch:
         Raises:
             RowFaultError: As `find_spans`.
         """
-        text = self.render(outline)
+        text = self.renderer.render(outline)
         turns = trained_turns(chat)
         require_rendered(text, outline, turns)
         spans = [self._locate(outline, text, turn)[0] for turn in turns]
@@ -128,7 +100,7 @@ class SpanSearch:
             outline = replace_leaves(chat, is_own)
             if not outline.replaced:
                 continue
-            changed = self.render(outline)
+            changed = self.renderer.render(outline)
             require_rendered(changed, outline, [turn])
             span, first, last = self._locate(outline, changed, turn)
             after = len(text) - len(changed)
@@ -143,7 +115,7 @@ class SpanSearch:
         """One turn whose own leaves are placeholders, and where those begin and end."""
         own = [leaf for leaf in outline.replaced if _is_own(leaf, turn)]
         is_last = turn == len(outline.messages) - 1
-        upto = text if is_last else self._template.try_render(outline.messages[: turn + 1], outline.tools)
+        upto = text if is_last else self.renderer.try_render(outline.messages[: turn + 1], outline.tools)
         first, last = _extent(own, text, upto)
         others = [leaf for leaf in outline.replaced if leaf.turn != turn and leaf.kind != "id"]
         floor = max((at + len(leaf.mark) for leaf in others if (at := text.rfind(leaf.mark, 0, first)) >= 0), default=0)
@@ -154,15 +126,15 @@ class SpanSearch:
     def _start(self, outline: Outline, text: str, turn: int, floor: int, first: int) -> int:
         """Where the model begins to write a turn whose first placeholder is at ``first``."""
         best = None
-        for variables in _PROMPTS if turn else ():
-            prompt = self._template.try_render(
+        for variables in PROMPTS if turn else ():
+            prompt = self.renderer.try_render(
                 outline.messages[:turn], outline.tools, add_generation_prompt=True, variables=variables
             )
             if prompt is None:
                 continue
-            if len(prompt) <= first and prompt.endswith(self._headers) and text.startswith(prompt):
+            if len(prompt) <= first and prompt.endswith(self.renderer.headers) and text.startswith(prompt):
                 return len(prompt)
-            before = self._template.try_render(outline.messages[:turn], outline.tools, variables=variables) or ""
+            before = self.renderer.try_render(outline.messages[:turn], outline.tools, variables=variables) or ""
             # Phi closes a chat without a prompt by an end token, so what both share is not always all of it.
             header = prompt[common_prefix(before, prompt) :]
             if header and len(prompt) <= first and text.startswith(prompt):
@@ -171,7 +143,7 @@ class SpanSearch:
                 best = _match_header(text, header, len(prompt) - len(header), first)
         if best is not None:
             return best
-        for header in self._headers:
+        for header in self.renderer.headers:
             for at in _finds(text, header, floor, first):
                 if (found := _match_header(text, header, at, first)) is not None:
                     return found
@@ -179,16 +151,16 @@ class SpanSearch:
 
     def _after_role(self, outline: Outline, text: str, turn: int, first: int) -> int:
         """As `_start`, for templates without a generation prompt: after what they write before any answer."""
-        before = self._template.try_render(outline.messages[:turn], outline.tools) if turn else None
-        plain = [*outline.messages[:turn], {"role": "assistant", "content": _PLAIN}]
-        spoken = self._template.try_render(plain, outline.tools)
+        before = self.renderer.try_render(outline.messages[:turn], outline.tools) if turn else None
+        plain = [*outline.messages[:turn], {"role": "assistant", "content": PROBE}]
+        spoken = self.renderer.try_render(plain, outline.tools)
         if before is not None and spoken is not None and text.startswith(before) and len(before) <= first:
-            role = spoken[len(before) : max(len(before), spoken.find(_PLAIN))]
+            role = spoken[len(before) : max(len(before), spoken.find(PROBE))]
             if not role.strip():
                 return len(before)  # Mistral's blank is the model's to write
             shared = common_prefix(role, text[len(before) : first])
             return len(before) + _whole_pieces(role, shared)
-        lead = self._template.lead
+        lead = self.renderer.lead
         return first - len(lead) if lead and text.endswith(lead, 0, first) else first
 
     def _closing(self, outline: Outline, tail: str, upto: str | None, own: Sequence[Leaf], *, is_last: bool) -> int:
@@ -213,7 +185,7 @@ class SpanSearch:
     def _asked_again(self, outline: Outline) -> str:
         """The chat with one more question; empty if the template rejects it."""
         more = [*outline.messages, {"role": "user", "content": "Qquestionx"}]
-        return self._template.try_render(more, outline.tools) or ""
+        return self.renderer.try_render(more, outline.tools) or ""
 
     def _prove_others(self, chat: Chat, turns: Sequence[int], text: str, spans: Sequence[Span]) -> None:
         """Prove that what is trained on does not depend on what others say, and that none of it is left out."""
@@ -223,7 +195,7 @@ class SpanSearch:
             return kind != "id" and (turn not in trained or kind not in OWN)
 
         outline = replace_leaves(chat, is_other)
-        changed = self.render(outline)
+        changed = self.renderer.render(outline)
         require_rendered(changed, outline, turns)
         place = 0
         for span in spans:
@@ -364,20 +336,8 @@ def _whole_pieces(text: str, length: int) -> int:
     return end
 
 
-def _find_headers(template: ChatTemplate) -> list[str]:
-    """What the template writes for the model to go on from, without and with thinking."""
-    chat = [{"role": "user", "content": "Qquestionx"}]
-    found = []
-    for variables in _PROMPTS:
-        before = template.try_render(chat, variables=variables)
-        prompt = template.try_render(chat, add_generation_prompt=True, variables=variables)
-        if before is not None and prompt is not None and prompt.startswith(before) and len(prompt) > len(before):
-            found.append(prompt[len(before) :])
-    return found
-
-
-@lru_cache(maxsize=64)
 def _end_texts(tokenizer: Tokenizer, template: ChatTemplate) -> tuple[str, ...]:
+    """The texts of all tokens at which generation stops."""
     texts = {text for text, number in tokenizer.added.items() if number in tokenizer.stop_ids}
     named = (template.terminator, tokenizer.special_tokens.get("eos_token"))
     return tuple(sorted(texts | {text for text in named if text}))
