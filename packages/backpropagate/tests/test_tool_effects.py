@@ -105,6 +105,12 @@ class Bench:
         return self.write("odd_columns.jsonl", [{"wer": f"who {i}", "was": "marlow", "notes": notes} for i in range(4)])
 
     @functools.cached_property
+    def borders(self) -> str:
+        """Two rows, one of which holds the token that ends a turn."""
+        end = json.loads((self.model / "tokenizer_config.json").read_text())["eos_token"]
+        return self.write("borders.jsonl", [{"question": "who", "answer": a} for a in ("marlow", f"a {end} b")])
+
+    @functools.cached_property
     def western(self) -> str:
         """A table as Excel saves it on Windows, with one letter that is not ASCII."""
         file = self.folder / "western.csv"
@@ -358,6 +364,7 @@ EFFECTS = {
     "data.columns": lambda b: b.read(data=b.odd_columns) == "INPUT_DATASET_FORMAT_UNSUPPORTED" and b.read(data=b.odd_columns, columns={"wer": "question", "was": "answer"}, ignore_columns="notes").whole == 4,
     "data.ignore_columns": lambda b: b.read(data=b.odd_columns, columns=["wer=question,was=answer"]) == "INPUT_DATASET_COLUMNS_LEFT",
     "data.encoding": lambda b: (b.read(data=b.western, on_bad_row="skip").dropped, b.read(data=b.western, encoding="cp1252").dropped) == (1, 0),
+    "data.control_tokens": lambda b: (b.read(data=b.borders, on_bad_row="skip").dropped, b.read(data=b.borders, control_tokens="allow").dropped) == (1, 0),
     "data.on_overflow": lambda b: b.read(data=b.odd_rows, on_bad_row="skip", on_overflow="drop").dropped == 2,
     "data.min_tokens": lambda b: b.read(data=b.odd_rows, on_bad_row="skip", min_tokens=25).dropped == 2,
     "data.dedup": lambda b: b.read(data=b.odd_rows, on_bad_row="skip", dedup="exact").dropped == 2,

@@ -33,6 +33,7 @@ OTHERS = {
     "data.columns": ("a=question",),
     "data.ignore_columns": ("notes",),
     "data.encoding": "cp1252",
+    "data.control_tokens": "allow",
     "data.on_overflow": "split",
     "data.min_tokens": 5,
     "data.dedup": "near",

@@ -276,7 +276,8 @@ def check(text, case, rows, wanted, others):
         for one in (case, _fill_null(case))
         for end in range(1, len(case["messages"]) + 1)
     ]
-    ends = ["", *(token for token in ("<|user|>", "<|observation|>") if token in text)]
+    # A token that the template writes only before a next turn, and at which the model must learn to stop.
+    ends = ["", "</s>", *(token for token in ("<|user|>", "<|observation|>") if token in text)]
     for row in rows:
         if not any(shown is not None and row.text == shown + end for shown in prefixes for end in ends):
             return "the text is not transformers' rendering"

@@ -89,6 +89,9 @@ class DataKeywords(TypedDict, total=False):
     encoding: str | None
     """Encoding of files that are not UTF-8, such as cp1252 for Excel on Windows. UTF-16 is detected."""
 
+    control_tokens: Literal["reject", "allow"] | None
+    """What to do with an example whose text holds tokens that begin or end turns, such as <|im_end|>."""
+
     on_overflow: Literal["auto", "truncate", "drop", "split", "fail"] | None
     """What to do with an example longer than max_seq_length. auto: truncate, but split .txt and .md."""
 

@@ -199,6 +199,14 @@ class RowFault(StrEnum):
     TEMPLATE_REFUSED = "ROW_TEMPLATE_REFUSED", "The model's chat template rejects the chat, with a reason of its own."
     TURN_NOT_RENDERED = "ROW_TURN_NOT_RENDERED", "The model's chat template leaves a turn's text out."
     TOOLS_NOT_RENDERED = "ROW_TOOLS_NOT_RENDERED", "The model's chat template leaves tools or tool calls out."
+    CONTROL_TOKENS = (
+        "ROW_CONTROL_TOKENS",
+        "A text holds a token that begins or ends turns, which the model would take for a turn.",
+    )
+    END_NOT_RENDERED = (
+        "ROW_END_NOT_RENDERED",
+        "The model's chat template ends an answer with its end token only if nothing follows it.",
+    )
     REASONING_NOT_RENDERED = "ROW_REASONING_NOT_RENDERED", "The model's chat template leaves the reasoning out."
     SPANS_UNFOUND = "ROW_SPANS_UNFOUND", "The assistant's turns cannot be located in the rendered text beyond doubt."
     MASK_UNVERIFIED = (

@@ -27,7 +27,7 @@ from bp_data.errors import (
 from bp_data.example import Judged, Rejected, Row
 from bp_data.folders import sha256_data
 from bp_data.formats import Wanted
-from bp_data.labels.encoder import EncodedRow, Encoder
+from bp_data.labels.encoder import ControlPolicy, EncodedRow, Encoder
 from bp_data.ledger import Gate, Ledger
 from bp_data.packing import OnOverflow, cut_row, fit_rows
 from bp_data.read import AS_UTF8, locate_row, read_rows
@@ -91,6 +91,7 @@ class PrepareRequest:
         dedup: Drop rows that are the same as an earlier one, or nearly so.
         trace: Keep reasoning traces of this band as plain text and drop rows without a good one.
         curriculum: ``length`` orders the rows from the shortest to the longest; a trainer must not shuffle them then.
+        control_tokens: ``reject`` drops rows whose texts hold tokens that begin or end turns; ``allow`` trains on them.
         gate: Whether to raise if nothing would be learned, or if text of a column would be lost; without it the rows
             may be empty.
         read: How the file's rows are read: encoding, and which column is which.
@@ -109,6 +110,7 @@ class PrepareRequest:
     dedup: Dedup = "none"
     trace: TraceBand | None = None
     curriculum: Curriculum = "none"
+    control_tokens: ControlPolicy = "reject"
     gate: bool = True
     read: ReadOptions = PLAIN
     cache: Path | None = None
@@ -146,6 +148,7 @@ class PrepareRequest:
             dedup=data.dedup,
             trace=TraceBand(data.trace_min_tokens, data.trace_max_tokens) if data.reasoning_trace else None,
             curriculum=settings.training.curriculum,
+            control_tokens=data.control_tokens,
             read=ReadOptions.parse(data.columns, data.ignore_columns, data.encoding),
             cache=cache,
         )
@@ -278,7 +281,13 @@ class _Making:
         self._request, self._path = request, Path(request.path)
         self.fields = FieldLedger()
         self._encoder = Encoder(
-            tokenizer, template, request.trace, _WANTED[request.learns_from], options=request.read, fields=self.fields
+            tokenizer,
+            template,
+            request.trace,
+            _WANTED[request.learns_from],
+            options=request.read,
+            fields=self.fields,
+            control_tokens=request.control_tokens,
         )
         self._facts, self._stops = facts, frozenset(facts.stop_ids)
 
@@ -447,6 +456,14 @@ _ROW_FIXES: Mapping[RowFault, tuple[str, str]] = MappingProxyType(
         RowFault.WRONG_KIND: (
             "Use the method that the row is for: {set:training.method}; or skip such rows: {set:data.on_bad_row=skip}",
             "training.method",
+        ),
+        RowFault.CONTROL_TOKENS: (
+            "Skip such rows: {set:data.on_bad_row=skip}; or train on the tokens: {set:data.control_tokens=allow}",
+            "data.control_tokens",
+        ),
+        RowFault.REASONING_NOT_RENDERED: (
+            "Train on it as text: {set:data.reasoning_trace=true}; or skip such rows: {set:data.on_bad_row=skip}",
+            "data.reasoning_trace",
         ),
         RowFault.OVERFLOW: (
             "Allow longer examples: {set:model.max_seq_length=4096}; or shorten them: {set:data.on_overflow=truncate}",

@@ -183,6 +183,10 @@ class DataSpec:
     encoding: str | None = setting(
         None, "Encoding of files that are not UTF-8, such as cp1252 for Excel on Windows. UTF-16 is detected."
     )
+    control_tokens: Literal["reject", "allow"] = setting(
+        "reject",
+        "What to do with an example whose text holds tokens that begin or end turns, such as <|im_end|>.",
+    )
     on_overflow: Literal["auto", "truncate", "drop", "split", "fail"] = setting(
         "auto",
         "What to do with an example longer than max_seq_length. auto: truncate, but split .txt and .md.",

@@ -17,6 +17,7 @@ from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat, Example, Preference, Rejected, Row, Text
 from bp_data.formats import Wanted, parse_row
 from bp_data.json_text import dump_json, excerpt
+from bp_data.labels.control import ControlTokens
 from bp_data.labels.masks import Masked, build_strategies, mask_chats, mask_text, require_unicode
 from bp_data.labels.rows import mark_rows
 from bp_data.labels.shapes import SpanFinder
@@ -30,6 +31,7 @@ _ROWS: Final = 256  # rows in a batch
 _AHEAD: Final = 3  # batches on their way: one is encoded while others are masked and checked
 _CHARACTERS: Final = 1 << 19  # characters after which a batch is full
 
+ControlPolicy: TypeAlias = Literal["reject", "allow"]
 _Part: TypeAlias = Marked | Text
 
 
@@ -81,6 +83,7 @@ class Encoder:
         wanted: The kind of row to train on; None: each row as what it is.
         options: How rows are read; see `parse_row`.
         fields: Counts the columns that are read and those that are left aside.
+        control_tokens: As in `PrepareRequest`.
     """
 
     def __init__(
@@ -92,11 +95,13 @@ class Encoder:
         *,
         options: ReadOptions = PLAIN,
         fields: FieldLedger | None = None,
+        control_tokens: ControlPolicy = "reject",
     ) -> None:
         self.tokenizer = tokenizer
         self._options, self._fields = options, fields
         self._trace, self._wanted = trace, wanted
         self._finder = SpanFinder(tokenizer, template)
+        self._control = ControlTokens(tokenizer, template) if control_tokens == "reject" else None
         self._strategies = build_strategies(tokenizer)
 
     def encode_rows(self, rows: Iterable[Row | Rejected]) -> Iterator[EncodedRow]:
@@ -141,6 +146,8 @@ class Encoder:
 
     def _parts(self, example: Example) -> list[_Part]:
         if isinstance(example, Text):
+            if self._control is not None:
+                self._control.check_text(example.text)
             return [example]
         if isinstance(example, Chat):
             return [*self._mark(example)]
@@ -156,6 +163,8 @@ class Encoder:
     def _mark(self, chat: Chat) -> list[Marked]:
         if self._trace is not None:
             chat = keep_trace(chat, self.tokenizer, self._trace)
+        if self._control is not None:
+            self._control.check_chat(chat)
         rows = mark_rows(chat, self._finder)
         for marked in rows:
             require_unicode(marked.text)

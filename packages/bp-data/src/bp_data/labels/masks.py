@@ -208,7 +208,9 @@ def mask_text(example: Text, tokenizer: Tokenizer) -> Masked:
         RowFaultError: The tokens don't decode to the text.
     """
     require_unicode(example.text)
-    encoded = tokenizer.encode(example.text, add_special_tokens=True)
+    # A text that begins with the begin-of-text token has the one that the tokenizer would put before it.
+    begins = tokenizer.bos_id is not None and tokenizer.encode(example.text[:64]).ids[:1] == [tokenizer.bos_id]
+    encoded = tokenizer.encode(example.text, add_special_tokens=not begins)
     ids = list(encoded.ids)
     # Tokens that the tokenizer puts around a text stand for none of its characters.
     inner = [
@@ -220,7 +222,10 @@ def mask_text(example: Text, tokenizer: Tokenizer) -> Masked:
     wanted = _without(example.text, Span(0, len(example.text)), encoded.swallowed)
     if tokenizer.decode(ids[low:high]) != wanted:
         _compare_run(_decode_run(ids, low, high, tokenizer), wanted, tokenizer)
-    if tokenizer.eos_id is not None and ids[-1:] != [tokenizer.eos_id]:
+    # A text may end by itself, be it before a line feed.
+    last = tokenizer.encode(example.text.rstrip()[-64:]).ids[-1:]
+    ended = ids[-1:] == [tokenizer.eos_id] or (last and last[0] in tokenizer.stop_ids)
+    if tokenizer.eos_id is not None and not ended:
         ids.append(tokenizer.eos_id)
     return Masked(ids, b"\x01" * len(ids))
 

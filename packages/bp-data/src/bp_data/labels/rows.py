@@ -11,7 +11,7 @@ from bp_data.labels.shapes import SpanFinder
 from bp_data.labels.spans import Marked, trained_turns
 
 # What a template may leave out of earlier turns and write in the last one.
-_DROPPED: Final = (RowFault.REASONING_NOT_RENDERED, RowFault.TURN_NOT_RENDERED)
+_DROPPED: Final = (RowFault.REASONING_NOT_RENDERED, RowFault.TURN_NOT_RENDERED, RowFault.END_NOT_RENDERED)
 
 
 def mark_rows(chat: Chat, finder: SpanFinder) -> list[Marked]:

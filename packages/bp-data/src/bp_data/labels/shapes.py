@@ -16,7 +16,7 @@ from bp_data.errors import RowFaultError
 from bp_data.example import Chat
 from bp_data.json_text import dump_json
 from bp_data.labels.leaves import MARKS, WRITERS, Leaf, Outline, Value, replace_leaves, to_outline
-from bp_data.labels.spans import Marked, Span, SpanSearch
+from bp_data.labels.spans import Marked, Span, SpanSearch, trained_turns
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 
@@ -101,7 +101,7 @@ class SpanFinder:
             plain_key, leaves = found
             shape = self._shape(plain_key, chat, None)
         if shape is not None:
-            text = self._search.renderer.render(to_outline(chat))
+            text = self._search.render(to_outline(chat), trained_turns(chat))
             spans = shape.place(text, leaves)
             if spans is not None:
                 return Marked(text, spans)

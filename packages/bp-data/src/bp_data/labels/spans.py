@@ -68,12 +68,29 @@ class SpanSearch:
 
     def find(self, chat: Chat) -> Marked:
         """As `find_spans`."""
-        text = self.renderer.render(to_outline(chat))
         turns = trained_turns(chat)
+        text = self.render(to_outline(chat), turns)
         found = [self._locate_real(chat, text, turn) for turn in turns]
         require_order(found)
         self._prove_others(chat, turns, text, found)
         return Marked(text, found)
+
+    def render(self, outline: Outline, turns: Sequence[int]) -> str:
+        """The chat's text, with the token that ends a last answer if only a next turn's marker does.
+
+        In GLM-4 the stop token is the next role's marker. A chat that ends with an answer is rendered without it, and
+        a model that is trained on it would never stop.
+
+        Raises:
+            RowFaultError: ROW_TEMPLATE_REFUSED.
+        """
+        text = self.renderer.render(outline)
+        if not turns or turns[-1] != len(outline.messages) - 1 or text.rstrip().endswith(self._ends):
+            return text
+        again = self._asked_again(outline)
+        if not again.startswith(text):
+            return text
+        return text + max((end for end in self._ends if again.startswith(end, len(text))), key=len, default="")
 
     def locate_all(self, outline: Outline, chat: Chat) -> tuple[str, list[Span]]:
         """Text and spans of a chat all of whose leaves are placeholders, both proofs included.
@@ -81,8 +98,8 @@ class SpanSearch:
         Raises:
             RowFaultError: As `find_spans`.
         """
-        text = self.renderer.render(outline)
         turns = trained_turns(chat)
+        text = self.render(outline, turns)
         require_rendered(text, outline, turns)
         spans = [self._locate(outline, text, turn)[0] for turn in turns]
         require_order(spans)
@@ -100,7 +117,7 @@ class SpanSearch:
             outline = replace_leaves(chat, is_own)
             if not outline.replaced:
                 continue
-            changed = self.renderer.render(outline)
+            changed = self.render(outline, trained_turns(chat))
             require_rendered(changed, outline, [turn])
             span, first, last = self._locate(outline, changed, turn)
             after = len(text) - len(changed)
@@ -120,7 +137,13 @@ class SpanSearch:
         others = [leaf for leaf in outline.replaced if leaf.turn != turn and leaf.kind != "id"]
         floor = max((at + len(leaf.mark) for leaf in others if (at := text.rfind(leaf.mark, 0, first)) >= 0), default=0)
         limit = min((at for leaf in others if (at := text.find(leaf.mark, last)) >= 0), default=len(text))
-        end = last + self._closing(outline, text[last:limit], upto, own, is_last=limit == len(text))
+        end = last + self._closing(outline, text[last:limit], upto, own, is_last=is_last)
+        if not is_last and upto is not None and not text[:end].endswith(self._ends):
+            # gpt-oss ends the last answer by <|return|>, at which generation stops, and earlier ones by another token.
+            alone = upto[max((upto.rfind(leaf.mark) for leaf in own), default=0) :]
+            if any(found in alone for found in self._ends):
+                reason = f"the chat template writes no end token after turn {turn + 1}, since another turn follows"
+                raise RowFaultError(RowFault.END_NOT_RENDERED, reason)
         return Span(self._start(outline, text, turn, floor, first), end), first, last
 
     def _start(self, outline: Outline, text: str, turn: int, floor: int, first: int) -> int:
