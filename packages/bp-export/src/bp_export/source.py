@@ -15,9 +15,10 @@ from bp_export.hub.cache import find_cached_model
 from bp_export.local_paths import has_hub_form, tell_model
 from bp_export.model_config import complete_config
 from bp_export.verify.template import RenderingCheck, check_folder, read_trained_hashes
-from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter, load_adapter, open_model
+from bp_merge import AdapterMismatchError, FoldedModel, LoraAdapter, TensorReader, load_adapter, open_model
 from bp_runs.adapter import CONFIG_FILE, MANIFEST_FILE, WEIGHTS_FILE, is_other_base
-from bp_runs.errors import AdapterInvalidError
+from bp_runs.errors import AdapterInvalidError, InvalidSettingError
+from bp_runs.witness import read_witness
 from bp_runs.wording import command_ref, setting_ref
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -56,7 +57,26 @@ class Source:
             CodedError: As `bp_merge.open_model` and `bp_merge.FoldedModel`.
         """
         require_safetensors(self.base)
-        return FoldedModel(open_model(self.base, dequantize=self.dequantize), self.adapter)
+        return FoldedModel(self.open_base(), self.adapter)
+
+    def open_base(self) -> TensorReader:
+        """The base's tensors; with ``dequantize`` as the run that made the adapter held them, if its witness says how.
+
+        Raises:
+            InvalidSettingError: ``dequantize``, and the adapter was trained on unpacked weights.
+            CodedError: As `bp_merge.open_model`.
+        """
+        witness = read_witness(self.adapter.folder.path) if self.dequantize and self.adapter else None
+        if witness is None:
+            return open_model(self.base, dequantize=self.dequantize)
+        if not witness.base.packed:
+            raise InvalidSettingError(
+                f"the adapter was trained on {witness.base.dtype} weights, not on weights in 4 bits",
+                fix="Leave it out: {set:dequantize}",
+                setting="dequantize",
+            )
+        facts = witness.base
+        return open_model(self.base, dequantize=True, packed=facts.packed, double_quantized=facts.double_quantized)
 
 
 def read_source(folder: Path, base: Path | None, name: str | None, *, dequantize: bool) -> Source:

@@ -20,6 +20,7 @@ from bp_merge.merge import MergeOutcome, merge_adapters, write_adapter_like
 from bp_merge.methods.options import MergeOptions, ModulePlan
 from bp_merge.methods.slao import SlaoState, blend, factor_rows, orthonormal_rows, read_state, start_stream, write_state
 from bp_merge.methods.table import METHODS, Method, find_method
+from bp_merge.nf4 import Nf4Reader
 from bp_merge.packed import PackedReader, open_model
 from bp_merge.source import AdapterSource, require_alike
 from bp_merge.tensors import (
@@ -55,6 +56,7 @@ __all__ = [
     "MergeOutcome",
     "Method",
     "ModulePlan",
+    "Nf4Reader",
     "PackedReader",
     "Product",
     "SlaoState",

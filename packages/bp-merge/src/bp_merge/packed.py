@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from bp_merge.errors import TensorsInvalidError
+from bp_merge.nf4 import Nf4Reader
 from bp_merge.tensors import (
     Dtype,
     Floats,
@@ -50,17 +51,27 @@ class _Packed:
     """As it is unpacked; its offset is that of the codes."""
 
 
-def open_model(folder: Path, *, dequantize: bool = False) -> TensorReader:
+def open_model(
+    folder: Path, *, dequantize: bool = False, packed: Collection[str] | None = None, double_quantized: bool = True
+) -> TensorReader:
     """A reader of a model folder's tensors.
 
     Args:
         folder: One with model.safetensors or its shards.
-        dequantize: Whether weights that bitsandbytes packed in 4 bits are read as the floats they stand for.
+        dequantize: Whether weights are read as 4 bits leave them: those that bitsandbytes packed in the files, or, of a
+            16-bit folder, those that QLoRA training packed while it loaded them.
+        packed: Names of the latter, from the witness of training; None for all linear layers.
+        double_quantized: As `bp_merge.nf4.Nf4Reader`.
 
     Raises:
         TensorsInvalidError: As `read_model_index`; or a packed weight is not whole.
     """
-    return PackedReader(read_raw_model_index(folder)) if dequantize else TensorReader(read_model_index(folder))
+    if not dequantize:
+        return TensorReader(read_model_index(folder))
+    raw = read_raw_model_index(folder)
+    if any(_STATE in name for name in raw):
+        return PackedReader(raw)
+    return Nf4Reader(read_model_index(folder), packed, double_quantized=double_quantized)
 
 
 class PackedReader(TensorReader):

@@ -62,7 +62,7 @@ class Option:
 
 _OUTPUT = Option("output", Path, "file or folder to write (default: beside the adapter)", short="-o")
 _BASE = Option("base", str, "the base model: a folder or Hub id (default: the one that the adapter names)")
-_DEQUANTIZE = Option("dequantize", bool, "unpack a 4-bit base (bitsandbytes) instead of asking for the original")
+_DEQUANTIZE = Option("dequantize", bool, "take the base as 4-bit training saw it")
 _OLLAMA_HOST = Option("ollama_host", str, "Ollama's address (default: http://127.0.0.1:11434)")
 
 EXPORT = (

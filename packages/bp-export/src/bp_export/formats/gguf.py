@@ -29,7 +29,7 @@ from bp_export.quant.kernels import describe_kernels
 from bp_export.quant.types import read_quantization
 from bp_export.source import Source, is_model, name_after
 from bp_export.verify.parity import is_verifiable, verify_gguf
-from bp_merge import FoldedModel, open_model
+from bp_merge import FoldedModel
 from bp_runs.adapter import read_adapter_folder
 from bp_runs.files import require_folder, require_free_space
 
@@ -172,5 +172,5 @@ def find_own_type(source: Source) -> str:
     Raises:
         CodedError: As `bp_merge.open_model`.
     """
-    tensors = open_model(source.base, dequantize=source.dequantize).tensors.values()
+    tensors = source.open_base().tensors.values()
     return max(tensors, key=lambda info: info.bytes).dtype.lower()

@@ -27,9 +27,11 @@ from bp_export.formats.request import (
 from bp_export.gguf.writer import CHUNK_WEIGHTS, compute_in_order, count_parts, count_threads
 from bp_export.model_config import fit_config
 from bp_export.source import Source, read_config_file
+from bp_export.verify.parity import verify_folder
 from bp_merge import FoldedModel, TensorInfo, build_header, encode
 from bp_runs.adapter import copy_tokenizer_files
 from bp_runs.files import publish_folder, publish_json, require_folder, require_free_space, sha256_file
+from bp_runs.witness import WITNESS_FILE
 
 SHARD_BYTES = 5 * 10**9
 _SPARE_BYTES = 64 * 2**20
@@ -46,6 +48,8 @@ class MergedExport(ModelRequest):
 
     threads: int | None = None
     """Threads that compute; None for the machine's cores, at most 8."""
+    verify: bool | None = None
+    """Whether to compare the folder with the witness of training; None: if there is one."""
 
     def plan(self) -> ExportPlan:
         """Every tensor in the base's dtype."""
@@ -67,7 +71,11 @@ class MergedExport(ModelRequest):
             require_free_folder(target, force=self.force, sources=source.folders)
             size, sha256 = write_merged(model, source, target, progress=progress, threads=self.threads)
             count = len(model.tensors)
-        return ExportOutcome(target, self.format, None, size, count, time.monotonic() - begun, sha256, rendering)
+        parity = None
+        if self.verify or (self.verify is None and (self.adapter / WITNESS_FILE).is_file()):
+            parity = verify_folder(target, trained=self.adapter, required=bool(self.verify))
+        seconds = time.monotonic() - begun
+        return ExportOutcome(target, self.format, None, size, count, seconds, sha256, rendering, parity)
 
     def _find_target(self, source: Source) -> Path:
         return self.output or self.adapter.parent / f"{source.name}-merged"

@@ -135,7 +135,8 @@ class ModelRequest(ExportRequest):
     base: Path | None = None
     """The base's folder, instead of the one that the adapter names."""
     dequantize: bool = False
-    """Whether a base that bitsandbytes packed in 4 bits is unpacked, instead of asking for the original."""
+    """Whether the base is taken as 4 bits leave it: unpacked, if bitsandbytes packed it; else packed and unpacked, as
+    QLoRA training saw it."""
 
     text_only: bool = False
     """Whether what the adapter changes outside of the language model, such as in a vision tower, may be left out."""

@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,12 @@ class Pair:
     def text(self) -> Sequence[int]:
         """What was read."""
         return self.prompt.ids[: self.prompt.places[self.index] + 1]
+
+
+def witness_pairs(pairs: Sequence[Pair], evidence: Evidence) -> list[Pair]:
+    """The same places with the witness's numbers as what is expected; empty without a witness."""
+    seen = dict(zip(map(id, evidence.expected), evidence.seen, strict=False))
+    return [replace(pair, prompt=seen[id(pair.prompt)]) for pair in pairs if id(pair.prompt) in seen]
 
 
 def read_pairs(server: LlamaServer, prompts: Sequence[WitnessPrompt]) -> Iterator[Pair]:

@@ -27,7 +27,7 @@ from bp_export.chat.server import LlamaServer, is_installed
 from bp_export.errors import ParityFailedError, ParityNotTestedError
 from bp_export.gguf.plan import GgufPlan
 from bp_export.quant.types import Quantization
-from bp_export.source import read_config
+from bp_export.source import read_config_file
 from bp_export.verify.checks import (
     check_effect,
     check_next_tokens,
@@ -41,11 +41,12 @@ from bp_export.verify.checks import (
     name_reference,
     read_pairs,
     render,
+    witness_pairs,
 )
 from bp_export.verify.evidence import Evidence, gather_evidence
 from bp_export.verify.report import BOUNDS, ParityReport
 from bp_export.verify.window import check_window
-from bp_merge import FoldedModel
+from bp_merge import FoldedModel, open_model
 
 _ROOM = 32
 _FOLD_PACKED = "Fold the adapter into the base as 4 bits left it: {set:dequantize=true}"
@@ -92,7 +93,7 @@ def verify_gguf(
     begun = time.monotonic()
     encode = load_tokenizer(base, tokenizer)
     texts = [encode(text) for text in _build_texts(plan, prompts)]
-    evidence = gather_evidence(model, read_config(base), trained, texts)
+    evidence = gather_evidence(model, read_config_file(base), trained, texts)
     checks = [check_training(path)]
     with LlamaServer(path, _count_context(evidence)) as served:
         checks += [check_tokenizer(served, encode), check_template(served, plan, encode)]
@@ -101,7 +102,7 @@ def verify_gguf(
         checks += check_next_tokens(pairs, evidence, quantization)
         checks.append(check_stop(served, plan, pairs, quantization))
     if model.changed:
-        checks.append(check_effect(pairs, model, quantization))
+        checks.append(check_effect(witness_pairs(pairs, evidence) or pairs, model, quantization))
     window = check_window(path, plan, evidence, base=base, tokenizer=tokenizer, bound=BOUNDS[quantization.name])
     checks += [] if window is None else [window]
     report = ParityReport(tuple(checks), name_reference(evidence), version("xllamacpp"), time.monotonic() - begun)
@@ -109,25 +110,24 @@ def verify_gguf(
     return report
 
 
-def verify_folder(
-    path: Path, model: FoldedModel, *, base: Path, trained: Path | None, texts: Sequence[Sequence[int]] = ()
-) -> ParityReport:
-    """Compare merged weights with the witness of training; neither torch nor llama.cpp is needed.
+def verify_folder(path: Path, *, trained: Path, required: bool = False) -> ParityReport:
+    """Compare a merged folder that was just written with the witness of training; llama.cpp is not needed.
 
     Args:
-        path: The folder that was written, for messages.
-        model: Its weights.
-        base: The base's folder.
-        trained: The adapter's folder, which may hold a witness.
-        texts: Unused without a witness.
+        path: The folder.
+        trained: The adapter's or the trained model's folder.
+        required: Whether nothing to compare is an error.
 
     Raises:
         ParityFailedError: The merged weights are not the trained model; the folder stays.
+        ParityNotTestedError: ``required``, and there is no witness, or the model is not covered.
     """
     begun = time.monotonic()
-    evidence = gather_evidence(model, read_config(base), trained, texts)
-    report = ParityReport((check_witness(evidence),), name_reference(evidence), None, time.monotonic() - begun)
-    require_passed(report, path, evidence, required=False)
+    with FoldedModel(open_model(path)) as model:
+        evidence = gather_evidence(model, read_config_file(path), trained, ())
+        check = check_witness(evidence)
+    report = ParityReport((check,), name_reference(evidence), None, time.monotonic() - begun)
+    require_passed(report, path, evidence, required=required)
     return report
 
 

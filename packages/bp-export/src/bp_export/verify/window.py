@@ -22,7 +22,7 @@ from bp_export.gguf.file import read_settings
 from bp_export.gguf.plan import GgufPlan, build_plan
 from bp_export.gguf.writer import write_gguf
 from bp_export.quant.types import QUANTIZATIONS, Bound
-from bp_export.source import read_config
+from bp_export.source import read_config_file
 from bp_export.verify.decoder import DecoderPlan, NotCoveredError, read_decoder
 from bp_export.verify.evidence import Evidence, compute_divergence, compute_prompt
 from bp_export.verify.forward import Forward
@@ -49,7 +49,7 @@ def check_window(
         DiskFullError: There is no room for the reduced model.
         ChatFailedError: llama.cpp cannot load a file.
     """
-    config = read_config(base)
+    config = read_config_file(base)
     try:
         decoder = read_decoder(config)
     except NotCoveredError as error:

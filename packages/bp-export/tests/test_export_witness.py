@@ -1,0 +1,131 @@
+"""The witness of training against what the export makes: what 4-bit training learned around its own rounding."""
+
+import json
+
+import numpy as np
+import pytest
+from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_json, write_lora
+
+from bp_export.errors import ParityFailedError
+from bp_merge import Nf4Reader, TensorReader, read_model_index, write_tensors
+from bp_runs.errors import InvalidSettingError
+from bp_runs.witness import TOP_TOKENS, BaseFacts, Witness, WitnessPrompt, write_witness
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+TEXTS = np.random.default_rng(5).integers(4, 300, (6, 24)).tolist()
+RUN = "20260101-000000-abcdef"
+
+
+def load(base, weights=None):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if weights is not None:
+        model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
+    return model
+
+
+def read_packed(base):
+    with Nf4Reader(read_model_index(base)) as reader:
+        return {name: reader.read(name) for name in reader.packed}
+
+
+def learn(model, steps):
+    """Repeat six texts by heart."""
+    ids = torch.tensor(TEXTS)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
+    for _ in range(steps):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(loss.detach())
+
+
+def measure(model, facts):
+    prompts = []
+    for text in TEXTS:
+        places = tuple(range(7, 23, 2))
+        with torch.no_grad():
+            logs = model(torch.tensor([text])).logits[0].log_softmax(-1)[list(places)]
+            with model.disable_adapter():
+                base = model(torch.tensor([text])).logits[0].log_softmax(-1)[list(places)]
+        top = logs.topk(TOP_TOKENS)
+        tables = {"tokens": top.indices, "logprobs": top.values, "base_logprobs": base.gather(1, top.indices)}
+        tables = {name: tuple(map(tuple, table.tolist())) for name, table in tables.items()}
+        prompts.append(WitnessPrompt(kind="training", ids=tuple(text), places=places, **tables))
+    return Witness(run_id=RUN, base=facts, prompts=tuple(prompts))
+
+
+@pytest.fixture(scope="module", params=["qlora", "lora"])
+def trained(request, tmp_path_factory):
+    """A pico model with large weights behind small norms, trained on nf4 weights or on its own."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = write_base(folder / "base", hidden=128, inner=256, tied=False)
+    with TensorReader(read_model_index(base)) as reader:
+        tensors = {name: reader.read(name) for name in reader.tensors}
+    for name, values in tensors.items():
+        scale = 8 if "_proj" in name else 0.5 if "layernorm" in name else 1
+        tensors[name] = values * np.float32(scale)
+    write_tensors(base / "model.safetensors", tensors, dtype="BF16")
+    packed = read_packed(base) if request.param == "qlora" else None
+    config = peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(load(base, packed), config)
+    assert learn(model, 60) < 1.0
+    lora = folder / "lora"
+    model.eval().save_pretrained(lora, save_embedding_layers=False)
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    write_json(lora / "adapter_config.json", {**settings, "base_model_name_or_path": str(base)})
+    facts = BaseFacts(mode=request.param, dtype="float32", packed=tuple(packed or ()), double_quantized=True)
+    write_witness(lora, measure(model, facts), weights=lora / "adapter_model.safetensors")
+    return request.param, lora
+
+
+def read_checks(report):
+    return {check["name"]: check for check in report["checks"]}
+
+
+def test_what_was_trained_in_4_bits_fails_on_16_and_passes_as_4_bits_left_it(trained, tmp_path):
+    skip_without_llama_cpp()
+    mode, lora = trained
+    if mode == "lora":
+        merged = export_adapter(lora, format="merged", verify=None, output=tmp_path / "merged").parity.to_dict()
+        assert (merged["passed"], [check["name"] for check in merged["checks"]]) == (True, ["witness"])
+        report = export_adapter(lora, quantization="f16", output=tmp_path / "x.gguf", verify=True).parity.to_dict()
+        assert report["passed"] is True
+        assert read_checks(report)["witness"]["value"] < 0.02
+        with pytest.raises(InvalidSettingError, match="not on weights in 4 bits"):
+            export_adapter(lora, quantization="f16", output=tmp_path / "y.gguf", dequantize=True)
+        return
+    for quantization in ("f16", "q4_k_m"):
+        with pytest.raises(ParityFailedError) as caught:
+            export_adapter(lora, quantization=quantization, output=tmp_path / f"{quantization}.gguf", verify=True)
+        failed = {
+            name: check for name, check in read_checks(caught.value.details).items() if check["result"] == "failed"
+        }
+        assert list(failed) == ["witness"], "the file is the merge, and the merge is not what was trained"
+        assert "tokens lost" in failed["witness"]["note"]
+        assert "dequantize" in caught.value.hint
+    with pytest.raises(ParityFailedError, match="witness"):
+        export_adapter(lora, format="merged", verify=None, output=tmp_path / "merged")
+    assert export_adapter(
+        lora, format="merged", verify=None, output=tmp_path / "kept", dequantize=True
+    ).parity.has_passed
+    done = export_adapter(lora, quantization="f16", output=tmp_path / "kept.gguf", dequantize=True, verify=True)
+    checks = read_checks(done.parity.to_dict())
+    assert checks["witness"]["result"] == checks["greedy"]["result"] == checks["effect"]["result"] == "passed"
+    assert checks["witness"]["value"] < 0.001
+
+
+def test_a_witness_that_is_damaged_is_reported_and_not_believed(tmp_path):
+    skip_without_llama_cpp()
+    base = write_base(tmp_path / "base")
+    lora = write_lora(tmp_path / "lora", base)
+    (lora / "witness.json").write_text("{}")
+    report = export_adapter(lora, quantization="q8_0", output=tmp_path / "x.gguf", verify=True).parity.to_dict()
+    check = read_checks(report)["witness"]
+    assert (check["result"], report["passed"]) == ("not tested", True)
+    assert "is damaged" in check["note"]
