@@ -98,6 +98,7 @@ def check_gradients() -> bool:
     plain = gradients(model)
     use_fast_lora(model)
     mine = gradients(model)
+    noise = distance(gradients(model), mine)  # attention's backward sums in another order each time
     offload = InputOffload(256, 4)
     moved = [gradients(model, offload.forward_pass()) for _ in range(3)][-1]
     tile_feed_forward(model, Tiling(1000))
@@ -105,8 +106,9 @@ def check_gradients() -> bool:
     untile_feed_forward(model)
     restore_lora(model)
     errors = {name: distance(found, reference) for name, found in (("peft", plain), ("ours", mine), ("tiled", tiled))}
-    same = all(torch.equal(a, b) for a, b in zip(moved, mine, strict=True))
-    say(gradient_errors=errors, offload_bits=same, moved=offload.moved)
+    off = distance(moved, mine)
+    same = off <= 3 * noise
+    say(gradient_errors=errors, offload_off=off, noise=noise, moved=offload.moved)
     return same and errors["ours"] < 1.2 * errors["peft"] and errors["tiled"] < 1.2 * errors["peft"]
 
 

@@ -14,7 +14,7 @@ from bp_runs.events import Notice, StepDone
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.memory import planner
 from bp_train_cuda.memory.estimate import Load, Parts, count_parts
-from bp_train_cuda.memory.planner import ActivationPlan, Choice, choose_rows
+from bp_train_cuda.memory.planner import ActivationPlan, Choice, choose_halvings, choose_rows
 from bp_train_cuda.model import activations
 from bp_train_cuda.model.activations import InputOffload, Tiling, tile_feed_forward, untile_feed_forward
 from bp_train_cuda.model.lora_linear import use_fast_lora
@@ -87,8 +87,8 @@ def blocks(count=10):
     [
         (39 * 100, Choice(0, offload=True)),  # inputs and one layer's work take 40 bytes a token
         (40 * 100, Choice(0, offload=False)),
-        (50 * 100, Choice(1, offload=False)),
-        (139 * 100, Choice(9, offload=False)),
+        (54 * 100, Choice(1, offload=False)),  # 11 bytes and a third, less the input
+        (165 * 100, Choice(9, offload=False)),
         (10**6, Choice(10, offload=False)),
     ],
 )
@@ -147,6 +147,23 @@ def test_rows_at_once(batch, accumulation, length, spare, expected):
     spec = SimpleNamespace(training=TrainingSpec(batch_size=batch, gradient_accumulation=accumulation))
     assert choose_rows(spec, ActivationPlan(spare, PARTS, blocks(), None), [length] * 20) == expected
     assert choose_rows(spec, None, [length]) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "longest", "spare", "expected"),
+    [
+        (8, 2048, 40 * 16384, 0),
+        (8, 2048, 40 * 8192, 1),
+        (8, 2048, 40 * 4096, 2),
+        (8, 2048, 100, 2),  # smaller chunks would have too few tokens: tiles and offloading do the rest
+        (8, 300, 100, 0),
+        (1, 9000, 100, 0),
+        (3, 4096, 40 * 8192, 1),
+    ],
+)
+def test_chunks_come_before_tiles(rows, longest, spare, expected):
+    assert choose_halvings(ActivationPlan(spare, PARTS, blocks()), rows, longest, 3) == expected
+    assert choose_halvings(None, rows, longest, 3) == choose_halvings(ActivationPlan(0, PARTS, []), rows, 0, 0) == 0
 
 
 def run(chat_file, pico_model, folder):

