@@ -25,6 +25,47 @@ class Mutation:
 
 
 MUTATIONS = (
+    # Data: reading
+    Mutation(
+        "reading: long integers",
+        "integers of more than 64 bits stay what they are",
+        "bp-data/src/bp_data/json_text.py",
+        "            elif kind is float and not -_LONGEST_INT < value < _LONGEST_INT:\n                return True\n",
+        "",
+        "bp-data/tests/test_data_dirty.py::test_integers_of_any_size_stay",
+    ),
+    Mutation(
+        "reading: fields named twice",
+        "no field of an object is lost",
+        "bp-data/src/bp_data/json_text.py",
+        "    return (blanks or raw.count(b'\":') != keys) and len(_KEY.findall(raw)) > keys",
+        "    return False",
+        "bp-data/tests/test_data_files.py::test_a_field_named_twice_is_no_silent_loss",
+    ),
+    Mutation(
+        "reading: labels",
+        "a label with a blank before it keeps its meaning",
+        "bp-data/src/bp_data/formats.py",
+        "_LABELS.get(str(value).strip().lower())",
+        "_LABELS.get(str(value).lower(), False)",
+        "bp-data/tests/test_data_dirty.py::test_cases_found_from_outside[kto-space-label.csv]",
+    ),
+    Mutation(
+        "reading: columns with text",
+        "a column with text that no format reads stops the run",
+        "bp-data/src/bp_data/columns.py",
+        "        if lost := self.prose():",
+        "        if lost := {}:",
+        "bp-data/tests/test_data_dirty.py::test_text_that_no_format_reads_stops_and_can_be_left_out_or_used",
+    ),
+    Mutation(
+        "reading: test files of a folder",
+        "files for tests are not trained on",
+        "bp-data/src/bp_data/folders.py",
+        "    rest = [file for file in files if not _HELD_OUT.search(file.relative_to(path).as_posix().lower())]",
+        "    rest = list(files)",
+        "bp-data/tests/test_data_dirty.py::test_of_a_folder_the_files_that_belong_together_are_taken",
+    ),
     # Data: what is trained on
     Mutation(
         "mask",
