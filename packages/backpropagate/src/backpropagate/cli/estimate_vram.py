@@ -95,10 +95,10 @@ def estimate_vram(
     return 0
 
 
-def longest_rows(name: str, estimator: Estimates) -> list[dict[str, Any]]:
+def longest_rows(name: str, estimator: Estimates, *, kernels: str = "auto") -> list[dict[str, Any]]:
     """For each mode and LoRA preset the longest rows that each of `CARDS` holds, in tokens; None: not even 512."""
     found = []
-    plain = resolve({"model": name, "batch_size": 1, "gradient_accumulation": 4})
+    plain = resolve({"model": name, "batch_size": 1, "gradient_accumulation": 4, "kernels": kernels})
     config = read_config(plain.settings)
     for mode in _MODES:
         for preset in LORA_PRESETS if mode != "full" else ("",):
