@@ -14,7 +14,7 @@ COMMANDS: Mapping[str, str] = {
     "evaluate": "eval", "test": "eval", "benchmark": "eval", "check": "doctor", "diagnose": "doctor", "env": "info",
     "vram": "estimate-vram", "memory": "estimate-vram", "settings": "config show", "explain": "config explain",
     "demo": "quickstart", "init": "quickstart", "preview": "data preview", "split": "data split", "clean": "data clean",
-    "code": "errors", "error": "errors", "bug": "info",
+    "code": "errors", "error": "errors", "bug": "report",
 }  # fmt: skip
 """Commands that people type, and the command of ours that does it."""
 

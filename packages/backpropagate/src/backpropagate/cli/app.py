@@ -249,6 +249,12 @@ COMMANDS = (
         "backprop doctor --offline",
     ),
     Command("info", "info:info", "Show versions, backends and hardware, for bug reports.", "backprop info --json"),
+    Command(
+        "report",
+        "report:report",
+        "Write a redacted zip about a run, for a bug report.",
+        "backprop report 20261123 --to report.zip",
+    ),
     Command("errors", "errors:errors", "Explain the error codes.", "backprop errors INPUT_DATASET_NOT_FOUND"),
 )
 
@@ -267,7 +273,7 @@ PANELS = {
     "Data": ("validate", "data"),
     "Export and chat": ("export", "merge", "imatrix", "push", "chat", "ollama"),
     "Runs": ("list-runs", "show-run", "diff-runs", "prove", "export-runs", "runs", "ui"),
-    "This machine": ("doctor", "info", "models", "estimate-vram", "config", "errors"),
+    "This machine": ("doctor", "info", "models", "estimate-vram", "config", "errors", "report"),
 }
 
 _EPILOGUE = f"Before or after every command:\n{overview()}"

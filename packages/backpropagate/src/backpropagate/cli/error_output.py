@@ -124,7 +124,7 @@ class _BugError(RunFailedError):
 
     code = "RUNTIME_BUG"
     when = "The program itself made a mistake; the traceback is kept in a file."
-    default_fix = "Report it with that file and the output of `backprop info`."
+    default_fix = "Report it with that file, or with the zip of {do:report RUN}."
 
 
 def report_bug(error: Exception, *, as_json: bool) -> int:

@@ -154,6 +154,13 @@ class RunsProtected(TypedDict):
     checkpoint: str
 
 
+class Report(TypedDict):
+    """`backprop report`: the zip that was written."""
+
+    run_id: str
+    file: str
+
+
 class RunsImported(TypedDict):
     """`backprop runs import`: runs that were added, those that were there, and rows that are no runs."""
 
