@@ -87,6 +87,7 @@ def wrappers():
         "marks between joined files": "\ufeff" + "\n\ufeff".join(lines),
         "files joined without a line feed": "".join(lines),
         "record separators": "".join(f"\x1e{line}\n" for line in lines),
+        "JSON twice": "\n".join(json.dumps(line) for line in lines),
         "data": json.dumps({"version": "1", "data": ROWS}, ensure_ascii=False),
         "data, pretty": json.dumps({"data": ROWS}, ensure_ascii=False, indent=1),
         "splits": json.dumps({"test": [{"text": "no"}], "train": ROWS}, ensure_ascii=False),
@@ -300,7 +301,17 @@ def test_names_of_questions_and_answers(asked, answered, style):
     if asked not in ("input", "user"):
         context = parse_row(Row(1, {**data, "context": "C", "input": "I", "choices": ["x", "y"]}))
         assert context.messages[0].content == "Q\n\nI\n\nC\n\nA. x\nB. y"
-    for label, good in (("true", 1), (" True", 1), ("1.0", 1), (1.0, 1), ("yes", 1), ("no", 0), (0, 0), (0.0, 0)):
+    for label, good in (
+        ("true", 1),
+        (" True", 1),
+        ("1.0", 1),
+        (1.0, 1),
+        ("yes", 1),
+        ("WAHR", 1),
+        ("no", 0),
+        (0, 0),
+        (0.0, 0),
+    ):
         judged = parse_row(Row(1, {**data, "label": label}))
         assert judged == Judged(Chat(QA, None, 1), bool(good)), label
         assert parse_row(Row(1, {**data, "label": label}), "sft").code is RowFault.WRONG_KIND
@@ -324,6 +335,7 @@ def test_preferences_beside_a_conversation_and_with_doubled_prompts():
         {"messages": [user, good], "chosen": [user, good], "rejected": [user, bad]},
         {"prompt": "Q ", "chosen": [user, good], "rejected": [user, bad]},
         {"prompt": [user], "chosen": [user, good], "rejected": [user, bad]},
+        {"chosen": [user, good], "rejected": [{"role": "user", "content": "Q\n"}, bad], "prompt": "Q"},
         {"prompt": "Q", "chosen": json.dumps([user, good]), "rejected": json.dumps([user, bad])},
     ):
         assert parse_row(Row(1, data), "preference") == plain, data

@@ -49,6 +49,9 @@ _METHODS: Final = {"sft": "sft", "preference": "dpo, orpo or simpo", "kto": "kto
 _LABELS: Final[Mapping[str, bool]] = {
     **dict.fromkeys(("true", "1", "1.0", "yes", "y", "t", "good", "chosen", "desirable"), True),
     **dict.fromkeys(("false", "0", "0.0", "-1", "-1.0", "no", "n", "f", "bad", "rejected", "undesirable"), False),
+    # Excel writes truth values in the language of its user.
+    **dict.fromkeys(("wahr", "vrai", "verdadero", "vero", "verdadeiro", "waar", "prawda"), True),
+    **dict.fromkeys(("falsch", "faux", "falso", "onwaar", "fałsz"), False),
 }
 
 
@@ -338,7 +341,12 @@ def _split_spoken(text: str) -> list[Message]:
 def _shared_turns(left: list[Message], right: list[Message]) -> int:
     """Turns that both answers begin with and that are the prompt; an answer keeps at least its last turn."""
     most = min(len(left), len(right)) - 1
-    return next((place for place in range(most) if left[place] != right[place]), max(most, 0))
+    return next((place for place in range(most) if not _says_same(left[place], right[place])), max(most, 0))
+
+
+def _says_same(one: Message, other: Message) -> bool:
+    """Whether two turns differ at most in the blanks around their texts."""
+    return (one.role, one.words, one.fields) == (other.role, other.words, other.fields)
 
 
 def _chat(turns: list[Message], tools: tuple[Mapping[str, Any], ...] | None = None) -> Chat:

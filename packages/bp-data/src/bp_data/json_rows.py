@@ -56,6 +56,10 @@ def to_row(number: int, data: Any, source: str, raw: bytes | str = b"") -> Row |
         return Row(number, data, source)
     if isinstance(data, list) and data and all(map(_is_turn, data)):
         return Row(number, {"messages": data}, source)
+    if isinstance(data, str) and data.lstrip().startswith("{"):  # an object that was written as JSON twice
+        inner = parse_line(number, data.encode(errors="surrogatepass"), source)
+        if isinstance(inner, Row):
+            return inner
     reason = f"the row is {name_type(data)}, not an object with named fields"
     return Rejected(number, RowFault.NOT_OBJECT, reason, source, excerpt(raw))
 
