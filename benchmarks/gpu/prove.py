@@ -48,6 +48,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-0.5b")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--tokens", type=int, default=256, help="longest row")
+    parser.add_argument("--cases", default="", help="names such as qlora-bfloat16-sft-auto; default: all")
     parser.add_argument("--scratch", type=Path)
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
@@ -57,6 +58,8 @@ def main() -> int:
         base = write_model(Path(scratch) / "base", "pico" if is_dry else options.shape)
         files = write_files(Path(scratch), base, options.tokens)
         for number, case in enumerate(DRY if is_dry else CASES):
+            if options.cases and "-".join(case) not in options.cases.split(","):
+                continue
             run = Path(scratch) / f"run{number}"
             run.mkdir()
             row = prove(case, base, files, run, options)
