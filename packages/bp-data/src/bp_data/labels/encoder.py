@@ -168,6 +168,8 @@ class Encoder:
         rows = mark_rows(chat, self._finder)
         for marked in rows:
             require_unicode(marked.text)
+        if self._fields is not None:
+            self._fields.take_fates({fate for marked in rows for fate in marked.fates})
         return rows
 
     def _encode(self, batch: list[_Planned]) -> list[EncodedRow]:

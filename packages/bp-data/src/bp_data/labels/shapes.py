@@ -16,7 +16,7 @@ from bp_data.errors import RowFaultError
 from bp_data.example import Chat
 from bp_data.json_text import dump_json
 from bp_data.labels.leaves import MARKS, WRITERS, Leaf, Outline, Value, replace_leaves, to_outline
-from bp_data.labels.spans import Marked, Span, SpanSearch, trained_turns
+from bp_data.labels.spans import Fate, Marked, Span, SpanSearch, trained_turns
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 
@@ -34,6 +34,7 @@ class _Shape:
     """Start and end of each span in turn: a place in ``literals``, and characters after that literal's beginning."""
     writers: list[Callable[[Value], str]] = field(default_factory=list)
     """For each slot, how the last chat of this shape had its leaf written."""
+    fates: frozenset[Fate] = frozenset()
 
     def place(self, text: str, leaves: Sequence[Value]) -> list[Span] | None:
         """The spans in a chat's rendering; None if the rendering is not these literals with the chat's leaves."""
@@ -104,7 +105,7 @@ class SpanFinder:
             text = self._search.render(to_outline(chat), trained_turns(chat))
             spans = shape.place(text, leaves)
             if spans is not None:
-                return Marked(text, spans)
+                return Marked(text, spans, shape.fates)
         return self._search.find(chat)
 
     def _shape(self, key: Hashable, chat: Chat, outline: Outline | None) -> _Shape | None:
@@ -116,10 +117,10 @@ class SpanFinder:
 
     def _build(self, chat: Chat, outline: Outline) -> _Shape | None:
         try:
-            text, spans = self._search.locate_all(outline, chat)
+            marked = self._search.locate_all(outline, chat)
         except RowFaultError:
             return None  # the search says why, in terms of the chat itself
-        return _take_apart(text, spans, outline.leaves)
+        return _take_apart(marked, outline.leaves)
 
 
 def _read_plain(chat: Chat) -> tuple[Hashable, list[str]] | None:
@@ -138,7 +139,8 @@ def _read_plain(chat: Chat) -> tuple[Hashable, list[str]] | None:
     return tuple(shape), leaves
 
 
-def _take_apart(text: str, spans: Sequence[Span], leaves: Sequence[Leaf]) -> _Shape | None:
+def _take_apart(marked: Marked, leaves: Sequence[Leaf]) -> _Shape | None:
+    text, spans = marked.text, marked.spans
     places = {leaf.mark: place for place, leaf in enumerate(leaves)}
     literals, starts, slots, at = [], [0], [], 0
     for found in MARKS.finditer(text):
@@ -157,4 +159,4 @@ def _take_apart(text: str, spans: Sequence[Span], leaves: Sequence[Leaf]) -> _Sh
         if not inside:
             return None
         borders.append((inside[0], border - starts[inside[0]]))
-    return _Shape(tuple(literals), tuple(slots), tuple(borders), [WRITERS[0]] * len(slots))
+    return _Shape(tuple(literals), tuple(slots), tuple(borders), [WRITERS[0]] * len(slots), marked.fates)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat
@@ -36,6 +36,25 @@ _LOST: Final[Mapping[Kind, tuple[RowFault, str]]] = {
 }
 
 
+FIELDS: Final[Mapping[Kind, str]] = {
+    "text": "content",
+    "thought": "reasoning",
+    "call": "tool_calls.name",
+    "argument": "tool_calls.arguments",
+    "id": "tool_calls.id",
+    "name": "name",
+    "tool": "tools.name",
+    "description": "tools.description",
+}
+
+
+class Fate(NamedTuple):
+    """A field of a chat, and whether its text is trained on, only read, or not written by the template."""
+
+    field: str
+    status: Literal["learned", "read", "left aside"]
+
+
 class Span(NamedTuple):
     """Characters ``[start, end)`` of a rendered chat."""
 
@@ -44,10 +63,33 @@ class Span(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """A rendered chat and its characters to train on, in order, one span a turn."""
+    """A rendered chat.
+
+    Attributes:
+        text: As the template writes it.
+        spans: The characters to train on, in order, one span a turn.
+        fates: What becomes of each field of the chat.
+    """
 
     text: str
     spans: list[Span]
+    fates: frozenset[Fate] = frozenset()
+
+
+def find_fates(text: str, outline: Outline, turns: Sequence[int]) -> frozenset[Fate]:
+    """What becomes of each field whose leaves are placeholders."""
+    trained = set(turns)
+    return frozenset(
+        Fate(
+            FIELDS[leaf.kind],
+            "left aside"
+            if leaf.mark not in text
+            else "learned"
+            if leaf.turn in trained and leaf.kind in OWN
+            else "read",
+        )
+        for leaf in outline.replaced
+    )
 
 
 def find_spans(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> Marked:
@@ -72,8 +114,8 @@ class SpanSearch:
         text = self.render(to_outline(chat), turns)
         found = [self._locate_real(chat, text, turn) for turn in turns]
         require_order(found)
-        self._prove_others(chat, turns, text, found)
-        return Marked(text, found)
+        fates = self._prove_others(chat, turns, text, found)
+        return Marked(text, found, fates | {Fate(FIELDS[leaf.kind], "learned") for leaf in trained_leaves(chat)})
 
     def render(self, outline: Outline, turns: Sequence[int]) -> str:
         """The chat's text, with the token that ends a last answer if only a next turn's marker does.
@@ -92,8 +134,8 @@ class SpanSearch:
             return text
         return text + max((end for end in self._ends if again.startswith(end, len(text))), key=len, default="")
 
-    def locate_all(self, outline: Outline, chat: Chat) -> tuple[str, list[Span]]:
-        """Text and spans of a chat all of whose leaves are placeholders, both proofs included.
+    def locate_all(self, outline: Outline, chat: Chat) -> Marked:
+        """Text, spans and fates of a chat all of whose leaves are placeholders, both proofs included.
 
         Raises:
             RowFaultError: As `find_spans`.
@@ -104,7 +146,7 @@ class SpanSearch:
         spans = [self._locate(outline, text, turn)[0] for turn in turns]
         require_order(spans)
         require_own_only(text, spans, turns, outline.leaves)
-        return text, spans
+        return Marked(text, spans, find_fates(text, outline, turns))
 
     def _locate_real(self, chat: Chat, text: str, turn: int) -> Span:
         """One turn's span in the real text: located among placeholders, and carried over where all else is the same."""
@@ -210,8 +252,8 @@ class SpanSearch:
         more = [*outline.messages, {"role": "user", "content": "Qquestionx"}]
         return self.renderer.try_render(more, outline.tools) or ""
 
-    def _prove_others(self, chat: Chat, turns: Sequence[int], text: str, spans: Sequence[Span]) -> None:
-        """Prove that what is trained on does not depend on what others say, and that none of it is left out."""
+    def _prove_others(self, chat: Chat, turns: Sequence[int], text: str, spans: Sequence[Span]) -> frozenset[Fate]:
+        """The fates of what others say; proof that what is trained on does not depend on it, and that none is lost."""
         trained = set(turns)
 
         def is_other(turn: int, kind: Kind) -> bool:
@@ -228,6 +270,7 @@ class SpanSearch:
                 reason = "what would be trained on changes with what others say"
                 raise RowFaultError(RowFault.SPANS_UNFOUND, reason)
             place = at + len(words)
+        return find_fates(changed, outline, turns)
 
 
 def trained_turns(chat: Chat) -> list[int]:
@@ -237,6 +280,12 @@ def trained_turns(chat: Chat) -> list[int]:
         for place, message in enumerate(chat.messages)
         if message.role == "assistant" and message.learn and place >= chat.first
     ]
+
+
+def trained_leaves(chat: Chat) -> list[Leaf]:
+    """What the assistant says in the turns that are trained on."""
+    turns = set(trained_turns(chat))
+    return [leaf for leaf in replace_leaves(chat).leaves if leaf.turn in turns and leaf.kind in OWN]
 
 
 def require_rendered(text: str, outline: Outline, turns: Sequence[int]) -> None:

@@ -38,11 +38,6 @@ TEMPLATE_FAULTS: Final = (
     RuntimeError,
 )
 
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-_MARKS = "generation_marks"
-# Private-use characters: a rendering that holds them by itself is never searched for marks.
-_OPEN, _CLOSE = "\ue0f0\ue0f1", "\ue0f1\ue0f0"
-
 
 class TemplateTokens(Protocol):
     """The tokens that a template names or writes: a `bp_data.tokens.Tokenizer`, or `reader.SpecialTokens`."""
@@ -59,19 +54,17 @@ class TemplateTokens(Protocol):
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}…{% endgeneration %}``: what the assistant says, between marks if they are requested."""
+    """``{% generation %}…{% endgeneration %}``: what the assistant says; rendered as it stands."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        marks = nodes.Name(_MARKS, "load", lineno=line)
-        return nodes.CallBlock(self.call_method("_mark", [marks]), [], [], body).set_lineno(line)
+        return nodes.CallBlock(self.call_method("_write", []), [], [], body).set_lineno(line)
 
-    def _mark(self, marks: Any, caller: Any) -> str:
-        text = str(caller())
-        return f"{_OPEN}{text}{_CLOSE}" if marks is True else text
+    def _write(self, caller: Any) -> str:
+        return str(caller())
 
 
 class _SafeNamespace(Namespace):
@@ -186,10 +179,6 @@ class ChatTemplate:
         """The Jinja source; of the default one, where there are several."""
         return self.texts["default"]
 
-    def has_marks(self, tools: Sequence[Mapping[str, Any]] | None = None) -> bool:
-        """Whether the template itself marks what the assistant says."""
-        return bool(_GENERATION_TAG.search(self.texts[self._pick(tools)]))
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -224,22 +213,6 @@ class ChatTemplate:
             return self.render(messages, tools, add_generation_prompt=add_generation_prompt, variables=variables)
         except RowFaultError:
             return None
-
-    def render_marked(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> tuple[str, list[tuple[int, int]]] | None:
-        """The chat's text and the characters ``[start, end)`` that the template marks as generated.
-
-        None where the marks cannot be trusted: the chat holds the mark's characters, or they changed the rendering.
-
-        Raises:
-            RowFaultError: As `render`.
-        """
-        plain = self.render(messages, tools)
-        if _OPEN in plain or _CLOSE in plain:
-            return None
-        text, spans = _take_marks(self._render(messages, tools, {"add_generation_prompt": False, _MARKS: True}))
-        return (plain, spans) if text == plain else None
 
     def _pick(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
         return "tool_use" if tools is not None and "tool_use" in self.texts else "default"
@@ -303,18 +276,6 @@ def _hash(texts: Mapping[str, str]) -> str:
     if len(texts) == 1:
         return hashlib.sha256(texts["default"].encode()).hexdigest()
     return hashlib.sha256(orjson.dumps(texts, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-def _take_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    text, spans, start = "", [], 0
-    for part in re.split(f"({_OPEN}|{_CLOSE})", marked):
-        if part == _OPEN:
-            start = len(text)
-        elif part == _CLOSE:
-            spans.append((start, len(text)))
-        else:
-            text += part
-    return text, [span for span in spans if span[0] < span[1]]
 
 
 def remove_generation_marks(text: str) -> str:
