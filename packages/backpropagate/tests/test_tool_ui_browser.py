@@ -49,7 +49,14 @@ def site(tmp_path_factory):
             told = json.loads("".join(iter(child.stdout.readline, "}\n")) + "}")
             runs = f"/runs/{hashlib.sha256(str(output).encode()).hexdigest()[:8]}"
             pages = {
+                "home": "/",
                 "runs": "/runs",
+                "chat": "/chat",
+                "blind": "/chat?blind=yes",
+                "multi-run form": "/multi-run",
+                "merge": "/merge",
+                "queue": "/queue",
+                "settings": "/settings",
                 "run": f"{runs}/{one}",
                 "multi-run": f"{runs}/{many}",
                 "card": f"{runs}/{many}/card",
@@ -109,6 +116,31 @@ def test_every_page_is_whole_accessible_and_from_here(site, chromium, theme):
     assert not wrong
 
 
+def test_no_page_scrolls_sideways_on_a_phone(site, chromium):
+    address, _, pages = site
+    tab = chromium.new_context(viewport={"width": 320, "height": 640}).new_page()
+    for name, path in pages.items():
+        tab.goto(address + path)
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+
+
+def test_the_form_says_what_fits_and_hides_what_does_not_apply(site, chromium):
+    address, _, _ = site
+    tab, wrong = open_tab(chromium)
+    tab.goto(address + "/train")
+    beta = tab.locator("#f-kto_beta")
+    tab.locator("summary", has_text="Preferences").wait_for(state="hidden")
+    tab.select_option("#f-method", "kto")
+    tab.locator("summary", has_text="Preferences").click()
+    sync_api.expect(beta).to_be_visible()
+    sync_api.expect(tab.locator("#f-dpo_beta")).to_be_hidden()
+    tab.fill("#f-data", "d.jsonl")
+    tab.fill("#f-steps", "abc")
+    tab.get_by_role("button", name="Start training").click()
+    sync_api.expect(tab.locator("#e-steps")).to_have_text("Steps must be a whole number.")
+    assert [text for text in wrong if "400" not in text] == []
+
+
 def test_a_run_moves_while_it_trains(site, chromium):
     address, output, pages = site
     store = RunStore(output)
@@ -154,7 +186,7 @@ def test_the_table_renews_itself_but_not_under_who_is_choosing(site, chromium):
     assert tab.locator("tbody tr").count() == before + 1
     assert boxes.nth(0).is_checked()
     boxes.nth(1).check()
-    tab.get_by_role("button", name="Compare the ticked runs").click()
+    tab.get_by_role("button", name="Compare selected runs").click()
     tab.wait_for_selector("canvas")
     assert not wrong
 
@@ -164,7 +196,7 @@ def test_the_page_is_read_without_a_mouse_and_without_scripts(site, chromium):
     tab, _ = open_tab(chromium)
     tab.goto(address + "/runs")
     tab.keyboard.press("Tab")
-    assert tab.evaluate("document.activeElement.textContent") == "To the content"
+    assert tab.evaluate("document.activeElement.textContent") == "Skip to content"
     tab.keyboard.press("Enter")
     assert tab.evaluate("document.activeElement.id") == "main"
     plain = chromium.new_context(java_script_enabled=False).new_page()

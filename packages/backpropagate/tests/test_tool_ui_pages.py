@@ -139,3 +139,105 @@ def test_an_export_is_started_from_the_run_s_own_folder_into_the_page_s(page, pl
         time.sleep(0.1)
     assert (target / "adapter_model.safetensors").is_file(), page.get("/jobs/1").text
     assert str(target) in page.get("/export").text
+
+
+def test_a_file_is_uploaded_into_the_page_s_folder_only(page, place):
+    token = token_on(page)
+
+    def send(name, content=b'{"text": "x"}\n'):
+        return page.post("/data/upload", data={"token": token}, files={"file": (name, content)})
+
+    where = send("../../my data.jsonl").headers["location"]
+    assert where.endswith("uploads%2Fmy-data.jsonl")
+    assert (place / "home/ui-outputs/uploads/my-data.jsonl").read_bytes() == b'{"text": "x"}\n'
+    assert "&#34;text&#34;" in page.get(where).text
+    assert send("my data.jsonl").headers["location"].endswith("2-my-data.jsonl")
+    for name in ("evil.sh", ".jsonl", "", "x.jsonl.exe"):
+        assert send(name).status_code == 404, name
+    assert page.post("/data/upload", files={"file": ("x.jsonl", b"{}")}).status_code == 403
+    assert {file.name for file in (place / "home/ui-outputs/uploads").iterdir()} == {"my-data.jsonl", "2-my-data.jsonl"}
+
+
+def token_on(page):
+    return re.search(r'"x-token": "([^"]+)"', page.get("/").text)[1]
+
+
+def test_what_runs_and_what_finished_is_at_home(page):
+    assert "1. Look at your data" in page.get("/").text
+    Trainer("./m", output="output", rail=FakeRail(), steps=2, lora_r=2).train("d.jsonl", on_bad_row="skip")
+    text = page.get("/").text
+    assert "m on d.jsonl" in text
+    assert "Chat with the newest model" in text
+    assert "lora.r" in page.get("/settings").text
+
+
+def test_a_run_is_noted_and_deleted_where_the_page_may_write(page, place):
+    own = place / "home/ui-outputs/mine"
+    trainer = Trainer("./m", output=own, rail=FakeRail(), steps=2, lora_r=2)
+    run_id = trainer.train("d.jsonl", on_bad_row="skip").run_id
+    address = re.search(rf"/runs/\w+/{run_id}", page.get("/runs").text)[0]
+    token = token_on(page)
+    page.post(f"{address}/note", data={"token": token, "note": "the <b>one</b>", "tags": "good, pirate"})
+    text = page.get(address).text
+    assert "the &lt;b&gt;one&lt;/b&gt;" in text
+    assert '<span class="tag">pirate</span>' in text
+    report = page.get(f"{address}/report")
+    assert report.headers["content-disposition"] == f'attachment; filename="run-{run_id}.html"'
+    assert "<script" not in report.text
+    assert page.post(f"{address}/remove", data={"token": token, "confirm": "xxxxxx"}).status_code == 400
+    assert page.post(f"{address}/remove", data={"token": token, "confirm": run_id[-6:]}).status_code == 303
+    assert not (own / "runs" / run_id).exists()
+    trainer = Trainer("./m", output="output", rail=FakeRail(), steps=2, lora_r=2)
+    other = trainer.train("d.jsonl", on_bad_row="skip").run_id
+    address = re.search(rf"/runs/\w+/{other}", page.get("/runs").text)[0]
+    assert page.post(f"{address}/remove", data={"token": token, "confirm": other[-6:]}).status_code == 403
+
+
+def test_multi_runs_and_merges_are_started_with_what_was_chosen(page, place, monkeypatch):
+    for seed in (1, 2):
+        trainer = Trainer("./m", output="output", rail=FakeRail(), steps=2, lora_r=2, seed=seed)
+        trainer.train("d.jsonl", on_bad_row="skip", resume=False)
+    jobs = page.app._app.state.site.jobs
+    monkeypatch.setattr(type(jobs), "run_queue", lambda _: None)  # nothing is run here: what is queued is looked at
+    token = token_on(page)
+    keys = re.findall(r'name="adapter" value="([^"]+)"', page.get("/merge").text)
+    assert page.post("/merge", data={"token": token, "adapter": keys[:1], "folder": "x"}).status_code == 400
+    places = {f"place-{keys[0]}": "2", f"place-{keys[1]}": "1"}
+    form = {"token": token, "adapter": keys, "method": "ties", "weights": "0.7,0.3", "folder": "both", **places}
+    assert page.post("/merge", data=form).status_code == 303
+    form = {"token": token, "data": "d.jsonl\nd.jsonl", "model": "./m", "runs": "2", "merge": "slao", "folder": "weeks"}
+    assert page.post("/multi-run", data=form).status_code == 303
+    assert page.post("/multi-run", data=form | {"data": "/etc/passwd"}).status_code == 400
+    assert page.post("/multi-run", data=form | {"runs": "0"}).status_code == 400
+    merged, weeks = [job.argv for job in jobs.queue.jobs()]
+    ids = [key.partition("/")[2] for key in keys]
+    assert merged == ("merge", f"{place}/output/runs/{ids[1]}/lora", f"{place}/output/runs/{ids[0]}/lora",
+                      "--method=ties", "--weights=0.7,0.3", f"--output={place}/home/ui-outputs/both/lora")  # fmt: skip
+    assert weeks == ("multi-run", "--data=d.jsonl", "--data=d.jsonl", "--model=./m", "--runs=2", "--merge=slao",
+                     f"--output={place}/home/ui-outputs/weeks")  # fmt: skip
+
+
+def test_a_model_answers_and_votes_become_rows(place, pico_model):
+    spec = UiSpec(data_dirs=(str(pico_model.parent),))
+    app = build_app(spec, find_places(spec, os.environ, shown=Path("output")))
+    page = TestClient(app, base_url="http://127.0.0.1:7860")
+    with page:  # one event loop, which the model's process belongs to
+        token = token_on(page)
+        target = re.search(rf'value="(model/[^"]*{pico_model.name})"', page.get("/chat").text)[1]
+        ask = {"token": token, "messages": json.dumps([{"role": "user", "content": "who are you"}])}
+
+        def answer(**form):
+            return [json.loads(line) for line in page.post("/chat/answer", data=ask | form).text.splitlines()]
+
+        lines = answer(target=target)
+        assert lines[-1] == {"end": True}, lines
+        said = "".join(line.get("piece", "") for line in lines)
+        pair = page.post("/chat/pair", data={"token": token, "target": target, "other": target}).json()["pair"]
+        assert "".join(line.get("piece", "") for line in answer(pair=pair, side="right")) == said
+        vote = {"token": token, "pair": pair, "better": "left", "prompt": "who", "left": "a", "right": "b"}
+        assert target[6:] in page.post("/chat/vote", data=vote).json()["left"]
+        rows = (place / "home/ui-outputs/preferences.jsonl").read_text()
+        assert json.loads(rows) == {"prompt": "who", "chosen": "a", "rejected": "b"}
+        assert page.post("/chat/answer", data=ask | {"target": "model//etc"}).status_code == 404
+        assert page.post("/chat/answer", data=ask | {"target": target, "messages": "[]"}).status_code == 400
+        assert page.post("/chat/vote", data=vote | {"pair": "x"}).status_code == 400

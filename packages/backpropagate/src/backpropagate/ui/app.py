@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -71,7 +72,15 @@ def build_app(spec: UiSpec, places: Places) -> Gate:
     passwords = Passwords.of(spec.auth) if spec.auth else None
     cookie = f"backprop_{spec.port}"  # browsers do not tell ports apart
     sessions = Sessions(places.own, cookie)
+    chats = Chats(places.own)
+
+    @asynccontextmanager
+    async def end_chats(_: Starlette) -> AsyncIterator[None]:
+        yield
+        await chats.close()
+
     app = Starlette(
+        lifespan=end_chats,
         routes=build_routes(),
         middleware=[Middleware(sessions.layer), Middleware(LoginGate, has_password=passwords is not None)],
         exception_handlers={CodedError: _tell_coded, HTTPException: _tell_http, Exception: _tell_bug},
@@ -145,7 +154,11 @@ def change(path: str, answer: Change, *, max_files: int = 0, seconds: float = _F
     """
 
     async def endpoint(request: Request) -> Response:
-        return await run_in_threadpool(answer, request, await read_form(request, max_files, seconds))
+        form = await read_form(request, max_files, seconds)
+        try:
+            return await run_in_threadpool(answer, request, form)
+        finally:
+            await form.close()
 
     return Route(path, endpoint, methods=["POST"])
 
@@ -162,6 +175,7 @@ async def read_form(request: Request, max_files: int = 0, seconds: float = _FORM
         raise HTTPException(408, "the form did not arrive in time") from error
     token = form.get("token") or request.headers.get("x-token", "")
     if not isinstance(token, str) or not comes_from_us(request, token):
+        await form.close()
         raise HTTPException(403, "this form is too old, or does not come from this page; load the page again")
     return form
 

@@ -80,7 +80,7 @@ class Chats:
                     if "piece" not in found:
                         return
             except (OSError, asyncio.CancelledError):
-                self._close(target.key)  # whoever left would get the rest of this answer as the next one
+                await self._close(target.key)  # whoever left would get the rest of this answer as the next one
                 raise
 
     async def _worker(self, target: Target) -> _Worker:
@@ -89,7 +89,7 @@ class Chats:
             self._workers.move_to_end(target.key)
             return worker
         while len(self._workers) >= _MOST_LOADED:
-            self._close(next(iter(self._workers)))
+            await self._close(next(iter(self._workers)))
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "backpropagate.cli.chat_worker", *target.words,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
@@ -107,15 +107,16 @@ class Chats:
         found: dict[str, Any] = orjson.loads(line)
         return found
 
-    def _close(self, key: str) -> None:
+    async def _close(self, key: str) -> None:
         worker = self._workers.pop(key, None)
         if worker is not None and worker.process.returncode is None:
             worker.process.kill()
+            await worker.process.communicate()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """End every process."""
         for key in list(self._workers):
-            self._close(key)
+            await self._close(key)
 
     def hide(self, first: Target, second: Target) -> tuple[str, Pair]:
         """A pair in random order, under an id that tells nothing."""

@@ -144,6 +144,8 @@ class Gate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
         if scope["type"] != "http":
             return
         headers = Headers(scope=scope)
@@ -226,8 +228,7 @@ class LoginGate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        path = scope["path"]
-        is_open = not self._has_password or any(path.startswith(open_) for open_ in OPEN_PATHS)
+        is_open = not self._has_password or any(scope.get("path", "").startswith(open_) for open_ in OPEN_PATHS)
         if scope["type"] != "http" or is_open or scope["session"].user:
             await self._app(scope, receive, send)
             return

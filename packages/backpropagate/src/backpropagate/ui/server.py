@@ -109,7 +109,7 @@ class Server:
             build_app(self.spec, self.places),
             log_config=None,
             access_log=False,
-            lifespan="off",
+            lifespan="on",
             ws="none",
             http=_PatientProtocol,
             limit_concurrency=_MOST_CONNECTIONS,

@@ -29,6 +29,11 @@ _OF_RUNS = (
 _LOOKED_AT = 50
 
 
+def _keys() -> list[str]:
+    """Settings of the form, in its order."""
+    return [*_OF_RUNS, *(key for key in all_settings() if key.startswith("multirun."))]
+
+
 def show_multi_run(request: Request) -> Response:
     """The form of a multi-run."""
     return _multi_run(request, dict(request.query_params))
@@ -38,11 +43,7 @@ def _multi_run(request: Request, filled: Mapping[str, str], error: CodedError | 
     site = request.app.state.site
     known = resolve({}, os.environ, Path(TOML_FILE))
     fault = fault_of(error)
-    fields = [
-        describe_field(setting, filled, known, fault)
-        for key, setting in all_settings().items()
-        if key in _OF_RUNS or key.startswith("multirun.")
-    ]
+    fields = [describe_field(all_settings()[key], filled, known, fault) for key in _keys()]
     return show(
         request,
         "multi_run.html",
@@ -64,7 +65,7 @@ def start_multi_run(request: Request, form: FormData) -> Response:
         files = [line.strip() for line in str(form.get("data", "")).splitlines() if line.strip()]
         if not files:
             raise DataMissingError("no data was named", fix="Name a file, or several: one per run.")
-        keys = {*_OF_RUNS, *(key for key in all_settings() if key.startswith("multirun."))}
+        keys = _keys()
         flags = read_flags(form, keys)
         for name in (*files, str(flags.get("model", ""))):
             require_readable_name(site.places, name)
