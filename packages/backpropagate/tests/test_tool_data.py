@@ -283,6 +283,8 @@ def test_doctor_says_everything_on_one_page(place, capsys):
     assert "not UTF-8" not in text
     fixed, by = doctored(capsys, "in/a.csv", "--encoding=cp1252", "--columns=Frage=prompt,Antwort=completion", "-m./m")
     assert (fixed["passed"], fixed["report"]["lengths"]["unit"]) == (True, "tokens")
+    assert "one turn, several turns" in by["template", "ok"]["text"]
+    assert "can't say tools" in by["template", "look"]["text"]
     assert "German" in by["languages", "ok"]["text"]
 
 

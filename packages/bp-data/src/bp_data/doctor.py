@@ -10,11 +10,13 @@ from typing import Any, Final, Literal, NamedTuple
 from bp_data.columns import PLAIN, ReadOptions, columns_ref, propose_columns
 from bp_data.encodings import guess_encoding
 from bp_data.errors import RowFault
-from bp_data.example import Rejected
+from bp_data.example import Rejected, Row
 from bp_data.files import find_encoding, kind_of, open_data
 from bp_data.folders import find_files
 from bp_data.formats import parse_row
 from bp_data.json_rows import find_layout
+from bp_data.labels.encoder import Encoder
+from bp_data.preparation import load_source
 from bp_data.quality import Found, Report, build_report
 from bp_data.read import read_rows, unit_of
 from bp_data.report import name_rows
@@ -108,9 +110,11 @@ def examine(
         readable += [file] if is_readable else []
     result.taken = [_name(file, path) for file in readable]
     if readable:
-        result.report = build_report(path, model, max_seq_length=max_seq_length, options=options, files=readable)
+        loaded = None if model is None else load_source(model)
+        result.report = build_report(path, loaded, max_seq_length=max_seq_length, options=options, files=readable)
         result.findings += _look_at_columns(path, readable, options, result.report)
         result.findings += _look_at_rows(result.report, str(path))
+        result.findings += [] if loaded is None else _look_at_template(*loaded)
     return result
 
 
@@ -235,7 +239,8 @@ def _look_at_rows(report: Report, path: str) -> Iterator[Finding]:
         fix = None if code in _FIXED_ABOVE else _FIXES.get(code, f"Fix them, or {skip}")
         yield Finding("rows", "bad", text, fix)
     for token, found in report.control_tokens.items():
-        fix = "Remove it from the text, or escape it: inside a text it becomes a real token of the model."
+        fix = "Remove it from the text: the model takes it for a real token. "
+        fix += f"Or train on it: {setting_ref('data.control_tokens', 'allow')}"
         yield Finding("control tokens", "look", f"{token} in {_count(found, report)}", fix)
     if report.rendered.count:
         fix = "Write them as messages; rendered chats are learned whole, the user's words too."
@@ -254,6 +259,49 @@ def _look_at_rows(report: Report, path: str) -> Iterator[Finding]:
         text = f"hints of {name.replace('_', ' ')}: {_count(found, report)}"
         without = command_ref("data clean", path, output="clean.jsonl", personal=True)
         yield Finding("personal data", "look", text, f"Leave such rows out: {without}")
+
+
+# --- The model's template ------------------------------------------------------------------------------------------
+
+_ASKED: Final = {"role": "user", "content": "Q"}
+_ANSWER: Final = {"role": "assistant", "content": "A"}
+_CALL: Final = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": {"x": "v"}}}
+_TOOL: Final = {
+    "type": "function",
+    "function": {
+        "name": "f",
+        "description": "d",
+        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "e"}}},
+    },
+}
+_THOUGHT: Final = {"role": "assistant", "content": "<think>\nT\n</think>\n\nA"}
+_CHATS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "one turn": {"messages": [_ASKED, _ANSWER]},
+    "several turns": {"messages": [_ASKED, _ANSWER, _ASKED, _ANSWER]},
+    "a system prompt": {"messages": [{"role": "system", "content": "S"}, _ASKED, _ANSWER]},
+    "tools": {
+        "messages": [
+            _ASKED,
+            {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+            {"role": "tool", "content": "R", "name": "f", "tool_call_id": "call00001"},
+            _ANSWER,
+        ],
+        "tools": [_TOOL],
+    },
+    "thoughts": {"messages": [_ASKED, _THOUGHT]},
+    "thoughts in several turns": {"messages": [_ASKED, _THOUGHT, _ASKED, _THOUGHT]},
+}
+
+
+def _look_at_template(tokenizer: Tokenizer, template: ChatTemplate) -> Iterator[Finding]:
+    """Which kinds of chats the model's template can say, tried with one of each."""
+    rows = [Row(number, chat) for number, chat in enumerate(_CHATS.values(), start=1)]
+    found = zip(_CHATS, Encoder(tokenizer, template, wanted=None).encode_rows(rows), strict=True)
+    rejected = {kind: encoded.rejected for kind, encoded in found if encoded.rejected is not None}
+    if works := [kind for kind in _CHATS if kind not in rejected]:
+        yield Finding("template", "ok", f"works for {', '.join(works)}")
+    for kind, bad in rejected.items():
+        yield Finding("template", "look", f"can't say {kind}: {bad.reason}")
 
 
 def _look_at_lengths(report: Report) -> Iterator[Finding]:
