@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,10 @@ from bp_export.cli.options import COMMANDS
 from bp_export.errors import OllamaRegistrationError
 from bp_export.verify import BOUNDS
 from bp_merge import read_model_index, write_tensors
+from bp_runs.adapter import write_manifest
+from bp_runs.files import sha256_file
+from bp_runs.rail import TrainOutcome
+from bp_runs.store import RunStore
 
 
 @pytest.fixture
@@ -132,6 +137,34 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path, adapter, capsys):
         assert run(["export", str(adapter), "--dry-run", "--format", format]) == 0
     assert run(["export", str(adapter), "--dry-run"]) == 0
     assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_an_export_names_its_step_and_goes_stale_when_its_run_is_resumed(tmp_path, adapter, capsys):
+    store = RunStore(tmp_path / "out")
+    with store.start(settings={}, rail="fake", versions={}, hardware={}) as writer:
+        shutil.copytree(adapter, writer.folders.adapter)
+        base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+        write_manifest(writer.folders.adapter, run_id=writer.run_id, base=base)
+        outcome = TrainOutcome(
+            adapter=writer.folders.adapter,
+            steps=3,
+            first_loss=2.0,
+            final_loss=1.0,
+            tokens=9,
+            seconds=1.0,
+            peak_memory=1,
+        )
+        writer.finish(outcome)
+    export_adapter(writer.folders.adapter, "gguf", quantization="q8_0", output=tmp_path / "x.gguf", verify=False)
+    record = store.load(writer.run_id)
+    artifact = record.artifacts[-1]
+    assert artifact["step"] == 3
+    assert artifact["weights_sha256"] == sha256_file(adapter / "adapter_model.safetensors")
+    assert record.describe_artifact(artifact) == "from step 3"
+    store.update(writer.run_id, lambda record: record.result.update(steps=5))
+    assert run(["show-run", writer.run_id, "--output", str(tmp_path / "out")]) == 0
+    assert "x.gguf  (from step 3, stale: the run is at step 5)" in capsys.readouterr().out
+    assert record.describe_artifact({"path": "x"}) == ""
 
 
 PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "export.md"

@@ -60,6 +60,17 @@ MODELS = {
             "tie_word_embeddings": True,
         },
     ),
+    "granite": (
+        "Granite",
+        {
+            "attention_multiplier": 0.02,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "olmo2": ("Olmo2", {"tie_word_embeddings": False}),
     "gemma2": ("Gemma2", _GEMMA),
     "gemma3": ("Gemma3", {**_GEMMA, "num_hidden_layers": 7}),
 }

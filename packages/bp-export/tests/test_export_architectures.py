@@ -61,6 +61,18 @@ CASES = {
         {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 7},
         "gemma3",
     ),
+    "granite": (
+        "Granite",
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 2.0,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 1.5,
+            "tie_word_embeddings": True,
+        },
+        "granite",
+    ),
+    "olmo2": ("Olmo2", {"tie_word_embeddings": False}, "olmo2"),
     "mistral": ("Mistral", {"head_dim": 32, "sliding_window": None}, "llama"),
     "qwen2": ("Qwen2", {}, "qwen2"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -15,12 +16,15 @@ import orjson
 import bp_export
 from backpropagate import catalogue, system
 from bp_export.errors import ArchitectureUnsupportedError, ParityFailedError, PushNetworkError
-from bp_runs.adapter import CONFIG_FILE, read_adapter_folder, read_manifest
-from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError
+from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_folder, read_manifest
+from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError, RunNotFoundError
+from bp_runs.files import sha256_file
+from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 from bp_runs.wording import render
 
 _log = logging.getLogger("backpropagate")
+_CHECKPOINT = re.compile(r"step-(\d+)-[0-9a-f]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +102,10 @@ def export_adapter(
         outcome = request.write(progress)
     except ParityFailedError as error:
         quantization = bp_export.quant.read_quantization(options.get("quantization")).name
-        _note_in_run(adapter, run_id, {"kind": format, "quantization": quantization, **error.details})
+        artifact = {"kind": format, "quantization": quantization, **error.details}
+        _note_in_run(adapter, run_id, {**artifact, "weights_sha256": _hash_weights(adapter)})
         raise
-    run_id = _note_in_run(adapter, run_id, _build_artifact(outcome))
+    run_id = _note_in_run(adapter, run_id, {**_build_artifact(outcome), "weights_sha256": _hash_weights(adapter)})
     if ollama_name is not None:
         model = bp_export.ollama.register_gguf(
             outcome.path, ollama_name, host=host, context=ollama_context, force=force
@@ -223,19 +228,40 @@ def _build_artifact(outcome: bp_export.ExportOutcome) -> dict[str, Any]:
 
 
 def _note_in_run(adapter: Path, run_id: str | None, artifact: Mapping[str, Any]) -> str | None:
-    """Add the export to its run's record next to the adapter; returns the run's id, None without a record."""
+    """Add the export, and the step that it was made from, to its run's record next to the adapter.
+
+    A run that is resumed goes on, and its exports stay where they were; the step tells them apart.
+
+    Returns:
+        The run's id; None without a record.
+    """
     if run_id is None:
         return None
     for output in (adapter.resolve().parent, *adapter.resolve().parents[2:3]):
         store = RunStore(output)
         try:
-            store.add_artifact(run_id, artifact)
-        except RecordInvalidError:
+            step = _find_step(adapter, store.load(run_id))
+            store.add_artifact(run_id, {**artifact, "step": step})
+        except (RecordInvalidError, RunNotFoundError):
             continue
         except CodedError as error:
             _log.warning("the export is complete, but it could not be added to the run's record: %s", error)
         return run_id
     return None
+
+
+def _find_step(adapter: Path, record: RunRecord) -> int | None:
+    """The step of a checkpoint's folder, ``step-000040-9f2c1a``, else the last of the run."""
+    found = (_CHECKPOINT.fullmatch(part) for part in adapter.resolve().parts)
+    step = next((int(match[1]) for match in found if match), None)
+    last = record.result.get("steps", record.progress.get("step"))
+    return step if step is not None else last if isinstance(last, int) else None
+
+
+def _hash_weights(adapter: Path) -> str | None:
+    """SHA-256 of the adapter's weights; None for a model."""
+    file = adapter / WEIGHTS_FILE
+    return sha256_file(file) if file.is_file() else None
 
 
 def push_model(source: Path, repo: str, **asked: Any) -> bp_export.hub.PushOutcome:

@@ -162,9 +162,10 @@ def find_base(named: Path, adapter: LoraAdapter) -> Path:
     revision = adapter.folder.config.get("revision") if is_own else None
     found = find_cached_model(name, revision if isinstance(revision, str) else None)
     if found is None:
+        original = _PACKED_NAME.sub("", name)
         raise BaseModelNotFoundError(
             f"the base model {name} is neither a folder nor in the Hub's cache on this machine",
-            fix=f"Download it: hf download {name}; or name its folder: {{set:base=/path/to/base-model}}",
+            fix=f"Download it in 16 bits (hf download {original}), and name it: {setting_ref('base', original)}",
             details=details,
         )
     return found

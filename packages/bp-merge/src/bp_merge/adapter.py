@@ -32,6 +32,7 @@ LORA_A, LORA_B, _B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _MAGNITUDE = ".lora_magnitude_vector"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+_OWN_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB]|\.lora_magnitude_vector)\.default(?=\.|$)")
 # As many as are in use at once: threads work on the end of one tensor and the start of the next.
 _PAIRS_KEPT = 4
 # What PEFT's wrappers leave in the names of tensors that they save whole.
@@ -148,7 +149,8 @@ def load_adapter(path: Path) -> LoraAdapter:
         raise AdapterUnfoldableError(
             f"{path} uses what cannot be folded yet: {', '.join(refusals)}", details={"features": refusals}
         )
-    with TensorReader(read_index(folder.weights)) as reader:
+    stored = {clean_name(name): info for name, info in read_index(folder.weights).items()}
+    with TensorReader(stored) as reader:
         rest = dict.fromkeys(reader.tensors)
         linears = _read_modules(reader, LORA_A, LORA_B)
         embeddings = _read_modules(reader, _EMBEDDING_A, _EMBEDDING_B)
@@ -172,6 +174,11 @@ def load_adapter(path: Path) -> LoraAdapter:
 
     frozen = MappingProxyType
     return LoraAdapter(folder, PairsByName(names, read), frozen(replaced), frozen(rows), frozen(added))
+
+
+def clean_name(name: str) -> str:
+    """A tensor's name without the adapter's own, which state dicts that were saved by hand still have."""
+    return _OWN_NAME.sub(r"\1", name)
 
 
 def read_refusals(config: Mapping[str, Any]) -> list[str]:

@@ -56,12 +56,15 @@ def require_folder(path: Path) -> Path:
         DiskFullError: There is no room for even one small file.
     """
     probe = path / f".write-probe-{os.getpid()}"
-    with coded_disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.write_bytes(b"x")
-        finally:
-            probe.unlink(missing_ok=True)
+    try:
+        with coded_disk_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            try:
+                probe.write_bytes(b"x")
+            finally:
+                probe.unlink(missing_ok=True)
+    except OSError as error:  # a file system that holds no ordinary files, such as /proc
+        raise OutputNotWritableError(f"cannot write in {path}", cause=str(error)) from error
     return path
 
 

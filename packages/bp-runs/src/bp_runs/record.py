@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -153,6 +154,15 @@ class RunRecord:
             "error": (self.error or {}).get("code"),
             "tags": self.tags,
         }
+
+    def describe_artifact(self, artifact: Mapping[str, Any]) -> str:
+        """Which step a file was made from, and whether the run has trained on since; empty if that was not recorded."""
+        step, now = artifact.get("step"), self.result.get("steps", self.progress.get("step"))
+        if not isinstance(step, int):
+            return ""
+        if isinstance(now, int) and now > step:
+            return f"from step {step}, stale: the run is at step {now}"
+        return f"from step {step}"
 
     def setting(self, key: str) -> Any:
         """A setting's value by dotted key; None when it was not recorded."""

@@ -100,7 +100,8 @@ def _went(record: RunRecord, metrics: list[dict[str, Any]]) -> list[str]:
     if record.error:
         lines.append(f"  error     [{record.error['code']}]: {record.error['message']}")
         lines.append(f"  do        {record.describe_fix()}")
-    return lines + [f"  {artifact['kind']:<9} {artifact['path']}" for artifact in record.artifacts]
+    files = [(f"{file['kind']:<9} {file['path']}", record.describe_artifact(file)) for file in record.artifacts]
+    return lines + [f"  {line}  ({step})" if step else f"  {line}" for line, step in files]
 
 
 def _describe_data(data: Mapping[str, Any]) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 from bp_export.architectures.decoder import Architecture
 from bp_export.architectures.gemma2 import Gemma2Architecture
 from bp_export.architectures.gemma3 import Gemma3Architecture
+from bp_export.architectures.granite import GraniteArchitecture
 from bp_export.architectures.llama import LlamaArchitecture
+from bp_export.architectures.olmo2 import Olmo2Architecture
 from bp_export.architectures.phi3 import Phi3Architecture
 from bp_export.architectures.qwen2 import Qwen2Architecture
 from bp_export.architectures.qwen3 import Qwen3Architecture
@@ -27,6 +29,8 @@ ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
         "Qwen3ForCausalLM": Qwen3Architecture,
         "Qwen3_5ForCausalLM": Qwen35Architecture,
         "Qwen3_5ForConditionalGeneration": Qwen35Architecture,
+        "GraniteForCausalLM": GraniteArchitecture,
+        "Olmo2ForCausalLM": Olmo2Architecture,
         "Phi3ForCausalLM": Phi3Architecture,
         "Gemma2ForCausalLM": Gemma2Architecture,
         "Gemma3ForCausalLM": Gemma3Architecture,

@@ -178,6 +178,8 @@ def _write_parity(facts: CardFacts) -> Iterator[str]:
     if facts.kind != "gguf" or not parity:
         return
     yield "## Parity"
+    if facts.origin and (made := facts.origin.record.describe_artifact(facts.artifact)):
+        yield f"The file was made {made}."
     reference = parity.get("reference")
     against = f" with the {reference} of the trained model" if reference else ""
     yield f"The file was loaded in llama.cpp and compared{against}. {parity.get('summary', '')}".rstrip()

@@ -60,6 +60,8 @@ _PROBES = (
 _COMPOSED = ("qwen2", "qwen35")
 # With these names llama.cpp takes a word that is a token whole, without trying its merges.
 _WHOLE_WORDS = ("llama-bpe", "tekken")
+# The same rules where words are merged: llama.cpp's name for cl100k, as Phi-4's tokenizer is.
+_WITH_MERGES: Mapping[str, str] = MappingProxyType({"llama-bpe": "dbrx"})
 
 
 def recognise_pre(tokenizer: Mapping[str, Any]) -> str:
@@ -76,6 +78,8 @@ def recognise_pre(tokenizer: Mapping[str, Any]) -> str:
         raise _build_error("the pre-tokenizer", steps, tokenizer)
     if normalizer and not (name in _COMPOSED and normalizer.get("type") == "NFC"):
         raise _build_error("the normalizer", normalizer, tokenizer)
+    if not tokenizer["model"].get("ignore_merges"):
+        name = _WITH_MERGES.get(name, name)
     if (name in _WHOLE_WORDS) != bool(tokenizer["model"].get("ignore_merges")):
         found = tokenizer["model"].get("ignore_merges")
         raise _build_error(f"ignore_merges beside the rule of {name}", found, tokenizer)
@@ -150,7 +154,9 @@ def _describe(step: Mapping[str, Any]) -> tuple[str, ...]:
         if step.get("add_prefix_space"):
             return kind, "adds a space"
         return _WITH_GPT2_RULE if step.get("use_regex", True) else _BYTES_ONLY
-    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+    # What does not match is removed, or is a word: the same, since these expressions match every character.
+    cuts = (step.get("behavior"), bool(step.get("invert")))
+    if kind == "Split" and cuts in (("Isolated", False), ("Removed", True)):
         return kind, str((step.get("pattern") or {}).get("Regex"))
     return kind, json.dumps(step, sort_keys=True)
 

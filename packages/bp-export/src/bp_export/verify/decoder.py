@@ -146,6 +146,7 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
         "Qwen3_5ForConditionalGeneration": _Family(_DELTA, norm_offset=1.0),
         "Phi3ForCausalLM": _Family({"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
         "SmolLM3ForCausalLM": _Family({"num_key_value_heads": 4}, theta=2_000_000.0),
+        "Olmo2ForCausalLM": _Family({"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}),
         "GraniteForCausalLM": _Family({"max_position_embeddings": 2048}),
         "Gemma2ForCausalLM": _Family(
             {**_GEMMA, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}, norm_offset=1.0

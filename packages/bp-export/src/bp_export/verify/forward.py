@@ -85,14 +85,16 @@ class Forward:
         """One block: attention or delta net, then feed-forward, each with the norms that the checkpoint has."""
         scale = np.float32(self.plan.residual_scale)
         # Gemma's four norms: there "post_attention" is on what attention adds, elsewhere on what feed-forward reads.
-        has_four = self._has(f"{stem}pre_feedforward_layernorm.weight")
+        # OLMo 2 has only the two on what is added.
+        has_four = self._has(f"{stem}post_feedforward_layernorm.weight")
+        reads_plain = not self._has(f"{stem}input_layernorm.weight")
         read = "pre_feedforward_layernorm" if has_four else "post_attention_layernorm"
-        inside = self._normalize(x, f"{stem}input_layernorm.weight")
+        inside = x if reads_plain else self._normalize(x, f"{stem}input_layernorm.weight")
         added = self._run_delta(inside, stem) if layer.is_recurrent else self._attend(inside, stem, layer)
         if has_four:
             added = self._normalize(added, f"{stem}post_attention_layernorm.weight")
         x = x + added * scale
-        added = self._feed_forward(self._normalize(x, f"{stem}{read}.weight"), stem)
+        added = self._feed_forward(x if reads_plain else self._normalize(x, f"{stem}{read}.weight"), stem)
         if has_four:
             added = self._normalize(added, f"{stem}post_feedforward_layernorm.weight")
         return x + added * scale
@@ -156,7 +158,11 @@ class Forward:
         return self._project(activate(gate, self.plan.activation) * up, stem + names[2])
 
     def _normalize_heads(self, x: Floats, name: str) -> Floats:
-        return self._normalize(x, name) if self._has(name) else x
+        """Each head by itself, or as OLMo 2 all heads of a token as one vector: (tokens, heads, head width)."""
+        if not self._has(name):
+            return x
+        is_whole = self._shape(name)[0] != x.shape[-1]
+        return self._normalize(x.reshape(len(x), -1), name).reshape(x.shape) if is_whole else self._normalize(x, name)
 
     def _normalize(self, x: Floats, name: str) -> Floats:
         return normalize(x, self._read(name).reshape(-1) + np.float32(self.plan.norm_offset), self.plan.epsilon)

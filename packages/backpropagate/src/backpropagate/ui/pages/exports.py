@@ -62,7 +62,12 @@ def _look(places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             except RecordInvalidError:
                 continue
             exported += [
-                {**redact_data(artifact), "key": key, "run_id": row["run_id"]}
+                {
+                    **redact_data(artifact),
+                    "key": key,
+                    "run_id": row["run_id"],
+                    "made": record.describe_artifact(artifact),
+                }
                 for artifact in record.artifacts
                 if artifact.get("kind") not in _OWN_FILES
             ]
