@@ -216,10 +216,16 @@ def test_validate_with_a_model_lists_every_bad_row_too(place, capsys):
         assert "all.jsonl" in captured.err.splitlines()[-2], "the fix names the file"
 
 
-@pytest.mark.parametrize("name", ["nofile.jsonl", "nofile.csv", "./nofile", "data/nofile.ndjson", "nofile.xlsx"])
+@pytest.mark.parametrize(
+    "name", ["nofile.jsonl", "nofile.csv", "./nofile", "data/nofile.ndjson", "nofile.xlsx", "nofile.zip"]
+)
 def test_a_file_that_is_not_there_is_said_to_be_missing(place, capsys, name):
     assert run(["validate", name]) == 1
     assert f"there is no data file {name}" in capsys.readouterr().err
+    (place / name).parent.mkdir(exist_ok=True)
+    (place / name.replace("nofile", "nofiles", 1)).write_text("")
+    assert run(["validate", name]) == 1
+    assert "nofiles" in capsys.readouterr().err, "a file of nearly the same name is proposed"
 
 
 def test_columns_are_mapped_ignored_and_never_lost(place, capsys):

@@ -23,6 +23,7 @@ from bp_data.hub import network_errors, send_no_usage_reports
 from bp_runs.errors import InvalidSettingError, first_line
 from bp_runs.files import coded_disk_errors
 from bp_runs.spec import DataSpec, Settings
+from bp_runs.wording import setting_ref
 
 _log = logging.getLogger("backpropagate")
 TOKENIZER: Literal["tokenizer"] = "tokenizer"
@@ -141,6 +142,17 @@ class Rows:
     """The Hub commit of a data set; None for files of the user's."""
 
 
+def _near_files(path: Path) -> list[Path]:
+    """Files of the same folder whose names are close to the one that isn't there."""
+    import difflib
+
+    try:
+        names = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        return []
+    return [path.with_name(name) for name in difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)]
+
+
 def _report_left(path: Path) -> None:
     """Say which files of a folder are read and which are not."""
     if path.is_dir() and (files := find_files(path)).left:
@@ -186,7 +198,9 @@ def find_rows(data: DataSpec, environ: Mapping[str, str], *, offline: bool = Fal
             setting="data.revision",
         )
     if not (path_exists(path) and path.is_dir()) and not looks_like_hub_name(data.path):
-        raise DatasetNotFoundError(f"there is no data file {data.path}")
+        near = _near_files(path)
+        fix = f"Check the spelling; perhaps it is {setting_ref('data.path', near[0])}" if near else None
+        raise DatasetNotFoundError(f"there is no data file {data.path}", fix=fix)
     found = fetch_dataset(
         path if path.is_dir() else data.path,
         program_home(environ) / "datasets",

@@ -11,7 +11,7 @@ from bp_data.columns import PLAIN, ReadOptions, columns_ref, propose_columns
 from bp_data.encodings import guess_encoding
 from bp_data.errors import RowFault
 from bp_data.example import Rejected, Row
-from bp_data.files import find_encoding, kind_of, open_data
+from bp_data.files import WORKBOOKS, find_encoding, kind_of, open_data
 from bp_data.folders import find_files
 from bp_data.formats import parse_row
 from bp_data.json_rows import find_layout
@@ -151,11 +151,11 @@ def _is_not_utf8(row: object) -> bool:
 def _describe_file(file: Path) -> Iterator[tuple[str, str]]:
     """Encoding, separator and layout, as far as the kind of file has them."""
     kind = kind_of(file)
-    if kind in (".xlsx", ".xls", ".ods"):
+    if kind in WORKBOOKS:
         with open_data(file) as stream:
             first, *others = [name for name, rows in read_sheets(stream, file) if rows] or [""]
         yield "sheet", f"{first}" + (f"; not read: {', '.join(others)}" if others else "")
-    if kind in (".xlsx", ".xls", ".ods", ".parquet", ".arrow"):
+    if kind in (*WORKBOOKS, ".parquet", ".arrow"):
         return
     yield "encoding", find_encoding(file).upper()
     with open_data(file) as stream:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal, TypeAlias, cast
+from typing import Any, BinaryIO, Final, Literal, TypeAlias, cast, get_args
 
 from bp_data.errors import (
     DatasetFormatUnsupportedError,
@@ -20,17 +20,29 @@ from bp_data.errors import (
 )
 
 Kind: TypeAlias = Literal[
-    ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".txt", ".md"
+    ".jsonl",
+    ".ndjson",
+    ".json",
+    ".csv",
+    ".tsv",
+    ".xlsx",
+    ".xlsm",
+    ".xlsb",
+    ".xls",
+    ".ods",
+    ".parquet",
+    ".arrow",
+    ".txt",
+    ".md",
 ]
 
-KINDS: Final[tuple[Kind, ...]] = (
-    *(".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".xls", ".ods", ".parquet", ".arrow", ".txt", ".md"),
-)
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+WORKBOOKS: Final = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 PACKED: Final = (".gz", ".zst")
 UNDERSTOOD: Final = (*KINDS, *PACKED)
 """Endings of the files that are understood; the last two stand after one of the others: ``.jsonl.gz``."""
 
-_BINARY: Final = (".parquet", ".arrow", ".xlsx", ".xls", ".ods")
+_BINARY: Final = (".parquet", ".arrow", *WORKBOOKS)
 _HEAD = 65_536  # bytes looked at before the first row
 _BLOCK = 1 << 20
 _LONGEST = 64 * 2**20

@@ -41,6 +41,11 @@ from bp_runs.wording import setting_ref
 
 _log = logging.getLogger("bp_data")
 _NAME: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Endings of files that are no data sets; a name on the Hub may have dots, as in owner/name-2.1.
+_FILE: Final = re.compile(
+    r"\.(?:zip|tar|tgz|bz2|xz|7z|rar|pdf|docx?|odt|rtf|html?|xml|ya?ml|toml|log|pkl|pickle|h5|npy|npz|db|sqlite|py|ipynb)$",
+    re.IGNORECASE,
+)
 _MISSING: Final = "Install it: {install:bp-data[hub]}"
 # A split that is not named is the first of these that there is.
 _USUAL_SPLITS: Final = ("train", "train_sft", "training")
@@ -70,7 +75,7 @@ class HubData:
 
 def looks_like_hub_name(text: str) -> bool:
     """Whether a text may be the name of a data set on the Hub: ``owner/name``, or an old one's bare ``name``."""
-    if not _NAME.fullmatch(text) or ".." in text:
+    if not _NAME.fullmatch(text) or ".." in text or _FILE.search(text):
         return False
     try:
         kind_of(Path(text))

@@ -15,7 +15,7 @@ from bp_data import json_rows, tables
 from bp_data.columns import ReadOptions
 from bp_data.errors import DataError, DatasetEmptyError, RowFault
 from bp_data.example import Rejected, Row
-from bp_data.files import kind_of, open_data
+from bp_data.files import WORKBOOKS, kind_of, open_data
 from bp_data.folders import list_files
 from bp_data.json_rows import AS_UTF8
 from bp_data.json_text import excerpt, name_type
@@ -108,9 +108,7 @@ _READERS: Final[dict[str, Any]] = {
     ".json": json_rows.read_json,
     ".csv": tables.read_csv,
     ".tsv": partial(tables.read_csv, default="\t"),
-    ".xlsx": tables.read_workbook,
-    ".xls": tables.read_workbook,
-    ".ods": tables.read_workbook,
+    **dict.fromkeys(WORKBOOKS, tables.read_workbook),
     ".parquet": tables.read_parquet,
     ".arrow": tables.read_arrow,
     ".txt": _read_document,
