@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from backpropagate.exporting import ExportResult
     from backpropagate.interrupts import on_interrupt
     from backpropagate.merging import merge_adapters
-    from backpropagate.trainer import Trainer, TrainResult
+    from backpropagate.ollama import register_with_ollama
+    from backpropagate.results import TrainResult
+    from backpropagate.trainer import Trainer
 
 __version__ = "2.0.0"
 
@@ -26,6 +28,7 @@ __all__ = [
     "Trainer",
     "merge_adapters",
     "on_interrupt",
+    "register_with_ollama",
     "take_ranks",
 ]
 
@@ -35,9 +38,10 @@ _HOMES = {
     "EvalResult": "backpropagate.evaluation.evaluate",
     "ExportResult": "backpropagate.exporting",
     "MultiRunResult": "backpropagate.continual.multirun",
-    "TrainResult": "backpropagate.trainer",
+    "TrainResult": "backpropagate.results",
     "Trainer": "backpropagate.trainer",
     "merge_adapters": "backpropagate.merging",
+    "register_with_ollama": "backpropagate.ollama",
     "on_interrupt": "backpropagate.interrupts",
     "take_ranks": "backpropagate.distributed.launchers",
 }
@@ -50,3 +54,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, and the version."""
+    return sorted([*__all__, "__version__"])

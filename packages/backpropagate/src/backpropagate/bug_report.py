@@ -26,7 +26,7 @@ _TEXTS = ("training.sample_prompts", "training.run_name")
 _COMMON_NAMES = ("root", "user", "home", "localhost")
 _CRASHES = 3
 """Newest tracebacks that go into the report."""
-_README = """What is in this file, made by `backprop report`:
+_README = """What is in this report:
 
 run.json       the run's settings, versions, hardware, result and error
 metrics.jsonl  its events: losses, speed, memory, notices; answers to prompts are left out

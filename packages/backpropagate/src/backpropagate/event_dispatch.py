@@ -44,6 +44,19 @@ def listener(callback: Callback | None) -> Emit | None:
     return call
 
 
+def join_listeners(*listeners: Emit | None) -> Emit | None:
+    """One listener that calls several; None if there are none."""
+    found = [one for one in listeners if one is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+
+    def call(event: Event) -> None:
+        for one in found:
+            one(event)
+
+    return call
+
+
 def _events(cls: type[Event]) -> Iterator[type[Event]]:
     for inner in cls.__subclasses__():
         yield inner

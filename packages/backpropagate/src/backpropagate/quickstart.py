@@ -14,7 +14,8 @@ import bp_export
 from backpropagate import catalogue, quickstart_model, system
 from backpropagate.exporting import ExportResult
 from backpropagate.interrupts import Interrupts, no_interrupts
-from backpropagate.trainer import Trainer, TrainResult
+from backpropagate.results import TrainResult
+from backpropagate.trainer import Trainer
 from bp_data import preview_rows
 from bp_data.preview import PreviewToken
 from bp_runs.errors import InterruptedRunError
@@ -120,7 +121,14 @@ def run_quickstart(
         samples: list[SampleAnswer] = []
         defaults = {**DEFAULTS, "sample_prompts": HELD_OUT}
         trainer = Trainer(
-            name, output=output, rail=rail, command=command, defaults=defaults, interrupts=interrupts, **flags
+            name,
+            progress=False,
+            output=output,
+            rail=rail,
+            command=command,
+            defaults=defaults,
+            interrupts=interrupts,
+            **flags,
         )
         losses: list[float] = []
 

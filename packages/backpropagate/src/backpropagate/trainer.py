@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -20,8 +21,8 @@ from backpropagate import catalogue, memory_estimate, presets, rails, resume_pla
 from backpropagate.data_input import Data, is_in_memory, snapshot
 from backpropagate.distributed import launchers
 from backpropagate.errors import MainProcessError
-from backpropagate.event_dispatch import Callback, listener
-from backpropagate.exporting import ExportResult, export_adapter, push_model, warn_unexportable
+from backpropagate.event_dispatch import Callback, join_listeners, listener
+from backpropagate.exporting import ExportResult, export_adapter, find_base_folder, push_model, warn_unexportable
 from backpropagate.interrupts import Interrupts, no_interrupts
 from backpropagate.keywords import (
     MetricName,
@@ -31,6 +32,8 @@ from backpropagate.keywords import (
     TrainerKeywords,
     TrainKeywords,
 )
+from backpropagate.python_progress import open_progress
+from backpropagate.results import TrainResult
 from backpropagate.run_hints import resume_line
 from backpropagate.session import RunSession, SessionContext
 from backpropagate.settings import (
@@ -45,10 +48,11 @@ from backpropagate.settings import (
 )
 from backpropagate.signatures import shows_keywords
 from backpropagate.trackers import tracker
-from bp_runs.adapter import read_manifest
+from bp_runs.adapter import read_adapter_folder, read_manifest
 from bp_runs.checkpoint import CheckpointFolder
-from bp_runs.errors import CodedError, ContractError, ResumeChangedError, ResumeNotFoundError
+from bp_runs.errors import CodedError, ContractError, OutputTakenError, ResumeChangedError, ResumeNotFoundError
 from bp_runs.events import Notice
+from bp_runs.files import coded_disk_errors
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, result_name
 from bp_runs.rail import Rail, TrainOutcome
 from bp_runs.record import Relation, RunRecord
@@ -67,22 +71,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("backpropagate")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainResult:
-    """A run that ended well, or was stopped with its adapter kept."""
-
-    run_id: str
-    adapter: Path
-    """``<output>/lora``; the run's own folder where it was stopped and a finished adapter stands there already."""
-    outcome: TrainOutcome
-    record: RunRecord
-
-    @property
-    def final_loss(self) -> float:
-        """The training loss of the last step, in nats per trained token."""
-        return self.outcome.final_loss
-
-
 _DATA_NAMES = frozenset(all_settings()["data.path"].words)
 
 
@@ -98,6 +86,7 @@ class Trainer:
         ranks: The place of this process among several that a launcher started, from `take_ranks`; None: it works alone.
         interrupts: Opens what asks a run to stop, while it is under way: `on_interrupt` lets the first Ctrl-C finish
             the step and save. Default: nothing does, and no signal handler is installed.
+        progress: Whether training shows its progress: a bar on a terminal, a panel in a notebook. Default: there.
         **flags: Settings by short name, as the CLI's flags with underscores: ``lora_r=16``, ``lr=1e-4``.
 
     Raises:
@@ -117,6 +106,7 @@ class Trainer:
         defaults: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
         interrupts: Interrupts = no_interrupts,
+        progress: bool | None = None,
         **flags: Unpack[TrainerKeywords],
     ) -> None:
         data = {name: value for name, value in flags.items() if name in _DATA_NAMES}
@@ -126,6 +116,7 @@ class Trainer:
         self._defaults = dict(defaults or {})
         self._ranks = ranks
         self._interrupts = interrupts
+        self._progress = progress
         self.settings = self._resolve({}).settings  # which names the output folder, where examples are written
         if data:
             self._flags |= self._all_written(data)
@@ -351,7 +342,7 @@ class Trainer:
             outcome = run.train(settings, base, rows, checkpoint=checkpoint, initial_adapter=start)
             adapter = run.publish(outcome)
             record = run.finish(outcome)
-        self.last = TrainResult(run_id=run.run_id, adapter=adapter, outcome=outcome, record=record)
+        self.last = TrainResult(run_id=run.run_id, adapter=adapter, outcome=outcome, record=record, output=store.output)
         return self.last
 
     def _open_context(self, store: RunStore, settings: Settings, on_event: Callback | None) -> SessionContext:
@@ -361,7 +352,7 @@ class Trainer:
             environ=os.environ,
             command=self._command,
             followers=tracker.choose_trackers(settings.training.report_to, os.environ),
-            on_event=listener(on_event),
+            on_event=join_listeners(listener(on_event), open_progress(self._progress)),
             interrupts=self._interrupts,
             ranks=self._ranks,
         )
@@ -406,7 +397,11 @@ class Trainer:
         stream = self._build_multi_run(store, replace(resolved, settings=settings), on_event, run_id)
         result = stream.start(sources) if run_id is None else stream.resume(run_id)
         self.last = TrainResult(
-            run_id=result.run_id, adapter=result.adapter, outcome=result.outcome, record=result.record
+            run_id=result.run_id,
+            adapter=result.adapter,
+            outcome=result.outcome,
+            record=result.record,
+            output=store.output,
         )
         return result
 
@@ -609,6 +604,44 @@ class Trainer:
             endpoint=endpoint,
         )
 
+    def save(self, folder: str | Path) -> Path:
+        """Copy the newest adapter, or in mode full the newest model, to a folder of its own; returns that folder.
+
+        Raises:
+            AdapterInvalidError: Nothing has been trained yet.
+            OutputTakenError: The folder holds something already.
+        """
+        target = Path(folder)
+        source = read_adapter_folder(self._newest()).path
+        if target.exists() and any(target.iterdir()):
+            raise OutputTakenError(f"{target} is not empty", fix="Name another folder.")
+        with coded_disk_errors(target):
+            shutil.copytree(source, target, dirs_exist_ok=True)
+        return target
+
+    def chat(self, prompt: str, *, system: str | None = None, max_tokens: int = 512, temperature: float = 0.7) -> str:
+        """Answer one prompt with the newest adapter in llama.cpp, as `backprop chat --prompt` does.
+
+        Args:
+            prompt: What to ask.
+            system: A system message.
+            max_tokens: Longest answer, in tokens.
+            temperature: 0: always the likeliest token.
+
+        Raises:
+            CodedError: As `bp_export.chat.open_session`: nothing is trained yet, or llama.cpp is not installed.
+        """
+        from bp_export.chat import ChatOptions, ask_once, open_session
+
+        options = ChatOptions(system=system, max_tokens=max_tokens, temperature=temperature)
+        adapter = self._newest()
+        with open_session(adapter, base=find_base_folder(adapter, None)) as session:
+            return "".join(ask_once(session, prompt, options))
+
+    def __repr__(self) -> str:
+        trained = "nothing trained yet" if self.last is None else repr(self.last)
+        return f"Trainer({self.settings.model.name!r}, output={str(self.output)!r}: {trained})"
+
     @property
     def runs(self) -> RunStore:
         """The runs of the output folder: ``list_runs()``, ``load(run_id)``, ``read_metrics(run_id)`` …"""
@@ -649,7 +682,11 @@ def _read_result(folders: RunFolders | None, ranks: Ranks) -> TrainResult:
     place = folders.output / outcome.adapter.name
     is_published = read_manifest(place).get("run_id") == record.run_id
     return TrainResult(
-        run_id=record.run_id, adapter=place if is_published else outcome.adapter, outcome=outcome, record=record
+        run_id=record.run_id,
+        adapter=place if is_published else outcome.adapter,
+        outcome=outcome,
+        record=record,
+        output=folders.output,
     )
 
 

@@ -81,4 +81,4 @@ def open_trainer(**arguments: object) -> Trainer:
     from backpropagate.trainer import Trainer
 
     command = ["backprop", *sys.argv[1:]]
-    return Trainer(command=command, ranks=read_ranks(), interrupts=stop_on_interrupt(), **arguments)  # type: ignore[arg-type]
+    return Trainer(command=command, ranks=read_ranks(), interrupts=stop_on_interrupt(), progress=False, **arguments)  # type: ignore[arg-type]

@@ -11,8 +11,8 @@ from backpropagate.cli.flags import FILE, MULTI_RUN, Json, join_data, keyword, w
 from backpropagate.cli.hint_wording import command_line
 from backpropagate.cli.output import open_screen, print_json
 from backpropagate.cli.process import open_trainer
+from backpropagate.results import TrainResult
 from backpropagate.run_hints import output_setting, resume_line
-from backpropagate.trainer import TrainResult
 from bp_runs.wording import render
 
 
