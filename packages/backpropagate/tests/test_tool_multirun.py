@@ -14,6 +14,7 @@ from backpropagate.continual.multirun import check_settings, read_settings
 from backpropagate.continual.scorecard import Scorecard, card_html, card_text
 from backpropagate.continual.slices import write_slices
 from backpropagate.errors import EvalDataError, MultiRunGateError, MultiRunStateError, RunsAndRowsError
+from bp_data import read_rows
 from bp_data.errors import DatasetEmptyError
 from bp_merge import SlaoStateError, SlaoStreamError, blend, factor_rows, load_adapter
 from bp_merge.errors import AdapterUnmergeableError
@@ -655,6 +656,21 @@ def test_kto_trains_and_measures_on_both_labels_in_every_slice(place, seed):
             rows = [json.loads(line) for line in (place / "slices" / name).read_text().splitlines()]
             assert {row["label"] for row in rows} == {True, False}, name
         assert one.heldout == 2
+
+
+def test_slices_are_read_as_the_settings_say_and_keep_long_integers(place):
+    lines = [f"p {i};c {i} é;{'ja' if i % 2 else 'nein'};{2**70 + i}" for i in range(8)]
+    lines = [line.replace("ja", " yes").replace("nein", "no") for line in lines]
+    (place / "k.csv").write_bytes("\n".join(["wer;was;gut;id", *lines]).encode("cp1252"))
+    data = DataSpec(columns=("wer=prompt,was=completion", "gut=label"), encoding="cp1252")
+    wanted = Settings(data=data, training=TrainingSpec(method="kto"), multirun=MultiRunSpec(runs=2, heldout=0.25))
+    slices = write_slices(place / "slices", [place / "k.csv"], wanted, lambda _: None)
+    rows = [row for one in slices for row in read_rows(place / "slices" / one.heldout_file)]
+    assert {row.data["gut"] for row in rows} == {" yes", "no"}, "both labels are held out"
+    assert all(row.data["was"].endswith("é") and int(row.data["id"]) >= 2**70 for row in rows)
+    (place / "n.jsonl").write_text("".join(f'{{"text": "t {i}", "id": {2**70 + i}}}\n' for i in range(4)))
+    (one,) = write_slices(place / "more", [place / "n.jsonl"], settings(runs=1, heldout=0), lambda _: None)
+    assert {row.data["id"] for row in read_rows(place / "more" / one.train_file)} == {2**70 + i for i in range(4)}
 
 
 def test_kto_with_one_row_of_a_label_says_what_is_missing(place):
