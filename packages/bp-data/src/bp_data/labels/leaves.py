@@ -37,6 +37,8 @@ WRITERS: Final[tuple[Callable[[Value], str], ...]] = (
     lambda value: json.dumps(value)[1:-1] if isinstance(value, str) else json.dumps(value),
     lambda value: repr(value)[1:-1] if isinstance(value, str) else repr(value),
 )
+# A whole text in a tag: Qwen's templates take a user's <tool_response> for a tool's turn.
+_TAGGED: Final = re.compile(r"(<\w+>\s*)(.*?)(\s*</\w+>)", re.DOTALL)
 _THOUGHT: Final = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)(.*?)(\s*)", re.DOTALL)
 
 
@@ -122,6 +124,8 @@ class _Replacer:
             if "<think>" not in thought + words:
                 thought = self._core(place, "thought", thought)
                 return opened + thought + closed + self._core(place, "text", words) + blanks
+        if not assistant and (found := _TAGGED.fullmatch(content)):
+            return found[1] + self._core(place, "text", found[2]) + found[3]
         return self._core(place, "text", content)
 
     def _core(self, place: int, kind: Kind, text: str) -> str:
@@ -146,7 +150,9 @@ class _Replacer:
             return {key: self._values(place, kind, item) for key, item in value.items()}
         if isinstance(value, list):
             return [self._values(place, kind, item) for item in value]
-        return self._leaf(place, kind, value) if isinstance(value, str | int | float) else value
+        if isinstance(value, str):
+            return self._core(place, kind, value)
+        return self._leaf(place, kind, value) if isinstance(value, int | float) else value
 
     def _tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
         function = tool.get("function", tool)

@@ -8,6 +8,7 @@ chat's leaves in the slots are the borders taken over; all other chats go throug
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -21,6 +22,7 @@ from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 
 _MOST: Final = 4096  # shapes kept
+_MOST_CHARACTERS: Final = 1 << 24  # of their literal text: with tools of its own, every row may be a shape
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class SpanFinder:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self._search = SpanSearch(tokenizer, template)
         self._known: dict[Hashable, _Shape | None] = {}
+        self._size = 0
 
     def find(self, chat: Chat) -> Marked:
         """The rendered chat and the characters to train on.
@@ -96,7 +99,7 @@ class SpanFinder:
             outline = replace_leaves(chat)
             learned = [message.learn for message in chat.messages]
             key = dump_json([chat.first, learned, outline.messages, outline.tools])
-            shape = self._shape(key, chat, outline)
+            shape = self._shape(hashlib.blake2b(key, digest_size=16).digest(), chat, outline)
             leaves: Sequence[Value] = [leaf.value for leaf in outline.leaves]
         else:
             plain_key, leaves = found
@@ -110,9 +113,12 @@ class SpanFinder:
 
     def _shape(self, key: Hashable, chat: Chat, outline: Outline | None) -> _Shape | None:
         if key not in self._known:
-            if len(self._known) >= _MOST:
+            shape = self._build(chat, outline or replace_leaves(chat))
+            self._size += 0 if shape is None else sum(map(len, shape.literals))
+            if len(self._known) >= _MOST or self._size > _MOST_CHARACTERS:
                 self._known.clear()
-            self._known[key] = self._build(chat, outline or replace_leaves(chat))
+                self._size = 0
+            self._known[key] = shape
         return self._known[key]
 
     def _build(self, chat: Chat, outline: Outline) -> _Shape | None:
@@ -132,6 +138,8 @@ def _read_plain(chat: Chat) -> tuple[Hashable, list[str]] | None:
     for message in chat.messages:
         content = message.content
         if message.fields or not content or "</think>" in content or not (core := content.strip()):
+            return None
+        if core[0] == "<" and core[-1] == ">":
             return None
         blanks = None if len(core) == len(content) else content.partition(core)[::2]
         shape.append((message.role, message.learn, blanks))

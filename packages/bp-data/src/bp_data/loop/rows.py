@@ -97,6 +97,8 @@ def plan_rows(
     if group.rank == 0:
         prepared.ledger.write_rejected(spec.folders.run / REJECTED_FILE)
         write_template_record(spec.folders.run, prepared.template)
+    if (gap := find_prompt_gap(prepared)) is not None and group.rank == 0:
+        emit(Notice(message=gap, level="warning"))
     if prepared.ledger.dropped:
         message = f"{prepared.ledger.dropped} rows dropped, reasons in {REJECTED_FILE}"
         emit(Notice(message=message, level="warning" if group.rank == 0 else "info"))
@@ -105,6 +107,16 @@ def plan_rows(
         for warning in warn_about_plan(spec, plan):
             emit(warning)
     return replace(spec, training=rows.plan.apply_to(spec.training)), rows
+
+
+def find_prompt_gap(prepared: AnyPrepared) -> str | None:
+    """What `compare_prompts` says, if some examples have no reasoning; None if all have, or the cache made them."""
+    from bp_data.labels.thinking import compare_prompts
+
+    fields = prepared.fields
+    if fields is None or fields.fates["content", "learned"] <= fields.fates["reasoning", "learned"]:
+        return None
+    return compare_prompts(prepared.template)
 
 
 def _prepare_together(spec: TrainSpec, group: LoopGroup) -> AnyPrepared:
