@@ -98,7 +98,7 @@ LABELLED = [{"prompt": f"who {i}", "completion": f"captain {i}", "label": i % 2 
 @pytest.mark.parametrize(
     ("rows", "flags"),
     [
-        (PAIRS, {"method": "orpo"}),
+        pytest.param(PAIRS, {"method": "orpo"}, marks=pytest.mark.slow),
         (PAIRS, {"method": "dpo"}),
         (LABELLED, {"method": "kto"}),
         (PAIRS, {"packing": True, "use_rslora": True, "merge": "slao-preserving", "metric": "f1", "sample_tokens": 3}),

@@ -109,7 +109,9 @@ def compare_greedily(trainer: Trainer, folder: Path, quantizations: Sequence[str
     return same
 
 
+@pytest.mark.slow
 def test_the_gguf_answers_as_the_merged_model_greedily(trained, tmp_path):
+    """The default run compares the trained model with the file in llama.cpp when the q4_k_m below is verified."""
     assert compare_greedily(trained[0], tmp_path, ["bf16"], HELD_OUT) == [len(HELD_OUT)]
 
 
