@@ -190,6 +190,7 @@ def test_validate_lists_every_bad_row_without_a_model(place, capsys):
         "ROW_COLUMNS_UNKNOWN",
         "ROW_ROLE_UNKNOWN",
     ]
+    assert "columns trained on: answer" in lines
     assert "left aside in all 2 rows: notes" in lines
     assert lines[-1].startswith("Not checked: labels")
     assert "b.jsonl: 80 of 82 rows can't be used; first line 2: broken JSON" in captured.err

@@ -430,6 +430,7 @@ def test_text_that_no_format_reads_stops_and_can_be_left_out_or_used():
     row = {"question": "Where?", "answer": "Off Moss.", "background": PROSE, "id": 7, "url": "a.example/b"}
     fields = ledger_of(row, row)
     assert fields.describe() == ["left aside in all 2 rows: background, id, url"]
+    assert fields.describe_used() == ["columns trained on: answer", "columns only read: question"]
     assert fields.to_dict()["lost"] == ["background"]
     with pytest.raises(DatasetColumnsLeftError, match="left out: background") as caught:
         fields.check("d.jsonl")

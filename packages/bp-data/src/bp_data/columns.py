@@ -264,6 +264,10 @@ def columns_ref(mapping: Mapping[str, str]) -> str:
 
 # --- What is left aside --------------------------------------------------------------------------------------------
 
+# Columns that hold what the assistant says.
+_LEARNED: Final = frozenset(
+    (*_ANSWER_NAMES, "assistant", "answers", "messages", "conversations", "chosen", "rejected", "history", "text")
+)
 _MIN_WORDS: Final = 5
 _MIN_SHARE: Final = 0.1
 
@@ -289,7 +293,8 @@ class FieldLedger:
     Attributes:
         rows: Rows with an example.
         characters: Of the texts of their examples.
-        read: Rows by column that was read.
+        learned: Rows by column whose text is trained on: the answers, and conversations as far as the assistant speaks.
+        read: Rows by column that is only read.
         left: What is known of each other column.
         turns: Turns by field that is handed to the chat template as it is, such as ``name``.
         fates: Chats by field and by what their template makes of it: learned, read, left aside.
@@ -297,6 +302,7 @@ class FieldLedger:
 
     rows: int = 0
     characters: int = 0
+    learned: Counter[str] = field(default_factory=Counter)
     read: Counter[str] = field(default_factory=Counter)
     left: dict[str, LeftAside] = field(default_factory=dict)
     turns: Counter[str] = field(default_factory=Counter)
@@ -317,7 +323,7 @@ class FieldLedger:
         names = columns.names
         for name in columns.read:
             if name in names:
-                self.read[names[name]] += 1
+                (self.learned if name in _LEARNED else self.read)[names[name]] += 1
         if len(columns.read) < len(columns):
             self._take_left(columns.left_aside(), texts)
 
@@ -342,6 +348,15 @@ class FieldLedger:
             if entry.words >= _MIN_WORDS * entry.rows and entry.characters >= _MIN_SHARE * self.characters
         }
 
+    def describe_used(self) -> list[str]:
+        """A line for the columns that are trained on, for those only read, and for other fields of turns."""
+        parts = (
+            ("columns trained on", self.learned),
+            ("columns only read", self.read),
+            ("fields of turns, for the chat template", self.turns),
+        )
+        return [f"{what}: {', '.join(sorted(names))}" for what, names in parts if names]
+
     def describe(self) -> list[str]:
         """A line for all columns that every row has, and one for each other."""
         whole = sorted(name for name, entry in self.left.items() if entry.rows == self.rows)
@@ -361,7 +376,7 @@ class FieldLedger:
             DatasetColumnsLeftError: `prose` is not empty.
             InvalidSettingError: ``options`` maps a column that no row has.
         """
-        seen = {*self.read, *self.left}
+        seen = {*self.learned, *self.read, *self.left}
         unseen = [name for name, ours in options.columns.items() if ours not in ROLE_TARGETS and name not in seen]
         if unseen and self.rows:
             raise InvalidSettingError(
@@ -384,6 +399,7 @@ class FieldLedger:
         """The counts, JSON-ready."""
         return {
             "rows": self.rows,
+            "learned": dict(sorted(self.learned.items())),
             "read": dict(sorted(self.read.items())),
             "left_aside": {name: entry.rows for name, entry in sorted(self.left.items())},
             "lost": sorted(self.prose()),

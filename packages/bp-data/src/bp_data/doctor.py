@@ -187,9 +187,9 @@ def _encoding_fix(file: Path) -> str:
 
 
 def _look_at_columns(path: Path, files: Sequence[Path], options: ReadOptions, report: Report) -> Iterator[Finding]:
-    read = report.columns["read"]
-    if read:
-        yield Finding("columns", "ok", f"read: {', '.join(read)}")
+    for what, key in (("trained on", "learned"), ("only read", "read")):
+        if names := report.columns[key]:
+            yield Finding("columns", "ok", f"{what}: {', '.join(names)}")
     if lost := report.columns["lost"]:
         fix = f"Leave them out: {setting_ref('data.ignore_columns', ','.join(lost))}; "
         fix += f"or put one after the question: {setting_ref('data.columns', f'{lost[0]}=context')}"

@@ -154,7 +154,7 @@ def _show(path: Path, checked: Checked, rows: int, *, has_model: bool) -> None:
     lines = [*describe_files(path), checked.summary]
     drops = zip(_places(path, checked.dropped), checked.dropped, strict=True)
     lines += [f"{place}: {drop.code.value}: {drop.reason}" for place, drop in drops]
-    lines += checked.fields.describe() if checked.fields else []
+    lines += [*checked.fields.describe_used(), *checked.fields.describe()] if checked.fields else []
     if not has_model:
         lines.append("Not checked: labels, lengths and the chat template, which need a model: --model NAME")
     for line in lines:
