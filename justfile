@@ -70,6 +70,10 @@ kernels:
 large:
     uv run pytest -m slow -n 0 packages/bp-export/tests/test_export_large.py
 
+# Every option of the supported config classes, changed on pico models and compared in llama.cpp; ten minutes of a core.
+options:
+    uv run pytest -m "slow or not slow" -n 0 packages/bp-export/tests/test_export_options.py packages/bp-export/tests/test_export_forward.py
+
 # One pass against the chain merge, save, convert, quantize; `converter` is the folder of llama.cpp's converter.
 bench-export converter:
     uv run python benchmarks/export.py --chain {{converter}}

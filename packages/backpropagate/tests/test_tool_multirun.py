@@ -19,12 +19,14 @@ from bp_data.errors import DatasetEmptyError
 from bp_merge import SlaoStateError, SlaoStreamError, blend, factor_rows, load_adapter
 from bp_merge.errors import AdapterUnmergeableError
 from bp_runs import Settings
+from bp_runs.adapter import changed_files
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.errors import InterruptedRunError, InvalidSettingError, TrainingDivergedError
 from bp_runs.events import Notice
 from bp_runs.spec import DataSpec, MultiRunSpec, TrainingSpec
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
+from bp_runs.witness import read_witness
 
 MODULE = "model.layers.0.self_attn.q_proj"
 
@@ -109,6 +111,12 @@ def test_runs_are_recorded_with_their_parent(place):
     member = RunStore(place / "o").load(result.members[1])
     assert member.settings["training.seed"] == {"value": 43, "source": "multi-run"}
     assert result.record.result["steps"] == 6
+
+
+def test_the_merged_adapter_has_its_own_witness(place):
+    result = trainer().multi_run("d.jsonl", runs=2, heldout=0.2)
+    assert read_witness(place / "o/lora").run_id == result.run_id
+    assert changed_files(place / "o/lora") == []
 
 
 def test_trainer_exports_what_was_merged(place):

@@ -12,7 +12,7 @@ from bp_data.loop.plan import hold_out
 from bp_runs.adapter import changed_files
 from bp_runs.events import Notice
 from bp_runs.witness import TOP_TOKENS, WITNESS_FILE, read_witness
-from bp_train_cuda import witness
+from bp_train_cuda import CudaRail, witness
 from bp_train_cuda.backend import Mode
 
 HOLD_OUT = {"eval_share": 0.25, "eval_min_rows": 1}
@@ -41,6 +41,16 @@ def test_an_adapter_gets_what_the_model_in_memory_says(pico_model, chat_file, tm
     assert all(masks[prompt.ids].rfind(1) - 1 in prompt.places for prompt in seen.prompts)
     assert 7 in seen.prompts[0].places
     assert 32 <= seen.place_count <= 72
+
+
+def test_an_adapter_made_of_others_is_measured_afterwards(pico_model, chat_file, tmp_path):
+    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 2})
+    outcome, _ = train(spec)
+    (outcome.adapter / WITNESS_FILE).unlink()
+    CudaRail().write_witness(spec, outcome.adapter, print)
+    trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pico_model), outcome.adapter)
+    assert_agrees(read_witness(outcome.adapter), trained)
+    assert changed_files(outcome.adapter) == []
 
 
 def test_a_model_with_a_window_is_measured_past_it(pico_model, pair_file, tmp_path):

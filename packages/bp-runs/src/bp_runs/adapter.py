@@ -152,6 +152,13 @@ def write_manifest(
     publish_json(path / MANIFEST_FILE, manifest if origin is None else {**manifest, "origin": dict(origin)})
 
 
+def add_to_manifest(path: Path, name: str) -> None:
+    """Take a file that was put into a finished folder into its ``run.json``."""
+    manifest = dict(read_manifest(path))
+    manifest["files"] = {**manifest.get("files", {}), name: sha256_file(path / name)}
+    publish_json(path / MANIFEST_FILE, manifest)
+
+
 def is_other_base(path: Path, base_folder: Path) -> bool:
     """Whether an adapter folder names the fingerprint of another base than a folder's; False where either has none."""
     recorded, found = read_manifest(path).get("base_fingerprint"), fingerprint_base(base_folder)

@@ -352,6 +352,19 @@ class WritesAdapters(Protocol):
 
 
 @runtime_checkable
+class WritesWitnesses(Protocol):
+    """A rail that can measure an adapter that was made of others, and store its witness (`bp_runs.witness`)."""
+
+    def write_witness(self, spec: TrainSpec, adapter: Path, emit: Emit) -> None:
+        """Measure the base with ``adapter`` on the rows of ``spec.data``, and put ``witness.json`` into its folder.
+
+        Raises:
+            CodedError: As `Rail.evaluate`.
+        """
+        ...
+
+
+@runtime_checkable
 class Estimates(Protocol):
     """A rail that says beforehand what a training would take of a card's memory."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import orjson
 
-from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, write_manifest
+from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, add_to_manifest, write_manifest
 from bp_runs.checkpoint import Reason
 from bp_runs.errors import CodedError, NothingHeldOutError
 from bp_runs.events import (
@@ -30,6 +30,7 @@ from bp_runs.metrics import LossEnds
 from bp_runs.rail import EvalOutcome, Part, Probe, RowOutcome, Stop, TrainOutcome
 from bp_runs.save import SaveSchedule, save_checkpoint
 from bp_runs.spec import Settings, TrainSpec
+from bp_runs.witness import WITNESS_FILE, BaseFacts, Witness, WitnessPrompt, write_witness
 
 _STATE_FILE = "losses.json"
 FAKE_MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -113,6 +114,15 @@ class FakeRail:
         emit_answers(spec, emit, step=0, answer="before" if adapter is None else "after")
         loss = self.judge(adapter, file) if self.judge else _made_up_loss(adapter, rows)
         return EvalOutcome(loss=loss, tokens=8 * len(rows), rows=len(rows))
+
+    def write_witness(self, spec: TrainSpec, adapter: Path, emit: Emit) -> None:
+        """A witness of one place, bound to the adapter's weights."""
+        del emit
+        prompt = WitnessPrompt(kind="validation", ids=(1, 2), places=(0,), tokens=((2, 3),), logprobs=((-0.1, -2.5),))
+        base = BaseFacts(mode="lora", dtype="float32")
+        found = Witness(run_id=spec.folders.run_id, base=base, prompts=(prompt,))
+        write_witness(adapter, found, weights=adapter / WEIGHTS_FILE)
+        add_to_manifest(adapter, WITNESS_FILE)
 
     def examine(
         self,

@@ -16,9 +16,11 @@ from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.rows import last_turn, pad_token
 from bp_data.loop.validation import Validator
 from bp_data.preparation import AnyPrepared
+from bp_runs.adapter import WEIGHTS_FILE, add_to_manifest
 from bp_runs.events import Emit
 from bp_runs.rail import EvalOutcome, RowOutcome
 from bp_runs.spec import TrainSpec
+from bp_runs.witness import WITNESS_FILE, write_witness
 from bp_train_cuda import backend
 from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
@@ -29,6 +31,7 @@ from bp_train_cuda.generate import complete
 from bp_train_cuda.model import lora
 from bp_train_cuda.model.load import BaseCache
 from bp_train_cuda.model.log_probs import LogProbModel
+from bp_train_cuda.witness import measure_witness
 
 
 def evaluate(
@@ -60,6 +63,32 @@ def evaluate(
         loss, tokens, _ = validator.measure()
         answer_prompts(spec, prepared, model, emit, step=0)
         return EvalOutcome(loss=loss, tokens=tokens, rows=len(prepared.rows))
+
+
+def write_adapter_witness(
+    spec: TrainSpec, prepared: AnyPrepared, adapter: Path, emit: Emit, *, cache: BaseCache | None = None
+) -> None:
+    """Store what the base with an adapter says on ``prepared``, next to the adapter.
+
+    Args:
+        adapter: An adapter folder that was made of others; its manifest lists the new file.
+        cache: As for `evaluate`.
+    """
+    del emit
+    with quiet_framework(), _open(spec, adapter, cache) as (model, loaded):
+        seen = measure_witness(
+            spec,
+            prepared.rows,
+            (),
+            model,
+            device=loaded.device,
+            mode=loaded.mode,
+            parameters=loaded.parameters,
+            autocast=loaded.autocast,
+        )
+    if seen is not None:
+        write_witness(adapter, seen, weights=adapter / WEIGHTS_FILE)
+        add_to_manifest(adapter, WITNESS_FILE)
 
 
 def examine(

@@ -139,6 +139,16 @@ class CudaRail:
 
         checkpoint_adapter.write_adapter(checkpoint, record, folder, best=best)
 
+    def write_witness(self, spec: TrainSpec, adapter: Path, emit: Emit) -> None:
+        """Measure the base with ``adapter`` on the spec's rows, and put ``witness.json`` into its folder.
+
+        Raises:
+            CodedError: As `evaluate`.
+        """
+        from bp_train_cuda import evaluate
+
+        evaluate.write_adapter_witness(spec, pick_rows(spec, "all"), adapter, emit, cache=self._cache)
+
     def release(self, ranks: Ranks) -> None:
         """Let the other ranks' `follow` come back."""
         from bp_train_cuda.distributed import launch

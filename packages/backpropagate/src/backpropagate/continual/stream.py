@@ -24,7 +24,7 @@ from backpropagate.session import RunSession, SessionContext
 from bp_runs.checkpoint import CheckpointFolder
 from bp_runs.events import Emit, Notice
 from bp_runs.files import publish_folder, publish_json
-from bp_runs.rail import ExaminesRows, Rail, Stop, TrainOutcome
+from bp_runs.rail import ExaminesRows, Rail, Stop, TrainOutcome, WritesWitnesses
 from bp_runs.recovery import write_copy
 from bp_runs.spec import RunFolders, Settings, TrainingSpec, TrainSpec
 from bp_runs.store import RunStore
@@ -131,7 +131,14 @@ class Stream:
                 return progress, True
             self._drop_checkpoints(trained.run_id)
             progress, state = self._take_in(trained, progress, state)
+        self._write_witness(progress)
         return progress, False
+
+    def _write_witness(self, progress: Progress) -> None:
+        """What the merged adapter says on the last run's held-out rows, for its exports to be compared with."""
+        done = [plan for plan in self.slices if plan.heldout and plan.number in progress.slices]
+        if self.settings.multirun.merge != "none" and done and isinstance(self.rail, WritesWitnesses):
+            self.rail.write_witness(self._heldout_spec(done[-1]), self.folders.adapter, self.emit)
 
     def drop_adapters(self, members: Sequence[str]) -> None:
         """Remove the weights of single runs; their records stay."""

@@ -22,6 +22,7 @@ _SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 # What transformers assumes for these models where config.json is silent.
 _DEFAULT_EPSILON, _DEFAULT_THETA = 1e-6, 10000.0
 _NORM_BIAS = ("norm.bias",)
+_BETA_FAST, _BETA_SLOW = 32.0, 1.0
 _PLAIN_ROPES = ("default", "linear", "yarn")
 
 
@@ -215,6 +216,7 @@ class Architecture:
         """
         if self.rope.get("truncate", True) is not True:
             raise self._refuse("YaRN with truncate=false")
+        self._require_usual_ramp()
         factor = self._read_rope_number("factor")
         wanted, own = compute_yarn_attention(self.rope, factor), compute_yarn_scale(factor)
         if not math.isclose(wanted, own, rel_tol=1e-7):
@@ -226,6 +228,25 @@ class Architecture:
         for key, add in options:
             if (value := self.rope.get(key)) is not None:
                 add(float(value))
+
+    def _require_usual_ramp(self) -> None:
+        """llama.cpp reads neither bound of the ramp for these models and takes 32 and 1; others may mean the same ramp.
+
+        Raises:
+            ArchitectureUnsupportedError: They do not.
+        """
+        chosen = (float(self.rope.get("beta_fast") or _BETA_FAST), float(self.rope.get("beta_slow") or _BETA_SLOW))
+        if self._find_ramp(*chosen) != self._find_ramp(_BETA_FAST, _BETA_SLOW):
+            raise self._refuse(f"YaRN with beta_fast={chosen[0]:g} and beta_slow={chosen[1]:g}")
+
+    def _find_ramp(self, fast: float, slow: float) -> tuple[int, int]:
+        """Pairs between which wavelengths are blended (``find_correction_range`` of transformers)."""
+        rotated = int(self.head_width * float(self.rope.get("partial_rotary_factor", 1.0)))
+        original = self._read_rope_number("original_max_position_embeddings")
+        low, high = (
+            rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(self.theta)) for turns in (fast, slow)
+        )
+        return max(math.floor(low), 0), min(math.ceil(high), rotated - 1)
 
     def _refuse(self, what: str) -> ArchitectureUnsupportedError:
         return ArchitectureUnsupportedError(f"{self.name} with {what} cannot be written as GGUF yet")

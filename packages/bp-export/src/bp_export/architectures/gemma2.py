@@ -10,6 +10,8 @@ from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType
 from bp_export.architectures.change import KEEP, Change
 from bp_export.architectures.decoder import Architecture
 
+_USUAL_THETA = 10_000.0
+_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 _PLUS_ONE = Change(values="plus one")
 
 
@@ -28,6 +30,8 @@ class Gemma2Architecture(Architecture):
     """Whether llama.cpp reads an ``output.weight``."""
     window_every: ClassVar[int] = 2
     """One layer in so many sees the whole text."""
+    _caps_always: ClassVar[bool] = True
+    """Whether llama.cpp caps scores and logits whatever the file says."""
     scaled_by_width: ClassVar[int] = 46
     """Layers of the one size whose attention is scaled by width / heads."""
 
@@ -39,6 +43,8 @@ class Gemma2Architecture(Architecture):
         scale = self.width // self.heads if self.layers == self.scaled_by_width else self.head_width
         if config.get("query_pre_attn_scalar", scale) != scale:
             raise self._refuse(f"query_pre_attn_scalar={config['query_pre_attn_scalar']}")
+        if (missing := [key for key in _CAPS if key in config and not config[key]]) and self._caps_always:
+            raise self._refuse(f"{missing[0]} switched off")
         if config.get("attention_bias"):
             raise self._refuse("attention_bias")
         if not self.has_head and config.get("tie_word_embeddings") is False:
@@ -68,3 +74,5 @@ class Gemma2Architecture(Architecture):
         writer.add_attn_logit_softcapping(float(self.config.get("attn_logit_softcapping", 50.0)))
         writer.add_final_logit_softcapping(float(self.config.get("final_logit_softcapping", 30.0)))
         writer.add_sliding_window(int(self.config.get("sliding_window", 4096)))
+        if self.theta != _USUAL_THETA or self.rope.get("rope_type", "default") != "default":
+            self._add_rope(writer)  # the converter leaves it out, and llama.cpp takes the usual one

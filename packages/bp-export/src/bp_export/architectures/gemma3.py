@@ -21,6 +21,7 @@ class Gemma3Architecture(Gemma2Architecture):
     ropes = ("default", "linear")
     has_head = True
     window_every = 6
+    _caps_always = False
     scaled_by_width = 62
 
     def __init__(self, config: Mapping[str, Any]) -> None:

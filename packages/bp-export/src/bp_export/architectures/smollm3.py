@@ -17,6 +17,8 @@ class SmolLm3Architecture(LlamaArchitecture):
 
     gguf_arch = MODEL_ARCH.SMOLLM3
     windows_need_switch = True
+    ropes = ("default", "linear", "yarn")
+    """llama.cpp's graph of this arch has no place for Llama 3's factors and rejects a file that holds them."""
     tells_head_width = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
