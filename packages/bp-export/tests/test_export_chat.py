@@ -13,9 +13,10 @@ from export_pico import export_adapter, skip_without_llama_cpp, write_base, writ
 from fake_ollama import serve
 
 from bp_export.chat import ChatOptions, LlamaChat, ask_once, converse, open_session
+from bp_export.chat.conversation import Conversation
 from bp_export.chat.server import LlamaServer
 from bp_export.cli.app import main
-from bp_export.errors import ChatFailedError, ChatTargetError
+from bp_export.errors import ChatFailedError, ChatTargetError, ContextFullError
 from bp_export.ollama import register_gguf
 
 skip_without_llama_cpp()
@@ -116,7 +117,86 @@ def test_what_was_said_is_kept_until_reset_and_a_stopped_answer_was_not_said():
         ["Be kind.", "a", "you said a", "b"],
         ["Be kind.", "c"],
     ]
-    assert "".join(shown) == "you said a\nyou said \nyou said b\nyou said c\n"
+    forgot = "(the conversation is forgotten)\n"
+    assert "".join(shown) == f"you said a\nyou said \nyou said b\n{forgot}you said c\n"
+
+
+class Narrow(Parrot):
+    """Has room for so many words."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.seeds = room, []
+
+    def stream(self, messages, max_tokens, temperature, seed):
+        if sum(len(m["content"].split()) for m in messages) > self.room:
+            raise ContextFullError("the conversation is longer than the context", fix="Ask a shorter question.")
+        self.seeds.append((seed, temperature))
+        yield from super().stream(messages, max_tokens, temperature, seed)
+
+
+def talk(lines, room=100, **options):
+    narrow, shown = Narrow(room), []
+    conversation = Conversation(narrow, ChatOptions(**options), shown.append)
+    left = [line for line in lines if not conversation.take(line)]
+    return narrow, conversation, "".join(shown), left
+
+
+def test_a_full_context_drops_the_oldest_turns_and_says_so():
+    narrow, conversation, shown, _ = talk(
+        ["one", "two", "three", "a question of so many words that it fits nowhere"], room=8
+    )
+    assert [messages[0] for messages in narrow.seen] == ["one", "one", "two"]
+    assert shown.count("the oldest question and its answer were dropped") == 3
+    assert "longer than the context: Ask a shorter question." in shown
+    assert conversation.turns == [], "each was dropped for the long one, which said why it has no answer"
+    assert conversation.take("four")
+    assert conversation.turns == [("four", "you said four")], "the conversation goes on"
+
+
+def test_the_commands_of_a_conversation(tmp_path):
+    file = tmp_path / "c.jsonl"
+    narrow, conversation, shown, left = talk(
+        [
+            "/retry",
+            "hi",
+            "/retry",
+            "/system Be brief.",
+            "/system",
+            "who?",
+            f"/save {file}",
+            "/help",
+            "/nonsense",
+            "/bye",
+        ],
+        seed=3,
+    )
+    assert left == ["/bye"]
+    assert narrow.seeds == [(3, 0.0), (4, 0.7), (3, 0.0)]
+    assert narrow.seen == [["hi"], ["hi"], ["Be brief.", "who?"]]
+    for said in (
+        "no question yet",
+        "system message: Be brief.",
+        "1 questions and answers",
+        "/retry ",
+        "no command /nonsense",
+    ):
+        assert said in shown, said
+    assert json.loads(file.read_text()) == {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "who?"},
+            {"role": "assistant", "content": "you said who?"},
+        ]
+    }
+    assert conversation.take(f"/save {tmp_path}")
+    assert conversation.turns == [("who?", "you said who?")], "a file that cannot be written loses nothing"
+
+
+def test_a_short_context_of_llama_cpp_is_survived(made, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([QUESTION] * 12)))
+    assert main(["chat", str(made["gguf"]), "--max-tokens", "6", "--context", "64"]) == 0
+    assert "the oldest question and its answer were dropped" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal to a single process")

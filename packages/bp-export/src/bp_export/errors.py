@@ -248,6 +248,10 @@ class ChatFailedError(RunFailedError):
     )
 
 
+class ContextFullError(ChatFailedError):
+    """The conversation is longer than the context."""
+
+
 class MeasureFailedError(RunFailedError):
     """An importance matrix cannot be measured."""
 

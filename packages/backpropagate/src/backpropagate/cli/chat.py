@@ -20,7 +20,7 @@ from bp_runs.errors import InvalidSettingError
 
 
 def _chat(target: str | None = None, *, json: Json = False, **typed: Any) -> int:
-    """Chat with an adapter, a merged model, a GGUF or a model in Ollama; /reset clears the conversation, /bye exits.
+    """Chat with an adapter, a merged model, a GGUF or a model in Ollama; /help shows the commands at the prompt.
 
     Parameters
     ----------
@@ -41,7 +41,9 @@ def _chat(target: str | None = None, *, json: Json = False, **typed: Any) -> int
     options = bp_export.chat.ChatOptions(*(asked[key] for key in ("system", "max_tokens", "temperature", "seed")))
     with open_target(wanted, asked) as session:
         if prompt is None:
+            print(f"  model     {wanted}", file=sys.stderr)  # noqa: T201
             print(f"  template  {session.rendering.note}", file=sys.stderr)  # noqa: T201
+            print("  help      /help shows the commands, /bye leaves", file=sys.stderr)  # noqa: T201
             bp_export.chat.converse(session, options, lambda: input("> " if sys.stdin.isatty() else ""), _write)
             return 0
         pieces = bp_export.chat.ask_once(session, prompt, options)

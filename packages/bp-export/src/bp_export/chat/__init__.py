@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 from bp_export._lazy import load_lazily
 
 if TYPE_CHECKING:
+    from bp_export.chat.conversation import converse
     from bp_export.chat.llama import LlamaChat
-    from bp_export.chat.session import ChatOptions, ChatSession, OllamaSession, ask_once, converse, open_session
+    from bp_export.chat.session import ChatOptions, ChatSession, OllamaSession, ask_once, open_session
 
 __all__ = [
     "ChatOptions",
@@ -24,7 +25,7 @@ _MODULES = {
     "ChatSession": "session",
     "OllamaSession": "session",
     "ask_once": "session",
-    "converse": "session",
+    "converse": "conversation",
     "open_session": "session",
 }
 __getattr__ = load_lazily(__name__, _MODULES)

@@ -23,11 +23,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from bp_export.errors import ChatFailedError, LlamaCppMissingError
+from bp_export.errors import ChatFailedError, ContextFullError, LlamaCppMissingError
 
 _QUIET = -1
 _END = "[DONE]"
-_MORE_ROOM = "Give it more room: {set:context=8192}; or start over with /reset."
+_MORE_ROOM = "Give it more room: {set:context=8192}; or ask a shorter question."
 _LAST_WORDS = 500  # characters of stderr that an error carries
 _WAIT_SECONDS, _LAST_SECONDS = 10.0, 1.0
 _ANSWER_SECONDS = 600.0
@@ -137,8 +137,11 @@ class LlamaServer:
         except urllib.error.HTTPError as error:
             with error:
                 words = error.read()[:500].decode(errors="replace")
-            fix = _MORE_ROOM if "context size" in words else None
-            raise ChatFailedError("llama.cpp could not answer", cause=words, fix=fix) from error
+            if "context size" in words:
+                raise ContextFullError(
+                    "the conversation is longer than the context", cause=words, fix=_MORE_ROOM
+                ) from error
+            raise ChatFailedError("llama.cpp could not answer", cause=words) from error
         except (OSError, ValueError, HTTPException) as error:
             raise ChatFailedError("llama.cpp could not answer", cause=self._explain(error)) from error
 

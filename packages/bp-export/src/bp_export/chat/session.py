@@ -18,7 +18,6 @@ from bp_export.ollama.register import stream_answer
 from bp_export.verify.template import RenderingCheck
 
 CONTEXT = 4096
-RESET, LEAVE = "/reset", "/bye"
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -106,52 +105,6 @@ def open_session(
 def ask_once(talk: ChatSession, prompt: str, options: ChatOptions) -> Iterator[str]:
     """The answer to one message, piece by piece."""
     return _answer(talk, [*_begin(options), {"role": "user", "content": prompt}], options)
-
-
-def converse(
-    talk: ChatSession, options: ChatOptions, read_line: Callable[[], str], write: Callable[[str], None]
-) -> None:
-    """Question and answer until the input ends or says ``/bye``; ``/reset`` forgets what was said.
-
-    Args:
-        talk: What answers.
-        options: How.
-        read_line: The next question; raises EOFError at the end.
-        write: Shows a piece of an answer.
-
-    Raises:
-        CodedError: It cannot answer.
-    """
-    messages = _begin(options)
-    while (question := _read(read_line)) is not None:
-        if question == RESET:
-            messages = _begin(options)
-        elif question:
-            messages.append({"role": "user", "content": question})
-            try:
-                answer = _show(_answer(talk, messages, options), write)
-            except KeyboardInterrupt:  # an answer that is stopped was not said
-                messages.pop()
-                write("\n")
-                continue
-            messages.append({"role": "assistant", "content": answer})
-
-
-def _read(read_line: Callable[[], str]) -> str | None:
-    try:
-        line = read_line().strip()
-    except EOFError:
-        return None
-    return None if line == LEAVE else line
-
-
-def _show(pieces: Iterator[str], write: Callable[[str], None]) -> str:
-    said = []
-    for piece in pieces:
-        said.append(piece)
-        write(piece)
-    write("\n")
-    return "".join(said)
 
 
 def _begin(options: ChatOptions) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bp-export chat",
         description="Chat with an adapter, a model folder, a GGUF or a model in Ollama.",
-        epilog="At the prompt /reset forgets what was said and /bye ends.",
+        epilog="At the prompt, /help shows the commands.",
     )
     parser.add_argument("target", help="a GGUF, an adapter or model folder; with --ollama a model's name there")
     add_options(parser, CHAT)
@@ -31,7 +31,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Ask once, or converse."""
-    from bp_export.chat.session import ChatOptions, ask_once, converse  # NumPy only after --help
+    from bp_export.chat.conversation import converse
+    from bp_export.chat.session import ChatOptions, ask_once  # NumPy only after --help
 
     if options.json and options.prompt is None:
         build_parser().error("--json needs --prompt")
