@@ -58,12 +58,12 @@ def test_a_missing_mlx_is_a_finding_and_an_unusable_rail(monkeypatch):
 
 
 def test_what_fits_a_mac(monkeypatch):
-    """What the handbook's table says: 7B in 4 bits fits 16 GB, 16-bit weights do not."""
+    """What the handbook's table says: 7B in 4 bits fits a Mac of 32 GB with room to spare, in 16 bits just so."""
     assert isinstance(MlxRail(), Estimates)
     qlora = MlxRail().estimate(settings(batch_size=1, mode="qlora"), QWEN_7B)
     lora = estimate(settings(batch_size=1, mode="lora"), QWEN_7B)
-    assert 5 * GIB < qlora.needed < 10 * GIB
-    assert 15 * GIB < lora.needed < 20 * GIB
+    assert 8 * GIB < qlora.needed < 12 * GIB
+    assert 17 * GIB < lora.needed < 22 * GIB
     assert estimate(settings(mode="auto"), QWEN_7B, 11 * GIB).mode == "qlora"
     assert estimate(settings(mode="auto"), QWEN_7B, 48 * GIB).mode == "lora"
     assert qlora.unified

@@ -21,7 +21,8 @@ SYSTEM: Final = 256 * 2**20
 CACHE: Final = 0.08
 """Share of what is in use that mlx keeps in its cache of buffers, for batches of other lengths."""
 WEIGHTS_SHARE: Final = 0.6
-_TILE = 2**26  # logits at a time, as in bp_train_mlx.model.log_probs
+_TILES = 6 * 2**24  # logits of the tiles in memory, as in bp_train_mlx.model.log_probs
+_PER_LOGIT = 20  # bytes, measured: docs/log/2026-11-30-mlx.md
 _PER_HIDDEN, _PER_INNER, _PER_QUERY, _PER_KEY = 12, 10, 6, 6
 """Values a token that backward keeps in a layer, by the width that they have; a bfloat16 each."""
 
@@ -48,7 +49,7 @@ def estimate(settings: Settings, config: Mapping[str, Any], memory: int | None =
     tokens = training.batch_size * settings.model.max_seq_length * METHODS[training.method].completions
     size = 2 if mode == "full" else 4
     layer = _count_layer(shapes, adapted, settings) * tokens
-    layers = 1 if training.gradient_checkpointing else shapes.layers
+    layers = 2 if training.gradient_checkpointing else shapes.layers  # one computed, one launched ahead
     inputs = 2 * shapes.hidden * tokens * shapes.layers
     parts = {
         "weights": _count_weights(shapes, mode, bits),
@@ -56,7 +57,7 @@ def estimate(settings: Settings, config: Mapping[str, Any], memory: int | None =
         "gradients": size * trained * (2 if training.gradient_accumulation > 1 else 1),
         "optimizer": 8 * trained,
         "activations": inputs + layer * layers,
-        "logits": 10 * min(_TILE, tokens * shapes.vocabulary),
+        "logits": _PER_LOGIT * min(_TILES, tokens * shapes.vocabulary),
     }
     return MemoryEstimate(
         mode=mode,

@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from bp_data.loop.examples import Batch
 from bp_train_mlx.model.packing import pack_caches
 
-TILE = 2**26
-"""Logits that exist at a time: 256 MiB in float32."""
+TILE = 2**24
+"""Logits of a tile: 64 MiB in float32. mlx launches ahead, so about six tiles are in memory at a time."""
 _PROBE = 5
 """Tokens on which the split into decoder and head is compared with the whole model."""
 
