@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ |= {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
 
+from api_page import build_api
 from keyword_types import build_keywords
 
 from backpropagate import legacy_names
@@ -168,6 +169,7 @@ def _schema_text(kind: str) -> str:
 PAGES: dict[str, Callable[[], str]] = {
     "../../packages/backpropagate/src/backpropagate/keywords.py": build_keywords,
     "errors.md": build_errors,
+    "python-api.md": partial(build_api, _NOTE),
     "settings.md": build_settings,
     "cli.md": build_cli,
     "json.md": build_schemas,
