@@ -9,7 +9,7 @@ from backpropagate.cli.hint_wording import command_line
 from backpropagate.run_hints import output_setting
 from bp_runs.paths import adapter_folder, index_file
 
-_DATA_ENDINGS = (".jsonl", ".csv", ".parquet", ".jsonl.gz", ".jsonl.zst")
+_DATA_ENDINGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".xlsx", ".parquet", ".jsonl.gz", ".jsonl.zst")
 _MOST_ENTRIES = 2000
 """A folder of many files is not searched to its end."""
 
@@ -36,7 +36,7 @@ def next_steps(here: Path, output: Path) -> tuple[Step, Step, Step]:
         )
     if data or index_file(output).is_file():
         return (
-            (command_line("validate", named), "see what would be learnt, before anything is loaded"),
+            (command_line("validate", named), "list every row that can't be used"),
             (command_line("train", data=named, **place), "train an adapter on it"),
             ("backprop doctor", "check this machine first"),
         )
