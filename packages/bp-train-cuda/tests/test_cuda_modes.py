@@ -115,7 +115,15 @@ def test_methods_that_compare_train_all_weights(pico_model, tmp_path, method):
 FORMS = {"DoRA": {"use_dora": True}, "rsLoRA": {"use_rslora": True}, "PiSSA": {"init_lora_weights": "pissa"}}
 
 
-@pytest.mark.parametrize(("form", "method"), list(product(FORMS, ["sft", "dpo", "orpo", "simpo", "kto"])))
+# Of each form sft and dpo, whose reference is the model without the adapter; of the other methods one form each.
+OFTEN = {*product(FORMS, ["sft", "dpo"]), ("PiSSA", "kto"), ("rsLoRA", "orpo"), ("DoRA", "simpo")}
+EVERY_PAIR = [
+    pytest.param(*pair, marks=() if pair in OFTEN else pytest.mark.slow)
+    for pair in product(FORMS, ["sft", "dpo", "orpo", "simpo", "kto"])
+]
+
+
+@pytest.mark.parametrize(("form", "method"), EVERY_PAIR)
 def test_each_form_of_the_adapter_learns_by_each_method(
     pico_model, chat_file, pair_file, judged_file, tmp_path, form, method
 ):
@@ -335,7 +343,15 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize(("family", "mode"), list(product(FAMILIES, ["lora", "full"])))
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        pytest.param(
+            family, mode, marks=pytest.mark.slow if mode == "full" and family not in ("mistral", "qwen3_5") else ()
+        )
+        for family, mode in product(FAMILIES, ["lora", "full"])
+    ],
+)
 def test_each_family_trains(pico_model, chat_file, tmp_path, family, mode):
     import transformers
 
