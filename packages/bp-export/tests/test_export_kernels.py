@@ -104,6 +104,14 @@ def test_all_engines_give_ggmls_bytes(kind):
         compare(x, kind, name)
 
 
+@pytest.mark.parametrize("kind", engines._GGUF_PY, ids=lambda kind: kind.name)
+def test_without_ggml_the_fallback_types_are_ggmls_too(kind):
+    """q4_k_m of a row that is no multiple of 256 is Q5_0; it needs no library of one maintainer."""
+    for name, x in islice(Drawn(int(kind), BLOCKS), FAMILIES):
+        expected, found = (quantize_rows(x, kind, engine=engine) for engine in ("ggml", "numpy"))
+        assert np.array_equal(found, expected), name
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("kind", KINDS[:3], ids=lambda kind: kind.name)

@@ -48,6 +48,9 @@ def test_without_ggml_only_its_own_types_are_refused(hide, monkeypatch):
             kernels.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q4_K, np.ones(256, np.float32))
         assert "pip install" in caught.value.fix
         assert kernels.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q8_0).size == 272
+        assert kernels.quantize_rows(np.ones((1, 32), np.float32), TensorType.Q5_0).size == 22
+        with pytest.raises(GgmlMissingError):
+            kernels.quantize_rows(np.ones((1, 256), np.float32), TensorType.Q3_K)
     finally:
         kernels.load_ggml.cache_clear()
 

@@ -24,7 +24,7 @@ from bp_runs.store import RunStore
 from bp_runs.wording import render
 
 _log = logging.getLogger("backpropagate")
-_CHECKPOINT = re.compile(r"step-(\d+)-[0-9a-f]+")
+_CHECKPOINT = re.compile(r"step-(\d+)(?:-[0-9a-f]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

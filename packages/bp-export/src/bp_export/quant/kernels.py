@@ -3,7 +3,8 @@
 ``compiled``: our own kernels (``native/``), where a compiler was at hand when the package was built. ``ggml``: its own
 quantizer (``ggml_quantize_chunk`` in ggml.c, MIT licence) by way of ctypes, from the package libggml-python: the source
 that llama-quantize uses, built for x86-64 without fused multiply-adds, so that the bytes are the same on every x86-64.
-``numpy``: works everywhere. Rows are independent: no cut into chunks changes a byte.
+``numpy``: works everywhere, with gguf-py for Q4_0, Q4_1, Q5_0 and Q5_1. Rows are independent: no cut into chunks
+changes a byte. Only IQ4_XS, IQ4_NL, Q3_K and Q2_K, and importance matrices, need ggml's library.
 
 Weights are finite: the export refuses others. Infinities come out as ggml's do; NaNs may not.
 """
@@ -19,7 +20,7 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from bp_export.errors import GgmlMissingError
 from bp_export.quant.numpy_kernels import Bytes, quantize_blocks
@@ -41,6 +42,8 @@ _BITS: Mapping[TensorType, int] = MappingProxyType(
     {TensorType.Q4_K: 4, TensorType.Q5_K: 5, TensorType.Q6_K: 6, TensorType.Q8_0: 8}
 )
 _COMPILED = (TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K, TensorType.Q8_0, TensorType.BF16)
+# gguf-py's own, which give ggml's bytes: what the 4 to 6 bits fall back to where a row is no multiple of 256.
+_GGUF_PY = (TensorType.Q4_0, TensorType.Q4_1, TensorType.Q5_0, TensorType.Q5_1)
 _PLAIN: Mapping[TensorType, Literal["BF16", "F16"]] = MappingProxyType({TensorType.BF16: "BF16", TensorType.F16: "F16"})
 
 
@@ -100,7 +103,7 @@ def choose_engine(kind: TensorType, *, is_weighted: bool = False) -> Engine:
     Raises:
         GgmlMissingError: Only ggml can do it, and its library cannot be loaded.
     """
-    is_ours = (kind in _BITS or kind in _PLAIN) and not is_weighted
+    is_ours = (kind in _BITS or kind in _PLAIN or kind in _GGUF_PY) and not is_weighted
     if is_ours and TARGETS and kind in _COMPILED:
         return "compiled"
     if is_ours and not _has_ggml():
@@ -118,7 +121,24 @@ def describe_kernels() -> str:
 def _quantize_in_numpy(rows: Floats, kind: TensorType) -> Bytes:
     if kind in _PLAIN:
         return np.frombuffer(encode(rows, _PLAIN[kind]), np.uint8)
+    if kind in _GGUF_PY:
+        with np.errstate(all="ignore"):
+            found: Bytes = quants.quantize(_align_zeros(rows, kind), kind).reshape(-1)
+            return found
     return quantize_blocks(rows.reshape(-1), _BITS[kind])
+
+
+def _align_zeros(rows: Floats, kind: TensorType) -> Floats:
+    """Zeros with the sign that ggml's loop ends with, which decides the sign of a scale or minimum of zero.
+
+    Its largest weight begins as +0, and only a larger one takes the place. Its minimum is the first zero of a block.
+    """
+    if kind in (TensorType.Q4_0, TensorType.Q5_0):
+        return rows + np.float32(0)  # -0 + 0 is +0
+    blocks = rows.reshape(-1, read_block(kind))
+    zero = blocks == 0
+    first = np.take_along_axis(blocks, zero.argmax(axis=1)[:, None], axis=1)
+    return np.where(zero, first, blocks).reshape(rows.shape)
 
 
 def _quantize_with_ggml(rows: Floats, kind: TensorType, weights: Floats | None) -> Bytes:
