@@ -176,7 +176,7 @@ class GgmlMissingError(DependencyError):
 
     code = "DEP_GGML_MISSING"
     when = "libggml-python is not installed, or its library does not load."
-    default_fix = "Reinstall it: {install:--force-reinstall libggml-python}"
+    default_fix = "Install the extra: {install:bp-export[ggml]}; or choose another type: {set:quantization=q4_k_m}"
 
 
 class LlamaCppMissingError(DependencyError):
