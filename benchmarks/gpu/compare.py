@@ -430,7 +430,8 @@ class Worker:
                 clock.notes.append(event.message)
 
         rail = CudaRail()
-        self._base = self._base or BaseCache()
+        if self._loaded != (cell.shape, cell.mode):
+            self._base, self._loaded = BaseCache(), (cell.shape, cell.mode)  # the base before is freed
         rail._cache = self._base  # noqa: SLF001  # one base for all cells, as in `keep_base`
         rail.train(
             TrainSpec.build(settings, RunFolders(run_id="bench", output=run, run=run), base), hear, lambda: False

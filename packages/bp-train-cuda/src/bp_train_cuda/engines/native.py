@@ -101,10 +101,12 @@ class NativeRun:
         spec, group, device = self.spec, self.group, self.loaded.device
         peak = backend.PeakMemory(device)
         model = open_model(spec, self.loaded, self.emit, group)
-        if self.loaded.mode.name != "full" and not group.is_sharded:
-            use_fast_lora(model)  # FSDP2 swaps the weights that it would hold on to
+        # FSDP2 swaps the weights that these would hold on to, and Unsloth has its own forms of all of them.
+        is_plain = not group.is_sharded and spec.training.engine != "unsloth"
+        if self.loaded.mode.name != "full" and is_plain:
+            use_fast_lora(model)
         wrapped = LogProbModel(model)
-        packing = None if group.is_sharded or METHODS[spec.training.method].loss is not None else use_varlen(model)
+        packing = use_varlen(model) if is_plain and METHODS[spec.training.method].loss is None else None
         lays_flat = packing is not None
         if packing is None and spec.training.packing:
             packing = require_packable(model)
@@ -158,7 +160,7 @@ class NativeRun:
 
     def _plan(self, model: Any, framework: TorchFramework) -> tuple[int, int]:
         """Plan the GPU's memory: how many micro-batches of a step run as one, and how often that one is halved."""
-        if self.group.is_sharded:
+        if self.group.is_sharded or self.spec.training.engine == "unsloth":
             return 1, 0
         training = self.spec.training
         plan = framework.activations = planner.plan_activations(self.spec, self.loaded.mode.name, model)
