@@ -170,9 +170,9 @@ class NativeRun:
         # Ranks must agree on it, and packs joined to one row would need a larger mask.
         alone = self.group.count == 1 and (framework.lays_flat or not training.packing)
         together = planner.choose_rows(self.spec, plan, lengths) if alone else 1
-        longest = max(lengths) * METHODS[training.method].completions
+        larger = min(max(lengths), int(2 * sum(lengths) / len(lengths))) * METHODS[training.method].completions
         most = 0 if training.packing or not training.oom_recovery else HALVINGS
-        halvings = planner.choose_halvings(plan, together * training.batch_size, longest, most)
+        halvings = planner.choose_halvings(plan, together * training.batch_size, larger, most)
         self.emit(planner.describe_plan(self.spec, plan, together, halvings, lengths))
         return together, halvings
 

@@ -159,17 +159,17 @@ def choose_rows(spec: TrainSpec, plan: ActivationPlan | None, lengths: Sequence[
     return found
 
 
-def choose_halvings(plan: ActivationPlan | None, rows: int, longest: int, most: int) -> int:
+def choose_halvings(plan: ActivationPlan | None, rows: int, length: int, most: int) -> int:
     """How often a micro-batch is halved before the first step, at most ``most``: until it fits as it is.
 
     Fewer rows at once cost less than tiles or offloading, as long as each chunk has `LEAST` tokens.
 
     Args:
-        longest: Tokens of the longest example.
+        length: Tokens of an example of the larger kind. Not the longest: a rare batch of those runs in tiles.
     """
     found = 0
-    while plan is not None and found < most and not plan.fits(-(-rows // 2**found) * longest):
-        if rows // 2 ** (found + 1) * longest < LEAST:
+    while plan is not None and found < most and not plan.fits(-(-rows // 2**found) * length):
+        if rows // 2 ** (found + 1) * length < LEAST:
             break
         found += 1
     return found
