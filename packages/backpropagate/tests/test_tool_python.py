@@ -48,7 +48,12 @@ def test_the_call_exists_and_is_told_of(call):
 
 def test_every_call_of_the_facade_has_a_command():
     calls = {call for _, calls in TABLE for call in calls}
-    public = {name for name in vars(Trainer) if not name.startswith("_")} - {"output", "is_main_process"}
+    public = {name for name in vars(Trainer) if not name.startswith("_")} - {
+        "output",
+        "is_main_process",
+        "model",
+        "tokenizer",
+    }
     assert {f"backpropagate.Trainer.{name}" for name in public} <= calls
     functions = {name for name in backpropagate.__all__ if not isinstance(getattr(backpropagate, name), type)}
     functions -= {"on_interrupt", "take_ranks"}  # what a script does for its Trainer, the command line for itself

@@ -7,6 +7,7 @@ import pytest
 
 import backpropagate
 from backpropagate import Trainer, TrainResult
+from backpropagate.errors import RailUnusableError
 from backpropagate.python_progress import NotebookProgress, TerminalProgress, open_progress
 from backpropagate.results import loss_svg
 from bp_runs.errors import AdapterInvalidError, OutputTakenError
@@ -56,6 +57,28 @@ def test_the_newest_adapter_is_saved_to_a_folder_of_its_own(trainer, tmp_path):
     assert (trainer.save(tmp_path / "copy") / "adapter_config.json").is_file()
     with pytest.raises(OutputTakenError):
         trainer.save(tmp_path / "copy")
+
+
+def test_the_trained_model_is_there_for_code_of_one_s_own(pico_model, tmp_path):
+    torch = pytest.importorskip("torch")
+    trainer = Trainer(str(pico_model), output=tmp_path / "out", steps=2, report_to="none", backend="cuda")
+    with pytest.raises(AdapterInvalidError):
+        _ = trainer.model
+    trainer.train(ROWS)
+    ids = trainer.tokenizer("hi", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        assert trainer.model(ids).logits.shape[:2] == ids.shape
+    assert not trainer.model.training
+    assert trainer.model is trainer.model
+    first = trainer.model
+    trainer.train(ROWS, lr=1e-3)
+    assert trainer.model is not first, "another training, other weights"
+
+
+def test_a_rail_that_hands_no_model_over_says_so(trainer):
+    trainer.train(ROWS)
+    with pytest.raises(RailUnusableError, match="cannot hand a model over"):
+        _ = trainer.model
 
 
 def test_the_package_shows_what_it_has():

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from backpropagate import catalogue, memory_estimate, presets, rails, resume_plan, system, warm_start
 from backpropagate.data_input import Data, is_in_memory, snapshot
 from backpropagate.distributed import launchers
-from backpropagate.errors import MainProcessError
+from backpropagate.errors import MainProcessError, RailUnusableError
 from backpropagate.event_dispatch import Callback, join_listeners, listener
 from backpropagate.exporting import ExportResult, export_adapter, find_base_folder, push_model, warn_unexportable
 from backpropagate.interrupts import Interrupts, no_interrupts
@@ -54,9 +54,9 @@ from bp_runs.errors import CodedError, ContractError, OutputTakenError, ResumeCh
 from bp_runs.events import Notice
 from bp_runs.files import coded_disk_errors
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, result_name
-from bp_runs.rail import Rail, TrainOutcome
+from bp_runs.rail import LoadsModels, Rail, TrainOutcome
 from bp_runs.record import Relation, RunRecord
-from bp_runs.spec import Ranks, RunFolders, Settings
+from bp_runs.spec import Ranks, RunFolders, Settings, TrainSpec
 from bp_runs.store import RunStore
 
 if TYPE_CHECKING:
@@ -122,6 +122,7 @@ class Trainer:
             self._flags |= self._all_written(data)
             self.settings = self._resolve({}).settings
         self.last: TrainResult | None = None
+        self._loaded: tuple[int, tuple[Any, Any]] | None = None
 
     @property
     def output(self) -> Path:
@@ -637,6 +638,42 @@ class Trainer:
         adapter = self._newest()
         with open_session(adapter, base=find_base_folder(adapter, None)) as session:
             return "".join(ask_once(session, prompt, options))
+
+    @property
+    def model(self) -> Any:
+        """The trained model for inference in your own code: the base with the newest adapter, in eval mode.
+
+        Loaded on first use, and again after another training; a transformers or PEFT model on the CUDA rail.
+
+        Raises:
+            RailUnusableError: The backend cannot hand a model over.
+            CodedError: Nothing has been trained yet, or the model cannot be loaded.
+        """
+        return self._load()[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of `model`."""
+        return self._load()[1]
+
+    def _load(self) -> tuple[Any, Any]:
+        newest = self._newest()
+        if self._loaded is not None and self._loaded[0] == self._trained_at(newest):
+            return self._loaded[1]
+        rail = self._rail or rails.choose_rail(self.settings.training.backend)
+        if not isinstance(rail, LoadsModels):
+            raise RailUnusableError(f"the backend {rail.name} cannot hand a model over")
+        is_full = self.settings.training.mode == "full"
+        base = newest if is_full else _find_base(rail, self.settings).folder
+        folders = RunFolders(run_id="inference", output=self.output, run=self.output)
+        loaded = rail.load(TrainSpec.build(self.settings, folders, base), None if is_full else newest)
+        self._loaded = (self._trained_at(newest), loaded)
+        return loaded
+
+    @staticmethod
+    def _trained_at(folder: Path) -> int:
+        """What changes when a folder's weights are trained again."""
+        return read_adapter_folder(folder).path.stat().st_mtime_ns
 
     def __repr__(self) -> str:
         trained = "nothing trained yet" if self.last is None else repr(self.last)

@@ -301,6 +301,23 @@ class KeepsBase(Protocol):
         ...
 
 
+@runtime_checkable
+class LoadsModels(Protocol):
+    """A rail that can hand over a model with its adapter, for inference in the caller's own code."""
+
+    def load(self, spec: TrainSpec, adapter: Path | None) -> tuple[Any, Any]:
+        """The framework's model, ready to generate, and its tokenizer.
+
+        Args:
+            spec: Which base, in which type and mode.
+            adapter: An adapter folder to put on it; None: the base alone.
+
+        Raises:
+            CodedError: As `Rail.evaluate`.
+        """
+        ...
+
+
 def keep_base(rail: Rail) -> AbstractContextManager[None]:
     """The rail's `KeepsBase.keep_base`; rails without it load the base for every call."""
     return rail.keep_base() if isinstance(rail, KeepsBase) else nullcontext()

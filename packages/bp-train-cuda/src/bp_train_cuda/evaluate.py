@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import AutoTokenizer, set_seed
 
 from bp_data import Prepared, TokenRow
 from bp_data.loop.memory import MemoryGuard
@@ -21,7 +21,7 @@ from bp_runs.events import Emit
 from bp_runs.rail import EvalOutcome, RowOutcome
 from bp_runs.spec import TrainSpec
 from bp_runs.witness import WITNESS_FILE, write_witness
-from bp_train_cuda import backend
+from bp_train_cuda import backend, check
 from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.base import Loaded, answer_prompts, open_base, quiet_framework
@@ -29,7 +29,7 @@ from bp_train_cuda.engines.framework import TorchFramework
 from bp_train_cuda.examples import build_examples
 from bp_train_cuda.generate import complete
 from bp_train_cuda.model import lora
-from bp_train_cuda.model.load import BaseCache
+from bp_train_cuda.model.load import BaseCache, load_model
 from bp_train_cuda.model.log_probs import LogProbModel
 from bp_train_cuda.witness import measure_witness
 
@@ -155,6 +155,21 @@ def _open(spec: TrainSpec, adapter: Path | None, cache: BaseCache | None) -> Ite
         yield model, loaded
         if adapter is not None:
             lora.remove_adapter(model)
+
+
+def load_for_inference(spec: TrainSpec, adapter: Path | None) -> tuple[Any, Any]:
+    """The base with an adapter on it, in eval mode, and the tokenizer that was trained with; the caller owns both.
+
+    Raises:
+        CodedError: As `evaluate`.
+    """
+    spec = replace(spec, training=replace(spec.training, engine="native", fp8=False))
+    with quiet_framework():
+        checked, trust = check.check_model(spec, spec.base, adapter), spec.model.trust_remote_code
+        base = load_model(spec.base, checked.device, checked.mode, dtype=spec.model.dtype, trust_remote_code=trust)
+        model = base if adapter is None else lora.load_lora(base, adapter)
+        model.eval()
+        return model, AutoTokenizer.from_pretrained(adapter or spec.base, trust_remote_code=trust)
 
 
 def _answer(

@@ -167,6 +167,12 @@ class CudaRail:
 
         return evaluate.evaluate(spec, pick_rows(spec, part), adapter, emit, cache=self._cache)
 
+    def load(self, spec: TrainSpec, adapter: Path | None) -> tuple[Any, Any]:
+        """As `bp_runs.rail.LoadsModels.load`: a `transformers` model, or a `PeftModel`, in eval mode."""
+        from bp_train_cuda.evaluate import load_for_inference
+
+        return load_for_inference(spec, adapter)
+
     def examine(
         self,
         spec: TrainSpec,
