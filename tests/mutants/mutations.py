@@ -84,6 +84,14 @@ MUTATIONS = (
         "bp-data/tests/test_data_masks.py::test_a_tokenizer_that_loses_bytes_is_found_out",
     ),
     Mutation(
+        "label proof",
+        "a span that holds someone else's words is rejected",
+        "bp-data/src/bp_data/labels/proof.py",
+        'if inside != own and (own or leaf.kind != "id"):',
+        "if inside < own:",
+        "bp-data/tests/test_data_cases.py::test_the_proof_rejects_a_span_that_is_moved",
+    ),
+    Mutation(
         "packing: positions",
         "each packed example starts at position 0",
         "bp-data/src/bp_data/packing.py",

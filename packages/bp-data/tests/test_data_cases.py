@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from bp_data import PrepareRequest, TokenRow, load_template, load_tokenizer, prepare
-from bp_data.errors import DatasetGateError, RowFault
-from bp_data.example import Row
+from bp_data.errors import DatasetGateError, RowFault, RowFaultError
+from bp_data.example import Chat, Message, Row
 from bp_data.labels.encoder import Encoder
+from bp_data.labels.leaves import replace_leaves
 from bp_data.labels.masks import mask_runs
+from bp_data.labels.proof import Span, require_order, require_own_only, require_rendered
 from bp_data.ledger import Gate
 from bp_data.loop.rows import find_prompt_gap
 from bp_data.preparation import tokenizer_facts
@@ -256,6 +258,29 @@ def test_earlier_answers_without_an_end_become_rows_of_their_own(tmp_path):
     (found,) = Encoder(tokenizer, load_template(folder, tokenizer)).encode_rows([Row(1, {"messages": turns})])
     learned = [[tokenizer.decode(p.ids[a:b]) for a, b in mask_runs(p.mask)] for p in found.parts]
     assert learned == [["Wone<|im_end|>"], ["Wtwo<|im_end|>"]]
+
+
+def test_the_proof_rejects_a_span_that_is_moved():
+    turns = (Message("user", "Q"), Message("assistant", "A"), Message("user", "R"), Message("assistant", "B"))
+    outline = replace_leaves(Chat(turns))
+    text = "".join(f"<{message['content']}>" for message in outline.messages)
+    marks = [leaf.mark for leaf in outline.leaves]
+    first, second = (Span(text.index(mark), text.index(mark) + len(mark)) for mark in (marks[1], marks[3]))
+    require_own_only(text, [first, second], [1, 3], outline.leaves)
+    wrong = (
+        [Span(first.start, first.end - 1), second],
+        [Span(text.index(marks[0]), first.end), second],
+        [Span(first.start, second.end), second],
+        [second, first],
+    )
+    for spans in wrong:
+        with pytest.raises(RowFaultError, match="span found for turn") as caught:
+            require_own_only(text, spans, [1, 3], outline.leaves)
+        assert caught.value.code is RowFault.SPANS_UNFOUND
+    with pytest.raises(RowFaultError, match="overlap"):
+        require_order([second, first])
+    with pytest.raises(RowFaultError, match=r"turn 3 \(user\)"):
+        require_rendered(text.replace(marks[2], ""), outline, [1, 3])
 
 
 def test_every_field_is_learned_read_or_left_aside(tmp_path):

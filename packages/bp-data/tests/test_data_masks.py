@@ -14,7 +14,8 @@ from bp_data.errors import RowFault, RowFaultError, TemplateFailedError
 from bp_data.example import Chat, Message, Row, Text
 from bp_data.labels.encoder import Encoder
 from bp_data.labels.masks import mask_chat, mask_runs, mask_text, mask_tokens
-from bp_data.labels.spans import Span, find_spans
+from bp_data.labels.proof import Span
+from bp_data.labels.spans import find_spans
 
 # Tests are imported one by one, so a sibling is loaded by its path.
 _spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))

@@ -7,8 +7,8 @@ from tokenizers import normalizers
 
 from bp_data.example import Chat, Message
 from bp_data.labels.masks import BySpelling, Masked, OneByOne, build_strategies, mask_chats
+from bp_data.labels.proof import Marked, Span
 from bp_data.labels.shapes import SpanFinder
-from bp_data.labels.spans import Marked, Span
 from bp_data.templates.reader import load_template
 from bp_data.tokens import Tokenizer, load_tokenizer
 

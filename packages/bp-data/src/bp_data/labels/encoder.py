@@ -19,9 +19,9 @@ from bp_data.formats import Wanted, parse_row
 from bp_data.json_text import dump_json, excerpt
 from bp_data.labels.control import ControlTokens
 from bp_data.labels.masks import Masked, build_strategies, mask_chats, mask_text, require_unicode
+from bp_data.labels.proof import Marked
 from bp_data.labels.rows import mark_rows
 from bp_data.labels.shapes import SpanFinder
-from bp_data.labels.spans import Marked
 from bp_data.reasoning import TraceBand, keep_trace
 from bp_data.templates.engine import ChatTemplate
 from bp_data.token_rows import TokenRow

@@ -18,7 +18,8 @@ from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat, Text
-from bp_data.labels.spans import Marked, Span, common_prefix, find_spans
+from bp_data.labels.proof import Marked, Span
+from bp_data.labels.spans import common_prefix, find_spans
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Encoded, Tokenizer
 

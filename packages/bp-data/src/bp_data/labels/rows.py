@@ -7,8 +7,9 @@ from typing import Final
 
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat
+from bp_data.labels.proof import Marked
 from bp_data.labels.shapes import SpanFinder
-from bp_data.labels.spans import Marked, trained_turns
+from bp_data.labels.spans import trained_turns
 
 # What a template may leave out of earlier turns and write in the last one.
 _DROPPED: Final = (RowFault.REASONING_NOT_RENDERED, RowFault.TURN_NOT_RENDERED, RowFault.END_NOT_RENDERED)

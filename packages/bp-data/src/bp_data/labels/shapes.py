@@ -17,7 +17,8 @@ from bp_data.errors import RowFaultError
 from bp_data.example import Chat
 from bp_data.json_text import dump_json
 from bp_data.labels.leaves import MARKS, WRITERS, Leaf, Outline, Value, replace_leaves, to_outline
-from bp_data.labels.spans import Fate, Marked, Span, SpanSearch, trained_turns
+from bp_data.labels.proof import Fate, Marked, Span
+from bp_data.labels.spans import SpanSearch, trained_turns
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 

@@ -14,82 +14,29 @@ same spans once for all chats of one shape.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Final, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Final
 
 from bp_data.errors import RowFault, RowFaultError
 from bp_data.example import Chat
 from bp_data.labels.leaves import OWN, WRITERS, Kind, Leaf, Outline, replace_leaves, to_outline
+from bp_data.labels.proof import (
+    FIELDS,
+    Fate,
+    Marked,
+    Span,
+    find_fates,
+    is_own,
+    require_order,
+    require_own_only,
+    require_rendered,
+)
 from bp_data.labels.renderer import PROBE, PROMPTS, ChatRenderer
 from bp_data.templates.engine import ChatTemplate
 from bp_data.tokens import Tokenizer
 
 # Where a text may be cut without halving a token or a word: at tags and line feeds.
 _PIECES: Final = re.compile(r"<[^<>\n]*>|\[[^\[\]\n]*\]|\n|[^<\[\n]+|[<\[]")
-_LOST: Final[Mapping[Kind, tuple[RowFault, str]]] = {
-    "text": (RowFault.TURN_NOT_RENDERED, "what the assistant says"),
-    "thought": (RowFault.REASONING_NOT_RENDERED, "the assistant's reasoning"),
-    "call": (RowFault.TOOLS_NOT_RENDERED, "a tool call"),
-    "argument": (RowFault.TOOLS_NOT_RENDERED, "an argument of a tool call"),
-    "tool": (RowFault.TOOLS_NOT_RENDERED, "a tool"),
-}
-
-
-FIELDS: Final[Mapping[Kind, str]] = {
-    "text": "content",
-    "thought": "reasoning",
-    "call": "tool_calls.name",
-    "argument": "tool_calls.arguments",
-    "id": "tool_calls.id",
-    "name": "name",
-    "tool": "tools.name",
-    "description": "tools.description",
-}
-
-
-class Fate(NamedTuple):
-    """A field of a chat, and whether its text is trained on, only read, or not written by the template."""
-
-    field: str
-    status: Literal["learned", "read", "left aside"]
-
-
-class Span(NamedTuple):
-    """Characters ``[start, end)`` of a rendered chat."""
-
-    start: int
-    end: int
-
-
-class Marked(NamedTuple):
-    """A rendered chat.
-
-    Attributes:
-        text: As the template writes it.
-        spans: The characters to train on, in order, one span a turn.
-        fates: What becomes of each field of the chat.
-    """
-
-    text: str
-    spans: list[Span]
-    fates: frozenset[Fate] = frozenset()
-
-
-def find_fates(text: str, outline: Outline, turns: Sequence[int]) -> frozenset[Fate]:
-    """What becomes of each field whose leaves are placeholders."""
-    trained = set(turns)
-    return frozenset(
-        Fate(
-            FIELDS[leaf.kind],
-            "left aside"
-            if leaf.mark not in text
-            else "learned"
-            if leaf.turn in trained and leaf.kind in OWN
-            else "read",
-        )
-        for leaf in outline.replaced
-    )
 
 
 def find_spans(chat: Chat, tokenizer: Tokenizer, template: ChatTemplate) -> Marked:
@@ -153,10 +100,10 @@ class SpanSearch:
         # A call's name may come back in the tool's result, and then what follows the turn is not the same.
         for spared in ((), ("call",), ("call", "argument"), ("call", "argument", "thought")):
 
-            def is_own(place: int, kind: Kind, spared: Sequence[Kind] = spared) -> bool:
+            def is_picked(place: int, kind: Kind, spared: Sequence[Kind] = spared) -> bool:
                 return place == turn and kind in OWN and kind not in spared
 
-            outline = replace_leaves(chat, is_own)
+            outline = replace_leaves(chat, is_picked)
             if not outline.replaced:
                 continue
             changed = self.render(outline, trained_turns(chat))
@@ -166,13 +113,13 @@ class SpanSearch:
             # Between the borders and the turn's words all must be the same; else the template goes by the words.
             if text[:first] == changed[:first] and text[last + after :] == changed[last:] and last + after >= first:
                 real = Span(span.start, span.end + after)
-                if all(_says(text[real.start : real.end], leaf) for leaf in outline.leaves if _is_own(leaf, turn)):
+                if all(_says(text[real.start : real.end], leaf) for leaf in outline.leaves if is_own(leaf, turn)):
                     return real
         raise RowFaultError(RowFault.SPANS_UNFOUND, f"turn {turn + 1} can't be located in the rendered chat")
 
     def _locate(self, outline: Outline, text: str, turn: int) -> tuple[Span, int, int]:
         """One turn whose own leaves are placeholders, and where those begin and end."""
-        own = [leaf for leaf in outline.replaced if _is_own(leaf, turn)]
+        own = [leaf for leaf in outline.replaced if is_own(leaf, turn)]
         is_last = turn == len(outline.messages) - 1
         upto = text if is_last else self.renderer.try_render(outline.messages[: turn + 1], outline.tools)
         first, last = _extent(own, text, upto)
@@ -286,61 +233,6 @@ def trained_leaves(chat: Chat) -> list[Leaf]:
     """What the assistant says in the turns that are trained on."""
     turns = set(trained_turns(chat))
     return [leaf for leaf in replace_leaves(chat).leaves if leaf.turn in turns and leaf.kind in OWN]
-
-
-def require_rendered(text: str, outline: Outline, turns: Sequence[int]) -> None:
-    """Prove that a template leaves out nothing that is trained on, nor what others say.
-
-    Raises:
-        RowFaultError: ROW_TURN_NOT_RENDERED, ROW_TOOLS_NOT_RENDERED or ROW_REASONING_NOT_RENDERED.
-    """
-    trained = set(turns)
-    for leaf in outline.replaced:
-        if leaf.mark in text or leaf.kind in ("id", "name", "description"):
-            continue
-        message = outline.messages[leaf.turn] if leaf.turn >= 0 else {"role": "tools"}
-        role = message["role"]
-        if role == "assistant" and leaf.turn not in trained:
-            continue  # it is only read, and the model reads it as the template writes it
-        if role == "assistant" or leaf.kind == "tool":
-            code, what = _LOST[leaf.kind]
-            reason = f"the chat template leaves out {what}"
-            named = leaf.kind in ("call", "tool")
-            raise RowFaultError(code, f"{reason}: {leaf.value}" if named else f"{reason} (turn {leaf.turn + 1})")
-        code = RowFault.TOOLS_NOT_RENDERED if role == "tool" else RowFault.TURN_NOT_RENDERED
-        reason = f"the chat template leaves out turn {leaf.turn + 1} ({role})"
-        if role == "system":
-            reason += "; for this model its words must stand in the user's first turn"
-        raise RowFaultError(code, reason)
-
-
-def require_order(spans: Sequence[Span]) -> None:
-    """Prove that no span reaches into another.
-
-    Raises:
-        RowFaultError: ROW_SPANS_UNFOUND.
-    """
-    if any(after.start < before.end for before, after in pairwise(spans)):
-        raise RowFaultError(RowFault.SPANS_UNFOUND, "two turns of the assistant overlap in the rendered chat")
-
-
-def require_own_only(text: str, spans: Sequence[Span], turns: Sequence[int], leaves: Sequence[Leaf]) -> None:
-    """Prove that each span holds its own turn's leaves, all of them, and no one else's.
-
-    Raises:
-        RowFaultError: ROW_SPANS_UNFOUND.
-    """
-    for span, turn in zip(spans, turns, strict=True):
-        for leaf in leaves:
-            inside = text.find(leaf.mark, span.start, span.end) >= 0
-            own = _is_own(leaf, turn)
-            if inside != own and (own or leaf.kind != "id"):
-                what = "leaves out its own words" if own else f"takes in the words of turn {leaf.turn + 1}"
-                raise RowFaultError(RowFault.SPANS_UNFOUND, f"the span found for turn {turn + 1} {what}")
-
-
-def _is_own(leaf: Leaf, turn: int) -> bool:
-    return leaf.turn == turn and leaf.kind in OWN
 
 
 def _says(text: str, leaf: Leaf) -> bool:
