@@ -52,7 +52,7 @@ VERBS = frozenset(
     accept adapt add agree allow ask attach avoid await back build call change check choose clear close combine compare continue convert
     copy correct count create cut decrease delete do download drop edit enable end export extend fill find fix follow free
     get give go grant group hide import increase inspect install hold improve join keep launch leave let limit list load log look lower
-    make map mark measure merge mount move name narrow omit open order overwrite pack pass pick plan point prepare press prove pull put queue quote raise read
+    make map mark measure merge mount move name narrow omit open order overwrite pack pass pick plan point prepare press protect prove pull put queue quote raise read
     rebuild reduce reinstall remove rename repair repeat replace replay report rerun reset restore resume retry return rewrite run save say
     see select send set shorten show shut sign skip split start stay stop switch take tell test train truncate try turn type unpack unset
     update upgrade upload use validate verify wait watch write

@@ -16,8 +16,10 @@ from starlette.testclient import TestClient
 from backpropagate import Trainer
 from backpropagate.cli.app import run
 from backpropagate.jobs.queue import Queue
+from backpropagate.settings import all_settings
 from backpropagate.ui.app import build_app
 from backpropagate.ui.folders import find_places
+from backpropagate.ui.labels import GROUPS, LABELS
 from backpropagate.ui.pages.training import _NOT_HERE, offered, read_flags, to_words
 from backpropagate.ui_spec import UiSpec
 from bp_runs.store import RunStore
@@ -63,6 +65,12 @@ def test_the_form_offers_every_setting_of_a_run_but_those_that_are_not_its_own(p
     assert named >= {setting.short for setting in offered().values()}
     assert {"trust_remote_code", "output", "resume", "runs"}.isdisjoint(named)
     assert set(_NOT_HERE).isdisjoint(offered())
+
+
+def test_every_setting_has_a_label_of_its_own():
+    assert set(LABELS) == set(all_settings())
+    assert len(set(LABELS.values())) == len(LABELS)
+    assert {key for keys in GROUPS.values() for key in keys} <= set(LABELS)
 
 
 def test_what_is_filled_in_becomes_one_word_a_flag():

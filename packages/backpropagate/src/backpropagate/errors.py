@@ -331,7 +331,7 @@ class UiAuthError(GateError):
 
     code = "RUNTIME_UI_AUTH_NOT_ENFORCED"
     when = "Other machines could open the web page, and no password is set."
-    default_fix = "Set a password: {do:ui share=true auth=user:password}; or stay local: {do:ui}"
+    default_fix = "Protect it: {do:ui share=true auth=user:password}; or stay local: {do:ui}"
 
 
 class UiPortError(RunFailedError):

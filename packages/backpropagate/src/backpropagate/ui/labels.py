@@ -21,6 +21,7 @@ LABELS: Mapping[str, str] = MappingProxyType(
         "data.columns": "Column mapping",
         "data.ignore_columns": "Columns to ignore",
         "data.encoding": "File encoding",
+        "data.control_tokens": "Control tokens in text",
         "data.on_overflow": "Examples that are too long",
         "data.min_tokens": "Shortest example (tokens)",
         "data.dedup": "Duplicates",
@@ -110,7 +111,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "lora.init_lora_weights", "training.start_from",
         ),
         "Data": (
-            "data.columns", "data.ignore_columns", "data.encoding", "data.on_bad_row", "data.on_overflow",
+            "data.columns", "data.ignore_columns", "data.encoding", "data.control_tokens", "data.on_bad_row",
+            "data.on_overflow",
             "data.samples", "data.min_tokens", "data.dedup", "data.split", "data.subset", "data.revision",
             "data.reasoning_trace", "data.trace_min_tokens", "data.trace_max_tokens",
         ),
@@ -170,3 +172,8 @@ CHOICES: Mapping[tuple[str, str], str] = MappingProxyType(
     }
 )
 """Words for choices that do not speak for themselves."""
+
+
+def label_of(key: str) -> str:
+    """What forms call a setting."""
+    return LABELS.get(key) or key.partition(".")[2].replace("_", " ").capitalize()

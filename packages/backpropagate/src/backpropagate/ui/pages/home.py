@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from backpropagate.settings import TOML_FILE, all_settings, resolve, resolve_ui, ui_settings
 from backpropagate.ui.background import command_line
-from backpropagate.ui.labels import LABELS
+from backpropagate.ui.labels import label_of
 from backpropagate.ui.render import show
 from bp_runs.errors import CodedError
 from bp_runs.metrics import read_progress
@@ -59,7 +59,7 @@ def show_settings(request: Request) -> Response:
         values, sources = found.settings.to_flat(), found.sources
         spec, ui_sources = resolve_ui({}, os.environ, Path(TOML_FILE))
         for key, setting in all_settings().items():
-            row = {"label": LABELS[key], "value": values[key], "source": sources[key], "setting": setting}
+            row = {"label": label_of(key), "value": values[key], "source": sources[key], "setting": setting}
             groups.setdefault(key.partition(".")[0], []).append(row)
         for key, setting in ui_settings().items():
             name = key.partition(".")[2]

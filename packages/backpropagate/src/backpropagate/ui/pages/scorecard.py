@@ -12,7 +12,6 @@ from backpropagate.continual.scorecard import Scorecard, find_scorecard
 from backpropagate.ui.pages.runs import find_run
 from backpropagate.ui.render import show
 
-_SHADES = 9
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 260, 56, 34
 
 
@@ -30,24 +29,10 @@ def show_scorecard(request: Request) -> Response:
         run=record,
         card=card,
         mean_score=fmean(card.scores[-1]) if card.scores else None,
-        shades=_shades(card),
         lines=_lines(card),
         size=(_WIDTH, _HEIGHT),
         ticks=_ticks(card),
     )
-
-
-def _shades(card: Scorecard) -> list[list[int]]:
-    """Of each loss, from 0 for the lowest to the highest: the column's own scale, since data sets differ."""
-    found = []
-    for row in card.losses:
-        shades = []
-        for j, loss in enumerate(row):
-            column = [r[j] for r in card.losses if j < len(r)] + [card.before_run[j]]
-            span = (max(column) - min(column)) or 1.0
-            shades.append(round((loss - min(column)) / span * (_SHADES - 1)))
-        found.append(shades)
-    return found
 
 
 def _scale(card: Scorecard) -> tuple[float, float]:

@@ -21,7 +21,7 @@ from backpropagate.presets import MODEL_PRESETS, find_preset
 from backpropagate.settings import TOML_FILE, Resolved, Setting, all_settings, choices, resolve
 from backpropagate.system import program_home
 from backpropagate.ui.folders import Output, Places, require_readable_name
-from backpropagate.ui.labels import CHOICES, GROUPS, LABELS, MACHINE, ONLY_FOR
+from backpropagate.ui.labels import CHOICES, GROUPS, MACHINE, ONLY_FOR, label_of
 from backpropagate.ui.local_models import find_local_models
 from backpropagate.ui.pages.data import find_data_files
 from backpropagate.ui.pages.runs import find_run
@@ -103,8 +103,8 @@ def fault_of(error: CodedError | None) -> tuple[str, str] | None:
     kinds = {"int": "a whole number", "float": "a number", "bool": "yes or no"}
     kind = next((text for name, text in kinds.items() if name in str(setting.type)), None)
     if kind is not None and "cannot be" in error.message:
-        return key, f"{LABELS[key]} must be {kind}."
-    return key, error.message.replace(key, LABELS[key])
+        return key, f"{label_of(key)} must be {kind}."
+    return key, error.message.replace(key, label_of(key))
 
 
 def describe_field(
@@ -120,7 +120,7 @@ def describe_field(
     return {
         "key": setting.key,
         "name": setting.short,
-        "label": LABELS[setting.key],
+        "label": label_of(setting.key),
         "help": setting.help,
         "kind": "choice" if words else kind,
         "choices": list(shown.items()),

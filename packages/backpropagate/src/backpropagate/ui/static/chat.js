@@ -19,7 +19,7 @@
 
   function say(role, text, place = talk) {
     const box = document.createElement("div");
-    box.className = `said ${role}`;
+    box.className = `bubble ${role}`;
     box.textContent = text;
     place.append(box);
     box.scrollIntoView({ block: "nearest" });
