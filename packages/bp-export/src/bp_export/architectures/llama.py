@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType
@@ -22,7 +22,7 @@ class LlamaArchitecture(Architecture):
     """Rows of q and k are re-ordered, since llama.cpp rotates neighbouring pairs and transformers halves of a head."""
 
     gguf_arch = MODEL_ARCH.LLAMA
-    ropes = ("default", "linear", "yarn", "llama3")
+    ropes: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn", "llama3")
     tells_head_width = True
     tells_space_prefix = True
 
