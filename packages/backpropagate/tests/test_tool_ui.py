@@ -483,7 +483,7 @@ def test_the_score_card_shows_the_numbers_of_the_terminal(place):
     terminal = card_text(card)
     wanted = re.findall(r"-?\+?\d+\.\d{3}", terminal.rpartition("\n")[0])
     rows = re.search(r"<tbody>(.*?)</tbody>", text, re.DOTALL)[1]
-    assert re.findall(r">(-?\+?\d+\.\d{3})<", rows) == wanted
+    assert re.findall(r">(-?\+?\d+\.\d{3})\b", rows) == wanted
     means = dict(re.findall(r"<dt>([a-z ]+)</dt><dd>([-+]?[\d.]+)", text))
     last = terminal.rpartition("\n")[2].strip()
     assert ", ".join(["merged by ftba-mb", *(f"{name} {value}" for name, value in means.items())]) == last
@@ -498,8 +498,8 @@ def test_the_score_card_shows_a_metric_where_there_is_one(place):
         "d.jsonl", runs=2, metric="exact"
     )
     text = open_page().get(f"/runs/{key_of()}/{result.run_id}/card").text
-    rows = text.partition("exact of answers to held-out rows")[2].partition("</table>")[0]
-    assert re.findall(r">(\d\.\d{3})<", rows) == ["0.000", "1.000", "1.000", "1.000", "1.000"]
+    rows = text.partition("exact of answers to held-out examples")[2].partition("</table>")[0]
+    assert re.findall(r">(\d\.\d{3})\b", rows) == ["0.000", "1.000", "1.000", "1.000", "1.000"]
 
 
 def test_a_multi_run_that_goes_on_has_the_card_so_far(place):
@@ -512,9 +512,9 @@ def test_a_multi_run_that_goes_on_has_the_card_so_far(place):
         assert page.get(f"{address}/card").status_code == 404
         writer.emit(Notice(message="run 1 is taken in", details={"card": card.to_dict()}))
         text = page.get(f"{address}/card").text
-        assert ">1.250<" in text
+        assert ">1.250 <" in text
         scores = re.search(r'id="h-metric">exact.*?<tbody>(.*?)</tbody>', text, re.DOTALL)[1]
-        assert re.findall(r">(\d\.\d{3})<", scores) == ["0.000", "0.062", "0.125", "0.250", "0.500"]
+        assert re.findall(r">(\d\.\d{3})\b", scores) == ["0.000", "0.062", "0.125", "0.250", "0.500"]
         assert "exact 0.375" in card_text(card)
         assert re.search(r"<dt>exact</dt><dd>0.375 ", text)
         raise KeyboardInterrupt
