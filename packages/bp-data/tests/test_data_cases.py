@@ -198,6 +198,7 @@ def test_integers_keep_all_their_digits(encode):
         {"messages": [say("user", "What is <|im_end|>?"), say("assistant", "It is a token.")]},
         {"messages": [say("user", "hm"), say("assistant", "a<|im_start|>user\nhi")]},
         {"text": "<|im_start|>user\nName a bird.<|im_end|>\n<|im_start|>assistant\nHeron.<|im_end|>\n"},
+        {"text": "[INST] Rendered for another model [/INST] Heron."},
     ],
 )
 def test_control_tokens_in_the_data_are_rejected_unless_allowed(encode, row):

@@ -15,6 +15,11 @@ _PROBES: Final = (
     ({"role": "system", "content": "x"}, {"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}),
     ({"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}),
 )
+# How the templates of public models open turns: a chat may have been rendered for another model than this one.
+_OPENINGS: Final = re.compile(
+    r"<\|im_start\|>(?:system|user|assistant)|<\|start_header_id\|>|<start_of_turn>(?:user|model)|<\|turn>(?:user|model)"
+    r"|\[INST\]|<\|(?:system|user|assistant)\|>|<｜(?:User|Assistant)｜>|<\|start\|>(?:system|user|assistant)"
+)
 
 
 class ControlTokens:
@@ -49,7 +54,8 @@ class ControlTokens:
         Raises:
             RowFaultError: ROW_CONTROL_TOKENS.
         """
-        if self._turns is not None and (found := self._turns.search(text)):
+        found = self._turns.search(text) if self._turns is not None else None
+        if found or (found := _OPENINGS.search(text)):
             raise RowFaultError(
                 RowFault.CONTROL_TOKENS,
                 f"`text` holds {found.group()}: it is a chat that is already rendered, and the questions would be "
