@@ -56,6 +56,8 @@ def write_tokenizer(folder: Path, *, family: str = "smollm", size: int = 300) ->
         steps = [pre_tokenizers.Digits(individual_digits=True), plain]
     elif family in splits:
         steps = [pre_tokenizers.Split(Regex(splits[family]), "isolated"), bytes_only]
+    elif family == "dbrx":  # as Phi-4's file has it: what does not match is removed, and words are merged
+        steps = [pre_tokenizers.Split(Regex(LLAMA_SPLIT), "removed", invert=True), bytes_only]
     else:
         steps = [plain]
     tokenizer.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(steps)

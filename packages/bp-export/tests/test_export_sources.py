@@ -189,3 +189,14 @@ def test_weights_that_are_not_finite_stay_an_error(base, lora):
     found[next(iter(found))][0, 0] = np.nan
     write_tensors(file, found)
     assert main([str(lora)]) == 1
+
+
+def test_paths_may_be_strings(tmp_path, base, lora):
+    from bp_export import GgufExport, name_gguf
+    from bp_export.hub import prepare_push
+
+    pytest.importorskip("PIL")
+    made = GgufExport(adapter=str(lora), base=str(base), output=str(tmp_path / "x.gguf"), verify=False).write()
+    assert read_settings(str(made.path)) == read_settings(made.path)
+    assert name_gguf(str(lora)) == name_gguf(lora)
+    assert prepare_push(str(lora), "me/x", base=str(base)).card == prepare_push(lora, "me/x", base=base).card

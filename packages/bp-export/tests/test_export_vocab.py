@@ -22,7 +22,7 @@ TRIALS = (
 )
 
 
-@pytest.mark.parametrize("family", ["smollm", "llama-bpe", "qwen2", "gpt-2"])
+@pytest.mark.parametrize("family", ["smollm", "llama-bpe", "dbrx", "qwen2", "gpt-2"])
 def test_llama_cpp_splits_as_the_tokenizer_does(tmp_path, family):
     skip_without_llama_cpp()
     from tokenizers import Tokenizer

@@ -76,7 +76,7 @@ class PreTokenizerUnknownError(UserError):
 
     code = "INPUT_EXPORT_PRE_TOKENIZER"
     when = "The tokenizer splits text by an unknown rule, so llama.cpp might split it differently."
-    default_fix = "Give llama.cpp's name of the rule, if you know it: {set:pre=llama-bpe}"
+    default_fix = "Export it as a merged model instead: {set:format=merged}"
 
 
 class QuantizationUnknownError(UserError):

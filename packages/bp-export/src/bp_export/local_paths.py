@@ -5,9 +5,13 @@ Nothing here asks the machine: what was made elsewhere is cleaned too.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeAlias
+
+StrPath: TypeAlias = str | os.PathLike[str]
+"""A path as every public call takes it."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # huggingface_hub keeps owner/name as …/models--owner--name/snapshots/<commit>.

@@ -13,6 +13,7 @@ from typing import Any, Self
 from bp_export.chat.server import LlamaServer
 from bp_export.errors import ChatFailedError
 from bp_export.gguf.file import read_settings
+from bp_export.local_paths import StrPath
 from bp_export.verify.template import check_gguf, check_server
 from bp_runs.errors import CodedError
 
@@ -32,7 +33,8 @@ class LlamaChat:
         ChatFailedError: The file is no GGUF, or llama.cpp cannot load it.
     """
 
-    def __init__(self, path: Path, *, context: int = 2048) -> None:
+    def __init__(self, path: StrPath, *, context: int = 2048) -> None:
+        path = Path(path)
         settings = read_settings(path)
         self.template = settings.get("tokenizer.chat_template")
         """The Jinja template in the file; None without one."""

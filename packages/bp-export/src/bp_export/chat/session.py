@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from bp_export.chat.llama import LlamaChat
 from bp_export.formats.temporary import open_gguf
+from bp_export.local_paths import StrPath
 from bp_export.ollama.register import stream_answer
 from bp_export.verify.template import RenderingCheck
 
@@ -73,9 +73,9 @@ class ChatOptions:
 
 @contextlib.contextmanager
 def open_session(
-    target: Path,
+    target: StrPath,
     *,
-    base: Path | None = None,
+    base: StrPath | None = None,
     context: int = CONTEXT,
     quantization: str | None = None,
     dequantize: bool = False,

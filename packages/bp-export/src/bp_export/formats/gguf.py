@@ -24,6 +24,7 @@ from bp_export.formats.request import (
 from bp_export.gguf.file import name_split
 from bp_export.gguf.plan import GgufPlan, TensorPlan, build_plan
 from bp_export.gguf.writer import cut_plan, write_gguf, write_split
+from bp_export.local_paths import StrPath
 from bp_export.quant.imatrix import read_importance
 from bp_export.quant.kernels import describe_kernels
 from bp_export.quant.types import read_quantization
@@ -151,7 +152,7 @@ class GgufExport(ModelRequest):
         return is_verifiable() if self.verify is None else self.verify
 
 
-def name_gguf(adapter: Path, quantization: str | None = None, *, name: str | None = None) -> Path:
+def name_gguf(adapter: StrPath, quantization: str | None = None, *, name: str | None = None) -> Path:
     """Where `GgufExport` writes if no ``output`` is named.
 
     Args:
@@ -161,6 +162,7 @@ def name_gguf(adapter: Path, quantization: str | None = None, *, name: str | Non
         AdapterInvalidError: It is neither an adapter nor a model folder.
         QuantizationUnknownError: There is no such quantization.
     """
+    adapter = Path(adapter)
     if name is None:
         name = adapter.resolve().name if is_model(adapter) else name_after(read_adapter_folder(adapter).base)
     return adapter.parent / f"{name}-{read_quantization(quantization).name}.gguf"

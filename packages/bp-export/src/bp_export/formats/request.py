@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -23,7 +22,6 @@ from bp_export.verify.template import RenderingCheck
 Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
-StrPath: TypeAlias = str | os.PathLike[str]
 
 _TRIAL_SHAPE = (32, 2048)
 _PATHS = ("adapter", "output", "base", "importance")

@@ -13,15 +13,16 @@ from bp_export.errors import ChatTargetError
 from bp_export.formats.gguf import GgufExport, find_own_type
 from bp_export.formats.output import read_format
 from bp_export.gguf.file import read_settings
+from bp_export.local_paths import StrPath
 
 _WHOLE = "Name the adapter's own folder, such as ./output/lora; base and adapter are put together for that."
 
 
 @contextlib.contextmanager
 def open_gguf(
-    target: Path,
+    target: StrPath,
     *,
-    base: Path | None = None,
+    base: StrPath | None = None,
     quantization: str | None = None,
     dequantize: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -42,6 +43,7 @@ def open_gguf(
         CodedError: As `bp_export.export_adapter`.
     """
     require_installed()
+    target = Path(target)
     if target.is_file():
         if read_settings(target).get("general.type") == "adapter":
             raise ChatTargetError(f"{target} is an adapter and not a model", fix=_WHOLE)
@@ -56,7 +58,7 @@ def open_gguf(
             adapter=target,
             output=Path(scratch) / "model.gguf",
             quantization=quantization,
-            base=base,
+            base=None if base is None else Path(base),
             dequantize=dequantize,
             verify=False,
         )

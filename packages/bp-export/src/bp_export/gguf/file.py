@@ -19,6 +19,7 @@ from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFWriter, Keys
 
 from bp_export.errors import ChatFailedError
 from bp_export.formats.hash_and_flush import HashAndFlush
+from bp_export.local_paths import StrPath
 from bp_export.quant.kernels import TensorType
 from bp_runs.files import coded_disk_errors, fsync_folder, rename
 
@@ -134,14 +135,14 @@ def add_tensor(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: Tens
     writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: StrPath) -> dict[str, Any]:
     """The key-value section of a GGUF as plain Python values.
 
     Raises:
         ChatFailedError: It is missing, cut short, or no GGUF of version 2 or 3.
     """
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             if file.read(4) != MAGIC or _read_scalar(file, "I") not in (2, 3):
                 raise ChatFailedError(f"{path} is not a GGUF file")
             _read_scalar(file, "Q")

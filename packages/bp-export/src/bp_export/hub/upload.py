@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import socket
 import ssl
 import sys
@@ -32,7 +33,7 @@ from bp_export.hub.files import Shipment, clean_settings, gather
 from bp_export.hub.license import License, build_license, read_license
 from bp_export.hub.loss_plot import draw_loss
 from bp_export.hub.run_record import Origin, find_origin, is_hub_id
-from bp_export.local_paths import has_hub_form, tell_model
+from bp_export.local_paths import StrPath, has_hub_form, tell_model
 from bp_runs.adapter import read_adapter_folder
 from bp_runs.errors import first_line
 from bp_runs.wording import render
@@ -68,7 +69,7 @@ class Prepared:
 
 
 def prepare_push(
-    source: Path, repo: str, *, base: Path | str | None = None, ask_license: Callable[[str], License] | None = None
+    source: StrPath, repo: str, *, base: StrPath | None = None, ask_license: Callable[[str], License] | None = None
 ) -> Prepared:
     """Gather the files and write the card; nothing is uploaded.
 
@@ -83,6 +84,8 @@ def prepare_push(
         PushSourceError: As `gather`; or ``base`` is neither a folder nor a Hub id.
         HubMissingError: Pillow is not installed, and there is a loss to draw.
     """
+    source = Path(source)
+    base = None if base is None else os.fspath(base)
     shipment, origin = gather(source), find_origin(source)
     picture = _draw(origin)
     names = (*shipment.files, _CARD, *([PICTURE] if picture else []))
@@ -97,10 +100,10 @@ def prepare_push(
 
 
 def push(
-    source: Path,
+    source: StrPath,
     repo: str,
     *,
-    base: Path | str | None = None,
+    base: StrPath | None = None,
     private: bool = False,
     force: bool = False,
     revision: str | None = None,

@@ -16,6 +16,7 @@ from bp_data.templates.engine import find_default_system
 from bp_export.errors import OllamaRegistrationError
 from bp_export.formats.ollama_adapter import OllamaAdapter, read_ollama_adapter, require_same_layout
 from bp_export.gguf.file import read_settings, read_stop_strings
+from bp_export.local_paths import StrPath
 from bp_export.ollama.server import (
     MERGED_WAY,
     connect,
@@ -70,7 +71,7 @@ class OllamaModel:
 
 
 def register_gguf(
-    path: Path,
+    path: StrPath,
     name: str,
     *,
     host: str | None = None,
@@ -107,6 +108,7 @@ def register_gguf(
         TemplateChangedError: Its chat template renders chats differently than training did.
         ChatFailedError: The file is no GGUF.
     """
+    path = Path(path)
     version, server = _require_place(name, host, force=force), find_server(host)
     settings = read_settings(path)
     if settings.get("general.type") == "adapter":
@@ -135,7 +137,7 @@ def register_gguf(
 
 
 def register_adapter(
-    folder: Path,
+    folder: StrPath,
     name: str,
     *,
     host: str | None = None,
@@ -160,7 +162,7 @@ def register_adapter(
         AdapterFormatError: It is no such folder.
         OllamaNameTakenError: As `register_gguf`.
     """
-    adapter = read_ollama_adapter(folder)
+    adapter = read_ollama_adapter(Path(folder))
     settings: Mapping[str, Any] = {}
     rendering = RenderingCheck("not tested", _OWN_TEMPLATE)
     if adapter.base_file is not None:

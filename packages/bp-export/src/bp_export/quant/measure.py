@@ -31,6 +31,7 @@ from bp_export.chat.server import require_installed
 from bp_export.errors import ImportanceInvalidError, LlamaCppMissingError, MeasureFailedError
 from bp_export.formats.output import require_free_file
 from bp_export.gguf.file import read_settings
+from bp_export.local_paths import StrPath
 from bp_export.quant.imatrix import COUNTS, SUMS
 from bp_merge import Floats
 from bp_runs.files import publish_bytes, require_folder
@@ -60,9 +61,9 @@ class Measured:
 
 
 def measure_importance(
-    model: Path,
-    text: Path,
-    output: Path,
+    model: StrPath,
+    text: StrPath,
+    output: StrPath,
     *,
     chunk_tokens: int = CHUNK_TOKENS,
     chunks: int | None = None,
@@ -86,6 +87,7 @@ def measure_importance(
         MeasureFailedError: llama.cpp cannot load or run the model, or is built in a way that is not known.
     """
     require_installed()
+    model, text, output = Path(model), Path(text), Path(output)
     if chunk_tokens < _LEAST_VECTORS or (chunks is not None and chunks < 1):
         raise ImportanceInvalidError(
             f"a matrix is measured on one chunk or more, each of {_LEAST_VECTORS} tokens or more",

@@ -108,7 +108,8 @@ def find_fitting_rules(tokenizer: Mapping[str, Any]) -> list[str]:
     except Exception:  # noqa: BLE001  # the library raises bare Exception for a file that it cannot read
         return []
     whole = bool(tokenizer["model"].get("ignore_merges"))
-    known = {name: rule for rule, name in _RULES.items() if (name in _WHOLE_WORDS) == whole}
+    named = {name if whole else _WITH_MERGES.get(name, name): rule for rule, name in _RULES.items()}
+    known = {name: rule for name, rule in named.items() if (name in _WHOLE_WORDS) == whole}
     return [name for name, rule in known.items() if split(_build_normalizer(name), _build_steps(rule)) == wanted]
 
 
