@@ -128,6 +128,8 @@ def test_what_costs_least_goes_first(spare, expected):
     assert plan.choose(16384) == expected
     plan.forward_pass(16384)
     assert tiling.tokens == expected.tile
+    no_ram = ActivationPlan(spare, PARTS, blocks(), InputOffload(8, 10, room=10 * 16384 - 1), tiling)
+    assert not no_ram.choose(16384).offload
 
 
 @pytest.mark.parametrize(

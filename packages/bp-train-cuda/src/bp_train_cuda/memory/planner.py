@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
+import psutil
 import torch
 
 from bp_data.loop.shapes import read_shapes
@@ -31,6 +32,8 @@ SHARE = 0.85
 """Of the free memory that is planned with; the rest is for fragments, and for what estimates miss."""
 _SAVED = 1.35
 """Of the bytes that are counted for a kept layer: fragments and copies that attention makes took a fifth more."""
+_RAM_SHARE = 0.5
+"""Of the free system RAM that layer inputs may take."""
 _SHRINK = 0.7
 """Of the planned memory that is left after the GPU ran out of memory in spite of the plan."""
 
@@ -77,9 +80,9 @@ class ActivationPlan:
         if left >= 0 or kept:
             return Choice(kept, offload=False)
         tiles: tuple[int | None, ...] = (None,) if self._tiling is None else TILES
-        options = [(tiles[0], False)]
-        if self._offload is not None:
-            options += [(tile, True) for tile in tiles]
+        can_offload = self._offload is not None and self._offload.has_room(inputs)
+        options = [(tile, False) for tile in (tiles[:1] if can_offload else tiles)]
+        options += [(tile, True) for tile in tiles if can_offload]
         for tile, offload in options:
             if self._work(tokens, tile) + (2 * parts.input * tokens if offload else inputs) <= self.spare:
                 return Choice(0, offload, tile)
@@ -136,7 +139,7 @@ def plan_activations(spec: TrainSpec, mode: str, model: Any) -> ActivationPlan |
     tiling = Tiling()
     is_tiled = mode != "full" and tile_feed_forward(model, tiling) == len(blocks)
     spare = int(SHARE * free) - to_come
-    offload = InputOffload(shapes.hidden, len(blocks))
+    offload = InputOffload(shapes.hidden, len(blocks), int(_RAM_SHARE * psutil.virtual_memory().available))
     return ActivationPlan(spare, count_parts(shapes, load), blocks, offload, tiling if is_tiled else None)
 
 

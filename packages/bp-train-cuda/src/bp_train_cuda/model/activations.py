@@ -47,10 +47,11 @@ class InputOffload:
     Args:
         width: Of a block's input (B, T, width); nothing else that is saved outside blocks has this shape and size.
         blocks: How many inputs there are in a forward pass.
+        room: Bytes of system RAM that the inputs may take; None: any.
     """
 
-    def __init__(self, width: int, blocks: int) -> None:
-        self._width, self._blocks = width, blocks
+    def __init__(self, width: int, blocks: int, room: int | None = None) -> None:
+        self._width, self._blocks, self._room = width, blocks, room
         self._buffers: dict[int, Tensor] = {}
         self._stream: Any = None
         self._count = 0
@@ -58,6 +59,10 @@ class InputOffload:
         self._shapes: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = {}
         self.moved = 0
         """Inputs that the last forward pass moved."""
+
+    def has_room(self, size: int) -> bool:
+        """Whether inputs of ``size`` bytes fit in system RAM: pinned memory that is not there ends a run."""
+        return self._room is None or size <= self._room
 
     @contextlib.contextmanager
     def forward_pass(self) -> Iterator[None]:
