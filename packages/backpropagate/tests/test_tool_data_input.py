@@ -10,6 +10,7 @@ import pytest
 
 from backpropagate import Trainer
 from backpropagate.data_input import is_in_memory, snapshot
+from backpropagate.errors import ModelInvalidError
 from backpropagate.event_dispatch import listener
 from bp_data.errors import DatasetEmptyError, DatasetInvalidError
 from bp_runs.errors import CodedError, ContractError, InvalidSettingError
@@ -100,6 +101,33 @@ def test_an_error_about_settings_never_dumps_the_rows(trainer):
 def test_paths_and_lists_of_paths_are_no_examples(tmp_path):
     assert not any(map(is_in_memory, [None, "a", tmp_path, ["a", tmp_path], ("a",)]))
     assert all(map(is_in_memory, [[], [{}], {}, iter("")]))
+
+
+def test_a_loaded_model_is_saved_and_trained(pico_model, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(pico_model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pico_model)
+    flags = {"rail": FakeRail(), "steps": 2, "report_to": "none", "resume": False}
+    for number, more in enumerate(({}, {"tokenizer": tokenizer}, {})):
+        trainer = Trainer(model, output=tmp_path / f"out{number % 2}", **more, **flags)
+        folder = trainer.runs.output / "snapshots"
+        assert len(list(folder.glob("model*"))) == 1, "the same model is the same folder"
+        assert trainer.train(ROWS).record.setting("model.name").startswith(str(folder))
+        assert (folder / trainer.settings.model.name / "tokenizer.json").is_file()
+    with pytest.raises(InvalidSettingError, match="goes with a model that is loaded"):
+        Trainer(str(pico_model), tokenizer=tokenizer)
+    model.config._name_or_path = "owner/name"
+    with pytest.raises(ModelInvalidError, match="without a tokenizer"):
+        Trainer(model, output=tmp_path / "none", **flags)
+    model.peft_config = {}
+    with pytest.raises(ModelInvalidError, match="adapters on it"):
+        Trainer(model, output=tmp_path / "none", **flags)
+
+
+def test_the_callback_s_old_name(trainer):
+    heard = Listener()
+    trainer.train(ROWS, callback=heard)
+    assert heard.steps == 2
 
 
 class Listener:

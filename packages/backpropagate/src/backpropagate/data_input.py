@@ -9,19 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import orjson
 
+from backpropagate.errors import ModelInvalidError
 from bp_data.errors import DatasetEmptyError, DatasetInvalidError
-from bp_runs.files import coded_disk_errors, fsync_file, rename
+from bp_runs.files import coded_disk_errors, fsync_file, publish_folder, rename, sha256_file
 
 Data: TypeAlias = str | Path | Iterable[Mapping[str, Any]]
 """A file, folder or Hub dataset by name; or examples: a list of dicts, generator, `datasets.Dataset` or DataFrame."""
 
 SNAPSHOTS = "snapshots"
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+)
 _OPTIONS = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
 
 
@@ -64,6 +74,49 @@ def snapshot(data: object, output: Path) -> Path:
         finally:
             partial.unlink(missing_ok=True)
     return target
+
+
+def is_loaded_model(model: object) -> bool:
+    """Whether this is a model of transformers, and not the name of one."""
+    return not isinstance(model, str | os.PathLike | None) and hasattr(model, "save_pretrained")
+
+
+def save_model(model: Any, tokenizer: Any, output: Path) -> Path:
+    """Save a loaded model and its tokenizer to a folder of the output folder, which is named by its content.
+
+    Args:
+        model: A transformers model.
+        tokenizer: Its tokenizer; None: the files next to the weights that it was loaded from.
+        output: The output folder.
+
+    Raises:
+        ModelInvalidError: It has adapters on it, or no tokenizer is known.
+        DiskFullError, OutputNotWritableError: It cannot be saved.
+    """
+    if hasattr(model, "peft_config"):
+        raise ModelInvalidError(
+            "the model has adapters on it",
+            fix="Pass the base, and train from the adapter: {set:training.start_from=./lora}",
+        )
+    source = Path(getattr(model.config, "_name_or_path", "") or ".")
+    files = [file for name in _TOKENIZER_FILES for file in source.glob(name)] if source.is_dir() else []
+    if tokenizer is None and not files:
+        raise ModelInvalidError("the model comes without a tokenizer", fix="Pass it too: Trainer(model, tokenizer=…)")
+    folder = output / SNAPSHOTS
+    with coded_disk_errors(folder), publish_folder(folder / "model") as partial:
+        model.save_pretrained(partial)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        for file in files if tokenizer is None else ():
+            shutil.copy2(file, partial / file.name)
+    files_now = sorted((folder / "model").iterdir())
+    digest = hashlib.sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files_now).encode())
+    named = folder / f"model-{digest.hexdigest()[:16]}"
+    if named.is_dir():
+        shutil.rmtree(folder / "model")
+    else:
+        rename(folder / "model", named)
+    return named
 
 
 def _lines(data: object) -> Iterator[bytes]:

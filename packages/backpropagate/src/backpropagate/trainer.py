@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from backpropagate import catalogue, memory_estimate, presets, rails, resume_plan, system, warm_start
-from backpropagate.data_input import Data, is_in_memory, snapshot
+from backpropagate.data_input import Data, is_in_memory, is_loaded_model, save_model, snapshot
 from backpropagate.distributed import launchers
 from backpropagate.errors import MainProcessError, RailUnusableError
 from backpropagate.event_dispatch import Callback, join_listeners, listener
@@ -50,7 +50,14 @@ from backpropagate.signatures import shows_keywords
 from backpropagate.trackers import tracker
 from bp_runs.adapter import read_adapter_folder, read_manifest
 from bp_runs.checkpoint import CheckpointFolder
-from bp_runs.errors import CodedError, ContractError, OutputTakenError, ResumeChangedError, ResumeNotFoundError
+from bp_runs.errors import (
+    CodedError,
+    ContractError,
+    InvalidSettingError,
+    OutputTakenError,
+    ResumeChangedError,
+    ResumeNotFoundError,
+)
 from bp_runs.events import Notice
 from bp_runs.files import coded_disk_errors
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, result_name
@@ -78,7 +85,9 @@ class Trainer:
     """Trains adapters on one base model and exports them.
 
     Args:
-        model: A Hugging Face folder or Hub id; default: the setting ``model.name``.
+        model: A Hugging Face folder or Hub id; or a loaded transformers model, which is saved to
+            ``<output>/snapshots`` first. Default: the setting ``model.name``.
+        tokenizer: Of a loaded model; default: the files that it was loaded with.
         output: Output folder; default: the setting ``training.output_dir``.
         rail: Train on this rail instead of one that is found; for tests and rails of one's own.
         command: What was typed, for the record.
@@ -98,8 +107,9 @@ class Trainer:
     @shows_keywords(TrainerKeywords)
     def __init__(
         self,
-        model: str | Path | None = None,
+        model: str | Path | Any | None = None,
         *,
+        tokenizer: Any = None,
         output: str | Path | None = None,
         rail: Rail | None = None,
         command: Sequence[str] = (),
@@ -110,7 +120,13 @@ class Trainer:
         **flags: Unpack[TrainerKeywords],
     ) -> None:
         data = {name: value for name, value in flags.items() if name in _DATA_NAMES}
-        self._flags = {"model": model, "output": output, **{k: v for k, v in flags.items() if k not in data}}
+        if tokenizer is not None and not is_loaded_model(model):
+            raise InvalidSettingError(
+                "{set:tokenizer} goes with a model that is loaded, and the model is a name",
+                fix="Pass the loaded model too, or neither: the tokenizer is read from the model's files.",
+            )
+        name = None if is_loaded_model(model) else model
+        self._flags = {"model": name, "output": output, **{k: v for k, v in flags.items() if k not in data}}
         self._rail = rail
         self._command = tuple(command)
         self._defaults = dict(defaults or {})
@@ -118,7 +134,9 @@ class Trainer:
         self._interrupts = interrupts
         self._progress = progress
         self.settings = self._resolve({}).settings  # which names the output folder, where examples are written
-        if data:
+        if name is not model:
+            self._flags["model"] = save_model(model, tokenizer, self.output)
+        if data or name is not model:
             self._flags |= self._all_written(data)
             self.settings = self._resolve({}).settings
         self.last: TrainResult | None = None
@@ -141,6 +159,7 @@ class Trainer:
         *,
         resume_run: str | None = None,
         on_event: Callback | None = None,
+        callback: Callback | None = None,
         **flags: Unpack[TrainKeywords],
     ) -> TrainResult:
         """Train an adapter and leave it at ``<output>/lora``.
@@ -156,12 +175,14 @@ class Trainer:
             resume_run: Resume this unfinished run, by part of its id; settings that are given must agree with it.
             on_event: Called with every event of the run, after it is recorded; or an object with methods such as
                 ``on_step`` and ``on_eval``, see `backpropagate.event_dispatch.Callback`.
+            callback: As ``on_event``, its name in backpropagate 1.x.
             **flags: Settings for this run, over the Trainer's own.
 
         Raises:
             CodedError: Bad input, before a run is recorded; or a failure, recorded with the run.
             MainProcessError: In a process that is not the main one: there the call failed.
         """
+        on_event = on_event or callback
         with self._main_process() as is_main:
             if not is_main:
                 return self._newest_result()
@@ -437,6 +458,7 @@ class Trainer:
         *,
         quantization: QuantizationName | None = None,
         output: str | Path | None = None,
+        output_dir: str | Path | None = None,
         verify: bool | None = None,
         ollama_name: str | None = None,
         force: bool = False,
@@ -447,7 +469,8 @@ class Trainer:
         Args:
             format: One of `bp_export.Format`: ``gguf``, ``merged``, ``lora`` …
             quantization: The GGUF's type, one of `bp_export.QUANTIZATIONS`; None for ``q4_k_m``.
-            output: The file (GGUF) or folder to write; default: beside the adapter.
+            output: The file (GGUF) or folder to write; default: next to the adapter.
+            output_dir: As ``output``, its name in backpropagate 1.x.
             verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
             ollama_name: Register the GGUF with a running Ollama under this name.
             force: Whether an earlier export, and a model of that name in Ollama, may be replaced.
@@ -461,7 +484,7 @@ class Trainer:
             self._newest(),
             format,
             quantization=quantization,
-            output=None if output is None else Path(output),
+            output=None if (place := output or output_dir) is None else Path(place),
             verify=verify,
             ollama_name=ollama_name,
             force=force,

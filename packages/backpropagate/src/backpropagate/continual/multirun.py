@@ -35,7 +35,7 @@ NEWEST = "newest"
 """Stands for the id of the newest unfinished multi-run."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class MultiRunResult:
     """A multi-run that ended well, or was stopped with what was merged kept."""
 
@@ -49,6 +49,12 @@ class MultiRunResult:
     card: Scorecard
     outcome: TrainOutcome
     record: RunRecord
+
+    def __repr__(self) -> str:
+        left_out = f", {len(self.rejected)} left out" if self.rejected else ""
+        return (
+            f"MultiRunResult({self.run_id}: {len(self.members)} runs merged{left_out}, adapter {str(self.adapter)!r})"
+        )
 
 
 def check_settings(settings: Settings, files: int) -> Settings:
