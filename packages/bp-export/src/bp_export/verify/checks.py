@@ -46,10 +46,12 @@ class Pair:
 
     @property
     def tokens(self) -> Sequence[int]:
+        """Ids of the likeliest tokens that are expected, the likeliest first."""
         return self.prompt.tokens[self.index]
 
     @property
     def expected(self) -> Sequence[float]:
+        """Their log-probabilities, in nats."""
         return self.prompt.logprobs[self.index]
 
     @property
@@ -64,6 +66,7 @@ class Pair:
 
     @property
     def divergence(self) -> float:
+        """Kullback-Leibler divergence from what is expected, in nats."""
         return compute_divergence(self.tokens, self.expected, self.found)
 
     @property
@@ -79,18 +82,21 @@ def witness_pairs(pairs: Sequence[Pair], evidence: Evidence) -> list[Pair]:
 
 
 def read_pairs(server: LlamaServer, prompts: Sequence[WitnessPrompt]) -> Iterator[Pair]:
+    """What the file says at every place of the prompts, next to what is expected there."""
     for prompt in prompts:
         for index, found in enumerate(read_places(server, prompt)):
             yield Pair(prompt, index, found)
 
 
 def name_reference(evidence: Evidence) -> Any:
+    """What the numbers are compared with, in words; None without anything."""
     if evidence.computed:
         return "independent forward pass"
     return "witness" if evidence.witness else None
 
 
 def join_words(messages: Messages) -> str:
+    """A conversation's contents as one text."""
     return "\n\n".join(str(message["content"]) for message in messages if message.get("content"))
 
 
@@ -101,6 +107,7 @@ def render(
     *,
     add_generation_prompt: bool = True,
 ) -> str | None:
+    """A conversation as the trained template renders it; None without a template, or if it rejects the conversation."""
     template = plan.vocabulary.template
     return (
         None if template is None else template.try_render(messages, tools, add_generation_prompt=add_generation_prompt)
@@ -119,6 +126,7 @@ def load_tokenizer(base: Path, tokenizer: Path) -> Callable[[str], list[int]]:
 
 
 def check_training(path: Path) -> ParityCheck:
+    """The ten conversations against the hashes that training stored."""
     try:
         check = check_gguf(path)
     except TemplateChangedError as error:
@@ -127,12 +135,14 @@ def check_training(path: Path) -> ParityCheck:
 
 
 def check_tokenizer(server: LlamaServer, encode: Callable[[str], list[int]]) -> ParityCheck:
+    """Token ids of ten texts: the trained model's tokenizer against llama.cpp's."""
     texts = [join_words(messages) for messages, _ in with_tools()]
     pairs = [(f"text {i}", encode(text), tokenize(server, text)) for i, text in enumerate(texts, 1)]
     return _judge_ids("tokenizer", pairs, f"{len(pairs)} texts")
 
 
 def check_template(server: LlamaServer, plan: GgufPlan, encode: Callable[[str], list[int]]) -> ParityCheck:
+    """Prompt ids of ten conversations: the trained template and tokenizer against llama.cpp's."""
     if plan.vocabulary.template is None:
         return report_untested("template", "the model has no chat template")
     pairs = []
@@ -199,6 +209,7 @@ def _lose(prompt: WitnessPrompt, index: int, row: Mapping[int, float]) -> float 
 
 
 def check_next_tokens(pairs: Sequence[Pair], evidence: Evidence, quantization: Quantization) -> list[ParityCheck]:
+    """The checks ``greedy`` and ``divergence``, by what the quantization may cost."""
     if not pairs:
         why = evidence.why_not_computed or "there is no text to read"
         return [report_untested("greedy", why), report_untested("divergence", why)]
@@ -221,6 +232,7 @@ def _allow(evidence: Evidence) -> float:
 
 
 def check_stop(served: LlamaServer, plan: GgufPlan, pairs: Sequence[Pair], quantization: Quantization) -> ParityCheck:
+    """Whether answers end where the template ends a turn."""
     end = plan.vocabulary.turn_end
     if end is None:
         return report_untested("stop", "the template shows no token that ends a turn")
