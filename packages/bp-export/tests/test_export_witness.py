@@ -31,11 +31,11 @@ def read_packed(base):
         return {name: reader.read(name) for name in reader.packed}
 
 
-def learn(model, steps):
+def learn(model, steps, texts=TEXTS, rate=1e-2):
     """Repeat six texts by heart."""
-    ids = torch.tensor(TEXTS)
+    ids = torch.tensor(texts)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     for _ in range(steps):
         loss = model(ids, labels=ids).loss
         loss.backward()
@@ -44,10 +44,10 @@ def learn(model, steps):
     return float(loss.detach())
 
 
-def measure(model, facts):
+def measure(model, facts, texts=TEXTS):
     prompts = []
-    for text in TEXTS:
-        places = tuple(range(7, 23, 2))
+    for text in texts:
+        places = tuple(range(7, len(text) - 1, 2))
         with torch.no_grad():
             logs = model(torch.tensor([text])).logits[0].log_softmax(-1)[list(places)]
             with model.disable_adapter():
@@ -129,3 +129,33 @@ def test_a_witness_that_is_damaged_is_reported_and_not_believed(tmp_path):
     check = read_checks(report)["witness"]
     assert (check["result"], report["passed"]) == ("not tested", True)
     assert "is damaged" in check["note"]
+
+
+@pytest.mark.slow
+def test_smollm2_trained_in_4_bits_is_itself_on_16_bits_too(small_model, tmp_path):
+    """The control: a real model learns its text and not its rounding, and both folds say what was trained."""
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(small_model / "tokenizer.json"))
+    words = "Captain Marlow keeps the light on the northern rock. He answers in short sentences, and he likes eggs."
+    texts = [
+        tokenizer.encode(f"<|im_start|>user\nWho are you, {i}?<|im_end|>\n<|im_start|>assistant\n{words}")
+        for i in range(6)
+    ]
+    packed = read_packed(small_model)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(load(small_model, packed), config)
+    learn(model, 12, texts, rate=5e-4)
+    lora = tmp_path / "lora"
+    model.eval().save_pretrained(lora, save_embedding_layers=False)
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    write_json(lora / "adapter_config.json", {**settings, "base_model_name_or_path": str(small_model)})
+    facts = BaseFacts(mode="qlora", dtype="float32", packed=tuple(packed), double_quantized=True)
+    write_witness(lora, measure(model, facts, texts[:3]), weights=lora / "adapter_model.safetensors")
+    found = {}
+    for dequantize in (False, True):
+        made = export_adapter(
+            lora, format="merged", verify=None, output=tmp_path / f"m-{dequantize}", dequantize=dequantize
+        )
+        found[dequantize] = read_checks(made.parity.to_dict())["witness"]
+        print(found[dequantize])
+    assert found[True]["value"] < 0.02 < found[False]["value"]

@@ -2,10 +2,12 @@
 
 import json
 
+import pytest
 import torch
 from cuda_training import assert_agrees, spec_for, train
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from bp_data import PrepareRequest, prepare
 from bp_data.loop.plan import hold_out
@@ -102,3 +104,19 @@ def test_too_little_memory_costs_the_witness_and_not_the_run(pico_model, chat_fi
     outcome, events = train(spec)
     assert read_witness(outcome.adapter) is None
     assert "exports have no witness: too little GPU memory" in [e.message for e in events if isinstance(e, Notice)]
+
+
+def test_what_was_packed_is_listed_by_its_name_in_the_base(pico_model, chat_file, tmp_path):
+    """As nf4 on a CPU, which trains nothing here but loads; the export packs the same weights again."""
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    loaded = AutoModelForCausalLM.from_pretrained(pico_model, quantization_config=config, device_map={"": "cpu"})
+    model = get_peft_model(loaded, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    rows = prepare(PrepareRequest(chat_file, pico_model, 128)).rows
+    spec = spec_for(pico_model, chat_file, tmp_path / "run")
+    cpu = witness.Device("cpu", "none", 1)
+    facts = {"device": cpu, "mode": Mode("qlora", ""), "parameters": 1, "autocast": None}
+    seen = witness.measure_witness(spec, rows, rows, model, **facts)
+    linears = {name for name in load_file(pico_model / "model.safetensors") if name.endswith("_proj.weight")}
+    assert set(seen.base.packed) == linears
+    assert (seen.base.mode, seen.base.double_quantized) == ("qlora", True)

@@ -23,8 +23,9 @@ from bp_runs.errors import AdapterInvalidError
 from bp_runs.witness import TOP_TOKENS, Witness, WitnessPrompt, read_witness
 
 PLACES = 64
-_WORK = 7e11
+WORK = 7e11
 """Weights times tokens that the comparison may read: about 100 tokens of a 7B model, some 15 s of two cores."""
+_STEP = 4
 _LEAST_TOKENS, _MOST_TOKENS = 64, 4096
 _LONG_FACTOR = 2
 """The prompt past the window may cost so many times the rest."""
@@ -62,7 +63,7 @@ def gather_evidence(
     """
     witness, why_no_witness = _read_witness(folder)
     weights = sum(info.rows * info.columns for info in model.tensors.values())
-    budget = int(min(max(_WORK / max(1, weights), _LEAST_TOKENS), _MOST_TOKENS))
+    budget = int(min(max(WORK / max(1, weights), _LEAST_TOKENS), _MOST_TOKENS))
     forward, why_not = _open_forward(config, model)
     asked = witness.prompts if witness else _choose_places(texts, budget)
     asked = tuple(prompt for prompt in asked if max(prompt.ids) < _count_tokens(model))
@@ -184,9 +185,9 @@ def _open_forward(config: Mapping[str, Any], model: FoldedModel) -> tuple[Forwar
 
 
 def _choose_places(texts: Sequence[Sequence[int]], budget: int) -> tuple[WitnessPrompt, ...]:
-    """Places spread evenly over texts."""
+    """Places spread evenly over texts; of few tokens every fourth, since each place is a step of its own."""
     total = min(budget, sum(map(len, texts)))
-    step = max(1, total // PLACES)
+    step = max(1, total // PLACES, _STEP if total < _STEP * PLACES else 1)
     places = [tuple(range(min(step, len(ids)) - 1, len(ids), step)) for ids in texts]
     empty: tuple[tuple[int, ...], ...] = ()
     return tuple(
