@@ -12,14 +12,15 @@ from typing import Any
 
 from backpropagate.cli.documents.data import DataDoctor, DataPreview, DataReport, DataWritten, Validate
 from backpropagate.cli.documents.machine import ConfigShow, Doctor, Error, Errors, Info, SettingRow, Ui
-from backpropagate.cli.documents.measuring import Eval
-from backpropagate.cli.documents.merging import Merge, MultiRun
-from backpropagate.cli.documents.queue import QueueAdd, QueueList, QueueRm, QueueRun
 from backpropagate.cli.documents.runs import (
     DiffRuns,
     ExportRuns,
     ListRuns,
     Prove,
+    QueueAdd,
+    QueueList,
+    QueueRm,
+    QueueRun,
     Report,
     RunsImported,
     RunsNoted,
@@ -39,7 +40,16 @@ from backpropagate.cli.documents.shipping import (
     Push,
     PushPlan,
 )
-from backpropagate.cli.documents.training import EstimateVram, EstimateVramTable, Models, Quickstart, Train
+from backpropagate.cli.documents.training import (
+    EstimateVram,
+    EstimateVramTable,
+    Eval,
+    Merge,
+    Models,
+    MultiRun,
+    Quickstart,
+    Train,
+)
 
 DOCUMENTS: Mapping[str, type] = {
     "train": Train,
