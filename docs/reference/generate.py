@@ -48,8 +48,8 @@ def build_errors() -> str:
         for code, cls in load_codes().items()
     ]
     head = (
-        "# Error codes\n\nEvery error is told as `[CODE]: message`, its cause, and what to do. Exit statuses: 0 ok, "
-        "1 the user's input, 2 runtime, 3 partial, 65 a gate said no, 130 interrupted.\n\n"
+        "# Error codes\n\nEvery error is shown as `[CODE]: message`, its cause, and what to do. Exit statuses: 0 ok, "
+        "1 the user's input, 2 runtime, 3 partial, 65 a gate failed, 130 interrupted.\n\n"
     )
     return head + _NOTE + "\n".join(rows)
 

@@ -49,7 +49,7 @@ _WORDS = {pattern: re.compile(rf"\b({pattern})\b", re.IGNORECASE) for pattern in
 
 VERBS = frozenset(
     """
-    accept adapt add agree allow ask attach avoid await back build call change check choose clear close combine compare continue convert
+    accept adapt add agree allow apply ask attach avoid await back build call change check choose clear close combine compare continue convert
     copy correct count create cut decrease delete do download drop edit enable end export extend fill find fix follow free
     get give go grant group hide import increase inspect install hold improve join keep launch leave let limit list load log look lower
     make map mark measure merge mount move name narrow omit open order overwrite pack pass pick plan point prepare press protect prove pull put queue quote raise read

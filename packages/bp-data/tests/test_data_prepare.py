@@ -208,7 +208,7 @@ def test_the_gate_finds_labels_formed_by_comparison_with_pad(model, write_lines)
         return [IGNORED if token == facts.pad_id else label for token, label in zip(row.ids, row.labels(), strict=True)]
 
     check_gate(prepared.rows, facts, prepared.ledger)
-    with pytest.raises(DatasetGateError, match="should be learnt") as caught:
+    with pytest.raises(DatasetGateError, match="should be trained on") as caught:
         check_gate(prepared.rows, facts, prepared.ledger, by_pad)
     assert "pad" in caught.value.cause
 

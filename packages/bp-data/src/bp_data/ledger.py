@@ -133,7 +133,7 @@ def check_gate(
     ledger: Ledger,
     label_row: Callable[[TokenRow], Sequence[int]] = TokenRow.labels,
 ) -> None:
-    """Raise unless every row has something to learn and the end of an answer is learnt.
+    """Raise unless every row has something to learn and the end of an answer is trained on.
 
     A rail that forms labels its own way passes that as ``label_row``, and it is held to the same.
 
@@ -141,12 +141,12 @@ def check_gate(
         rows: All rows that will be trained on.
         facts: Of the tokenizer.
         ledger: For the reasons, where no rows are left.
-        label_row: A row's labels, one a token: its id where learnt, `bp_data.token_rows.IGNORED` elsewhere.
+        label_row: A row's labels, one a token: its id where trained on, `bp_data.token_rows.IGNORED` elsewhere.
 
     Raises:
-        DatasetGateError: No rows; a row with nothing to learn; a learnt token that the labels leave out, as happens to
-            the end token when labels are blanked by ``== pad``; an uncut chat whose end token is not learnt; no chat
-            with a learnt end token at all; texts without an end token.
+        DatasetGateError: No rows; a row with nothing to learn; a trained token that the labels leave out, as happens to
+            the end token when labels are blanked by ``== pad``; an uncut chat whose end token is not trained on; no
+            chat with a trained end token at all; texts without an end token.
     """
     gate = Gate(facts, label_row)
     for row in rows:
@@ -187,7 +187,7 @@ class Gate:
             raise DatasetGateError("no row is left to train on", cause=_reasons(ledger), details=ledger.to_dict())
         if self._chats and not self._ended:
             raise DatasetGateError(
-                f"none of the {self._chats} chats has its end token among the learnt tokens: "
+                f"none of the {self._chats} chats has its end token among the trained tokens: "
                 "the model would never stop",
                 cause="every chat is longer than max_seq_length, and its end was cut off",
                 fix="Allow longer examples: {set:model.max_seq_length=4096}; or shorten the chats.",
@@ -199,7 +199,11 @@ def _check_row(row: TokenRow, facts: TokenizerFacts, *, ended: bool) -> None:
     if not row.trained:
         raise DatasetGateError(f"row {row.number} has no token to learn")
     if not row.truncated and not ended:
-        what = "no end-of-text token" if facts.terminator_id is None else f"end token {facts.terminator_id} not learnt"
+        what = (
+            "no end-of-text token"
+            if facts.terminator_id is None
+            else f"end token {facts.terminator_id} is not trained on"
+        )
         raise DatasetGateError(
             f"row {row.number} has {what}: the model would never stop",
             fix="Use a model whose chat template ends a turn with a token, and whose tokenizer has an eos_token.",
@@ -211,7 +215,7 @@ def _check_labels(row: TokenRow, labels: Sequence[int], facts: TokenizerFacts) -
         if learnt and labels[place] != token:
             cause = "labels must come from the mask; blanking every pad token unlearns the end token"
             raise DatasetGateError(
-                f"row {row.number}: token {place} (id {token}) should be learnt, and its label is {labels[place]}",
+                f"row {row.number}: token {place} (id {token}) should be trained on, and its label is {labels[place]}",
                 cause=cause if token == facts.pad_id else None,
             )
 

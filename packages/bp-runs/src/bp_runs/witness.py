@@ -137,7 +137,7 @@ def read_witness(folder: Path) -> Witness | None:
     if witness.weights_sha256 is not None and weights.is_file() and sha256_file(weights) != witness.weights_sha256:
         raise AdapterInvalidError(
             f"{file} was written for other weights than {weights.name} next to it",
-            fix=f"If you changed the weights on purpose, delete {file}.",
+            fix=f"Delete {file} if you changed the weights on purpose.",
         )
     return witness
 

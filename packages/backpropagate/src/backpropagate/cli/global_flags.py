@@ -72,9 +72,9 @@ def _read(switch: Switch, value: str | None) -> str:
     if switch.value is not None:
         raise CommandLineError(f"{switch.flag} takes no value")
     if not value or value.startswith("--"):
-        raise CommandLineError(f"{switch.flag} needs a value", fix=f"It takes: {switch.help}")
+        raise CommandLineError(f"{switch.flag} needs a value", fix=f"Give it a value: {switch.help}")
     if switch.choices and value.upper() not in {choice.upper() for choice in switch.choices}:
-        raise CommandLineError(f"{switch.flag} cannot be {value!r}", fix=f"It takes: {switch.help}")
+        raise CommandLineError(f"{switch.flag} cannot be {value!r}", fix=f"Give it a value: {switch.help}")
     return value
 
 

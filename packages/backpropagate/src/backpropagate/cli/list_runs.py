@@ -24,7 +24,7 @@ _LEAST = 6
 def print_list(folder: Path, *, status: RunStatus | None, tag: str | None, limit: int, json: bool) -> int:
     """Print the runs of an output folder, newest first, one line each."""
     if limit < 0:
-        raise CommandLineError(f"--limit is {limit}; it must be 0 or more", fix="All of them: --limit 0")
+        raise CommandLineError(f"--limit is {limit}; it must be 0 or more", fix="Show all of them: --limit 0")
     shown, total = _find(RunStore(folder), status, tag, limit)
     if json:
         print_json("list-runs", {"runs": shown, "total": total})
