@@ -607,7 +607,7 @@ def test_no_printed_hint_says_run_where_it_means_a_run(place, capsys, code):
     with rails.use(FakeRail(fail_at=2, failure=failure)):
         assert run([*TRAIN, "--no-resume"]) != 0
     (row, *_) = STORE.list_runs()
-    hint = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("  do:"))
+    hint = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("  Fix:"))
     assert row["run_id"] in hint
     assert "RUN" not in hint
     assert row["run_id"] in STORE.load(row["run_id"]).error["fix"]
