@@ -152,12 +152,12 @@ class SpanSearch:
             if header and len(prompt) <= first and text.startswith(prompt):
                 return len(prompt)
             if best is None and header and common_prefix(prompt, text) > len(prompt) - len(header):
-                best = _match_header(text, header, len(prompt) - len(header), first)
+                best = _match_headers(text, (header, *self.renderer.headers), len(prompt) - len(header), first)
         if best is not None:
             return best
         for header in self.renderer.headers:
             for at in _finds(text, header, floor, first):
-                if (found := _match_header(text, header, at, first)) is not None:
+                if (found := _match_headers(text, (header, *self.renderer.headers), at, first)) is not None:
                     return found
         return self._after_role(outline, text, turn, first)
 
@@ -271,6 +271,15 @@ def _finds(text: str, part: str, floor: int, ceiling: int) -> list[int]:
         found.append(at)
         at = text.find(pieces[0], at + 1, ceiling)
     return found[::-1]
+
+
+def _match_headers(text: str, headers: Sequence[str], at: int, ceiling: int) -> int | None:
+    """The end of the first generation prompt that is whole at ``at``; else of as much as there is of the first one.
+
+    Gemma's default prompt closes a thought at once; an answer with a thought follows its prompt for thinking.
+    """
+    whole = (at + len(header) for header in headers if text.startswith(header, at) and at + len(header) <= ceiling)
+    return next(whole, None) or _match_header(text, headers[0], at, ceiling)
 
 
 def _match_header(text: str, header: str, at: int, ceiling: int) -> int | None:
