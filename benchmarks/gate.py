@@ -25,7 +25,7 @@ from bp_export.verify import evidence
 from bp_merge import read_model_index, write_tensors
 
 VOCAB, WIDTH, UNITS, KEYS = 32_000, 4096, 14_336, 1024
-TOKENS = 97  # of 7.2 billion weights
+TOKENS = 64  # of 7.2 billion weights
 
 
 def write_model(folder: Path, layers: int) -> Path:

@@ -159,3 +159,14 @@ def test_smollm2_trained_in_4_bits_is_itself_on_16_bits_too(small_model, tmp_pat
         found[dequantize] = read_checks(made.parity.to_dict())["witness"]
         print(found[dequantize])
     assert found[True]["value"] < 0.02 < found[False]["value"]
+
+
+def test_a_large_model_is_compared_with_its_witness_alone(trained, tmp_path, monkeypatch):
+    skip_without_llama_cpp()
+    mode, lora = trained
+    monkeypatch.setattr("bp_export.verify.evidence.LARGE", 0)
+    report = export_adapter(
+        lora, quantization="f16", output=tmp_path / "x.gguf", dequantize=mode == "qlora", verify=True
+    ).parity.to_dict()
+    assert report["reference"] == ("witness" if mode == "lora" else "independent forward pass")
+    assert read_checks(report)["divergence"]["result"] == read_checks(report)["effect"]["result"] == "passed"
