@@ -147,8 +147,8 @@ def _lines(wanted: Resolved, need: MemoryEstimate, memory: int | None) -> list[s
     ]
     lines += [f"  {name:<12} {size / 2**30:>7.2f} GiB" for name, size in need.parts.items()]
     lines.append(f"  {'in use':<12} {need.in_use / 2**30:>7.2f} GiB")
-    besides = "macOS, Metal and unused buffers" if need.unified else "the driver, and what lies between tensors"
-    lines.append(f"  {'beside':<12} {need.beside / 2**30:>7.2f} GiB  {besides}")
+    besides = "macOS, Metal and unused buffers" if need.unified else "the driver and unused buffers"
+    lines.append(f"  {'other':<12} {need.beside / 2**30:>7.2f} GiB  {besides}")
     verdict = ""
     if memory:
         fits = "fits" if need.needed <= memory else "does not fit"
