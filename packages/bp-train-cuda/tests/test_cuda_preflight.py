@@ -73,7 +73,7 @@ def test_it_meets_the_longest_rows(pico_model, chat_file, tmp_path):
         spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 1, "batch_size": 2, "preflight": "on"})
     )
     (found,) = preflights(events)
-    assert found["tokens"] > 2 * 60
+    assert found["tokens"] > 60 + 20  # the longest row with the next longest, without padding
     assert find_longest([3, 9, 5, 9], 3) == [1, 3, 2]
 
 
