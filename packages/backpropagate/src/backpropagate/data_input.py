@@ -98,7 +98,7 @@ def save_model(model: Any, tokenizer: Any, output: Path) -> Path:
             "the model has adapters on it",
             fix="Pass the base, and train from the adapter: {set:training.start_from=./lora}",
         )
-    source = Path(getattr(model.config, "_name_or_path", "") or ".")
+    source = Path(getattr(model.config, "name_or_path", "") or ".")
     files = [file for name in _TOKENIZER_FILES for file in source.glob(name)] if source.is_dir() else []
     if tokenizer is None and not files:
         raise ModelInvalidError("the model comes without a tokenizer", fix="Pass it too: Trainer(model, tokenizer=…)")

@@ -61,6 +61,7 @@ class Marked(NamedTuple):
 
 
 def is_own(leaf: Leaf, turn: int) -> bool:
+    """Whether a leaf is the assistant's own words in a turn: its text, thought or call."""
     return leaf.turn == turn and leaf.kind in OWN
 
 
