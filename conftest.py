@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
+from pico import write_pico_tokenizer
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # workers share the cores: threads that spin would slow all of them
 
@@ -18,12 +19,6 @@ settings.register_profile("shared", deadline=None, suppress_health_check=[Health
 settings.load_profile("shared")
 
 pytest_plugins = ["raised_codes", "cpu_seconds"]
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-WORDS = "the quick brown fox jumps over a lazy dog while captain marlow boils an egg and asks who are you 0 1 2 3"
 
 
 @pytest.fixture(autouse=True)
@@ -99,30 +94,6 @@ def own_logs():
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     logging.captureWarnings(capture=False)
-
-
-def write_pico_tokenizer(folder: Path) -> int:
-    """A byte-level BPE of a few hundred tokens with ChatML's special ones; returns the vocabulary's size."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        [WORDS] * 4,
-        trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
-    )
-    core.save(str(folder / "tokenizer.json"))
-    config = {
-        "bos_token": "<|im_start|>",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|im_end|>",
-        "chat_template": CHATML,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return core.get_vocab_size()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -27,12 +26,11 @@ def make_model(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    spec = importlib.util.spec_from_file_location("shared", ROOT / "conftest.py")
-    shared = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(ROOT / "tests/laws"))
-    spec.loader.exec_module(shared)
+    from pico import write_pico_tokenizer
+
     folder.mkdir()
-    size = shared.write_pico_tokenizer(folder)
+    size = write_pico_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=size, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

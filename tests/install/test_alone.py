@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from conftest import clean_environment, copy_tree
+from copies import clean_environment, copy_tree
 from documented import PROJECTS
 
 pytestmark = [pytest.mark.slow, pytest.mark.install]

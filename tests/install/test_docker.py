@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import copy_tree
+from copies import copy_tree
 from dockerfile import Builder, make_base, read_dockerfile
 from documented import ROOT
 

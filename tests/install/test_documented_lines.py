@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import clean_environment, copy_tree
+from copies import clean_environment, copy_tree
 from documented import PROJECTS, Line, read_lines
 from local_index import fill_index, serve_index
 

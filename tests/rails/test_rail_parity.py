@@ -21,12 +21,12 @@ LOSS, WEIGHTS = 1e-4, 1e-3
 
 def write_model(folder, kind):
     """Two layers with rotary settings that are not the default, so that reading none of them would show."""
-    import conftest
     import torch
+    from pico import write_pico_tokenizer
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     folder.mkdir(parents=True)
-    size = conftest.write_pico_tokenizer(folder)
+    size = write_pico_tokenizer(folder)
     torch.manual_seed(0)
     shared = {
         "vocab_size": size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -59,7 +59,7 @@ def hints() -> dict[str, str]:
         found |= {f"{command} {flag}": old.now for flag, old in flags.items()}
     for file in ROOT.glob("packages/*/src/*/**/*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.keyword) and node.arg in {"fix", "fix"}:
+            if isinstance(node, ast.keyword) and node.arg in {"fix"}:
                 parts = [
                     n.value for n in ast.walk(node.value) if isinstance(n, ast.Constant) and isinstance(n.value, str)
                 ]
@@ -94,7 +94,7 @@ def _built(call: ast.Call) -> str | None:
         elif isinstance(keyword.value, ast.Dict):
             named |= dict.fromkeys((key.value for key in keyword.value.keys if key is not None), "1")
         elif keyword.arg:
-            named[keyword.arg] = getattr(keyword.value, "value", None) or "1"
+            named[keyword.arg] = (isinstance(keyword.value, ast.Constant) and keyword.value.value) or "1"
     return command_ref(first.value, *("1" for _ in others), **named)
 
 

@@ -13,7 +13,7 @@ import time
 from urllib.parse import urlsplit
 
 import pytest
-from conftest import write_pico_tokenizer
+from pico import write_pico_tokenizer
 
 from backpropagate import Trainer
 from bp_runs.events import EvalDone, Notice, StepDone
