@@ -34,7 +34,7 @@ from randommodel import SHAPES, write_model, write_rows
 from safetensors.torch import load_file
 
 from bp_runs import Settings, TrainSpec
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.events import Event, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, TrainingSpec
 from bp_runs.store import RunStore

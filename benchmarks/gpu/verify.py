@@ -28,7 +28,7 @@ from randommodel import WORDS, write_model
 from safetensors.torch import load_file
 
 from bp_runs import Settings, TrainSpec
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import CodedError
 from bp_runs.events import Event, Notice, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec

@@ -145,7 +145,7 @@ def test_there_is_one_chat_template_engine():
 
 def test_the_chat_template_engine_loads_no_tokenizer():
     """So that bp-export can use it and stay light."""
-    loaded = loaded_by("import bp_data.templates.conversations, bp_data.templates.reader")
+    loaded = loaded_by("import bp_data.templates.render_hashes, bp_data.templates.reader")
     assert not loaded & {"tokenizers", "rensa", "numpy", "torch", "transformers", "huggingface_hub"}
 
 

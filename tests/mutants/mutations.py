@@ -442,7 +442,7 @@ MUTATIONS = (
     Mutation(
         "fsync",
         "a checkpoint is on the disk before it has its name",
-        "bp-runs/src/bp_runs/checkpoint.py",
+        "bp-runs/src/bp_runs/checkpoint_store.py",
         "            fsync_file(path)\n            name = path",
         "            name = path",
         "bp-runs/tests/test_runs_checkpoint.py::test_every_byte_is_on_the_disk_before_the_name_is",
@@ -450,7 +450,7 @@ MUTATIONS = (
     Mutation(
         "damaged checkpoint",
         "a run never resumes from a damaged checkpoint",
-        "bp-runs/src/bp_runs/checkpoint.py",
+        "bp-runs/src/bp_runs/checkpoint_store.py",
         'if file.stat().st_size != saved["bytes"] or sha256_file(file) != saved["sha256"]:',
         'if file.stat().st_size != saved["bytes"]:',
         "bp-runs/tests/test_runs_checkpoint.py::test_a_damaged_one_is_passed_over",
@@ -458,7 +458,7 @@ MUTATIONS = (
     Mutation(
         "best checkpoint",
         "the checkpoint with the lowest validation loss stays",
-        "bp-runs/src/bp_runs/checkpoint.py",
+        "bp-runs/src/bp_runs/checkpoint_store.py",
         "kept.add(min(scored,",
         "kept.add(max(scored,",
         "bp-runs/tests/test_runs_checkpoint.py::test_the_last_the_best_and_the_protected_stay",

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from bp_runs import Settings, TrainSpec
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.events import EvalDone, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail

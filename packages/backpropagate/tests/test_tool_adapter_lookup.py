@@ -12,7 +12,7 @@ from backpropagate.adapter_lookup import find_adapter
 from backpropagate.cli.app import run
 from backpropagate.errors import AdapterSelectionError
 from bp_runs.adapter import read_adapter_folder, read_manifest
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import AdapterInvalidError, CheckpointInvalidError, InvalidSettingError, RunNotFoundError
 from bp_runs.store import RunStore
 from bp_train_cuda import CudaRail

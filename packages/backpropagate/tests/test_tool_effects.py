@@ -15,7 +15,7 @@ import torch
 
 from backpropagate import Trainer
 from backpropagate.settings import all_settings
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import CodedError
 from bp_runs.events import StepDone
 from bp_runs.testing import FakeRail

@@ -20,7 +20,7 @@ from bp_merge import SlaoStateError, SlaoStreamError, blend, factor_rows, load_a
 from bp_merge.errors import AdapterUnmergeableError
 from bp_runs import Settings
 from bp_runs.adapter import changed_files
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import InterruptedRunError, InvalidSettingError, TrainingDivergedError
 from bp_runs.events import Notice
 from bp_runs.spec import DataSpec, MultiRunSpec, TrainingSpec

@@ -12,7 +12,7 @@ import pytest
 from backpropagate import Trainer, on_interrupt, rails
 from backpropagate.cli.app import run
 from backpropagate.settings import all_settings
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import ResumeChangedError, TrainingDivergedError, registered_codes
 from bp_runs.events import StepDone
 from bp_runs.process import process_birth

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.store import RunStore
 
 pty = pytest.importorskip("pty", reason="Windows has neither terminals of this kind nor SIGHUP")

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from bp_data.errors import RowFaultError, TemplateFailedError
-from bp_data.templates.conversations import (
+from bp_data.templates.engine import ChatTemplate, find_default_system, leave_undefined, remove_generation_marks
+from bp_data.templates.reader import SpecialTokens, load_template, read_special_tokens, read_template_files
+from bp_data.templates.render_hashes import (
     CONVERSATIONS,
     ConversationHashes,
     find_differences,
@@ -18,8 +20,6 @@ from bp_data.templates.conversations import (
     with_tools,
     write_template_record,
 )
-from bp_data.templates.engine import ChatTemplate, find_default_system, leave_undefined, remove_generation_marks
-from bp_data.templates.reader import SpecialTokens, load_template, read_special_tokens, read_template_files
 from bp_data.tokens import load_tokenizer
 
 _spec = importlib.util.spec_from_file_location("bp_data_families", Path(__file__).with_name("conftest.py"))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bp_export.chat.server import LlamaServer
 from bp_export.gguf.file import read_settings
-from bp_export.ollama.templates import find_go_template
+from bp_export.ollama.go_templates import find_go_template
 
 FIELDS = {
     "model",

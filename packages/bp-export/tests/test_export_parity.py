@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_json, write_lora
 
-from bp_data.templates.conversations import CONVERSATIONS, TOOLS
 from bp_data.templates.engine import ChatTemplate
 from bp_data.templates.reader import SpecialTokens
+from bp_data.templates.render_hashes import CONVERSATIONS, TOOLS
 from bp_export.cli import main
 from bp_export.errors import ParityFailedError, ParityNotTestedError
 from bp_export.gguf.plan import build_plan

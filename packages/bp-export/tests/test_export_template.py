@@ -6,9 +6,9 @@ import pytest
 from export_pico import TEMPLATE, export_adapter, skip_without_llama_cpp, write_base, write_lora
 from fake_ollama import serve
 
-from bp_data.templates.conversations import CONVERSATIONS, hash_conversations
 from bp_data.templates.engine import ChatTemplate
 from bp_data.templates.reader import SpecialTokens, read_special_tokens
+from bp_data.templates.render_hashes import CONVERSATIONS, hash_conversations
 from bp_export.chat.llama import LlamaChat
 from bp_export.cli.app import main
 from bp_export.errors import TemplateChangedError

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bp_runs import Settings, TrainSpec
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.spec import DataSpec, TrainingSpec
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail

@@ -10,8 +10,9 @@ import orjson
 import pytest
 from odd_disks import small_disk
 
-from bp_runs import checkpoint, files
-from bp_runs.checkpoint import MANIFEST_FILE, CheckpointFolder
+from bp_runs import checkpoint_store as checkpoint
+from bp_runs import files
+from bp_runs.checkpoint_store import MANIFEST_FILE, CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError, DiskFullError, OutputNotWritableError
 from bp_runs.save import SaveSchedule
 from bp_runs.spec import RunFolders, Settings, TrainingSpec, TrainSpec

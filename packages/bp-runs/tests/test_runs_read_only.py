@@ -10,7 +10,7 @@ from test_runs_checkpoint import save, steps
 from test_runs_resume import interrupted, step
 
 from bp_runs import index, paths
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import DiskFullError, OutputNotWritableError
 from bp_runs.store import RunStore
 

@@ -8,7 +8,7 @@ import pytest
 from fake_runs import fake_run
 
 from bp_runs import paths, record
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import RecordInvalidError, ResumeChangedError, RunActiveError
 from bp_runs.fingerprint import fingerprint_weights
 from bp_runs.recovery import DAMAGED_RECORD

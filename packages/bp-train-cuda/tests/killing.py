@@ -22,7 +22,7 @@ from pathlib import Path
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
 from bp_runs import Settings, TrainSpec
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, TrainingSpec
 from bp_runs.store import RunStore
 

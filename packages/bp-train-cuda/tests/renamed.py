@@ -40,7 +40,7 @@ def train_here(model, data, folder, engine):
     """Losses and saved steps of a run in ``folder``, or the code of its error."""
     from cuda_training import spec_for, train
 
-    from bp_runs.checkpoint import CheckpointFolder
+    from bp_runs.checkpoint_store import CheckpointFolder
     from bp_runs.errors import CodedError
     from bp_runs.events import StepDone
 

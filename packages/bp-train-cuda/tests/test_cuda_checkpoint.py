@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import LlamaModel
 
 from bp_data.loop.checkpoint import STATE_FILE, WEIGHTS_FILE
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError, DiskFullError
 from bp_runs.events import CheckpointSaved, EvalDone, Notice, SampleAnswer, StepDone
 from bp_train_cuda import CudaRail, checkpoint

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, set_seed
 
 from bp_data import PrepareRequest, prepare
 from bp_data.loop.memory import MemoryGuard
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import TrainingDivergedError
 from bp_train_cuda import backend
 from bp_train_cuda.backend import TorchMemory

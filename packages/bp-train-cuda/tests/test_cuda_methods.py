@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import LlamaModel
 
 from bp_data import PrepareRequest, prepare
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import InvalidSettingError
 from bp_runs.events import DataReady, EvalDone, Notice, StepDone
 from bp_runs.methods import METHODS as TABLE

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bp_data import DatasetGateError, PrepareRequest, TokenRow, load_template, load_tokenizer, prepare
-from bp_data.templates.conversations import hash_conversations
+from bp_data.templates.render_hashes import hash_conversations
 from bp_runs import Settings, read_adapter_folder
 from bp_runs.adapter import changed_files, read_manifest
 from bp_runs.errors import (

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaModel, MixtralConfig, Mixtra
 
 from bp_data.loop.plan import hold_out
 from bp_data.loop.rows import prepare_rows
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError, GpuOutOfMemoryError, InvalidSettingError, TrainingDivergedError
 from bp_runs.events import CheckpointSaved, EvalDone, SampleAnswer, StepDone
 from bp_runs.witness import read_witness

@@ -18,7 +18,7 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 import torch
 
 from backpropagate.distributed import launchers
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import CodedError
 from bp_runs.events import EvalDone, Notice, StepDone
 from bp_runs.spec import TrainSpec

@@ -6,7 +6,7 @@ import pytest
 from mlx_training import adapter_bytes, spec_for, train
 
 from bp_data.loop.checkpoint import STATE_FILE, WEIGHTS_FILE
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import CheckpointInvalidError
 from bp_runs.events import EvalDone, Notice, StepDone
 

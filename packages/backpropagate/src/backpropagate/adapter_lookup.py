@@ -18,7 +18,7 @@ from typing import Literal
 from backpropagate import rails, system
 from backpropagate.errors import AdapterSelectionError
 from bp_runs.adapter import read_manifest
-from bp_runs.checkpoint import Checkpoint, CheckpointFolder
+from bp_runs.checkpoint_store import Checkpoint, CheckpointFolder
 from bp_runs.errors import RunNotFoundError
 from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, runs_folder
 from bp_runs.rail import Rail, WritesAdapters

@@ -13,7 +13,7 @@ from backpropagate.errors import ResumeDiffersError
 from backpropagate.run_hints import UNFINISHED, output_setting, resume_line
 from backpropagate.settings import Resolved, from_record
 from backpropagate.system import path_exists
-from bp_runs.checkpoint import Checkpoint, CheckpointFolder
+from bp_runs.checkpoint_store import Checkpoint, CheckpointFolder
 from bp_runs.errors import (
     CheckpointInvalidError,
     CodedError,

@@ -49,7 +49,7 @@ from backpropagate.settings import (
 from backpropagate.signatures import shows_keywords
 from backpropagate.trackers import tracker
 from bp_runs.adapter import read_adapter_folder, read_manifest
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import (
     CodedError,
     ContractError,

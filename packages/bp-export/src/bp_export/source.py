@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bp_data.templates.conversations import ConversationHashes
+from bp_data.templates.render_hashes import ConversationHashes
 from bp_export.errors import AdapterFormatError, BaseModelNotFoundError, ModelInvalidError
 from bp_export.hub.cache import find_cached_model
 from bp_export.local_paths import has_hub_form, tell_model

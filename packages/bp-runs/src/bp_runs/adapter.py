@@ -5,7 +5,7 @@
     tokenizer.json, chat_template.jinja, …   as trained
     run.json                     {"schema", "run_id", "base", "base_fingerprint", "files": {name: sha256}, "template"}
 
-``template`` holds the hashes of ten rendered conversations (`bp_data.templates.conversations`), which whoever renders
+``template`` holds the hashes of ten rendered conversations (`bp_data.templates.render_hashes`), which whoever renders
 chats for the model later must reproduce.
 
 Every rail writes it; merge and export read only it.
@@ -139,7 +139,7 @@ def write_manifest(
         fingerprint: The base's, for an adapter that was made of others which know it.
         origin: For adapters that were not trained but made of others: how, and of which.
         known: SHA-256 of files by name, where they were computed while these were written.
-        template: Hashes of ten rendered conversations, `bp_data.templates.conversations.ConversationHashes.to_dict`.
+        template: Hashes of ten rendered conversations, `bp_data.templates.render_hashes.ConversationHashes.to_dict`.
     """
     own = {p.name for p in path.iterdir() if p.is_file() and p.name != MANIFEST_FILE}
     names = sorted(own | set(find_tokenizer_files(path)))

@@ -240,7 +240,7 @@ class CheckpointSaved(Event):
     bytes: int
     seconds: float
     reason: str
-    """Why now, see `bp_runs.checkpoint.Reason`."""
+    """Why now, see `bp_runs.checkpoint_store.Reason`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

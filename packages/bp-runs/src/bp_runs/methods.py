@@ -166,9 +166,9 @@ class Method:
 
     name: MethodName
     learns_from: DataKind
-    adapter_rate: float
+    adapter_learning_rate: float
     """Peak learning rate of an adapter, if the user sets none."""
-    full_rate: float
+    full_learning_rate: float
     """Peak learning rate of full fine-tuning, if the user sets none."""
     needs_reference: bool = False
     """Whether it measures change from the model before training."""
@@ -185,10 +185,24 @@ class Method:
 # upper end; arXiv:2405.14734) and KTO (at a beta of 0.1; arXiv:2402.01306). Adapters: QLoRA's rate for sft
 # (arXiv:2305.14314), else 5 to 10 times the full rate. ORPO's loss holds a whole likelihood term: one rate serves both.
 _TABLE = (
-    Method(name="sft", learns_from="rows", adapter_rate=2e-4, full_rate=2e-5),
-    Method(name="dpo", learns_from="pairs", adapter_rate=5e-6, full_rate=5e-7, needs_reference=True, loss=dpo_loss),
-    Method(name="orpo", learns_from="pairs", adapter_rate=8e-6, full_rate=8e-6, loss=orpo_loss),
-    Method(name="simpo", learns_from="pairs", adapter_rate=1e-5, full_rate=1e-6, loss=simpo_loss),
-    Method(name="kto", learns_from="judged", adapter_rate=5e-6, full_rate=1e-6, needs_reference=True, loss=kto_loss),
+    Method(name="sft", learns_from="rows", adapter_learning_rate=2e-4, full_learning_rate=2e-5),
+    Method(
+        name="dpo",
+        learns_from="pairs",
+        adapter_learning_rate=5e-6,
+        full_learning_rate=5e-7,
+        needs_reference=True,
+        loss=dpo_loss,
+    ),
+    Method(name="orpo", learns_from="pairs", adapter_learning_rate=8e-6, full_learning_rate=8e-6, loss=orpo_loss),
+    Method(name="simpo", learns_from="pairs", adapter_learning_rate=1e-5, full_learning_rate=1e-6, loss=simpo_loss),
+    Method(
+        name="kto",
+        learns_from="judged",
+        adapter_learning_rate=5e-6,
+        full_learning_rate=1e-6,
+        needs_reference=True,
+        loss=kto_loss,
+    ),
 )
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _TABLE})

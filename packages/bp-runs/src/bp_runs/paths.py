@@ -25,7 +25,7 @@ LOCK_FILE = "alive.lock"
 SETTINGS_FILE = "settings.json"
 """In a checkpoint: what the run's record says, to rebuild it from, see `bp_runs.recovery`."""
 CHECKPOINTS = "checkpoints"
-"""The run's folder of checkpoints, see `bp_runs.checkpoint`."""
+"""The run's folder of checkpoints, see `bp_runs.checkpoint_store`."""
 
 
 def new_run_id(now: datetime | None = None) -> str:

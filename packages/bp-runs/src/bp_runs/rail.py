@@ -12,7 +12,7 @@ from bp_runs.events import Emit, RowCounts
 from bp_runs.spec import Ranks, RunFolders, Settings, TrainSpec
 
 if TYPE_CHECKING:
-    from bp_runs.checkpoint import Checkpoint
+    from bp_runs.checkpoint_store import Checkpoint
     from bp_runs.record import RunRecord
 
 Stop = Callable[[], bool]
@@ -140,9 +140,9 @@ class Rail(Protocol):
     def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
         """Train and leave an adapter folder at ``spec.folders.adapter``.
 
-        Checkpoints are saved with `bp_runs.checkpoint.save_checkpoint` when `SaveSchedule` says so, and after the step
-        in which ``stop`` turned true. With ``spec.checkpoint`` the run goes on from there: steps are counted on, and
-        everything that decides a later step is what it would have been without the pause.
+        Checkpoints are saved with `bp_runs.save.save_checkpoint` when `SaveSchedule` says so, and after the step in
+        which ``stop`` became true. With ``spec.checkpoint`` the run resumes from there: steps are counted on, and
+        everything that decides a later step is what it would have been without the interruption.
 
         Raises:
             CodedError: Whatever went wrong; nothing is left at ``spec.folders.adapter`` then.

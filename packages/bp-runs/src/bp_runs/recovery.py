@@ -18,7 +18,7 @@ import orjson
 
 from bp_runs import paths
 from bp_runs.adapter import changed_files, read_manifest
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import AdapterInvalidError, RecordInvalidError
 from bp_runs.files import coded_disk_errors, publish_json, sha256_file
 from bp_runs.metrics import read_last_time, read_progress

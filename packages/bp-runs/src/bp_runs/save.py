@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bp_runs.checkpoint import CheckpointFolder, Reason
+from bp_runs.checkpoint_store import CheckpointFolder, Reason
 from bp_runs.events import CheckpointSaved, Emit
 from bp_runs.recovery import write_copy
 from bp_runs.spec import TrainSpec

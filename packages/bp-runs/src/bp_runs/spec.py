@@ -408,7 +408,7 @@ class TrainingSpec:
     def usual_learning_rate(self) -> float:
         """The default peak learning rate of this method, for an adapter or for all weights."""
         method = METHODS[self.method]
-        return method.full_rate if self.mode == "full" else method.adapter_rate
+        return method.full_learning_rate if self.mode == "full" else method.adapter_learning_rate
 
     @property
     def planned_steps(self) -> int:
@@ -576,7 +576,7 @@ class TrainSpec(Settings):
 
     None: A random and B zero."""
     checkpoint: Path | None = None
-    """A whole checkpoint of this run to go on from, see `bp_runs.checkpoint`; None: from the beginning."""
+    """A whole checkpoint of this run to go on from, see `bp_runs.checkpoint_store`; None: from the beginning."""
     rows: Path | None = None
     """Local file or folder of ``data.path``, which may name a data set of the Hub; None: ``data.path`` is it."""
     rows_commit: str | None = None

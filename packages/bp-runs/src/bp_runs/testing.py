@@ -12,7 +12,7 @@ from pathlib import Path
 import orjson
 
 from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, add_to_manifest, write_manifest
-from bp_runs.checkpoint import Reason
+from bp_runs.checkpoint_store import Reason
 from bp_runs.errors import CodedError, NothingHeldOutError
 from bp_runs.events import (
     AdapterSaved,

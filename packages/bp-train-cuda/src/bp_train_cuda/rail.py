@@ -18,7 +18,7 @@ from bp_runs.spec import Ranks, RunFolders, Settings, TrainSpec
 
 if TYPE_CHECKING:
     from bp_data import Prepared, TokenRow
-    from bp_runs.checkpoint import Checkpoint
+    from bp_runs.checkpoint_store import Checkpoint
     from bp_train_cuda.model.load import BaseCache
 
 

@@ -15,7 +15,7 @@ from bp_data.loop.checkpoint import Stateful
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.validation import Validator
 from bp_runs.adapter import CONFIG_FILE
-from bp_runs.checkpoint import Reason
+from bp_runs.checkpoint_store import Reason
 from bp_runs.errors import CheckpointInvalidError, first_line
 from bp_runs.events import Emit, Notice
 from bp_runs.save import SaveSchedule, save_checkpoint

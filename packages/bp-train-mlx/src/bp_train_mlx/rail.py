@@ -16,7 +16,7 @@ from bp_runs.spec import Settings, TrainSpec
 
 if TYPE_CHECKING:
     from bp_data import Prepared, TokenRow
-    from bp_runs.checkpoint import Checkpoint
+    from bp_runs.checkpoint_store import Checkpoint
     from bp_runs.record import RunRecord
     from bp_train_mlx.model.base_cache import BaseCache
 

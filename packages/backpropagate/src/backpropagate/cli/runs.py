@@ -13,7 +13,7 @@ from backpropagate.cli.output import print_json
 from backpropagate.cli.show_run import print_run
 from backpropagate.errors import HistoryInvalidError
 from backpropagate.import_1x import import_history
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import RunStatus
 from bp_runs.index import older_histories
 from bp_runs.record import RunRecord

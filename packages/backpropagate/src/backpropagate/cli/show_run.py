@@ -11,7 +11,7 @@ from typing import Any
 from backpropagate.cli.output import print_json
 from backpropagate.cli.progress import loss_plot
 from backpropagate.run_hints import UNFINISHED, resume_line
-from bp_runs.checkpoint import Checkpoint, CheckpointFolder
+from bp_runs.checkpoint_store import Checkpoint, CheckpointFolder
 from bp_runs.errors import RunNotFoundError
 from bp_runs.proof import read_proof
 from bp_runs.record import RunRecord

@@ -21,7 +21,7 @@ from backpropagate.continual.slices import Slice
 from backpropagate.errors import EvalDataError, EvalRailError, MultiRunStateError
 from backpropagate.evaluation.compare import METRICS
 from backpropagate.session import RunSession, SessionContext
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.events import Emit, Notice
 from bp_runs.files import publish_folder, publish_json
 from bp_runs.rail import ExaminesRows, Rail, Stop, TrainOutcome, WritesWitnesses

@@ -15,8 +15,8 @@ from typing import Any
 
 import orjson
 
-from bp_data.templates.conversations import ConversationHashes, read_template_record
 from bp_data.templates.engine import ChatTemplate
+from bp_data.templates.render_hashes import ConversationHashes, read_template_record
 from bp_runs.adapter import (
     CONFIG_FILE,
     TEMPLATE_FILE,
@@ -25,7 +25,7 @@ from bp_runs.adapter import (
     find_tokenizer_files,
     write_manifest,
 )
-from bp_runs.checkpoint import Checkpoint
+from bp_runs.checkpoint_store import Checkpoint
 from bp_runs.errors import CheckpointInvalidError
 from bp_runs.files import coded_disk_errors, publish_folder
 from bp_runs.paths import ADAPTER_NAME

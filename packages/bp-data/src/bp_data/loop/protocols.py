@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from bp_data.loop.memory import Memory
-from bp_runs.checkpoint import Reason
+from bp_runs.checkpoint_store import Reason
 from bp_runs.errors import CodedError
 from bp_runs.events import Notice
 

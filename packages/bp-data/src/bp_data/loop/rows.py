@@ -88,7 +88,7 @@ def plan_rows(
         CodedError: The rows can't be trained on, by this model or by these settings.
     """
     from bp_data.loop.plan_warnings import warn_about_plan
-    from bp_data.templates.conversations import write_template_record
+    from bp_data.templates.render_hashes import write_template_record
 
     prepared = _prepare_together(spec, group)
     rows = PlannedRows.build(prepared, spec.training, spec.model.max_seq_length, group.count)

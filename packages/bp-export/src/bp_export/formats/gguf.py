@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from bp_data.templates.conversations import Messages
+from bp_data.templates.render_hashes import Messages
 from bp_export.errors import LlamaCppMissingError, QuantizationUnknownError
 from bp_export.formats.left_out import check_left_out
 from bp_export.formats.output import require_free_file

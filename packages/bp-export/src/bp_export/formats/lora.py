@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from bp_data.templates.conversations import ConversationHashes
+from bp_data.templates.render_hashes import ConversationHashes
 from bp_export.formats.output import MARK_FILE, require_free_folder, write_mark
 from bp_export.formats.request import (
     ExportOutcome,

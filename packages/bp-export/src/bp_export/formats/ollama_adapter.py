@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 from gguf import GGUFReader
 
-from bp_data.templates.conversations import ConversationHashes
+from bp_data.templates.render_hashes import ConversationHashes
 from bp_export.architectures import Architecture
 from bp_export.errors import AdapterFormatError
 from bp_export.formats.gguf_adapter import AdapterRequest, write_gguf_adapter

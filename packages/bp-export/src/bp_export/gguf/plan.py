@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, Metadata, size_label
 
-from bp_data.templates.conversations import ConversationHashes
+from bp_data.templates.render_hashes import ConversationHashes
 from bp_export.architectures import Architecture, find_architecture
 from bp_export.architectures.change import KEEP, Change
 from bp_export.errors import ModelInvalidError

@@ -17,6 +17,7 @@ from bp_export.errors import OllamaRegistrationError
 from bp_export.formats.ollama_adapter import OllamaAdapter, read_ollama_adapter, require_same_layout
 from bp_export.gguf.file import read_settings, read_stop_strings
 from bp_export.local_paths import StrPath
+from bp_export.ollama.go_templates import find_go_template
 from bp_export.ollama.server import (
     MERGED_WAY,
     connect,
@@ -27,7 +28,6 @@ from bp_export.ollama.server import (
     require_name,
     takes_adapters,
 )
-from bp_export.ollama.templates import find_go_template
 from bp_export.verify.template import RenderingCheck, check_gguf, read_gguf_template
 from bp_runs.errors import InvalidSettingError
 from bp_runs.files import sha256_file
@@ -93,7 +93,7 @@ def register_gguf(
         system: A system prompt to keep with it. By default the one that the GGUF's own template adds where a
             conversation has none: Ollama's templates know no such thing.
         template: A Go template, for servers older than 0.30. By default none, and where the server then passes prompts
-            on raw, the one in `bp_export.ollama.templates` that fits the GGUF's own.
+            on raw, the one in `bp_export.ollama.go_templates` that fits the GGUF's own.
         context: Tokens of context (``num_ctx``); by default Ollama's own, or the file's where that is shorter.
         stop: Stop words; by default the end tokens that the GGUF names.
         license: Text of the model's licence, to keep with it; by default the one that the GGUF names.

@@ -21,9 +21,9 @@ from typing import Any
 
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
-from bp_data.templates.conversations import find_server_variables
 from bp_data.templates.engine import ChatTemplate, leave_undefined, remove_generation_marks
 from bp_data.templates.reader import SpecialTokens, read_special_tokens, read_template_files
+from bp_data.templates.render_hashes import find_server_variables
 from bp_export.errors import TokenizerUnsupportedError
 from bp_export.tokenizer.pre import recognise_pre
 from bp_export.tokenizer.sentencepiece import ADDED_SCORE, UNUSED_SCORE, Piece, read_pieces, read_space_prefix

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bp_data.templates.conversations import CONVERSATIONS, Messages, with_tools
+from bp_data.templates.render_hashes import CONVERSATIONS, Messages, with_tools
 from bp_export.chat.server import LlamaServer
 from bp_export.errors import TemplateChangedError
 from bp_export.gguf.plan import GgufPlan

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from bp_data.templates.conversations import CONVERSATIONS, Messages
+from bp_data.templates.render_hashes import CONVERSATIONS, Messages
 from bp_export.chat.server import LlamaServer, is_installed
 from bp_export.errors import ParityFailedError, ParityNotTestedError
 from bp_export.gguf.plan import GgufPlan

@@ -1,4 +1,4 @@
-"""Do chats render as they did at training? The ten conversations of `bp_data.templates.conversations`, by their hashes.
+"""Do chats render as they did at training? The ten conversations of `bp_data.templates.render_hashes`, by their hashes.
 
 Training stores the hashes in the adapter's ``run.json``. Each step on the way to a chat must reproduce them:
 
@@ -22,15 +22,15 @@ from typing import Any, Final, Literal
 from gguf import GGUFWriter, TokenType
 
 from bp_data.errors import TemplateFailedError
-from bp_data.templates.conversations import (
+from bp_data.templates.engine import ChatTemplate
+from bp_data.templates.reader import SpecialTokens, read_special_tokens, read_template_files
+from bp_data.templates.render_hashes import (
     ConversationHashes,
     Messages,
     find_differences,
     hash_conversations,
     with_tools,
 )
-from bp_data.templates.engine import ChatTemplate
-from bp_data.templates.reader import SpecialTokens, read_special_tokens, read_template_files
 from bp_export.chat.server import LlamaServer
 from bp_export.errors import ChatFailedError, TemplateChangedError
 from bp_export.formats.output import read_mark

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bp_runs.checkpoint import Reason
+from bp_runs.checkpoint_store import Reason
 from bp_runs.errors import CheckpointInvalidError, TrainingDivergedError
 from bp_runs.events import Emit, EvalDone, Notice, StepDone
 from bp_runs.metrics import LossEnds

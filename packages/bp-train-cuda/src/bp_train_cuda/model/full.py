@@ -9,8 +9,8 @@ import orjson
 import torch
 
 from bp_data.loop.checkpoint_adapter import copy_tokenizer
-from bp_data.templates.conversations import hash_conversations
 from bp_data.templates.engine import ChatTemplate
+from bp_data.templates.render_hashes import hash_conversations
 from bp_runs.adapter import MODEL_SCHEMA, write_manifest
 from bp_runs.files import publish_folder
 from bp_runs.spec import TrainSpec

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from bp_data.loop.checkpoint_adapter import copy_tokenizer
-from bp_data.templates.conversations import hash_conversations
 from bp_data.templates.engine import ChatTemplate
+from bp_data.templates.render_hashes import hash_conversations
 from bp_runs.adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,

@@ -9,8 +9,8 @@ import mlx.core as mx
 import orjson
 
 from bp_data.loop.checkpoint_adapter import copy_tokenizer
-from bp_data.templates.conversations import hash_conversations
 from bp_data.templates.engine import ChatTemplate
+from bp_data.templates.render_hashes import hash_conversations
 from bp_runs.adapter import CONFIG_FILE, MODEL_SCHEMA, WEIGHTS_FILE, write_manifest
 from bp_runs.files import publish_folder
 from bp_runs.spec import TrainSpec

@@ -14,7 +14,7 @@ from backpropagate.ui.chats import PREFERENCES_FILE, Chats, Target
 from backpropagate.ui.local_models import find_local_models
 from backpropagate.ui.pages.exports import weights_of
 from backpropagate.ui.render import show, tail
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import CodedError
 
 _MOST_RUNS = 30

@@ -24,7 +24,7 @@ from backpropagate.ui.folders import Output
 from backpropagate.ui.live import RunSeries, follow
 from backpropagate.ui.render import HERE, show, whole_number
 from backpropagate.ui.security import session_of
-from bp_runs.checkpoint import CheckpointFolder
+from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import RunStatus
 from bp_runs.index import by_age
 from bp_runs.metrics import read_progress
