@@ -208,7 +208,7 @@ def test_one_file_a_run(place):
     result = trainer().multi_run([f"w{n}.jsonl" for n in range(3)])
     assert result.card.names == ("w0.jsonl", "w1.jsonl", "w2.jsonl")
     assert result.record.settings["data.path"]["value"] == ["w0.jsonl", "w1.jsonl", "w2.jsonl"]
-    with pytest.raises(RunsAndRowsError, match="2 data files and 3 runs"):
+    with pytest.raises(RunsAndRowsError, match="2 data files, and 3 runs"):
         trainer().multi_run(["w0.jsonl", "w1.jsonl"], runs=3)
 
 

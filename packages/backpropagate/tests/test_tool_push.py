@@ -66,7 +66,7 @@ def test_the_cards_commands_make_the_same_file_again(tmp_path, pico_model, monke
     plan = push_plan(first / "output" / "x.gguf", capsys)
     assert str(tmp_path) not in plan["card"]
     install, train, export = read_commands(plan["card"])
-    assert install == ["pip", "install", "backpropagate"]
+    assert install == ["pip", "install", "backpropagate>=2.0"]
     monkeypatch.chdir(second)
     for command in (train, export):
         assert command[0] == "backprop"

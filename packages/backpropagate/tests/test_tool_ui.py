@@ -47,6 +47,7 @@ OTHERS = {
     "ui.output": ("one", "two"),
     "ui.output_dir": "pages",
     "ui.data_dirs": ("rows",),
+    "ui.open_browser": True,
 }
 
 

@@ -114,7 +114,13 @@ def test_what_is_packed_otherwise_or_not_whole_is_refused(tmp_path, base):
     assert not list(tmp_path.glob("*.gguf"))
 
 
-def test_an_unpacked_model_is_read_as_ever(base):
-    with open_model(base, dequantize=True) as one, TensorReader(read_model_index(base)) as other:
-        assert dict(one.tensors) == dict(other.tensors)
-        assert all(np.array_equal(one.read(name), other.read(name)) for name in one.tensors)
+def test_a_16_bit_model_is_read_as_training_in_4_bits_saw_it(base):
+    with (
+        open_model(base) as plain,
+        open_model(base, dequantize=True) as one,
+        TensorReader(read_model_index(base)) as other,
+    ):
+        assert dict(plain.tensors) == dict(one.tensors) == dict(other.tensors)
+        assert all(np.array_equal(plain.read(name), other.read(name)) for name in plain.tensors)
+        changed = {name for name in one.tensors if not np.array_equal(one.read(name), other.read(name))}
+        assert changed == {name for name in one.tensors if name.endswith("_proj.weight")}

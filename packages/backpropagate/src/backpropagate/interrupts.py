@@ -47,10 +47,12 @@ def on_interrupt(*, pressed_once: bool = False) -> Iterator[Stop]:
     before = {number: signal.getsignal(number) for number in stop_signals()}
 
     first: list[float] = []
+    hangups: list[int] = []
 
     def ask(number: int, _frame: FrameType | None) -> None:
         asked.set()
         if number == getattr(signal, "SIGHUP", None):
+            hangups.append(number)
             return  # a shell repeats the terminal's own: a second one is not a second request
         first.append(time.monotonic())
         if not pressed_once:
@@ -66,7 +68,8 @@ def on_interrupt(*, pressed_once: bool = False) -> Iterator[Stop]:
         yield asked.is_set
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # A repeated hangup must not kill a process that has saved everything and is about to end.
+            signal.signal(number, signal.SIG_IGN if number in hangups else handler)
 
 
 @contextlib.contextmanager

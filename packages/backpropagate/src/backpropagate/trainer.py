@@ -122,7 +122,7 @@ class Trainer:
         data = {name: value for name, value in flags.items() if name in _DATA_NAMES}
         if tokenizer is not None and not is_loaded_model(model):
             raise InvalidSettingError(
-                "{set:tokenizer} goes with a model that is loaded, and the model is a name",
+                "a tokenizer goes with a model that is loaded, and the model is a name",
                 fix="Pass the loaded model too, or neither: the tokenizer is read from the model's files.",
             )
         name = None if is_loaded_model(model) else model

@@ -111,7 +111,7 @@ def _line(event: Event, since: float) -> str:
             template = "the model's own" if event.template == "tokenizer" else event.template
             return (
                 f"  data      {event.read:,} rows read: {event.whole:,} whole{lost}; "
-                f"{event.trained_tokens:,} of {event.tokens:,} tokens carry loss; chat template: {template}"
+                f"{event.trained_tokens:,} of {event.tokens:,} tokens trained; chat template: {template}"
             )
         case ModelLoaded():
             return (

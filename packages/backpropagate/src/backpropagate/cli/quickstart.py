@@ -89,4 +89,4 @@ def _preview(tokens: list[PreviewToken]) -> str:
     """The first row's trained text, so that a person sees what is learnt."""
     trained = "".join(t.text for t in tokens if t.trained)
     masked = sum(not t.trained for t in tokens)
-    return f"  learns    {trained!r}; {masked} tokens of the prompt carry no loss"
+    return f"  learns    {trained!r}; {masked} tokens of the prompt are only read"

@@ -29,6 +29,9 @@ _LEAST_CLEAR = 4
 _UNSEEN_EFFECT = 1e-7  # nats
 _ROUNDING = 0.02
 """Nats that 16-bit arithmetic explains: a witness comes from a model that computed in bfloat16."""
+_FLOAT32 = 0.1
+"""Nats that are usual if training ran in float32 and the merged weights are stored in 16 bits: small changes vanish
+in a weight's last digit. Measured on SmolLM2-135M: 0.04 after 8 steps, 0.06 after 3; torch shows the same."""
 _PACKED = 0.3
 """Nats between 4-bit and 16-bit weights that are usual; then it counts what the trained tokens lost."""
 _LOST = 0.05
@@ -197,8 +200,9 @@ def check_witness(evidence: Evidence) -> ParityCheck:
     base = evidence.witness.base
     note = f"{apart:.4f} nats from the model in memory ({base.mode}, {base.dtype}) at {len(places)} places"
     note += f"; the text's own tokens lost {loss:.4f} nats" if known else ""
-    is_kept = apart <= _ROUNDING or (bool(base.packed) and bool(known) and apart <= _PACKED and loss <= _LOST)
-    return ParityCheck("witness", "passed" if is_kept else "failed", apart, _PACKED if base.packed else _ROUNDING, note)
+    rounding = _FLOAT32 if base.dtype == "float32" and evidence.is_rounded and not base.packed else _ROUNDING
+    is_kept = apart <= rounding or (bool(base.packed) and bool(known) and apart <= _PACKED and loss <= _LOST)
+    return ParityCheck("witness", "passed" if is_kept else "failed", apart, _PACKED if base.packed else rounding, note)
 
 
 def _lose(prompt: WitnessPrompt, index: int, row: Mapping[int, float]) -> float | None:

@@ -51,6 +51,8 @@ class Evidence:
     why_no_witness: str
     why_not_computed: str
     forward: Forward | None
+    is_rounded: bool = False
+    """Whether the merged weights are stored in 16 bits, which rounds what training in float32 changed."""
 
 
 def gather_evidence(
@@ -65,6 +67,7 @@ def gather_evidence(
         texts: Token ids to compare on without a witness.
     """
     witness, why_no_witness = _read_witness(folder)
+    is_rounded = any(info.dtype != "F32" for info in model.tensors.values())
     weights = sum(info.rows * info.columns for info in model.tensors.values())
     budget = int(min(max(WORK / max(1, weights), _LEAST_TOKENS), _MOST_TOKENS))
     forward, why_not = _open_forward(config, model)
@@ -80,12 +83,14 @@ def gather_evidence(
         long = None
     if forward is None:
         kept = chosen if witness else ()
-        return Evidence(kept, long if witness else None, False, kept, witness, why_no_witness, why_not, None)
+        return Evidence(
+            kept, long if witness else None, False, kept, witness, why_no_witness, why_not, None, is_rounded
+        )
     base = model.without_adapter() if witness is None and model.changed and not has_other_shapes(model) else None
     reference = _open_forward(config, base)[0] if base is not None else None
     expected = tuple(compute_prompt(forward, prompt, reference) for prompt in chosen)
     long = compute_prompt(forward, long) if long is not None else None
-    return Evidence(expected, long, True, chosen if witness else (), witness, why_no_witness, "", forward)
+    return Evidence(expected, long, True, chosen if witness else (), witness, why_no_witness, "", forward, is_rounded)
 
 
 def has_other_shapes(model: FoldedModel) -> bool:
