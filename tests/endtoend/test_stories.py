@@ -150,7 +150,14 @@ def tell(story: Path, work: Path, tmp_path: Path, monkeypatch) -> None:
         (Path(transcripts) / f"{story.stem}.md").write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize("story", STORIES, ids=lambda file: file.stem)
+# Stories that take longer: with `just slow`.
+LONG = ("05-is-it-better", "07-a-night")
+
+
+@pytest.mark.parametrize(
+    "story",
+    [pytest.param(file, id=file.stem, marks=[pytest.mark.slow] if file.stem in LONG else []) for file in STORIES],
+)
 def test_story(story, pico_work, tmp_path, monkeypatch):
     tell(story, pico_work, tmp_path, monkeypatch)
 
