@@ -94,7 +94,19 @@ NOT_RUN = {
 # Pages whose lines are alternatives: each is typed in a fresh copy.
 ALTERNATIVES = {"resume.md"}
 # Pages that take longer; `just handbook` types them all.
-LONG = {"README", "beginners-guide", "evaluate", "export", "getting-started", "multi-run", "queue", "resume", "runs", "python", "recipes"}
+LONG = {
+    "README",
+    "beginners-guide",
+    "evaluate",
+    "export",
+    "getting-started",
+    "multi-run",
+    "queue",
+    "resume",
+    "runs",
+    "python",
+    "recipes",
+}
 RECIPES_TOML = "[model]\nname = 'Qwen/Qwen2.5-7B-Instruct'\nmax_seq_length = 128\n[training]\nlearning_rate = 5e-3\n"
 PAGES = sorted([*(ROOT / "docs/how-to").glob("*.md"), *(ROOT / "docs/tutorials").glob("*.md"), ROOT / "README.md"])
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
