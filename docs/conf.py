@@ -10,4 +10,5 @@ myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 html_theme = "furo"
 html_title = "Backpropagate"
+html_extra_path = ["llms.txt"]
 suppress_warnings = ["misc.highlighting_failure"]

@@ -166,6 +166,21 @@ def _schema_text(kind: str) -> str:
     return json.dumps(build_schema(kind), indent=2, ensure_ascii=False) + "\n"
 
 
+def build_llms() -> str:
+    """The handbook for language models, in the form of llmstxt.org: each page's title and place."""
+    index = (HERE.parent / "index.md").read_text(encoding="utf-8")
+    lines = ["# Backpropagate", "", "> Fine-tune a language model on one GPU and run it in Ollama.", ""]
+    for block in index.split("```{toctree}")[1:]:
+        caption, *names = [line for line in block.partition("```")[0].splitlines() if line and line != ":glob:"]
+        lines += [f"## {caption.removeprefix(':caption: ')}", ""]
+        pages = [page for name in names if not name.startswith(":") for page in sorted(HERE.parent.glob(f"{name}.md"))]
+        for page in dict.fromkeys(pages):
+            title = next(line[2:] for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
+            lines.append(f"- [{title}]({page.relative_to(HERE.parent).as_posix()})")
+        lines.append("")
+    return "\n".join(lines)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "../../packages/backpropagate/src/backpropagate/keywords.py": build_keywords,
     "errors.md": build_errors,
@@ -175,6 +190,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "json.md": build_schemas,
     "old-names.md": build_old_names,
     "memory.md": build_memory,
+    "../llms.txt": build_llms,
     **{f"schemas/{kind}.json": partial(_schema_text, kind) for kind in DOCUMENTS},
 }
 
