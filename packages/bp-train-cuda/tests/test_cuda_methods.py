@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from transformers import LlamaModel
 
 from bp_data import PrepareRequest, prepare
+from bp_data.loop.examples import join_prompt
 from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import InvalidSettingError
 from bp_runs.events import DataReady, EvalDone, Notice, StepDone
 from bp_runs.methods import METHODS as TABLE
 from bp_runs.methods import MethodName
 from bp_runs.spec import TrainingSpec
-from bp_train_cuda.examples import join_prompt
 
 PAIRED = ("dpo", "orpo", "simpo")
 METHODS = (*PAIRED, "kto")

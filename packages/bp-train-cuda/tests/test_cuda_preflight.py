@@ -8,10 +8,10 @@ import torch
 from cuda_training import spec_for, train
 from safetensors.torch import load_file
 
+from bp_data.loop.examples import find_longest
 from bp_runs.errors import DiskFullError
 from bp_runs.events import EvalDone, Notice, StepDone
 from bp_train_cuda.backend import Device
-from bp_train_cuda.examples import find_longest
 from bp_train_cuda.memory.preflight import is_due
 
 HELD = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 2, "batch_size": 2, "steps": 3, "keep": "last"}

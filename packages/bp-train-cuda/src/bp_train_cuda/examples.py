@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from random import Random
@@ -11,11 +10,10 @@ from typing import Any, Protocol
 import torch
 
 from bp_data import JudgedRow, PairRow, TokenRow, TokenRows, plan_packs
+from bp_data.loop.examples import Mismatch, join_prompt
 from bp_runs.methods import METHODS
 
 Batch = dict[str, torch.Tensor]
-Mismatch = tuple[int, int]
-"""An example whose prompt is read, and the one whose completion follows it."""
 _FULL_ENOUGH = 0.95
 """Share of own tokens from which a padded batch, with its simpler attention, is as fast as a flat one."""
 _CACHED = 512
@@ -219,13 +217,6 @@ class JudgedExamples:
         return pad_rows(rows, self._pad_id)
 
 
-def join_prompt(prompt: TokenRow, answer: TokenRow, longest: int) -> TokenRow:
-    """The prompt of one row with the completion of another, cut at ``longest`` tokens."""
-    split, start = prompt.mask.find(1), answer.mask.find(1)
-    ids = array("i", [*prompt.ids[:split], *answer.ids[start:]][:longest])
-    return TokenRow(prompt.number, ids, (bytes(split) + answer.mask[start:])[:longest])
-
-
 def pad_rows(rows: Sequence[TokenRow], pad_id: int) -> Batch:
     """Rows as ``input_ids`` (B, T), padded on the right, with ``positions`` and ``targets`` (N,) of trained tokens."""
     width = max(len(row.ids) for row in rows)
@@ -263,11 +254,6 @@ def _starts(rows: Sequence[TokenRow]) -> list[int]:
         starts.append(at)
         at += len(row.ids)
     return starts
-
-
-def find_longest(lengths: Sequence[int], count: int) -> list[int]:
-    """Indexes of the ``count`` longest, the longest first; fewer if there are not as many."""
-    return sorted(range(len(lengths)), key=lambda place: -lengths[place])[:count]
 
 
 def build_examples(

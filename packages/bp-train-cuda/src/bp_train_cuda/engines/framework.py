@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.helpers import disable_input_dtype_casting
 
+from bp_data.loop.examples import Mismatch, find_longest
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
 from bp_runs.methods import METHODS, Completions, sft_loss
@@ -17,7 +18,7 @@ from bp_runs.spec import TrainingSpec
 from bp_train_cuda.backend import PeakMemory, TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import full_norm, is_sharded_weight, local_weights, scale_gradients_to_sum
-from bp_train_cuda.examples import Batch, JudgedExamples, Mismatch, PairExamples, RowExamples, find_longest, to_device
+from bp_train_cuda.examples import Batch, JudgedExamples, PairExamples, RowExamples, to_device
 from bp_train_cuda.memory.planner import ActivationPlan
 from bp_train_cuda.model.log_probs import LogProbModel
 from bp_train_cuda.model.lora import trainable_weights

@@ -12,6 +12,7 @@ import torch
 from transformers import set_seed
 
 from bp_data.loop.checkpoint import Stateful
+from bp_data.loop.examples import find_longest
 from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import HALVINGS, MemoryGuard
 from bp_data.loop.rows import pad_token
@@ -37,7 +38,7 @@ from bp_train_cuda.engines.base import (
     save_result,
 )
 from bp_train_cuda.engines.framework import TorchFramework
-from bp_train_cuda.examples import RowExamples, build_examples, find_longest
+from bp_train_cuda.examples import RowExamples, build_examples
 from bp_train_cuda.guards.monitor import open_monitor
 from bp_train_cuda.memory import planner, preflight
 from bp_train_cuda.memory.fit import GpuFit

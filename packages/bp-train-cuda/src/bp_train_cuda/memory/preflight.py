@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bp_data.loop.examples import find_longest
 from bp_data.loop.loop import LoopParts
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
@@ -22,7 +23,6 @@ from bp_runs.files import require_free_space
 from bp_runs.spec import TrainSpec
 from bp_train_cuda.backend import Device
 from bp_train_cuda.engines.framework import TorchFramework
-from bp_train_cuda.examples import find_longest
 from bp_train_cuda.optim import count_state_bytes, reset_state
 
 LONG_RUN = 50

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from bp_data.loop import base_cache
 from bp_data.loop.shapes import Linear, Shapes
 from bp_runs.errors import ModelLoadError, RemoteCodeError, first_line
 from bp_train_cuda.backend import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
@@ -204,29 +204,14 @@ def unpack_gguf(file: Path, folder: Path) -> None:
         AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
 
 
-class BaseCache:
-    """Holds at most one base, as it was loaded; one that a failed call may have changed is dropped."""
+class BaseCache(base_cache.BaseCache):
+    """Keeps one transformers model, in evaluation mode and without gradient checkpointing."""
 
     def __init__(self) -> None:
-        self._key: Hashable = None
-        self._base: Any = None
+        super().__init__(_restore)
 
-    @contextlib.contextmanager
-    def borrow(self, key: Hashable, load: Callable[[], Any]) -> Iterator[Any]:
-        """Yield the base of that key, loaded unless it is here; the borrower removes its adapter again.
 
-        Args:
-            key: Everything that decides how the base is loaded.
-            load: Loads it.
-        """
-        base = self._base if key == self._key else None
-        self._key = self._base = None  # before loading: two bases may not fit
-        if base is None:
-            gc.collect()  # the run before may lie in cycles, with its whole model: a GPU need not hold both
-            base = load()
-        yield base
-        if getattr(base, "is_gradient_checkpointing", False):
-            base.gradient_checkpointing_disable()
-        base.eval()
-        gc.collect()  # optimizer state and activations, before the next run needs the memory
-        self._key, self._base = key, base
+def _restore(base: Any) -> None:
+    if getattr(base, "is_gradient_checkpointing", False):
+        base.gradient_checkpointing_disable()
+    base.eval()

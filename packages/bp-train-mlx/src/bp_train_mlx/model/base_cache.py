@@ -1,37 +1,14 @@
-"""A base model that stays in memory from one training run or evaluation to the next."""
+"""The shared cache of a base model, with what mlx needs between two runs."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-from collections.abc import Callable, Hashable, Iterator
-from typing import Any
-
 import mlx.core as mx
 
+from bp_data.loop import base_cache
 
-class BaseCache:
-    """Holds at most one base, as it was loaded; one that a failed call may have changed is dropped."""
+
+class BaseCache(base_cache.BaseCache):
+    """Keeps one mlx model, in evaluation mode; mlx's own cache of buffers is emptied after a run."""
 
     def __init__(self) -> None:
-        self._key: Hashable = None
-        self._base: Any = None
-
-    @contextlib.contextmanager
-    def borrow(self, key: Hashable, load: Callable[[], Any]) -> Iterator[Any]:
-        """Yield the base of that key, loaded unless it is here; the borrower removes its adapter again.
-
-        Args:
-            key: Everything that decides how the base is loaded.
-            load: Loads it.
-        """
-        base = self._base if key == self._key else None
-        self._key = self._base = None  # before loading: two bases may not fit
-        if base is None:
-            gc.collect()
-            base = load()
-        yield base
-        base.eval()
-        gc.collect()
-        mx.clear_cache()
-        self._key, self._base = key, base
+        super().__init__(lambda base: base.eval(), mx.clear_cache)
