@@ -101,7 +101,7 @@ class Trainer:
     Raises:
         UserError: A setting is unknown or has a value that it cannot take.
 
-    No call changes the environment, installs a signal handler that was not asked for, or ends the process.
+    No call changes the environment, installs a signal handler without being told to, or ends the process.
     """
 
     @shows_keywords(TrainerKeywords)
@@ -171,7 +171,7 @@ class Trainer:
             data: A file, a folder or a Hub dataset; or the examples themselves: a list of dicts, a generator, a
                 `datasets.Dataset` or a DataFrame, which is written to ``<output>/snapshots``. Default: the setting
                 ``data.path``.
-                With the setting ``resume`` unset, an unfinished run of the same settings goes on.
+                With the setting ``resume`` unset, an unfinished run of the same settings is continued.
             resume_run: Resume this unfinished run, by part of its id; settings that are given must agree with it.
             on_event: Called with every event of the run, after it is recorded; or an object with methods such as
                 ``on_step`` and ``on_eval``, see `backpropagate.event_dispatch.Callback`.
@@ -208,15 +208,15 @@ class Trainer:
         take_over: bool = False,
         on_event: Callback | None = None,
     ) -> TrainResult:
-        """Go on with an unfinished run or multi-run by its record; a run from its newest whole checkpoint.
+        """Continue an unfinished run or multi-run by its record; a run from its newest whole checkpoint.
 
         Args:
             run: Its id or a part of it; None: the newest unfinished one.
-            take_over: Go on although the record says that another machine works on it.
+            take_over: Continue although the record says that another machine works on it.
             on_event: Called with every event, after it is recorded.
 
         Raises:
-            ResumeNotFoundError: There is none, or it cannot go on.
+            ResumeNotFoundError: There is none, or it cannot be continued.
             ResumeChangedError: Its data, template or model has changed; the run is left as it stood.
             CodedError: As `train`.
         """
@@ -265,7 +265,7 @@ class Trainer:
     def extend(self, run: str, *, steps: int, on_event: Callback | None = None) -> TrainResult:
         """Train a finished run for more steps, as a new run that starts from its newest weights.
 
-        The schedule is planned anew for these steps, and the optimizer starts fresh; a notice says so. To finish an
+        The schedule is planned again for these steps, and the optimizer starts fresh; a notice says so. To finish an
         interrupted run by its own schedule, use `resume`.
 
         Args:
@@ -573,7 +573,7 @@ class Trainer:
 
     @shows_keywords(RunKeywords)
     def estimate_vram(self, *, memory: int | None = None, **flags: Unpack[RunKeywords]) -> MemoryEstimate:
-        """What `train` would take of a card's memory, from the model's shapes alone, in bytes.
+        """The GPU memory that `train` would need, from the model's shapes alone, in bytes.
 
         Args:
             memory: Bytes of the card; default: what is free on this machine's, where there is one.

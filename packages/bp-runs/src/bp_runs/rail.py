@@ -37,7 +37,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryEstimate:
-    """What a training would take of a card's memory, in bytes."""
+    """The GPU memory that a training run would need, in bytes."""
 
     mode: str
     """How the base is held: as asked, or chosen by the memory."""
@@ -296,7 +296,7 @@ class KeepsBase(Protocol):
     def keep_base(self) -> AbstractContextManager[None]:
         """While the context lasts, `train` and `evaluate` load a base only where it is another one than before.
 
-        Results are those of calls that load it anew.
+        Results are the same as if each call loaded it itself.
         """
         ...
 
@@ -383,7 +383,7 @@ class WritesWitnesses(Protocol):
 
 @runtime_checkable
 class Estimates(Protocol):
-    """A rail that says beforehand what a training would take of a card's memory."""
+    """A rail that can estimate the GPU memory of a training run before it starts."""
 
     def estimate(
         self,
@@ -401,6 +401,6 @@ class Estimates(Protocol):
             machine: Where facts about this machine are kept; None: nowhere.
 
         Raises:
-            CodedError: The config tells too little.
+            CodedError: The config lacks what the estimate needs.
         """
         ...

@@ -437,7 +437,7 @@ def _require_planned(key: str, value: int | None) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MultiRunSpec:
-    """Several runs, each going on from the one before; only multi-runs read it."""
+    """Several runs, each continuing from the previous one; only multi-runs read it."""
 
     runs: int = setting(
         5,

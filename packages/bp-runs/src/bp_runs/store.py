@@ -92,13 +92,13 @@ class RunStore:
         return RunWriter(self, folder, record)
 
     def reopen(self, run_id: str, *, from_step: int, checkpoint: str | None, take_over: bool = False) -> RunWriter:
-        """Open an unfinished run to go on with it, recorded as running from this moment.
+        """Open an unfinished run to continue it, recorded as running from this moment.
 
         Args:
             run_id: The whole id.
             from_step: Steps that are done.
             checkpoint: Name of the checkpoint's folder; None to begin again.
-            take_over: Go on although the record names a process of another machine as running.
+            take_over: Continue although the record names a process of another machine as running.
 
         Raises:
             RunActiveError: Another process works on it.

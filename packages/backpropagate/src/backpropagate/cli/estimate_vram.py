@@ -47,7 +47,7 @@ def estimate_vram(
     table: bool = False,
     json: Json = False,
 ) -> int:
-    """Say what a training would take of a card's memory, from the model's shapes alone.
+    """Estimate the GPU memory that a training run would need, from the model's shapes alone.
 
     Parameters
     ----------

@@ -21,14 +21,14 @@ def resume(
     take_over: Annotated[bool, Parameter(negative="")] = False,
     json: Json = False,
 ) -> int:
-    """Go on with an unfinished run, as if it had not been cut off.
+    """Continue an unfinished run, as if it had not been cut off.
 
     Parameters
     ----------
     run: str
         The run's id, or a part of it that only one run has; default: the newest unfinished run.
     take_over: bool
-        Go on although the record says that a process of another machine works on the run.
+        Continue although the record says that a process of another machine works on the run.
     """
     trainer = open_trainer(output=output_folder(output))
     with open_screen(as_json=json) as screen:

@@ -60,7 +60,7 @@ class Option:
         return typed * self.factor if self.factor != 1 and typed is not None else typed
 
 
-_OUTPUT = Option("output", Path, "file or folder to write (default: beside the adapter)", short="-o")
+_OUTPUT = Option("output", Path, "file or folder to write (default: next to the adapter)", short="-o")
 _BASE = Option("base", str, "the base model: a folder or Hub id (default: the one that the adapter names)")
 _DEQUANTIZE = Option("dequantize", bool, "take the base as 4-bit training saw it")
 _OLLAMA_HOST = Option("ollama_host", str, "Ollama's address (default: http://127.0.0.1:11434)")
@@ -123,7 +123,7 @@ CHAT = (
 )
 IMATRIX = (
     Option("text", Path, "a text like what the model is going to be used on", is_required=True),
-    Option("output", Path, "the file to write (default: beside the source)", short="-o"),
+    Option("output", Path, "the file to write (default: next to the source)", short="-o"),
     _BASE,
     Option("chunk_tokens", int, "tokens that are read at once", 512),
     Option("chunks", int, "read at most so many (default: the whole text)"),
