@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from bitsandbytes.functional import create_dynamic_map
 from cuda_training import spec_for, train
 from safetensors.torch import load_file
 
 from bp_data.loop.memory import MemoryGuard
 from bp_runs.events import Notice
 from bp_train_cuda.backend import TorchMemory
-from bp_train_cuda.optim import adamw_8bit, rounds_away
+from bp_train_cuda.optim import adamw_8bit, adamw_update, rounds_away
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 
@@ -47,9 +52,9 @@ class Course:
         return self.weight.data.float()
 
 
-@pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.PagedAdamW8bit, bnb.optim.AdamW, bnb.optim.Lion8bit])
+@pytest.mark.parametrize("kind", [bnb.optim.AdamW8bit, bnb.optim.PagedAdamW8bit, bnb.optim.AdamW])
 def test_small_updates_of_bfloat16_add_up_as_in_float32(kind: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adamw_8bit, "CHUNK", 4096)  # three pieces, the last no multiple of a block
+    monkeypatch.setattr(adamw_update, "CHUNK", 4096)  # three pieces, the last no multiple of a block
     exact, lost, ours = (
         Course(kind, dtype, seed=seed).take()
         for dtype, seed in ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 1))
@@ -65,7 +70,7 @@ def test_small_updates_of_bfloat16_add_up_as_in_float32(kind: type, monkeypatch:
 def test_pieces_take_the_moments_that_the_whole_would(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1)
     whole.take()
-    monkeypatch.setattr(adamw_8bit, "CHUNK", 1024)
+    monkeypatch.setattr(adamw_update, "CHUNK", 1024)
     parted = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1)
     parted.take()
     one, other = (course.optimizer.state[course.weight] for course in (whole, parted))
@@ -99,15 +104,110 @@ def test_what_no_update_moves_keeps_its_bits() -> None:
     assert torch.equal(course.weight.data, before)
 
 
-@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -0x400000, 0x7F800000, -0x800000])  # NaN of GPU and CPU, inf
-def test_what_is_not_finite_stays_so(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
-    def spoil(self: Any, group: Any, p: torch.nn.Parameter, *_: int) -> None:
-        p.data.view(torch.int32).fill_(bits)
-
-    monkeypatch.setattr(bnb.optim.AdamW8bit, "update_step", spoil)
-    weights = Course(bnb.optim.AdamW8bit, torch.bfloat16, seed=1).take(0, 1)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, -0x400000, -1, 0x7F800000, -0x800000])  # NaNs, infinities
+def test_what_is_not_finite_stays_so(bits: int) -> None:
     expected = torch.tensor([bits], dtype=torch.int32).view(torch.float32).expand(COUNT)
-    assert torch.equal(weights.nan_to_num(nan=1.5), expected.nan_to_num(nan=1.5))
+    found = adamw_update.round_stochastically(expected.contiguous(), (1, 2), 0).float()
+    assert torch.equal(found.nan_to_num(nan=1.5), expected.nan_to_num(nan=1.5))
+
+
+def test_draws_are_even_and_of_each_place_and_step_their_own() -> None:
+    draws = torch.stack([adamw_update.draw(2**16, (step, -step), 5, torch.device("cpu")) for step in range(8)]).double()
+    high, low = draws.long() >> 12, draws.long() & 15
+    for part in (high, low):  # each of 16 values within five spreads of its mean
+        assert (torch.bincount(part.flatten(), minlength=16) - 2**15).abs().max() < 5 * (2**15) ** 0.5
+    deep = draws - draws.mean()
+    for other in (deep.roll(1, 1), deep.roll(1, 0), deep.roll(256, 1)):  # places and steps next to each other
+        assert abs(float((deep * other).mean() / deep.var())) < 5 / draws.numel() ** 0.5
+    whole = adamw_update.draw(600, (3, 4), 0, torch.device("cpu"))
+    assert torch.equal(whole[500:], adamw_update.draw(100, (3, 4), 500, torch.device("cpu")))
+
+
+def random_state(is_8bit: bool) -> adamw_update.Moments:
+    if not is_8bit:
+        return adamw_update.Moments(torch.zeros(COUNT), torch.zeros(COUNT))
+    codes = [torch.full((COUNT,), zero, dtype=torch.uint8) for zero in (127, 0)]
+    scales = (torch.zeros(-(-COUNT // 256)), torch.zeros(-(-COUNT // 256)))
+    return adamw_update.Moments(*codes, scales, tuple(create_dynamic_map(signed=s) for s in (True, False)))
+
+
+def gradients(step: int) -> torch.Tensor:
+    """Over seven decades, with some that are not finite."""
+    draw = torch.Generator().manual_seed(step)
+    found = torch.randn(COUNT, generator=draw) * torch.logspace(-6, 1, COUNT)
+    found[7::1000], found[8::1000] = torch.nan, -torch.inf
+    return found.bfloat16()
+
+
+def numbers(step: int, rate: float = 1e-3) -> adamw_update.Numbers:
+    return adamw_update.read_numbers(
+        betas=(0.9, 0.999), eps=1e-8, lr=rate, weight_decay=0.01, step=step, key=(-5 * step, 77)
+    )
+
+
+def test_the_kernel_gives_the_bits_of_the_torch_form() -> None:
+    pytest.importorskip("triton")
+    code = "import test_cuda_rounding as t; t.compare_forms(is_8bit=True); t.compare_forms(is_8bit=False)"
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parent,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def compare_forms(*, is_8bit: bool) -> None:
+    """In a process of its own, since Triton's interpreter for CPUs is chosen at import."""
+    from bp_train_cuda.optim import adamw_triton
+
+    one = torch.randn(COUNT, generator=torch.Generator().manual_seed(0)).bfloat16()
+    other, first, second = one.clone(), random_state(is_8bit), random_state(is_8bit)
+    for step in (1, 2, 3):
+        adamw_update.update(one, gradients(step), first, numbers(step), 0)
+        adamw_triton.update(other, gradients(step), second, numbers(step), 0)
+        pairs = [(one, other), (first.first, second.first), (first.second, second.second)]
+        for left, right in pairs + list(zip(first.scales or (), second.scales or (), strict=True)):
+            assert torch.equal(left, right)
+
+
+def test_an_update_is_adamw_in_float64() -> None:
+    weights = torch.randn(COUNT, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact, first, second = weights.double(), torch.zeros(COUNT).double(), torch.zeros(COUNT).double()
+    state, largest = random_state(is_8bit=False), torch.zeros(COUNT).double()
+    for step in range(1, 6):
+        slope = gradients(step)
+        before = weights.float()
+        adamw_update.update(weights, slope, state, numbers(step), 0)
+        finite = slope.isfinite()
+        slope = slope.double().where(finite, 0)
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        first, second = first.where(finite, 0), second.where(finite, 0)
+        moved = -1e-3 * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        exact = (before.double() * (1 - 1e-5) + moved).where(finite, before)
+        largest = torch.maximum(largest, slope.abs())
+        assert ((state.first.double() - first).abs() <= 1e-6 * largest).all()
+        spacing = torch.exp2(exact.abs().log2().floor() - 7)
+        assert ((weights.double() - exact).abs() <= 1.001 * spacing).all()  # one of the two neighbors
+        error = ((weights.double() - exact) / spacing)[finite]
+        assert abs(float(error.mean())) < 5 * float(error.std()) / COUNT**0.5  # right in the mean
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_8_bit_averages_take_the_nearest_value(index: int) -> None:
+    values = create_dynamic_map(signed=not index)
+    middles = ((values[:-1] + values[1:]) / 2)[1:]
+    around = [middles, *(torch.nextafter(middles, torch.tensor(to)) for to in (-2.0, 2.0)), values]
+    ratios = torch.cat([*around, torch.rand(3000) * 2 - 1 if not index else torch.rand(3000)])
+    ratios = torch.nn.functional.pad(ratios, (0, -len(ratios) % 255)).view(-1, 255)
+    ratios = torch.nn.functional.pad(ratios, (0, 1), value=1.0).flatten()  # every block's scale is 1
+    state = random_state(is_8bit=True)
+    codes, scales = adamw_update._narrow(state, index, ratios)
+    assert torch.equal(scales, torch.ones_like(scales))
+    nearest = (ratios.double()[:, None] - values.double()).abs().min(1).values
+    found = (ratios.double() - values[codes.int()].double()).abs()
+    assert (found - nearest <= 2e-7 * ratios.abs()).all()  # a middle is rounded to float32
+    table = adamw_update.read_codes(is_signed=not index, device=torch.device("cpu"))
+    assert table.starts.int().diff().max() == 1  # so that one comparison is enough in the kernel
+    assert not table.starts[0]
 
 
 def test_weights_that_lie_column_by_column_are_updated() -> None:
@@ -124,6 +224,8 @@ def test_weights_that_lie_column_by_column_are_updated() -> None:
 def test_a_step_whose_scratch_does_not_fit_is_finished_once(
     monkeypatch: pytest.MonkeyPatch, kind: Any, call: int
 ) -> None:
+    monkeypatch.setattr(adamw_update, "CHUNK", 2560)  # two of a weight
+
     def step(fails: bool) -> tuple[list[torch.nn.Parameter], list[Any], list[Any]]:
         torch.manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(8, 600).bfloat16()) for _ in range(3)]
@@ -133,17 +235,17 @@ def test_a_step_whose_scratch_does_not_fit_is_finished_once(
         for weight in weights:
             weight.grad = torch.randn(8, 600).bfloat16()
         made: list[Any] = []
-        plain, calls = torch.empty, []
+        plain, calls = adamw_update.update, []
 
-        def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-            calls.extend([1] * (kwargs.get("dtype") == torch.int32 or args == (2, 4800)))  # ours, not bitsandbytes' own
+        def update(*args: Any) -> None:
+            calls.append(1)
             if fails and len(calls) == call:
                 made.extend((w, state["state1"]) for w, state in optimizer.state.items())
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 192.00 MiB")
-            return plain(*args, **kwargs)
+            plain(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", empty)
+            patch.setattr(adamw_update, "update", update)
             guard.retry(optimizer.step, "the optimizer step")
         assert all(
             optimizer.state[w]["state1"] is moments for w, moments in made

@@ -1,7 +1,7 @@
 """Optimizers. All are AdamW and survive a step that runs out of memory: called again, they finish it.
 
 `AdamW` is torch's fused one with optimizer state in 32 bits. adamw_8bit.py has bitsandbytes' with 8-bit state, plain or
-paged; it rounds bfloat16 weights stochastically.
+paged; bfloat16 weights are updated by adamw_update.py, or its Triton form, and rounded stochastically.
 """
 
 from __future__ import annotations

@@ -1,38 +1,26 @@
 """bitsandbytes' AdamW with 8-bit state: no wait per weight, stochastic rounding, and steps that can be finished.
 
-bfloat16 has 8 significant bits, so a change of less than 1/512 of a weight is rounded away, and AdamW's changes are
-about the learning rate: at 2e-5 every weight above 0.01 would stay where it is. A change that is rounded up as often as
-its size demands is right on average (stochastic rounding: Gupta et al., arXiv:1502.02551; for bfloat16 weights: Zamirai
-et al., arXiv:2010.06192).
+bitsandbytes makes and holds the state; `bp_train_cuda.optim.adamw_update` updates bfloat16 weights with it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import sys
-from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 
-CHUNK = 2**24
-"""Weights rounded at once: 192 MiB of scratch, at a time when there are no activations. A multiple of `_BLOCK`."""
+from bp_train_cuda.optim.adamw_update import Moments, choose_update, read_numbers
+
 _MOMENTS = ("state1", "state2")
-_BLOCK = 256
-"""Weights that share a scale in 8-bit state."""
-_LOW_BITS = 16
-"""What float32 has more than bfloat16, whose bits are its upper half."""
-_UPPER = int(sys.byteorder == "little")
-_LAST_NAN = 0x7FFF_0000
-"""The largest bits to which a draw can be added; a GPU's NaN is 0x7FFFFFFF, and would come out as -0."""
 
 
 class _Stochastic:
     """Goes before one of bitsandbytes' AdamW classes.
 
-    Draws depend on the seed, the weight's place, its count of steps and the kind of GPU: resumed runs and several
-    processes draw the same on GPUs of one kind. A weight that no update moves keeps its bits.
+    Draws depend on the seed, the weight's place and its count of steps alone: resumed runs and several processes draw
+    the same on every device. A weight that no update moves keeps its bits.
     """
 
     rounds_stochastically = True
@@ -44,6 +32,8 @@ class _Stochastic:
         self._seed = seed
         self._updated: set[torch.nn.Parameter] = set()
         """Weights that the step in progress has updated."""
+        self._next = 0
+        """In the weight after them, how many of its elements are updated."""
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def step(self, closure: Any = None) -> Any:  # noqa: ARG002  # torch's schedulers pass none
@@ -87,36 +77,25 @@ class _Stochastic:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def update_step(self, group: dict[str, Any], p: torch.nn.Parameter, gindex: int, pindex: int) -> None:
-        """Update one weight: in float32, chunk by chunk, and rounded stochastically where it is bfloat16."""
-        plain = super().update_step  # type: ignore[misc]
-        state, size = self.state[p], min(p.numel(), CHUNK)
-        has_own_norm = self.get_config(gindex, pindex, group)["max_unorm"] > 0
-        if p.dtype != torch.bfloat16 or state["state1"].numel() != p.numel() or has_own_norm:
-            plain(group, p, gindex, pindex)
+        """Update one weight; bfloat16 ones in float32 and rounded stochastically, others as bitsandbytes does."""
+        if p.dtype != torch.bfloat16:
+            super().update_step(group, p, gindex, pindex)  # type: ignore[misc]
             return
         p.data, p.grad = p.data.contiguous(), p.grad.contiguous()
-        state |= {name: state[name].contiguous() for name in _MOMENTS if name in state}
-        wide, slope = torch.empty(2, size, device=p.device)
-        chance = torch.empty(size, dtype=torch.int32, device=p.device)
-        draw = torch.Generator(p.device)
-        before = state["step"]
-        draw.manual_seed(_mix(self._seed, gindex, pindex, before))
-        weights, slopes = p.data.view(-1), p.grad.view(-1)
-        for start in range(0, p.numel(), size):
-            here = slice(start, min(start + size, p.numel()))
-            length = here.stop - here.start
-            part = torch.nn.Parameter(wide[:length], requires_grad=False)
-            part.data.copy_(weights[here])
-            part.grad = slope[:length].copy_(slopes[here])
-            self.state[part] = {**_share(state, here), "step": before}
-            try:
-                plain(group, part, gindex, pindex)
-            finally:
-                del self.state[part]
-            bits = part.data.view(torch.int32).clamp_(max=_LAST_NAN)
-            bits += chance[:length].random_(0, 2**_LOW_BITS, generator=draw)
-            weights[here].view(torch.int16).copy_(bits.view(torch.int16)[_UPPER::2])
-        state["step"] = before + 1
+        state, config = self.state[p], self.get_config(gindex, pindex, group)
+        state |= {name: state[name].contiguous() for name in _MOMENTS}  # made like the weight, maybe by columns
+        numbers = read_numbers(
+            betas=config["betas"], eps=config["eps"], lr=config["lr"], weight_decay=config["weight_decay"],
+            step=state["step"] + 1, key=_mix(self._seed, gindex, pindex, state["step"]),
+        )  # fmt: skip
+        update, size = choose_update(p)
+        weights, slopes, moments = p.data.view(-1), p.grad.view(-1), _read_moments(state)
+        while self._next < p.numel():  # not from 0 where an interrupted call has done some
+            here = slice(self._next, min(self._next + size, p.numel()))
+            update(weights[here], slopes[here], moments.slice(here), numbers, here.start)
+            self._next = here.stop
+        self._next = 0
+        state["step"] += 1
 
 
 class AdamW8bitStochastic(_Stochastic, bnb.optim.AdamW8bit):  # type: ignore[misc]  # bitsandbytes is not typed
@@ -143,21 +122,15 @@ class PagedAdamW8bitStochastic(_Stochastic, bnb.optim.PagedAdamW8bit):  # type: 
             buffer.copy_(value)
 
 
-def _mix(*numbers: int) -> int:
-    """One seed from several numbers."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
+def _mix(*numbers: int) -> tuple[int, int]:
+    """Two signed 32-bit keys from several numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "big", signed=True), int.from_bytes(digest[4:], "big", signed=True)
 
 
-def _share(state: Mapping[str, Any], here: slice) -> dict[str, Any]:
-    """The state of some weights, and the scales of their blocks."""
-    blocks = slice(here.start // _BLOCK, -(-here.stop // _BLOCK))
-    found = dict(state)
-    for name, value in state.items():
-        if name.startswith("absmax"):
-            found[name] = value[blocks]
-        elif name in _MOMENTS:
-            found[name] = value.view(-1)[here]
-            for mark in ("is_paged", "page_deviceid"):  # without them bitsandbytes takes paged memory for the CPU's
-                if hasattr(value, mark):
-                    setattr(found[name], mark, getattr(value, mark))
-    return found
+def _read_moments(state: dict[str, Any]) -> Moments:
+    """The parts of bitsandbytes' state of a weight."""
+    first, second = (state[name].view(-1) for name in _MOMENTS)
+    if first.dtype == torch.float32:
+        return Moments(first, second)
+    return Moments(first, second, (state["absmax1"], state["absmax2"]), (state["qmap1"], state["qmap2"]))
