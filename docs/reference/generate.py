@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from backpropagate.cli.errors import load_codes
 from backpropagate.cli.estimate_vram import CARDS, longest_rows
 from backpropagate.cli.flags import flag_names, spell
 from backpropagate.cli.hint_wording import CommandLineWording
+from backpropagate.legacy_codes import LEGACY_CODES
 from backpropagate.presets import MODEL_PRESETS
 from backpropagate.rails import find_estimator
 from backpropagate.settings import TOML_FILE, all_settings, ui_settings
@@ -51,7 +53,13 @@ def build_errors() -> str:
         "# Error codes\n\nEvery error is shown as `[CODE]: message`, its cause, and what to do. Exit statuses: 0 ok, "
         "1 the user's input, 2 runtime, 3 partial, 65 a gate failed, 130 interrupted.\n\n"
     )
-    return head + _NOTE + "\n".join(rows)
+    old = [
+        f"### {code}\n\n{row.when}\n\n*Fix:* {render(row.fix, wording)}\n\nNow: "
+        f"{', '.join(f'[{name}](#{name.lower()})' for name in row.replaced_by) or 'no error of this version'}.\n"
+        for code, row in LEGACY_CODES.items()
+    ]
+    tail = "\n## Codes of backpropagate 1.x\n\nThese are no longer raised.\n\n"
+    return head + _NOTE + "\n".join(rows) + tail + "\n".join(old)
 
 
 def build_settings() -> str:
@@ -162,6 +170,50 @@ def build_old_names() -> str:
     return "\n".join(lines) + "\n"
 
 
+def build_contract() -> str:
+    """Every name of backpropagate 1.8.5 and what became of it."""
+    contract = tomllib.loads((HERE / "contract.toml").read_text(encoding="utf-8"))
+    commands = [_contract_row(f"backprop {name}", legacy_names.find_command(name)) for name in contract["commands"]]
+    flags = [
+        _contract_row(f"{name} {flag}", legacy_names.find_flag(name, flag) or legacy_names.find_command(name))
+        for name, text in contract["commands"].items()
+        for flag in text.split()
+    ]
+    settings = {setting.env for setting in (*all_settings().values(), *ui_settings().values())}
+    variables = [
+        _contract_row(f"BACKPROPAGATE_{name}", None if is_known else legacy_names.find_variable(name))
+        for name in contract["variables"].split()
+        for is_known in [f"BACKPROPAGATE_{name}" in settings]
+    ]
+    known = load_codes()
+    codes = [
+        (f"[{name}](errors.md#{name.lower()})", "raised" if name in known else "explained; no longer raised")
+        for name in contract["codes"].split()
+    ]
+    gone = {"dev": "for contributors: `uv sync` in a clone"}
+    extras = [(f"`{name}`", gone.get(name, "works")) for name in contract["extras"].split()]
+    everywhere = ", ".join(f"`{flag}`" for flag in contract["everywhere"].split())
+    sections = {"Commands": commands, "Flags": flags, "Variables": variables, "Error codes": codes, "Extras": extras}
+    lines = [
+        (
+            "# Every name of 1.8.5\n\nThe commands, flags, variables, error codes and extras of backpropagate 1.8.5, "
+            "and what they do now. A name that changed prints its replacement (`INPUT_OLD_NAME`). Every command also takes "
+            f"{everywhere}.\n"
+        ),
+        _NOTE,
+    ]
+    for title, rows in sections.items():
+        works = sum(state in {"works", "raised"} for _, state in rows)
+        lines += [f"## {title}\n\n{len(rows)}, of which {works} work unchanged.\n\n| name | now |\n| --- | --- |"]
+        lines += [f"| {name} | {state} |" for name, state in rows]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _contract_row(name: str, old: legacy_names.Old | None) -> tuple[str, str]:
+    return f"`{name}`", "works" if old is None else f"{old.now}{f' ({old.why})' if old.why else ''}"
+
+
 def _schema_text(kind: str) -> str:
     return json.dumps(build_schema(kind), indent=2, ensure_ascii=False) + "\n"
 
@@ -189,6 +241,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": build_cli,
     "json.md": build_schemas,
     "old-names.md": build_old_names,
+    "contract.md": build_contract,
     "memory.md": build_memory,
     "../llms.txt": build_llms,
     **{f"schemas/{kind}.json": partial(_schema_text, kind) for kind in DOCUMENTS},

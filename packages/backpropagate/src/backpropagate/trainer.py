@@ -68,6 +68,7 @@ from bp_runs.store import RunStore
 
 if TYPE_CHECKING:
     from backpropagate.continual.multirun import MultiRun, MultiRunResult
+    from backpropagate.evaluation.compare import Metric
     from backpropagate.evaluation.evaluate import EvalResult
     from bp_data.preparation import AnyPrepared
     from bp_export import Format
@@ -499,7 +500,7 @@ class Trainer:
         against: str | Path | None = None,
         answers: int = 20,
         answer_tokens: int = 128,
-        metrics: Sequence[MetricName] = ("exact", "f1", "contains"),
+        metrics: Sequence[MetricName | Metric] | Mapping[str, Metric] = ("exact", "f1", "contains"),
         pattern: str | None = None,
         seed: int = 0,
         on_event: Callback | None = None,
@@ -512,7 +513,8 @@ class Trainer:
             against: As ``adapter``: compare with this one instead of the base.
             answers: So many rows are answered by both; 0: only the loss is measured.
             answer_tokens: Longest answer, in tokens.
-            metrics: How answers are compared with the rows' own.
+            metrics: How answers are scored: built-in names, and functions of your own that take an answer and its
+                reference and return a number, higher is better; or functions by name: ``{"rhymes": rhymes}``.
             pattern: A regular expression that a right answer matches; one more metric.
             seed: Of the interval, which is found by resampling.
             on_event: Called with every event.

@@ -27,6 +27,8 @@ _DATA = (
 _MODEL = ("name", "revision", "config_sha256", "parameters", "trainable", "mode", "dtype", "device")
 _RESULT = ("steps", "first_loss", "final_loss", "eval_loss", "best_step", "tokens", "seconds", "peak_memory")
 _POINTS = 10
+Evaluations = Sequence[Mapping[str, Any]]
+"""As `bp_runs.evaluations.read_evaluations` gives them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,8 @@ class RunDiff:
     hardware: dict[str, Pair]
     result: dict[str, Pair]
     """Of both runs, different or not."""
+    evaluation: dict[str, Pair]
+    """The adapter's measures by name, where both runs were evaluated on the same data against the same model."""
     curve: list[tuple[int, float | None, float | None]]
     """Step and both losses, in nats, at up to ten steps that both have."""
     first_different_step: int | None
@@ -53,9 +57,13 @@ class RunDiff:
 
 
 def diff_runs(
-    one: RunRecord, other: RunRecord, events: Sequence[Mapping[str, Any]], other_events: Sequence[Mapping[str, Any]]
+    one: RunRecord,
+    other: RunRecord,
+    events: Sequence[Mapping[str, Any]],
+    other_events: Sequence[Mapping[str, Any]],
+    evaluations: tuple[Evaluations, Evaluations] = ((), ()),
 ) -> RunDiff:
-    """Compare two records and their events, as `RunStore.read_metrics` gives them."""
+    """Compare two records and their events, as `RunStore.read_metrics` gives them, and their evaluations."""
     losses, others = read_losses(events), read_losses(other_events)
     common = sorted(losses.keys() & others.keys())
     values = ({k: v["value"] for k, v in record.settings.items()} for record in (one, other))
@@ -68,9 +76,20 @@ def diff_runs(
         versions=_differences(one.versions, other.versions),
         hardware=_differences(_steady(one.hardware), _steady(other.hardware)),
         result={name: (one.result.get(name), other.result.get(name)) for name in _RESULT},
+        evaluation=_newest_alike(*evaluations),
         curve=[(step, losses[step], others[step]) for step in _spread(common)],
         first_different_step=next((step for step in common if losses[step] != others[step]), None),
     )
+
+
+def _newest_alike(one: Evaluations, other: Evaluations) -> dict[str, Pair]:
+    """Measures of the newest evaluations that can be compared: on the same data, against the same model."""
+    for mine in reversed(one):
+        for theirs in reversed(other):
+            if all(mine[name] == theirs[name] for name in ("data", "against", "rows")):
+                first, second = ({m["name"]: m["tuned"] for m in found["measures"]} for found in (mine, theirs))
+                return {name: (first.get(name), second.get(name)) for name in {**first, **second}}
+    return {}
 
 
 def read_losses(events: Sequence[Mapping[str, Any]]) -> dict[int, float | None]:

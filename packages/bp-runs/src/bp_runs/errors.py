@@ -24,6 +24,9 @@ from bp_runs.wording import command_ref, render
 RunStatus = Literal["running", "completed", "stopped", "failed", "diverged", "interrupted"]
 """completed: all steps done. stopped: the user asked, the adapter is kept. interrupted: cut off, no adapter."""
 
+ERRORS_PAGE = "https://github.com/mcp-tool-shop-org/backpropagate/blob/main/docs/reference/errors.md"
+"""The handbook's page of all codes, each under a heading of its own."""
+
 _CODE_SHAPE = re.compile(r"(INPUT|CONFIG|DEP|RUNTIME|STATE|PARTIAL)(_[A-Z0-9]+)+")
 _registry: dict[str, type[CodedError]] = {}
 
@@ -91,11 +94,16 @@ class CodedError(Exception):
         """What to do next, in the words of the program that runs."""
         return render(self.hint)
 
+    @classmethod
+    def page(cls) -> str:
+        """The address of the handbook's section on the code."""
+        return f"{ERRORS_PAGE}#{cls.code.lower()}"
+
     def __str__(self) -> str:
         return f"[{self.code}]: {self.message}"
 
     def to_dict(self) -> dict[str, Any]:
-        """The error as JSON-ready data: code, message, cause, fix, setting, exit_status, details."""
+        """The error as JSON-ready data: code, message, cause, fix, setting, exit_status, page, details."""
         return {
             "code": self.code,
             "message": self.message,
@@ -103,6 +111,7 @@ class CodedError(Exception):
             "fix": self.fix,
             "setting": self.setting,
             "exit_status": self.exit_status,
+            "page": self.page(),
             "details": dict(self.details),
         }
 

@@ -3,7 +3,8 @@
 <output>/lora                  the newest finished adapter (hard links into its run)
 <output>/model                 the newest model of which all weights were trained (likewise)
 <output>/run_history.json      index of summary rows, rebuilt from the run folders
-<output>/runs/<run_id>/        run.json metrics.jsonl rejected.jsonl prove.json lora/ or model/, checkpoints/
+<output>/runs/<run_id>/        run.json metrics.jsonl rejected.jsonl prove.json evaluations.json, lora/ or
+                               model/, checkpoints/
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ METRICS_FILE = "metrics.jsonl"
 REJECTED_FILE = "rejected.jsonl"
 PROOF_FILE = "prove.json"
 """Losses of an independent replay, see `bp_runs.proof`."""
+EVALUATIONS_FILE = "evaluations.json"
+"""Evaluations of the run's adapter, see `bp_runs.evaluations`."""
 LOCK_FILE = "alive.lock"
 SETTINGS_FILE = "settings.json"
 """In a checkpoint: what the run's record says, to rebuild it from, see `bp_runs.recovery`."""

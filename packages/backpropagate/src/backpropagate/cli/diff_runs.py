@@ -8,6 +8,7 @@ from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.output import print_json
 from bp_runs.diff import Pair, RunDiff
 from bp_runs.diff import diff_runs as compare
+from bp_runs.evaluations import read_evaluations
 from bp_runs.store import RunStore
 
 
@@ -23,7 +24,8 @@ def diff_runs(run: str, other: str, *, output: Output = None, json: Json = False
     """
     store = RunStore(output_folder(output))
     one, two = store.load(run), store.load(other)
-    found = compare(one, two, store.read_metrics(one.run_id), store.read_metrics(two.run_id))
+    evaluations = (read_evaluations(store.folder(one.run_id)), read_evaluations(store.folder(two.run_id)))
+    found = compare(one, two, store.read_metrics(one.run_id), store.read_metrics(two.run_id), evaluations)
     if json:
         print_json("diff-runs", found.to_dict())
     else:
@@ -44,6 +46,8 @@ def _lines(found: RunDiff) -> list[str]:
         lines += ["", title if pairs else f"{title}: alike"]
         lines += [_line(name, pair) for name, pair in pairs.items()]
     lines += ["", "result", *(_line(name, pair) for name, pair in found.result.items() if pair != (None, None))]
+    if found.evaluation:
+        lines += ["", "evaluation", *(_line(name, pair) for name, pair in found.evaluation.items())]
     if found.curve:
         since = found.first_different_step
         told = "equal at every step that both have" if since is None else f"different from step {since} on"

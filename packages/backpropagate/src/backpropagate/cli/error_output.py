@@ -103,13 +103,14 @@ def report_error(error: CodedError, *, as_json: bool) -> int:
 
 
 def describe_error(error: CodedError, *, color: bool = False) -> str:
-    """Code and message, cause, fix, and where to read on; a line each."""
+    """Code and message, cause, fix, the command that explains the code, and its page; a line each."""
     red, bold, plain = ("\x1b[31m", "\x1b[1m", "\x1b[0m") if color else ("", "", "")
     lines = [f"{red}[{error.code}]{plain}: {bold}{error.message}{plain}"]
     if error.cause:
         lines.append(f"  Cause: {error.cause}")
     lines.append(f"  Fix:   {error.fix}")
     lines.append(f"  More:  backprop errors {error.code}")
+    lines.append(f"  Page:  {error.page()}")
     return "\n".join(lines)
 
 

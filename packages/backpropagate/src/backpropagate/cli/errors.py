@@ -11,7 +11,7 @@ from backpropagate.cli.output import print_json
 from backpropagate.errors import CommandLineError
 from backpropagate.legacy_codes import LEGACY_CODES, LegacyCode
 from backpropagate.suggestions import nearest
-from bp_runs.errors import CodedError, registered_codes
+from bp_runs.errors import ERRORS_PAGE, CodedError, registered_codes
 from bp_runs.wording import render
 
 _OWNERS = ("bp_runs", "bp_data", "bp_merge", "bp_export", "bp_train_cuda", "bp_train_mlx", "backpropagate")
@@ -37,6 +37,8 @@ def errors(code: str | None = None, *, json: Json = False) -> int:
         return 0
     for row in rows:
         print(f"{row['code']}  (exit {row['exit_status']})\n  {row['when']}\n  {row['fix']}")  # noqa: T201
+        if code is not None:
+            print(f"  {row['page']}")  # noqa: T201
         if "replaced_by" in row:
             now = ", ".join(row["replaced_by"]) or "no error of this version"
             print(f"  A code of backpropagate 1.x; now: {now}")  # noqa: T201
@@ -57,9 +59,10 @@ def load_codes() -> dict[str, type[CodedError]]:
 
 
 def _row(name: str, cls: type[CodedError]) -> dict[str, Any]:
-    return {"code": name, "when": cls.when, "fix": render(cls.default_fix), "exit_status": cls.exit_status}
+    told = {"code": name, "when": cls.when, "fix": render(cls.default_fix), "exit_status": cls.exit_status}
+    return {**told, "page": cls.page()}
 
 
 def _legacy_row(name: str, old: LegacyCode) -> dict[str, Any]:
     told = {"code": name, "when": old.when, "fix": render(old.fix), "exit_status": old.exit_status}
-    return {**told, "replaced_by": list(old.replaced_by)}
+    return {**told, "page": f"{ERRORS_PAGE}#{name.lower()}", "replaced_by": list(old.replaced_by)}

@@ -13,9 +13,8 @@ from cyclopts import Parameter
 from backpropagate.cli.flags import Json, Output, output_folder
 from backpropagate.cli.output import open_screen, print_json
 from backpropagate.errors import EvalDataError
-from backpropagate.evaluation.compare import METRICS, Difference, sign_test
+from backpropagate.evaluation.compare import METRICS, Difference, load_metric, sign_test
 from backpropagate.evaluation.evaluate import EvalResult, Gate, evaluate_adapter, gate_refusal
-from backpropagate.keywords import MetricName
 
 _LEVEL = 0.05
 """A blind test that would come out so by chance more often than this says nothing."""
@@ -28,7 +27,7 @@ def eval_(
     against: str | None = None,
     answers: int = 20,
     answer_tokens: int = 128,
-    metric: Annotated[list[MetricName] | None, Parameter(negative_iterable="")] = None,
+    metric: Annotated[list[str] | None, Parameter(negative_iterable="")] = None,
     regex: str | None = None,
     gate: Gate | None = None,
     blind: Annotated[bool, Parameter(negative="")] = False,
@@ -51,7 +50,7 @@ def eval_(
     answer_tokens: int
         Longest answer, in tokens.
     metric: list
-        How answers are compared with the rows' own: exact, f1, contains; default: all three.
+        How answers are scored: exact, f1, contains (default: all three), or your own function: metrics.py:rhymes.
     regex: str
         A regular expression that right answers match: one more metric.
     gate: str
@@ -69,7 +68,7 @@ def eval_(
             against=against,
             answers=answers,
             answer_tokens=answer_tokens,
-            metrics=tuple(metric or METRICS),
+            metrics=[load_metric(name) for name in metric or METRICS],
             pattern=regex,
             seed=seed,
             emit=screen.show,
@@ -90,22 +89,23 @@ def eval_(
 
 def _lines(result: EvalResult, judged: dict[str, Any] | None) -> list[str]:
     which = "held-out rows of" if result.part == "heldout" else "rows of"
+    width = max(10, *(len(difference.name) for difference in result.differences))
     lines = [
         f"  rows      {result.rows} {which} {result.data}",
         f"  adapter   {result.adapter}",
         f"  against   {result.against}",
         "",
-        f"  {'measure':<10} {'against':>8} {'adapter':>8}   95 % interval of the difference",
-        *(_row(difference) for difference in result.differences),
+        f"  {'measure':<{width}} {'against':>8} {'adapter':>8}   95 % interval of the difference",
+        *(_row(difference, width) for difference in result.differences),
     ]
     if judged is not None:
         lines += ["", _blind_line(judged)]
     return [*lines, "", f"  verdict   {result.verdict}"]
 
 
-def _row(d: Difference) -> str:
+def _row(d: Difference, width: int) -> str:
     interval = "one row tells nothing" if d.high == float("inf") else f"{d.low:+.3f} to {d.high:+.3f}"
-    return f"  {d.name:<10} {d.base:>8.3f} {d.tuned:>8.3f}   {interval:<20} {d.verdict} ({d.rows} rows)"
+    return f"  {d.name:<{width}} {d.base:>8.3f} {d.tuned:>8.3f}   {interval:<20} {d.verdict} ({d.rows} rows)"
 
 
 def _blind_line(judged: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ _LETTERS: Mapping[str, str] = {
     "data.path": "-d",
     "training.output_dir": "-o",
     "ui.output": "-o",
+    "ui.port": "-p",
 }
 # Flags whose usual spelling is not the Python keyword.
 _USUAL: Mapping[str, str] = {"training.start_from": "--from", "training.sample_prompts": "--sample-prompt"}

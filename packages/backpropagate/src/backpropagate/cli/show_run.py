@@ -13,6 +13,7 @@ from backpropagate.cli.progress import loss_plot
 from backpropagate.run_hints import UNFINISHED, resume_line
 from bp_runs.checkpoint_store import Checkpoint, CheckpointFolder
 from bp_runs.errors import RunNotFoundError
+from bp_runs.evaluations import read_evaluations
 from bp_runs.proof import read_proof
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
@@ -27,13 +28,16 @@ def print_run(folder: Path, run: str | None, *, json: bool) -> int:
     saved = CheckpointFolder(store.folder(record.run_id))
     checkpoints, damaged = saved.read(), saved.read_damaged()
     proof = read_proof(store.folder(record.run_id))
+    evaluations = read_evaluations(store.folder(record.run_id))
     if json:
         told = [_checkpoint(found) for found in checkpoints]
         body = {"record": record.to_dict(), "metrics": metrics, "checkpoints": told, "damaged": damaged}
+        body |= {"evaluations": evaluations} if evaluations else {}
         print_json("show-run", {**body, "proof": proof.to_dict()} if proof else body)
         return 0
     lines = [*_asked(record), *_went(record, metrics), *(_checkpoint_line(found) for found in checkpoints)]
     lines += [f"  proof     {proof.summary()}"] if proof else []
+    lines += _evaluation_lines(evaluations[-1]) if evaluations else []
     lines += [f"  damaged   the checkpoint {name}: {wrong}" for name, wrong in damaged.items()]
     if record.status in UNFINISHED and not record.is_imported:
         lines.append(f"  go on     {render(resume_line(record.run_id, store.output, record.hardware.get('ranks', 1)))}")
@@ -43,6 +47,19 @@ def print_run(folder: Path, run: str | None, *, json: bool) -> int:
         lines += ["", plot]
     print("\n".join(lines))  # noqa: T201
     return 0
+
+
+def _evaluation_lines(found: Mapping[str, Any]) -> list[str]:
+    """The newest evaluation, a line a measure."""
+    head = f"  evaluated on {found['rows']} rows of {found['data']}, against {found['against']}: {found['verdict']}"
+    width = max((len(measure["name"]) for measure in found["measures"]), default=0)
+    return [
+        head,
+        *(
+            f"            {m['name']:<{width}}  {_number(m['base'])} → {_number(m['tuned'])}  {m.get('verdict', '')}"
+            for m in found["measures"]
+        ),
+    ]
 
 
 def _newest(store: RunStore) -> str:

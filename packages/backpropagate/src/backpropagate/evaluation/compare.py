@@ -6,19 +6,25 @@ rows are drawn with replacement, the same ones for both models, and the differen
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import random
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
+from bp_runs.errors import InvalidSettingError, first_line
 from bp_runs.rail import RowOutcome
 
 Verdict = Literal["better", "worse", "no clear difference", "too few rows"]
 Metric = Callable[[str, str], float]
-"""Takes an answer and its reference; 0 is wrong and 1 is right."""
+"""Takes an answer and its reference; higher is better, the built-in ones go from 0 to 1."""
+Metrics = Sequence[str | Metric] | Mapping[str, Metric]
+"""Names of `METRICS` and functions of your own; or your functions by name."""
 
 RESAMPLES = 2000
 _LEVEL = 0.95
@@ -32,7 +38,7 @@ class Difference:
     """One measure of two models on the same rows; ``tuned`` is judged against ``base``."""
 
     name: str
-    """``loss``, in nats and better when lower; else a metric from 0 to 1, better when higher."""
+    """``loss``, in nats and better when lower; else a metric, better when higher."""
     base: float
     tuned: float
     low: float
@@ -142,6 +148,78 @@ def matches(pattern: re.Pattern[str]) -> Metric:
 
 
 METRICS: Mapping[str, Metric] = {"exact": exact, "f1": token_f1, "contains": contains}
+
+
+def choose_metrics(metrics: Metrics) -> dict[str, Metric]:
+    """Metrics by the names that they are shown under; functions of the user's own are checked whenever they answer.
+
+    Raises:
+        InvalidSettingError: A name is unknown or taken twice, or a metric is no function, or has no name.
+    """
+    metrics = (metrics,) if isinstance(metrics, str) else metrics
+    pairs = list(metrics.items()) if isinstance(metrics, Mapping) else [(_name_of(one), one) for one in metrics]
+    found: dict[str, Metric] = {}
+    for name, metric in pairs:
+        if name in found or name == "loss":
+            raise InvalidSettingError(f"two measures have the name {name!r}", fix="Give each metric its own name.")
+        found[name] = METRICS[metric] if isinstance(metric, str) and metric in METRICS else _checked(name, metric)
+    return found
+
+
+def _name_of(metric: str | Metric) -> str:
+    name = metric if isinstance(metric, str) else getattr(metric, "__name__", None)
+    if not name or name == "<lambda>":
+        fix = 'Pass metrics by name: metrics={"rhymes": my_function}'
+        raise InvalidSettingError(f"the metric {metric!r} has no name", fix=fix)
+    return str(name)
+
+
+def _checked(name: str, metric: Any) -> Metric:
+    if not callable(metric):
+        known = ", ".join(METRICS)
+        fix = f"Use one of {known}; or a function of your own, which takes an answer and its reference."
+        raise InvalidSettingError(f"there is no metric {metric!r}", fix=fix)
+
+    def score(answer: str, reference: str) -> float:
+        try:
+            value = float(metric(answer, reference))
+        except Exception as error:  # an edge: what a user's function raises
+            cause = f"{type(error).__name__}: {first_line(error)}"
+            raise InvalidSettingError(
+                f"the metric {name} failed on the answer {answer!r:.80}", cause=cause, fix=f"Fix the function {name}."
+            ) from error
+        if not math.isfinite(value):
+            fix = f"Let {name} return a finite number; higher is better."
+            raise InvalidSettingError(f"the metric {name} gave {value} for the answer {answer!r:.80}", fix=fix)
+        return value
+
+    return score
+
+
+def load_metric(name: str) -> str | Metric:
+    """A metric as the command line names it: one of `METRICS`, or ``file.py:function``, whose file is run.
+
+    Raises:
+        InvalidSettingError: There is no such metric, file or function, or the file cannot be run.
+    """
+    file, colon, function = name.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        return name
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    if spec is None or spec.loader is None or not Path(file).is_file():
+        raise InvalidSettingError(
+            f"there is no file {file}", fix="Name a Python file: {do:eval metric=metrics.py:my_function}"
+        )
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # an edge: whatever the user's file raises
+        cause = f"{type(error).__name__}: {first_line(error)}"
+        raise InvalidSettingError(f"{file} cannot be run", cause=cause, fix=f"Fix {file}.") from error
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise InvalidSettingError(f"{file} has no function {function!r}", fix=f"Add {function} to {file}.")
+    return cast("Metric", found)
 
 
 def sign_test(wins: int, losses: int) -> float:

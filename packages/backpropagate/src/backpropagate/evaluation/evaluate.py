@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -12,15 +13,27 @@ from typing import Any, Literal, TypeAlias
 
 from backpropagate import adapter_lookup, catalogue, rails, settings, system
 from backpropagate.errors import EvalDataError, EvalGateError, EvalRailError
-from backpropagate.evaluation.compare import METRICS, Difference, Metric, compare_answers, compare_losses, matches
+from backpropagate.evaluation.compare import (
+    METRICS,
+    Difference,
+    Metric,
+    Metrics,
+    choose_metrics,
+    compare_answers,
+    compare_losses,
+    matches,
+)
 from bp_runs.adapter import AdapterFolder, read_adapter_folder
-from bp_runs.errors import InvalidSettingError, RunNotFoundError
+from bp_runs.errors import CodedError, InvalidSettingError, RunNotFoundError
+from bp_runs.evaluations import add_evaluation
 from bp_runs.events import Emit
 from bp_runs.paths import adapter_folder
 from bp_runs.rail import ExaminesRows, Part, Rail, RowOutcome, keep_base
-from bp_runs.record import RunRecord
+from bp_runs.record import RunRecord, utc_now
 from bp_runs.spec import RunFolders, Settings, TrainSpec
 from bp_runs.store import RunStore
+
+_log = logging.getLogger("backpropagate")
 
 Gate: TypeAlias = Literal["not-worse", "better"]
 
@@ -47,6 +60,19 @@ class EvalResult:
         """The loss's verdict, which needs no answers."""
         return self.differences[0].verdict
 
+    def summary(self) -> dict[str, Any]:
+        """JSON-ready, without rows and answers."""
+        return {
+            "adapter": str(self.adapter),
+            "against": self.against,
+            "data": self.data,
+            "part": self.part,
+            "run_id": self.run_id,
+            "rows": self.rows,
+            "verdict": self.verdict,
+            "measures": [_finite(d.to_dict()) for d in self.differences],
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; rows that were answered are listed with both answers."""
         pairs = zip(self.base, self.tuned, strict=True)
@@ -55,13 +81,8 @@ class EvalResult:
             for b, t in pairs
             if b.answer is not None
         ]
-        head = {"adapter": str(self.adapter), "against": self.against, "data": self.data, "part": self.part}
         return {
-            **head,
-            "run_id": self.run_id,
-            "rows": self.rows,
-            "verdict": self.verdict,
-            "measures": [_finite(d.to_dict()) for d in self.differences],
+            **self.summary(),
             "answers": answered,
             "losses": {"base": [r.loss for r in self.base], "tuned": [r.loss for r in self.tuned]},
         }
@@ -88,7 +109,7 @@ def evaluate_adapter(
     against: str | None = None,
     answers: int = 20,
     answer_tokens: int = 128,
-    metrics: Sequence[str] = tuple(METRICS),
+    metrics: Metrics = tuple(METRICS),
     pattern: str | None = None,
     seed: int = 0,
     rail: Rail | None = None,
@@ -103,7 +124,8 @@ def evaluate_adapter(
         against: As ``target``: compare with this adapter instead of the base.
         answers: So many rows are answered by both, greedily.
         answer_tokens: Longest answer, in tokens.
-        metrics: Names of `METRICS`.
+        metrics: Names of `METRICS`, or functions that take an answer and its reference and return a number, higher is
+            better; or such functions by name.
         pattern: A regular expression that a right answer matches; one more metric.
         seed: Of the bootstrap.
         rail: As `Trainer`.
@@ -114,7 +136,7 @@ def evaluate_adapter(
         EvalRailError: The rail cannot look at single rows.
         CodedError: The adapter, its base or the data cannot be used.
     """
-    chosen = {name: METRICS[name] for name in metrics} | ({"regex": _compile(pattern)} if pattern else {})
+    chosen = choose_metrics(metrics) | ({"regex": _compile(pattern)} if pattern else {})
     subject = find_adapter(target, output)
     other = find_adapter(against, output) if against is not None else None
     wanted = _settings_of(subject, data)
@@ -134,7 +156,7 @@ def evaluate_adapter(
             rail.examine(spec, adapter, emit, part=part, answers=answers, answer_tokens=answer_tokens)
             for adapter in (other.path if other else None, subject.path)
         ]
-    return EvalResult(
+    result = EvalResult(
         adapter=subject.path,
         against=str(other.path) if other else "base",
         data=wanted.data.path,
@@ -145,6 +167,19 @@ def evaluate_adapter(
         tuned=tuple(told[1]),
         run_id=subject.folder.run_id,
     )
+    _keep(result, subject, output)
+    return result
+
+
+def _keep(result: EvalResult, subject: _Subject, output: Path) -> None:
+    """Record the measures with the adapter's run, for `show-run` and `diff-runs`."""
+    folder = None if subject.record is None else RunStore(output).folder(subject.record.run_id)
+    if folder is None or not folder.is_dir():
+        return  # an adapter from elsewhere
+    try:
+        add_evaluation(folder, {"at": utc_now(), **result.summary()})
+    except CodedError as error:
+        _log.warning("the evaluation is not recorded: %s", error.message)
 
 
 def _compare(

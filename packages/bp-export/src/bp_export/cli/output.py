@@ -56,7 +56,7 @@ def tell_error(error: CodedError, *, as_json: bool) -> None:
     if as_json:
         tell_json(error.to_dict())
         return
-    lines = [str(error), *([f"  because: {error.cause}"] if error.cause else []), f"  {error.fix}"]
+    lines = [str(error), *([f"  because: {error.cause}"] if error.cause else []), f"  {error.fix}", f"  {error.page()}"]
     print(redact("\n".join(lines)), file=sys.stderr)  # noqa: T201
 
 

@@ -79,6 +79,7 @@ class ErrorRow(TypedDict):
     when: str
     fix: str
     exit_status: int
+    page: str
     replaced_by: NotRequired[list[str]]
 
 
@@ -97,6 +98,7 @@ class ErrorBody(TypedDict):
     fix: str
     setting: str | None
     exit_status: int
+    page: str
     details: dict[str, Any]
 
 

@@ -85,6 +85,7 @@ class ShowRun(TypedDict):
     checkpoints: list[SavedCheckpoint]
     damaged: dict[str, str]
     proof: NotRequired[Prove]
+    evaluations: NotRequired[list[dict[str, Any]]]
 
 
 class Prove(TypedDict):
@@ -114,6 +115,7 @@ class DiffRuns(TypedDict):
     versions: dict[str, tuple[Any, Any]]
     hardware: dict[str, tuple[Any, Any]]
     result: dict[str, tuple[Any, Any]]
+    evaluation: dict[str, tuple[float | None, float | None]]
     curve: list[tuple[int, float | None, float | None]]
     first_different_step: int | None
 
