@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -66,3 +67,16 @@ def llama_quantize():
         assert library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)) == 0
 
     return quantize
+
+
+@pytest.fixture
+def real_ollama():
+    """The address of the Ollama that OLLAMA_HOST names: one that is named and does not answer is a failure."""
+    from bp_export.ollama import find_server, require_ollama
+
+    named = os.environ.get("OLLAMA_HOST", "").strip()
+    if not named:
+        pytest.skip("OLLAMA_HOST names no Ollama")
+    address = find_server(named)
+    require_ollama(address)
+    return address

@@ -21,6 +21,7 @@ from bp_export.errors import (
 )
 from bp_export.ollama import (
     ask_model,
+    find_server,
     list_models,
     register_adapter,
     register_gguf,
@@ -32,6 +33,7 @@ from bp_export.ollama import (
 from bp_export.ollama.register import FIRST_QUESTION
 from bp_export.ollama.server import is_local
 from bp_merge import AdapterMismatchError
+from bp_runs.errors import InvalidSettingError
 
 skip_without_llama_cpp()
 
@@ -304,6 +306,29 @@ def test_one_of_several_files_is_not_registered(ollama, tmp_path, capsys):
 )
 def test_no_proxy_is_asked_for_this_machine(server, here):
     assert is_local(server) is here
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        (None, "http://127.0.0.1:11434"),
+        (" ", "http://127.0.0.1:11434"),
+        ("http://", "http://127.0.0.1:80"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        (":11500", "http://127.0.0.1:11500"),
+        ("https://ollama.lan/", "https://ollama.lan:443"),
+        ("http://box:8080/ollama/", "http://box:8080/ollama"),
+        ("[::]:11500", "http://[::1]:11500"),
+    ],
+)
+def test_an_address_may_be_as_short_as_ollama_s_own_variable(given, address):
+    assert find_server(given) == address
+
+
+@pytest.mark.parametrize("given", ["box:many", "box:99999", "ftp://box", "http://[::1"])
+def test_what_is_no_address_is_rejected_before_anything_is_sent(given):
+    with pytest.raises(InvalidSettingError, match="not an address of Ollama"):
+        require_ollama(given)
 
 
 @pytest.mark.parametrize("host", ["box:many", "box:99999"])

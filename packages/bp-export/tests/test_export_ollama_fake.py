@@ -1,13 +1,13 @@
 """The fake answers as real servers did, line for line; and a real one that answers here does so too."""
 
 import json
-import os
 
-import httpx
 import pytest
 from export_pico import skip_without_llama_cpp
 from fake_ollama import serve
 from ollama_exchanges import FIXTURES, build_files, record
+
+from bp_export.ollama import require_ollama
 
 skip_without_llama_cpp()
 
@@ -28,13 +28,8 @@ def test_the_fake_answers_as_the_recorded_server(tmp_path, version):
 
 
 @pytest.mark.ollama
-def test_a_real_server_answers_as_it_was_recorded(tmp_path):
-    named = os.environ.get("OLLAMA_HOST", "")
-    address = named if "://" in named else f"http://{named}"
-    try:
-        version = httpx.get(f"{address}/api/version", trust_env=False).json()["version"]
-    except (httpx.HTTPError, httpx.InvalidURL, httpx.UnsupportedProtocol):
-        pytest.skip("no Ollama")
+def test_a_real_server_answers_as_it_was_recorded(real_ollama, tmp_path):
+    version = require_ollama(real_ollama)
     if version not in RECORDED:
         pytest.skip(f"Ollama {version} was not recorded")
-    compare(record(address, build_files(tmp_path)), RECORDED[version])
+    compare(record(real_ollama, build_files(tmp_path)), RECORDED[version])

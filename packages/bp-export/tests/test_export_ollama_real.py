@@ -1,6 +1,4 @@
-"""The same steps against a real Ollama, where OLLAMA_HOST names one that answers."""
-
-import os
+"""The same steps against a real Ollama: the one that OLLAMA_HOST names; skipped only where it names none."""
 
 import pytest
 from export_pico import export_adapter, write_base, write_lora
@@ -20,61 +18,52 @@ from bp_export.ollama.register import FIRST_QUESTION
 pytestmark = pytest.mark.ollama
 
 
-@pytest.fixture
-def host():
-    named = os.environ.get("OLLAMA_HOST", "")
-    address = named if "://" in named else f"http://{named}"
-    try:
-        require_ollama(address)
-    except OllamaRegistrationError as error:
-        pytest.skip(f"no Ollama: {error.message}")
-    return address
-
-
-def test_upload_create_show_chat_list_remove(host, tmp_path):
+def test_upload_create_show_chat_list_remove(real_ollama, tmp_path):
     path = export_adapter(write_base(tmp_path / "base", hidden=256, inner=256), quantization="q8_0").path
     seen = []
     made = register_gguf(
-        path, "bp-pico:test", host=host, context=256, system="Be short.", force=True, status=seen.append
+        path, "bp-pico:test", host=real_ollama, context=256, system="Be short.", force=True, status=seen.append
     )
     try:
         assert seen[-1] == "success"
         assert not made.is_raw
         assert made.answer is not None
         with pytest.raises(OllamaNameTakenError):
-            register_gguf(path, "bp-pico:test", host=host)
-        assert "bp-pico:test" in [model.name for model in list_models(host)]
-        assert isinstance(ask_model("bp-pico:test", [{"role": "user", "content": "the cat"}], host, max_tokens=4), str)
+            register_gguf(path, "bp-pico:test", host=real_ollama)
+        assert "bp-pico:test" in [model.name for model in list_models(real_ollama)]
+        assert isinstance(
+            ask_model("bp-pico:test", [{"role": "user", "content": "the cat"}], real_ollama, max_tokens=4), str
+        )
     finally:
-        remove_model("bp-pico:test", host)
-    assert "bp-pico:test" not in [model.name for model in list_models(host)]
+        remove_model("bp-pico:test", real_ollama)
+    assert "bp-pico:test" not in [model.name for model in list_models(real_ollama)]
 
 
-def test_an_adapter_on_its_base_or_the_fix_where_the_server_takes_none(host, tmp_path):
+def test_an_adapter_on_its_base_or_the_fix_where_the_server_takes_none(real_ollama, tmp_path):
     base = write_base(tmp_path / "base", hidden=256, inner=256)
     path = export_adapter(base, quantization="q8_0").path
-    register_gguf(path, "bp-base:test", host=host, force=True, question=None)
+    register_gguf(path, "bp-base:test", host=real_ollama, force=True, question=None)
     shipped = export_adapter(
         write_lora(tmp_path / "lora", base), format="ollama-adapter", ollama_base="bp-base:test"
     ).path
     try:
-        if takes_adapters(require_ollama(host)):
-            tuned = register_adapter(shipped, "bp-tuned:test", host=host, force=True, context=256)
+        if takes_adapters(require_ollama(real_ollama)):
+            tuned = register_adapter(shipped, "bp-tuned:test", host=real_ollama, force=True, context=256)
             question = [{"role": "user", "content": FIRST_QUESTION}]
-            assert tuned.answer != ask_model("bp-base:test", question, host, max_tokens=16)
-            remove_model("bp-tuned:test", host)
+            assert tuned.answer != ask_model("bp-base:test", question, real_ollama, max_tokens=16)
+            remove_model("bp-tuned:test", real_ollama)
         else:
             with pytest.raises(OllamaRegistrationError, match="takes no adapters"):
-                register_adapter(shipped, "bp-tuned:test", host=host)
+                register_adapter(shipped, "bp-tuned:test", host=real_ollama)
     finally:
-        remove_model("bp-base:test", host)
+        remove_model("bp-base:test", real_ollama)
 
 
-def test_errors_inside_its_streams_are_errors(host, tmp_path):
+def test_errors_inside_its_streams_are_errors(real_ollama, tmp_path):
     path = export_adapter(write_base(tmp_path / "base"), quantization="q8_0").path
     with pytest.raises(OllamaRegistrationError):
-        register_gguf(path, "bp-pico:test", host=host, template="{{ .Broken")
+        register_gguf(path, "bp-pico:test", host=real_ollama, template="{{ .Broken")
     with pytest.raises(OllamaRegistrationError, match="not found"):
-        ask_model("bp-none", [{"role": "user", "content": "x"}], host)
+        ask_model("bp-none", [{"role": "user", "content": "x"}], real_ollama)
     with pytest.raises(OllamaRegistrationError, match="not found"):
-        remove_model("bp-none", host)
+        remove_model("bp-none", real_ollama)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
-from urllib.parse import urlsplit
 
 import orjson
 
@@ -206,15 +205,11 @@ def read_ollama_host(environ: Mapping[str, str]) -> str | None:
     if not host:
         return None
     try:
-        parts = urlsplit(host if "://" in host else f"http://{host}")
-        port = parts.port or ({"http": 80, "https": 443}[parts.scheme] if "://" in host else 11434)
-    except (ValueError, KeyError) as error:
+        return bp_export.ollama.find_server(host)
+    except InvalidSettingError as error:
         raise InvalidSettingError(
-            f"OLLAMA_HOST cannot be {host!r}", cause=str(error), fix="Say: OLLAMA_HOST=127.0.0.1:11434"
+            f"OLLAMA_HOST cannot be {host!r}", cause=error.cause, fix="Say: OLLAMA_HOST=127.0.0.1:11434"
         ) from error
-    name = parts.hostname or "127.0.0.1"
-    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # noqa: S104  # listening everywhere includes here
-    return f"{parts.scheme}://{f'[{name}]' if ':' in name else name}:{port}"
 
 
 def _build_artifact(outcome: bp_export.ExportOutcome) -> dict[str, Any]:

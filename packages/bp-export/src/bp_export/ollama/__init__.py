@@ -13,12 +13,20 @@ if TYPE_CHECKING:
         register_gguf,
         stream_answer,
     )
-    from bp_export.ollama.server import ListedModel, list_models, remove_model, require_ollama, takes_adapters
+    from bp_export.ollama.server import (
+        ListedModel,
+        find_server,
+        list_models,
+        remove_model,
+        require_ollama,
+        takes_adapters,
+    )
 
 __all__ = [
     "ListedModel",
     "OllamaModel",
     "ask_model",
+    "find_server",
     "list_models",
     "read_license",
     "register_adapter",
@@ -37,6 +45,7 @@ _MODULES = {
     "register_gguf": "register",
     "stream_answer": "register",
     "ListedModel": "server",
+    "find_server": "server",
     "list_models": "server",
     "remove_model": "server",
     "require_ollama": "server",

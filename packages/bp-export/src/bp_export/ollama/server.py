@@ -24,7 +24,7 @@ except ValueError as error:  # at its import the client reads a variable that we
         "OLLAMA_HOST cannot be read as an address", cause=str(error), fix="Say: OLLAMA_HOST=127.0.0.1:11434"
     ) from error
 
-DEFAULT_HOST = "http://127.0.0.1:11434"
+_PORTS, _DEFAULT_PORT = {"http": 80, "https": 443}, 11434
 _SECONDS, _LOOK_SECONDS = 600.0, 10.0
 _ENDED_ADAPTERS = (0, 34, 1)
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
@@ -121,8 +121,24 @@ def connect(host: str | None, *, seconds: float = _SECONDS) -> Iterator[Client]:
 
 
 def find_server(host: str | None) -> str:
-    """The server's address without a slash at its end."""
-    return (host or DEFAULT_HOST).rstrip("/")
+    """A server's whole address, from what Ollama's own variable may hold: ``box``, ``:11500``, ``http://box:8080``.
+
+    Args:
+        host: None or nothing for ``http://127.0.0.1:11434``.
+
+    Raises:
+        InvalidSettingError: It is no address.
+    """
+    host = (host or "").strip()
+    try:
+        parts = urlsplit(host if "://" in host else f"http://{host}")
+        port = parts.port or (_PORTS[parts.scheme] if "://" in host else _DEFAULT_PORT)
+    except (ValueError, KeyError) as error:
+        fix = "Give a host and a port, such as 127.0.0.1:11434."
+        raise InvalidSettingError(f"{host!r} is not an address of Ollama", cause=str(error), fix=fix) from error
+    name = parts.hostname or "127.0.0.1"
+    name = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(name, name)  # noqa: S104  # listening everywhere includes here
+    return f"{parts.scheme}://{f'[{name}]' if ':' in name else name}:{port}{parts.path.rstrip('/')}"
 
 
 def is_local(server: str) -> bool:
@@ -173,7 +189,7 @@ def _coded(server: str) -> Iterator[None]:
         yield
     except ResponseError as error:
         raise _build_refusal(error) from error
-    except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout, httpx.InvalidURL) as error:
+    except (ConnectionError, httpx.ConnectError, httpx.ConnectTimeout) as error:
         raise OllamaRegistrationError(f"Ollama does not answer at {server}", cause=str(error)) from error
     except httpx.HTTPError as error:
         raise OllamaRegistrationError("Ollama broke off its answer", cause=str(error) or repr(error)) from error
