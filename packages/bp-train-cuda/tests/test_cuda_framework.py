@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, set_seed
 
 from bp_data import PrepareRequest, prepare
+from bp_data.loop.examples import build_examples
 from bp_data.loop.memory import MemoryGuard
 from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import TrainingDivergedError
@@ -15,7 +16,6 @@ from bp_train_cuda import backend
 from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.framework import TorchFramework
-from bp_train_cuda.examples import build_examples
 from bp_train_cuda.model import lora
 from bp_train_cuda.model.log_probs import LogProbModel
 

@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 from transformers import LlamaModel
 
 from bp_data import PrepareRequest, prepare
+from bp_data.loop.examples import RowExamples
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.sampler import split_evenly
 from bp_runs.errors import GpuOutOfMemoryError, OomExhaustedError
 from bp_runs.events import EvalDone, Notice, SampleAnswer, StepDone
 from bp_train_cuda.backend import TorchMemory
-from bp_train_cuda.examples import RowExamples
+from bp_train_cuda.model.log_probs import to_tensors
 from bp_train_cuda.optim import AdamW, reset_state
 
 
@@ -214,24 +215,25 @@ def test_chunks_keep_every_example_once_and_lose_only_padding(pico_model, chat_f
     lengths = examples.lengths()
     whole = examples.collate(range(8))
     chunks = [examples.collate(chunk) for chunk in split_evenly(range(8), 4)]
-    assert whole["input_ids"].shape == (8, max(lengths))
-    assert [c["input_ids"].shape[1] for c in chunks] == [max(lengths[i : i + 2]) for i in range(0, 8, 2)]
-    assert torch.cat([c["targets"] for c in chunks]).tolist() == whole["targets"].tolist()
+    assert (whole.rows, whole.width) == (8, max(lengths))
+    assert [c.width for c in chunks] == [max(lengths[i : i + 2]) for i in range(0, 8, 2)]
+    assert [token for c in chunks for token in c.targets] == whole.targets.tolist()
 
 
 def test_packs_are_cut_between_rows(pico_model, chat_file):
     rows = prepare(PrepareRequest(chat_file, pico_model, 128)).rows
-    examples = RowExamples(rows, 2, room=256)
+    examples = RowExamples(rows, 2, room=256, flat="packs")
     inside = examples.expand([0])
     assert len(inside) > 2
     chunks = [examples.collate(chunk) for chunk in split_evenly(inside, 2)]
     for chunk, members in zip(chunks, split_evenly(inside, 2), strict=True):
-        starts = (chunk["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+        tensors = to_tensors(chunk)
+        starts = (tensors["position_ids"][0] == 0).nonzero()[:, 0].tolist()
         lengths = [len(rows[index].ids) for index in members]
         assert starts == [sum(lengths[:n]) for n in range(len(lengths))]
-        assert chunk["input_ids"].shape == (1, sum(lengths))
+        assert tensors["input_ids"].shape == (1, sum(lengths))
         # No row predicts the first token of the next one.
-        assert not set((chunk["positions"] + 1).tolist()) & set(starts)
+        assert not set((tensors["positions"] + 1).tolist()) & set(starts)
 
 
 def fail_at(call, plain):

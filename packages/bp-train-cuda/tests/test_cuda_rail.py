@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from bp_data import DatasetGateError, PrepareRequest, TokenRow, load_template, load_tokenizer, prepare
+from bp_data.loop.examples import RowExamples
 from bp_data.templates.render_hashes import hash_conversations
 from bp_runs import Settings, read_adapter_folder
 from bp_runs.adapter import changed_files, read_manifest
@@ -33,7 +34,6 @@ from bp_train_cuda import CudaRail
 from bp_train_cuda import train as train_alone
 from bp_train_cuda.backend import Device, choose_mode
 from bp_train_cuda.errors import BitsandbytesError, DriverTooOldError, GpuNotAvailableError
-from bp_train_cuda.examples import RowExamples
 
 
 def test_it_learns_and_leaves_an_adapter_that_peft_loads(pico_model, chat_file, tmp_path):
@@ -93,16 +93,16 @@ def test_labels_come_from_the_mask_though_pad_is_eos(pico_model, chat_file):
     examples = RowExamples(prepared.rows, 2)
     for index in range(examples.count):
         batch = examples.collate([index])
-        trained = batch["targets"].tolist()
+        trained = batch.targets.tolist()
         assert trained[-1] == 2
         assert prepared.tokenizer.decode(trained).startswith("captain marlow")
-        assert batch["input_ids"].flatten().tolist().count(2) == 2
+        assert batch.ids.tolist().count(2) == 2
         assert trained.count(2) == 1
-        assert batch["input_ids"].flatten()[batch["positions"] + 1].tolist() == trained
+        assert [batch.ids[place + 1] for place in batch.positions] == trained
     rows = [TokenRow(0, array("i", [5, 2]), b"\0\1"), TokenRow(1, array("i", [7]), b"\1")]
     batch = RowExamples(rows, 2).collate([0, 1])
-    assert batch["input_ids"].tolist() == [[5, 2], [7, 2]]
-    assert (batch["positions"].tolist(), batch["targets"].tolist()) == ([0], [2])  # nothing predicts a first token
+    assert (batch.ids.tolist(), batch.width) == ([5, 2, 7, 2], 2)
+    assert (batch.positions.tolist(), batch.targets.tolist()) == ([0], [2])  # nothing predicts a first token
 
 
 @pytest.mark.parametrize("packing", [False, True])

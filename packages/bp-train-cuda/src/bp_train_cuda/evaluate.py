@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer, set_seed
 
 from bp_data import Prepared, TokenRow
+from bp_data.loop.examples import build_examples
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.rows import last_turn, pad_token
 from bp_data.loop.validation import Validator
@@ -26,7 +27,6 @@ from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines.base import Loaded, answer_prompts, open_base, quiet_framework
 from bp_train_cuda.engines.framework import TorchFramework
-from bp_train_cuda.examples import build_examples
 from bp_train_cuda.generate import complete
 from bp_train_cuda.model import lora
 from bp_train_cuda.model.load import BaseCache, load_model
@@ -50,7 +50,7 @@ def evaluate(
         framework = measure_with(spec, prepared, model, loaded, emit)
         assert framework.heldout is not None  # noqa: S101
         with model.disable_adapter() if adapter is not None else contextlib.nullcontext():
-            framework.measure_references((), ())  # the base is what completions are compared with
+            framework.measure_heldout_references()  # the base is what completions are compared with
         validator = Validator(
             framework,
             framework.heldout.count,

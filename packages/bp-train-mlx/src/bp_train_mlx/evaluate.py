@@ -63,7 +63,7 @@ def evaluate(
     """
     with _open(spec, adapter, cache) as loaded:
         framework = _measured(spec, prepared, emit, loaded)
-        framework.measure_references((), ())  # the base is what completions are compared with
+        framework.measure_heldout_references()  # the base is what completions are compared with
         with _adapted(loaded, spec, adapter):
             assert framework.heldout is not None  # noqa: S101
             validator = Validator(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,7 +11,8 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
-from bp_data.loop.examples import AnyExamples, Batch, CompletionExamples, RowExamples, find_longest
+from bp_data.loop.examples import AnyExamples, Batch, CompletionExamples, RowExamples
+from bp_data.loop.framework import ExampleFramework
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.protocols import OneProcess
 from bp_data.loop.references import References
@@ -21,8 +22,6 @@ from bp_train_mlx.backend import MlxMemory, PeakMemory
 from bp_train_mlx.model.log_probs import LogProbModel
 from bp_train_mlx.model.lora import KeyedDropout
 from bp_train_mlx.optim import AdamW
-
-_PREFERENCE_SUMS = ("loss", "accuracy", "margin")
 
 
 class MlxOps:
@@ -63,7 +62,7 @@ class Trained(Protocol):
 
 
 @dataclass
-class MlxFramework(MlxMemory):
+class MlxFramework(MlxMemory, ExampleFramework):
     """A model, its examples and its loss.
 
     Attributes:
@@ -93,25 +92,10 @@ class MlxFramework(MlxMemory):
 
     def __post_init__(self) -> None:
         self._preference = METHODS[self.training.method].loss
-        self._names = ("loss",) if self._preference is None else _PREFERENCE_SUMS
-        self._references = References(
+        self.references = References(
             self.sum_log_probs, self.training.batch_size, reader=self.reader, group=OneProcess()
         )
         self._value_and_grad = nn.value_and_grad(self.model.model, self._loss)
-
-    # What the loop counts.
-
-    def expand(self, indexes: Sequence[int]) -> Sequence[int]:
-        """Rows of packs, or the indexes themselves."""
-        return self.examples.expand(indexes)
-
-    def weigh(self, examples: Sequence[int]) -> float:
-        """Trained tokens of supervised fine-tuning, examples of other methods."""
-        return float(sum(self.examples.weigh(index) for index in examples))
-
-    def count_tokens(self, examples: Sequence[int]) -> int:
-        """Tokens, padding left out."""
-        return sum(self.examples.tokens(index) for index in examples)
 
     # Gradients.
 
@@ -122,7 +106,7 @@ class MlxFramework(MlxMemory):
         its chunks.
         """
         if not chunk:
-            return mx.zeros(len(self._names))
+            return mx.zeros(len(self.sum_names))
         self._set_dropout_keys()
         (_, sums), tree = self._value_and_grad(self.examples, chunk, total, shared)
         found = dict(tree_flatten(tree))
@@ -161,7 +145,7 @@ class MlxFramework(MlxMemory):
             factor = mx.minimum(max_norm / (norm + 1e-6), 1.0)
             self._gradients = tree_map(lambda g: g * factor.astype(g.dtype), self._gradients)
         numbers = mx.concatenate([sums, norm.reshape(1)])
-        return lambda: dict(zip((*self._names, "grad_norm"), numbers.tolist(), strict=True))
+        return lambda: dict(zip((*self.sum_names, "grad_norm"), numbers.tolist(), strict=True))
 
     def update(self, rate: float) -> None:
         """One optimizer step, finished when called again after it ran out of memory."""
@@ -189,55 +173,13 @@ class MlxFramework(MlxMemory):
 
     # Work without gradients.
 
-    def measure(self, indexes: Sequence[int], shared: Any) -> Mapping[str, float]:
-        """Sums over held-out examples."""
-        names = (*self._names, "count", "tokens")
-        if self.heldout is None or not indexes:
-            return dict.fromkeys(names, 0.0)
+    def sum_heldout(self, heldout: AnyExamples, indexes: Sequence[int], shared: Any) -> list[float]:
+        """As `ExampleFramework.sum_heldout`."""
         with self.reading():
-            _, sums = self._loss(self.heldout, indexes, 1.0, shared)
-            values = sums.tolist()
+            _, sums = self._loss(heldout, indexes, 1.0, shared)
+            values: list[float] = sums.tolist()
         self.require_within_limit()
-        count = sum(self.heldout.weigh(index) for index in indexes)
-        tokens = sum(self.heldout.trained(index) for index in indexes)
-        return dict(zip(names, [*values, float(count), float(tokens)], strict=True))
-
-    def prepare(self, mine: Sequence[int], everyone: Sequence[int]) -> float | None:
-        """Kto's reference point over the step's examples; None for other methods."""
-        return self._references.point(self.examples, mine, everyone)
-
-    def prepare_measure(self, mine: Sequence[int], everyone: Sequence[int]) -> float | None:
-        """As `prepare`, over held-out examples."""
-        return self._references.point(self.heldout, mine, everyone)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the method measures change from the model before training."""
-        return METHODS[self.training.method].needs_reference
-
-    def longest_heldout(self) -> Sequence[int]:
-        """The held-out examples that a preflight measures: as many of the longest as a micro-batch has."""
-        return () if self.heldout is None else find_longest(self.heldout.lengths(), self.training.batch_size)
-
-    def measure_references(
-        self, visited: Sequence[int], steps: Iterable[Sequence[int]], longest: Sequence[int] = ()
-    ) -> None:
-        """Let the model as it is now be what preference methods measure change from.
-
-        Args:
-            visited: Examples that the run will train on; of held-out ones all are measured.
-            steps: The examples of each step to come, for kto's reference point.
-            longest: Held-out examples that a preflight will measure together.
-        """
-        if not self.needs_reference:
-            return
-        if visited:
-            self._references.measure(self.examples, visited, steps)
-        if self.heldout is not None:
-            size = self.training.batch_size
-            everything = range(self.heldout.count)
-            batches = [everything[start : start + size] for start in everything[::size]]
-            self._references.measure(self.heldout, everything, [*batches, longest] if longest else batches)
+        return values
 
     def sum_log_probs(self, batch: Batch) -> list[float]:
         """Of each row's trained tokens, without gradients and dropout."""

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from bp_data.loop.checkpoint import Stateful
 from bp_data.loop.checkpoint_adapter import copied_bytes
-from bp_data.loop.examples import build_examples, find_longest
+from bp_data.loop.examples import build_examples
 from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.protocols import NoMonitor, OneProcess
@@ -217,16 +217,9 @@ class MlxRun:
 
     def _start(self, parts: LoopParts, framework: MlxFramework) -> None:
         """Measure the reference of methods that have one, and run the preflight."""
-        spec, sampler = self.spec, parts.sampler
-        if framework.needs_reference:
-            visited = sampler.visited(parts.steps)
-            # All steps and the preflight's batches, also in a resumed run: so the same batches give the same bits.
-            steps = [sampler.all_indexes(step) for step in range(parts.steps)]
-            steps.append(find_longest(framework.examples.lengths(), spec.training.batch_size))
-            self.emit(Notice(message=f"measuring the model before training on {len(visited)} examples"))
-            framework.measure_references(visited, steps, framework.longest_heldout())
-        if preflight.is_due(spec, self.loaded.checked.device):
-            preflight.run_preflight(spec, parts, framework, self.loaded.checked.device)
+        framework.measure_references(parts.sampler, parts.steps, self.emit)
+        if preflight.is_due(self.spec, self.loaded.checked.device):
+            preflight.run_preflight(self.spec, parts, framework, self.loaded.checked.device)
 
     def _answer(self, model: Any, step: int) -> None:
         answer_prompts(self.spec, self.prepared, model, self.emit, step=step)

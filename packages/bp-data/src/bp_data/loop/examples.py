@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import compress
 from random import Random
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from bp_data import JudgedRow, PairRow, TokenRow, TokenRows, plan_packs
 from bp_runs.methods import METHODS
@@ -21,6 +21,11 @@ Mismatch = tuple[int, int]
 """An example whose prompt is read, and the one whose completion follows it."""
 _CACHED = 512
 """Rows that stay in memory, since a step counts them before it runs them."""
+_FULL_ENOUGH = 0.95
+"""Share of own tokens from which a padded batch, with its simpler attention, is as fast as a flat one."""
+
+FlatRule: TypeAlias = Literal["never", "packs", "ragged"]
+"""Which batches are one row without padding: none; those of packs; also those that padding would make much larger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,8 @@ class Batch:
     """(N,) the trained tokens that they predict; int32."""
     lengths: tuple[tuple[int, ...], ...]
     """Tokens of each example of each row; one a row without packing."""
+    is_flat: bool = False
+    """Whether all examples are laid end to end in one row, without padding, and the model must keep them apart."""
 
     @property
     def rows(self) -> int:
@@ -91,9 +98,13 @@ class RowExamples:
         rows: Prepared rows.
         pad_id: The token that fills rows up.
         room: Tokens of a pack; None: not packed.
+        flat: Which batches are one row without padding.
     """
 
-    def __init__(self, rows: Sequence[TokenRow], pad_id: int, room: int | None = None) -> None:
+    def __init__(
+        self, rows: Sequence[TokenRow], pad_id: int, room: int | None = None, *, flat: FlatRule = "never"
+    ) -> None:
+        self.flat = flat
         self._rows = rows
         self._pad_id = pad_id
         self._room = room
@@ -123,15 +134,23 @@ class RowExamples:
         return self._lengths[index]
 
     def collate(self, indexes: Sequence[int]) -> Batch:
-        """Rows; with packing as few as hold them, each of at most ``room`` tokens.
+        """Rows, or one flat row; with packing as few rows as hold them, each of at most ``room`` tokens.
 
         A chunk may hold a part of a pack, or of several, so its rows are packed again.
         """
         rows = [self._row(index) for index in indexes]
+        if self._lays_flat(rows):
+            return replace(pad_rows([rows], self._pad_id), is_flat=True)
         if self._room is None:
             return pad_rows([(row,) for row in rows], self._pad_id)
         packs = plan_packs([len(row.ids) for row in rows], self._room)
         return pad_rows([[rows[place] for place in sorted(pack)] for pack in packs], self._pad_id)
+
+    def _lays_flat(self, rows: Sequence[TokenRow]) -> bool:
+        if self._room is not None:
+            return self.flat != "never"
+        lengths = [len(row.ids) for row in rows]
+        return self.flat == "ragged" and sum(lengths) < _FULL_ENOUGH * len(lengths) * max(lengths)
 
 
 class _CompletionExamples:
@@ -288,16 +307,17 @@ def find_longest(lengths: Sequence[int], count: int) -> list[int]:
 
 
 def build_examples(
-    method: str, rows: Any, pad_id: int, *, room: int, packing: bool = False, seed: int = 0
+    method: str, rows: Any, pad_id: int, *, room: int, packing: bool = False, seed: int = 0, flat: FlatRule = "never"
 ) -> AnyExamples:
     """The examples of a method over prepared rows.
 
     Args:
         room: Longest row, in tokens; also of a pack.
+        flat: As for `RowExamples`.
     """
     match METHODS[method].learns_from:
         case "rows":
-            return RowExamples(rows, pad_id, room if packing else None)
+            return RowExamples(rows, pad_id, room if packing else None, flat=flat)
         case "pairs":
             return PairExamples(rows, pad_id)
         case "judged":

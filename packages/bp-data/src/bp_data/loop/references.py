@@ -44,6 +44,17 @@ class References:
         self._group = group
         self._runs_empty = runs_empty
 
+    def measure_in_order(self, heldout: AnyExamples, longest: Sequence[int] = ()) -> None:
+        """As `measure`, for all held-out examples in the batches of a validation.
+
+        Args:
+            longest: Examples that a preflight will measure together.
+        """
+        size = self._batch_size * self._group.count
+        everything = range(heldout.count)
+        batches = [everything[start : start + size] for start in everything[::size]]
+        self.measure(heldout, everything, [*batches, longest] if longest else batches)
+
     def measure(self, examples: AnyExamples, indexes: Iterable[int], batches: Iterable[Sequence[int]]) -> None:
         """Let the model as it is now be what ``examples`` are compared with.
 

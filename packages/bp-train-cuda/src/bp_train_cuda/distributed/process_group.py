@@ -82,9 +82,6 @@ class ProcessGroup:
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], emit: Emit) -> None:
         """Sum each parameter's gradient over all ranks, in place."""
 
-    def sum_tensor(self, tensor: torch.Tensor) -> None:
-        """Sum ``tensor`` over all ranks, in place."""
-
     def broadcast_weights(self, weights: Sequence[torch.Tensor]) -> None:
         """Set ``weights`` to rank 0's, in place."""
 
@@ -152,9 +149,8 @@ class DistributedGroup(ProcessGroup):
             world_size=self.count,
             timeout=_LONG,
         )
-        self.sum_tensor(
-            torch.zeros(1, device="cuda" if on_gpu else "cpu")
-        )  # NCCL allocates its memory now, so that preflight sees it
+        self.all_gather(None)
+        dist.all_reduce(torch.zeros(1, device="cuda" if on_gpu else "cpu"))  # NCCL's memory, for preflight to see
         if on_gpu and self.is_sharded:  # FSDP2's collectives run without a meeting before them
             threading.Thread(target=self._watch, daemon=True).start()
 
@@ -217,11 +213,6 @@ class DistributedGroup(ProcessGroup):
         parts = joined.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
-
-    def sum_tensor(self, tensor: torch.Tensor) -> None:
-        """As `ProcessGroup.sum_tensor`."""
-        self.all_gather(None)
-        dist.all_reduce(tensor)
 
     def broadcast_weights(self, weights: Sequence[torch.Tensor]) -> None:
         """As `ProcessGroup.broadcast_weights`."""

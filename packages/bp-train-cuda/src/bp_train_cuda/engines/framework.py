@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft.helpers import disable_input_dtype_casting
 
-from bp_data.loop.examples import Mismatch, find_longest
+from bp_data.loop.examples import AnyExamples, Batch, CompletionExamples, RowExamples
+from bp_data.loop.framework import ExampleFramework
 from bp_data.loop.memory import MemoryGuard
-from bp_data.loop.sampler import split_evenly
+from bp_data.loop.references import References
 from bp_runs.methods import METHODS, Completions, sft_loss
 from bp_runs.spec import TrainingSpec
 from bp_train_cuda.backend import PeakMemory, TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.distributed.sharding import full_norm, is_sharded_weight, local_weights, scale_gradients_to_sum
-from bp_train_cuda.examples import Batch, JudgedExamples, PairExamples, RowExamples, to_device
 from bp_train_cuda.memory.planner import ActivationPlan
-from bp_train_cuda.model.log_probs import LogProbModel
+from bp_train_cuda.model.log_probs import LogProbModel, to_device, to_tensors
 from bp_train_cuda.model.lora import trainable_weights
 from bp_train_cuda.model.varlen import flat_pass
-
-AnyExamples = RowExamples | PairExamples | JudgedExamples
-_PREFERENCE_SUMS = ("loss", "accuracy", "margin")
 
 
 class TorchOps:
@@ -40,7 +37,7 @@ class TorchOps:
 
 
 @dataclass
-class TorchFramework(TorchMemory):
+class TorchFramework(TorchMemory, ExampleFramework):
     """A model, its examples and its loss, on one device.
 
     Attributes:
@@ -79,28 +76,21 @@ class TorchFramework(TorchMemory):
         self._sharded = [weight for weight in self._weights if is_sharded_weight(weight)]
         self._whole = [weight for weight in self._weights if not is_sharded_weight(weight)]
         self._preference = METHODS[self.training.method].loss
-        self._names = ("loss",) if self._preference is None else _PREFERENCE_SUMS
-
-    # What the loop counts.
-
-    def expand(self, indexes: Sequence[int]) -> Sequence[int]:
-        """Rows of packs, or the indexes themselves."""
-        return self.examples.expand(indexes)
-
-    def weigh(self, examples: Sequence[int]) -> float:
-        """Trained tokens of supervised fine-tuning, examples of other methods."""
-        return float(sum(self.examples.weigh(index) for index in examples))
-
-    def count_tokens(self, examples: Sequence[int]) -> int:
-        """Tokens, padding left out."""
-        return sum(self.examples.tokens(index) for index in examples)
+        self.runs_empty = self.group.is_sharded
+        self.references = References(
+            self.sum_log_probs,
+            self.training.batch_size,
+            reader=self.reader,
+            group=self.group,
+            runs_empty=self.runs_empty,
+        )
 
     # Gradients.
 
     def backward(self, chunk: Sequence[int], total: float, shared: Any) -> torch.Tensor:
         """Add the gradient of the chunk's loss / ``total``; (K,) sums of loss and metrics, on the device."""
         if not chunk and not self.group.is_sharded:
-            return torch.zeros(len(self._names), device=self.device)
+            return torch.zeros(len(self.sum_names), device=self.device)
         with self._plain_inputs():
             with self._computing():
                 # FSDP2 gathers layers inside forward and backward, so a rank without examples runs one for nothing.
@@ -139,7 +129,7 @@ class TorchFramework(TorchMemory):
             torch.nn.utils.clip_grads_with_norm_(self._weights, max_norm, norm)
         numbers = torch.cat([sums, norm.reshape(1).to(sums)])
         if self.device.type == "cpu":
-            return lambda: dict(zip((*self._names, "grad_norm"), numbers.tolist(), strict=True))
+            return lambda: dict(zip((*self.sum_names, "grad_norm"), numbers.tolist(), strict=True))
         host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
         host.copy_(numbers, non_blocking=True)
         ready = torch.cuda.Event()
@@ -147,7 +137,7 @@ class TorchFramework(TorchMemory):
 
         def read() -> dict[str, float]:
             ready.synchronize()
-            return dict(zip((*self._names, "grad_norm"), host.tolist(), strict=True))
+            return dict(zip((*self.sum_names, "grad_norm"), host.tolist(), strict=True))
 
         return read
 
@@ -175,128 +165,18 @@ class TorchFramework(TorchMemory):
 
     # Work without gradients.
 
-    def measure(self, indexes: Sequence[int], shared: Any) -> Mapping[str, float]:
-        """Sums over held-out examples."""
-        names = (*self._names, "count", "tokens")
-        if self.heldout is None or (not indexes and not self.group.is_sharded):
-            return dict.fromkeys(names, 0.0)
+    def sum_heldout(self, heldout: AnyExamples, indexes: Sequence[int], shared: Any) -> list[float]:
+        """As `ExampleFramework.sum_heldout`."""
         with self.reading():
-            loss, metrics = self._loss(self.heldout, indexes or [0], shared)
-        if not indexes:
-            return dict.fromkeys(names, 0.0)
-        values = torch.stack([loss.float(), *metrics]).tolist()
-        count = sum(self.heldout.weigh(index) for index in indexes)
-        tokens = sum(self.heldout.trained(index) for index in indexes)
-        return dict(zip(names, [*values, float(count), float(tokens)], strict=True))
-
-    def prepare(self, mine: Sequence[int], everyone: Sequence[int]) -> torch.Tensor | None:
-        """Kto's reference point over the step's examples; None for other methods."""
-        return self._reference_point(self.examples, mine, everyone)
-
-    def prepare_measure(self, mine: Sequence[int], everyone: Sequence[int]) -> torch.Tensor | None:
-        """As `prepare`, over held-out examples."""
-        return None if self.heldout is None else self._reference_point(self.heldout, mine, everyone)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the method measures change from the model before training."""
-        return METHODS[self.training.method].needs_reference
-
-    def longest_heldout(self) -> Sequence[int]:
-        """The held-out examples that a preflight measures: as many of the longest as a micro-batch has."""
-        return () if self.heldout is None else find_longest(self.heldout.lengths(), self.training.batch_size)
-
-    def measure_references(
-        self, visited: Sequence[int], steps: Iterable[Sequence[int]], longest: Sequence[int] = ()
-    ) -> None:
-        """Let the model as it is now be what preference methods measure change from.
-
-        Args:
-            visited: Examples that the run will train on; of held-out ones all are measured.
-            steps: The examples of each step to come, for kto's reference point.
-            longest: Held-out examples that a preflight will measure together.
-        """
-        if not self.needs_reference:
-            return
-        if visited:
-            self._measure_reference(self.examples, visited, steps)
-        if self.heldout is not None:
-            size = self.training.batch_size * self.group.count
-            everything = range(self.heldout.count)
-            batches = [everything[start : start + size] for start in everything[::size]]
-            self._measure_reference(self.heldout, everything, [*batches, longest] if longest else batches)
-
-    def _measure_reference(
-        self, examples: AnyExamples, indexes: Sequence[int], batches: Iterable[Sequence[int]]
-    ) -> None:
-        if isinstance(examples, RowExamples):
-            return
-        examples.reference = None
-        width = 2 if isinstance(examples, PairExamples) else 1
-        wanted = sorted(set(indexes))
-        found = self._measure_all(wanted, examples.tokens, examples.collate, width)
-        examples.reference = torch.zeros(examples.count, width).index_copy(0, torch.tensor(wanted), found)
-        if isinstance(examples, JudgedExamples):
-            pairs = sorted({pair for batch in batches for pair in examples.mismatched(batch)})
-            logs = self._measure_all(pairs, lambda pair: examples.tokens(pair[0]), examples.collate_mismatched, 1)
-            examples.mismatched_reference = dict(zip(pairs, logs[:, 0].tolist(), strict=True))
-
-    def _measure_all(
-        self, items: Sequence[Any], length: Callable[[Any], int], collate: Callable[[Sequence[Any]], Batch], width: int
-    ) -> torch.Tensor:
-        """(len(items), width) log-probabilities of completions, on the CPU. The processes share the work."""
-        found = torch.zeros(len(items), width)
-        ordered = sorted(range(len(items)), key=lambda place: -length(items[place]))  # little padding
-        size, together = self.training.batch_size, self.training.batch_size * self.group.count
-        for start in range(0, len(ordered), together):
-            mine = ordered[start : start + together][self.group.rank * size : (self.group.rank + 1) * size]
-
-            def run(mine: Sequence[int] = mine) -> None:
-                for chunk in list(split_evenly(mine, self.reader.chunks)) or [[]]:
-                    if not chunk and not self.group.is_sharded:
-                        continue
-                    batch = collate([items[place] for place in chunk or ordered[:1]])
-                    with self.reading():
-                        log_probs, _ = self._sum_completions(batch, width)
-                    if chunk:
-                        found[list(chunk)] = log_probs.cpu()
-
-            self.reader.split(run, max(1, len(mine)), lambda: None)
-        self.group.sum_tensor(found)
+            loss, metrics = self._loss(heldout, indexes, shared)
+            found: list[float] = torch.stack([loss.float(), *metrics]).tolist()
         return found
 
-    def _reference_point(
-        self, examples: AnyExamples, mine: Sequence[int], everyone: Sequence[int]
-    ) -> torch.Tensor | None:
-        """(): how much more likely completions have become under other prompts, at least 0, in nats."""
-        if not isinstance(examples, JudgedExamples):
-            return None
-        partners = dict(examples.mismatched(everyone))
-        pairs = [(index, partners[index]) for index in mine]
-        change = 0.0
-        size = self.training.batch_size
-        # By the examples of all: with sharded weights a rank that has fewer runs as many batches, some for nothing.
-        for start in range(0, size * -(-len(everyone) // (size * self.group.count)), size):
-            change += self._sum_changes(examples, pairs[start : start + size])
-        total, count = self.group.sum_values([change, float(len(pairs))])
-        return torch.tensor(max(0.0, total / max(1.0, count)), device=self.device)
-
-    def _sum_changes(self, examples: JudgedExamples, pairs: Sequence[Mismatch]) -> float:
-        """How much more likely the completions have become, summed, in nats."""
-
-        def run() -> float:
-            change = 0.0
-            for chunk in list(split_evenly(pairs, self.reader.chunks)) or [[]]:
-                if not chunk and not self.group.is_sharded:
-                    continue
-                batch = examples.collate_mismatched(chunk or [(0, 0)])
-                with self.reading():
-                    log_probs, _ = self._sum_completions(batch, 1)
-                before = sum(examples.mismatched_reference[pair] for pair in chunk)
-                change += float(log_probs.sum()) - before if chunk else 0.0
-            return change
-
-        return self.reader.split(run, max(1, len(pairs)), lambda: None)
+    def sum_log_probs(self, batch: Batch) -> list[float]:
+        """Of each row's trained tokens, without gradients and dropout."""
+        with self.reading():
+            found: list[float] = self._sum_completions(batch, 1)[0][:, 0].tolist()
+        return found
 
     # The model.
 
@@ -332,41 +212,46 @@ class TorchFramework(TorchMemory):
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
         """The chunk's summed loss, a scalar, and its summed metrics."""
         if isinstance(examples, RowExamples):
-            return sft_loss(self._log_probs(examples.collate(chunk))), ()
+            return sft_loss(self._log_probs(self._inputs(examples.collate(chunk)))), ()
         assert self._preference is not None  # noqa: S101
         losses, margins = self._preference(self._completions(examples, chunk, shared), self.training, TorchOps())
         margins = margins.detach().float()
         return losses.sum(), ((margins > 0).float().sum(), margins.sum())
 
-    def _log_probs(self, batch: Batch) -> torch.Tensor:
+    def _log_probs(self, inputs: Mapping[str, Any]) -> torch.Tensor:
         """(N,) of the trained tokens."""
-        inputs: dict[str, Any] = dict(batch)
-        is_flat = "position_ids" in inputs
-        if is_flat:
-            inputs |= self.pack_arguments(inputs["position_ids"])
-        flat = flat_pass() if is_flat and self.lays_flat else contextlib.nullcontext()
+        flat = flat_pass() if self.lays_flat and "position_ids" in inputs else contextlib.nullcontext()
         plan = self.activations if torch.is_grad_enabled() else None
-        with flat, contextlib.nullcontext() if plan is None else plan.forward_pass(batch["input_ids"].numel()):
-            found: torch.Tensor = self.model(to_device(inputs, self.device))
+        with flat, contextlib.nullcontext() if plan is None else plan.forward_pass(inputs["input_ids"].numel()):
+            found: torch.Tensor = self.model(inputs)
         return found
 
-    def _completions(
-        self, examples: PairExamples | JudgedExamples, chunk: Sequence[int], point: torch.Tensor | None
-    ) -> Completions:
-        batch = examples.collate(chunk)
-        side = {name: batch.pop(name).to(self.device) for name in ("reference", "good") if name in batch}
-        width = 2 if isinstance(examples, PairExamples) else 1
-        log_probs, tokens = self._sum_completions(batch, width)
-        reference = side.get("reference", torch.zeros_like(log_probs))
-        return Completions(log_probs, tokens, reference, side.get("good"), point)
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """What the model takes, on its device."""
+        inputs: dict[str, Any] = to_tensors(batch)
+        if batch.is_flat:
+            inputs |= self.pack_arguments(inputs["position_ids"])
+        return to_device(inputs, self.device)
+
+    def _completions(self, examples: CompletionExamples, chunk: Sequence[int], point: float | None) -> Completions:
+        log_probs, tokens = self._sum_completions(examples.collate(chunk), examples.width)
+        before, good = examples.references(chunk), examples.labels(chunk)
+        return Completions(
+            log_probs,
+            tokens,
+            torch.zeros_like(log_probs) if before is None else torch.tensor(before, device=self.device),
+            None if good is None else torch.tensor(good, device=self.device),
+            None if point is None else torch.tensor(point, device=self.device),
+        )
 
     def _sum_completions(self, batch: Batch, width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, A) log-probabilities of completions, and their trained tokens.
 
         Summed in a padded table rather than by index_add, whose order of additions on a GPU differs from run to run.
         """
-        shape, places = batch["input_ids"].shape, to_device({"at": batch["positions"]}, self.device)["at"]
-        log_probs = self._log_probs(batch)
+        inputs = self._inputs(batch)
+        shape, places = inputs["input_ids"].shape, inputs["positions"]
+        log_probs = self._log_probs(inputs)
         table = log_probs.new_zeros(shape.numel())
         sums = table.scatter(0, places, log_probs).view(shape).sum(dim=1)
         tokens = table.scatter(0, places, 1.0).view(shape).sum(dim=1)

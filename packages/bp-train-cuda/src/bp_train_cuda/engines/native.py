@@ -12,7 +12,7 @@ import torch
 from transformers import set_seed
 
 from bp_data.loop.checkpoint import Stateful
-from bp_data.loop.examples import find_longest
+from bp_data.loop.examples import RowExamples, build_examples
 from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import HALVINGS, MemoryGuard
 from bp_data.loop.rows import pad_token
@@ -38,7 +38,6 @@ from bp_train_cuda.engines.base import (
     save_result,
 )
 from bp_train_cuda.engines.framework import TorchFramework
-from bp_train_cuda.examples import RowExamples, build_examples
 from bp_train_cuda.guards.monitor import open_monitor
 from bp_train_cuda.memory import planner, preflight
 from bp_train_cuda.memory.fit import GpuFit
@@ -124,7 +123,7 @@ class NativeRun:
             framework.pack_arguments, framework.lays_flat = packing.arguments, lays_flat
             for examples in (framework.examples, framework.heldout):
                 if isinstance(examples, RowExamples):
-                    examples.lays_flat = lays_flat
+                    examples.flat = "ragged" if lays_flat else "packs"
         together, halvings = self._plan(model, framework)
         parts, state, saver = self._build_loop(framework, sample, fit, together, halvings)
         self._start(parts, framework)
@@ -227,16 +226,9 @@ class NativeRun:
 
     def _start(self, parts: LoopParts, framework: TorchFramework) -> None:
         """Measure the reference of methods that have one, and run the preflight."""
-        spec, sampler = self.spec, parts.sampler
-        if framework.needs_reference:
-            visited = sampler.visited(parts.steps)
-            # All steps and the preflight's batches, also in a resumed run: so the same batches give the same bits.
-            steps = [sampler.all_indexes(step) for step in range(parts.steps)]
-            steps.append(find_longest(framework.examples.lengths(), sampler.batch_size))
-            self.emit(Notice(message=f"measuring the model before training on {len(visited)} examples"))
-            framework.measure_references(visited, steps, framework.longest_heldout())
-        if preflight.is_due(spec, self.loaded.device):
-            preflight.run_preflight(spec, parts, framework, self.loaded.device)
+        framework.measure_references(parts.sampler, parts.steps, self.emit)
+        if preflight.is_due(self.spec, self.loaded.device):
+            preflight.run_preflight(self.spec, parts, framework, self.loaded.device)
 
     def _answer(self, wrapped: LogProbModel, step: int) -> None:
         """Sample answers; with sharded weights all ranks generate together, else the main process alone."""

@@ -91,12 +91,12 @@ def _measure(framework: TorchFramework, parts: LoopParts, accumulation: int) -> 
         peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    ids = framework.examples.collate(framework.expand(batch))["input_ids"]
+    longest = framework.examples.collate(framework.expand(batch))
     trained = sum(weight.nbytes for weight in framework.own_weights().values())
     return Preflight(
         peak=peak,
-        rows=min(len(batch), len(ids)),  # packs are joined to one row; a pair has two
-        tokens=ids.numel(),
+        rows=min(len(batch), longest.rows),  # packs are joined to one row; a pair has two
+        tokens=len(longest.ids),
         save_bytes=trained + state,
         validated=validator is not None,
     )

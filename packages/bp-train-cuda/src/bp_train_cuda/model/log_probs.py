@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
+from bp_data.loop.examples import Batch
 from bp_train_cuda.model.head import Head, find_decoder, find_head, unwrap_model
 
 TILE = 2**26
@@ -14,8 +16,6 @@ TILE = 2**26
 _ALIGNED = 128
 _TOKENS = 4096
 """Tokens of a tile where the head is trained, so that a tile of its gradient sums over many of them."""
-
-Batch = Mapping[str, Any]
 
 
 class LogProbModel(torch.nn.Module):  # type: ignore[misc]  # torch is not typed for a strict check
@@ -39,7 +39,7 @@ class LogProbModel(torch.nn.Module):  # type: ignore[misc]  # torch is not typed
             self._parts = (find_decoder(model), unwrap_model(model).get_output_embeddings())
         self._numbers = (1.0, None, 1.0) if head is None else (head.scale, head.softcap, head.pre_scale)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """(N,) log-probabilities in nats, float32, of the batch's trained tokens.
 
         Args:
@@ -63,6 +63,38 @@ class LogProbModel(torch.nn.Module):  # type: ignore[misc]  # torch is not typed
 
 
 _OURS = ("positions", "targets")
+
+
+def to_tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """What `LogProbModel` reads, int64 on the CPU; of a flat batch ``position_ids`` that begin at 0 with each example.
+
+    There is no attention mask: padding comes after a row's own tokens, which never look ahead, and its outputs carry no
+    loss.
+    """
+    tensors = {
+        "input_ids": _read_array(batch.ids).view(batch.rows, batch.width),
+        "positions": _read_array(batch.positions),
+        "targets": _read_array(batch.targets),
+    }
+    if batch.is_flat:
+        tensors["position_ids"] = torch.cat([torch.arange(length) for length in batch.lengths[0]])[None]
+    return tensors
+
+
+def _read_array(numbers: array[int]) -> torch.Tensor:
+    return torch.frombuffer(numbers, dtype=torch.int32).long() if numbers else torch.zeros(0, dtype=torch.long)
+
+
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch with its CPU tensors on ``device``; copies to a GPU run while the host continues."""
+    if device.type == "cpu":
+        return dict(batch)
+    return {
+        name: value.pin_memory().to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu"
+        else value
+        for name, value in batch.items()
+    }
 
 
 def head_log_probs(hidden: torch.Tensor, head: Head, targets: torch.Tensor) -> torch.Tensor:
