@@ -197,8 +197,8 @@ def build_contract() -> str:
     lines = [
         (
             "# Every name of 1.8.5\n\nThe commands, flags, variables, error codes and extras of backpropagate 1.8.5, "
-            "and what they do now. A name that changed prints its replacement (`INPUT_OLD_NAME`). Every command also takes "
-            f"{everywhere}.\n"
+            "and what they do now. A name that changed prints its replacement (`INPUT_OLD_NAME`). Every command also "
+            f"takes {everywhere}.\n"
         ),
         _NOTE,
     ]

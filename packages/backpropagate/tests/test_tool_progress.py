@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from backpropagate.cli.live_progress import LiveScreen
-from backpropagate.cli.progress import PlainScreen, loss_plot, spark
+from backpropagate.cli.plots import loss_plot, spark
+from backpropagate.cli.progress import PlainScreen
 from bp_runs.events import EvalDone, Notice, StepDone
 
 

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bp_runs import events, metrics
 from bp_runs.metrics import LossEnds
+
+
+def test_kinds_of_events_are_those_of_their_classes():
+    assert (events.StepDone.kind, events.Resumed.kind) == (metrics.STEP, metrics.RESUMED)
+    classes = (events.StepDone, events.EvalDone, events.SampleAnswer, events.CheckpointSaved)
+    assert {event.kind for event in classes} == metrics.OF_A_STEP
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=1500), st.integers(0, 1500))

@@ -14,7 +14,6 @@ clock. Every rail saves and reads its checkpoints here; what is in their files i
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -319,4 +318,6 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
+    import hashlib  # half of what a list of checkpoints takes to start
+
     return hashlib.sha256(orjson.dumps(dict(manifest), option=orjson.OPT_SORT_KEYS)).hexdigest()

@@ -6,16 +6,21 @@ import os
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import orjson
 
-from bp_runs.events import CheckpointSaved, EvalDone, Event, Resumed, SampleAnswer, StepDone
 from bp_runs.files import coded_disk_errors
 from bp_runs.redact import redact_data
 
+if TYPE_CHECKING:
+    from bp_runs.events import Event
+
 _TAIL = 64 * 2**10  # bytes; holds the last steps' lines
-_OF_A_STEP = frozenset(event.kind for event in (StepDone, EvalDone, SampleAnswer, CheckpointSaved))
+STEP, RESUMED = "step", "resumed"
+"""Kinds of events by name: building their classes takes longer than reading a file, and `show-run` only reads."""
+OF_A_STEP = frozenset({STEP, "eval", "sample", "checkpoint"})
+"""Events that a resumption supersedes."""
 
 
 class MetricsFile:
@@ -65,9 +70,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         event = _parse(line)
         if event is None:
             continue
-        if event.get("event") == Resumed.kind:
+        if event.get("event") == RESUMED:
             kept = event["step"] if event.get("checkpoint") else -1  # begun again: not even the first answers stay
-            events = [e for e in events if e.get("event") not in _OF_A_STEP or e["step"] <= kept]
+            events = [e for e in events if e.get("event") not in OF_A_STEP or e["step"] <= kept]
         events.append(event)
     return events
 
@@ -76,7 +81,7 @@ def read_new_events(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], 
     """Events of the whole lines that were added since ``offset``, and where the next look begins, in bytes.
 
     For whoever follows a run as it happens: about a megabyte of lines at most, nothing left out but torn lines. A
-    `Resumed` among the events supersedes what came before.
+    `resumed` among the events supersedes what came before.
     """
     try:
         with path.open("rb") as file:
@@ -96,7 +101,7 @@ def read_progress(path: Path) -> dict[str, Any]:
     """The last step and its loss, from the end of the file; empty where no step was recorded."""
     for line in reversed(_read_tail(path)):
         event = _parse(line)
-        if event and event.get("event") == StepDone.kind:
+        if event and event.get("event") == STEP:
             return {"step": event.get("step"), "steps": event.get("steps"), "loss": event.get("loss")}
     return {}
 

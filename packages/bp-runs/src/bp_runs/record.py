@@ -110,7 +110,7 @@ class RunRecord:
     def describe_plan(self) -> str:
         """How long the run trains, in words; empty where that is not recorded."""
         with contextlib.suppress(ContractError):  # the record has none, or it was edited
-            from bp_runs.events import RunPlanned  # a list of runs describes no plan
+            from bp_runs.plan import RunPlanned  # a list of runs describes no plan
 
             return RunPlanned.from_dict(self.plan).describe()
         return ""
@@ -119,7 +119,7 @@ class RunRecord:
         """What became of every row that was read, or what is planned for it; empty where neither is recorded."""
         planned = "" if self.result.get("rows") else "planned: "
         with contextlib.suppress(ContractError):  # as above
-            from bp_runs.events import RowCounts
+            from bp_runs.plan import RowCounts
 
             return planned + from_json(RowCounts, self.result.get("rows") or self.plan.get("rows")).describe()
         return ""

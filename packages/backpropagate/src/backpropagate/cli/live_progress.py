@@ -14,7 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from backpropagate.cli.progress import describe, loss_plot, spark
+from backpropagate.cli.plots import loss_plot, spark
+from backpropagate.cli.progress import describe
 from bp_runs.events import EvalDone, Event, Notice, RunPlanned, StepDone
 from bp_runs.redact import redact
 

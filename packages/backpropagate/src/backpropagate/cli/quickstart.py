@@ -11,8 +11,9 @@ from cyclopts import Parameter
 
 from backpropagate.cli.flags import Json
 from backpropagate.cli.output import open_screen, print_json
+from backpropagate.cli.plots import loss_plot
 from backpropagate.cli.process import stop_on_interrupt
-from backpropagate.cli.progress import Screen, loss_plot
+from backpropagate.cli.progress import Screen
 from backpropagate.quickstart import QuickstartResult, run_quickstart
 from bp_data.preview import PreviewToken
 

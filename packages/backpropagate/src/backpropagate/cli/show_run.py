@@ -6,18 +6,21 @@ import shlex
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from backpropagate.cli.output import print_json
-from backpropagate.cli.progress import loss_plot
+from backpropagate.cli.plots import loss_plot
 from backpropagate.run_hints import UNFINISHED, resume_line
 from bp_runs.checkpoint_store import Checkpoint, CheckpointFolder
 from bp_runs.errors import RunNotFoundError
 from bp_runs.evaluations import read_evaluations
-from bp_runs.proof import read_proof
+from bp_runs.paths import PROOF_FILE
 from bp_runs.record import RunRecord
 from bp_runs.store import RunStore
 from bp_runs.wording import render
+
+if TYPE_CHECKING:
+    from bp_runs.proof import Proof
 
 
 def print_run(folder: Path, run: str | None, *, json: bool) -> int:
@@ -27,8 +30,7 @@ def print_run(folder: Path, run: str | None, *, json: bool) -> int:
     metrics = store.read_metrics(record.run_id)
     saved = CheckpointFolder(store.folder(record.run_id))
     checkpoints, damaged = saved.read(), saved.read_damaged()
-    proof = read_proof(store.folder(record.run_id))
-    evaluations = read_evaluations(store.folder(record.run_id))
+    proof, evaluations = _read_proof(store.folder(record.run_id)), read_evaluations(store.folder(record.run_id))
     if json:
         told = [_checkpoint(found) for found in checkpoints]
         body = {"record": record.to_dict(), "metrics": metrics, "checkpoints": told, "damaged": damaged}
@@ -47,6 +49,14 @@ def print_run(folder: Path, run: str | None, *, json: bool) -> int:
         lines += ["", plot]
     print("\n".join(lines))  # noqa: T201
     return 0
+
+
+def _read_proof(folder: Path) -> Proof | None:
+    if not (folder / PROOF_FILE).exists():
+        return None
+    from bp_runs.proof import read_proof  # few runs have one
+
+    return read_proof(folder)
 
 
 def _evaluation_lines(found: Mapping[str, Any]) -> list[str]:
