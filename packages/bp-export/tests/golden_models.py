@@ -15,6 +15,8 @@ from bp_merge import write_tensors
 FILE = Path(__file__).with_name("golden_models.json")
 ROWS = 320  # of the embedding
 QUANTIZATIONS = ("bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k")
+MORE = ("f16", "q3_k_m")
+"""For mixtures of experts also these: their rules differ there."""
 
 # transformers' class, and what its config is told beside COMMON.
 COMMON = {
@@ -49,6 +51,17 @@ MODELS = {
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 64, "tie_word_embeddings": True}),
+    "qwen3moe": (
+        "Qwen3Moe",
+        {
+            "head_dim": 64,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 256,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+        },
+    ),
     "qwen35": ("Qwen3_5", _DELTA),
     "phi3": ("Phi3", {}),
     "phi4-mini": (
@@ -74,6 +87,12 @@ MODELS = {
     "gemma2": ("Gemma2", _GEMMA),
     "gemma3": ("Gemma3", {**_GEMMA, "num_hidden_layers": 7}),
 }
+
+
+def list_quantizations(name: str) -> tuple[str, ...]:
+    """What a model's files are compared in."""
+    is_mixture = any("experts" in key for key in MODELS[name][1])
+    return (*QUANTIZATIONS, *MORE) if is_mixture else QUANTIZATIONS
 
 
 def write_model(folder: Path, name: str) -> Path:

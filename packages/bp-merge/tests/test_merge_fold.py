@@ -129,7 +129,6 @@ def test_the_small_case_folds(tmp_path):
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
         ({"layer_replication": [[0, 2]]}, "replicated"),
         ({"use_dora": True, "fan_in_fan_out": True}, "DoRA on transposed"),

@@ -14,7 +14,8 @@ from bp_merge.errors import (
     SlaoStreamError,
     TensorsInvalidError,
 )
-from bp_merge.fold import FoldedModel, fold_rows, strip_wrappers
+from bp_merge.experts import parse_expert, split_experts
+from bp_merge.fold import FoldedModel, fold_rows
 from bp_merge.lowrank import Product, Term, cut_matrix, cut_product, cut_sum
 from bp_merge.merge import MergeOutcome, merge_adapters, write_adapter_like
 from bp_merge.methods.options import MergeOptions, ModulePlan
@@ -26,6 +27,7 @@ from bp_merge.source import AdapterSource, require_alike
 from bp_merge.tensors import (
     Dtype,
     Floats,
+    StoredTensor,
     TensorInfo,
     TensorReader,
     TensorStreamWriter,
@@ -36,6 +38,7 @@ from bp_merge.tensors import (
     read_metadata,
     read_model_index,
     round_to,
+    strip_wrappers,
     write_tensors,
 )
 
@@ -62,6 +65,7 @@ __all__ = [
     "SlaoState",
     "SlaoStateError",
     "SlaoStreamError",
+    "StoredTensor",
     "TensorInfo",
     "TensorReader",
     "TensorStreamWriter",
@@ -82,6 +86,7 @@ __all__ = [
     "merge_adapters",
     "open_model",
     "orthonormal_rows",
+    "parse_expert",
     "read_index",
     "read_metadata",
     "read_model_index",
@@ -89,6 +94,7 @@ __all__ = [
     "read_state",
     "require_alike",
     "round_to",
+    "split_experts",
     "start_stream",
     "strip_wrappers",
     "write_adapter_like",

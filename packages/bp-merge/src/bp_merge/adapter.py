@@ -4,8 +4,9 @@ The factor follows PEFT: alpha / r (LoRA, arXiv:2106.09685), or alpha / sqrt(r) 
 (rsLoRA, arXiv:2312.03732), where ``rank_pattern`` and ``alpha_pattern`` may give a module its own r and alpha.
 
 Beside the pairs an adapter may hold DoRA's magnitudes (arXiv:2402.09353), whole tensors that take the base's place
-(``modules_to_save``, trained biases), rows of them (trainable tokens), and biases that are added to the base's. What
-else there is gets refused, never ignored; `read_refusals` lists it.
+(``modules_to_save``, trained biases), rows of them (trainable tokens), biases that are added to the base's, and pairs
+of all experts of a layer at once (``target_parameters``, see `experts`). What else there is gets refused, never
+ignored; `read_refusals` lists it.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from bp_merge.errors import AdapterUnfoldableError
+from bp_merge.experts import ExpertLora, parse_expert
 from bp_merge.product import multiply_in_order
 from bp_merge.tensors import Floats, TensorReader, read_index
 from bp_runs.adapter import AdapterFolder, read_adapter_folder
@@ -31,17 +33,19 @@ PREFIX = "base_model.model."
 LORA_A, LORA_B, _B_BIAS = ".lora_A.weight", ".lora_B.weight", ".lora_B.bias"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _MAGNITUDE = ".lora_magnitude_vector"
+_NESTED = ".base_layer"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _OWN_NAME = re.compile(r"(\.lora_(?:embedding_)?[AB]|\.lora_magnitude_vector)\.default(?=\.|$)")
 # As many as are in use at once: threads work on the end of one tensor and the start of the next.
 _PAIRS_KEPT = 4
+# Of all experts of a layer: the one that is read, and the next.
+_FUSED_KEPT = 2
 # What PEFT's wrappers leave in the names of tensors that they save whole.
 _WRAPPERS = (".base_layer.", ".modules_to_save.", ".original_module.")
 
 # Settings that change the merged weights in ways that B @ A does not carry.
 _UNFOLDABLE_SETTINGS: Mapping[str, str] = MappingProxyType(
     {
-        "target_parameters": "LoRA on bare parameters (target_parameters)",
         "layer_replication": "replicated layers",
         "use_qalora": "QA-LoRA",
         "use_bdlora": "BD-LoRA",
@@ -70,8 +74,8 @@ class LoraPair:
     """DoRA's length of each row of the weight, (d_out,); None without DoRA."""
     is_transposed: bool = False
     """Whether the weight is stored as (d_in, d_out): embeddings, and linear layers with ``fan_in_fan_out``."""
-    is_embedding: bool = False
-    """Whether PEFT rounds the change before it adds it, as it does for embeddings."""
+    rounds_change: bool = False
+    """Whether PEFT rounds the change before it adds it, as it does for embeddings and parameters."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -94,15 +98,18 @@ class LoraPair:
         return product
 
 
-class PairsByName(Mapping[str, LoraPair]):
+Key = TypeVar("Key")
+
+
+class PairsByName(Mapping[str, LoraPair], Generic[Key]):
     """Pairs that are read when they are asked for, since an adapter can be larger than all else that an export holds.
 
     Args:
-        modules: The module of each name.
+        modules: The module of each name, or what else a pair is found by.
         read: Reads the pair of a module.
     """
 
-    def __init__(self, modules: Mapping[str, str], read: Callable[[str], LoraPair]) -> None:
+    def __init__(self, modules: Mapping[str, Key], read: Callable[[Key], LoraPair]) -> None:
         self._modules, self._read = modules, read
 
     def __getitem__(self, name: str) -> LoraPair:
@@ -128,11 +135,13 @@ class LoraAdapter:
     """Rows that take the place of the base's: their numbers and values, by tensor name."""
     added: Mapping[str, Floats] = field(default_factory=dict)
     """What is added to the base's tensors, by tensor name: biases of lora_B with their factor."""
+    experts: tuple[ExpertLora, ...] = ()
+    """LoRA on parameters that hold all experts of a layer."""
 
     @property
     def is_plain(self) -> bool:
         """Whether it is nothing but ``scale * B @ A`` on linear weights, which is what merge methods work on."""
-        others = self.replaced or self.rows or self.added
+        others = self.replaced or self.rows or self.added or self.experts
         return not others and all(pair.is_plain for pair in self.modules.values())
 
 
@@ -153,6 +162,10 @@ def load_adapter(path: Path) -> LoraAdapter:
     with TensorReader(stored) as reader:
         rest = dict.fromkeys(reader.tensors)
         linears = _read_modules(reader, LORA_A, LORA_B)
+        fused = [module for module in linears if _is_fused(module)]
+        linears = [module for module in linears if module not in fused]
+        for module in fused:
+            _check_experts(folder, *_load_both(folder, reader, module, (LORA_A, LORA_B), rest), module)
         embeddings = _read_modules(reader, _EMBEDDING_A, _EMBEDDING_B)
         for module in linears:
             _load_pair(folder, reader, module, rest)
@@ -163,7 +176,7 @@ def load_adapter(path: Path) -> LoraAdapter:
         replaced = dict(_load_replaced(path, reader, rest))
         index = reader.tensors
     names = {module: module for module in (*linears, *embeddings)}
-    if not (names or rows or replaced):
+    if not (names or rows or replaced or fused):
         raise AdapterInvalidError(f"{folder.weights} holds no LoRA weights")
 
     @lru_cache(maxsize=_PAIRS_KEPT)
@@ -172,8 +185,18 @@ def load_adapter(path: Path) -> LoraAdapter:
         with TensorReader(index) as reader:
             return load(folder, reader, module, dict.fromkeys(index))
 
+    @lru_cache(maxsize=_FUSED_KEPT)
+    def read_experts(module: str) -> tuple[Floats, Floats]:
+        with TensorReader(index) as reader:
+            return _load_both(folder, reader, module, (LORA_A, LORA_B), dict.fromkeys(index))
+
+    shapes = {end: [index[PREFIX + module + end].shape for module in fused] for end in (LORA_A, LORA_B)}
+    experts = tuple(
+        ExpertLora(module.replace(_NESTED, ""), a_shape, b_shape, partial(read_experts, module))
+        for module, a_shape, b_shape in zip(fused, shapes[LORA_A], shapes[LORA_B], strict=True)
+    )
     frozen = MappingProxyType
-    return LoraAdapter(folder, PairsByName(names, read), frozen(replaced), frozen(rows), frozen(added))
+    return LoraAdapter(folder, PairsByName(names, read), frozen(replaced), frozen(rows), frozen(added), experts)
 
 
 def clean_name(name: str) -> str:
@@ -219,6 +242,24 @@ def _read_modules(reader: TensorReader, *ends: str) -> list[str]:
     return sorted(names)
 
 
+def _is_fused(module: str) -> bool:
+    """Whether a module's LoRA is on a parameter of all experts of a layer, perhaps one inside another's."""
+    return module.replace(_NESTED, "").rpartition(".")[2] == "experts"
+
+
+def _check_experts(folder: AdapterFolder, a: Floats, b: Floats, module: str) -> None:
+    _require_finite(f"{module} of {folder.path}", a, b)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise AdapterInvalidError(f"{module} has lora_A {a.shape} and lora_B {b.shape}, whose ranks differ")
+
+
+def _is_parameter(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT takes a module's weight as a parameter: an expert's, or one that the config names."""
+    return parse_expert(f"{module}.weight") is not None or any(
+        f".{module}.weight".endswith(f".{name}") for name in config.get("target_parameters") or ()
+    )
+
+
 def _load_pair(folder: AdapterFolder, reader: TensorReader, module: str, rest: dict[str, None]) -> LoraPair:
     a, b = _load_both(folder, reader, module, (LORA_A, LORA_B), rest)
     found = [key for end in ("", ".weight") if (key := PREFIX + module + _MAGNITUDE + end) in reader.tensors]
@@ -229,14 +270,21 @@ def _load_pair(folder: AdapterFolder, reader: TensorReader, module: str, rest: d
     if (magnitude is not None) != has_dora or (magnitude is not None and magnitude.shape != b.shape[:1]):
         raise AdapterInvalidError(f"{module} and adapter_config.json disagree about DoRA")
     scale = check_pair(folder, module, a, b)
-    return LoraPair(a, b, scale, magnitude, is_transposed=bool(folder.config.get("fan_in_fan_out")))
+    return LoraPair(
+        a,
+        b,
+        scale,
+        magnitude,
+        is_transposed=bool(folder.config.get("fan_in_fan_out")),
+        rounds_change=_is_parameter(folder.config, module),
+    )
 
 
 def _load_embedding(folder: AdapterFolder, reader: TensorReader, module: str, rest: dict[str, None]) -> LoraPair:
     a, b = _load_both(folder, reader, module, (_EMBEDDING_A, _EMBEDDING_B), rest)
     if PREFIX + module + _MAGNITUDE in reader.tensors or folder.config.get("use_dora"):
         raise AdapterUnfoldableError(f"{folder.weights} has DoRA on the embedding {module}")
-    return LoraPair(a, b, check_pair(folder, module, a, b), is_transposed=True, is_embedding=True)
+    return LoraPair(a, b, check_pair(folder, module, a, b), is_transposed=True, rounds_change=True)
 
 
 def _load_both(

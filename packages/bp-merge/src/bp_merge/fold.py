@@ -3,7 +3,8 @@
 The arithmetic is that of PEFT's ``merge_and_unload()`` on the CPU with its defaults: A and B in float32,
 ``delta = (B @ A) * scale`` in float32, ``W + delta`` in float32, and **one** rounding to the base's dtype. (With
 ``safe_merge=True`` PEFT rounds twice, and some 3 % of a bf16 model's weights differ; a merge on a GPU differs too.)
-Embeddings are the exception: there PEFT rounds the change and then the sum. DoRA: ``m / |W + delta| * (W + delta)`` by
+Embeddings and parameters (experts, routers) are the exception: there PEFT rounds the change and then the sum.
+DoRA: ``m / |W + delta| * (W + delta)`` by
 the length of each row, whose sum has the library's own order. In bf16 fewer than two values in a thousand differ, by
 one bit. In float32, where no rounding hides it, about a fifth do, by up to four units in the last place.
 Tensors that take the base's place are rounded to the base's dtype, where PEFT may leave them in float32.
@@ -12,9 +13,9 @@ Rows are independent of each other, so cutting them into chunks changes no bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -22,14 +23,22 @@ import numpy as np
 
 from bp_merge.adapter import LoraAdapter, LoraPair, PairsByName
 from bp_merge.errors import AdapterMismatchError
+from bp_merge.expert_pairs import (
+    Mixture,
+    find_mixtures,
+    list_joined_modules,
+    list_unreached,
+    match_experts,
+    match_modules,
+)
 from bp_merge.product import add_in_order
-from bp_merge.tensors import Dtype, Floats, TensorInfo, TensorReader, round_to
+from bp_merge.tensors import Dtype, Floats, StoredTensor, TensorInfo, TensorReader, round_to, strip_wrappers
 
 
 def fold_rows(rows: Floats, pair: LoraPair, start: int, dtype: Dtype) -> Floats:
     """Rows of W from ``start`` on with the pair's change added, rounded once to ``dtype``: (n, d_in), float32."""
     delta = pair.delta(start, start + rows.shape[0])
-    if pair.is_embedding:
+    if pair.rounds_change:
         delta = round_to(delta, dtype)
     delta += rows
     if pair.magnitude is not None:
@@ -40,7 +49,6 @@ def fold_rows(rows: Floats, pair: LoraPair, start: int, dtype: Dtype) -> Floats:
 
 HEAD, TABLE = "lm_head.weight", "embed_tokens.weight"
 """The head's and the embedding's names, without wrappers."""
-_WRAPPERS = frozenset({"model", "language_model", "text_model"})
 _BLOCK_ROWS = 4096
 
 
@@ -61,12 +69,13 @@ class FoldedModel:
         self._shared = {HEAD: table} if adapter and table and _tells_head_apart(adapter, base, table) else {}
         """The stored tensor of a head that has none of its own, where the adapter makes the two differ."""
         head = {name: replace(base.tensors[stored], name=name) for name, stored in self._shared.items()}
-        found = _Matches({**base.tensors, **head}, adapter, drops_head=table is not None and not head)
+        self._mixtures = find_mixtures(base.tensors, base.stored)
+        found = _Matches({**base.tensors, **head}, adapter, self._mixtures, drops_head=table is not None and not head)
         self._replaced = found.match_values(adapter.replaced) if adapter else {}
         resized = {name: replace(found.tensors[name], shape=value.shape) for name, value in self._replaced.items()}
         self._tensors: Mapping[str, TensorInfo] = MappingProxyType({**found.tensors, **resized})
         found = replace(found, tensors=self._tensors)
-        self._pairs: Mapping[str, LoraPair] = found.match_pairs(adapter.modules) if adapter else {}
+        self._pairs: Mapping[str, LoraPair] = found.match_pairs(adapter) if adapter else {}
         self._rows = found.match_rows(adapter.rows) if adapter else {}
         self._added = found.match_values(adapter.added) if adapter else {}
         self._otherwise = frozenset([*self._replaced, *self._rows, *self._added])
@@ -104,6 +113,15 @@ class FoldedModel:
         return self._changed
 
     @property
+    def stored(self) -> Mapping[str, StoredTensor]:
+        """What the base's files hold as one tensor and `tensors` as several: experts, by their name in the files."""
+        return self._base.stored
+
+    def list_unreached_experts(self) -> list[str]:
+        """Experts' matrices that the adapter leaves as they are although it changes others of their kind."""
+        return list_unreached(self._mixtures, self._changed)
+
+    @property
     def pairs(self) -> Mapping[str, LoraPair]:
         """The adapter's pairs by the name of the base's tensor."""
         return self._pairs
@@ -127,7 +145,7 @@ class FoldedModel:
             return self._base.read_rows(stored, start, stop)
         dtype = self.tensors[name].dtype
         pair = self._pairs.get(name)
-        if pair is not None and pair.is_plain and name not in self._otherwise:
+        if pair is not None and pair.is_plain and not pair.rounds_change and name not in self._otherwise:
             raw, b = self._base.read_raw(stored, start, stop), pair.b[start:stop]
             if (folded := add_in_order(raw, dtype, b, pair.a, pair.scale)) is not None:
                 return folded
@@ -156,17 +174,23 @@ class _Matches:
 
     tensors: Mapping[str, TensorInfo]
     adapter: LoraAdapter | None
+    mixtures: Mapping[str, Mixture]
     drops_head: bool
     """Whether what the adapter says of a tied head is left out, since it is the embedding's."""
 
-    def match_pairs(self, modules: Mapping[str, LoraPair]) -> PairsByName:
+    def match_pairs(self, adapter: LoraAdapter) -> PairsByName[Callable[[], LoraPair]]:
         """Pairs by the base's names."""
+        joined = list_joined_modules(adapter)
         named = {
-            self._find(f"{module}.weight", pair.shape, is_whole=False).name: module
-            for module, pair in modules.items()
-            if not self._is_dropped(f"{module}.weight")
+            self._find(f"{module}.weight", pair.shape, is_whole=False).name: partial(
+                adapter.modules.__getitem__, module
+            )
+            for module, pair in adapter.modules.items()
+            if module not in joined and not self._is_dropped(f"{module}.weight")
         }
-        return PairsByName(named, modules.__getitem__)
+        modules = {name: slot.read for name, slot in match_modules(adapter, self.mixtures).items()}
+        experts = {name: slot.read for name, slot in match_experts(adapter, self.mixtures).items()}
+        return PairsByName({**named, **modules, **experts}, lambda read: read())
 
     def match_values(self, values: Mapping[str, Floats]) -> dict[str, Floats]:
         """Whole tensors by the base's names."""
@@ -188,7 +212,7 @@ class _Matches:
         return self.drops_head and _is_head(name)
 
     def _find(self, name: str, shape: tuple[int, ...] | None = None, *, is_whole: bool = True) -> TensorInfo:
-        info = self.tensors.get(name) or self.tensors.get(self._inner_names().get(strip_wrappers(name), ""))
+        info = self.tensors.get(name) or self.tensors.get(self._inner_names().get(_name_inside(name), ""))
         cause = f"the adapter names {self.adapter.folder.base} as its base" if self.adapter else None
         module = name.removesuffix(".weight")
         if info is None:
@@ -208,21 +232,14 @@ class _Matches:
 def _index_inner_names(names: tuple[str, ...]) -> Mapping[str, str]:
     found: dict[str, str] = {}
     for name in names:
-        inner = strip_wrappers(name)
+        inner = _name_inside(name)
         found[inner] = "" if inner in found else name
     return found
 
 
-def strip_wrappers(name: str) -> str:
-    """A tensor's name without the modules around a language model: ``layers.0.mlp.up_proj.weight``.
-
-    transformers 4 saved ``language_model.model.layers``, transformers 5 names ``model.language_model.layers``, and a
-    language model loaded alone has ``model.layers``. Only leading parts are taken off.
-    """
-    parts = name.split(".")
-    while parts and parts[0] in _WRAPPERS:
-        parts.pop(0)
-    return ".".join(parts)
+def _name_inside(name: str) -> str:
+    """Without wrappers; transformers 5 calls Mixtral's block ``mlp``, and its files ``block_sparse_moe``."""
+    return strip_wrappers(name).replace(".block_sparse_moe.", ".mlp.")
 
 
 def _find_shared_table(tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from functools import cache
 from threading import Lock
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
 
-from bp_merge.tensors import Floats, Raw, TensorInfo, TensorReader, decode, encode
+from bp_merge.experts import parse_expert
+from bp_merge.tensors import Floats, Raw, StoredTensor, TensorInfo, TensorReader, decode, encode
 
 BLOCK: Final = 64
 _GROUP: Final = 256
@@ -41,13 +43,19 @@ class Nf4Reader(TensorReader):
     Args:
         tensors: What can be read, by name.
         packed: Names of the weights that training packed; None for those of all linear layers.
+        stored: As `TensorReader`.
         double_quantized: Whether training quantized the blocks' factors too, as `backprop` does.
     """
 
     def __init__(
-        self, tensors: Mapping[str, TensorInfo], packed: Collection[str] | None = None, *, double_quantized: bool = True
+        self,
+        tensors: Mapping[str, TensorInfo],
+        packed: Collection[str] | None = None,
+        *,
+        stored: Mapping[str, StoredTensor] = MappingProxyType({}),
+        double_quantized: bool = True,
     ) -> None:
-        super().__init__(tensors)
+        super().__init__(tensors, stored)
         names = [name for name, info in tensors.items() if _is_linear(name, info)] if packed is None else packed
         self.packed = frozenset(name for name in names if name in tensors)
         """Names of the weights that are read so."""
@@ -146,6 +154,9 @@ def _space_evenly(count: int) -> Floats:
 
 
 def _is_linear(name: str, info: TensorInfo) -> bool:
+    """Not experts: transformers 5 has them as parameters, which bitsandbytes leaves as they are."""
+    if parse_expert(name) is not None:
+        return False
     return len(info.shape) == 2 and ".layers." in f".{name}" and name.endswith("_proj.weight")
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from bp_merge.errors import TensorsInvalidError
+from bp_merge.experts import split_experts
 from bp_merge.nf4 import Nf4Reader
 from bp_merge.tensors import (
     Dtype,
@@ -66,12 +67,13 @@ def open_model(
     Raises:
         TensorsInvalidError: As `read_model_index`; or a packed weight is not whole.
     """
-    if not dequantize:
-        return TensorReader(read_model_index(folder))
-    raw = read_raw_model_index(folder)
+    raw = read_raw_model_index(folder) if dequantize else {}
     if any(_STATE in name for name in raw):
         return PackedReader(raw)
-    return Nf4Reader(read_model_index(folder), packed, double_quantized=double_quantized)
+    split = split_experts(read_model_index(folder))
+    if not dequantize:
+        return TensorReader(split.tensors, split.stored)
+    return Nf4Reader(split.tensors, packed, stored=split.stored, double_quantized=double_quantized)
 
 
 class PackedReader(TensorReader):

@@ -111,6 +111,7 @@ class AdapterSource:
 _MORE = MappingProxyType(
     {
         "use_dora": "DoRA",
+        "target_parameters": "LoRA on parameters of experts (target_parameters)",
         "bias": "trained biases",
         "lora_bias": "biases of lora_B",
         "modules_to_save": "whole layers (modules_to_save)",

@@ -39,6 +39,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _LENGTH_BYTES = 8
 _METADATA = "__metadata__"
+_MODEL_WRAPPERS = frozenset({"model", "language_model", "text_model"})
 _LARGEST_HEADER = 100 * 2**20
 _ITEM_BYTES: Mapping[str, int] = MappingProxyType({"BF16": 2, "F16": 2, "F32": 4})
 _HAS_PREAD = hasattr(os, "preadv")  # not on Windows
@@ -81,6 +82,17 @@ class RawTensor:
     start: int
     """Offset of the first byte in ``file``."""
     stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint's files, and the tensors that it is read as."""
+
+    info: TensorInfo
+    parts: tuple[str, ...]
+    """Their names, in the order of their bytes."""
+    has_pairs: bool = False
+    """Whether gate and up take turns, column by column, and matrices are transposed, as in gpt-oss."""
 
 
 def read_index(file: Path) -> dict[str, TensorInfo]:
@@ -191,10 +203,14 @@ class TensorReader:
 
     Args:
         tensors: What can be read, by name; from `read_index` or `read_model_index`.
+        stored: Tensors of the files that are read as several, by their name there.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, TensorInfo], stored: Mapping[str, StoredTensor] = MappingProxyType({})
+    ) -> None:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(tensors))
+        self.stored = stored
         self._files: dict[Path, FileIO] = {}
         self._lock = threading.Lock()
 
@@ -316,6 +332,18 @@ def _to_bf16_bits(values: Floats) -> NDArray[np.uint32]:
     if np.isnan(values).any():
         half = np.where(np.isnan(values), (bits >> np.uint32(16)) | np.uint32(0x40), half)
     return half
+
+
+def strip_wrappers(name: str) -> str:
+    """A tensor's name without the modules around a language model: ``layers.0.mlp.up_proj.weight``.
+
+    transformers 4 saved ``language_model.model.layers``, transformers 5 names ``model.language_model.layers``, and a
+    language model loaded alone has ``model.layers``. Only leading parts are taken off.
+    """
+    parts = name.split(".")
+    while parts and parts[0] in _MODEL_WRAPPERS:
+        parts.pop(0)
+    return ".".join(parts)
 
 
 def build_header(tensors: Mapping[str, tuple[Dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

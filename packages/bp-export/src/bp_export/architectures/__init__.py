@@ -15,6 +15,7 @@ from bp_export.architectures.olmo2 import Olmo2Architecture
 from bp_export.architectures.phi3 import Phi3Architecture
 from bp_export.architectures.qwen2 import Qwen2Architecture
 from bp_export.architectures.qwen3 import Qwen3Architecture
+from bp_export.architectures.qwen3moe import Qwen3MoeArchitecture
 from bp_export.architectures.qwen35 import Qwen35Architecture
 from bp_export.architectures.smollm3 import SmolLm3Architecture
 from bp_export.errors import ArchitectureUnsupportedError, ModelInvalidError
@@ -27,6 +28,7 @@ ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
         "SmolLM3ForCausalLM": SmolLm3Architecture,
         "Qwen2ForCausalLM": Qwen2Architecture,
         "Qwen3ForCausalLM": Qwen3Architecture,
+        "Qwen3MoeForCausalLM": Qwen3MoeArchitecture,
         "Qwen3_5ForCausalLM": Qwen35Architecture,
         "Qwen3_5ForConditionalGeneration": Qwen35Architecture,
         "GraniteForCausalLM": GraniteArchitecture,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, LlamaFileType, RopeScalingType, get_tensor_name_map
@@ -23,6 +23,7 @@ _SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
 _DEFAULT_EPSILON, _DEFAULT_THETA = 1e-6, 10000.0
 _NORM_BIAS = ("norm.bias",)
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0
+_EXPERT_COUNTS = ("num_local_experts", "num_experts")
 _PLAIN_ROPES = ("default", "linear", "yarn")
 
 
@@ -50,6 +51,10 @@ class Architecture:
     """Whether llama.cpp keeps to a sliding window."""
     windows_need_switch: ClassVar[bool] = False
     """Whether transformers uses a window only with ``use_sliding_window``."""
+    has_experts: ClassVar[bool] = False
+    """Whether feed-forward layers are mixtures of experts."""
+    windows_start_late: ClassVar[bool] = True
+    """Whether ``max_window_layers`` says at which layer windows begin."""
     default_head_width: ClassVar[int | None] = None
     """What transformers assumes where config.json names no ``head_dim``; None for a share of the width."""
 
@@ -60,6 +65,8 @@ class Architecture:
         self.key_heads = int(config.get("num_key_value_heads") or self.heads)
         self.width = self._read_count("hidden_size")
         self.vocab_size = self._read_count("vocab_size")
+        self.experts = self._read_first_count(_EXPERT_COUNTS) if self.has_experts else 0
+        self.active_experts = self._read_count("num_experts_per_tok") if self.has_experts else 0
         self.rope, self.local_rope = _read_ropes(config)
         self._names = get_tensor_name_map(self.gguf_arch, self.layers)
         activation = config.get("hidden_activation") or config.get("hidden_act") or self.activation
@@ -91,10 +98,12 @@ class Architecture:
     def map_name(self, name: str) -> str | None:
         """The GGUF's name of a checkpoint's tensor; None for one that is left out.
 
+        All experts of a layer share a name: the GGUF holds them as one tensor.
+
         Raises:
             ArchitectureUnsupportedError: The layout knows no such tensor.
         """
-        name = self.clean_name(name)
+        name = join_experts(self.clean_name(name))
         if self.is_left_out(name):
             return None
         if name.endswith(".bias") and not name.endswith(_NORM_BIAS) and strip_layer(name) not in self.biases:
@@ -132,7 +141,8 @@ class Architecture:
         kinds = config.get("layer_types")
         if kinds and "sliding_attention" not in kinds:
             return None
-        first = int(config.get("max_window_layers", 0)) if self.windows_need_switch and not kinds else 0
+        starts_late = self.windows_need_switch and self.windows_start_late and not kinds
+        first = int(config.get("max_window_layers", 0)) if starts_late else 0
         context = config.get("max_position_embeddings")
         is_short = isinstance(context, int) and context <= window
         return None if is_short or first >= self.layers else window
@@ -182,6 +192,9 @@ class Architecture:
         writer.add_head_count_kv(self.key_heads)
         self._add_rope(writer)
         writer.add_layer_norm_rms_eps(self.epsilon)
+        if self.has_experts:
+            writer.add_expert_count(self.experts)
+            writer.add_expert_used_count(self.active_experts)
         if self.tells_head_width or config.get("head_dim") is not None:
             writer.add_key_length(self.head_width)
             writer.add_value_length(self.head_width)
@@ -257,6 +270,10 @@ class Architecture:
             raise ModelInvalidError(f"config.json scales the rotary embedding without {key}")
         return float(value)
 
+    def _read_first_count(self, keys: Sequence[str]) -> int:
+        """The first of some counts that config.json has."""
+        return self._read_count(next((key for key in keys if self.config.get(key) is not None), keys[0]))
+
     def _read_count(self, key: str) -> int:
         value = self.config.get(key)
         if not isinstance(value, int) or value < 1:
@@ -277,6 +294,11 @@ def compute_yarn_attention(rope: Mapping[str, Any], factor: float) -> float:
     if top and bottom:
         return compute_yarn_scale(factor, float(top)) / compute_yarn_scale(factor, float(bottom))
     return compute_yarn_scale(factor)
+
+
+def join_experts(name: str) -> str:
+    """The name that an expert's tensor shares with those of the other experts: ``mlp.experts.gate_proj.weight``."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.", name)
 
 
 def strip_layer(name: str) -> str:

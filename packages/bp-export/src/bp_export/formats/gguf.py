@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from bp_data.templates.render_hashes import Messages
 from bp_export.errors import LlamaCppMissingError, QuantizationUnknownError
-from bp_export.formats.left_out import check_left_out
+from bp_export.formats.left_out import check_left_out, note_unreached
 from bp_export.formats.output import require_free_file
 from bp_export.formats.request import (
     ExportOutcome,
@@ -62,7 +62,7 @@ class GgufExport(ModelRequest):
         with source.open() as model:
             plan = self._build_plan(source, model)
             tensors = tuple(
-                PlannedTensor(t.name, t.source, t.kind.name, t.shape, t.bytes, t.source in model.changed)
+                PlannedTensor(t.name, t.source, t.kind.name, t.shape, t.bytes, not model.changed.isdisjoint(t.sources))
                 for t in plan.tensors
             )
         return summarize_plan(self._find_target(source), tensors, threads=self.threads, notes=plan.notes)
@@ -120,7 +120,7 @@ class GgufExport(ModelRequest):
             importance=read_importance(self.importance) if self.importance else None,
             hashes=source.hashes,
         )
-        notes = check_left_out(model, plan.architecture, text_only=self.text_only)
+        notes = (*check_left_out(model, plan.architecture, text_only=self.text_only), *note_unreached(model))
         return replace(plan, notes=(*plan.notes, *notes))
 
     def _write_parts(

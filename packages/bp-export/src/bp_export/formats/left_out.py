@@ -1,4 +1,4 @@
-"""What an adapter changes and a format of llama.cpp's cannot hold: refused, or left out if the user says so."""
+"""What an adapter changes and a file cannot hold, and what it leaves as it was: refused, or reported in the notes."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def check_left_out(model: FoldedModel, architecture: Architecture, *, text_only:
             details={"left_out": lost},
         )
     return (f"{len(lost)} tensors that the adapter changes in {parts} are left out",)
+
+
+def note_unreached(model: FoldedModel) -> tuple[str, ...]:
+    """A note on experts that stay the base's although the adapter changes others of their kind."""
+    unreached = model.list_unreached_experts()
+    if not unreached:
+        return ()
+    return (
+        f"{len(unreached)} matrices of experts have no adapter weights and stay the base's, such as {unreached[0]}",
+    )

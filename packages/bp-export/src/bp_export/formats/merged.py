@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from bp_export.formats.hash_and_flush import HashAndFlush
+from bp_export.formats.left_out import note_unreached
 from bp_export.formats.output import require_free_folder, write_mark
 from bp_export.formats.request import (
     ExportOutcome,
@@ -56,10 +57,11 @@ class MergedExport(ModelRequest):
         source = self.read_source()
         with source.open() as model:
             tensors = tuple(
-                PlannedTensor(i.name, i.name, i.dtype, i.shape, i.bytes, i.name in model.changed)
-                for i in model.tensors.values()
+                PlannedTensor(i.name, i.name, i.dtype, i.shape, i.bytes, not model.changed.isdisjoint(parts))
+                for i, parts in list_stored(model).values()
             )
-        return summarize_plan(self._find_target(source), tensors, threads=self.threads)
+            notes = note_unreached(model)
+        return summarize_plan(self._find_target(source), tensors, threads=self.threads, notes=notes)
 
     def write(self, progress: Progress | None = None) -> ExportOutcome:
         """Write the folder."""
@@ -70,12 +72,12 @@ class MergedExport(ModelRequest):
         with source.open() as model:
             require_free_folder(target, force=self.force, sources=source.folders)
             size, sha256 = write_merged(model, source, target, progress=progress, threads=self.threads)
-            count = len(model.tensors)
+            count, notes = len(list_stored(model)), note_unreached(model)
         parity = None
         if self.verify or (self.verify is None and (self.adapter / WITNESS_FILE).is_file()):
             parity = verify_folder(target, trained=self.adapter, required=bool(self.verify))
         seconds = time.monotonic() - begun
-        return ExportOutcome(target, self.format, None, size, count, seconds, sha256, rendering, parity)
+        return ExportOutcome(target, self.format, None, size, count, seconds, sha256, rendering, parity, notes=notes)
 
     def _find_target(self, source: Source) -> Path:
         return self.output or self.adapter.parent / f"{source.name}-merged"
@@ -108,7 +110,8 @@ def write_merged(
     Raises:
         DiskFullError, OutputNotWritableError, TensorsInvalidError: As named; no folder is left.
     """
-    shards = cut_shards(model.tensors, shard_bytes)
+    stored = list_stored(model)
+    shards = cut_shards({name: info for name, (info, _) in stored.items()}, shard_bytes)
     total = sum(info.bytes for info in model.tensors.values())
     require_folder(output.parent)
     require_free_space(output.parent, total + _SPARE_BYTES, "the merged model")
@@ -116,10 +119,10 @@ def write_merged(
     with publish_folder(output) as folder:
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(count_threads(threads), "bp-export"))
-            calls = _list_chunks(model, shards.values())
+            calls = _list_chunks(model, [parts for infos in shards.values() for parts in _list_parts(model, infos)])
             chunks = stack.enter_context(closing(compute_in_order(calls, pool, count_threads(threads))))
             for file_name, infos in shards.items():
-                own = islice(chunks, sum(len(_cut_rows(info)) for info in infos.values()))
+                own = islice(chunks, sum(len(_cut_rows(part)) for part in _list_parts(model, infos)))
                 digests[file_name] = _write_shard(folder / file_name, infos, count_parts(own, done, total, progress))
                 done += sum(info.bytes for info in infos.values())
         if len(shards) > 1:
@@ -142,8 +145,26 @@ def _write_shard(path: Path, infos: Mapping[str, TensorInfo], chunks: Iterator[m
         return behind.finish()
 
 
-def _list_chunks(model: FoldedModel, shards: Iterable[Mapping[str, TensorInfo]]) -> Iterator[Callable[[], memoryview]]:
-    for info in (info for infos in shards for info in infos.values()):
+def list_stored(model: FoldedModel) -> dict[str, tuple[TensorInfo, tuple[str, ...]]]:
+    """The tensors as the base's files have them, each with the names of the model's that hold its bytes, in order."""
+    owners = {part: name for name, tensor in model.stored.items() for part in tensor.parts}
+    found = {}
+    for name, info in model.tensors.items():
+        owner = owners.get(name)
+        if owner is None:
+            found[name] = (info, (name,))
+        elif owner not in found:
+            found[owner] = (model.stored[owner].info, model.stored[owner].parts)
+    return found
+
+
+def _list_parts(model: FoldedModel, infos: Iterable[str]) -> list[TensorInfo]:
+    stored = list_stored(model)
+    return [model.tensors[part] for name in infos for part in stored[name][1]]
+
+
+def _list_chunks(model: FoldedModel, parts: Iterable[TensorInfo]) -> Iterator[Callable[[], memoryview]]:
+    for info in parts:
         for start, stop in _cut_rows(info):
             yield partial(_encode_rows, model, info, start, stop)
 

@@ -12,6 +12,7 @@ from gguf import GGML_QUANT_VERSION, GGUFType, GGUFWriter, Keys, Metadata, size_
 from bp_data.templates.render_hashes import ConversationHashes
 from bp_export.architectures import Architecture, find_architecture
 from bp_export.architectures.change import KEEP, Change
+from bp_export.architectures.decoder import join_experts
 from bp_export.errors import ModelInvalidError
 from bp_export.gguf.file import add_tensor, align, order_like_quantizer
 from bp_export.hub.license import read_license
@@ -23,7 +24,7 @@ from bp_export.quant.types import Quantization
 from bp_export.source import read_config
 from bp_export.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from bp_export.verify.template import add_hashes
-from bp_merge import FoldedModel, strip_wrappers
+from bp_merge import FoldedModel, parse_expert, strip_wrappers
 
 _SPARE_BYTES = 64 * 2**20
 
@@ -34,12 +35,17 @@ class TensorPlan:
 
     name: str
     """In the GGUF."""
-    source: str | None
-    """In the checkpoint; None for one that is computed."""
+    sources: tuple[str, ...]
+    """In the checkpoint: one, or that of every expert in order; empty for one that is computed."""
     shape: tuple[int, ...]
     kind: TensorType
     change: Change
     """How the checkpoint's tensor becomes it."""
+
+    @property
+    def source(self) -> str | None:
+        """The checkpoint's tensor, of several the first; None for one that is computed."""
+        return self.sources[0] if self.sources else None
 
     @property
     def rows(self) -> int:
@@ -140,21 +146,55 @@ def _note_left_out(model: FoldedModel, architecture: Architecture) -> list[str]:
 def _plan_tensors(
     model: FoldedModel, architecture: Architecture, quantization: Quantization, importance: Importance | None
 ) -> tuple[TensorPlan, ...]:
-    named = {info.name: architecture.map_name(info.name) for info in model.tensors.values()}
-    sources = {gguf: hf for hf, gguf in named.items() if gguf is not None}
+    sources = _group_sources(model, architecture)
     shapes = {name: value.shape for name, value in architecture.build_extra_tensors().items()}
     changes = {
-        name: architecture.plan_change(architecture.clean_name(hf), model.tensors[hf].shape)
+        name: architecture.plan_change(architecture.clean_name(hf[0]), model.tensors[hf[0]].shape)
         for name, hf in sources.items()
     }
-    shapes.update({name: changes[name].shape or model.tensors[hf].shape for name, hf in sources.items()})
+    for name, hf in sources.items():
+        shape = changes[name].shape or model.tensors[hf[0]].shape
+        shapes[name] = (len(hf), *shape) if parse_expert(hf[0]) else shape
     _check_shapes(shapes, architecture)
     if importance is not None:
         check_importance(importance, shapes)
     kinds = choose_types(shapes, quantization, _build_facts(architecture, importance))
     # The converter keeps the checkpoint's order, and llama-quantize sorts.
     order = list(shapes) if quantization.is_float else sort_like_quantizer(list(shapes))
-    return tuple(TensorPlan(n, sources.get(n), shapes[n], kinds[n], changes.get(n, KEEP)) for n in order)
+    return tuple(TensorPlan(n, sources.get(n, ()), shapes[n], kinds[n], changes.get(n, KEEP)) for n in order)
+
+
+def _group_sources(model: FoldedModel, architecture: Architecture) -> dict[str, tuple[str, ...]]:
+    """The checkpoint's tensors by GGUF name, where the last of them stands; all experts of a layer are one.
+
+    Raises:
+        ModelInvalidError: An expert is missing, two tensors have one name, or experts differ in shape.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in model.tensors:
+        if (gguf := architecture.map_name(name)) is not None:
+            groups[gguf] = [*groups.pop(gguf, []), name]
+    return {gguf: _order_experts(names, model, architecture) for gguf, names in groups.items()}
+
+
+def _order_experts(names: list[str], model: FoldedModel, architecture: Architecture) -> tuple[str, ...]:
+    experts = {expert.index: name for name in names if (expert := parse_expert(name))}
+    if not experts and len(names) == 1:
+        return (names[0],)
+    if len(experts) != len(names):
+        raise ModelInvalidError(f"the checkpoint holds {names[0]} and {names[1]}, which are one tensor of the GGUF")
+    if set(experts) != set(range(architecture.experts)):
+        missing = [i for i in range(architecture.experts) if i not in experts]
+        lacking = f"expert {missing[0]} is missing" if missing else f"there are {len(experts)}"
+        raise ModelInvalidError(
+            f"config.json says {architecture.experts} experts; of {join_experts(names[0])} {lacking}"
+        )
+    ordered = tuple(experts[i] for i in sorted(experts))
+    if odd := [name for name in ordered if model.tensors[name].shape != model.tensors[ordered[0]].shape]:
+        raise ModelInvalidError(
+            f"{odd[0]} is {model.tensors[odd[0]].shape}, and {ordered[0]} is {model.tensors[ordered[0]].shape}"
+        )
+    return ordered
 
 
 def _build_facts(architecture: Architecture, importance: Importance | None) -> MixtureFacts:
@@ -164,6 +204,7 @@ def _build_facts(architecture: Architecture, importance: Importance | None) -> M
         heads_a_value=heads // key_heads,
         is_big_llama=architecture.name == "llama" and is_big_llama(architecture.layers, heads, key_heads),
         has_importance=importance is not None,
+        experts=architecture.experts,
     )
 
 
@@ -179,7 +220,9 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], architecture: Architect
     kinds = ("attn_q.weight", "attn_qkv.weight")
     if missing := [i for i in range(architecture.layers) if not any(f"blk.{i}.{kind}" in shapes for kind in kinds)]:
         raise ModelInvalidError(f"config.json says {architecture.layers} layers, and layer {missing[0]} has no weights")
-    if wrong := [name for name, shape in shapes.items() if len(shape) not in (1, 2)]:
+    if wrong := [
+        n for n, shape in shapes.items() if len(shape) not in (1, 2) and not ("_exps." in n and len(shape) == 3)
+    ]:
         raise ModelInvalidError(f"{wrong[0]} has the shape {shapes[wrong[0]]}; vectors and matrices can be written")
 
 
@@ -198,8 +241,22 @@ def _read_metadata(base: Path, name: str, tensors: tuple[TensorPlan, ...]) -> Me
     found = read_license(base)
     metadata.license, metadata.license_name, metadata.license_link = found.id, found.name, found.link
     metadata.name = metadata.name or name
-    metadata.size_label = metadata.size_label or size_label(count, count, 0, 0)
+    metadata.size_label = metadata.size_label or _label_size(tensors)
     return metadata
+
+
+def _label_size(tensors: tuple[TensorPlan, ...]) -> str:
+    """Weights in all, or experts and the weights of one of them with what they share: ``128x1.2B``."""
+    stacked = [tensor for tensor in tensors if "_exps." in tensor.name and len(tensor.shape) == 3]
+    count = sum(math.prod(tensor.shape) for tensor in tensors)
+    own = sum(math.prod(tensor.shape) // _count_experts(tensor) for tensor in stacked)
+    shared = count - sum(math.prod(tensor.shape) for tensor in stacked)
+    experts = sum(map(_count_experts, stacked)) // len(stacked) if stacked else 0
+    return str(size_label(count, shared, own, experts))
+
+
+def _count_experts(tensor: TensorPlan) -> int:
+    return tensor.shape[-3]
 
 
 def _build_writer(

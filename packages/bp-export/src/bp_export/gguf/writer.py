@@ -120,7 +120,7 @@ def write_parts(
         for path, writer, tensors in parts:
             streams.append(stack.enter_context(GgufStream(path, writer)))
             for tensor in tensors:
-                own = islice(chunks, len(cut_rows(tensor)))
+                own = islice(chunks, len(cut_rows(tensor)) * max(1, len(tensor.sources)))
                 streams[-1].write_tensor(count_parts(own, done, total, progress))
                 done += tensor.bytes
         return [stream.publish() for stream in streams]
@@ -153,11 +153,12 @@ def _list_chunks(plan: GgufPlan, model: FoldedModel) -> Iterator[Callable[[], me
     extra = plan.architecture.build_extra_tensors()
     for tensor in plan.tensors:
         weights = plan.importance.get(tensor.name)
-        for start, stop in cut_rows(tensor):
-            if tensor.source is None:
-                yield partial(_quantize_vector, extra[tensor.name], tensor.kind)
-            else:
-                yield partial(_compute_chunk, tensor, weights, model, start, stop)
+        if not tensor.sources:
+            yield partial(_quantize_vector, extra[tensor.name], tensor.kind)
+        for index, source in enumerate(tensor.sources):
+            own = weights if weights is None or weights.ndim == 1 else weights[index]
+            for rows in cut_rows(tensor):
+                yield partial(_compute_chunk, tensor, source, own, model, rows)
 
 
 def count_parts(parts: Iterator[memoryview], done: int, total: int, progress: Progress | None) -> Iterator[memoryview]:
@@ -170,23 +171,26 @@ def count_parts(parts: Iterator[memoryview], done: int, total: int, progress: Pr
 
 
 def cut_rows(tensor: TensorPlan) -> list[tuple[int, int]]:
-    """Ranges of rows of about half a million weights, never cutting through a unit whose rows change places."""
-    if tensor.source is None:
+    """Ranges of rows of each source: about half a million weights, never cutting through a unit that changes places."""
+    if not tensor.sources:
         return [(0, tensor.rows)]
+    rows = tensor.rows // len(tensor.sources)
     unit = tensor.change.unit
     step = max(1, CHUNK_WEIGHTS // (tensor.shape[-1] * unit)) * unit
-    return [(start, min(start + step, tensor.rows)) for start in range(0, tensor.rows, step)]
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _quantize_vector(values: Floats, kind: TensorType) -> memoryview:
     return quantize_rows(values.reshape(1, -1), kind).data
 
 
-def _compute_chunk(tensor: TensorPlan, weights: Floats | None, model: FoldedModel, start: int, stop: int) -> memoryview:
-    rows = tensor.change.read_rows(model, str(tensor.source), start, stop)
-    if not is_finite(rows):
+def _compute_chunk(
+    tensor: TensorPlan, source: str, weights: Floats | None, model: FoldedModel, rows: tuple[int, int]
+) -> memoryview:
+    values = tensor.change.read_rows(model, source, *rows)
+    if not is_finite(values):
         raise TensorsInvalidError(
-            f"{tensor.source} holds weights that are not finite",
+            f"{source} holds weights that are not finite",
             fix="Download the base model again; if only the merged weights are not finite, the training diverged.",
         )
-    return quantize_rows(rows, tensor.kind, weights).data
+    return quantize_rows(values, tensor.kind, weights).data

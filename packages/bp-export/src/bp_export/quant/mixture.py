@@ -1,7 +1,7 @@
-"""Which tensor of a model gets which type: llama.cpp's mixtures, for dense decoder models.
+"""Which tensor of a model gets which type: llama.cpp's mixtures, for dense decoders and mixtures of experts.
 
 The rules are those of ``llama_tensor_get_type_impl`` and ``tensor_type_fallback`` in llama.cpp's llama-quant.cpp
-(read in b11434), for the file types offered here. Tested against ``llama_model_quantize``. Not here: expert models.
+(read in b11434), for the file types offered here. Tested against ``llama_model_quantize``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from bp_export.quant.types import Quantization
 
 _BIG_LLAMA_LAYERS = 80
 _MANY_HEADS_A_VALUE = 4
-_NEVER_QUANTIZED = ("_norm.weight", "ssm_conv1d.weight")
+_NEVER_QUANTIZED = ("_norm.weight", "ssm_conv1d.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+_FAVORED_EXPERTS = 8
+"""Experts of the one kind of model (Mixtral 8x7B) whose attention gets more bits."""
 _VALUES = ("attn_v.weight", "attn_qkv.weight")
 
 
@@ -31,6 +33,8 @@ class MixtureFacts:
     """Whether it is the 80-layer Llama, whose few value heads get more bits."""
     has_importance: bool = False
     """Whether an importance matrix is given."""
+    experts: int = 0
+    """Experts of a mixture; 0 for a dense model."""
 
 
 _FALLBACKS = MappingProxyType(
@@ -77,10 +81,13 @@ def choose_types(
             elif name.endswith(_VALUES):
                 kind = _choose_value(kind, quantization.name, values.index(name), len(values), facts)
             elif "ffn_down" in name:
-                kind = _choose_down(kind, quantization.name, downs, facts)
+                kind = _choose_down(kind, quantization.name, _read_layer(name) if facts.experts > 1 else downs, facts)
                 downs += 1
+            elif "attn_k.weight" in name and facts.experts == _FAVORED_EXPERTS:
+                kind = TensorType.Q8_0
             elif "attn_output.weight" in name:
-                kind = _OUTPUTS.get(quantization.name, kind)
+                is_favored = facts.experts == _FAVORED_EXPERTS
+                kind = (_FAVORED_OUTPUTS if is_favored else _OUTPUTS).get(quantization.name, kind)
             kind = _fall_back(kind, columns)
         chosen[name] = kind
     return chosen
@@ -108,6 +115,9 @@ def _choose_output(kind: TensorType, columns: int) -> TensorType:
 
 # What the attention's output projection gets instead of the default.
 _OUTPUTS: Mapping[str, TensorType] = MappingProxyType({"q2_k": TensorType.Q3_K, "q3_k_m": TensorType.Q4_K})
+_FAVORED_OUTPUTS: Mapping[str, TensorType] = MappingProxyType(
+    dict.fromkeys(("q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "iq4_xs"), TensorType.Q5_K)
+)
 
 
 def _choose_value(kind: TensorType, asked: str, index: int, count: int, facts: MixtureFacts) -> TensorType:
@@ -120,6 +130,8 @@ def _choose_value(kind: TensorType, asked: str, index: int, count: int, facts: M
         kind = TensorType.Q5_K
     elif asked in ("q4_k_m", "q5_k_m") and _uses_more_bits(index, count):
         kind = TensorType.Q6_K
+    if facts.experts == _FAVORED_EXPERTS:
+        return TensorType.Q8_0
     return TensorType.Q5_K if facts.is_big_llama and kind in (TensorType.Q3_K, TensorType.Q4_K) else kind
 
 

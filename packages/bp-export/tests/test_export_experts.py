@@ -1,0 +1,130 @@
+"""Mixtures of experts: both forms of a checkpoint give the same file, and what no adapter reached is said."""
+
+import json
+
+import numpy as np
+import pytest
+from export_pico import export_adapter, skip_without_llama_cpp, write_json
+from golden_models import write_model
+
+from bp_export.errors import AdapterFormatError, ArchitectureUnsupportedError, ModelInvalidError
+from bp_merge import read_index, read_model_index, write_tensors
+from bp_merge.tensors import TensorReader
+
+NAME = "model.layers.{}.mlp.experts"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pico Qwen3-MoE whose three layers have four experts each, and an adapter on all matrices."""
+    folder = tmp_path_factory.mktemp("experts")
+    write_model(folder, "qwen3moe")
+    return folder
+
+
+def read_all(file):
+    with TensorReader(read_index(file)) as reader:
+        return {name: reader.read(name) for name in reader.tensors}
+
+
+def fuse(base, target):
+    """The same checkpoint as transformers 5 has it in memory: all experts of a layer in two tensors."""
+    target.mkdir()
+    for file in base.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    tensors = read_all(base / "model.safetensors")
+    for layer in range(3):
+        stem = NAME.format(layer)
+        own = {p: [tensors.pop(f"{stem}.{e}.{p}_proj.weight") for e in range(4)] for p in ("gate", "up", "down")}
+        tensors[f"{stem}.gate_up_proj"] = np.concatenate([np.stack(own["gate"]), np.stack(own["up"])], axis=1)
+        tensors[f"{stem}.down_proj"] = np.stack(own["down"])
+    write_tensors(target / "model.safetensors", tensors, dtype="BF16")
+    return target
+
+
+def test_fused_and_single_experts_give_the_same_files(folder, tmp_path):
+    fused = fuse(folder / "base", tmp_path / "fused")
+    for quantization in ("bf16", "q4_k_m"):
+        files = [
+            export_adapter(
+                folder / "lora",
+                base=base,
+                quantization=quantization,
+                output=tmp_path / f"{i}.gguf",
+                name="x",
+                force=True,
+            )
+            for i, base in enumerate((folder / "base", fused))
+        ]
+        assert files[0].sha256 == files[1].sha256, quantization
+    merged = [
+        export_adapter(folder / "lora", format="merged", base=base, output=tmp_path / f"merged-{i}").path
+        for i, base in enumerate((folder / "base", fused))
+    ]
+    one = read_all(fuse(merged[0], tmp_path / "refused") / "model.safetensors")
+    two = read_all(merged[1] / "model.safetensors")
+    assert list(one) == list(two)
+    assert f"{NAME.format(0)}.gate_up_proj" in two
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+def test_experts_without_adapter_weights_are_reported(folder, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_bytes((folder / "lora" / "adapter_config.json").read_bytes())
+    tensors = read_all(folder / "lora" / "adapter_model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "layers.1.mlp.experts.2.up_proj" not in name}
+    assert len(kept) == len(tensors) - 2
+    write_tensors(tmp_path / "lora" / "adapter_model.safetensors", kept)
+    expected = f"1 matrices of experts have no adapter weights and stay the base's, such as {NAME.format(1)}.2.up_proj"
+    for format in ("gguf", "merged"):
+        done = export_adapter(tmp_path / "lora", format=format, output=tmp_path / format)
+        assert any(note.startswith(expected) for note in done.notes), done.notes
+    assert not export_adapter(folder / "lora", output=tmp_path / "whole.gguf").notes
+
+
+def test_the_gate_passes_a_mixture(folder, tmp_path):
+    skip_without_llama_cpp()
+    report = export_adapter(folder / "lora", quantization="q8_0", output=tmp_path / "x.gguf", verify=True).parity
+    assert report.reference == "independent forward pass"
+    assert {check.name: check.result for check in report.checks}["divergence"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"norm_topk_prob": False}, "norm_topk_prob"),
+        ({"mlp_only_layers": [0]}, "layers without experts"),
+        ({"decoder_sparse_step": 2}, "layers without experts"),
+        ({"num_local_experts": 5}, "expert 4 is missing"),
+        ({"num_local_experts": 3}, "there are 4"),
+    ],
+)
+def test_what_a_gguf_cannot_say_is_refused_before_it_is_written(folder, tmp_path, change, word):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in (folder / "base").iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    write_json(base / "config.json", {**json.loads((base / "config.json").read_text()), **change})
+    with pytest.raises((ArchitectureUnsupportedError, ModelInvalidError), match=word):
+        export_adapter(base, output=tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_two_tensors_of_one_name_are_refused(folder, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in (folder / "base").iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    tensors = read_all(base / "model.safetensors")
+    assert set(tensors) == set(read_model_index(base))
+    write_tensors(
+        base / "model.safetensors", {**tensors, "model.layers.0.block_sparse_moe.gate.weight": np.zeros((4, 256), "f4")}
+    )
+    with pytest.raises(ModelInvalidError, match="which are one tensor"):
+        export_adapter(base, output=tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("format", ["gguf-adapter", "mlx"])
+def test_adapter_formats_refuse_experts(folder, tmp_path, format):
+    with pytest.raises(AdapterFormatError, match="single experts"):
+        export_adapter(folder / "lora", format=format, output=tmp_path / "x")
