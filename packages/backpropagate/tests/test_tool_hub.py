@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import pytest
 
 from backpropagate import rails
 from backpropagate.cli.app import run
+from backpropagate.ui.folders import find_places
+from backpropagate.ui.local_models import find_local_models
+from backpropagate.ui_spec import UiSpec
 from bp_runs.testing import FakeRail
 
 FAKE = Path(__file__).parents[2] / "bp-data" / "tests" / "fake_hub.py"
@@ -22,6 +26,9 @@ TRAIN = """
 import sys
 from backpropagate import rails
 from backpropagate.cli.app import run
+from backpropagate.ui.folders import find_places
+from backpropagate.ui.local_models import find_local_models
+from backpropagate.ui_spec import UiSpec
 from bp_runs.testing import FakeRail
 
 with rails.use(FakeRail()):
@@ -84,3 +91,47 @@ def test_a_folder_with_splits_is_reported_and_trained_by_split(place, capsys, ca
 def test_what_cannot_be_found_is_told(place, capsys, argv, code):
     assert run(["data", "report", *argv]) in (1, 2)
     assert f"[{code}]" in capsys.readouterr().err
+
+
+DOWNLOAD = """
+import json, sys
+from backpropagate import downloads
+from backpropagate.cli.app import run
+
+downloads._REPORT_SECONDS = 0.05
+for words in json.loads(sys.argv[1]):
+    print(json.dumps(run(words)), flush=True)
+"""
+
+
+def test_a_model_is_downloaded_with_progress_listed_and_removed(place, monkeypatch, capsys):
+    """Against a Hub on this machine; in one process, since importing the Hub's library is most of the time."""
+    weights = {"config.json": b"{}", "model.safetensors": b"w" * 3_000_000, "original/model.safetensors": b"twice"}
+    monkeypatch.setitem(fake_hub.FILES, fake_hub.NEW, fake_hub.FILES[fake_hub.NEW] | weights)
+    monkeypatch.setenv("HF_HOME", str(place / "hf"))
+    calls = [["download", "owner/chats", "--json"], ["download", "owner/chats"], ["download", "owner/none"],
+             ["download", "owner/gated"], ["download", "owner/other", "--offline"]]  # fmt: skip
+    with fake_hub.serve(delay=0.3) as (url, _):
+        environ = {**os.environ, "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0"}
+        words = [sys.executable, "-c", DOWNLOAD, json.dumps(calls)]
+        done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=240, check=False)
+    document, _, rest = done.stdout.partition("\n}\n")
+    found = json.loads(document + "}")
+    assert [int(line) for line in rest.splitlines() if line.strip().isdigit()] == [0, 0, 1, 2, 2], done.stderr
+    for code in ("INPUT_MODEL_NOT_FOUND", "DEP_HUB_ACCESS", "DEP_HUB_UNREACHABLE"):
+        assert f"[{code}]" in done.stderr
+    assert re.search(r"^ +\d+%  \d\.\d MiB of 2\.9 MiB$", done.stderr, re.MULTILINE), done.stderr
+    folder = Path(found["folder"])
+    assert (folder / "model.safetensors").stat().st_size == 3_000_000
+    assert not (folder / "original").exists()
+    places = find_places(UiSpec(), os.environ, shown=Path("output"))
+    (model,) = [m for m in find_local_models(places, os.environ) if m.source == "Hub cache"]
+    assert (model.name, model.folder, model.removal) == ("owner/chats", folder, "owner/chats")
+    assert model.size >= 3_000_000
+    assert run(["download", "owner/chats", "--remove", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] >= 3_000_000
+    assert not folder.exists()
+    for name in ("owner/chats", "./m", "../m", "owner/../../m"):
+        assert run(["download", name, "--remove"]) == 1, name
+        assert "[INPUT_MODEL_NOT_FOUND]" in capsys.readouterr().err
+    assert (place / "m/config.json").exists()

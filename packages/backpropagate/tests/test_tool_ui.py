@@ -435,7 +435,7 @@ def test_a_run_is_shown_in_full(place):
     text = open_page().get(f"/runs/{key_of()}/{done.run_id}").text
     assert '<span class="status untested">not tested</span>' in text
     assert "not tested: 1 checks passed" in text
-    for told in ("who are you?", "after step 4", "agree at 97 %", "nothing said", "0.001", "training.learning_rate"):
+    for told in ("who are you?", "After step 4", "agree at 97 %", "nothing said", "0.001", "training.learning_rate"):
         assert told in text
     assert "Plan: 40 rows: 0.8 epochs = 4 steps of 8, not validated; 8 rows not reached" in text
     assert "Rows: 40 read = 32 trained on + 8 not reached; 80% of an epoch" in text

@@ -1,10 +1,12 @@
 """The pages of data, models and exports: what they read, and that they lead nowhere else."""
 
+import html
 import json
 import os
 import re
 import time
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from starlette.testclient import TestClient
@@ -29,7 +31,7 @@ def place(tmp_path, monkeypatch, write_letters):
     monkeypatch.setenv("BACKPROPAGATE_HOME", str(tmp_path / "home"))
     write_letters(tmp_path / "m", TEMPLATE)
     (tmp_path / "m/model.safetensors").write_bytes(b"")
-    rows = [{"prompt": f"<b>who</b> {i}", "completion": f"me & {i}"} for i in range(5)] + [{"nothing": 1}]
+    rows = [{"prompt": f"<b>who</b> {i}", "completion": f"me & {i}" + "!" * i} for i in range(5)] + [{"nothing": 1}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/e.csv.gz").write_bytes(b"")
@@ -73,8 +75,38 @@ def test_the_mask_is_shown_token_by_token_as_data_preview_tells_it(page, place, 
 def test_a_file_is_checked_as_validate_does(page, place):
     text = page.get("/data/check", params={"path": "d.jsonl", "model": "./m"}).text
     facts = dict(re.findall(r"<dt>([\w ]+)</dt><dd>([\d,]+)</dd>", text))
-    assert (facts["read"], facts["whole"], facts["dropped"]) == ("6", "5", "1")
+    assert (facts["rows"], facts["usable"], facts["left out"]) == ("6", "5", "1")
     assert '<td class="figure">6</td>' in text
+    assert '<code class="line">{&#34;nothing&#34;: 1}</code>' in text
+    cuts = json.loads(html.unescape(re.search(r'data-cuts="([^"]+)"', text)[1]))
+    assert cuts[-1][1] == 0
+    assert [over for _, over, _ in cuts] == sorted((over for _, over, _ in cuts), reverse=True)
+
+
+def test_columns_are_mapped_and_a_cleaned_copy_is_written(page, place):
+    rows = ["frage;reply body;id", "Who?;Me.;1", "Who?;Me.;2", ";x;3", "Where?;Here.;4"]
+    (place / "odd.csv").write_text("\n".join(rows) + "\n")
+    asked = {"path": "odd.csv", "columns": ["frage=prompt", "reply body=completion", "leave-out:id", ""]}
+    text = page.get("/data/check", params=asked).text
+    assert re.findall(r"<td><code>([^<]+)</code></td><td class=\"value\">([^<]*)</td><td class=\"nowrap\">([^<]+)", text) == [
+        ("frage", "Who?", "only read"), ("reply body", "Me.", "trained on"), ("id", "1", "not used")]  # fmt: skip
+    assert '<option value="leave-out:id" selected>' in text
+    train = page.get("/data/train", params=asked | {"max_seq_length": "64"}).headers["location"]
+    assert parse_qs(urlsplit(train).query) == {
+        "data": ["odd.csv"], "max_seq_length": ["64"], "columns": ["frage=prompt\nreply body=completion"],
+        "ignore_columns": ["id"]}  # fmt: skip
+    assert ">frage=prompt\nreply body=completion</textarea>" in page.get(train).text
+    form = asked | {"token": token_on(page), "dedup": "exact"}
+    text = page.post("/data/clean", data=form).text
+    assert "2 of 4 rows" in text
+    assert "same as row" in text
+    copy = place / "home/ui-outputs/uploads/odd-clean.jsonl"
+    assert [json.loads(line)["frage"] for line in copy.read_text().splitlines()] == ["Who?", "Where?"]
+    assert "2-odd-clean.jsonl" in page.post("/data/clean", data=form).text
+    text = page.post("/data/clean", data=form | {"path": "d.jsonl", "columns": "", "dedup": "none"}).text
+    assert re.search(r"− 6</span> <code>{&#34;nothing&#34;: 1}</code>", text)
+    assert "INPUT_UI_PATH" in page.post("/data/clean", data=form | {"path": "/etc/passwd"}).text
+    assert (place / "odd.csv").read_text().splitlines() == rows
 
 
 @pytest.mark.parametrize("part", ["preview", "check"])
@@ -177,9 +209,15 @@ def test_a_run_is_noted_and_deleted_where_the_page_may_write(page, place):
     run_id = trainer.train("d.jsonl", on_bad_row="skip").run_id
     address = re.search(rf"/runs/\w+/{run_id}", page.get("/runs").text)[0]
     token = token_on(page)
-    page.post(f"{address}/note", data={"token": token, "note": "the <b>one</b>", "tags": "good, pirate"})
+    named = {"token": token, "note": "the <b>one</b>", "tags": "good, pirate", "title": " Pirate\n <i>two</i> "}
+    page.post(f"{address}/note", data=named)
     text = page.get(address).text
     assert "the &lt;b&gt;one&lt;/b&gt;" in text
+    for shown in (text, page.get("/runs").text, page.get("/runs?q=pirate").text):
+        assert "Pirate &lt;i&gt;two&lt;/i&gt;" in shown
+    lines = page.get(f"{address}/steps.csv").text.splitlines()
+    assert lines[0].startswith("step,seconds,loss,")
+    assert [line.partition(",")[0] for line in lines[1:]] == ["1", "2"]
     assert '<span class="tag">pirate</span>' in text
     report = page.get(f"{address}/report")
     assert report.headers["content-disposition"] == f'attachment; filename="run-{run_id}.html"'

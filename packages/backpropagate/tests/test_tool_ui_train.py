@@ -248,7 +248,7 @@ def test_a_training_outlives_the_server_stops_when_it_is_asked_and_is_exported(p
     assert (store.folder(run_id) / "lora/adapter_model.safetensors").is_file()
     form = {"source": state[6:], "format": "gguf", "quantization": "f16"}
     launch = send(page, "/export", **form).headers["location"]
-    wait(page, f"{launch}/state", lambda answer: "Exit status 0." in answer.text)
+    wait(page, f"{launch}/state", lambda answer: "Finished." in answer.text)
     shown = page.get("/export").text
     file = place / f"home/ui-outputs/exports/{run_id}-f16.gguf"
     assert file.is_file(), page.get(launch).text

@@ -80,7 +80,7 @@ class _Answers(BaseHTTPRequestHandler):
         if kind == "resolve":
             time.sleep(self.server.delay)
             return self._file(commit, inner)
-        siblings = [{"rfilename": path} for path in FILES[commit]]
+        siblings = [{"rfilename": path, "size": len(data)} for path, data in FILES[commit].items()]
         return self._json({"id": "owner/chats", "sha": commit, "siblings": siblings, "private": False, "gated": False})
 
     def _file(self, commit, path):

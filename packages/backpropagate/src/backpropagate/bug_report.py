@@ -74,7 +74,7 @@ def _without_texts(record: dict[str, Any]) -> dict[str, Any]:
         key: {**row, "value": _LEFT_OUT} if key in _TEXTS and row.get("value") else row
         for key, row in record["settings"].items()
     }
-    return {**record, "settings": settings, "note": None, "tags": [], "command": record["command"][:2]}
+    return {**record, "settings": settings, "note": None, "title": "", "tags": [], "command": record["command"][:2]}
 
 
 def _line(event: Mapping[str, Any]) -> str:

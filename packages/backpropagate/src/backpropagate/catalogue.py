@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -104,21 +106,48 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~", "\\")) or name.count("/") != 1 or ":" in name
 
 
+def measure_download(name: str) -> int:
+    """Bytes of a Hub model's files that `find_model` fetches.
+
+    Raises:
+        CodedError: As `find_model`.
+    """
+    from huggingface_hub import HfApi
+
+    send_no_usage_reports()
+    with _hub_errors(name, None, offline=False):
+        files = HfApi().model_info(name, files_metadata=True).siblings or []
+    return sum(file.size or 0 for file in files if _is_wanted(file.rfilename))
+
+
+def _is_wanted(name: str) -> bool:
+    """Whether a file is fetched, by the rules of `huggingface_hub`: ``*`` stands for slashes too."""
+    return any(fnmatch(name, p) for p in _WANTED) and not any(fnmatch(name, p) for p in _UNWANTED)
+
+
 def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, with_code: bool) -> BaseModel:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub import errors as hub
 
     send_no_usage_reports()
     patterns = [p for p in _WANTED if need == WHOLE or p != "*.safetensors"] + (["*.py"] if with_code else [])
+    with _hub_errors(name, revision, offline=offline), coded_disk_errors(Path(constants.HF_HUB_CACHE)):
+        found = snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=patterns,
+            ignore_patterns=list(_UNWANTED),
+            local_files_only=offline,
+        )
+    return BaseModel(require_model_folder(Path(found), need), Path(found).name)
+
+
+@contextmanager
+def _hub_errors(name: str, revision: str | None, *, offline: bool) -> Iterator[None]:
+    """The library's errors about a model as ours."""
+    from huggingface_hub import errors as hub
+
     try:
-        with coded_disk_errors(Path(constants.HF_HUB_CACHE)):
-            found = snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=list(_UNWANTED),
-                local_files_only=offline,
-            )
+        yield
     except hub.GatedRepoError as error:
         raise HubAccessError(f"{name} is gated", cause=first_line(error)) from error
     except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.HFValidationError) as error:
@@ -129,7 +158,6 @@ def _from_hub(name: str, revision: str | None, *, offline: bool, need: Need, wit
         raise HubUnreachableError(f"{name} is not in the local cache, and {why}") from error
     except network_errors() as error:
         raise HubUnreachableError(f"{name} could not be fetched", cause=first_line(error)) from error
-    return BaseModel(require_model_folder(Path(found), need), Path(found).name)
 
 
 @dataclass(frozen=True, slots=True)

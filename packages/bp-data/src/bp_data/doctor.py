@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -31,6 +32,9 @@ Status = Literal["ok", "look", "bad"]
 """Fine; worth a look; rows or text would be lost or wrong."""
 
 _SHOWN: Final = 5
+_ROWS_SEEN: Final = 100  # rows whose columns are listed
+_COLUMNS_SEEN: Final = 200
+_VALUE_SHOWN: Final = 160  # characters
 _SEPARATORS: Final = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
 
@@ -60,6 +64,8 @@ class Examination:
         left: Files of the folder that were not, with the reason.
         findings: In the order in which one would fix them.
         report: The numbers; None where no file can be read.
+        columns: Columns of the first rows, each with the beginning of its first value.
+        proposed: Known names for columns whose names are not known: their name to ours.
     """
 
     path: str
@@ -67,6 +73,8 @@ class Examination:
     left: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     report: Report | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    proposed: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_usable(self) -> bool:
@@ -77,7 +85,8 @@ class Examination:
         """JSON-ready."""
         report = None if self.report is None else self.report.to_dict()
         findings = [finding._asdict() for finding in self.findings]
-        return {"path": self.path, "files": self.taken, "left": self.left, "findings": findings, "report": report}
+        return {"path": self.path, "files": self.taken, "left": self.left, "findings": findings, "report": report,
+                "columns": self.columns, "proposed": self.proposed}  # fmt: skip
 
 
 def examine(
@@ -112,7 +121,10 @@ def examine(
     if readable:
         loaded = None if model is None else load_source(model)
         result.report = build_report(path, loaded, max_seq_length=max_seq_length, options=options, files=readable)
-        result.findings += _look_at_columns(path, readable, options, result.report)
+        result.columns = _see_columns(path, readable, options)
+        mapping, roles = _propose(path, readable, options)
+        result.proposed = mapping
+        result.findings += _look_at_columns(result.report, mapping, roles)
         result.findings += _look_at_rows(result.report, str(path))
         result.findings += [] if loaded is None else _look_at_template(*loaded)
     return result
@@ -186,7 +198,17 @@ def _encoding_fix(file: Path) -> str:
 # --- Columns -------------------------------------------------------------------------------------------------------
 
 
-def _look_at_columns(path: Path, files: Sequence[Path], options: ReadOptions, report: Report) -> Iterator[Finding]:
+def _see_columns(path: Path, files: Sequence[Path], options: ReadOptions) -> dict[str, str]:
+    """Every column of the first rows, with the beginning of its first value that is not empty."""
+    seen: dict[str, str] = {}
+    for row in islice(read_rows(path, options, files=files), _ROWS_SEEN):
+        for name, value in () if isinstance(row, Rejected) else row.data.items():
+            if not seen.get(str(name)) and len(seen) < _COLUMNS_SEEN:
+                seen[str(name)] = str(value)[:_VALUE_SHOWN] if value else ""
+    return seen
+
+
+def _look_at_columns(report: Report, mapping: Mapping[str, str], fixes: Mapping[str, str]) -> Iterator[Finding]:
     for what, key in (("trained on", "learned"), ("only read", "read")):
         if names := report.columns[key]:
             yield Finding("columns", "ok", f"{what}: {', '.join(names)}")
@@ -196,7 +218,6 @@ def _look_at_columns(path: Path, files: Sequence[Path], options: ReadOptions, re
         yield Finding("columns", "bad", f"text that would be lost: {', '.join(lost)}", fix)
     if others := [name for name in report.columns["left_aside"] if name not in lost]:
         yield Finding("columns", "ok", f"left aside: {', '.join(others)}")
-    mapping, fixes = _propose(path, files, options)
     if mapping:
         text = ", ".join(f"{theirs} is {ours}" for theirs, ours in mapping.items())
         yield Finding("columns", "bad", f"names that are not known; perhaps {text}", f"If so: {columns_ref(mapping)}")

@@ -142,7 +142,8 @@ def _is_torn(path: Path) -> bool:
 
 
 _MEAN_STEPS = 100  # steps that a mean is taken over, at most
-_FIRST_STEPS = 5
+FIRST_STEPS = 5
+"""Steps whose mean loss is a run's first loss."""
 _CHUNK = 2**20  # bytes read at once
 
 
@@ -160,7 +161,7 @@ def mean_losses(first: Sequence[float], last: Sequence[float], count: int) -> tu
     Raises:
         ZeroDivisionError: There was no step.
     """
-    begin = first[:_FIRST_STEPS]
+    begin = first[:FIRST_STEPS]
     share = min(_MEAN_STEPS, max(1, count // 10), count)
     return sum(begin) / len(begin), sum(last[-share:]) / share
 
@@ -183,7 +184,7 @@ class LossEnds:
         """Take the next step's loss."""
         self.count += 1
         self._last.append(loss)
-        if len(self._first) < _FIRST_STEPS:
+        if len(self._first) < FIRST_STEPS:
             self._first.append(loss)
 
     def means(self) -> tuple[float, float]:

@@ -81,6 +81,8 @@ class RunRecord:
     error: dict[str, Any] | None = None
     tags: list[str] = field(default_factory=list)
     note: str = ""
+    title: str = ""
+    """What a person calls the run; empty: nothing."""
 
     @property
     def is_imported(self) -> bool:
@@ -153,6 +155,7 @@ class RunRecord:
             "seconds": self.result.get("seconds"),
             "error": (self.error or {}).get("code"),
             "tags": self.tags,
+            "title": self.title,
         }
 
     def describe_artifact(self, artifact: Mapping[str, Any]) -> str:

@@ -28,7 +28,7 @@ from bp_runs.wording import command_ref
 
 _NOT_COPIED = frozenset(
     ("status", "ended_at", "host", "pid", "process_started", "sessions", "progress", "result", "artifacts", "error",
-     "tags", "note")
+     "tags", "note", "title")
 )  # fmt: skip
 """What changes while a run is trained, or is the user's."""
 DAMAGED_RECORD = "run.damaged.json"

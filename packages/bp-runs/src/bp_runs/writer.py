@@ -29,7 +29,7 @@ from bp_runs.spec import RunFolders
 from bp_runs.wording import command_ref
 
 _LOOK_SECONDS = 5.0  # who looks whether the run lives holds its lock for a moment
-_OTHERS = ("tags", "note", "artifacts")  # fields that people and exports may change meanwhile
+_OTHERS = ("tags", "note", "title", "artifacts")  # fields that people and exports may change meanwhile
 
 _SAME_DATA = ("sha256", "template_sha256", "read", "whole", "truncated", "dropped", "heldout", "tokens")
 _SAME_PLAN = ("steps", "eval_steps")

@@ -191,6 +191,7 @@ COMMANDS = (
     Command("runs rm", "runs:rm", "Delete runs with their adapters and checkpoints.", "backprop runs rm 9f2c1a 77b0de"),
     Command("runs tag", "runs:tag", "Add tags to a run, or remove them.", "backprop runs tag 9f2c1a good pirate"),
     Command("runs note", "runs:note", "Add a note to a run.", 'backprop runs note 9f2c1a "the one that we ship"'),
+    Command("runs name", "runs:name", "Name a run.", 'backprop runs name 9f2c1a "Pirate, more data"'),
     Command(
         "runs protect",
         "runs:protect",
@@ -231,6 +232,12 @@ COMMANDS = (
         "backprop models --json",
     ),
     Command(
+        "download",
+        "download:download",
+        "Download a base model before a run needs it.",
+        "backprop download qwen2.5-7b",
+    ),
+    Command(
         "estimate-vram",
         "estimate_vram:estimate_vram",
         "Estimate GPU memory without loading the model.",
@@ -261,7 +268,7 @@ COMMANDS = (
 # Commands of two words stand together under the first.
 GROUPS = {
     "data": "Inspect, split, clean or convert data files.",
-    "runs": "Remove, tag, annotate, protect and import runs.",
+    "runs": "Remove, tag, name, annotate, protect and import runs.",
     "queue": "Queue runs and run them one after another.",
     "config": "Show the settings and where their values come from.",
     "ollama": "Register, list and remove models in Ollama.",
@@ -273,7 +280,7 @@ PANELS = {
     "Data": ("validate", "data"),
     "Export and chat": ("export", "merge", "imatrix", "push", "chat", "ollama"),
     "Runs": ("list-runs", "show-run", "diff-runs", "prove", "export-runs", "runs", "ui"),
-    "This machine": ("doctor", "info", "models", "estimate-vram", "config", "errors", "report"),
+    "This machine": ("doctor", "info", "models", "download", "estimate-vram", "config", "errors", "report"),
 }
 
 _EPILOGUE = f"Before or after every command:\n{overview()}"

@@ -60,7 +60,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         _steps(row),
         loss,
         Path(row["model"] or "").name,
-        Path(row["data"] or "").name,
+        row.get("title") or Path(row["data"] or "").name,
         " ".join(row["tags"]),
         started,
     )

@@ -115,6 +115,22 @@ def note(run: str, text: str, *, output: Output = None, json: Json = False) -> i
     return 0
 
 
+def name(run: str, title: str, *, output: Output = None, json: Json = False) -> int:
+    """Name a run, for list-runs and the web UI; an empty name removes it.
+
+    Parameters
+    ----------
+    run: str
+        The run's id, or a part of it that only one run has.
+    title: str
+        The name.
+    """
+    store = RunStore(output_folder(output))
+    record = store.update(store.find(run), lambda found: setattr(found, "title", title))
+    _tell("runs-name", {"run_id": record.run_id, "title": record.title}, f"  named     {record.run_id}", json=json)
+    return 0
+
+
 def protect(run: str, *, step: int, output: Output = None, json: Json = False) -> int:
     """Keep a checkpoint for good; newer ones no longer take its place.
 

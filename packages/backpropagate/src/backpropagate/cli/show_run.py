@@ -90,6 +90,8 @@ def _asked(record: RunRecord) -> list[str]:
         lines.append(f"  went on   {session['at']} from step {session['from_step']} (pid {session['pid']}){ended}")
     if record.parent:
         lines.append(f"  parent    {record.parent['run_id']} ({record.parent['relation']})")
+    if record.title:
+        lines.append(f"  name      {record.title}")
     if record.tags:
         lines.append(f"  tags      {', '.join(record.tags)}")
     if record.note:

@@ -14,7 +14,8 @@ import math
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ _LOOK_SECONDS = 0.5
 _STATUS_LOOKS = 4  # looks at the file between two looks at the status
 _ALIVE_LOOKS = 30  # looks after which a silent stream says something, so that a lost browser is noticed
 _MOST_SERIES = 8  # runs that are kept in memory
+_CSV_LINES = 1000
 _MOST_EVENTS = 500  # validations, notices and samples of a run that are kept, each
-_STEP_FIELDS = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes", "temperature")
+_STEP_FIELDS = ("loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "memory_bytes", "temperature")
 
 
 class RunSeries:
@@ -50,6 +52,8 @@ class RunSeries:
         self._offset = 0
         self._steps = array("q")
         self._values = {name: array("d") for name in _STEP_FIELDS}
+        self._elapsed = array("d")
+        self._last_at = math.nan
         self._epoch_steps: int | None = None
         self.evals: list[dict[str, Any]] = []
         self.notices: list[dict[str, Any]] = []
@@ -77,10 +81,12 @@ class RunSeries:
         if kind == Resumed.kind:
             kept = event.get("step")
             self._cut(kept if event.get("checkpoint") and isinstance(kept, int) and _is_step(kept) else -1)
+            self._last_at = seconds_of(event.get("at"))
         elif kind == StepDone.kind and _is_step(event.get("step")):
             self._steps.append(event["step"])
             for name, values in self._values.items():
                 values.append(_finite(event.get(name)))
+            self._elapsed.append(self._count_time(seconds_of(event.get("at"))))
             self._epoch_steps = event["steps"] if _is_step(event.get("steps")) else self._epoch_steps
         elif kind == EvalDone.kind and _is_step(event.get("step")):
             self.evals.append({**event, "loss": _number(event.get("loss"))})
@@ -95,10 +101,17 @@ class RunSeries:
         """Forget what was trained after ``step``: the run was resumed from there."""
         keep = next((i for i, found in enumerate(self._steps) if found > step), len(self._steps))
         del self._steps[keep:]
-        for values in self._values.values():
+        for values in (*self._values.values(), self._elapsed):
             del values[keep:]
         self.evals = [e for e in self.evals if e["step"] <= step]
         self.samples = [e for e in self.samples if e["step"] <= step]
+
+    def _count_time(self, at: float) -> float:
+        """Seconds of training up to a step; pauses before a resumption do not count."""
+        before = self._elapsed[-1] if self._elapsed else 0.0
+        passed = at - self._last_at
+        self._last_at = at
+        return before + (passed if 0 <= passed < math.inf else 0.0)
 
     @property
     def count(self) -> int:
@@ -126,20 +139,35 @@ class RunSeries:
         """What charts begin with.
 
         Returns:
-            ``columns``: name to values, all of one length; ``evals``: steps and losses; ``last``: the last step, 0
-            before the first; ``steps``: planned steps.
+            ``columns``: name to values, all of one length, ``elapsed`` in seconds; ``evals``: steps and losses;
+            ``last``: the last step, 0 before the first; ``last_at``: its time, in seconds since 1970; ``steps``:
+            planned steps.
         """
         if self._points is None:
             places = self._thin()
             columns: dict[str, list[Any]] = {"step": [self._steps[i] for i in places]}
             columns |= {name: [_number(values[i]) for i in places] for name, values in self._values.items()}
+            columns["elapsed"] = [round(self._elapsed[i], 2) for i in places]
             self._points = {
                 "columns": columns,
                 "evals": [[e["step"] for e in self.evals], [e["loss"] for e in self.evals]],
                 "last": self._steps[-1] if self._steps else 0,
+                "last_at": _number(self._last_at),
                 "steps": self._epoch_steps,
             }
         return self._points
+
+    def csv(self) -> Iterator[str]:
+        """Every step as a line of a CSV file, in blocks."""
+        names = list(self._values)
+        yield ",".join(("step", "seconds", *names)) + "\n"
+        for begin in range(0, self.count, _CSV_LINES):
+            lines = []
+            for place in range(begin, min(begin + _CSV_LINES, self.count)):
+                found = self.step(place)
+                cells = (found["step"], f"{self._elapsed[place]:.2f}", *(found[name] for name in names))
+                lines.append(",".join("" if cell is None else str(cell) for cell in cells))
+            yield "\n".join(lines) + "\n"
 
     def _thin(self) -> list[int]:
         """Places of the lowest and the highest loss of each stretch, the first and the last."""
@@ -170,6 +198,14 @@ class SeriesCache:
             while len(self._found) > _MOST_SERIES:
                 self._found.popitem(last=False)
         return series.update()
+
+
+def seconds_of(at: Any) -> float:
+    """A time of an event in seconds since 1970; NaN for whatever is none."""
+    try:
+        return datetime.fromisoformat(at).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
 
 
 def _is_step(value: Any) -> bool:
@@ -244,7 +280,8 @@ def message(event: Mapping[str, Any]) -> bytes | None:
     if kind == StepDone.kind:
         numbers = {name: _number(event.get(name)) for name in _STEP_FIELDS}
         steps = event.get("steps") if _is_step(event.get("steps")) else None
-        return b"id: %d\n" % event["step"] + _spell(kind, {"step": event["step"], "steps": steps, **numbers})
+        at = _number(seconds_of(event.get("at")))
+        return b"id: %d\n" % event["step"] + _spell(kind, {"step": event["step"], "steps": steps, "at": at, **numbers})
     if kind == Resumed.kind:
         return _spell(kind, {"step": event["step"]})
     return _spell(kind, redact_data(dict(event)))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from backpropagate.downloads import SMALL_MODEL, hub_cache, measure
 from backpropagate.system import program_home
 from backpropagate.ui.folders import Places
 
@@ -23,6 +24,16 @@ class LocalModel:
     source: str
     """``Hub cache``, ``quickstart`` or ``folder``."""
 
+    @property
+    def removal(self) -> str | None:
+        """What `backprop download --remove` calls it; None for a folder of the user's."""
+        return {"Hub cache": self.name, "quickstart": SMALL_MODEL}.get(self.source)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return measure(self.folder)
+
 
 def find_local_models(places: Places, environ: Mapping[str, str]) -> list[LocalModel]:
     """Models with weights, each once; nothing is loaded and nothing is asked of the network."""
@@ -33,10 +44,8 @@ def find_local_models(places: Places, environ: Mapping[str, str]) -> list[LocalM
 
 
 def _in_hub_cache(environ: Mapping[str, str]) -> list[LocalModel]:
-    home = Path(environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
-    cache = Path(environ.get("HF_HUB_CACHE") or home / "hub")
     found = []
-    for entry in _folders(cache):
+    for entry in _folders(hub_cache(environ)):
         owner_and_name = entry.name.removeprefix("models--").split("--", 1)
         if not entry.name.startswith("models--") or len(owner_and_name) != 2:
             continue

@@ -23,6 +23,7 @@ from backpropagate.cli.documents.runs import (
     QueueRun,
     Report,
     RunsImported,
+    RunsNamed,
     RunsNoted,
     RunsProtected,
     RunsRemoved,
@@ -41,6 +42,7 @@ from backpropagate.cli.documents.shipping import (
     PushPlan,
 )
 from backpropagate.cli.documents.training import (
+    Download,
     EstimateVram,
     EstimateVramTable,
     Eval,
@@ -78,6 +80,7 @@ DOCUMENTS: Mapping[str, type] = {
     "runs-rm": RunsRemoved,
     "runs-tag": RunsTagged,
     "runs-note": RunsNoted,
+    "runs-name": RunsNamed,
     "runs-protect": RunsProtected,
     "runs-import": RunsImported,
     "validate": Validate,
@@ -94,6 +97,7 @@ DOCUMENTS: Mapping[str, type] = {
     "config-show": ConfigShow,
     "config-explain": SettingRow,
     "models": Models,
+    "download": Download,
     "estimate-vram": EstimateVram,
     "estimate-vram-table": EstimateVramTable,
     "ui": Ui,

@@ -99,6 +99,8 @@ class DataDoctor(TypedDict):
     left: dict[str, str]
     findings: list[DataFinding]
     report: dict[str, Any] | None
+    columns: dict[str, str]
+    proposed: dict[str, str]
     passed: bool
 
 

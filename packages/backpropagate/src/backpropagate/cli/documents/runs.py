@@ -27,6 +27,7 @@ class RunRow(TypedDict):
     seconds: float | None
     error: str | None
     tags: list[str]
+    title: NotRequired[str]
 
 
 class ListRuns(TypedDict):
@@ -51,6 +52,7 @@ class Record(TypedDict):
     progress: dict[str, Any]
     tags: list[str]
     note: str
+    title: str
     command: list[str]
     rail: str
     settings: dict[str, dict[str, Any]]
@@ -146,6 +148,13 @@ class RunsNoted(TypedDict):
 
     run_id: str
     note: str
+
+
+class RunsNamed(TypedDict):
+    """`backprop runs name`."""
+
+    run_id: str
+    title: str
 
 
 class RunsProtected(TypedDict):

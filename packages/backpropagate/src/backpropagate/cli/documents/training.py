@@ -84,6 +84,15 @@ class Models(TypedDict):
     models: list[ModelRow]
 
 
+class Download(TypedDict):
+    """`backprop download`; bytes: on disk, what was removed too."""
+
+    model: str
+    folder: str
+    bytes: int
+    removed: bool
+
+
 class EstimateVram(TypedDict):
     """`backprop estimate-vram`; in use: the highest sum of the parts at one time."""
 

@@ -1,4 +1,4 @@
-"""Data files: browse what may be read, see token by token what is trained, check a file as training does."""
+"""Data files: browse what may be read, upload, and open one; `data_check` says what training makes of it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from starlette.responses import RedirectResponse, Response
 
 from backpropagate.errors import UiPathError
 from backpropagate.settings import TOML_FILE, resolve
-from backpropagate.ui.folders import Places, require_readable_name
+from backpropagate.ui.folders import Places
 from backpropagate.ui.local_models import find_local_models
-from backpropagate.ui.render import show, whole_number
-from backpropagate.ui.subcommand import AnswerError, ask
-from bp_runs.errors import CodedError
+from backpropagate.ui.render import show
 
 _KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".xlsx", ".parquet", ".txt", ".md")
 _PACKED = (".gz", ".zst")
@@ -28,9 +26,7 @@ _TEXT = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".md")
 _HEAD_BYTES, _HEAD_LINES, _HEAD_WIDTH = 2**16, 6, 600
 UPLOADS = "uploads"
 _MOST_ENTRIES = 500
-_PREVIEW_SECONDS, _CHECK_SECONDS = 120, 600
-_ROWS = 3
-_REJECTED_SHOWN = 50
+_SMALL = 20 * 2**20  # bytes of a file that is checked without being asked
 
 
 def show_data(request: Request) -> Response:
@@ -46,7 +42,7 @@ def show_data(request: Request) -> Response:
         head, local = _head(path), find_local_models(places, request.app.state.site.environ)
         return show(
             request, "data.html", here=path.parent, up=None, folders=[], files=[], file=path, head=head, local=local,
-            bytes=path.stat().st_size, **_form(request),
+            bytes=path.stat().st_size, is_small=path.stat().st_size < _SMALL, **_form(request),
         )  # fmt: skip
     folders, files = _entries(path)
     up = path.parent if _may_read(places, path.parent) else None
@@ -55,12 +51,10 @@ def show_data(request: Request) -> Response:
 
 def _form(request: Request) -> dict[str, Any]:
     known = resolve({}, os.environ, Path(TOML_FILE)).settings
-    skip = request.query_params.get("skip", "")
     return {
         "model": request.query_params.get("model", ""),
         "max_seq_length": request.query_params.get("max_seq_length", ""),
         "known": known.model,
-        "skip": whole_number(skip, 0),
     }
 
 
@@ -88,14 +82,20 @@ def upload(request: Request, form: FormData) -> Response:
         raise UiPathError(f"{file.filename[:100]!r} is not a data file", fix=f"Upload one of {', '.join(_KINDS)}.")
     folder = request.app.state.site.places.own / UPLOADS
     folder.mkdir(parents=True, exist_ok=True)
+    target = free_name(folder, name)
+    with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+        shutil.copyfileobj(file.file, out)
+    return RedirectResponse(f"/data?{urlencode({'path': target})}", 303)
+
+
+def free_name(folder: Path, name: str) -> Path:
+    """A file of a folder that isn't there yet, by a name or that name with a number before it."""
     target = folder / name
     for number in range(2, 1000):
         if not target.exists():
             break
         target = folder / f"{number}-{name}"
-    with os.fdopen(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-        shutil.copyfileobj(file.file, out)
-    return RedirectResponse(f"/data?{urlencode({'path': target})}", 303)
+    return target
 
 
 def _head(path: Path) -> str | None:
@@ -135,48 +135,3 @@ def _is_data(name: str) -> bool:
     for packed in _PACKED:
         name = name.removesuffix(packed)
     return name.lower().endswith(_KINDS)
-
-
-def show_preview(request: Request) -> Response:
-    """Some rows token by token; a part of the file's page."""
-    skip = _form(request)["skip"]
-    try:
-        words = ["data", "preview", *_words(request), f"--rows={_ROWS}", f"--skip={skip}"]
-        found = ask(words, seconds=_PREVIEW_SECONDS)
-    except (AnswerError, CodedError) as error:
-        return _refusal(request, error)
-    return show(request, "parts/preview.html", rows=found["rows"], skip=skip, step=_ROWS)
-
-
-def show_check(request: Request) -> Response:
-    """What training would make of the whole file; a part of the file's page."""
-    try:
-        found = ask(["validate", *_words(request), "--on-bad-row=skip"], seconds=_CHECK_SECONDS)
-    except (AnswerError, CodedError) as error:
-        return _refusal(request, error)
-    return show(request, "parts/checked.html", found=found, rejected=found["rejected"][:_REJECTED_SHOWN])
-
-
-def _words(request: Request) -> list[str]:
-    """The file, model and longest row as words of a command; nothing is fetched for a look.
-
-    Raises:
-        UiPathError: File or model lie outside the page's folders.
-    """
-    places: Places = request.app.state.site.places
-    asked = request.query_params.get("path", "")
-    if not asked:
-        raise UiPathError("no file was named")
-    file = places.require_readable(asked)
-    words = ["--offline", str(file)]
-    if model := request.query_params.get("model", "").strip():
-        require_readable_name(places, model)
-        words.append(f"--model={model}")
-    if longest := request.query_params.get("max_seq_length", "").strip():
-        words.append(f"--max-seq-length={longest}")
-    return words
-
-
-def _refusal(request: Request, error: AnswerError | CodedError) -> Response:
-    told = error.told if isinstance(error, AnswerError) else error.to_dict()
-    return show(request, "parts/refusal.html", message=error.message, told=told)

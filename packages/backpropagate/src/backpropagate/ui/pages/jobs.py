@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from starlette.datastructures import FormData
@@ -14,6 +15,25 @@ from backpropagate.ui.render import show, whole_number
 _STOP_POLLING = 286
 """HTMX's own status: the answer is shown, and not asked for again."""
 _SHOWN = 100
+_AFTER = {
+    "export": ("/export", "Show exports"),
+    "download": ("/models", "Show models"),
+    "merge": ("/chat", "Chat with it"),
+    "train": ("/train", "Back to the form"),
+    "multi-run": ("/multi-run", "Back to the form"),
+}
+"""Where to go after a job, by its command."""
+_WORDS = {
+    "train": "Starting training",
+    "replay": "Starting training",
+    "resume": "Resuming training",
+    "multi-run": "Starting the multi-run",
+    "merge": "Merging adapters",
+    "export": "Exporting",
+    "download": "Getting a model",
+}
+"""What a job does, by its command."""
+_SHARE = re.compile(r"^\s*(\d{1,3})%", re.MULTILINE)
 
 
 def show_job(request: Request) -> Response:
@@ -38,7 +58,14 @@ def _show_job(request: Request, template: str) -> Response:
         address = f"/runs/{key}/{run_id}"
         return Response(headers={"HX-Redirect": address}) if is_part else RedirectResponse(address, 303)
     status = 200 if jobs.is_alive(job) or not is_part else _STOP_POLLING
-    return show(request, template, **_describe(jobs, job), log=jobs.log_of(job), status=status)
+    log = jobs.log_of(job)
+    shares = _SHARE.findall(log)
+    share = int(shares[-1]) if shares and job.state == "running" else None
+    open_ = [other.id for other in jobs.queue.jobs() if other.state in ("waiting", "running")]
+    before = open_.index(job.id) if job.state == "waiting" and job.id in open_ else 0
+    after = _AFTER.get(job.argv[0])
+    described = _describe(jobs, job)
+    return show(request, template, **described, log=log, share=share, after=after, before=before, status=status)
 
 
 def _describe(jobs: BackgroundJobs, job: Any) -> dict[str, Any]:
@@ -50,6 +77,7 @@ def _describe(jobs: BackgroundJobs, job: Any) -> dict[str, Any]:
         "is_alive": is_alive,
         "state": state,
         "has_run": output_of(job) is not None,
+        "what": _WORDS.get(job.argv[0], job.argv[0].capitalize()),
         "can_stop": job.state == "waiting" or (is_alive and CAN_STOP),
     }
 

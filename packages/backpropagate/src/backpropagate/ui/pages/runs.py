@@ -22,12 +22,12 @@ from backpropagate.run_hints import UNFINISHED, resume_line
 from backpropagate.ui.background import CAN_STOP
 from backpropagate.ui.folders import Output
 from backpropagate.ui.live import RunSeries, follow
-from backpropagate.ui.render import HERE, show, whole_number
+from backpropagate.ui.render import HERE, show, tail, whole_number
 from backpropagate.ui.security import session_of
 from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import RunStatus
 from bp_runs.index import by_age
-from bp_runs.metrics import read_progress
+from bp_runs.metrics import FIRST_STEPS, read_progress
 from bp_runs.paths import METRICS_FILE, REJECTED_FILE
 from bp_runs.record import RunRecord
 from bp_runs.redact import redact, redact_data
@@ -104,7 +104,16 @@ def _table(request: Request) -> dict[str, Any]:
 
 
 def _has(row: Mapping[str, Any], text: str) -> bool:
-    told = (row["run_id"], row["model"], row["data"], row["kind"], row["error"], *row["tags"], row["output_name"])
+    told = (
+        row["run_id"],
+        row.get("title"),
+        row["model"],
+        row["data"],
+        row["kind"],
+        row["error"],
+        *row["tags"],
+        row["output_name"],
+    )
     return all(word in " ".join(str(t) for t in told if t).lower() for word in text.lower().split())
 
 
@@ -133,7 +142,7 @@ def show_run(request: Request) -> Response:
         **_summary(request, output, record, series),
         command=redact(shlex.join(record.command)),
         settings=redact_data(record.settings),
-        checkpoints=CheckpointFolder(store.folder(record.run_id)).read(),
+        log=_log_of(request, record),
         rejected=_read_rejected(store, record),
         most_rejected=_REJECTED_SHOWN,
         points=series.newest(_POINTS_SHOWN),
@@ -151,6 +160,8 @@ def _summary(request: Request, output: Output, record: RunRecord, series: RunSer
     is_member = (record.parent or {}).get("relation") == "member"
     can_resume = record.status in UNFINISHED and not is_member and not record.is_imported
     first, final = series.losses()
+    if record.status == "running" and series.count < FIRST_STEPS:
+        first = None  # it is the mean over five steps, and must not change once it was shown
     return {
         "output": output.key,
         "output_name": output.name,
@@ -160,6 +171,8 @@ def _summary(request: Request, output: Output, record: RunRecord, series: RunSer
         "counted": record.describe_rows(),
         "step": series.step(-1) if series.count else None,
         "first_loss": first if first is not None else record.result.get("first_loss"),
+        "checkpoints": CheckpointFolder(output.store.folder(record.run_id)).read(),
+        "title": title_of(record),
         "final_loss": final if final is not None else record.result.get("final_loss"),
         "proof": _proof(record, series, record.describe_rows()),
         "evals": series.evals,
@@ -255,14 +268,38 @@ def follow_run(request: Request) -> Response:
     )
 
 
+def title_of(record: RunRecord) -> str:
+    """What a person called the run; else its model and data."""
+    return record.title or f"{tail(record.setting('model.name'))} on {tail(record.setting('data.path'))}"
+
+
+def _log_of(request: Request, record: RunRecord) -> str:
+    """The last lines of the process that works on the run or did last, if this page started it."""
+    jobs = request.app.state.site.jobs
+    sessions = {(session.get("pid"), str(session.get("at", ""))) for session in record.sessions}
+    for job in reversed(jobs.queue.jobs()):
+        if any(job.pid == pid and at >= str(job.started_at) for pid, at in sessions if job.pid):
+            return str(jobs.log_of(job))
+    return ""
+
+
+def download_csv(request: Request) -> Response:
+    """Every step's numbers as a CSV file."""
+    output, _, record = find_run(request)
+    series = request.app.state.site.series.read(metrics_of(output, record))
+    headers = {"Content-Disposition": f'attachment; filename="run-{record.run_id}.csv"'}
+    return StreamingResponse(series.csv(), media_type="text/csv; charset=utf-8", headers=headers)
+
+
 def change_note(request: Request, form: FormData) -> Response:
-    """Set a run's note and tags."""
+    """Set a run's name, note and tags."""
     output, store, record = find_run(request)
+    title = " ".join(str(form.get("title", "")).split())[:120]
     note = str(form.get("note", "")).strip()[:2000]
     tags = [tag.strip()[:40] for tag in str(form.get("tags", "")).split(",") if tag.strip()][:20]
 
     def change(found: RunRecord) -> None:
-        found.note, found.tags = note, tags
+        found.title, found.note, found.tags = title, note, tags
 
     store.update(record.run_id, change)
     return RedirectResponse(f"/runs/{output.key}/{record.run_id}", 303)

@@ -11,5 +11,5 @@
     return order.map((step) => known.get(step) ?? null);
   };
   const lines = runs.map((run, i) => series(run.run_id.slice(-6), i, (v) => v.toFixed(3)));
-  draw(place, lines, [order, ...runs.map(column)], (v) => v.toFixed(2), true);
+  draw(place, lines, [order, ...runs.map(column)], { format: (v) => v.toFixed(2), legend: true });
 })();

@@ -32,8 +32,12 @@ function series(label, place, format, more = {}) {
   };
 }
 
-/** A chart that fills `place`: `lines` are uPlot series beside the step, `format` spells what the y axis shows. */
-function draw(place, lines, data, format, legend, isLog) {
+const STEPS = { label: "step", format: (v) => v.toLocaleString("en") };
+
+/**
+ * A chart that fills `place`: `lines` are uPlot series next to the x axis `x`, `format` spells what the y axis shows.
+ */
+function draw(place, lines, data, { format, legend = false, isLog = false, x = STEPS }) {
   const size = () => ({
     width: Math.max(120, place.clientWidth - 14),
     height: place.classList.contains("tall") ? 270 : 150,
@@ -43,10 +47,10 @@ function draw(place, lines, data, format, legend, isLog) {
       ...size(),
       scales: { x: { time: false }, ...(isLog ? { y: { distr: 3 } } : {}) },
       axes: [
-        { ...axis((v) => v.toLocaleString("en")), incrs: WHOLE_STEPS },
+        { ...axis(x.format), ...(x.label === "step" ? { incrs: WHOLE_STEPS } : {}) },
         { ...axis(format), size: 62, space: 26 },
       ],
-      series: [{ label: "step", value: (_, v) => (v === null ? "–" : String(v)) }, ...lines],
+      series: [{ label: x.label, value: (_, v) => (v === null ? "–" : x.format(v)) }, ...lines],
       legend: { show: legend },
       cursor: { drag: { x: true, y: false } },
     },

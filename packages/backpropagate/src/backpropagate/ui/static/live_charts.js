@@ -8,15 +8,38 @@
   const loss = (v) => v.toFixed(3);
   const gib = (v) => (v / 2 ** 30).toFixed(v < 0.1 * 2 ** 30 ? 2 : 1);
   const rate = (v) => v.toExponential(1);
-  const FIELDS = ["loss", "learning_rate", "tokens_per_second", "memory_bytes", "temperature"];
+  const FIELDS = ["loss", "learning_rate", "tokens", "elapsed", "tokens_per_second", "memory_bytes", "temperature"];
+  const AXES = {
+    step: { label: "step", format: (v) => v.toLocaleString("en") },
+    tokens: { label: "tokens", format: (v) => (v < 1e6 ? v.toLocaleString("en") : `${(v / 1e6).toFixed(1)} M`) },
+    elapsed: { label: "time", format: clock },
+  };
   const steps = new Map();
   const evals = new Map();
+  let elapsed = 0;
+  let lastAt = null;
   const times = [];
   let charts = {};
   let waiting = false;
 
   const smooth = document.getElementById("smooth");
   const log = document.getElementById("log");
+  const axis = document.getElementById("axis");
+
+  function clock(seconds) {
+    const minutes = Math.floor(seconds / 60);
+    return minutes < 60
+      ? `${minutes}:${String(Math.round(seconds % 60)).padStart(2, "0")}`
+      : `${Math.floor(minutes / 60)} h ${String(minutes % 60).padStart(2, "0")}`;
+  }
+
+  /** Where each step is on the chosen axis; a validation without a step of its own is at the step before it. */
+  function places(order) {
+    const name = axis?.value ?? "step";
+    if (name === "step") return order;
+    let last = 0;
+    return order.map((step) => (last = steps.get(step)?.[name] ?? last));
+  }
 
   /** The exponential moving average that W&B and TensorBoard call smoothing, corrected for its start. */
   function smoothed(values) {
@@ -35,12 +58,13 @@
   function columns() {
     const order = [...new Set([...steps.keys(), ...evals.keys()])].sort((a, b) => a - b);
     const column = (name) => order.map((step) => steps.get(step)?.[name] ?? null);
+    const x = places(order);
     return {
-      loss: [order, smoothed(column("loss")), order.map((step) => evals.get(step) ?? null)],
-      rate: [order, column("learning_rate")],
-      speed: [order, column("tokens_per_second")],
-      memory: [order, column("memory_bytes").map((v) => (v === null ? null : v / 2 ** 30))],
-      heat: [order, column("temperature")],
+      loss: [x, smoothed(column("loss")), order.map((step) => evals.get(step) ?? null)],
+      rate: [x, column("learning_rate")],
+      speed: [x, column("tokens_per_second")],
+      memory: [x, column("memory_bytes").map((v) => (v === null ? null : v / 2 ** 30))],
+      heat: [x, column("temperature")],
     };
   }
 
@@ -57,11 +81,12 @@
       series("training", 0, loss),
       series("validation", 1, loss, { points: { show: true, size: 7 }, dash: [8, 3] }),
     ];
-    charts.loss = draw(place("loss"), lines, data.loss, (v) => v.toFixed(2), true, log?.checked);
-    charts.rate = draw(place("rate"), [series("learning rate", 0, rate)], data.rate, rate, false);
-    charts.speed = draw(place("speed"), [series("tokens/s", 0, whole)], data.speed, whole, false);
-    charts.memory = draw(place("memory"), [series("GiB", 0, (v) => v.toFixed(1))], data.memory, (v) => v.toFixed(v < 2 ? 2 : 1), false);
-    if (heat) charts.heat = draw(place("heat"), [series("°C", 0, whole)], data.heat, whole, false);
+    const x = AXES[axis?.value ?? "step"];
+    charts.loss = draw(place("loss"), lines, data.loss, { format: (v) => v.toFixed(2), legend: true, isLog: log?.checked, x });
+    charts.rate = draw(place("rate"), [series("learning rate", 0, rate)], data.rate, { format: rate, x });
+    charts.speed = draw(place("speed"), [series("tokens/s", 0, whole)], data.speed, { format: whole, x });
+    charts.memory = draw(place("memory"), [series("GiB", 0, (v) => v.toFixed(1))], data.memory, { format: (v) => v.toFixed(v < 2 ? 2 : 1), x });
+    if (heat) charts.heat = draw(place("heat"), [series("°C", 0, whole)], data.heat, { format: whole, x });
   }
 
   function redrawSoon() {
@@ -72,7 +97,7 @@
       const data = columns();
       if (data.heat[1].some((v) => v !== null) && !charts.heat && place("heat")) {
         document.getElementById("heat").hidden = false;
-        charts.heat = draw(place("heat"), [series("°C", 0, whole)], data.heat, whole, false);
+        charts.heat = draw(place("heat"), [series("°C", 0, whole)], data.heat, { format: whole, x: AXES[axis.value] });
       }
       for (const [name, chart] of Object.entries(charts)) chart.setData(data[name]);
     }, 200);
@@ -93,7 +118,9 @@
   }
 
   function onStep(step) {
-    steps.set(step.step, step);
+    if (step.at !== null && lastAt !== null) elapsed += Math.max(0, step.at - lastAt);
+    lastAt = step.at;
+    steps.set(step.step, { ...step, elapsed });
     if (!document.querySelector('[data-live="step"]')) renew();
     tell("step", whole(step.step));
     if (step.loss !== null) tell("loss", loss(step.loss));
@@ -140,6 +167,8 @@
     on("resumed", (found) => {
       for (const known of [steps, evals]) for (const step of known.keys()) if (step > found.step) known.delete(step);
       times.length = 0;
+      lastAt = null;
+      elapsed = Math.max(0, ...[...steps.values()].map((step) => step.elapsed ?? 0));
       redrawSoon();
       renew();
     });
@@ -157,16 +186,15 @@
     found.columns.step.forEach((step, i) => {
       steps.set(step, Object.fromEntries(FIELDS.map((name) => [name, found.columns[name][i]])));
     });
+    elapsed = found.columns.elapsed.at(-1) ?? 0;
+    lastAt = found.last_at;
     found.evals[0].forEach((step, i) => evals.set(step, found.evals[1][i]));
     drawAll();
     if (found.status === "running") follow(found.last);
   }
 
   smooth?.addEventListener("input", redrawSoon);
-  log?.addEventListener("change", () => {
-    place("loss").replaceChildren();
-    drawAllAgain();
-  });
+  for (const choice of [log, axis]) choice?.addEventListener("change", drawAllAgain);
   function drawAllAgain() {
     for (const name of ["loss", "rate", "speed", "memory", "heat"]) place(name)?.replaceChildren();
     charts = {};

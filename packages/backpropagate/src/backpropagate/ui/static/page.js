@@ -10,6 +10,7 @@ document.addEventListener("htmx:beforeRequest", (event) => {
   }
 });
 document.addEventListener("htmx:beforeSwap", () => (focused = document.activeElement?.id));
+document.addEventListener("htmx:oobAfterSwap", (event) => prepare(event.target));
 document.addEventListener("htmx:afterSwap", (event) => {
   prepare(event.target);
   if (focused && document.activeElement === document.body) document.getElementById(focused)?.focus({ preventScroll: true });
@@ -82,4 +83,47 @@ document.addEventListener("change", (event) => {
   const upload = event.target.closest("form[data-upload]");
   if (upload) upload.requestSubmit();
 });
+
+/** Sections with `data-tab` become tabs; without scripts they stand one below the other. */
+function makeTabs() {
+  const bar = document.getElementById("tabs");
+  const panels = [...document.querySelectorAll("[data-tab]")];
+  if (!bar || panels.length < 2) return;
+  bar.hidden = false;
+  bar.setAttribute("role", "tablist");
+  bar.setAttribute("aria-label", "Parts of this page");
+  const buttons = panels.map((panel) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.id = `to-${panel.id}`;
+    button.textContent = panel.dataset.tab;
+    button.setAttribute("role", "tab");
+    button.setAttribute("aria-controls", panel.id);
+    panel.setAttribute("role", "tabpanel");
+    bar.append(button);
+    return button;
+  });
+  const choose = (place, isByKey) => {
+    panels.forEach((panel, i) => {
+      panel.hidden = i !== place;
+      buttons[i].setAttribute("aria-selected", String(i === place));
+      buttons[i].tabIndex = i === place ? 0 : -1;
+    });
+    if (isByKey) buttons[place].focus();
+    dispatchEvent(new Event("resize"));
+  };
+  buttons.forEach((button, i) => {
+    button.addEventListener("click", () => {
+      choose(i);
+      history.replaceState(null, "", `#${panels[i].id}`);
+    });
+    button.addEventListener("keydown", (event) => {
+      const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (by) choose((i + by + panels.length) % panels.length, true);
+    });
+  });
+  const target = location.hash && document.getElementById(location.hash.slice(1));
+  choose(Math.max(0, panels.findIndex((panel) => panel === target || panel.contains(target))));
+}
+makeTabs();
 prepare(document);
