@@ -2,7 +2,7 @@
 
 Both are tables of the same kind: texts, places in them, and the likeliest next tokens after each place. The witness
 says what was trained; the forward pass says what the merged weights compute. A large model is compared on fewer tokens,
-so that the gate stays a fraction of the export (docs/log has the figures).
+and without a pass over its base, so that the gate stays a third of the export (docs/log has the figures).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from bp_export.gguf.writer import count_threads
 from bp_export.verify.decoder import NotCoveredError
 from bp_export.verify.forward import Forward
 from bp_export.verify.ops import Floats
@@ -24,15 +25,35 @@ from bp_runs.witness import TOP_TOKENS, Witness, WitnessPrompt, read_witness
 
 PLACES = 64
 WORK = 4.6e11
-"""Weights times tokens that the comparison may read: 64 tokens of a 7B model."""
+"""Weights times tokens that the comparison may read: 64 tokens of a 7B model with a witness, half of that without."""
 LARGE = 2e9
-"""Weights from which on a pass over them costs about as much as the export: such a model is compared with its witness
-alone, unless it was trained in 4 bits."""
+"""Weights from which on a pass over them is a good part of the export: such a model is compared with its witness alone,
+unless it was trained in 4 bits; and without a witness its base is not computed."""
+MANY = 1e8
+"""Weights from which on threads share a pass."""
 _STEP = 4
-_LEAST_TOKENS, _MOST_TOKENS = 64, 4096
+_LEAST_TOKENS, _MOST_TOKENS = 32, 4096
 _LONG_FACTOR = 2
 """The prompt past the window may cost so many times the rest."""
 _LEAST_REST = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What is going to be compared, before anything is computed."""
+
+    prompts: tuple[WitnessPrompt, ...]
+    """Texts and places; with the witness's numbers if there is one."""
+    long: WitnessPrompt | None
+    """A text past the window; None if there is no window, or the model is too large for it."""
+    witness: Witness | None
+    why_no_witness: str
+    forward: Forward | None
+    why_not_computed: str
+    reference: Forward | None
+    """The base without the adapter, for what the adapter does; None if the witness knows it, or it is too large."""
+    is_rounded: bool
+    """Whether the merged weights are stored in 16 bits, which rounds what training in float32 changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +73,13 @@ class Evidence:
     why_not_computed: str
     forward: Forward | None
     is_rounded: bool = False
-    """Whether the merged weights are stored in 16 bits, which rounds what training in float32 changed."""
+    """As `Selection.is_rounded`."""
 
 
-def gather_evidence(
+def select_evidence(
     model: FoldedModel, config: Mapping[str, Any], folder: Path | None, texts: Sequence[Sequence[int]]
-) -> Evidence:
-    """Read the witness if there is one, and compute the merged weights' own numbers.
+) -> Selection:
+    """Read the witness if there is one, and choose texts and places that the model's size allows.
 
     Args:
         model: The merged weights.
@@ -69,28 +90,47 @@ def gather_evidence(
     witness, why_no_witness = _read_witness(folder)
     is_rounded = any(info.dtype != "F32" for info in model.tensors.values())
     weights = sum(info.rows * info.columns for info in model.tensors.values())
-    budget = int(min(max(WORK / max(1, weights), _LEAST_TOKENS), _MOST_TOKENS))
-    forward, why_not = _open_forward(config, model)
+    budget = int(min(max(WORK / max(1, weights) / (1 if witness else 2), _LEAST_TOKENS), _MOST_TOKENS))
+    threads = count_threads(None) if weights > MANY else 1
+    forward, why_not = _open_forward(config, model, threads)
     if forward is not None and witness is not None and weights > LARGE and not witness.base.packed:
         forward, why_not = None, "a model of this size is compared with the witness itself: see divergence"
-    asked = witness.prompts if witness else _choose_places(texts, budget)
-    asked = tuple(prompt for prompt in asked if max(prompt.ids) < _count_tokens(model))
-    chosen = select_prompts([prompt for prompt in asked if prompt.kind != "long"], budget)
-    long = next((prompt for prompt in asked if prompt.kind == "long"), None)
+    known = witness.prompts if witness else _choose_places(texts, budget)
+    known = tuple(prompt for prompt in known if max(prompt.ids) < _count_tokens(model))
+    chosen = select_prompts([prompt for prompt in known if prompt.kind != "long"], budget)
+    long = next((prompt for prompt in known if prompt.kind == "long"), None)
     if long is None and forward is not None and chosen:
         long = _join_long(chosen, forward)
     if long is not None and len(long.ids) > _LONG_FACTOR * budget:
         long = None
+    has_reference = forward and witness is None and weights <= LARGE and model.changed and not has_other_shapes(model)
+    reference = _open_forward(config, model.without_adapter(), threads)[0] if has_reference else None
+    return Selection(chosen, long, witness, why_no_witness, forward, why_not, reference, is_rounded)
+
+
+def compute_evidence(selection: Selection) -> Evidence:
+    """Compute the merged weights' own numbers at the selected places, where the forward pass knows the model."""
+    seen = selection.prompts if selection.witness else ()
+    known = Evidence(
+        expected=seen,
+        long=selection.long if seen else None,
+        computed=False,
+        seen=seen,
+        witness=selection.witness,
+        why_no_witness=selection.why_no_witness,
+        why_not_computed=selection.why_not_computed,
+        forward=None,
+        is_rounded=selection.is_rounded,
+    )
+    forward, reference = selection.forward, selection.reference
     if forward is None:
-        kept = chosen if witness else ()
-        return Evidence(
-            kept, long if witness else None, False, kept, witness, why_no_witness, why_not, None, is_rounded
-        )
-    base = model.without_adapter() if witness is None and model.changed and not has_other_shapes(model) else None
-    reference = _open_forward(config, base)[0] if base is not None else None
-    expected = tuple(compute_prompt(forward, prompt, reference) for prompt in chosen)
-    long = compute_prompt(forward, long) if long is not None else None
-    return Evidence(expected, long, True, chosen if witness else (), witness, why_no_witness, "", forward, is_rounded)
+        return known
+    try:
+        expected = tuple(compute_prompt(forward, prompt, reference) for prompt in selection.prompts)
+        long = compute_prompt(forward, selection.long) if selection.long is not None else None
+    except NotCoveredError as error:  # of a tensor that only the computation misses
+        return replace(known, why_not_computed=str(error))
+    return replace(known, expected=expected, long=long, computed=True, forward=forward)
 
 
 def has_other_shapes(model: FoldedModel) -> bool:
@@ -187,9 +227,9 @@ def _read_witness(folder: Path | None) -> tuple[Witness | None, str]:
     return found, "" if found else "training stored no witness of this model"
 
 
-def _open_forward(config: Mapping[str, Any], model: FoldedModel) -> tuple[Forward | None, str]:
+def _open_forward(config: Mapping[str, Any], model: FoldedModel, threads: int) -> tuple[Forward | None, str]:
     try:
-        return Forward(config, model), ""
+        return Forward(config, model, threads=threads), ""
     except NotCoveredError as error:
         return None, str(error)
 

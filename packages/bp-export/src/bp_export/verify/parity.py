@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,11 +40,12 @@ from bp_export.verify.checks import (
     join_words,
     load_tokenizer,
     name_reference,
-    read_pairs,
+    pair_places,
     render,
     witness_pairs,
 )
-from bp_export.verify.evidence import Evidence, gather_evidence
+from bp_export.verify.evidence import Evidence, Selection, compute_evidence, select_evidence
+from bp_export.verify.probe import read_places
 from bp_export.verify.report import BOUNDS, ParityReport
 from bp_export.verify.window import check_window
 from bp_merge import FoldedModel, open_model
@@ -93,12 +95,16 @@ def verify_gguf(
     begun = time.monotonic()
     encode = load_tokenizer(base, tokenizer)
     texts = [encode(text) for text in _build_texts(plan, prompts)]
-    evidence = gather_evidence(model, read_config_file(base), trained, texts)
+    selection = select_evidence(model, read_config_file(base), trained, texts)
     checks = [check_training(path)]
-    with LlamaServer(path, _count_context(evidence)) as served:
+    # llama.cpp reads in its own process, mostly on one core, while a thread computes what is expected.
+    with LlamaServer(path, _count_context(selection)) as served, ThreadPoolExecutor(1, "evidence") as side:
+        computing = side.submit(compute_evidence, selection)
         checks += [check_tokenizer(served, encode), check_template(served, plan, encode)]
+        found = [read_places(served, prompt) for prompt in selection.prompts]
+        evidence = computing.result()
         checks.append(check_witness(evidence))
-        pairs = list(read_pairs(served, evidence.expected))
+        pairs = pair_places(evidence.expected, found if evidence.expected else ())
         checks += check_next_tokens(pairs, evidence, quantization)
         checks.append(check_stop(served, plan, pairs, quantization))
     if model.changed:
@@ -124,7 +130,7 @@ def verify_folder(path: Path, *, trained: Path, required: bool = False) -> Parit
     """
     begun = time.monotonic()
     with FoldedModel(open_model(path)) as model:
-        evidence = gather_evidence(model, read_config_file(path), trained, ())
+        evidence = compute_evidence(select_evidence(model, read_config_file(path), trained, ()))
         check = check_witness(evidence)
     report = ParityReport((check,), name_reference(evidence), None, time.monotonic() - begun)
     require_passed(report, path, evidence, required=required)
@@ -155,9 +161,9 @@ def require_passed(report: ParityReport, path: Path, evidence: Evidence, *, requ
         )
 
 
-def _count_context(evidence: Evidence) -> int:
+def _count_context(selection: Selection) -> int:
     """Tokens of context for the texts; not more, since llama.cpp chooses LongRoPE's factors by it."""
-    longest = max((len(prompt.ids) for prompt in evidence.expected), default=0)
+    longest = max((len(prompt.ids) for prompt in selection.prompts), default=0)
     return max(256, -(-(longest + _ROOM) // 64) * 64)
 
 
