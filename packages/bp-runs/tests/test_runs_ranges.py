@@ -6,7 +6,7 @@ from typing import get_type_hints
 import pytest
 
 from bp_runs.errors import InvalidSettingError
-from bp_runs.spec import RunFolders, Settings, TrainSpec, choices_of
+from bp_runs.spec import RunFolders, Settings, TrainingSpec, TrainSpec, choices_of
 
 GROUPS = {group.name: get_type_hints(Settings)[group.name] for group in fields(Settings)}
 FIELDS = [(name, f, get_type_hints(spec)[f.name]) for name, spec in GROUPS.items() for f in fields(spec)]
@@ -55,3 +55,8 @@ def test_a_rail_s_own_spec_is_held_to_them_too(tmp_path):
     spec = TrainSpec.build(Settings(), RunFolders(run_id="1", output=tmp_path, run=tmp_path), tmp_path)
     with pytest.raises(InvalidSettingError, match=r"lora\.r is 0; it must be at least 1"):
         replace(spec, lora=replace(spec.lora, r=0))
+
+
+def test_steps_and_epochs_are_not_both_set():
+    with pytest.raises(InvalidSettingError, match="both say how long to train"):
+        Settings(training=TrainingSpec(steps=5, epochs=2.0))

@@ -7,7 +7,7 @@ from cuda_training import spec_for, train
 
 from bp_data import PrepareRequest, prepare
 from bp_data.loop.rows import PlannedRows
-from bp_runs.errors import InvalidSettingError, NothingHeldOutError
+from bp_runs.errors import NothingHeldOutError
 from bp_runs.events import DataReady, EvalDone, ModelLoaded, Notice, RunPlanned, StepDone
 from bp_train_cuda import CudaRail
 
@@ -114,14 +114,6 @@ def test_settings_that_do_not_fit_the_data_are_warned_about_before_the_model_is_
     before = events[: events.index(only(events, ModelLoaded))]
     told = [e.message for e in before if isinstance(e, Notice) and "try" in e.details]
     assert ["2 steps see 2 of 33" in told[0], "rank 64" in told[1], "learning rate" in told[2]] == [True] * 3
-
-
-def test_steps_and_epochs_together_are_refused_before_anything_is_loaded(pico_model, chat_file, tmp_path):
-    spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"epochs": 2.0})
-    with pytest.raises(InvalidSettingError, match="both say how long"):
-        CudaRail().check(spec, pico_model)
-    with pytest.raises(InvalidSettingError, match="both say how long"):
-        train(spec)
 
 
 def test_what_is_held_out_can_be_measured_later_without_saying_how_long_to_train(pico_model, forty, tmp_path):

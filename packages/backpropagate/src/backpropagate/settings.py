@@ -200,7 +200,7 @@ def resolve(
         values["model.name"] = _expand_model(values["model.name"])
     if values.get("data.reasoning_trace") and sources["model.max_seq_length"] == "default":
         values["model.max_seq_length"] = _TRACE_SEQ_LENGTH
-    return Resolved(_require_one_length(_build(values)), MappingProxyType(sources))
+    return Resolved(_build(values), MappingProxyType(sources))
 
 
 def resolve_ui(
@@ -338,7 +338,7 @@ def from_record(record: RunRecord, overrides: Mapping[str, Any] | None = None) -
         sources[key] = entry["source"] if entry["source"] in ("default", "preset") else "record"
     if sources["lora.preset"] == "override" and values["lora.preset"] in LORA_PRESETS:
         _fill_lora(values, sources, values["lora.preset"])
-    return Resolved(_require_one_length(_build(values)), MappingProxyType(sources))
+    return Resolved(_build(values), MappingProxyType(sources))
 
 
 def anchored(key: str, value: Any, cwd: str) -> Any:
@@ -465,14 +465,3 @@ def _build(values: Mapping[str, Any]) -> Settings:
         groups.setdefault(group, {})[name] = value
     types = get_type_hints(Settings)
     return Settings(**{group: types[group](**values) for group, values in groups.items()})
-
-
-def _require_one_length(settings: Settings) -> Settings:
-    if settings.training.steps is not None and settings.training.epochs is not None:
-        raise InvalidSettingError(
-            f"{{set:training.steps}} is {settings.training.steps} and {{set:training.epochs}} is "
-            f"{settings.training.epochs:g}: both say how long to train",
-            fix="Set one of them: {set:training.steps=200}, or {set:training.epochs=3}",
-            setting="training.epochs",
-        )
-    return settings

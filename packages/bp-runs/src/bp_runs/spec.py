@@ -549,12 +549,19 @@ class Settings:
         """Hold every value to its choices and its range; here, so that each package alone is held to them.
 
         Raises:
-            InvalidSettingError: As `check_value`.
+            InvalidSettingError: As `check_value`; or steps and epochs are both set.
         """
         for group in ("model", "data", "lora", "training", "multirun"):
             values = getattr(self, group)
             for name, kind, allowed in _checks(group):
                 check_value(f"{group}.{name}", getattr(values, name), kind, allowed)
+        if self.training.steps is not None and self.training.epochs is not None:
+            raise InvalidSettingError(
+                f"{{set:training.steps}} is {self.training.steps} and {{set:training.epochs}} is "
+                f"{self.training.epochs:g}: both say how long to train",
+                fix="Set one of them: {set:training.steps=200}, or {set:training.epochs=3}",
+                setting="training.epochs",
+            )
 
     def to_flat(self) -> dict[str, Any]:
         """Settings by dotted key, in the order of this module."""

@@ -171,7 +171,7 @@ def _plan_run(spec: TrainSpec) -> tuple[TrainSpec, RunPlanned]:
         origin="steps" if training.steps else "epochs" if training.epochs else "default",
         rows=_count_rows(rows, steps, size),
     )
-    return replace(spec, training=replace(training, steps=steps, eval_steps=plan.eval_steps)), plan
+    return replace(spec, training=replace(training, steps=steps, epochs=None, eval_steps=plan.eval_steps)), plan
 
 
 def _count_rows(rows: int, steps: int, size: int) -> RowCounts:

@@ -11,7 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bp_data.loop import rows
-from bp_data.loop.plan import require_length
 from bp_data.preparation import AnyPrepared
 from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import (
@@ -50,7 +49,6 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         adapter: A saved adapter that is to resume the base.
 
     Raises:
-        InvalidSettingError: A number that trains nothing.
         VersionUntestedError: As `third_party.require_names`.
         AdapterInvalidError: As `require_adapter`.
         RemoteCodeError, ModelLoadError, GpuNotAvailableError: As `load.read_config`, `sketch_model`, `require_capable`.
@@ -61,7 +59,6 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         Fp8Error, KernelsError: 8-bit floats, or fused kernels, are requested and cannot be had.
         TargetModulesError, InvalidSettingError: The adapter cannot be made on this model.
     """
-    require_numbers(settings)
     require_names()
     device, trust = backend.choose_device(), settings.model.trust_remote_code
     config = load.read_config(base, trust_remote_code=trust)
@@ -88,22 +85,6 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
     if adapter is not None:
         require_adapter(adapter, base, sketch)
     return Checked(device, mode, parameters, warnings)
-
-
-def require_numbers(settings: Settings) -> None:
-    """Reject an adapter without rank or effect, and batches or steps without anything in them."""
-    lora, training = settings.lora, settings.training
-    lowest = {
-        "lora.r": lora.r,
-        "training.batch_size": training.batch_size,
-        "training.gradient_accumulation": training.gradient_accumulation,
-    }
-    for key, value in lowest.items():
-        if value < 1:
-            raise InvalidSettingError(f"{key} is {value}; it must be at least 1", setting=key)
-    require_length(training)
-    if not lora.resolved_alpha > 0:
-        raise InvalidSettingError(f"lora.alpha is {lora.alpha}; it must be a positive number", setting="lora.alpha")
 
 
 def require_adapter(adapter: Path, base: Path, sketch: Any) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from bp_data.loop import rows
-from bp_data.loop.plan import require_length
 from bp_data.preparation import AnyPrepared
 from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
 from bp_runs.errors import AdapterInvalidError, InvalidSettingError
@@ -38,11 +37,10 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
         MlxUnavailableError: mlx is missing, or the model is too large for a CPU.
         ModelLoadError, RemoteCodeError: As `load.read_config` and `load.sketch_model`.
         ModeError, FullModelTooLargeError: As `backend.choose_mode`.
-        InvalidSettingError: A run without a length, or a setting that only the CUDA rail has.
+        InvalidSettingError: A setting that only the CUDA rail has.
         TargetModulesError: The adapter cannot be made on this model.
         AdapterInvalidError: ``adapter`` is of another base.
     """
-    require_length(settings.training)
     require_here(settings)
     device, trust = backend.choose_device(), settings.model.trust_remote_code
     config = load.read_config(base, trust_remote_code=trust)

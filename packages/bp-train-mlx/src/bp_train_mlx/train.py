@@ -11,15 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from bp_data.loop.checkpoint import Stateful
 from bp_data.loop.checkpoint_adapter import copied_bytes
 from bp_data.loop.examples import build_examples
-from bp_data.loop.loop import LoopParts, LoopState, run_loop
+from bp_data.loop.loop import LoopParts, LoopState
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.protocols import NoMonitor, OneProcess
 from bp_data.loop.rows import pad_token, plan_rows
+from bp_data.loop.run import build_loop, summarize_run, train_and_save
 from bp_data.loop.sampler import ExampleOrder, StepSampler
-from bp_data.loop.validation import Validator
 from bp_data.preparation import AnyPrepared
 from bp_runs.errors import (
     CodedError,
@@ -34,7 +33,6 @@ from bp_runs.files import require_free_space
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
 from bp_runs.witness import Witness
-from bp_runs.wording import command_ref
 from bp_train_mlx import backend, check, preflight
 from bp_train_mlx.checkpoint import Checkpointer
 from bp_train_mlx.framework import MlxFramework, Trained
@@ -116,17 +114,10 @@ class MlxRun:
             checkpoint_layers(model)
         try:
             parts, state = self._build(trained)
-            try:
-                run_loop(parts, state)
-            except TrainingDivergedError as error:
-                raise self._keep_best(parts, trained, error) from error
-            if parts.validator is not None:
-                if state.stopped and parts.validator.is_due(state.step, is_last=True):
-                    parts.validator.validate(state.step)  # off the schedule, so only once the checkpoint is written
-                parts.validator.restore_best(state.step)
-            folder = self._save(trained, parts.guard)  # before anything that may still fail
+            # Saved before anything that may still fail.
+            folder = train_and_save(parts, state, partial(self._save, trained, parts.guard), self.spec.folders.run_id)
             parts.sample(state.step)
-            return _outcome(folder, parts, state)
+            return summarize_run(parts, state, folder, parts.framework.peak_memory())
         finally:
             plain_layers(model)
             if isinstance(trained, lora.Adapter):
@@ -183,29 +174,13 @@ class MlxRun:
         guard = MemoryGuard(framework, self.emit, enabled=training.oom_recovery, has_dropout=has_dropout)
         order = ExampleOrder(framework.examples.count, training.seed, shuffled=training.curriculum == "none")
         sampler = StepSampler(order, training.batch_size, training.gradient_accumulation)
-        validator = None
-        if framework.heldout is not None:
-            validator = Validator(
-                framework,
-                framework.heldout.count,
-                training,
-                self.emit,
-                guard=framework.reader,
-                group=OneProcess(),
-                eval_steps=training.planned_eval_steps,
-            )
-        state = LoopState()
-        remembered: dict[str, Stateful] = {"loop": state, "guard": guard, "reader": framework.reader}
-        saver = Checkpointer(spec, self.emit, framework, remembered, validator, guard)
-        parts = LoopParts(
-            framework=framework,
-            training=training,
-            steps=training.planned_steps,
-            sampler=sampler,
-            guard=guard,
-            validator=validator,
+        parts, state, saver = build_loop(
+            framework,
+            spec,
+            guard,
+            sampler,
+            lambda state, validator: Checkpointer(spec, self.emit, framework, state, validator, guard),
             monitor=NoMonitor(),
-            saver=saver,
             group=OneProcess(),
             emit=self.emit,
             stop=self.stop,
@@ -257,25 +232,6 @@ class MlxRun:
             self.emit(Notice(message=message, details={"reason": error.cause}))
             return None
 
-    def _keep_best(
-        self, parts: LoopParts, trained: lora.Adapter | AllWeights, error: TrainingDivergedError
-    ) -> TrainingDivergedError:
-        """Save the best weights of a run that diverged; the error, which says where they are and how to go back."""
-        validator, run = parts.validator, self.spec.folders.run_id
-        if validator is None or validator.best is None:
-            return error
-        trained.load(validator.best)
-        folder = self._save(trained, parts.guard)
-        rate = self.spec.training.resolved_learning_rate / 4
-        again = command_ref("train", **{"training.start_from": f"{run}@best", "training.learning_rate": f"{rate:.2g}"})
-        return TrainingDivergedError(
-            f"{error.message}; the best weights, of step {validator.best_step}, are in {folder}",
-            cause=error.cause,
-            fix=f"Go back to them at a lower rate: {again}",
-            setting="training.learning_rate",
-            details={**error.details, "adapter": str(folder), "best_step": validator.best_step},
-        )
-
 
 def build_framework(
     spec: TrainSpec, prepared: AnyPrepared, heldout: Sequence[Any], loaded: Loaded, trained: Trained, *, emit: Emit
@@ -308,19 +264,3 @@ def coded_framework_errors() -> Iterator[None]:
         if backend.MlxMemory().is_out_of_memory(error):
             raise GpuOutOfMemoryError("mlx ran out of memory", cause=first_line(error)) from error
         raise TrainingFailedError(f"{type(error).__name__}: {error}") from error
-
-
-def _outcome(folder: Path, parts: LoopParts, state: LoopState) -> TrainOutcome:
-    first, final = state.losses.means()
-    return TrainOutcome(
-        adapter=folder,
-        steps=state.losses.count,
-        first_loss=first,
-        final_loss=final,
-        tokens=state.tokens,
-        seconds=state.seconds,
-        peak_memory=parts.framework.peak_memory(),
-        stopped=state.stopped,
-        eval_loss=parts.validator.best_loss if parts.validator else None,
-        best_step=parts.validator.best_step if parts.validator and parts.validator.best_loss is not None else None,
-    )

@@ -16,7 +16,6 @@ from typing import Any, Final, Literal, TypeAlias, TypeVar, overload
 
 from bp_data.ledger import Ledger
 from bp_data.token_rows import JudgedRow, JudgedRows, PairRow, StoredRows
-from bp_runs.errors import InvalidSettingError
 from bp_runs.events import RowCounts, RunPlanned
 from bp_runs.spec import TrainingSpec
 
@@ -102,11 +101,7 @@ def plan_run(training: TrainingSpec, rows: int, units: int, ranks: int, *, valid
         units: Packs of rows where they are packed, else ``rows``.
         ranks: Processes that share each step.
         validation_rows: Rows held out.
-
-    Raises:
-        InvalidSettingError: ``steps`` and ``epochs`` are both set, or one of the numbers is too low.
     """
-    require_length(training)
     together = training.batch_size * ranks
     per_epoch = math.ceil(math.ceil(units / together) / training.gradient_accumulation)
     origin, steps, limit = _decide_steps(training, per_epoch)
@@ -138,28 +133,6 @@ def _decide_steps(
 def _choose_eval_steps(steps: int, per_epoch: int) -> int:
     """About one validation per epoch: 20 at most, and 2 at least, so that there is something to compare."""
     return min(max(per_epoch, math.ceil(steps / _MAX_EVALS)), max(1, steps // _MIN_EVALS))
-
-
-def require_length(training: TrainingSpec) -> None:
-    """Reject lengths that no run can have.
-
-    Raises:
-        InvalidSettingError: As `plan_run`.
-    """
-    if training.steps is not None and training.epochs is not None:
-        raise InvalidSettingError(
-            f"training.steps = {training.steps} and training.epochs = {training.epochs:g} both say how long to train",
-            fix="Set one of them and leave out the other.",
-            setting="training.epochs",
-        )
-    if training.steps is not None and training.steps < 1:
-        raise InvalidSettingError(
-            f"training.steps is {training.steps}; it must be at least 1", setting="training.steps"
-        )
-    if training.epochs is not None and not 0 < training.epochs < math.inf:
-        raise InvalidSettingError(
-            f"training.epochs is {training.epochs}; it must be a positive number", setting="training.epochs"
-        )
 
 
 @overload

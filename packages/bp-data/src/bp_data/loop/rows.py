@@ -35,15 +35,10 @@ class PlannedRows:
 
     @classmethod
     def build(cls, prepared: AnyPrepared, training: TrainingSpec, max_seq_length: int, ranks: int) -> Self:
-        """Hold out validation rows, and plan the steps over the others.
-
-        Raises:
-            InvalidSettingError: As `bp_data.loop.plan.plan_run`.
-        """
+        """Hold out validation rows, and plan the steps over the others."""
         from bp_data import plan_packs
-        from bp_data.loop.plan import hold_out, plan_run, require_length
+        from bp_data.loop.plan import hold_out, plan_run
 
-        require_length(training)
         train, validation = hold_out(cast("Any", prepared.rows), training)
         packs = plan_packs(train.lengths(), max_seq_length) if training.packing else None
         units = len(train) if packs is None else len(packs)

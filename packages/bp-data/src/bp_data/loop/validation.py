@@ -82,11 +82,15 @@ class Validator:
         self._emit(EvalDone(step=step, loss=loss, tokens=tokens, best=is_best, metrics=metrics))
         return self.is_stalled
 
+    def load_best(self) -> None:
+        """Set the weights to the best ones so far."""
+        self._framework.load_weights(self.best)
+
     def restore_best(self, last_step: int) -> None:
         """Set the weights back to the best ones, unless the last are the best or the settings keep the last."""
         if self.best is None or self.best_step == last_step or self._training.keep == "last":
             return
-        self._framework.load_weights(self.best)
+        self.load_best()
         message = (
             f"kept the weights of step {self.best_step}, whose validation loss of {self.best_loss:.4f} is the best"
         )

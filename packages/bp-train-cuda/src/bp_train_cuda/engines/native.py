@@ -11,20 +11,17 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from bp_data.loop.checkpoint import Stateful
 from bp_data.loop.examples import RowExamples, build_examples
-from bp_data.loop.loop import LoopParts, LoopState, run_loop
+from bp_data.loop.loop import LoopParts, LoopState
 from bp_data.loop.memory import HALVINGS, MemoryGuard
 from bp_data.loop.rows import pad_token
+from bp_data.loop.run import build_loop, summarize_run, train_and_save
 from bp_data.loop.sampler import ExampleOrder, StepSampler
-from bp_data.loop.validation import Validator
 from bp_data.preparation import AnyPrepared
-from bp_runs.errors import TrainingDivergedError
 from bp_runs.events import Emit, Notice
 from bp_runs.methods import METHODS
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
-from bp_runs.wording import command_ref
 from bp_train_cuda import backend
 from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.checkpoint import Checkpointer
@@ -70,15 +67,8 @@ class NativeRun:
         """Build what the loop needs, run it, save what comes out."""
         group, mode = self.group, self.loaded.mode
         wrapped, parts, state, fit = self._build()
-        try:
-            run_loop(parts, state)
-        except TrainingDivergedError as error:
-            raise self._keep_best(parts, wrapped, error) from error
-        if parts.validator is not None:
-            if state.stopped and parts.validator.is_due(state.step, is_last=True):
-                parts.validator.validate(state.step)  # off the schedule, so only once the checkpoint is written
-            parts.validator.restore_best(state.step)
-        folder = self._save(wrapped, parts.guard)  # before anything that may still fail
+        # Saved before anything that may still fail.
+        folder = train_and_save(parts, state, partial(self._save, wrapped, parts.guard), self.spec.folders.run_id)
         if group.rank == 0 and not group.is_sharded:
             plan = parts.framework.activations  # type: ignore[attr-defined]
             is_least = plan is None or not plan.has_kept
@@ -94,7 +84,7 @@ class NativeRun:
             untile_feed_forward(wrapped.model)
             stop_varlen(wrapped.model)
             close_model(wrapped.model, mode)
-        return _outcome(folder, parts, state, max(peaks))
+        return summarize_run(parts, state, folder, max(peaks))
 
     def _build(self) -> tuple[LogProbModel, LoopParts, LoopState, GpuFit]:
         """The model in memory, and the loop at its first step or where its checkpoint was."""
@@ -193,36 +183,20 @@ class NativeRun:
         order = ExampleOrder(framework.examples.count, training.seed, shuffled=training.curriculum == "none")
         accumulation = training.gradient_accumulation // together
         sampler = StepSampler(order, rows, accumulation, rank=group.rank, ranks=group.count)
-        validator = None
-        if framework.heldout is not None:
-            validator = Validator(
-                framework,
-                framework.heldout.count,
-                training,
-                self.emit,
-                guard=framework.reader,
-                group=group,
-                eval_steps=training.planned_eval_steps,
-                before_batch=monitor.before_batch,
-            )
-        state = LoopState()
-        remembered: dict[str, Stateful] = {"loop": state, "guard": guard, "reader": framework.reader}
-        saver = Checkpointer(spec, self.emit, framework, remembered, validator=validator, guard=guard, group=group)
-        parts = LoopParts(
-            framework=framework,
-            training=training,
-            steps=training.planned_steps,
-            sampler=sampler,
-            guard=guard,
-            validator=validator,
+        return build_loop(
+            framework,
+            spec,
+            guard,
+            sampler,
+            lambda state, validator: Checkpointer(
+                spec, self.emit, framework, state, validator=validator, guard=guard, group=group
+            ),
             monitor=monitor,
-            saver=saver,
             group=group,
             emit=self.emit,
             stop=self.stop,
             sample=sample,
         )
-        return parts, state, saver
 
     def _start(self, parts: LoopParts, framework: TorchFramework) -> None:
         """Measure the reference of methods that have one, and run the preflight."""
@@ -253,41 +227,6 @@ class NativeRun:
             weights=weights,
         )
 
-    def _keep_best(
-        self, parts: LoopParts, wrapped: LogProbModel, error: TrainingDivergedError
-    ) -> TrainingDivergedError:
-        """Save the best weights of a run that diverged; the error, which says where they are and how to go back."""
-        validator, run = parts.validator, self.spec.folders.run_id
-        if validator is None or validator.best is None:
-            return error
-        parts.framework.load_weights(validator.best)  # type: ignore[attr-defined]
-        folder = self._save(wrapped, parts.guard)
-        rate = self.spec.training.resolved_learning_rate / 4
-        again = command_ref("train", **{"training.start_from": f"{run}@best", "training.learning_rate": f"{rate:.2g}"})
-        return TrainingDivergedError(
-            f"{error.message}; the best weights, of step {validator.best_step}, are in {folder}",
-            cause=error.cause,
-            fix=f"Go back to them at a lower rate: {again}",
-            setting="training.learning_rate",
-            details={**error.details, "adapter": str(folder), "best_step": validator.best_step},
-        )
-
 
 def _gather(wrapped: LogProbModel, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {name.removeprefix("model."): weight for name, weight in gather_weights(wrapped, dtype).items()}
-
-
-def _outcome(folder: Path, parts: LoopParts, state: LoopState, peak: int) -> TrainOutcome:
-    first, final = state.losses.means()
-    return TrainOutcome(
-        adapter=folder,
-        steps=state.losses.count,
-        first_loss=first,
-        final_loss=final,
-        tokens=state.tokens,
-        seconds=state.seconds,
-        peak_memory=peak,
-        stopped=state.stopped,
-        eval_loss=parts.validator.best_loss if parts.validator else None,
-        best_step=parts.validator.best_step if parts.validator and parts.validator.best_loss is not None else None,
-    )
