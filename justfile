@@ -116,6 +116,10 @@ docs-site:
 handbook:
     uv run pytest -m "slow or not slow" -n 0 tests/endtoend/test_typed.py
 
+# The notebooks under examples/, each in a kernel of its own; a minute.
+notebooks:
+    uv run --group notebooks pytest -m "slow or not slow" -n 0 tests/endtoend/test_notebooks.py
+
 # Start-up times as ratios, in one run.
 bench-start:
     uv run python benchmarks/start.py

@@ -83,6 +83,17 @@ def write_files(folder: Path, model: Path) -> None:
         (place / "run_history.json").write_text(json.dumps([OLD_RUN]))
     for name in ("Qwen2.5-7B-Instruct", "model"):
         shutil.copytree(model, folder / name)
+    for name, lines in read_recipes().items():
+        (folder / name).write_text(
+            "".join(again(line, i) + "\n" for i in range(20) for line in lines), encoding="utf-8"
+        )
+
+
+def read_recipes() -> dict[str, list[str]]:
+    """The data of the handbook's recipes by file: each stands in a block of its own."""
+    page = (ROOT / "docs/how-to/recipes.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```json (\S+)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return {name: text.splitlines() for name, text in blocks}
 
 
 def again(row: str, number: int) -> str:
@@ -137,7 +148,9 @@ class Shell:
         return status, screen.getvalue()
 
     def run_python(self, block: str) -> None:
-        """A block of Python; later blocks know the names of earlier ones."""
+        """A block of Python; later blocks know the names of earlier ones. One that begins with a file's name is kept there."""
+        if name := re.match(r"# (\w+\.py)\n", block):
+            Path(name[1]).write_text(block, encoding="utf-8")
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             exec(compile(shorten(block), "page", "exec"), self.python)
 

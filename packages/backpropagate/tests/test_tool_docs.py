@@ -6,6 +6,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+import yaml
 
 from backpropagate.cli.app import COMMANDS, build_app
 from backpropagate.cli.global_flags import take_switches
@@ -70,6 +71,25 @@ def test_commands_of_the_handbook_are_valid_command_lines(page):
         if line.startswith("backprop ") and "…" not in line:
             words = take_switches(shlex.split(line)[1:]).argv
             app.parse_args(list(words), exit_on_error=False, print_error=False)
+
+
+def test_the_recipes_of_clusters_launch_a_command_that_parses():
+    """SkyPilot's YAML, Slurm's script and Ray's line end in the same command, which our parser takes."""
+    text = (DOCS / "how-to/clusters.md").read_text(encoding="utf-8")
+    [task] = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    task = yaml.safe_load(task)
+    assert {"resources", "file_mounts", "workdir", "setup", "run"} == set(task)
+    [script] = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    lines = [task["run"], script, *(block for block in re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL))]
+    found = [
+        line[at:] for block in lines for line in block.splitlines() for at in [line.find("backprop train")] if at >= 0
+    ]
+    assert len(found) == 5
+    app = build_app()
+    for line in found:
+        words = take_switches(shlex.split(line.removesuffix("; done"))[1:]).argv
+        _, bound, _ = app.parse_args([w.replace("$r", "8") for w in words], exit_on_error=False, print_error=False)
+        assert bound.arguments["data"] == "my_data.jsonl"
 
 
 def test_every_command_is_in_the_reference():

@@ -52,6 +52,30 @@ def test_the_pages_commands_run_as_they_stand(place, capsys):
     assert "14 rows read = 14 whole" in told
 
 
+RECIPES = (Path(__file__).parents[3] / "docs" / "how-to" / "recipes.md").read_text(encoding="utf-8")
+RECIPE_DATA = dict(re.findall(r"^```json (\S+)\n(.*?)^```$", RECIPES, re.MULTILINE | re.DOTALL))
+
+
+def test_there_is_a_recipe_for_each_use():
+    titles = re.findall(r"^## (.+)$", RECIPES, re.MULTILINE)
+    uses = ["A support bot", "A style", "Extraction to JSON", "Tool calling", "Translation", "Code completion"]
+    assert [title for title in titles if title in uses] == uses
+    assert len(RECIPE_DATA) == len(uses)
+    for name in RECIPE_DATA:
+        assert f"backprop train --data {name}" in RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPE_DATA)
+def test_a_recipe_s_rows_are_trained_on(name, place, capsys):
+    """By the tokenizer of a model with tools in its template: no row is dropped, and each has trained tokens."""
+    (place / name).write_text(RECIPE_DATA[name], encoding="utf-8")
+    capsys.readouterr()
+    assert run(["validate", name, "--model", "model", "--max-seq-length", "2048", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = RECIPE_DATA[name].splitlines()
+    assert (found["checked"], found["read"], found["whole"]) == ("labels", len(rows), len(rows))
+
+
 def test_the_pages_codes_are_ours():
     named = set(re.findall(r"`(ROW_\w+)`", PAGE))
     assert named <= {fault.value for fault in RowFault}

@@ -1,6 +1,6 @@
 import pytest
 
-from bp_runs.errors import CodedError, ContractError, DiskFullError, GateError, UserError, registered_codes
+from bp_runs.errors import ERRORS_PAGE, CodedError, ContractError, DiskFullError, GateError, UserError, registered_codes
 from bp_runs.wording import render
 
 
@@ -41,6 +41,7 @@ def test_an_error_is_data_until_it_is_printed():
         "fix": render(DiskFullError.default_fix),
         "setting": None,
         "exit_status": 2,
+        "page": f"{ERRORS_PAGE}#state_disk_full",
         "details": {"need_bytes": 3},
     }
 
