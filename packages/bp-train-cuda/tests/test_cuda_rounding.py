@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from cuda_training import spec_for, train
 from safetensors.torch import load_file
 
 from bp_data.loop.memory import MemoryGuard
-from bp_runs.events import Notice
+from bp_runs import Settings
+from bp_runs.events import Notice, StepDone
+from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, TrainingSpec
 from bp_train_cuda.backend import TorchMemory
+from bp_train_cuda.memory import estimate
 from bp_train_cuda.optim import adamw_8bit, adamw_update, rounds_away
 
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -292,3 +296,45 @@ def test_an_optimizer_that_loses_small_updates_is_told(pico_model, chat_file, tm
         )
         told = [e for e in events if isinstance(e, Notice) and "bfloat16 weights" in e.message]
         assert len(told) == (1 if (dtype, optim) == ("bfloat16", "adamw_torch") else 0)
+
+
+def test_adapters_of_high_rank_are_bfloat16_and_learn_as_float32_ones_do(
+    pico_model, chat_file, tmp_path, monkeypatch
+) -> None:
+    def run(name: str, limit: int, **lora: Any) -> tuple[list[float], set[torch.dtype]]:
+        monkeypatch.setattr(estimate, "HIGH_RANK", limit)
+        change = {"mode": "lora", "steps": 12, "learning_rate": 1e-3, "optim": "adamw_8bit"}
+        outcome, events = train(
+            spec_for(pico_model, chat_file, tmp_path / name, training=change, model={"dtype": "bfloat16"}, lora=lora)
+        )
+        weights = load_file(outcome.adapter / "adapter_model.safetensors")
+        return [e.loss for e in events if isinstance(e, StepDone)], {weight.dtype for weight in weights.values()}
+
+    wide, kinds = run("wide", 1000, r=64)
+    assert kinds == {torch.float32}
+    narrow, kinds = run("narrow", 64, r=64)
+    assert kinds == {torch.bfloat16}
+    assert narrow[-1] < narrow[0] - 0.05
+    assert max(abs(one - other) for one, other in zip(wide, narrow, strict=True)) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("lora", "training", "optimizer", "expected"),
+    [
+        ({"r": 64}, {}, "adamw_8bit", True),
+        ({"r": 63}, {}, "adamw_8bit", False),
+        ({"r": 64}, {}, "adamw_torch", False),
+        ({"r": 64}, {"engine": "trl"}, "adamw_8bit", False),
+        ({"r": 64, "use_dora": True}, {}, "adamw_8bit", False),
+        ({"r": 64, "init_lora_weights": "pissa"}, {}, "adamw_8bit", False),
+    ],
+)
+def test_which_adapters_are_bfloat16(lora, training, optimizer, expected) -> None:
+    settings = Settings(
+        model=ModelSpec(name="x"), data=DataSpec(path="x"), lora=LoraSpec(**lora), training=TrainingSpec(**training)
+    )
+    assert estimate.is_narrow(settings, optimizer) is expected
+    chosen = replace(settings, training=replace(settings.training, optim=optimizer))
+    for mode in ("lora", "qlora"):  # the estimate counts on it
+        assert estimate.read_load(chosen, mode).weight_bytes == (2 if expected else 4)
+    assert estimate.read_load(settings, "lora").weight_bytes == 4  # whose own optimizer is torch's

@@ -39,10 +39,12 @@ from bp_train_cuda.backend import TorchMemory
 from bp_train_cuda.distributed.process_group import ProcessGroup
 from bp_train_cuda.engines import unsloth
 from bp_train_cuda.generate import answer
+from bp_train_cuda.memory.estimate import is_narrow
 from bp_train_cuda.model import full, load, lora
 from bp_train_cuda.model.kernels import apply_kernels, use_fp8
 from bp_train_cuda.model.load import BaseCache
 from bp_train_cuda.model.lora_linear import restore_lora
+from bp_train_cuda.optim import choose_optimizer
 
 _log = logging.getLogger("bp_train_cuda")
 _SMALL_FILES = 2**20  # bytes for settings and metrics
@@ -100,7 +102,8 @@ def open_base(spec: TrainSpec, cache: BaseCache | None, adapter: Path | None) ->
 def open_model(spec: TrainSpec, loaded: Loaded, emit: Emit, group: ProcessGroup) -> Any:
     """What is trained: all weights, or a new adapter, which may start from a saved one.
 
-    Adapters are float32 whatever the base's dtype, since 16 bits would lose small updates.
+    Adapters are float32 whatever the base's dtype, since 16 bits would lose small updates; of high rank bfloat16 where
+    the optimizer rounds stochastically.
     """
     set_seed(spec.training.seed)
     if loaded.mode.name == "full":
@@ -113,8 +116,10 @@ def open_model(spec: TrainSpec, loaded: Loaded, emit: Emit, group: ProcessGroup)
         if spec.initial_adapter is not None:
             lora.set_weights(model, spec.initial_adapter, spec.lora)
         weights = lora.trainable_weights(model).values()
-        for weight in weights:
-            weight.data = weight.data.to(loaded.device.kind, torch.float32)  # the base may still be on the CPU
+        optimizer = choose_optimizer(spec.training, loaded.mode, loaded.device, is_sharded=group.is_sharded)
+        narrow = loaded.base.dtype == torch.bfloat16 and is_narrow(spec, optimizer)
+        for weight in weights:  # the base may still be on the CPU
+            weight.data = weight.data.to(loaded.device.kind, torch.bfloat16 if narrow else torch.float32)
         # Drawn from the same seed; GPUs of two kinds may draw, or decompose, in other bits.
         group.broadcast_weights([weight.data for weight in weights])
         if group.rank == 0:

@@ -25,6 +25,9 @@ FRAGMENTS = 0.05
 WEIGHTS_SHARE = 0.6
 """Of the free memory that 16-bit weights may take before a 4-bit base is chosen; the rest is for all else."""
 
+HIGH_RANK = 64
+"""From this rank on, adapters are bfloat16 where the optimizer rounds stochastically: 6 bytes a weight less."""
+
 Mode = Literal["lora", "qlora", "full"]
 
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight; scales of 64 weights in 8 bits, of 256 scales in 32
@@ -53,6 +56,13 @@ class Load:
     optimizer: str = "auto"
     fused: bool = False
     """Whether Liger's kernels are used, which keep less of the feed-forward part."""
+    narrow: bool = False
+    """Whether the adapter is bfloat16."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a trained weight, and of its gradient."""
+        return 2 if self.mode == "full" or self.narrow else 4
 
     @property
     def tokens(self) -> int:
@@ -80,7 +90,20 @@ def read_load(settings: Settings, mode: str, rows: int | None = None) -> Load:
         checkpointing=training.gradient_checkpointing,
         optimizer=training.optim,
         fused=training.kernels != "none" and all(find_spec(name) for name in ("triton", "liger_kernel")),
+        narrow=mode != "full"
+        and is_narrow(settings, _OPTIMIZERS[mode] if training.optim == "auto" else training.optim),
     )
+
+
+def is_narrow(settings: Settings, optimizer: str) -> bool:
+    """Whether a bfloat16 base gets a bfloat16 adapter.
+
+    DoRA's magnitudes and starts made of the base's weights stay exact, and other engines have optimizers of their own.
+    """
+    lora = settings.lora
+    is_plain = lora.init_lora_weights == "default" and not lora.use_dora
+    own_engine = settings.training.engine in ("auto", "native")
+    return lora.r >= HIGH_RANK and "8bit" in optimizer and is_plain and own_engine
 
 
 def choose_base(parameters: int, memory: int | None) -> Mode:
@@ -100,12 +123,11 @@ def estimate(shapes: Shapes, load: Load, calibration: float = 1.0) -> MemoryEsti
         trained += sum(a.out * a.count for a in adapted)
     full = load.mode == "full"
     trained = shapes.parameters if full else trained
-    size = 2 if full else 4  # bytes of a trained weight: adapters are float32
-    gradients = size * trained
+    gradients = load.weight_bytes * trained
     moments, paged = _weigh_moments(shapes, load, trained)
     lasting = {
         "weights": _weigh(shapes, load.mode),
-        "adapter": 0 if full else size * trained,
+        "adapter": 0 if full else load.weight_bytes * trained,
         "optimizer": 0 if paged else moments,
     }
     passing = _find_peak(shapes, load, gradients)

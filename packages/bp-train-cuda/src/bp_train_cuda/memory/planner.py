@@ -135,7 +135,7 @@ def plan_activations(spec: TrainSpec, mode: str, model: Any) -> ActivationPlan |
         return None
     load = read_load(spec, mode)
     found = estimate(shapes, load)
-    to_come = found.parts["optimizer"] + found.trained * (2 if mode == "full" else 4)  # and gradients
+    to_come = found.parts["optimizer"] + found.trained * load.weight_bytes  # and gradients
     tiling = Tiling()
     is_tiled = mode != "full" and tile_feed_forward(model, tiling) == len(blocks)
     spare = int(SHARE * free) - to_come
