@@ -11,7 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+from bitsandbytes.functional import create_dynamic_map, dequantize_4bit, get_paged, quantize_4bit
+from bitsandbytes.optim import AdamW8bit
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -19,6 +20,9 @@ from bp_train_cuda.memory.planner import ActivationPlan  # noqa: F401  # imports
 from bp_train_cuda.model import activations, nf4
 from bp_train_cuda.model.activations import InputOffload, Tiling, tile_feed_forward, untile_feed_forward
 from bp_train_cuda.model.lora_linear import restore_lora, use_fast_lora
+from bp_train_cuda.optim import adamw_triton, adamw_update
+from bp_train_cuda.optim.adamw_8bit import AdamW8bitStochastic
+from bp_train_cuda.optim.adamw_update import Moments, read_numbers
 
 GPU = torch.device("cuda")
 
@@ -51,6 +55,61 @@ def check_nf4() -> bool:
                 }
             say(**row)
     return good
+
+
+def check_adamw() -> bool:
+    """The kernel against the torch form bit for bit, also with paged state; and against bitsandbytes' own."""
+    small, large = 1_000_003, 3072 * 8192
+    good = all([compare_forms(kind, count) for kind, count in (("8bit", small), ("paged", small), ("32bit", small))])
+    return good & compare_forms("8bit", large) & compare_bitsandbytes()
+
+
+def build_state(kind: str, count: int) -> Moments:
+    if kind == "32bit":
+        return Moments(torch.zeros(count, device=GPU), torch.zeros(count, device=GPU))
+    make = get_paged if kind == "paged" else torch.empty
+    codes = [make(count, dtype=torch.uint8, device=GPU).fill_(zero) for zero in (127, 0)]
+    scales = (torch.zeros(-(-count // 256), device=GPU), torch.zeros(-(-count // 256), device=GPU))
+    maps = (create_dynamic_map(signed=True).to(GPU), create_dynamic_map(signed=False).to(GPU))
+    return Moments(codes[0], codes[1], scales, maps)
+
+
+def compare_forms(kind: str, count: int) -> bool:
+    """Five steps of each."""
+    mine = (torch.randn(count, device=GPU) * 0.02).bfloat16()
+    theirs, first, second = mine.clone(), build_state(kind, count), build_state(kind, count)
+    torch.cuda.synchronize()
+    for step in range(1, 6):
+        slope = (torch.randn(count, device=GPU) * 0.01).bfloat16()
+        numbers = read_numbers(betas=(0.9, 0.999), eps=1e-8, lr=1e-5, weight_decay=0.01, step=step, key=(step, -step))
+        adamw_triton.update(mine, slope, first, numbers, 0)
+        adamw_update.update(theirs, slope, second, numbers, 0)
+    torch.cuda.synchronize()
+    pairs = ((mine, theirs), (first.first, second.first), (first.second, second.second))
+    same = [torch.equal(one, other) for one, other in pairs]
+    row: dict[str, Any] = {"adamw": kind, "weights": count, "same": same}
+    if kind != "paged":
+        row["ms"] = milliseconds(lambda: adamw_triton.update(mine, slope, first, numbers, 0))
+        row["torch_ms"] = milliseconds(lambda: adamw_update.update(theirs, slope, second, numbers, 0))
+        row["copy_ms"] = milliseconds(lambda: theirs.copy_(mine))  # 4 bytes a weight; the update moves 10
+    say(**row)
+    return all(same)
+
+
+def compare_bitsandbytes() -> bool:
+    """Five steps of a whole optimizer: 8-bit codes are bitsandbytes' own or next to them."""
+    parameter = torch.nn.Parameter((torch.randn(3072, 8192, device=GPU) * 0.02).bfloat16())
+    wide = torch.nn.Parameter(parameter.data.float())
+    ours, theirs = AdamW8bitStochastic([parameter], lr=1e-5, seed=1), AdamW8bit([wide], lr=1e-5)
+    for _ in range(5):
+        parameter.grad = (torch.randn(3072, 8192, device=GPU) * 0.01).bfloat16()
+        wide.grad = parameter.grad.float()
+        ours.step(), theirs.step()
+    one, other = ours.state[parameter], theirs.state[wide]
+    off = {name: int((one[name].int() - other[name].int()).abs().max()) for name in ("state1", "state2")}
+    share = {name: float((one[name] != other[name]).double().mean()) for name in ("state1", "state2")}
+    say(against_bitsandbytes={"codes_off": off, "share_off": share, "ms": milliseconds(ours.step)})
+    return max(off.values()) <= 2
 
 
 def tiny(dtype: torch.dtype) -> Any:
@@ -144,7 +203,7 @@ def time_products() -> None:
 
 def main() -> int:
     activations._LEAST = 0  # noqa: SLF001
-    good = check_nf4() & check_gradients()
+    good = check_nf4() & check_adamw() & check_gradients()
     time_products()
     say(good=good)
     return 0 if good else 1

@@ -34,6 +34,7 @@ from bp_runs.events import Event, Notice, StepDone
 from bp_runs.spec import DataSpec, LoraSpec, ModelSpec, RunFolders, TrainingSpec
 from bp_train_cuda import CudaRail
 from bp_train_cuda.engines import native
+from bp_train_cuda.memory import estimate
 
 
 class KilledError(Exception):
@@ -51,16 +52,16 @@ class Scene:
         turns = [[{"role": "user", "content": "Go on."}, {"role": "assistant", "content": text}] for text in texts]
         self.rows.write_text("\n".join(json.dumps({"messages": one}) for one in turns))
 
-    def spec(self, **training: Any) -> TrainSpec:
+    def spec(self, r: int = 16, **training: Any) -> TrainSpec:
         self.count += 1
         run = self.folder / f"run-{self.count}"
         run.mkdir()
         common = {"mode": "lora" if self.dry else "qlora", "batch_size": 2, "gradient_accumulation": 4}
         common |= {"eval_share": 0.0, "save_steps": 0, "preflight": "off", "learning_rate": 2e-4, "warmup_steps": 5}
         settings = Settings(
-            model=ModelSpec(name=str(self.base), max_seq_length=512),
+            model=ModelSpec(name=str(self.base), max_seq_length=512, dtype="bfloat16" if r > 16 else "auto"),
             data=DataSpec(path=str(self.rows)),
-            lora=LoraSpec(r=16),
+            lora=LoraSpec(r=r),
             training=TrainingSpec(**common | training),
         )
         return TrainSpec.build(settings, RunFolders(run_id="bench", output=run, run=run), self.base)
@@ -105,6 +106,23 @@ def curves(scene: Scene) -> dict[str, Any]:
     return {"largest": max(off), "mean": sum(off) / len(off), "ends": [fast[0], fast[-1], plain[-1]], "notes": notes}
 
 
+def ranks(scene: Scene) -> dict[str, Any]:
+    """A hundred steps at r=256: a bfloat16 adapter with stochastic rounding, a float32 one, and that one drawn anew."""
+    change = {"steps": 20 if scene.dry else 100, "optim": "adamw_8bit"}
+    limit = estimate.HIGH_RANK
+    runs = {}
+    for name, least, seed in (("bfloat16", 64, 42), ("float32", 2**20, 42), ("other seed", 2**20, 43)):
+        estimate.HIGH_RANK = least
+        try:
+            runs[name] = train(scene.spec(r=256, seed=seed, **change))
+        finally:
+            estimate.HIGH_RANK = limit
+    off = [abs(a - b) for a, b in zip(runs["bfloat16"][0], runs["float32"][0], strict=True)]
+    kinds = {name: str(next(iter(run[2].values())).dtype) for name, run in runs.items()}
+    tail = {name: sum(run[0][-10:]) / 10 for name, run in runs.items()}
+    return {"largest": max(off), "mean": sum(off) / len(off), "mean_of_last_10": tail, "dtypes": kinds}
+
+
 def killed(scene: Scene) -> dict[str, Any]:
     """Twelve steps; and five, a kill after the seventh, and the rest."""
     change = {"steps": 12, "save_steps": 5, "deterministic": True}
@@ -133,13 +151,16 @@ def engine_trl(scene: Scene) -> dict[str, Any]:
 def main() -> int:
     """One line a part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--parts", default="killed,packed,ranks,curves", help="also engine_trl, from transformers 5.19 on"
+    )
     parser.add_argument("--dry", action="store_true")
     options = parser.parse_args()
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         scene = Scene(Path(folder), dry=options.dry or not torch.cuda.is_available())
-        parts: tuple[Callable[[Scene], dict[str, Any]], ...] = (killed, packed, engine_trl, curves)
-        for part in parts:
+        parts: tuple[Callable[[Scene], dict[str, Any]], ...] = (killed, packed, ranks, curves, engine_trl)
+        for part in [one for one in parts if one.__name__ in options.parts.split(",")]:
             begun = time.perf_counter()
             try:
                 row = part(scene)
