@@ -68,14 +68,15 @@ CELLS = {
         Cell(name="7b-2x4"),
         Cell(name="7b-8x1", batch=8, accumulation=1, cap=8.2),
         Cell(name="7b-8x1-free", batch=8, accumulation=1, cap=15.2),
-        Cell(name="7b-r256", r=256),
+        Cell(name="7b-r256", r=256, cap=10.6),
         Cell(name="7b-short", short=True, steps=6),
         Cell(name="7b-1x8192", batch=1, accumulation=1, seq=8192, stacks="ours,unsloth"),
         Cell(name="7b-49152", batch=1, accumulation=1, seq=49152, steps=1, warmup=1, stacks="ours"),
         Cell(name="7b-65536", batch=1, accumulation=1, seq=65536, steps=1, warmup=1, stacks="ours"),
         Cell(name="3b-lora", shape="llama-3.2-3b", mode="lora"),
-        Cell(name="3b-full-1x1", shape="llama-3.2-3b", mode="full", batch=1, accumulation=1, steps=6),
-        Cell(name="3b-full-2x4", shape="llama-3.2-3b", mode="full"),
+        Cell(name="3b-lora-tight", shape="llama-3.2-3b", mode="lora", cap=7.4),
+        Cell(name="3b-full-1x1", shape="llama-3.2-3b", mode="full", batch=1, accumulation=1, steps=6, cap=14.0),
+        Cell(name="3b-full-2x4", shape="llama-3.2-3b", mode="full", cap=14.9),
     )
 }
 
