@@ -58,7 +58,10 @@ class CudaRail:
         Raises:
             CodedError: As `bp_train_cuda.check.check_model`.
         """
-        from bp_train_cuda import check
+        from bp_train_cuda import start
+
+        with start.importing(folder):
+            from bp_train_cuda import check
 
         for warning in check.check_model(settings, folder).warnings:
             _log.warning(warning)
@@ -102,8 +105,12 @@ class CudaRail:
             TrainingDivergedError: The loss is no longer finite.
             TrainingFailedError: The framework raised.
         """
-        from bp_train_cuda import engines
-        from bp_train_cuda.distributed import launch, process_group
+        from bp_train_cuda import start
+
+        with start.importing(spec.base):
+            from bp_train_cuda import check, engines  # noqa: F401  # which the engine imports, after the examples
+            from bp_train_cuda.distributed import launch, process_group
+            from bp_train_cuda.engines import native  # noqa: F401
 
         alone = contextlib.nullcontext(process_group.ProcessGroup())
         with alone if spec.ranks is None else launch.open_group(spec, stop) as group:
@@ -163,7 +170,10 @@ class CudaRail:
             AdapterInvalidError: The folder is no adapter, or not one for this base.
             CodedError: As `train`.
         """
-        from bp_train_cuda import evaluate
+        from bp_train_cuda import start
+
+        with start.importing(spec.base):
+            from bp_train_cuda import evaluate
 
         return evaluate.evaluate(spec, pick_rows(spec, part), adapter, emit, cache=self._cache)
 
