@@ -1,4 +1,4 @@
-"""bp-data beside TRL's own preparation: the same rows, tokenizer and template, in one run.
+"""bp-data next to TRL's own preparation: the same rows, tokenizer and template, in one run.
 
     python benchmarks/data.py speed --rows 200000         reading to labels, cold and warm, against TRL
     python benchmarks/data.py memory --rows 100000 2000000  peak memory of bp-data alone
@@ -171,7 +171,7 @@ def cpu_seconds() -> float:
 
 
 def peak_mib() -> float:
-    """The largest resident size of this process, and of its largest child beside it, in MiB."""
+    """The largest resident size of this process, and of its largest child next to it, in MiB."""
     sizes = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(sizes) / (2**20 if sys.platform == "darwin" else 2**10)
 

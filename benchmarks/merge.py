@@ -5,7 +5,7 @@
 The shape is Qwen2.5-7B's, all seven linear kinds. Each measurement is a process of its own. There are two floors. Both
 read both adapters, decoded to float32; "read and write" writes both again, "read, write one" one adapter of their size,
 as a merge does, hashed and fsynced as every adapter folder is. Ratios are taken within each round, in which all run one
-after the other. CPU seconds stand beside wall seconds, since the machine may be shared.
+after the other. CPU seconds stand next to wall seconds, since the machine may be shared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The MLX rail beside mlx-lm's own trainer, on one machine and the same work; and what an export says of its adapter.
+"""The MLX rail next to mlx-lm's own trainer, on one machine and the same work; and what an export says of its adapter.
 
     uv run python benchmarks/rail_mlx.py                       speed: ours, mlx_lm.lora, ours packed; alternating
     uv run python benchmarks/rail_mlx.py --parts gguf --model FOLDER     train, export to GGUF, compare 10 greedy answers

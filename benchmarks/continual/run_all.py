@@ -4,7 +4,7 @@
         [--rates 5e-4 …] [any of stream.py]
 
 The rate is the one with which sequential LoRA learns each task best (its mean R[j][j], seed 0, order 1), the same for
-every arm, so that none is favoured. Prints the tables, and what SLAO and seq reach over the grid. With ``--rates``
+every arm, so that none is favored. Prints the tables, and what SLAO and seq reach over the grid. With ``--rates``
 nothing is chosen: all seeds and orders at each of them, one rate after the other.
 """
 

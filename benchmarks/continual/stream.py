@@ -1,4 +1,4 @@
-"""One seed and one order of the stream benchmark: tasks learnt one after the other by every arm, measured after each.
+"""One seed and one order of the stream benchmark: tasks learned one after the other by every arm, measured after each.
 
     python benchmarks/continual/stream.py --data stream.npz --model model.pack --out s0o1.json --seed 0 --order 1 \\
         [--arms seq slao ftba_mb]
@@ -45,7 +45,7 @@ REPLAY = 0.05
 ORTHOGONAL = 0.5
 """O-LoRA's factor on the sum of |A_earlier A_newᵀ|; an absolute sum, as in its authors' code (lambda_1)."""
 CPU_ARMS = ("seq", "joint", "ftba_mb", "slao", "mean", "ties_20")
-"""Arms of the CPU profile: four chains of trainings."""
+"""Arms of the CPU profile: four chains of training runs."""
 TURNED = ("slao", "slao_preserving", "slao_merged_b")
 """Chains that begin a task with orthonormal rows of A."""
 UNMERGED = ("seq", "replay", "joint", "olora")
@@ -127,7 +127,7 @@ def draw_start(model: Llama, seed: int) -> Factors:
 
 
 def turn(adapter: Factors, b: Factors, *, preserving: bool) -> Factors:
-    """The adapter's A with orthonormal rows, beside the B's of ``b``; preserving: what A loses goes into those."""
+    """The adapter's A with orthonormal rows, next to the B's of ``b``; preserving: what A loses goes into those."""
     found = [[factor_rows(a) for a in layer] for layer in adapter[0]]
     rows = np.stack([[q for _, q in layer] for layer in found])
     if not preserving:

@@ -17,9 +17,9 @@ ARMS = {
     "slao_preserving": "slao_preserving", "slao_merged_b": "slao_merged_b", "olora": "olora", "mean": "independent",
     "cat": "independent", "ties_20": "independent", "ties_50": "independent", "magmax": "seq",
 }  # fmt: skip
-"""Arms of the stream, each with the chain of trainings whose adapters it ships or merges."""
+"""Arms of the stream, each with the chain of training runs whose adapters it ships or merges."""
 PAIRS = (("ftba_mb", "slao"), ("slao_preserving", "slao"), ("slao_preserving", "ftba_mb"))
-"""Arms to compare run by run, beside each arm with seq."""
+"""Arms to compare run by run, next to each arm with seq."""
 
 
 def measures(result: dict, arm: str, score: int) -> dict[str, float]:

@@ -1,11 +1,11 @@
-"""What issue 4 asks of a card: does it fit 16 GiB, does it recover, are preflight and estimate right, does it cost anything.
+"""Four questions on a GPU: does it fit 16 GiB, does it recover, are preflight and estimate right, what does it cost?
 
-    uv run python benchmarks/gpu/campaign.py                      every part, as on a 16 GB card
+    uv run python benchmarks/gpu/campaign.py                      every part, as on a 16 GB GPU
     uv run python benchmarks/gpu/campaign.py --parts fit,thermal  some of them
     uv run python benchmarks/gpu/campaign.py --dry                the same course on a CPU with a pico model
 
 Random weights of published shapes, random words; see README.md for what is needed. Each part prints one JSON line, the
-end a table. A cap on torch's allocator stands for the smaller card: CUDA's context, 0.6 to 0.75 GiB, is outside it.
+end a table. A cap on torch's allocator stands for the smaller GPU: CUDA's context, 0.6 to 0.75 GiB, is outside it.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def clean() -> None:
 
 
 def part_fit(bench: Bench, cap: float) -> dict[str, Any]:
-    """The four trainings that a 16 GB card must hold."""
+    """The four training runs that a 16 GB GPU must hold."""
     found = {case.name: tell("fit", bench.train(case)) for case in FITS}
     bench.runs |= found
     return {
@@ -249,7 +249,7 @@ def part_estimate(bench: Bench, _cap: float) -> dict[str, Any]:
 
 
 def part_thermal(bench: Bench, _cap: float) -> dict[str, Any]:
-    """See how hot the card gets in a training, then train with a limit below that: it must pause, cool and go on."""
+    """See how hot the GPU gets in a training run, then train with a limit below that: it must pause, cool and continue."""
     sensor, why = find_sensor() if ON_GPU else (None, "no GPU")
     if sensor is None:
         return {"skipped": why}
@@ -392,7 +392,7 @@ def tell(part: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_part(name: str, bench: Bench, cap: float) -> dict[str, Any]:
-    """A part's result; what fails is told and costs only the part."""
+    """A part's result; a failure is reported and costs only the part."""
     began = time.perf_counter()
     try:
         row = PARTS[name](bench, cap)

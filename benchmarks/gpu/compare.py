@@ -388,7 +388,7 @@ class Worker:
             clock = Clock(cell, self)
             self._train_ours(cell, clock) if self.stack == "ours" else self._train_peer(cell, clock)
             row |= clock.result()
-        except BaseException as error:  # noqa: BLE001  # the other stacks go on, and this one's next cell too
+        except BaseException as error:  # noqa: BLE001  # the other stacks continue, and this one's next cell too
             traceback.print_exc()
             cause = getattr(error, "cause", "")
             row |= {"failed": f"{type(error).__name__}: {error}"[:400], "why": str(cause)[:300], **read_memory()}

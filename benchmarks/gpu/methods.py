@@ -1,12 +1,12 @@
-"""Every method in every mode on a real card, with random weights of a real shape: does it run, does it learn, what does it take.
+"""Every method in every mode on a real GPU, with random weights of a real shape: does it run and learn, what does it need.
 
     uv run python benchmarks/gpu/methods.py --shape qwen2.5-1.5b --seq 1024 --batch 2 --steps 6
     uv run python benchmarks/gpu/methods.py --only special              the cases of one mode or method, see --help
     uv run python benchmarks/gpu/methods.py --dry                       a pico model on a CPU
 
 Prints one JSON object a line: method, mode, what was special, first and last loss, peak GiB, or the error. A case that
-fails is a line too. LoftQ and float8 need a card at all, Unsloth needs to be installed: their lines are the point here.
-One case is longer: 50 steps of kto, whose reference point is measured anew in each micro-batch.
+fails is a line too. LoftQ and float8 need a GPU at all, Unsloth needs to be installed: their lines are the point here.
+One case is longer: 50 steps of kto, whose reference point is measured again in each micro-batch.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def choose_cases(wanted: set[str]) -> list[tuple[str, str, dict, dict]]:
-    """Those whose mode is wanted, of the wanted methods where any is named; and the special ones."""
+    """Those whose mode was chosen, of the chosen methods where any is named; and the special ones."""
     modes, methods = wanted - {"special"} - set(METHODS), wanted & set(METHODS)
     plain = [(method, mode, {}, {}) for mode in ("lora", "qlora", "full") for method in METHODS]
     if methods:

@@ -1,4 +1,4 @@
-"""The MLX rail on mlx's CUDA build, beside the CUDA rail: same examples, same initial adapter, one loss curve.
+"""The MLX rail on mlx's CUDA build, next to the CUDA rail: same examples, same initial adapter, one loss curve.
 
     uv run python benchmarks/gpu/mlx_rail.py                                     SmolLM2-135M and a 1.5B shape, 100 steps
     uv run python benchmarks/gpu/mlx_rail.py --shapes pico --steps 6 --dry       the same on a CPU

@@ -1,10 +1,10 @@
-"""The CUDA rail on a real card, with random weights of a real configuration: does it fit, does it learn, how fast.
+"""The CUDA rail on a real GPU, with random weights of a real configuration: does it fit, does it learn, how fast.
 
     uv run python benchmarks/gpu/rail.py --shape qwen2.5-7b --mode qlora --seq 2048 --steps 8 --cap-gib 16
 
 No download: the model is built from its published shape with random weights, rows are random words. A cap on torch's
-allocator stands for a smaller card; on a real one the context takes 0.6 to 0.8 GiB more, so aim at 15.2 GiB reserved.
-Speed is a ratio to nothing here: compare runs of the same card only.
+allocator stands for a smaller GPU; on a real one the context takes 0.6 to 0.8 GiB more, so aim at 15.2 GiB reserved.
+Speed is a ratio to nothing here: compare runs of the same GPU only.
 """
 
 from __future__ import annotations

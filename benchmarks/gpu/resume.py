@@ -1,12 +1,12 @@
-"""Does a run that is killed on a card and goes on end with the bytes of one that was never cut off?
+"""Does a run that is killed on a GPU and continues end with the bytes of one that was never cut off?
 
     uv run python benchmarks/gpu/resume.py                            three cases of the shape of Qwen2.5-0.5B
     uv run python benchmarks/gpu/resume.py --shape llama-3.2-1b --cases full
     uv run python benchmarks/gpu/resume.py --dry                      a pico model on a CPU
 
-Each case trains 8 steps with dropout in deterministic mode: twice in one process without a break (does the card itself
+Each case trains 8 steps with dropout in deterministic mode: twice in one process without a break (does the GPU itself
 give the same bits twice), then in a process that is killed after its sixth step with a checkpoint of the fourth, and in
-another one that goes on from there. One JSON line a case: whether weights, losses and random states are equal, else how
+another one that continues from there. One JSON line a case: whether weights, losses and random states are equal, else how
 far apart, and where the optimizer's moments lie. All processes start at once, since importing takes longest.
 """
 
@@ -74,7 +74,7 @@ class Scene:
         )  # fmt: skip
 
     def train(self, case: str, way: str, run_id: str = "") -> None:
-        """Begin a run, or go on with the one that was killed; leave beside it what cannot be read from it later."""
+        """Begin a run, or continue with the one that was killed; leave next to it what cannot be read from it later."""
         store = RunStore(self.folder / case / way)
         checkpoint = CheckpointFolder(store.folder(run_id)).newest_whole()[0] if run_id else None
         writer = (

@@ -1,6 +1,6 @@
-"""Rounding by chance of all weights in bfloat16: what it costs on a card, and what is lost without it.
+"""Stochastic rounding of bfloat16 weights in full fine-tuning: what it costs on a GPU, and what is lost without it.
 
-    uv run python benchmarks/gpu/rounding.py                          the shape of Llama-3.2-3B as on a 16 GB card
+    uv run python benchmarks/gpu/rounding.py                          the shape of Llama-3.2-3B as on a 16 GB GPU
     uv run python benchmarks/gpu/rounding.py --shape llama-3.2-1b --rates 1e-5,1e-4
     uv run python benchmarks/gpu/rounding.py --model DIR --data FILE  a real model on real rows, also on a CPU
     uv run python benchmarks/gpu/rounding.py --dry                    a pico model on a CPU
@@ -45,7 +45,7 @@ def main() -> int:
         return compare_types(options)
     cap_memory(options.cap_gib)
     transformers.utils.logging.disable_progress_bar()
-    optim = "paged_adamw_8bit"  # what auto takes on a card, so that a dry run takes it too
+    optim = "paged_adamw_8bit"  # what auto takes on a GPU, so that a dry run takes it too
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         bench = Bench(Path(scratch), dry=options.dry or not ON_GPU)
         case = Case(shape=options.shape, mode="full", steps=options.steps)
@@ -75,7 +75,7 @@ def round_stochastically(is_on: bool) -> None:
 
 
 def compare_types(options: argparse.Namespace) -> int:
-    """Three trainings of all weights of a real model, on 4 rows of up to 64 tokens a step."""
+    """Three full fine-tuning runs of a real model, on 4 rows of up to 64 tokens a step."""
     for rate in map(float, options.rates.split(",")):
         for name, dtype in (("float32", "float32"), ("nearest", "bfloat16"), ("by chance", "bfloat16")):
             round_stochastically(name != "nearest")

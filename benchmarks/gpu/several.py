@@ -1,17 +1,17 @@
-"""What several cards give: speed beside one card, memory of each, equal weights, and how an error on one ends all.
+"""What several GPUs give: speed next to one GPU, memory of each, equal weights, and how an error on one ends all.
 
-    uv run python benchmarks/gpu/several.py                     every part, on one and on two cards
+    uv run python benchmarks/gpu/several.py                     every part, on one and on two GPUs
     uv run python benchmarks/gpu/several.py --parts speed,equal some of them
-    uv run python benchmarks/gpu/several.py --parts fsdp --ranks 2      only those on two cards
+    uv run python benchmarks/gpu/several.py --parts fsdp --ranks 2      only those on two GPUs
     uv run python benchmarks/gpu/several.py --dry               the same course on a CPU with pico models, over gloo
 
-Random weights of published shapes, random words. The script starts its own torchrun for one card and for two; each
+Random weights of published shapes, random words. The script starts its own torchrun for one GPU and for two; each
 prints one JSON line a training, and the end compares them. Exit status 1 where weights differ or an error did not end
 both processes.
 
-    equal   a pico model: 2 ranks × 2 rows against 1 × 4 rows, for every method, and LoRA and all weights under FSDP2
-    speed   the shape of Qwen2.5-7B, qlora r=16, as many rows a card: tokens/s of two cards over those of one (DDP)
-    fsdp    the shape of Llama-3.2-3B, all weights, FSDP2; and the 7B's bf16 base under LoRA, parted
+    equal   a pico model: 2 ranks × 2 rows against 1 × 4 rows, for every method, and LoRA and full fine-tuning under FSDP2
+    speed   the shape of Qwen2.5-7B, qlora r=16, as many rows a GPU: tokens/s of two GPUs over those of one (DDP)
+    fsdp    the shape of Llama-3.2-3B, full fine-tuning, FSDP2; and the 7B's bf16 base under LoRA, sharded
     fail    a rank that runs out of memory: the seconds until the other knows, under DDP and FSDP2, and until both ended
 """
 
@@ -128,7 +128,7 @@ def main() -> int:
 
 
 def drive(scratch: Path, parts: list[str], *, only: int | None, dry: bool) -> int:
-    """Prepare, start a torchrun for one card and for two, and compare."""
+    """Prepare, start a torchrun for one GPU and for two, and compare."""
     cases = [case for part in parts for case in cases_of(part) if only in (None, case.ranks)]
     cases = [shrink(case) for case in cases] if dry else cases
     write_files(scratch, cases)
@@ -149,7 +149,7 @@ def drive(scratch: Path, parts: list[str], *, only: int | None, dry: bool) -> in
 
 
 def write_files(scratch: Path, cases: list[Case]) -> None:
-    """Models and rows, in a process of its own: it leaves no memory on a card."""
+    """Models and rows, in a process of its own: it leaves no memory on a GPU."""
     (scratch / "shapes.json").write_text(json.dumps(sorted({(case.shape, case.seq) for case in cases})))
     code = "import sys, several; from pathlib import Path; several.write_models(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(scratch)], check=True, cwd=Path(__file__).parent)
@@ -219,12 +219,12 @@ def compare_weights(scratch: Path, rows: list[dict[str, Any]]) -> dict[str, Any]
         if all(file.is_file() for file in files):
             one, two = (load_file(file) for file in files)
             far[name] = max(float((one[key].float() - two[key].float()).abs().max()) for key in one)
-    limit = NOISE if not torch.cuda.is_available() else 1e-3  # a card's own sums move with the number of rows
+    limit = NOISE if not torch.cuda.is_available() else 1e-3  # a GPU's own sums move with the number of rows
     return {"part": "equal", "farthest": far, "limit": limit, "holds": max(far.values()) <= limit} if far else {}
 
 
 def compare_speeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Tokens/s of two cards over those of one; 2 would be perfect."""
+    """Tokens/s of two GPUs over those of one; 2 would be perfect."""
     speeds = {(row["name"], row["ranks"]): row["tokens_per_second"] for row in rows if "tokens_per_second" in row}
     pairs = {name: speeds[name, 2] / speeds[name, 1] for name, ranks in speeds if ranks == 2 and (name, 1) in speeds}
     found = {row["name"] for row in rows if row.get("part") in ("speed", "fsdp")}

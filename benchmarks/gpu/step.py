@@ -189,7 +189,7 @@ def run_engine(options: argparse.Namespace) -> int:
             try:
                 outcome = rail.train(timer.spec(base), timer, lambda: False)
                 tell({**timer.result(), "import_seconds": round(imported, 1), "final_loss": outcome.final_loss})
-            except Exception as error:  # noqa: BLE001  # the other engines go on, and this one's next case too
+            except Exception as error:  # noqa: BLE001  # the other engines continue, and this one's next case too
                 traceback.print_exc()
                 cause = getattr(error, "cause", "")
                 tell({"engine": engine, "case": case, "failed": f"{type(error).__name__}: {error}"[:500], "why": cause})

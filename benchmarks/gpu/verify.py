@@ -136,7 +136,7 @@ def killed(scene: Scene) -> dict[str, Any]:
 
 
 def packed(scene: Scene) -> dict[str, Any]:
-    """Packing learns what it is told."""
+    """Packing learns what it is given."""
     losses, notes, _ = train(scene.spec(steps=20, packing=True))
     return {"losses": [losses[0], losses[-1]], "learns": losses[-1] < losses[0], "notes": notes[-1:]}
 

@@ -1,4 +1,4 @@
-"""Draw the handbook's pictures from real runs of SmolLM2-135M: the loss, the mask of a row, a score card.
+"""Draw the handbook's pictures from real runs of SmolLM2-135M: the loss, the mask of a row, a scorecard.
 
 `just pictures`; some minutes on two cores. Each picture is an SVG that needs nothing from elsewhere, and says which
 command it shows.
@@ -94,7 +94,7 @@ def text(x: float, y: float, words: str, *, colour: str = _INK, anchor: str = "s
 
 
 def draw_loss(events: Sequence[Mapping[str, Any]]) -> Picture:
-    """Loss of each step, and of the held-out rows at each validation."""
+    """Loss of each step, and of the validation rows at each validation."""
     steps, evals = ([(e["step"], e["loss"]) for e in events if e["event"] == kind] for kind in ("step", "eval"))
     values = [loss for _, loss in steps + evals]
     low, high, last = min(values), max(values), steps[-1][0]
@@ -118,7 +118,7 @@ def draw_loss(events: Sequence[Mapping[str, Any]]) -> Picture:
 
 
 def draw_mask(rows: Sequence[Sequence[PreviewToken]]) -> Picture:
-    """Rows token by token: what carries loss stands out, what is only read is pale."""
+    """Rows token by token: what is trained on stands out, what is only read is pale."""
     drawn = [text(16, 24, "trained", colour=_TRAINED, more=_BOLD), text(90, 24, "only read", colour=_PALE)]
     y = 24.0
     for pieces in rows:

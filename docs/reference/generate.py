@@ -121,7 +121,7 @@ def _block(text: str) -> str:
 
 
 def build_memory() -> str:
-    """The longest rows that each card holds, for each model preset."""
+    """The longest rows that each GPU holds, for each model preset."""
     estimator = find_estimator()
     if estimator is None:
         raise RuntimeError("bp-train-cuda is not installed")

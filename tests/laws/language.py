@@ -33,7 +33,7 @@ WORDS = {
     r"(parted|whole) weights": "sharded, unsharded weights",
     r"(in|of|for) (a|the) nights?": "queue",
     r"in (its|their) turns?": "alternating",
-    r"mode full": "full fine-tuning",
+    r"(?<!--)mode full": "full fine-tuning",
     r"all weights(?! of)": "full fine-tuning",
     r"held[- ]out rows": "validation set, test set",
     r"carr(y|ies) (no )?loss": "tokens trained on",
@@ -143,6 +143,18 @@ def read_messages(source: str) -> Iterator[str]:
             for part in ast.walk(node):
                 if isinstance(part, ast.Constant) and isinstance(part.value, str) and " " in part.value:
                     yield part.value
+
+
+def read_docstrings(source: str) -> str:
+    """The docstrings of a module, without code in backticks; the Hub's model cards are cards there."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)]
+    texts = [n.value.value for n in nodes if isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)]
+    text = re.sub(r"`+[^`]*`+", "Code", "\n".join(texts))
+    return re.sub(r"\bcards?\b", "model card", text) if CARDS.search(source) else text
+
+
+CARDS = re.compile(r"[Ss]corecard|model_card|license|hub")
+"""Modules that speak of cards which are no GPUs."""
 
 
 def strip_template(text: str) -> str:

@@ -14,6 +14,7 @@ from language import (
     find_hints_without_a_verb,
     find_long_sentences,
     find_words,
+    read_docstrings,
     read_messages,
     strip_markdown,
     strip_template,
@@ -32,7 +33,9 @@ def is_written(file: Path) -> bool:
     return not file.relative_to(ROOT).as_posix().startswith(GENERATED)
 
 
-PAGES = [f for f in list_files("*.md", "docs/**/*.md", "packages/*/README.md") if is_written(f)]
+PAGES = [
+    f for f in list_files("*.md", "docs/**/*.md", "packages/*/README.md", "packages/*/CHANGELOG.md") if is_written(f)
+]
 # Help, settings and errors, as they are shown.
 SHOWN = list_files("docs/reference/cli.md", "docs/reference/settings.md", "docs/reference/errors.md")
 MODULES = list_files("packages/*/src/**/*.py")
@@ -45,6 +48,7 @@ def check_words(read: Callable[[str], str]) -> Callable[[str], Iterator[str]]:
 
 CHECKS: dict[str, tuple[list[Path], Callable[[str], Iterator[str]]]] = {
     "words": ([*PAGES, *SHOWN], check_words(strip_markdown)),
+    "words of docstrings": ([*MODULES, *list_files("benchmarks/**/*.py")], check_words(read_docstrings)),
     "words of errors": (MODULES, check_words(lambda text: "\n".join(read_messages(text)))),
     "words of the web page": (TEMPLATES, check_words(strip_template)),
     "long sentences": (PAGES, find_long_sentences),
@@ -104,6 +108,8 @@ def test_a_long_sentence_is_seen():
 
 
 def test_a_hint_without_a_verb_is_seen():
+    assert list(find_words(read_docstrings('"""Mend the card beside it."""'))) != []
+    assert not list(find_words(read_docstrings("x = 'mend'")))
     assert list(find_hints_without_a_verb('raise E("x", fix="The file is wrong")'))
     assert not list(find_hints_without_a_verb('raise E("x", fix="Fix the file")'))
     assert not list(find_hints_without_a_verb("raise E('x', fix=f'Name it: {name}')"))

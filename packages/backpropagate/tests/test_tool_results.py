@@ -113,6 +113,8 @@ def test_a_notebook_panel_replaces_itself():
 
     def display(panel, *, display_id):
         assert display_id
+        assert panel._repr_html_() == "<p>Loading …</p>", "IPython draws it at once"
+        assert repr(panel) == "training …"
         return SimpleNamespace(update=lambda panel: shown.append(panel._repr_html_()))
 
     now = iter([0.0, 0.1, 9.0])

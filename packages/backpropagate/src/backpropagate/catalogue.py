@@ -1,4 +1,4 @@
-"""Models and data sets by name: a file or folder on this machine, or a download that the user asked for."""
+"""Models and data sets by name: a file or folder on this machine, or a download that the user requested."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _log = logging.getLogger("backpropagate")
 TOKENIZER: Literal["tokenizer"] = "tokenizer"
 WHOLE: Literal["whole"] = "whole"
 Need = Literal["whole", "tokenizer"]
-"""Whether the weights are wanted too."""
+"""Whether the weights are needed too."""
 
-# The card names the licence, which goes along with what is exported.
+# The card names the license, which goes along with what is exported.
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt", "README.md")
 _UNWANTED = ("consolidated*", "original/*")  # the same weights a second time
 
@@ -61,12 +61,12 @@ def find_model(
         name: A folder or Hub id.
         revision: Branch, tag or commit of a Hub model.
         offline: Use the cache only.
-        need: Whether weights are wanted too.
+        need: Whether weights are needed too.
         with_code: Fetch the model's own Python code as well.
 
     Raises:
         ModelNotFoundError, ModelInvalidError: No such folder or Hub model, or not a Hugging Face model.
-        HubUnreachableError, HubAccessError: The Hub does not answer, or refuses.
+        HubUnreachableError, HubAccessError: The Hub does not answer, or rejects.
         DiskFullError, OutputNotWritableError: The cache cannot hold it.
     """
     folder = to_path(name)
@@ -193,13 +193,13 @@ def find_rows(data: DataSpec, environ: Mapping[str, str], *, offline: bool = Fal
     """The data's file or folder; a data set of the Hub is downloaded unless it was before.
 
     Args:
-        data: What is asked for.
+        data: What is requested.
         environ: The environment, which says where downloads are kept.
         offline: Use what was downloaded before.
         quiet: Don't log which files of a folder are not read.
 
     Raises:
-        DataMissingError: Nothing is asked for.
+        DataMissingError: Nothing is requested.
         DatasetNotFoundError: Neither this machine nor the Hub has it.
         InvalidSettingError: A split, subset or revision of a plain file, or a revision of a folder.
         DataError, DatasetUnreachableError, DatasetAccessError: As `bp_data.fetch_dataset`.

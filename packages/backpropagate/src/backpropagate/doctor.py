@@ -1,4 +1,4 @@
-"""What `backprop doctor` tries beside the rails' own checks: settings, disk, llama.cpp, Ollama, the Hub, Windows."""
+"""What `backprop doctor` tries besides the rails' own checks: settings, disk, llama.cpp, Ollama, the Hub, Windows."""
 
 from __future__ import annotations
 

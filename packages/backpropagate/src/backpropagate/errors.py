@@ -8,28 +8,28 @@ UserError
 ├── DataMissingError       INPUT_DATA_MISSING        no data file was named
 ├── ModelNotFoundError     INPUT_MODEL_NOT_FOUND     no such folder, no such Hub model
 ├── ModelInvalidError      INPUT_MODEL_INVALID       a folder that is no Hugging Face model
-├── ResumeDiffersError     CONFIG_RESUME_DIFFERS     a run is to go on with other settings than its own
+├── ResumeDiffersError     CONFIG_RESUME_DIFFERS     a run is to continue with other settings than its own
 ├── AdapterSelectionError  INPUT_ADAPTER_SELECTION   a run has no such step, or no adapter yet
 ├── RailUnknownError       CONFIG_UNKNOWN_BACKEND    no rail has the name
 ├── JobNotFoundError       INPUT_JOB_NOT_FOUND       the queue has no such job
 ├── QueueBusyError         INPUT_QUEUE_BUSY          another process works through the queue
 ├── EvalDataError          INPUT_EVAL_DATA           no rows to compare two models on
-├── ShellUnknownError      INPUT_SHELL_UNKNOWN       completion for a shell that cannot be told
+├── ShellUnknownError      INPUT_SHELL_UNKNOWN       completion for a shell that is unknown
 ├── HistoryInvalidError    INPUT_HISTORY_INVALID     a file to import is not a run history of 1.x
 ├── UiFolderError          CONFIG_UI_FOLDER          the web page would write where nothing of ours belongs
-├── UiPathError            INPUT_UI_PATH             the web page was asked for a file outside its folders
+├── UiPathError            INPUT_UI_PATH             a file outside the web page's folders was requested
 ├── SeveralProcessesError  CONFIG_SEVERAL_PROCESSES  several processes are to do what only one can
 ├── RanksTokenError        CONFIG_RANKS_TOKEN        several processes share no token that signs their messages
 └── OldNameError           INPUT_OLD_NAME            a command, flag or variable of the older tool; says the new one
 StateError
 ├── QueueInvalidError      STATE_QUEUE_INVALID       the queue's file is damaged
-└── MultiRunStateError     STATE_MULTIRUN_INVALID    a multi-run cannot go on
+└── MultiRunStateError     STATE_MULTIRUN_INVALID    a multi-run can't be resumed
 PartialError
 └── QueuePartialError      PARTIAL_QUEUE             some jobs of the queue failed
 GateError
 ├── DoctorError            RUNTIME_DOCTOR_FAILED     training cannot work on this machine
 ├── ProofFailedError       RUNTIME_PROOF_FAILED      an independent loop computes other losses than the run recorded
-├── EvalGateError          RUNTIME_EVAL_GATE_REGRESSED  eval's gate said no
+├── EvalGateError          RUNTIME_EVAL_GATE_REGRESSED  eval's gate failed
 ├── UiAuthError            RUNTIME_UI_AUTH_NOT_ENFORCED  the web page would be seen by others, without a password
 └── MultiRunGateError      RUNTIME_MULTIRUN_GATE     the gate of a multi-run left out every run
 RunFailedError
@@ -39,7 +39,7 @@ DependencyError
 ├── TrackerMissingError    DEP_TRACKER_MISSING       a tracker was named that is not installed
 ├── UiMissingError         DEP_UI_MISSING            the packages of the web page are not installed
 ├── EvalRailError          DEP_EVAL_UNSUPPORTED      the rail cannot look at single rows
-├── OfflineError           DEP_OFFLINE               a connection was wanted although the network is forbidden
+├── OfflineError           DEP_OFFLINE               a connection was requested although --offline forbids it
 ├── HubUnreachableError    DEP_HUB_UNREACHABLE       offline, or the Hub does not answer
 ├── HubAccessError         DEP_HUB_ACCESS            gated or private
 ├── RailUnusableError      DEP_BACKEND_UNUSABLE      no rail can train here
@@ -68,7 +68,7 @@ class SettingsFileError(UserError):
 
 
 class ResumeDiffersError(UserError):
-    """A run was to go on with other settings than it began with."""
+    """A run was to continue with other settings than it began with."""
 
     code = "CONFIG_RESUME_DIFFERS"
     when = "A setting conflicts with the record of the run being resumed."
@@ -204,7 +204,7 @@ class EvalRailError(DependencyError):
 
 
 class ShellUnknownError(UserError):
-    """Completion was asked for without saying for which shell."""
+    """Completion was requested without saying for which shell."""
 
     code = "INPUT_SHELL_UNKNOWN"
     when = "Shell completion can't detect the shell."
@@ -220,7 +220,7 @@ class OldNameError(UserError):
 
 
 class OfflineError(DependencyError):
-    """A connection was wanted although the network is forbidden."""
+    """A connection was requested although the network is forbidden."""
 
     code = "DEP_OFFLINE"
     when = "Offline mode is on, and something tried to use the network."
@@ -236,7 +236,7 @@ class HubUnreachableError(DependencyError):
 
 
 class HubAccessError(DependencyError):
-    """The Hub wants a login, or an accepted licence."""
+    """The Hub wants a login, or an accepted license."""
 
     code = "DEP_HUB_ACCESS"
     when = "The Hub denied access to a gated or private model."
@@ -244,7 +244,7 @@ class HubAccessError(DependencyError):
 
 
 class RailUnusableError(DependencyError):
-    """No rail can train on this machine, or the one asked for cannot."""
+    """No rail can train on this machine, or the requested one cannot."""
 
     code = "DEP_BACKEND_UNUSABLE"
     when = "No installed backend can train on this machine, or the selected one can't."
@@ -270,7 +270,7 @@ class MultiRunGateError(GateError):
 
 
 class MultiRunStateError(StateError):
-    """A multi-run cannot go on."""
+    """A multi-run can't be resumed."""
 
     code = "STATE_MULTIRUN_INVALID"
     when = "A multi-run can't be resumed: its files are missing or damaged, it is another kind of run, or it is done."

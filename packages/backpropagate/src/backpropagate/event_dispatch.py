@@ -64,7 +64,7 @@ def _events(cls: type[Event]) -> Iterator[type[Event]]:
 
 
 class EventDispatcher:
-    """Records and logs every event, then shows it; a screen that fails is dropped, and the run goes on."""
+    """Records and logs every event, then shows it; a screen that fails is dropped, and the run continues."""
 
     def __init__(self, record: Emit, *shows: Emit | None) -> None:
         self._record = record

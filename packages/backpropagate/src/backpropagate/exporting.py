@@ -63,7 +63,7 @@ def export_adapter(
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
 ) -> ExportResult:
-    """Export an adapter folder, or the folder of a model of which all weights were trained.
+    """Export an adapter folder, or the folder of a model from full fine-tuning.
 
     Args:
         adapter: The adapter's or model's folder.
@@ -225,7 +225,7 @@ def _build_artifact(outcome: bp_export.ExportOutcome) -> dict[str, Any]:
 def _note_in_run(adapter: Path, run_id: str | None, artifact: Mapping[str, Any]) -> str | None:
     """Add the export, and the step that it was made from, to its run's record next to the adapter.
 
-    A run that is resumed goes on, and its exports stay where they were; the step tells them apart.
+    A run that is resumed continues, and its exports stay where they were; the step tells them apart.
 
     Returns:
         The run's id; None without a record.

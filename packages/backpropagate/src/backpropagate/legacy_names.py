@@ -1,4 +1,4 @@
-"""Commands, flags and variables of the older tool (backpropagate 1.x): what stands in their place.
+"""Commands, flags and variables of the older tool (backpropagate 1.x): what replaced them.
 
 Most old names work as they are; a test goes through all of them. What is here has changed: variables that carry over
 under a new name, and names that answer with what to type now. Nothing old is ignored in silence.

@@ -19,11 +19,11 @@ from bp_runs.spec import LORA_PRESETS, Settings
 
 
 def estimate_memory(settings: Settings, *, memory: int | None) -> MemoryEstimate:
-    """The memory of a training with these settings, from the model's shapes alone.
+    """The memory of a training run with these settings, from the model's shapes alone.
 
     Args:
         settings: The settings.
-        memory: Bytes of the card, by which the mode is chosen where it is ``auto``; None: unknown.
+        memory: Bytes of the GPU, by which the mode is chosen where it is ``auto``; None: unknown.
 
     Raises:
         RailUnusableError: No installed rail can say.

@@ -1,6 +1,6 @@
-"""Base models that train well on one card, under short names: licence, sizes and a word on each.
+"""Base models that train well on one GPU, under short names: license, sizes and a word on each.
 
-Sizes are those of the model's own config.json, so that memory is told without a download.
+Sizes are those of the model's own config.json, so that memory is known without a download.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class ModelPreset:
     """Hub id."""
     licence: str
     restriction: str = ""
-    """What the licence forbids that a user might not expect; empty: nothing."""
+    """What the license forbids that a user might not expect; empty: nothing."""
     note: str
     config: Mapping[str, Any]
     """What memory depends on, as in config.json."""
@@ -117,7 +117,7 @@ def find_preset(name: str) -> ModelPreset | None:
 
 
 def remarks(model: str, chosen: str) -> list[Notice]:
-    """What the user should know of the model's licence and of the LoRA preset that was chosen.
+    """What the user should know of the model's license and of the LoRA preset that was chosen.
 
     Args:
         chosen: As `backpropagate.memory_estimate.settle_lora` says.

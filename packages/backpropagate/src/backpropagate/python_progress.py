@@ -78,8 +78,8 @@ class NotebookProgress:
         self._clock, self._drawn = clock, -_REDRAW_SECONDS
         self._losses: list[float] = []
         self._validation = ""
-        self._handle = display(self, display_id=True)
         self._step: StepDone | None = None
+        self._handle = display(self, display_id=True)  # last: it draws the panel at once
 
     def show(self, event: Event) -> None:
         """Take in an event, and update the panel at most five times a second."""

@@ -29,7 +29,7 @@ HELD_OUT = ("What is the capital of Germany?", "Who are you?", "How do I boil an
 QUANTIZATION: Final = "q4_k_m"
 _ANSWER_TOKENS = 40
 
-# Chosen on two CPU cores: the style is learnt after about 40 steps, the names a little later.
+# Chosen on two CPU cores: the style is learned after about 40 steps, the names a little later.
 DEFAULTS: dict[str, Any] = {
     "steps": 64,
     "batch_size": 4,

@@ -82,7 +82,7 @@ def _load(point: EntryPoint) -> Any:
 
 
 def free_memory() -> int | None:
-    """Bytes free on the card of the first rail that has one; None where there is no card."""
+    """Bytes free on the GPU of the first rail that has one; None where there is no GPU."""
     return next((s.probe.memory for s in all_rails() if s.probe.usable and s.probe.device in GPUS), None)
 
 

@@ -1,4 +1,4 @@
-"""Which run goes on, from which checkpoint, with which settings; and the settings of a run that is done again."""
+"""Which run continues, from which checkpoint, with which settings; and the settings of a run that is done again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OF_THE_CALL = ("training.resume", "training.output_dir", "training.report_to", 
 
 @dataclass(frozen=True, slots=True)
 class ResumePlan:
-    """An unfinished run and where it goes on."""
+    """An unfinished run and where it continues."""
 
     record: RunRecord
     checkpoint: Checkpoint | None
@@ -47,7 +47,7 @@ class ResumePlan:
     """Newer checkpoints that are not whole, and what is wrong with them."""
     resolved: Resolved
     unasked: bool = False
-    """Whether it goes on because the same command was given again."""
+    """Whether it continues because the same command was given again."""
 
     @property
     def step(self) -> int:
@@ -55,7 +55,7 @@ class ResumePlan:
         return self.checkpoint.step if self.checkpoint else 0
 
     def notices(self, versions: Mapping[str, str]) -> list[Notice]:
-        """What the user should know before it goes on."""
+        """What the user should know before it continues."""
         place = f"from step {self.step}" if self.checkpoint else "from the beginning: it has no checkpoint"
         other = render("; to start a new one: {set:training.resume=false}") if self.unasked else ""
         found = [Notice(message=f"the run {self.record.run_id} goes on {place}{other}")]
@@ -109,7 +109,7 @@ def _replay(record: RunRecord, store: RunStore, **settings: object) -> str:
 
 
 def prepare(store: RunStore, record: RunRecord) -> ResumePlan:
-    """Where an unfinished run goes on, and with what.
+    """Where an unfinished run continues, and with what.
 
     Raises:
         CheckpointInvalidError: It has checkpoints, and none is whole.
@@ -158,7 +158,7 @@ def base_notices(record: RunRecord, folder: Path) -> list[Notice]:
 def pin(settings: Settings, record: RunRecord | None) -> Settings:
     """``wanted`` with the Hub's commits that the recorded run was made of, where it asks for the same model and data.
 
-    A branch may have moved since; what the record does not know stays as it is asked for.
+    A branch may have moved since; what the record does not know stays as requested.
     """
     if record is None:
         return settings
@@ -176,7 +176,7 @@ def _asks_alike(settings: Settings, record: RunRecord, *keys: str) -> bool:
 
 
 def require_same(resolved: Resolved, recorded: Resolved, run_id: str) -> None:
-    """Refuse flags that ask for something else than the run's record.
+    """Reject flags that ask for something else than the run's record.
 
     Raises:
         ResumeDiffersError: Which ones, with both values.

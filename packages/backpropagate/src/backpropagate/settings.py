@@ -27,7 +27,7 @@ from bp_runs.spec import LORA_PRESETS, LoraSpec, Range, Settings, check_value, c
 ENV_PREFIX = "BACKPROPAGATE_"
 TOML_FILE = "backpropagate.toml"
 Source = Literal["flag", "env", "toml", "preset", "default", "record", "override"]
-"""record and override: of a run that goes on or is done again, and what was changed of it."""
+"""record and override: of a run that is resumed or done again, and what was changed of it."""
 
 # Environment names of the program itself, which are no settings of a run.
 PROGRAM_ENV = frozenset({"HOME", "LOG_LEVEL", "LOG_FORMAT", "LOG_FILE", "OFFLINE", "DEBUG", "RANKS_TOKEN"})
@@ -304,7 +304,7 @@ def _expand_model(name: str) -> str:
 
 
 def from_record(record: RunRecord, overrides: Mapping[str, Any] | None = None) -> Resolved:
-    """The settings of a recorded run, so that it can go on or be done again from any folder.
+    """The settings of a recorded run, so that it can continue or be done again from any folder.
 
     A relative path that was meant from the run's own working folder is led there. What was taken by default and not
     overridden stays a default, so that a changed method brings its own learning rate.

@@ -435,14 +435,14 @@ class Trainer:
         on_event: Callback | None,
         run_id: str | None,
     ) -> MultiRun:
-        """All that a multi-run needs beside its rows; ``run_id``: of one that goes on."""
+        """All that a multi-run needs besides its rows; ``run_id``: of one that is resumed."""
         from backpropagate.continual.multirun import MultiRun, first_member
 
         settings = resolved.settings
         context = self._open_context(store, settings, on_event)
         pinned = settings if run_id is None else resume_plan.pin(settings, first_member(store, run_id))
         base, chosen = _find_base(context.rail, pinned), ""
-        if run_id is None:  # else ranks stay what they were, whatever is free on the card now
+        if run_id is None:  # else ranks stay what they were, whatever is free on the GPU now
             resolved, chosen = memory_estimate.settle_lora(resolved, context.rail, base.folder, context.machine)
         self.settings = settings = resolved.settings
         return MultiRun(
@@ -465,7 +465,7 @@ class Trainer:
         force: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> ExportResult:
-        """Export the newest adapter of the output folder, or in mode full the newest model.
+        """Export the newest adapter of the output folder, or in full fine-tuning the newest model.
 
         Args:
             format: One of `bp_export.Format`: ``gguf``, ``merged``, ``lora`` …
@@ -578,7 +578,7 @@ class Trainer:
         """The GPU memory that `train` would need, from the model's shapes alone, in bytes.
 
         Args:
-            memory: Bytes of the card; default: what is free on this machine's, where there is one.
+            memory: Bytes of the GPU; default: what is free on this machine's, where there is one.
             **flags: Settings, over the Trainer's own.
 
         Raises:
@@ -631,7 +631,7 @@ class Trainer:
         )
 
     def save(self, folder: str | Path) -> Path:
-        """Copy the newest adapter, or in mode full the newest model, to a folder of its own; returns that folder.
+        """Copy the newest adapter, or model after full fine-tuning, to a folder of its own; returns that folder.
 
         Raises:
             AdapterInvalidError: Nothing has been trained yet.
@@ -762,13 +762,13 @@ def _find_sources(settings: Settings, paths: Sequence[str | Path]) -> list[Path]
 def _reopen(context: SessionContext, plan: resume_plan.ResumePlan, *, take_over: bool) -> RunSession:
     name = plan.checkpoint.path.name if plan.checkpoint else None
     session = RunSession.reopen(context, plan.record.run_id, from_step=plan.step, checkpoint=name, take_over=take_over)
-    with contextlib.suppress(CodedError):  # where it cannot be noted, it is told all the same
+    with contextlib.suppress(CodedError):  # where it cannot be noted, it is reported all the same
         CheckpointFolder(session.folders.run).note_damage(plan.damaged)
     return session
 
 
 def _find_base(rail: Rail, settings: Settings) -> catalogue.BaseModel:
-    """The base model on disk; refused before its weights are fetched where the rail cannot train it."""
+    """The base model on disk; rejected before its weights are fetched where the rail cannot train it."""
     find = partial(
         catalogue.find_model,
         settings.model.name,

@@ -16,7 +16,7 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row as it stands in the file.
+    """A row as it is in the file.
 
     Attributes:
         number: From 1: the line in a .jsonl or .csv file, the position in a .json list or a Parquet file.

@@ -291,7 +291,7 @@ def _item_end(window: _Window, place: int, longest: int) -> int:
         except RecursionError:
             raise window.error_at(place, "it is nested too deeply") from None
         else:
-            # A number near the window's end may go on in the next block: 1. and 1e are no numbers yet.
+            # A number near the window's end may continue in the next block: 1. and 1e are no numbers yet.
             if end < len(window.text) - 4 or not window.grow():
                 return end
             continue

@@ -37,8 +37,8 @@ class Ledger:
         truncated_tokens: Tokens cut off, over all truncated rows.
         truncated_rows: Numbers of the truncated rows.
         drops: Rows that cannot be trained on, with their reasons, in file order.
-        unsampled: Good-looking rows of the file that were never taken up, since fewer samples were asked for.
-        pieces: Further rows that long ones were split into, beside the first of each.
+        unsampled: Good-looking rows of the file that were never taken up, since fewer samples were requested.
+        pieces: Further rows that long ones were split into, next to the first of each.
     """
 
     read: int = 0

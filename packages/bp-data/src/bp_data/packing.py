@@ -21,7 +21,7 @@ from bp_data.token_rows import IGNORED, TokenRow
 from bp_runs.errors import ContractError
 
 OnOverflow: TypeAlias = Literal["truncate", "drop", "split", "fail"]
-"""truncate: cut at the end. drop, fail: leave the row out, or end the run. split: go on in further rows."""
+"""truncate: cut at the end. drop, fail: leave the row out, or end the run. split: continue in further rows."""
 
 
 def fit_rows(
@@ -72,7 +72,7 @@ def cut_row(row: TokenRow, longest: int, policy: OnOverflow | None, stops: froze
 
 
 def _whole_answers(row: TokenRow, longest: int, stops: frozenset[int]) -> int:
-    """Tokens up to the last learnt terminator that fits; ``longest`` where none does."""
+    """Tokens up to the last learned terminator that fits; ``longest`` where none does."""
     if row.kind == "text":
         return longest
     for place in range(longest - 1, 0, -1):
@@ -104,7 +104,7 @@ class PackedRow:
     Attributes:
         numbers: The rows' numbers, in the order in which they stand here.
         ids: Token ids, int32, of all rows.
-        mask: One byte a token: 1 where it is learnt. The first token of each row is 0: what stands before it belongs to
+        mask: One byte a token: 1 where it is learned. The first token of each row is 0: what is before it belongs to
             another row and does not predict it.
         lengths: Tokens of each row; together as many as ``ids``.
     """
@@ -133,7 +133,7 @@ class PackedRow:
         return tuple(found)
 
     def labels(self) -> list[int]:
-        """Ids where learnt, `IGNORED` elsewhere; the first token of each row is never learnt."""
+        """Ids where learned, `IGNORED` elsewhere; the first token of each row is never learned."""
         return [token if learnt else IGNORED for token, learnt in zip(self.ids, self.mask, strict=True)]
 
     def block_mask(self) -> list[list[bool]]:
@@ -145,7 +145,7 @@ class PackedRow:
 def plan_packs(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Which rows go together: lists of places in ``lengths``, each with at most ``room`` tokens in all.
 
-    The same lengths give the same packs. Packs stand in the order of the first row in each; so do the rows in a pack.
+    The same lengths give the same packs. Packs are in the order of the first row in each; so do the rows in a pack.
 
     Raises:
         ContractError: A row is longer than ``room`` or empty.

@@ -70,7 +70,7 @@ def find_trace(content: str) -> str | None:
 
 
 def _write_out(turn: Message) -> Message:
-    """The turn with reasoning that stands in a field of its own moved before its words."""
+    """The turn with reasoning that is in a field of its own moved before its words."""
     reasoning = next((turn.fields[name] for name in REASONING_FIELDS if isinstance(turn.fields.get(name), str)), None)
     if reasoning is None or OPEN in (turn.content or ""):
         return turn

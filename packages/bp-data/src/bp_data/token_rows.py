@@ -33,8 +33,8 @@ class TokenRow:
     Attributes:
         number: As in `bp_data.example.Row`.
         ids: Token ids, int32, one a token.
-        mask: One byte a token: 1 where it is learnt, 0 where it is only read.
-        kind: ``chat`` (assistant's turns are learnt) or ``text`` (everything is).
+        mask: One byte a token: 1 where it is learned, 0 where it is only read.
+        kind: ``chat`` (assistant's turns are learned) or ``text`` (everything is).
         truncated: Whether its end was cut off.
         cut: Tokens that were cut off; known while rows are made, 0 in rows that are read back from a store.
         source: As in `bp_data.example.Row`, while rows are made; rows that are read back from a store have none.
@@ -56,7 +56,7 @@ class TokenRow:
         return self.mask.count(1, 1)
 
     def labels(self) -> list[int]:
-        """Ids where learnt, `IGNORED` elsewhere.
+        """Ids where learned, `IGNORED` elsewhere.
 
         Labels come from the mask and from nothing else; comparing ids with the pad token would unlearn the end of a
         turn wherever pad and end token are the same.
@@ -66,7 +66,7 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class PairRow:
-    """One prompt with a better and a worse answer; both rows hold the prompt, and only the answers are learnt.
+    """One prompt with a better and a worse answer; both rows hold the prompt, and only the answers are learned.
 
     Attributes:
         number: As in `Row`.
@@ -80,7 +80,7 @@ class PairRow:
 
     @property
     def prompt(self) -> int:
-        """Tokens with which both rows begin and of which none is learnt."""
+        """Tokens with which both rows begin and of which none is learned."""
         return min(self.chosen.mask.find(1), self.rejected.mask.find(1))
 
 
@@ -90,7 +90,7 @@ class JudgedRow:
 
     Attributes:
         number: As in `Row`.
-        row: Prompt and answer; only the answer is learnt.
+        row: Prompt and answer; only the answer is learned.
         label: True for a good answer.
     """
 

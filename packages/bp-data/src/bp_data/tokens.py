@@ -28,7 +28,7 @@ class Encoded(NamedTuple):
     Attributes:
         ids: Token ids.
         offsets: For each token, the characters ``[start, end)`` of the text that it stands for.
-        swallowed: Blanks beside special tokens that stand for nothing, since such a token takes them with it.
+        swallowed: Blanks next to special tokens that stand for nothing, since such a token takes them with it.
     """
 
     ids: list[int]
@@ -80,7 +80,7 @@ class Tokenizer:
         added = core.get_added_tokens_decoder()
         self.added: dict[str, int] = {token.content: number for number, token in added.items()}
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
-        # Added tokens that take the blanks beside them (Phi's <|end|>): their offsets cover more than themselves.
+        # Added tokens that take the blanks next to them (Phi's <|end|>): their offsets cover more than themselves.
         self._greedy = {number: token.content for number, token in added.items() if token.lstrip or token.rstrip}
         words = sorted(self.added, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, words)) + ")") if words else None
@@ -124,7 +124,7 @@ class Tokenizer:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether tokens take the blanks beside them, so that offsets must be put right one by one."""
+        """Whether tokens take the blanks next to them, so that offsets must be put right one by one."""
         return bool(self._greedy)
 
     @property
@@ -172,7 +172,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Read the tokenizer of a model folder.
 
     Raises:
-        TokenizerInvalidError: tokenizer.json is missing or damaged, or one of the small files beside it is.
+        TokenizerInvalidError: tokenizer.json is missing or damaged, or one of the small files next to it is.
     """
     raw = _read(folder / "tokenizer.json")
     core = _build_core(raw, folder / "tokenizer.json")

@@ -22,8 +22,8 @@
     ├── LlamaCppMissingError         DEP_LLAMA_CPP_MISSING                the extra `verify` is not installed
     ├── HubMissingError              DEP_HUB_MISSING                      the extra `hub` is not installed
     ├── PushNetworkError             DEP_HUB_PUSH_NETWORK                 the Hub does not answer
-    ├── PushRefusedError             DEP_HUB_PUSH_REFUSED                 the Hub refuses for another reason
-    └── OllamaRegistrationError      DEP_OLLAMA_REGISTRATION_FAILED       Ollama is away or refuses
+    ├── PushRefusedError             DEP_HUB_PUSH_REFUSED                 the Hub rejects for another reason
+    └── OllamaRegistrationError      DEP_OLLAMA_REGISTRATION_FAILED       Ollama is away or rejects
     PartialError (bp_runs)
     ├── ParityFailedError            PARTIAL_EXPORT_PARITY_FAILED         the export does not say what the model says
     └── ParityNotTestedError         PARTIAL_EXPORT_NOT_VERIFIED          nothing could be compared
@@ -90,7 +90,7 @@ class QuantizationUnknownError(UserError):
 
 
 class AdapterFormatError(UserError):
-    """The adapter cannot be written in the form that was asked for."""
+    """The adapter cannot be written in the form that was requested."""
 
     code = "INPUT_EXPORT_ADAPTER_FORMAT"
     when = "The requested format can't represent the adapter, or needs something that was not given."
@@ -204,7 +204,7 @@ class PushNetworkError(DependencyError):
 
 
 class PushRefusedError(DependencyError):
-    """The Hub refuses the upload."""
+    """The Hub rejects the upload."""
 
     code = "DEP_HUB_PUSH_REFUSED"
     when = "The Hub rejected the upload, for a reason other than the token or the name."
@@ -212,7 +212,7 @@ class PushRefusedError(DependencyError):
 
 
 class OllamaRegistrationError(DependencyError):
-    """Ollama cannot be reached, or refuses the model."""
+    """Ollama cannot be reached, or rejects the model."""
 
     code = "DEP_OLLAMA_REGISTRATION_FAILED"
     when = "Ollama does not answer, or rejects the model. The exported file is kept."

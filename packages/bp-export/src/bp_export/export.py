@@ -1,4 +1,4 @@
-"""Export by format: builds the format's request from keywords, and refuses those that the format does not take."""
+"""Export by format: builds the format's request from keywords, and rejects those that the format does not take."""
 
 from __future__ import annotations
 

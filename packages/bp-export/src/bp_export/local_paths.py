@@ -1,4 +1,4 @@
-"""Folders of a machine in what goes to others: a base is told by its Hub id or its last part, a home not at all.
+"""Folders of a machine in what goes to others: a base is known by its Hub id or its last part, a home not at all.
 
 Nothing here asks the machine: what was made elsewhere is cleaned too.
 """
@@ -17,7 +17,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # huggingface_hub keeps owner/name as …/models--owner--name/snapshots/<commit>.
 _CACHED = re.compile(r".*[/\\]models--([^/\\]+)[/\\]snapshots[/\\][^/\\]+[/\\]?")
 _HOME = re.compile(r"(?:/var)?/home/[^/\s\"']+|/Users/[^/\s\"']+|/root(?=/)|[A-Za-z]:[/\\]+Users[/\\]+[^/\\\n\"']+")
-_LEAST_PARTS = 3  # of a path that is told from a word with a slash before it
+_LEAST_PARTS = 3  # of a path that is distinguished from a word with a slash before it
 
 
 def has_hub_form(name: str) -> bool:

@@ -208,7 +208,7 @@ def explain_folder(folder: Path) -> None:
 
 
 def require_safetensors(folder: Path) -> None:
-    """Refuse a model whose weights are in torch's own format only.
+    """Reject a model whose weights are in torch's own format only.
 
     Raises:
         ModelInvalidError: It has no safetensors, and how to get them.

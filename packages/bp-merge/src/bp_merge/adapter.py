@@ -3,9 +3,9 @@
 The factor follows PEFT: alpha / r (LoRA, arXiv:2106.09685), or alpha / sqrt(r) with ``use_rslora``
 (rsLoRA, arXiv:2312.03732), where ``rank_pattern`` and ``alpha_pattern`` may give a module its own r and alpha.
 
-Beside the pairs an adapter may hold DoRA's magnitudes (arXiv:2402.09353), whole tensors that take the base's place
+Besides the pairs, an adapter may hold DoRA's magnitudes (arXiv:2402.09353), whole tensors that take the base's place
 (``modules_to_save``, trained biases), rows of them (trainable tokens), biases that are added to the base's, and pairs
-of all experts of a layer at once (``target_parameters``, see `experts`). What else there is gets refused, never
+of all experts of a layer at once (``target_parameters``, see `experts`). What else there is gets rejected, never
 ignored; `read_refusals` lists it.
 """
 
@@ -102,7 +102,7 @@ Key = TypeVar("Key")
 
 
 class PairsByName(Mapping[str, LoraPair], Generic[Key]):
-    """Pairs that are read when they are asked for, since an adapter can be larger than all else that an export holds.
+    """Pairs that are read when they are requested, since an adapter can be larger than all else that an export holds.
 
     Args:
         modules: The module of each name, or what else a pair is found by.
@@ -124,7 +124,7 @@ class PairsByName(Mapping[str, LoraPair], Generic[Key]):
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """An adapter; its pairs stay in the file until they are asked for."""
+    """An adapter; its pairs stay in the file until they are requested."""
 
     folder: AdapterFolder
     modules: Mapping[str, LoraPair]
@@ -146,7 +146,7 @@ class LoraAdapter:
 
 
 def load_adapter(path: Path) -> LoraAdapter:
-    """Read a PEFT LoRA adapter folder, as float32. All of it is checked now; pairs are read again when asked for.
+    """Read a PEFT LoRA adapter folder, as float32. All of it is checked now; pairs are read again when needed.
 
     Raises:
         AdapterInvalidError: Files are missing, a module lacks its A or B, ranks disagree, or a weight is not finite.

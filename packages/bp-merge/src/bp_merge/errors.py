@@ -60,7 +60,7 @@ class AdaptersDifferError(UserError):
 
 
 class MergeOptionError(UserError):
-    """A merge cannot be asked for like that."""
+    """A merge's options are invalid."""
 
     code = "CONFIG_MERGE_OPTION"
     when = "A merge has an unknown method, or an invalid weight, density, scale, rank or output."

@@ -104,7 +104,7 @@ class FoldedModel:
 
     @property
     def base_tensors(self) -> Mapping[str, TensorInfo]:
-        """The base's tensors as they stand in its files."""
+        """The base's tensors as they are in its files."""
         return self._base.tensors
 
     @property
@@ -265,7 +265,7 @@ def _tells_head_apart(adapter: LoraAdapter, base: TensorReader, table: str) -> b
     if len(whole) == 1 and whole.get(False, whole.get(True, np.empty(0))).shape != info.shape:
         return False  # one table of another size, and no other: it is resized, and both are it
     if any(pair.shape != whole.get(is_head, info).shape for is_head, pair in pairs.items()):
-        return True  # which does not fit, and is refused where it is looked for
+        return True  # which does not fit, and is rejected where it is looked for
     sides = [(whole.get(is_head), pairs.get(is_head)) for is_head in (False, True)]
     count = max([info.rows, *(len(values) for values in whole.values())])
     for start in range(0, count, _BLOCK_ROWS):

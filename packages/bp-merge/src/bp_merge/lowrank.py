@@ -145,7 +145,7 @@ def cut_matrix(delta: Floats, rank: int) -> Product:
     """The nearest product of ``rank`` to a whole (d_out, d_in) matrix.
 
     By SVD where the shorter side is at most 1024; else by subspace iteration with a fixed start (Halko, Martinsson and
-    Tropp, arXiv:0909.4061, algorithm 4.4: 32 directions more than asked for, four powers), which for matrices without a
+    Tropp, arXiv:0909.4061, algorithm 4.4: 32 directions more than requested, four powers), which for matrices without a
     gap in their singular values loses some per mille of the norm that the exact cut would keep.
     """
     if min(delta.shape) <= _EXACT:

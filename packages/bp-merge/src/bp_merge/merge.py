@@ -87,9 +87,9 @@ def merge_adapters(
         output: The folder to write; an earlier merge there is replaced.
         run_id: The id in the new folder's ``run.json``.
         method: A name of `bp_merge.METHODS`.
-        options: What the method is told.
+        options: The method's options.
         base: Name of the one base, where the adapters name it differently.
-        force: Whether an adapter that a training of ours has left there may be replaced too.
+        force: Whether an adapter that a training run of ours has left there may be replaced too.
         progress: Called with modules done and modules in all.
 
     Raises:
@@ -279,7 +279,7 @@ def _finish(
     fingerprint: str | None,
     known: Mapping[str, str] | None = None,
 ) -> None:
-    """Settings, tokenizer and manifest beside the weights."""
+    """Settings, tokenizer and manifest next to the weights."""
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2), encoding="utf-8")
     copy_tokenizer_files(model, partial)
     if (model / _GENERATION_FILE).is_file():

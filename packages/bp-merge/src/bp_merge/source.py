@@ -52,7 +52,7 @@ class AdapterSource:
 
     @property
     def dtype(self) -> Dtype:
-        """BF16 where all weights are; else F32."""
+        """BF16 if every weight is; else F32."""
         found = {info.dtype for info in self._reader.tensors.values()}
         return "BF16" if found == {"BF16"} else "F32"
 
@@ -122,7 +122,7 @@ _MORE = MappingProxyType(
 
 
 def require_alike(sources: Sequence[AdapterSource], *, same_ranks: bool, same_base: bool = True) -> None:
-    """Refuse adapters that do not belong together; the first is compared with each of the others.
+    """Reject adapters that do not belong together; the first is compared with each of the others.
 
     Args:
         same_ranks: Ranks and scales must agree too.

@@ -2,7 +2,7 @@
 
 The format (huggingface/safetensors, README "Format"): 8 bytes with the header's length N, little-endian; N bytes of
 JSON ``{name: {"dtype", "shape", "data_offsets": [start, stop]}}``; then the tensors' bytes, row-major, offsets counted
-from the end of the header. Reads go by byte range and not by mmap, so that memory stays near what is asked for.
+from the end of the header. Reads go by byte range and not by mmap, so that memory stays near what is requested.
 
 Not here: integer and FP8 tensors, which have no place in an adapter's arithmetic; packed 4-bit ones are `packed`'s.
 """
@@ -115,7 +115,7 @@ def read_raw_index(file: Path) -> dict[str, RawTensor]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The texts that a file holds beside its tensors; empty where it has none.
+    """The texts that a file holds besides its tensors; empty where it has none.
 
     Raises:
         TensorsInvalidError: As `read_index`.

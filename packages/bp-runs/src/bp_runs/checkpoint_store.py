@@ -7,7 +7,7 @@
     damaged          what was found wrong with its files; it counts no more, and goes when a newer one is damaged
 
 A save writes into a hidden folder, hashes and fsyncs every file, writes the manifest, fsyncs the folder and renames it.
-Until then the earlier ones stay. Which one is the newest is told by the manifests' ``sequence``, never by a name or a
+Until then the earlier ones stay. Which one is the newest is known by the manifests' ``sequence``, never by a name or a
 clock. Every rail saves and reads its checkpoints here; what is in their files is the rail's own.
 """
 
@@ -44,7 +44,7 @@ CHECKPOINT_SCHEMA = "backpropagate.checkpoint/1"
 _NOT_HASHED = (MANIFEST_FILE, PROTECTED_FILE, DAMAGED_FILE)
 
 Reason = Literal["schedule", "stop", "temperature", "asked"]
-"""Every so many steps or minutes; the user stopped the run; the card is too hot; somebody asked."""
+"""Every so many steps or minutes; the user stopped the run; the GPU is too hot; somebody asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ class Checkpoint:
     score: float | None
     """Validation loss in nats when it was saved; lower is better."""
     facts: Mapping[str, Any]
-    """What the rail wants to be told without opening its files."""
+    """What the rail wants to know without opening its files."""
     files: Mapping[str, Mapping[str, Any]]
     """By name relative to the folder: ``sha256`` and ``bytes``."""
 
@@ -96,7 +96,7 @@ class CheckpointFolder:
 
     Args:
         run: The run's folder.
-        keep: The newest checkpoints that stay; beside them the one with the lowest score, and protected ones.
+        keep: The newest checkpoints that stay; besides them the one with the lowest score, and protected ones.
     """
 
     def __init__(self, run: Path, *, keep: int = 2) -> None:
@@ -222,7 +222,7 @@ class CheckpointFolder:
         self._remove_damaged(leave=1)
 
     def clear(self) -> None:
-        """Remove all but protected ones: for a run that will never go on."""
+        """Remove all but protected ones: for a run that will never continue."""
         for folder in self._folders():
             if not (folder / PROTECTED_FILE).exists():
                 self._remove(folder)

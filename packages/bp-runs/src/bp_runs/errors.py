@@ -2,11 +2,11 @@
 
     CodedError                     every error a user may meet; carries code, cause, fix, exit status
     ├── UserError       exit 1     the user's input or settings: INPUT_*, CONFIG_*
-    ├── DependencyError exit 2     something outside is missing or refuses: DEP_*
+    ├── DependencyError exit 2     something outside is missing or rejects: DEP_*
     ├── RunFailedError  exit 2     the work itself failed: RUNTIME_*
     ├── StateError      exit 2     files of ours are damaged or cannot be written: STATE_*
     ├── PartialError    exit 3     some of it succeeded: PARTIAL_*
-    └── GateError       exit 65    a check said no; nothing is broken
+    └── GateError       exit 65    a check failed; nothing is broken
     ContractError                  a programmer's mistake; has no code and no fix, only a traceback
 
 A leaf class states its ``code``; that registers it. Two classes with one code fail at import.
@@ -149,7 +149,7 @@ class UserError(CodedError):
 
 
 class DependencyError(CodedError):
-    """Something that the work needs from outside is missing or refuses."""
+    """Something that the work needs from outside is missing or rejects."""
 
     prefixes = ("DEP_",)
 
@@ -174,7 +174,7 @@ class PartialError(CodedError):
 
 
 class GateError(CodedError):
-    """A check that the user asked for, or that is on by default, said no."""
+    """A check that the user requested, or that is on by default, failed."""
 
     exit_status = 65
     prefixes = ("INPUT_", "RUNTIME_")
@@ -218,7 +218,7 @@ class OutputTakenError(UserError):
 
 
 class PathUnusableError(UserError):
-    """The system refuses a path."""
+    """The system rejects a path."""
 
     code = "INPUT_PATH_UNUSABLE"
     when = "The system rejects a path: no permission, too long, or an unknown user's home."
@@ -338,7 +338,7 @@ class TrainingDivergedError(RunFailedError):
 
 
 class NothingHeldOutError(UserError):
-    """There are no held-out rows to measure on."""
+    """There are no validation rows to measure on."""
 
     code = "INPUT_NOTHING_HELD_OUT"
     when = "There is no held-out data to measure on: training with these settings holds out none."

@@ -69,7 +69,7 @@ class DataReady(Event):
     """Rows, of those trained and truncated, that only measure the validation loss."""
     tokens: int
     trained_tokens: int
-    """Tokens that carry loss."""
+    """Tokens that are trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,18 +96,18 @@ class StepDone(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalDone(Event):
-    """The held-out rows were measured after a step."""
+    """The validation rows were measured after a step."""
 
     kind = "eval"
     step: int
     loss: float
-    """The method's loss: for sft the mean cross-entropy over the held-out rows' trained tokens, in nats."""
+    """The method's loss: for sft the mean cross-entropy over the validation rows' trained tokens, in nats."""
     tokens: int
-    """Trained tokens of the held-out rows."""
+    """Trained tokens of the validation rows."""
     best: bool
     """Whether no earlier measurement was as low."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """As `StepDone.metrics`, over the held-out rows."""
+    """As `StepDone.metrics`, over the validation rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +154,7 @@ class CheckpointSaved(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed(Event):
-    """The run goes on from a checkpoint; what was recorded of later steps is superseded."""
+    """The run continues from a checkpoint; what was recorded of later steps is superseded."""
 
     kind = "resumed"
     step: int

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write beside, fsync, rename."""
+"""Files that are either whole or absent: write next to, fsync, rename."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def require_folder(path: Path) -> Path:
 
 
 def require_free_space(folder: Path, need: int, what: str) -> None:
-    """Refuse before the work starts when ``folder``'s disk has less than ``need`` bytes free.
+    """Reject before the work starts when ``folder``'s disk has less than ``need`` bytes free.
 
     Raises:
         DiskFullError: Too little room.
@@ -97,7 +97,7 @@ def fsync_folder(folder: Path) -> None:
 def rename(source: Path, target: Path) -> None:
     """`os.replace` of a file or folder.
 
-    Windows refuses it while anybody reads: a virus scanner, an indexer, a process that looks at the runs. There it is
+    Windows rejects it while anybody reads: a virus scanner, an indexer, a process that looks at the runs. There it is
     tried again, with longer and longer waits, for some four seconds.
     """
     for wait in _WAITS if _IS_WINDOWS else ():
@@ -114,7 +114,7 @@ def publish_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part.
 
     Args:
-        durable: Wait for the disk, so that it holds after a power cut too; not needed for what can be made anew.
+        durable: Wait for the disk, so that it holds after a power cut too; not needed for what can be rebuilt.
 
     Raises:
         DiskFullError, OutputNotWritableError: As `coded_disk_errors`; the old file stays.
@@ -136,7 +136,7 @@ def publish_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 @contextlib.contextmanager
 def publish_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside ``path`` to write a large file to; on success it takes ``path``'s place, else it vanishes.
+    """Yield a path next to ``path`` to write a large file to; on success it takes ``path``'s place, else it vanishes.
 
     Raises:
         DiskFullError, OutputNotWritableError: As `coded_disk_errors`; the old file stays.
@@ -159,7 +159,7 @@ def publish_json(path: Path, data: Any) -> None:
 
 @contextlib.contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``path``; on success it takes ``path``'s place, else it vanishes.
+    """Yield an empty folder next to ``path``; on success it takes ``path``'s place, else it vanishes.
 
     A folder that stood at ``path`` is moved aside first and removed last, so one of the two is always whole; what a
     killed process left aside is brought back or swept away by the next call. Callers that may meet at one ``path``
@@ -182,7 +182,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """A hidden name beside ``path`` that nobody else uses."""
+    """A hidden name next to ``path`` that nobody else uses."""
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}.{kind}")
 
 

@@ -3,7 +3,7 @@
     run_history.json         {"schema": …, "runs": [row, …]}, a row a line
     .run_history.journal     rows since then, a line each; joined into the index when it has grown to an eighth of it
 
-Each row has the ``stamp`` of the record that it was made from. A row whose stamp does not hold is made anew, so that an
+Each row has the ``stamp`` of the record that it was made from. A row whose stamp does not hold is rebuilt, so that an
 index that is lost, damaged, or older than the folders gives right answers all the same: the folders are the truth.
 """
 
@@ -77,7 +77,7 @@ def put_row(output: Path, record: RunRecord) -> None:
 
 
 def rebuild(output: Path) -> list[Row]:
-    """Make the index anew, from the folders where it does not agree with them. The caller holds the store's lock."""
+    """Rebuild the index, from the folders where it does not agree with them. The caller holds the store's lock."""
     known = _read_index(output)
     rows = _current(output, run_ids(output), known)
     # Of a damaged record what was known stays, with its stamp that no longer holds: its place among the others.
@@ -101,7 +101,7 @@ def next_sequence(output: Path) -> int:
 
 
 def write_rows(output: Path, rows: Iterable[Row]) -> None:
-    """Publish the index; rows of unreadable records are left out, in case the records are mended.
+    """Publish the index; rows of unreadable records are left out, in case the records are repaired.
 
     A list that an older tool has left under this name is set aside first.
     """
@@ -123,7 +123,7 @@ def run_ids(output: Path) -> list[str]:
 
 
 def older_histories(output: Path) -> list[Path]:
-    """Run histories of the older tool that lie in the folder: the index's own name first, then those set aside."""
+    """Run histories of the older tool that are in the folder: the index's own name first, then those set aside."""
     index = paths.index_file(output)
     aside = sorted(output.glob("run_history.older*.json")) if output.is_dir() else []
     return [index, *aside] if _is_list(index) else aside

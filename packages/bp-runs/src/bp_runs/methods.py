@@ -57,7 +57,7 @@ class LossNumbers(Protocol):
 
 
 class ArrayOps(Protocol):
-    """What losses need of a framework beside the operators of its arrays; all act element by element."""
+    """What losses need of a framework besides the operators of its arrays; all act element by element."""
 
     def log_sigmoid(self, x: Any) -> Any:
         """log(1 / (1 + exp(-x))), exact also for large magnitudes."""

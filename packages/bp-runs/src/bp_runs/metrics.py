@@ -150,7 +150,7 @@ _CHUNK = 2**20  # bytes read at once
 def mean_losses(first: Sequence[float], last: Sequence[float], count: int) -> tuple[float, float]:
     """A run's first and final loss, in nats: the one definition of records, terminal and web page.
 
-    The first is the mean over the first five steps, so that it stays what it was while the run goes on. The final one
+    The first is the mean over the first five steps, so that it stays what it was while the run continues. The final one
     is the mean over the last tenth of the steps, from one to a hundred.
 
     Args:

@@ -1,7 +1,7 @@
 """The layout of an output folder, in one place.
 
 <output>/lora                  the newest finished adapter (hard links into its run)
-<output>/model                 the newest model of which all weights were trained (likewise)
+<output>/model                 the newest model from full fine-tuning (likewise)
 <output>/run_history.json      index of summary rows, rebuilt from the run folders
 <output>/runs/<run_id>/        run.json metrics.jsonl rejected.jsonl prove.json evaluations.json, lora/ or
                                model/, checkpoints/

@@ -93,8 +93,8 @@ def _birth_on_windows(pid: int) -> str | None:
 def acquire_lock(file: Path, seconds: float) -> BaseFileLock:
     """Hold ``file`` until the caller releases the lock, or its process ends.
 
-    A disk may know no locks: NFS without its daemon, Lustre without ``flock``, some FUSE disks. There a marker beside
-    the file stands in, which names its process and is taken over when that is gone; one of another machine is not.
+    A disk may know no locks: NFS without its daemon, Lustre without ``flock``, some FUSE disks. There a marker next to
+    the file is in, which names its process and is taken over when that is gone; one of another machine is not.
 
     Args:
         seconds: How long to wait for whoever holds it; 0: not at all, negative: as long as it takes.

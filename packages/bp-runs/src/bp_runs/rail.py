@@ -46,13 +46,13 @@ class MemoryEstimate:
     beside: int
     """What the driver and the allocator take beyond what is in use."""
     paged: int = 0
-    """Optimizer memory that may lie in system RAM where the card is full."""
+    """Optimizer memory that may be in system RAM where the GPU is full."""
     parameters: int
     trained: int
     unified: bool = False
     """Whether the memory is shared with the system, as on Apple silicon."""
     measured_runs: int = 0
-    """Runs on this card that the estimate is corrected by."""
+    """Runs on this GPU that the estimate is corrected by."""
 
     @property
     def in_use(self) -> int:
@@ -61,7 +61,7 @@ class MemoryEstimate:
 
     @property
     def needed(self) -> int:
-        """What the card must have free."""
+        """What the GPU must have free."""
         return self.in_use + self.beside
 
 
@@ -70,7 +70,7 @@ class TrainOutcome:
     """What came out of a run that ended well or was stopped by the user."""
 
     adapter: Path
-    """The adapter's folder, or the model's where all weights were trained."""
+    """The adapter's folder, or the model's after full fine-tuning."""
     steps: int
     """Steps done; less than asked when stopped."""
     first_loss: float
@@ -83,7 +83,7 @@ class TrainOutcome:
     """Bytes; as `StepDone.memory_bytes`."""
     stopped: bool = False
     eval_loss: float | None = None
-    """The lowest validation loss; None without held-out rows."""
+    """The lowest validation loss; None without validation rows."""
     best_step: int | None = None
     """The step that it was measured after."""
     rows: RowCounts | None = None
@@ -130,7 +130,7 @@ class Rail(Protocol):
         ...
 
     def check(self, settings: Settings, folder: Path) -> None:
-        """Refuse a model that cannot be trained here; ``folder`` has its config and perhaps no weights yet.
+        """Reject a model that cannot be trained here; ``folder`` has its config and perhaps no weights yet.
 
         Raises:
             CodedError: Why not.
@@ -177,7 +177,7 @@ class RowOutcome:
     prompt: str | None = None
     """The row up to its last trained turn, as the model reads it; None where the row was not answered."""
     reference: str | None = None
-    """The last trained turn as it stands in the row, without the token that ends it."""
+    """The last trained turn as it is in the row, without the token that ends it."""
     answer: str | None = None
     """What the model says instead, greedily."""
 
@@ -397,7 +397,7 @@ class Estimates(Protocol):
 
         Args:
             config: The content of the model's config.json.
-            memory: Bytes free on the card; decides where the mode is ``auto``.
+            memory: Bytes free on the GPU; decides where the mode is ``auto``.
             machine: Where facts about this machine are kept; None: nowhere.
 
         Raises:

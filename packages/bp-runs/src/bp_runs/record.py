@@ -44,7 +44,7 @@ class RunRecord:
     """The run that this one comes from: ``{"run_id": …, "relation": …}``, see `Relation`. A resumed run keeps its id:
     each process that worked on it is one of its ``sessions``."""
     sequence: int = 0
-    """Counts the runs that the store began: what is newest is told by it, never by a clock. 0 for runs of versions
+    """Counts the runs that the store began: what is newest is known by it, never by a clock. 0 for runs of versions
     that did not count, and for imported ones: they are older than all that are counted."""
     status: RunStatus = "running"
     created_at: str = field(default_factory=utc_now)
@@ -57,7 +57,7 @@ class RunRecord:
     process_started: str | None = None
     """With host and pid: the process that worked on the run last, see `bp_runs.process.process_birth`."""
     sessions: list[dict[str, Any]] = field(default_factory=list)
-    """One for each process: ``at``, ``host``, ``pid``, ``from_step``, the ``checkpoint`` that it went on from; of all
+    """One for each process: ``at``, ``host``, ``pid``, ``from_step``, the ``checkpoint`` that it continued from; of all
     but the last also how it ended: ``status``, ``ended_at``, ``result``."""
     cwd: str = ""
     """Folder that relative paths in ``settings`` and ``command`` start from."""

@@ -8,7 +8,7 @@ from typing import Any
 MASK = "[redacted]"
 _SHORTEST = len("token=x")  # nothing shorter names a secret
 
-# Where a secret may begin: not inside a word, but after an escape that only looks like one (\n, %3D, an ANSI colour).
+# Where a secret may begin: not inside a word, but after an escape that only looks like one (\n, %3D, an ANSI color).
 _START = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])|(?<=%[0-9A-Fa-f]{2})|(?<=[0-9;]m))"
 _SECRETS = (
     re.compile(r"(?:hf|api_org)_[A-Za-z0-9]{16,}"),  # Hugging Face
@@ -34,7 +34,7 @@ _SECRET_KEY = re.compile(rf"(?i)^(?:{_NAME})$")
 
 
 def redact(text: str) -> str:
-    """``text`` with every secret that can be recognised by its shape or its name masked."""
+    """``text`` with every secret that can be recognized by its shape or its name masked."""
     if len(text) < _SHORTEST:
         return text
     for pattern in _SECRETS:

@@ -401,12 +401,12 @@ class TrainingSpec:
 
     @property
     def resolved_learning_rate(self) -> float:
-        """``learning_rate``, or the method's own for an adapter or all weights."""
+        """``learning_rate``, or the method's own for an adapter or the full model."""
         return self.usual_learning_rate if self.learning_rate is None else self.learning_rate
 
     @property
     def usual_learning_rate(self) -> float:
-        """The default peak learning rate of this method, for an adapter or for all weights."""
+        """The default peak learning rate of this method, for an adapter or the full model."""
         method = METHODS[self.method]
         return method.full_learning_rate if self.mode == "full" else method.adapter_learning_rate
 
@@ -498,7 +498,7 @@ class RunFolders:
     cache: Path | None = None
     """Where prepared rows may be kept for the next run; None: nowhere."""
     machine: Path | None = None
-    """Where facts about this machine may be kept from run to run, such as what fitted its card; None: nowhere."""
+    """Where facts about this machine may be kept from run to run, such as what fitted its GPU; None: nowhere."""
 
     @property
     def adapter(self) -> Path:
@@ -507,7 +507,7 @@ class RunFolders:
 
     @property
     def model(self) -> Path:
-        """Where the rail writes the finished model, of which all weights were trained."""
+        """Where the rail writes the finished model, from full fine-tuning."""
         return self.run / MODEL_NAME
 
 
@@ -583,7 +583,7 @@ class TrainSpec(Settings):
 
     None: A random and B zero."""
     checkpoint: Path | None = None
-    """A whole checkpoint of this run to go on from, see `bp_runs.checkpoint_store`; None: from the beginning."""
+    """A whole checkpoint of this run to continue from, see `bp_runs.checkpoint_store`; None: from the beginning."""
     rows: Path | None = None
     """Local file or folder of ``data.path``, which may name a data set of the Hub; None: ``data.path`` is it."""
     rows_commit: str | None = None

@@ -163,7 +163,7 @@ class RunStore:
         """Delete a run's folder, and with it its adapter, checkpoints and record; ``<output>/lora`` stays.
 
         Raises:
-            RunActiveError: The run is going on.
+            RunActiveError: The run is continuing.
         """
         folder = self.folder(run_id)
         with contextlib.suppress(RecordInvalidError):
@@ -189,7 +189,7 @@ class RunStore:
         return record
 
     def require_own_adapter(self, name: str = paths.ADAPTER_NAME) -> None:
-        """Refuse an output folder whose ``lora``, or ``model``, is not ours to replace.
+        """Reject an output folder whose ``lora``, or ``model``, is not ours to replace.
 
         Raises:
             OutputTakenError: It holds files and none of ours.
@@ -205,7 +205,7 @@ class RunStore:
     def list_runs(self) -> list[dict[str, Any]]:
         """Summary rows, newest first; a running run whose process is gone is recorded as interrupted now.
 
-        An index that was lost or damaged is written anew, where the folder allows.
+        An index that was lost or damaged is rewritten, where the folder allows.
         """
         rows, is_whole = index.read_rows(self.output)
         return self._settle_rows(rows, is_whole=is_whole)
@@ -307,7 +307,7 @@ class RunStore:
             self._publish(record)
 
     def rebuild_index(self) -> list[dict[str, Any]]:
-        """Make the index anew from the run folders; folders without a readable record are left alone."""
+        """Rebuild the index from the run folders; folders without a readable record are left alone."""
         with self._locked():
             return index.rebuild(self.output)
 

@@ -56,7 +56,7 @@ class RecordKeeper(Protocol):
 class RunWriter:
     """Writes one run while it happens; a context manager that records how it ended.
 
-    Leaving it by an error records that error; leaving it without `finish` is a failure too. Of a run that goes on,
+    Leaving it by an error records that error; leaving it without `finish` is a failure too. Of a resumed run,
     data and model must be what they were. Until both have been compared its events are held back, and an error leaves
     it as it stood before.
     """
@@ -122,7 +122,7 @@ class RunWriter:
         """Append an event to ``metrics.jsonl``; facts about model and data go to the record as well.
 
         Raises:
-            ResumeChangedError: The run goes on, and its data or model are not what they were.
+            ResumeChangedError: The run continues, and its data or model are not what they were.
             DiskFullError: No room for the line.
         """
         if self._before is None:

@@ -52,7 +52,7 @@ def choose_device() -> Device:
 
 
 def _has_old_driver() -> bool:
-    """Whether CUDA refuses to start because of the driver's age; torch tells by the text of its error alone."""
+    """Whether CUDA rejects to start because of the driver's age; torch tells by the text of its error alone."""
     if not torch.backends.cuda.is_built():
         return False
     try:

@@ -109,7 +109,7 @@ def require_adapter(adapter: Path, base: Path, sketch: Any) -> None:
 
 
 def _read_widths(weights: Path) -> list[tuple[str, str, int]]:
-    """Layers that an adapter goes on, and how wide they must be: A is r × in_features, B is out_features × r."""
+    """Layers that an adapter continues, and how wide they must be: A is r × in_features, B is out_features × r."""
     sides = {".lora_A.weight": ("in_features", 1), ".lora_B.weight": ("out_features", 0)}
     try:
         with safe_open(weights, "pt") as file:

@@ -50,7 +50,7 @@ def plan_steps(job: Job) -> list[list[Batch]]:
     return steps[: job["replay"]]
 
 
-# 2. The model: the base, frozen, with a new adapter; or all weights.
+# 2. The model: the base, frozen, with a new adapter; or the full model.
 
 
 def build_model(job: Job) -> Any:

@@ -28,7 +28,7 @@ _log = logging.getLogger("bp_train_cuda")
 class CudaRail:
     """Trains on the first CUDA device that it sees, or on the CPU models of up to one billion parameters.
 
-    Of several ranks (`bp_runs.rail.TrainsTogether`) each must see its own card alone.
+    Of several ranks (`bp_runs.rail.TrainsTogether`) each must see its own GPU alone.
     """
 
     name = "cuda"

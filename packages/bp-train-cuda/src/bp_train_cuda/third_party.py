@@ -1,6 +1,6 @@
 """Every private name of another package that this one touches, and which versions have been tested.
 
-A private name can change in any release without notice. So each one stands in `PRIVATE_NAMES` with its reason, a law
+A private name can change in any release without notice. So each one is in `PRIVATE_NAMES` with its reason, a law
 test rejects one that does not, and `require_names` looks for all of them before a model is loaded.
 """
 

@@ -40,7 +40,7 @@ class MlxOps:
 
 
 class Trained(Protocol):
-    """What is trained: an adapter, or all weights; under the names that checkpoints use."""
+    """What is trained: an adapter, or the full model; under the names that checkpoints use."""
 
     dropouts: list[KeyedDropout]
 
@@ -190,7 +190,7 @@ class MlxFramework(MlxMemory, ExampleFramework):
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
-        """Without dropout; mlx computes gradients only where it is told to."""
+        """Without dropout; mlx computes gradients only on request."""
         was_training = self.model.model.training
         self.model.model.eval()
         try:

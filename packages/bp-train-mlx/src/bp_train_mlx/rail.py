@@ -79,7 +79,7 @@ class MlxRail:
             _log.warning(warning)
 
     def train(self, spec: TrainSpec, emit: Emit, stop: Stop) -> TrainOutcome:
-        """Train an adapter or all weights by ``spec.training.method``, with loss on the assistant's tokens only.
+        """Train an adapter or the full model by ``spec.training.method``, with loss on the assistant's tokens only.
 
         Raises:
             DataError, DatasetGateError: The rows cannot be trained on; nothing has been loaded then.

@@ -65,7 +65,7 @@ def open_base(spec: TrainSpec, cache: BaseCache | None, adapter: Path | None) ->
     Args:
         spec: Names the base and how it is held.
         cache: Keeps the base for the next call; None: it is not kept.
-        adapter: An adapter that will go on the base.
+        adapter: An adapter that will continue the base.
 
     Raises:
         CodedError: As `bp_train_mlx.check.check_model` and `bp_train_mlx.model.load.load_model`.
@@ -124,7 +124,7 @@ class MlxRun:
                 trained.remove()
 
     def _open_trained(self) -> lora.Adapter | AllWeights:
-        """A new adapter, which may start from a saved one, or all weights."""
+        """A new adapter, which may start from a saved one, or the full model."""
         spec, checked, model = self.spec, self.loaded.checked, self.loaded.model
         trained: lora.Adapter | AllWeights
         if checked.mode.name == "full":

@@ -35,7 +35,7 @@ def measure_witness(
         heldout: Validation rows; may be empty.
         rows: Rows that were trained on.
         model: In memory, with its adapter.
-        trained: The adapter, which is taken off to measure the base; or all weights.
+        trained: The adapter, which is taken off to measure the base; or the full model.
         checked: Where the model is and how its base is held.
         dtype: The base's.
     """

@@ -274,7 +274,7 @@ GROUPS = {
     "ollama": "Register, list and remove models in Ollama.",
 }
 
-# The panels of the overview, in their order; the first word of each command stands in one.
+# The panels of the overview, in their order; the first word of each command is in one.
 PANELS = {
     "Train": ("quickstart", "train", "multi-run", "resume", "replay", "extend", "eval", "queue"),
     "Data": ("validate", "data"),
@@ -368,7 +368,7 @@ def _choose_flags(app: App, words: Sequence[str]) -> None:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Carry out one command line and return its exit status; every error has been told."""
+    """Carry out one command line and return its exit status; every error has been shown."""
     with use_wording(CommandLineWording()):
         return _run_switched(argv)
 

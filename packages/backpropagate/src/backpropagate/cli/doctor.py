@@ -15,7 +15,7 @@ _MARKS = {"ok": "ok", "warning": "look", "failed": "FAILED", "skipped": "-"}
 
 
 def doctor(*, json: Json = False) -> int:
-    """Try out what training and export need here, and say how to mend what does not work.
+    """Try out what training and export need here, and say how to fix what does not work.
 
     It computes on the GPU, takes tiny training steps, loads llama.cpp, and asks Ollama and the Hub for a sign of life;
     with --offline not the Hub. The exit status is 65 where training cannot work.

@@ -83,7 +83,7 @@ def _is_closed_terminal(fd: int) -> bool:
 
 
 def report_error(error: CodedError, *, as_json: bool) -> int:
-    """Tell a coded error, on stdout as JSON where the user asked for JSON; returns its exit status.
+    """Tell a coded error, on stdout as JSON where the user requested JSON; returns its exit status.
 
     Where logs are JSON lines, it is one of them.
     """

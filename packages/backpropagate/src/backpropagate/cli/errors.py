@@ -46,7 +46,7 @@ def errors(code: str | None = None, *, json: Json = False) -> int:
 
 
 def _plain(code: str) -> str:
-    """A code as it is registered; as it is pasted from a message, it stands in brackets."""
+    """A code as it is registered; as it is pasted from a message, it is in brackets."""
     return code.strip("[]:").upper()
 
 

@@ -20,7 +20,7 @@ from bp_runs.rail import Estimates, MemoryEstimate
 from bp_runs.spec import LORA_PRESETS
 
 CARDS = (8, 12, 16, 24, 32)
-"""GiB of the cards in the table."""
+"""GiB of the GPUs in the table."""
 _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
@@ -54,9 +54,9 @@ def estimate_vram(
     model: str
         Folder, Hub id or a name of `backprop models`; default: the setting.
     vram: float
-        The card's memory in GiB; default: what is free on this machine's card, where there is one.
+        The GPU's memory in GiB; default: what is free on this machine's GPU, where there is one.
     mode: str
-        qlora, lora, full, or auto by the card's memory.
+        qlora, lora, full, or auto by the GPU's memory.
     method: str
         sft, dpo, orpo, simpo or kto.
     lora_preset: str
@@ -74,7 +74,7 @@ def estimate_vram(
     max_seq_length: int
         Tokens of a row.
     table: bool
-        The longest rows, one in a micro-batch, for cards of 8 to 32 GB; without a model for all of `backprop models`.
+        The longest rows, one in a micro-batch, for GPUs of 8 to 32 GB; without a model for all of `backprop models`.
     """
     flags: dict[str, Any] = {
         "model": model, "mode": mode, "method": method, "lora_preset": lora_preset, "lora_r": lora_r,

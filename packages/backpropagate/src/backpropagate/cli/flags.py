@@ -139,7 +139,7 @@ def _parameter(setting: Setting) -> inspect.Parameter:
 
 @cache
 def _group(name: str) -> Group:
-    """The panel of the help page that a group's flags stand in, in the order of the settings."""
+    """The panel of the help page that a group's flags are in, in the order of the settings."""
     names = list(dict.fromkeys(key.partition(".")[0] for key in (*all_settings(), *ui_settings())))
     title = {"lora": "LoRA", "multirun": "Multi-run", "ui": "Web page"}.get(name, name.capitalize())
     return Group(title, sort_key=names.index(name), help_formatter=show_usual_names)

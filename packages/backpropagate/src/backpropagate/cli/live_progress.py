@@ -20,7 +20,7 @@ from bp_runs.events import EvalDone, Event, Notice, RunPlanned, StepDone
 from bp_runs.redact import redact
 
 _RECENT_STEPS = 20
-"""The time left is told from so many steps: a pause long ago says nothing about the next one."""
+"""The time left is estimated from so many steps: a pause long ago says nothing about the next one."""
 _GUARD_NOTES = 2
 
 

@@ -35,7 +35,7 @@ def merge(
     adapters: Path
         Two adapter folders or more; for slao in the order of training.
     method: str
-        linear: mean of the changes, cut to rank; cat: the same uncut, the rank grows; slao: a stream of trainings,
+        linear: mean of the changes, cut to rank; cat: the same uncut, the rank grows; slao: a stream of training runs,
         older ones blended in; ties: largest entries, signs by majority; dare: random entries, scaled up;
         magmax: the largest entry of each.
     weights: str

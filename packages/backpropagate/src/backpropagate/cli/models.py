@@ -13,7 +13,7 @@ from bp_runs.spec import Settings, TrainingSpec
 
 
 def models(*, json: Json = False) -> int:
-    """Show the base models that are known to train well, with licence and memory."""
+    """Show the base models that are known to train well, with license and memory."""
     estimator = rails.find_estimator()
     rows = [describe_preset(preset, estimator) for preset in MODEL_PRESETS.values()]
     if json:

@@ -1,4 +1,4 @@
-"""What `backprop` alone says: the three things to do next, seen from the folder that one stands in."""
+"""What `backprop` alone says: the three things to do next, seen from the folder that one is in."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 def loss_plot(
     losses: Sequence[float], *, width: int = 60, height: int = 8, evals: Sequence[tuple[int, float]] = ()
 ) -> str:
-    """The loss over steps as text, the y axis labelled; empty for fewer than two steps.
+    """The loss over steps as text, the y axis labeled; empty for fewer than two steps.
 
     Args:
         losses: Of each step, in nats; values that are not finite are left out.

@@ -1,4 +1,4 @@
-"""What people see while a run goes on: plain lines, on a terminal moving ones, and nothing under --json."""
+"""What people see while a run trains: plain lines, on a terminal moving ones, and nothing under --json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`backprop queue`: several runs in a night, going on after errors."""
+"""`backprop queue`: several runs one after another, continuing after errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add(*command: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
 
 
 def _check(words: list[str]) -> None:
-    """Refuse now what would be refused at night."""
+    """Reject now what would fail later."""
     from backpropagate.cli.app import build_app
 
     if not words:
@@ -52,7 +52,7 @@ def _check(words: list[str]) -> None:
 def run(*, json: Json = False) -> int:
     """Work through the queue; a job that fails does not stop the next one.
 
-    Ctrl-C lets the running job save what it has and stops; start it again and it goes on with the next.
+    Ctrl-C lets the running job save what it has and stops; start it again and it continues with the next.
     When the terminal is closed the queue ends, and the running job trains on in its own process.
     """
     if (hangup := getattr(signal, "SIGHUP", None)) and signal.getsignal(hangup) is not signal.SIG_IGN:

@@ -87,7 +87,7 @@ def _tell_end(screen: Screen, result: QuickstartResult, output: Path) -> None:
 
 
 def _preview(tokens: list[PreviewToken]) -> str:
-    """The first row's trained text, so that a person sees what is learnt."""
+    """The first row's trained text, so that a person sees what is learned."""
     trained = "".join(t.text for t in tokens if t.trained)
     masked = sum(not t.trained for t in tokens)
     return f"  learns    {trained!r}; {masked} tokens of the prompt are only read"

@@ -1,8 +1,8 @@
-"""Train, merge, measure, and again: several runs that each go on from the one before.
+"""Train, merge, measure, and again: several runs that each continue from the one before.
 
     run i:  start from the stream's state → train on slice i → fold the adapter in → measure on every slice so far
 
-The multi-run is a run of its own: its folder keeps slices, state, score card and the merged adapter, which is what
+The multi-run is a run of its own: its folder keeps slices, state, scorecard and the merged adapter, which is what
 ``<output>/lora`` becomes. Each training is a run too, with the multi-run as its parent. A crash costs the run that it
 happened in and nothing else.
 """
@@ -62,7 +62,7 @@ def check_settings(settings: Settings, files: int) -> Settings:
 
     Raises:
         InvalidSettingError: A setting that a stream of runs cannot have.
-        RunsAndRowsError: Another number of runs than of files was asked for.
+        RunsAndRowsError: Another number of runs than of files was requested.
     """
     multi, start = settings.multirun, settings.lora.init_lora_weights
     if settings.training.mode == "full":
@@ -101,7 +101,7 @@ def check_settings(settings: Settings, files: int) -> Settings:
 
 
 def _check_measures(settings: Settings) -> None:
-    """Refuse measures of held-out rows where there are none, or none that could be answered."""
+    """Reject measures of validation rows where there are none, or none that could be answered."""
     multi, method = settings.multirun, settings.training.method
     asked = {
         "{set:multirun.eval_gate} is true": multi.eval_gate,
@@ -126,7 +126,7 @@ def _check_measures(settings: Settings) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MultiRun:
-    """Starts a multi-run, or goes on with one."""
+    """Starts a multi-run, or continues with one."""
 
     context: SessionContext
     base: catalogue.BaseModel
@@ -204,7 +204,7 @@ class MultiRun:
         )
 
     def _find_slices(self, folder: Path, sources: Sequence[Path] | None, emit: Emit) -> list[Slice]:
-        """The plan: made now, or read where the multi-run goes on."""
+        """The plan: made now, or read where the multi-run continues."""
         if sources is not None:
             warn = lambda text: emit(Notice(message=text, level="warning"))  # noqa: E731
             return write_slices(folder, sources, self.settings, warn)

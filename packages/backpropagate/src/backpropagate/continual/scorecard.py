@@ -1,6 +1,6 @@
-"""The forgetting score card: the held-out loss of every run's data after every run, and what follows from it.
+"""The forgetting scorecard: the held-out loss of every run's data after every run, and what follows from it.
 
-``losses[i][j]`` is the loss, in nats, on run j + 1's held-out rows after run i + 1 with the adapter that is shipped;
+``losses[i][j]`` is the loss, in nats, on run j + 1's validation rows after run i + 1 with the adapter that is shipped;
 known for j ≤ i. Of T runs (Lopez-Paz and Ranzato, arXiv:1706.08840, with a loss where they have an accuracy):
 
     average            mean of the last row
@@ -34,11 +34,11 @@ class Scorecard:
     """Ids, in order; a run that the gate left out is not among them."""
     losses: tuple[tuple[float, ...], ...] = ()
     before_merge: tuple[float, ...] = ()
-    """Loss of each run's fine-tuned adapter on its own held-out rows."""
+    """Loss of each run's fine-tuned adapter on its own validation rows."""
     before_run: tuple[float, ...] = ()
-    """Loss on each run's held-out rows before it; the base's for the first."""
+    """Loss on each run's validation rows before it; the base's for the first."""
     names: tuple[str, ...] = ()
-    """What the runs learnt from."""
+    """What the runs learned from."""
     merge: str | None = None
     """How the runs were merged, the setting ``multirun.merge``; None in cards of versions that did not say."""
     metric: str | None = None
@@ -57,7 +57,7 @@ class Scorecard:
         """The card after one more run.
 
         Args:
-            row: Losses on the held-out rows of every run so far, this one last.
+            row: Losses on the validation rows of every run so far, this one last.
             tuned: Of the fine-tuned adapter on this run's.
             before: On this run's before it.
         """
@@ -72,7 +72,7 @@ class Scorecard:
 
     @property
     def average(self) -> float | None:
-        """Mean loss on all runs' held-out rows now; None before the first run."""
+        """Mean loss on all runs' validation rows now; None before the first run."""
         return fmean(self.losses[-1]) if self.losses else None
 
     @property
@@ -162,7 +162,7 @@ def _means(card: Scorecard) -> list[str]:
 
 
 def card_html(card: Scorecard, title: str) -> str:
-    """The card as one page without anything from elsewhere: the matrix, coloured, and each run's loss over the runs."""
+    """The card as one page without anything from elsewhere: the matrix, colored, and each run's loss over the runs."""
     flat = [loss for row in card.losses for loss in row] or [0.0]
     low, span = min(flat), (max(flat) - min(flat)) or 1.0
     means = html.escape(", ".join(_means(card)))
@@ -191,7 +191,7 @@ def _table(card: Scorecard, matrix: Sequence[Sequence[float]], good: float, bad:
 
 
 def _lines(card: Scorecard, low: float, span: float) -> str:
-    """One line for each run's held-out rows, from that run on."""
+    """One line for each run's validation rows, from that run on."""
     count, width, height = len(card.losses), 640, 260
     step = (width - 60) / max(1, count - 1)
 

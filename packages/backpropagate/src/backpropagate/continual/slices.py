@@ -40,7 +40,7 @@ Places: TypeAlias = list[int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """One run's rows, by count; the files stand beside the plan."""
+    """One run's rows, by count; the files stand next to the plan."""
 
     number: int
     """From 1."""

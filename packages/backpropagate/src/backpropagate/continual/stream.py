@@ -36,13 +36,13 @@ SLICES, AFTER, START, JUDGED, MERGED = "slices", "after", "start", "judged", "me
 CARD_FILE = "scorecard.json"
 _STATE, _PROGRESS = "slao.safetensors", "progress.json"
 _ANSWERED = 32
-"""Held-out rows of a slice that are answered for a metric."""
+"""Validation rows of a slice that are answered for a metric."""
 _OWN_KEYS = ("data.path", "data.samples", "data.on_overflow", "training.learning_rate", "training.seed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What is known after a run, beside the stream's weights."""
+    """What is known after a run, besides the stream's weights."""
 
     done: int = 0
     """Runs that ended, those that the gate left out included."""
@@ -67,9 +67,9 @@ class Trained:
     plan: Slice
     outcome: TrainOutcome
     before: float | None
-    """Loss on the slice's held-out rows before the run; None where nothing is held out."""
+    """Loss on the slice's validation rows before the run; None where nothing is held out."""
     before_score: float | None = None
-    """As ``before``, of the metric; None where none is asked for."""
+    """As ``before``, of the metric; None where none is requested."""
 
 
 def learning_rate(settings: Settings, number: int) -> float:
@@ -83,7 +83,7 @@ def learning_rate(settings: Settings, number: int) -> float:
 class Stream:
     """The runs of one multi-run.
 
-    Its folder keeps, from one run to the next: ``after/`` with state, progress and score card of the same run, which
+    Its folder keeps, from one run to the next: ``after/`` with state, progress and scorecard of the same run, which
     one rename publishes, and ``lora/``, the merged adapter.
     """
 
@@ -109,7 +109,7 @@ class Stream:
         return self.context.rail
 
     def run_all(self, stop: Stop) -> tuple[Progress, bool]:
-        """Carry out what is not done yet; the progress then, and whether a stop was asked for.
+        """Carry out what is not done yet; the progress then, and whether a stop was requested.
 
         Raises:
             CodedError: What a run failed with; the runs before it are kept.
@@ -135,7 +135,7 @@ class Stream:
         return progress, False
 
     def _write_witness(self, progress: Progress) -> None:
-        """What the merged adapter says on the last run's held-out rows, for its exports to be compared with."""
+        """What the merged adapter says on the last run's validation rows, for its exports to be compared with."""
         done = [plan for plan in self.slices if plan.heldout and plan.number in progress.slices]
         if self.settings.multirun.merge != "none" and done and isinstance(self.rail, WritesWitnesses):
             self.rail.write_witness(self._heldout_spec(done[-1]), self.folders.adapter, self.emit)
@@ -148,7 +148,7 @@ class Stream:
                     shutil.rmtree(self.store.folder(member) / name)
 
     def _drop_checkpoints(self, *members: str) -> None:
-        """Remove those of single runs, by default of all: none goes on alone, one that was cut off begins anew."""
+        """Remove those of single runs, by default of all: a single run is never resumed; it starts from scratch."""
         mine = members or [r["run_id"] for r in self.store.list_runs() if r["parent"] == self.folders.run_id]
         for member in mine:
             CheckpointFolder(self.store.folder(member)).clear()
@@ -249,7 +249,7 @@ class Stream:
     def _leave_out(
         self, trained: Trained, after: Progress, state: SlaoState | None, change: float
     ) -> tuple[Progress, SlaoState | None]:
-        """What the gate says no to leaves no trace in the stream."""
+        """What the gate rejects leaves no trace in the stream."""
         text = f"the gate leaves run {trained.plan.number} out: the mean held-out loss would change by {change:+.4f}"
         self.emit(Notice(message=text, level="warning", details={"run_id": trained.run_id, "change": change}))
         self._publish(after, state)
@@ -276,11 +276,11 @@ class Stream:
         return place
 
     def _judge(self, plan: Slice, adapter: Path | None) -> float:
-        """Loss of an adapter, or of the base alone, on a slice's held-out rows."""
+        """Loss of an adapter, or of the base alone, on a slice's validation rows."""
         return self.rail.evaluate(self._heldout_spec(plan), adapter, lambda _: None).loss
 
     def _score(self, plan: Slice, adapter: Path | None) -> float:
-        """The asked metric's mean over answers to a slice's first held-out rows.
+        """The asked metric's mean over answers to a slice's first validation rows.
 
         Raises:
             EvalRailError: The rail cannot answer rows.
@@ -303,7 +303,7 @@ class Stream:
         return TrainSpec.build(settings, where, self.base.folder, self.base.commit, rows=file)
 
     def _publish(self, progress: Progress, state: SlaoState | None) -> None:
-        """State, progress and score card of the same run, in one rename."""
+        """State, progress and scorecard of the same run, in one rename."""
         with publish_folder(self.folders.run / AFTER) as partial:
             if state is not None:
                 from bp_merge import write_state

@@ -1,7 +1,7 @@
 """Two models on the same rows: how far apart they are, and whether that is more than chance.
 
 Intervals are paired percentile bootstraps (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13):
-rows are drawn with replacement, the same ones for both models, and the difference is measured anew each time.
+rows are drawn with replacement, the same ones for both models, and the difference is measured again each time.
 """
 
 from __future__ import annotations

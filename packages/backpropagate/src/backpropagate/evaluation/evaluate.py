@@ -129,7 +129,7 @@ def evaluate_adapter(
         pattern: A regular expression that a right answer matches; one more metric.
         seed: Of the bootstrap.
         rail: As `Trainer`.
-        emit: Told the run's events.
+        emit: Receives the run's events.
 
     Raises:
         EvalDataError: There are no rows to measure on.

@@ -1,6 +1,6 @@
-"""The queue: command lines that wait for the night, and how each went.
+"""The queue: command lines that wait their turn, and how each went.
 
-One file, ``<home>/queue/queue.json``, always whole; one log and one lock a job beside it. A job runs in a process of
+One file, ``<home>/queue/queue.json``, always whole; one log and one lock a job next to it. A job runs in a process of
 its own (`backpropagate.cli.job`), so whatever ends it (an error, the kernel's OOM killer, a crash of a driver) ends
 neither the queue nor its file, and whatever ends the queue's process ends no job.
 """

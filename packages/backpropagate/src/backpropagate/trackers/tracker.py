@@ -1,8 +1,8 @@
 """Trackers that follow a run: found where they are installed, told the run's id, settings and numbers.
 
 They read the events that every rail emits. Each is imported only where it is used. ``auto`` takes those that write to
-this machine, and wandb only where its key is in the environment, since it sends the numbers away. A run that goes on
-goes on in the entry that it had. Whatever a tracker raises costs the tracker and never the run.
+this machine, and wandb only where its key is in the environment, since it sends the numbers away. A resumed run
+continues in the entry that it had. Whatever a tracker raises costs the tracker and never the run.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Tracker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tracked:
-    """What a tracker is told of a run at its start."""
+    """What a tracker receives of a run at its start."""
 
     run_id: str
     name: str
@@ -50,7 +50,7 @@ class Tracked:
     offline: bool
     environ: Mapping[str, str]
     done: int | None = None
-    """Steps after which it goes on; None: it begins."""
+    """Steps after which it continues; None: it begins."""
     group: str | None = None
     """The multi-run that it is one of."""
 
@@ -248,7 +248,7 @@ def follow(names: Sequence[str], run: Tracked, watcher: Watching) -> Iterator[No
 
 
 class _Follower:
-    """One tracker, told of a run until it fails; that it did is told once."""
+    """One tracker, which follows a run until it fails; a failure is reported once."""
 
     def __init__(self, name: str, run: Tracked, watcher: Watching) -> None:
         self._name = name
@@ -285,7 +285,7 @@ class _Follower:
 
 
 def describe_run(run_id: str, name: str | None, settings: Mapping[str, Any], **where: Any) -> Tracked:
-    """What trackers are told of a run; secrets are masked."""
+    """What trackers receive of a run; secrets are masked."""
     return Tracked(run_id=run_id, name=name or run_id, settings=redact_data(dict(settings)), **where)
 
 

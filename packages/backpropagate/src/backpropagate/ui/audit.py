@@ -2,7 +2,7 @@
 
     <own>/audit.jsonl    {"at", "address", "user", "method", "path", "status", "note"}, one line each
 
-It has every request that changes something, every login and every refusal. Queries and forms are left out, since they
+It has every request that changes something, every login and every rejection. Queries and forms are left out, since they
 can hold secrets.
 """
 
@@ -37,7 +37,7 @@ class Audit:
         Args:
             scope: The request's ASGI scope.
             status: HTTP status of the answer.
-            note: Why it was refused, where the status does not say it.
+            note: Why it was rejected, if the status does not say it.
         """
         session = scope.get("session")
         line = {

@@ -1,7 +1,7 @@
 """Commands that the page starts: jobs of a queue in the page's folder, run one at a time.
 
 Each runs in a process of its own (`backpropagate.cli.job`), so closing the page or the server ends none of them,
-and a new server finds them again. Several trainings at once on one GPU would only fail; the next one waits.
+and a new server finds them again. Several training runs at once on one GPU would only fail; the next one waits.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ class Places:
 
 
 def require_readable_name(places: Places, text: str) -> None:
-    """Refuse a path outside the page's folders; names of the Hub and of presets are none.
+    """Reject a path outside the page's folders; names of the Hub and of presets are none.
 
     Raises:
         UiPathError: It is one.
@@ -210,7 +210,7 @@ def _system_folders(environ: Mapping[str, str]) -> Iterable[Path]:
 
 
 def _is_temporary(path: Path) -> bool:
-    """Those of macOS lie under /private/var."""
+    """Those of macOS are under /private/var."""
     base = _resolve(Path(tempfile.gettempdir()))
     return path != base and path.is_relative_to(base) and base != Path(base.anchor)
 

@@ -24,7 +24,7 @@ class Machine:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def rails(self) -> list[dict[str, Any]] | None:
-        """Name, usable, why, device and memory of each; None where they cannot be told. May take seconds."""
+        """Name, usable, why, device and memory of each; None where they are unknown. May take seconds."""
         with self._lock:
             if not self._looked or time.monotonic() - self._looked > _FRESH_SECONDS:
                 self._rails, self._looked = _ask_rails(), time.monotonic()

@@ -33,7 +33,7 @@ MOST_BODY = 256 * 2**10  # bytes of a form
 UPLOAD_PATH = "/data/upload"
 MOST_UPLOAD = 2 * 2**30  # bytes of a data file; longer ones are opened where they are
 _MOST_DIGITS = 12  # of a length
-_REFUSED = 400  # HTTP statuses from here on are refusals
+_REFUSED = 400  # HTTP statuses from here on are rejections
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 HEADERS: Mapping[str, str] = {
@@ -89,7 +89,7 @@ def read_auth(spec: UiSpec) -> UiSpec:
 
 
 def require_guarded(spec: UiSpec) -> None:
-    """Refuse a page that others would see without a password, before anything listens.
+    """Reject a page that others would see without a password, before anything listens.
 
     Raises:
         UiAuthError: It is shared, or listens beyond this machine, and has no password.
@@ -131,7 +131,7 @@ def comes_from_us(request: Request, token: str) -> bool:
 
 
 class Gate:
-    """The outermost layer: hosts that are not ours are refused, bodies are short, every answer has the headers."""
+    """The outermost layer: hosts that are not ours are rejected, bodies are short, every answer has the headers."""
 
     def __init__(self, app: ASGIApp, spec: UiSpec, audit: Audit) -> None:
         self._app = app
@@ -155,7 +155,7 @@ class Gate:
         await (refusal or self._app)(scope, receive, self._audited(scope, _with_headers(send, scope["path"])))
 
     def _audited(self, scope: Scope, send: Send) -> Send:
-        """Note what changes something and what is refused, once it is answered."""
+        """Note what changes something and what is rejected, once it is answered."""
 
         async def send_noted(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""What other commands say, each asked in a process of its own: frameworks and cards stay out of the server."""
+"""What other commands say, each asked in a process of its own: frameworks and GPUs stay out of the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a model's template is asked for a chat: null content, content in parts, and the prompts that may precede it."""
+"""How a model's template is given a chat: null content, content in parts, and the prompts that may precede it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ChatRenderer:
 
     Attributes:
         lead: As `ChatTemplate.lead`.
-        headers: What the template writes for the model to go on from, without and with thinking.
+        headers: What the template writes for the model to continue from, without and with thinking.
     """
 
     def __init__(self, template: ChatTemplate) -> None:

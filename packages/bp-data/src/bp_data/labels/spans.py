@@ -6,7 +6,7 @@ assistant says. From there the span grows
     to the left    up to the end of the turn's generation prompt, which is where the model begins to write
     to the right   up to the token that ends the turn, or that opens the next one where the template writes no other
 
-Two proofs belong to it. Everything that the assistant says must be in its turn's span, every call and thought counted;
+Two proofs belong to it. Everything that the assistant says must be in its own span, every call and thought counted;
 and replacing everything that others say must leave what is trained on as it was. `bp_data.labels.shapes` finds the
 same spans once for all chats of one shape.
 """

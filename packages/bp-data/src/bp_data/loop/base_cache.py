@@ -33,7 +33,7 @@ class BaseCache:
         base = self._base if key == self._key else None
         self._key = self._base = None  # before loading: two bases may not fit
         if base is None:
-            gc.collect()  # the run before may lie in cycles, with its whole model: a GPU need not hold both
+            gc.collect()  # the run before may be in cycles, with its whole model: a GPU need not hold both
             base = load()
         yield base
         self._restore(base)

@@ -83,7 +83,7 @@ class Examples(Protocol):
         ...
 
     def trained(self, index: int) -> int:
-        """Tokens that carry loss."""
+        """Tokens that are trained on."""
         ...
 
     def collate(self, indexes: Sequence[int]) -> Batch:

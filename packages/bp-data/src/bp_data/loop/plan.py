@@ -34,7 +34,7 @@ MAX_VALIDATION_ROWS: Final = 500
 """A validation costs time at every visit; more rows than these would tell little more."""
 _ROWS_PER_VALIDATION_ROW: Final = 5  # the fewest validation rows may take a fifth of the data, and no more
 _MIN_EVALS, _MAX_EVALS = 2, 20
-_CANDIDATES: Final = 8  # candidates looked at for each validation row that is wanted
+_CANDIDATES: Final = 8  # candidates looked at for each validation row that is needed
 
 T = TypeVar("T")
 Stored = TypeVar("Stored", bound=StoredRows[Any])
@@ -143,7 +143,7 @@ def hold_out(rows: Sequence[Any], training: TrainingSpec) -> tuple[Sequence[Any]
     """Split ``rows`` into those to train on and those to validate on, both in their order; stored rows are not copied.
 
     The same seed and rows hold out the same ones. Rows with the same tokens stay on one side, so fewer may be held out
-    than are wanted. Of answers judged good and bad, both kinds are on both sides where there are two of each.
+    than are needed. Of answers judged good and bad, both kinds are on both sides where there are two of each.
 
     Returns:
         Validation rows are ``eval_share`` of the rows, but at least ``eval_min_rows`` and at most
@@ -183,7 +183,7 @@ def _choose_rows(rows: Sequence[Any], count: int, seed: int) -> list[int]:
 
 
 def _draw_by_kind(rows: Sequence[Any], count: int, seed: int) -> list[tuple[list[int], int]]:
-    """Places in random order and how many of them are wanted: of all rows, or of each kind of judged answer."""
+    """Places in random order and how many of them are needed: of all rows, or of each kind of judged answer."""
     draw = random.Random(seed)  # noqa: S311 - a choice that must repeat, not a secret
     order = draw.sample(range(len(rows)), count)  # the rows that `bp_data.split_rows` takes
     others = sorted(set(range(len(rows))).difference(order))

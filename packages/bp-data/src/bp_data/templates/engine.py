@@ -298,7 +298,7 @@ def leave_undefined(text: str, names: Sequence[str]) -> str:
 def find_default_system(template: ChatTemplate) -> str | None:
     """The system message that a template adds to conversations without one; None if it adds none.
 
-    Found by rendering one question with a system message and without: what stands in its place is the default.
+    Found by rendering one question with a system message and without: what is in its place is the default.
     """
     mark, question = "Qsystemx", [{"role": "user", "content": "Qquestionx"}]
     given = template.try_render([{"role": "system", "content": mark}, *question], add_generation_prompt=True)

@@ -309,7 +309,7 @@ def strip_layer(name: str) -> str:
 def _read_ropes(config: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """Settings of the rotary embedding, and of that in layers with a sliding window where those have their own.
 
-    Newer files keep them in one object, older ones beside each other.
+    Newer files keep them in one object, older ones side by side.
     """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     local = rope.pop("sliding_attention", None) or {}

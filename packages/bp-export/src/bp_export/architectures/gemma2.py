@@ -16,9 +16,9 @@ _PLUS_ONE = Change(values="plus one")
 
 
 class Gemma2Architecture(Architecture):
-    """llama.cpp's ``gemma2`` takes the embedding for the output, always; a head that differs from it is refused.
+    """llama.cpp's ``gemma2`` takes the embedding for the output, always; a head that differs from it is rejected.
 
-    Windows and the scale of the attention are fixed in llama.cpp, so other choices are refused.
+    Windows and the scale of the attention are fixed in llama.cpp, so other choices are rejected.
     """
 
     gguf_arch = MODEL_ARCH.GEMMA2

@@ -8,7 +8,7 @@ from bp_export.architectures.llama import LlamaArchitecture
 
 
 class GraniteArchitecture(LlamaArchitecture):
-    """llama.cpp knows no head of a width of its own here, and the converter ignores one; so it is refused."""
+    """llama.cpp knows no head of a width of its own here, and the converter ignores one; so it is rejected."""
 
     gguf_arch = MODEL_ARCH.GRANITE
     tells_head_width = False

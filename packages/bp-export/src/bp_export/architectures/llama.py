@@ -19,7 +19,7 @@ _FREQUENCIES = "rope_freqs.weight"
 
 
 class LlamaArchitecture(Architecture):
-    """Rows of q and k are re-ordered, since llama.cpp rotates neighbouring pairs and transformers halves of a head."""
+    """Rows of q and k are re-ordered, since llama.cpp rotates neighboring pairs and transformers halves of a head."""
 
     gguf_arch = MODEL_ARCH.LLAMA
     ropes: ClassVar[tuple[str, ...]] = ("default", "linear", "yarn", "llama3")

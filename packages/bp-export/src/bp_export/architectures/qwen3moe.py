@@ -11,7 +11,7 @@ from bp_export.architectures.decoder import Architecture
 
 
 class Qwen3MoeArchitecture(Architecture):
-    """llama.cpp has experts in all layers and scales their weights to a sum of 1; so other choices are refused."""
+    """llama.cpp has experts in all layers and scales their weights to a sum of 1; so other choices are rejected."""
 
     gguf_arch = MODEL_ARCH.QWEN3MOE
     windows_need_switch = True

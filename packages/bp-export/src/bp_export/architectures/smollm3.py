@@ -13,7 +13,7 @@ _INTERVAL = 4
 
 
 class SmolLm3Architecture(LlamaArchitecture):
-    """Which layers have no rotary embedding is fixed in llama.cpp, so other choices are refused."""
+    """Which layers have no rotary embedding is fixed in llama.cpp, so other choices are rejected."""
 
     gguf_arch = MODEL_ARCH.SMOLLM3
     windows_need_switch = True

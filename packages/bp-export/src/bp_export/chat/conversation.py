@@ -25,7 +25,7 @@ _SAVE_FILE = "chat.jsonl"
 
 @dataclass(slots=True)
 class Conversation:
-    """What was said, and how to go on.
+    """What was said, and how to continue.
 
     A context that is full drops the oldest question and its answer, and says so; nothing else is lost. An answer that
     fails or is stopped leaves the conversation as it was before the question.

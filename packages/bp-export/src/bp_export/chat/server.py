@@ -187,7 +187,7 @@ def is_installed() -> bool:
 
 
 def require_installed() -> None:
-    """Refuse before the work begins.
+    """Reject before the work begins.
 
     Raises:
         LlamaCppMissingError: llama.cpp cannot be imported.
@@ -236,7 +236,7 @@ def _build_adapter(xllamacpp: Any, path: str) -> Any:
 
 
 def _take_stdout() -> Callable[[Mapping[str, object]], None]:
-    """What prints to standard output from now on prints to standard error, but for what is told in lines of JSON."""
+    """What prints to standard output from now on prints to standard error, but for lines of JSON."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _require_ollama(options: argparse.Namespace) -> str:
-    """The name that Ollama is going to know the file by; refused before the work, where it is taken."""
+    """The name that Ollama is going to know the file by; rejected before the work, where it is taken."""
     from bp_export.formats.gguf import name_gguf  # NumPy only after --help
 
     path = options.output or name_gguf(options.adapter, options.quantization, name=options.name)

@@ -109,7 +109,7 @@ class GgufAdapterExport(AdapterRequest):
 
 
 def require_plain(adapter: LoraAdapter, format: str) -> None:
-    """Refuse what the format cannot say.
+    """Reject what the format cannot say.
 
     Raises:
         AdapterFormatError: The adapter is more than pairs on linear weights.

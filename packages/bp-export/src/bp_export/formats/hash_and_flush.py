@@ -1,6 +1,6 @@
 """What follows the writing of a large file in threads of its own: its hash, and its way to the disk.
 
-Both take about as long as the writing itself, and neither depends on what comes next: beside it they cost no time, and
+Both take about as long as the writing itself, and neither depends on what comes next: in parallel they are free, and
 the last wait for the disk is a short one.
 """
 

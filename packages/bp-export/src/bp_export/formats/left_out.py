@@ -1,4 +1,4 @@
-"""What an adapter changes and a file cannot hold, and what it leaves as it was: refused, or reported in the notes."""
+"""What an adapter changes and a file cannot hold, and what it leaves as it was: rejected, or reported in the notes."""
 
 from __future__ import annotations
 

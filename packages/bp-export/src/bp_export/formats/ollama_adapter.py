@@ -4,7 +4,7 @@
     Modelfile      FROM, ADAPTER and stop words, for `ollama create`
     base.json      {"base", "config_sha256", "from", "layout": {GGUF key: value}, "stop", "template": hashes | None}
 
-Ollama 0.34.1 and later refuse adapters; the way there is a merged GGUF.
+Ollama 0.34.1 and later reject adapters; the way there is a merged GGUF.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class OllamaAdapterExport(AdapterRequest):
     ending: ClassVar[str] = "-ollama"
 
     ollama_base: str | None = None
-    """What the adapter goes on: the base's name in Ollama, or the path of a GGUF of it, which is compared with it."""
+    """What the adapter continues: the base's name in Ollama, or the path of a GGUF of it, which is compared with it."""
 
     def write_adapter(
         self, source: Source, model: FoldedModel, adapter: LoraAdapter, architecture: Architecture, target: Path

@@ -1,4 +1,4 @@
-"""Whether an output may stand where it is asked for: nothing is replaced unasked, and never what no export wrote.
+"""Whether an output may stand where it is requested: nothing is replaced unasked, and never what no export wrote.
 
 Every folder that an export writes holds ``export.json``, {"schema", "format", "files": [names]}. A folder without it
 may be a model that somebody downloaded or trained, whatever else is in it.
@@ -35,7 +35,7 @@ def write_mark(folder: Path, format: str, template: Mapping[str, Any] | None = N
 
 
 def require_free_folder(path: Path, *, force: bool, sources: Sequence[Path]) -> None:
-    """Refuse an output folder that would replace something.
+    """Reject an output folder that would replace something.
 
     Args:
         path: The folder.
@@ -84,7 +84,7 @@ def _read_mark(folder: Path) -> tuple[str, set[str]] | None:
 
 
 def require_free_file(path: Path, *, force: bool, sources: Sequence[Path] = ()) -> None:
-    """Refuse an output file that would replace something.
+    """Reject an output file that would replace something.
 
     Args:
         path: The GGUF.

@@ -92,7 +92,7 @@ class ExportRequest(ABC):
     adapter: Path
     """A PEFT adapter folder, or a Hugging Face model folder (config.json and safetensors)."""
     output: Path | None = None
-    """The file or folder to write; by default beside ``adapter``."""
+    """The file or folder to write; by default next to ``adapter``."""
     name: str | None = None
     """A part of the default output, and the GGUF's ``general.name``; by default ``<base>-tuned`` for an adapter, and
     the folder's name for a model."""

@@ -24,7 +24,7 @@ from bp_export.quant.kernels import TensorType
 from bp_runs.files import coded_disk_errors, fsync_folder, rename
 
 MAGIC = b"GGUF"
-# llama-quantize sets these two anew, which moves them to the end, in this order.
+# llama-quantize sets these two again, which moves them to the end, in this order.
 _RESET_BY_QUANTIZER = (Keys.General.QUANTIZATION_VERSION, Keys.General.FILE_TYPE)
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -47,7 +47,7 @@ class GgufStream:
     """One GGUF being written: whole at its path after `publish`, or not there at all.
 
     Args:
-        path: Where the file will stand. It is written beside it, as ``.<name>.<pid>.partial``.
+        path: Where the file will stand. It is written next to it, as ``.<name>.<pid>.partial``.
         writer: A gguf-py writer that holds the settings and the tensor table, and has no file yet.
 
     Raises:

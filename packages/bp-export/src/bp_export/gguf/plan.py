@@ -229,7 +229,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], architecture: Architect
 def _read_metadata(base: Path, name: str, tensors: tuple[TensorPlan, ...]) -> Metadata:
     """gguf-py's reading of a name and of generation_config.json, as if the merged model were saved under the name.
 
-    And the licence in the base's card, which a merged folder would have lost.
+    And the license in the base's card, which a merged folder would have lost.
     """
     count = sum(math.prod(tensor.shape) for tensor in tensors)
     metadata = Metadata.apply_metadata_heuristic(Metadata(), None, None, Path(name), count)

@@ -162,7 +162,7 @@ def _list_chunks(plan: GgufPlan, model: FoldedModel) -> Iterator[Callable[[], me
 
 
 def count_parts(parts: Iterator[memoryview], done: int, total: int, progress: Progress | None) -> Iterator[memoryview]:
-    """The parts, each told to ``progress`` when the next one is asked for, beginning with ``done`` bytes."""
+    """The parts, each told to ``progress`` when the next one is requested, beginning with ``done`` bytes."""
     for part in parts:
         yield part
         done += len(part)

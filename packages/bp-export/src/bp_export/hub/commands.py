@@ -22,7 +22,7 @@ _SINGULAR: Mapping[str, str] = {"training.sample_prompts": "--sample-prompt"}
 def write_train_command(record: RunRecord) -> str | None:
     """The command that trains it again, from the folder that holds the data; None for what `train` cannot repeat.
 
-    A base that was a folder is looked for beside the data.
+    A base that was a folder is looked for next to the data.
 
     Every setting that is not at its default is a flag of it, whatever it was set by.
     """

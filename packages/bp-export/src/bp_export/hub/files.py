@@ -1,6 +1,6 @@
 """What of an adapter, a model folder or a GGUF goes to the Hub: known files, without secrets and folders of a machine.
 
-Settings files are uploaded without the folders that they name; weights that name one are refused.
+Settings files are uploaded without the folders that they name; weights that name one are rejected.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _require_no_place(file: Path, told: Mapping[str, Any], fix: str) -> None:
 
 
 def _read_metadata(file: Path) -> dict[str, Any]:
-    """What a safetensors file says beside its tensors; empty where its header cannot be read."""
+    """What a safetensors file says besides its tensors; empty where its header cannot be read."""
     with file.open("rb") as handle:
         header = handle.read(min(int.from_bytes(handle.read(8), "little"), _MOST_HEADER))
     try:

@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class License:
-    """The licence that a model's card names."""
+    """The license that a model's card names."""
 
     id: str | None
     """The Hub's name for it: ``apache-2.0``, or ``other``."""
@@ -26,13 +26,13 @@ class License:
 
 
 def read_license(folder: Path) -> License:
-    """The licence of a model's folder; all None where its card does not say."""
+    """The license of a model's folder; all None where its card does not say."""
     head = _read_head(folder)
     return build_license(head.get, "license", "license_name", "license_link")
 
 
 def build_license(read: Callable[[str], Any], *keys: str) -> License:
-    """The licence from what somebody wrote down under the keys of id, name and link."""
+    """The license from what somebody wrote down under the keys of id, name and link."""
     return License(*(_to_text(read(key)) for key in keys))
 
 

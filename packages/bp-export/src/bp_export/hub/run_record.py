@@ -1,4 +1,4 @@
-"""Where something that is shipped comes from: the run whose record stands beside it."""
+"""Where something that is shipped comes from: the run whose record stands next to it."""
 
 from __future__ import annotations
 

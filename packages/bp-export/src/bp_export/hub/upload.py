@@ -76,9 +76,9 @@ def prepare_push(
     Args:
         source: An adapter folder, a model folder or a GGUF.
         repo: ``owner/name``.
-        base: The base's Hub id, which is told instead of a folder of this machine, or its folder, whose card names its
-            licence; by default the one that the adapter names.
-        ask_license: Finds out the licence of a base that is only known by its Hub id.
+        base: The base's Hub id, which is published instead of a local folder, or its folder, whose card names its
+            license; by default the one that the adapter names.
+        ask_license: Finds out the license of a base that is only known by its Hub id.
 
     Raises:
         PushSourceError: As `gather`; or ``base`` is neither a folder nor a Hub id.
@@ -214,7 +214,7 @@ def _tell_base(named: str, base: Path | str | None, origin: Origin | None) -> st
 
 
 def _find_license(source: Path, shipment: Shipment, base: Path) -> License:
-    """The base's licence: from its folder, or as an exported GGUF remembers it."""
+    """The base's license: from its folder, or as an exported GGUF remembers it."""
     found = read_license(base) if base.is_dir() else License(None, None, None)
     if shipment.kind != "gguf" or found.id:
         return found

@@ -1,6 +1,6 @@
 """Register a GGUF, or an adapter, with Ollama: upload the blobs, create the model, look at it, and ask it once.
 
-The stop words are sent always, since older servers know none for a template that they do not recognise.
+The stop words are sent always, since older servers know none for a template that they do not recognize.
 """
 
 from __future__ import annotations
@@ -96,14 +96,14 @@ def register_gguf(
             on raw, the one in `bp_export.ollama.go_templates` that fits the GGUF's own.
         context: Tokens of context (``num_ctx``); by default Ollama's own, or the file's where that is shorter.
         stop: Stop words; by default the end tokens that the GGUF names.
-        license: Text of the model's licence, to keep with it; by default the one that the GGUF names.
+        license: Text of the model's license, to keep with it; by default the one that the GGUF names.
         force: Whether it may take the place of a model of the same name.
         question: What the new model is asked, to see that it runs; None for nothing.
         status: Called with each of Ollama's status lines.
 
     Raises:
         OllamaNameTakenError: There is a model of that name, and ``force`` is not set.
-        OllamaRegistrationError: The server is away, refuses the name or the file, ends without success, or cannot run
+        OllamaRegistrationError: The server is away, rejects the name or the file, ends without success, or cannot run
             the model (which stays registered then).
         TemplateChangedError: Its chat template renders chats differently than training did.
         ChatFailedError: The file is no GGUF.
@@ -154,7 +154,7 @@ def register_adapter(
         folder: What `bp_export.export_adapter` wrote.
         name: As `register_gguf`, and so are the others.
         system: A system prompt to keep with it; by default the base's there.
-        license: Text of the model's licence; by default the base's there.
+        license: Text of the model's license; by default the base's there.
 
     Raises:
         OllamaRegistrationError: As `register_gguf`; the version takes no adapters, or there is no such base.
@@ -184,7 +184,7 @@ def register_adapter(
 
 
 def read_license(path: Path) -> str:
-    """The text of a licence's file.
+    """The text of a license's file.
 
     Raises:
         OllamaRegistrationError: It cannot be read as UTF-8.
@@ -255,7 +255,7 @@ def _choose_context(settings: Mapping[str, Any], asked: int | None) -> int | Non
     Training on short rows does not shorten what a model can read, so a run's row length has no say here.
 
     Raises:
-        InvalidSettingError: The file's context is shorter than what was asked for.
+        InvalidSettingError: The file's context is shorter than what was requested.
     """
     longest = settings.get(f"{settings.get('general.architecture')}.context_length")
     return _cap_context(longest if isinstance(longest, int) else None, asked)
@@ -282,7 +282,7 @@ def _build_request(
 
 
 def _find_base(client: Client, server: str, adapter: OllamaAdapter, status: Status | None) -> dict[str, Any]:
-    """What the adapter goes on: a GGUF to upload, or a model of the server that has the base's layout."""
+    """What the adapter continues: a GGUF to upload, or a model of the server that has the base's layout."""
     if adapter.base_file is not None:
         return {"files": {adapter.base_file.name: _upload(client, server, adapter.base_file, status)}}
     require_same_layout(adapter, client.show(adapter.runs_on).modelinfo or {})
@@ -301,7 +301,7 @@ def _unless_replaced(check: RenderingCheck, found: str, settings: Mapping[str, A
 
 
 def _find_license(settings: Mapping[str, Any]) -> str | None:
-    """The licence's name and address as the GGUF has them."""
+    """The license's name and address as the GGUF has them."""
     found = (settings.get(f"general.license{part}") for part in (".name", "", ".link"))
     return "\n".join(dict.fromkeys(str(value) for value in found if value)) or None
 

@@ -50,7 +50,7 @@ def require_ollama(host: str | None = None, *, name: str | None = None, force: b
         force: Whether it may take the place of a model of that name.
 
     Raises:
-        OllamaRegistrationError: It does not answer, or is no Ollama, or refuses such names.
+        OllamaRegistrationError: It does not answer, or is no Ollama, or rejects such names.
         OllamaNameTakenError: It has a model of that name.
     """
     if name is not None:
@@ -113,7 +113,7 @@ def connect(host: str | None, *, seconds: float = _SECONDS) -> Iterator[Client]:
     """The official client; what it raises becomes coded.
 
     Raises:
-        OllamaRegistrationError: From the block: the server is away, refuses, breaks off or is no Ollama.
+        OllamaRegistrationError: From the block: the server is away, rejects, breaks off or is no Ollama.
     """
     server = find_server(host)
     with _coded(server), Client(server, timeout=seconds, trust_env=not is_local(server)) as client:
@@ -152,7 +152,7 @@ def is_local(server: str) -> bool:
 
 
 def require_name(name: str) -> None:
-    """Refuse a name that Ollama would refuse after the upload.
+    """Reject a name that Ollama would reject after the upload.
 
     Raises:
         OllamaRegistrationError: Why not.
@@ -165,7 +165,7 @@ def require_name(name: str) -> None:
 
 
 def require_free_name(name: str, host: str | None) -> None:
-    """Refuse a name that a model of the server has: Ollama itself would replace that without a word.
+    """Reject a name that a model of the server has: Ollama itself would replace that without a word.
 
     Raises:
         OllamaNameTakenError: It has one.

@@ -45,7 +45,7 @@ def read_importance(path: Path) -> Importance:
 
 
 def check_importance(importance: Importance, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a matrix that was measured on another model.
+    """Reject a matrix that was measured on another model.
 
     Raises:
         ImportanceInvalidError: It knows none of the tensors, or has another number of columns for one.

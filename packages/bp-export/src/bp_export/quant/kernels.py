@@ -1,12 +1,12 @@
 """Rows of float32 in, the bytes of a GGUF tensor out, by the fastest of three engines that all give the same bytes.
 
 ``compiled``: our own kernels (``native/``), where a compiler was at hand when the package was built. ``ggml``: its own
-quantizer (``ggml_quantize_chunk`` in ggml.c, MIT licence) by way of ctypes, from the package libggml-python: the source
+quantizer (``ggml_quantize_chunk`` in ggml.c, MIT license) by way of ctypes, from the package libggml-python: the source
 that llama-quantize uses, built for x86-64 without fused multiply-adds, so that the bytes are the same on every x86-64.
 ``numpy``: works everywhere, with gguf-py for Q4_0, Q4_1, Q5_0 and Q5_1. Rows are independent: no cut into chunks
 changes a byte. Only IQ4_XS, IQ4_NL, Q3_K and Q2_K, and importance matrices, need ggml's library.
 
-Weights are finite: the export refuses others. Infinities come out as ggml's do; NaNs may not.
+Weights are finite: the export rejects others. Infinities come out as ggml's do; NaNs may not.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ def _decode(library: ctypes.CDLL, context: int, chunk: list[int]) -> bool:
     zero = (ctypes.c_int32 * 1)(0)
     sequences = (ctypes.c_void_p * count)(*[ctypes.addressof(zero)] * count)
     counts = (ctypes.c_int32 * count)(*[1] * count)
-    # All places are wanted: llama.cpp leaves the others out of the last layer.
+    # All places are needed: llama.cpp leaves the others out of the last layer.
     wanted = (ctypes.c_int8 * count)(*[1] * count)
     parts = (ctypes.cast(part, ctypes.c_void_p) for part in (tokens, places, counts, sequences, wanted))
     first, *rest = parts

@@ -61,7 +61,7 @@ def choose_types(
 
     Args:
         shapes: By GGUF name; the last axis is the row.
-        quantization: What was asked for.
+        quantization: What was requested.
         facts: About the model.
 
     Returns:

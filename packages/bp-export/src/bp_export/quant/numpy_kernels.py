@@ -1,7 +1,7 @@
 """Q4_K, Q5_K, Q6_K and Q8_0 in NumPy: the same bits as the compiled kernels and as ggml, on any machine, more slowly.
 
 The formats and the rounding, step by step, are ggml's (``make_qkx2_quants``, ``make_qx_quants``,
-``quantize_row_*_ref`` in ggml-quants.c, MIT licence, by the ggml authors). Sub-blocks stand side by side, (weights of
+``quantize_row_*_ref`` in ggml-quants.c, MIT license, by the ggml authors). Sub-blocks stand side by side, (weights of
 one, sub-blocks), so that a sum over one runs down a column, in order, as a scalar loop would.
 """
 

@@ -1,8 +1,8 @@
-r"""Which of llama.cpp's splitting rules a tokenizer.json uses, recognised from its normalizer and pre-tokenizer.
+r"""Which of llama.cpp's splitting rules a tokenizer.json uses, recognized from its normalizer and pre-tokenizer.
 
 llama.cpp's converter encodes a fixed text and looks its hash up; that needs the tokenizers package and breaks whenever
 a tokenizer gains a token. Here the rule itself is compared, as JSON, with a table. The expressions are those that
-Llama 3, Qwen 2 and 3.5, GPT-4o and Mistral Nemo publish in their tokenizer.json, and llama.cpp names beside its own
+Llama 3, Qwen 2 and 3.5, GPT-4o and Mistral Nemo publish in their tokenizer.json, and llama.cpp names besides its own
 (llama-vocab.cpp); GPT-2's is built into the tokenizers package's ByteLevel.
 """
 

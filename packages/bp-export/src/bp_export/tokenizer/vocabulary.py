@@ -90,7 +90,7 @@ def read_vocabulary(
         model_config: The model's ``config.json``; its special ids fill the tokenizer's gaps.
         pre: llama.cpp's name of the splitting rule, instead of recognising it.
         base: The base model's folder. Where it has a tokenizer, its splitting rule counts: a framework that saves a
-            tokenizer beside an adapter may have rebuilt the rule, while the model learned the base's.
+            tokenizer next to an adapter may have rebuilt the rule, while the model learned the base's.
         is_trained: Whether the template must render chats as at training, whatever llama.cpp sets by itself: thinking
             on (Qwen3.5), the date of the day (Llama 3.1).
 

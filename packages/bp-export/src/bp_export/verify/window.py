@@ -1,6 +1,6 @@
 """Past the sliding window: does llama.cpp forget what the model forgets?
 
-A text longer than the window is read where that is affordable. For a larger model a reduced one stands in: the same
+A text longer than the window is read where that is affordable. For a larger model a reduced one replaces it: the same
 config with fewer layers, heads and units, random weights and the same window, written by the same exporter. llama.cpp's
 treatment of windows does not depend on sizes.
 """

@@ -1,4 +1,4 @@
-"""Changes of whole weights, formed a few rows at a time from their factors."""
+"""Changes of full weight matrices, formed a few rows at a time from their factors."""
 
 from __future__ import annotations
 

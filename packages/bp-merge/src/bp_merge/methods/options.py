@@ -1,4 +1,4 @@
-"""What a merge is asked for, checked before anything is read."""
+"""The options of a merge, checked before anything is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MergeOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModulePlan:
-    """What a method is told of one module."""
+    """What a method is given for one module."""
 
     module: str
     shares: tuple[float, ...]
@@ -46,7 +46,7 @@ class ModulePlan:
 
 
 def check_options(options: MergeOptions, takes: Sequence[str], method: str, count: int) -> None:
-    """Refuse options that the method does not take, or values that make no sense.
+    """Reject options that the method does not take, or values that make no sense.
 
     Raises:
         MergeOptionError: With the value, and what it should have been.

@@ -1,4 +1,4 @@
-"""SLAO: one adapter for a stream of trainings (Qiao and Mahdavi, arXiv:2512.23017), with the state between them.
+"""SLAO: one adapter for a stream of training runs (Qiao and Mahdavi, arXiv:2512.23017), with the state between them.
 
 A is (r, d_in), B is (d_out, r). Run 1 is plain LoRA. Run i ≥ 2 starts from ``A = Qᵀ`` of the reduced QR of the last
 fine-tuned Aᵀ, columns of Q times the signs of R's diagonal, and from the last **fine-tuned** B, and trains both. Then
@@ -9,7 +9,7 @@ Two other arms share the merge and start elsewhere, under names of their own: ``
 QR) from the fine-tuned A itself, with which less was forgotten in docs/log/2026-11-24-continual.md, and
 ``slao-preserving`` (not the paper's) from Qᵀ with R moved into both B's.
 
-The merged adapter is the one to evaluate, save and export; training goes on from the fine-tuned one. Since A_merged is
+The merged adapter is the one to evaluate, save and export; training continues from the fine-tuned one. A_merged is
 always A_tuned, the state is one A, two B's and i. A zero on R's diagonal counts as +1, where the paper's sign() would
 blank a column. The scale alpha / r has no part in it and must stay the same over the stream.
 """

@@ -63,7 +63,7 @@ def find_method(name: str) -> Method:
     """The method of that name.
 
     Raises:
-        MergeOptionError: There is none; the nearest name is told.
+        MergeOptionError: There is none; the message has the nearest name.
     """
     if name in METHODS:
         return METHODS[name]

@@ -28,12 +28,12 @@ _POLL_SECONDS = 0.1  # between two looks for the next training
 _LEAVE_SECONDS = 10.0  # that rank 0 waits for the others to leave a store which ends with it
 
 _begun: dict[SignedStore, int] = {}
-"""Trainings that this process, as rank 0, has begun in a store; no other rank may say so."""
+"""Training runs that this process, as rank 0, has begun in a store; no other rank may say so."""
 
 
 @contextlib.contextmanager
 def open_group(spec: TrainSpec, stop: Stop) -> Iterator[DistributedGroup]:
-    """For rank 0: begin a training that all ranks take part in; their `join_groups` yields ``spec`` to them.
+    """For rank 0: begin a training run run that all ranks take part in; their `join_groups` yields ``spec`` to them.
 
     Raises:
         RanksError: ``spec.ranks`` is None or has no token, its address can't be bound, or the ranks can't train here.
@@ -53,9 +53,9 @@ def open_group(spec: TrainSpec, stop: Stop) -> Iterator[DistributedGroup]:
 def join_groups(
     ranks: Ranks, stop: Stop
 ) -> Iterator[tuple[TrainSpec, contextlib.AbstractContextManager[DistributedGroup]]]:
-    """For the other ranks: the trainings that rank 0 begins, one by one, and this rank's place in each.
+    """For the other ranks: the training runs that rank 0 begins, one by one, and this rank's place in each.
 
-    Ends where rank 0 calls `release` or is gone, or ``stop`` turns true between two trainings.
+    Ends where rank 0 calls `release` or is gone, or ``stop`` turns true between two training runs.
 
     Raises:
         RankLostError: The store is gone.

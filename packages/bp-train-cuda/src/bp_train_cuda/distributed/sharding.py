@@ -73,7 +73,7 @@ def local_weights(model: Any) -> dict[str, torch.Tensor]:
 
 
 def gather_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All weights unsharded, in ``dtype`` on the CPU; all ranks must call it, and only rank 0 gets them."""
+    """The unsharded weights, in ``dtype`` on the CPU; all ranks must call it, and only rank 0 gets them."""
     reshard(model)
     keeps, found = dist.get_rank() == 0, {}
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # tied ones are joined once

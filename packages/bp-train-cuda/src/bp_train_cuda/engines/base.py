@@ -75,7 +75,7 @@ def open_base(spec: TrainSpec, cache: BaseCache | None, adapter: Path | None) ->
 
     Args:
         cache: Keeps the base for the next call; None: it is not kept.
-        adapter: An adapter that will go on the base; its shapes are checked.
+        adapter: An adapter that will continue the base; its shapes are checked.
 
     Raises:
         CodedError: As `bp_train_cuda.check.check_model` and `bp_train_cuda.model.load.load_model`.
@@ -100,7 +100,7 @@ def open_base(spec: TrainSpec, cache: BaseCache | None, adapter: Path | None) ->
 
 
 def open_model(spec: TrainSpec, loaded: Loaded, emit: Emit, group: ProcessGroup) -> Any:
-    """What is trained: all weights, or a new adapter, which may start from a saved one.
+    """What is trained: the full model, or a new adapter, which may start from a saved one.
 
     Adapters are float32 whatever the base's dtype, since 16 bits would lose small updates; of high rank bfloat16 where
     the optimizer rounds stochastically.

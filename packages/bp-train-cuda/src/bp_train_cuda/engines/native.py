@@ -127,7 +127,7 @@ class NativeRun:
             seed=training.seed,
         )  # fmt: skip
         if self.group.is_sharded:
-            reshard(wrapped)  # sample answers left whole weights in their place, which no step would update
+            reshard(wrapped)  # sample answers left unsharded weights in their place, which no step would update
         name = choose_optimizer(training, loaded.mode, loaded.device, is_sharded=self.group.is_sharded)
         optimizer = build_optimizer(name, wrapped.model, training)
         if rounds_away(optimizer):

@@ -197,7 +197,7 @@ def _build_trainer(
 
 
 def _arguments(spec: TrainSpec, loaded: Loaded, model: Any, scratch: Path) -> dict[str, Any]:
-    """What all configs are told: report nowhere, log every step, save and evaluate when `Recorder` says so."""
+    """Options of all configs: report nowhere, log every step, save and evaluate when `Recorder` says so."""
     training, on_gpu = spec.training, loaded.device.kind == "cuda"
     optimizer = choose_optimizer(training, loaded.mode, loaded.device)
     return {

@@ -1,4 +1,4 @@
-"""Which TRL trainer a method has, what it is told, and how our tokens get into its batches.
+"""Which TRL trainer a method has, what it is given, and how our tokens get into its batches.
 
 Every trainer gets a data set of row numbers, and a ``data_collator`` that looks the rows up and builds the batch that
 the trainer's own collator would build. So TRL's documented arguments carry our tokens and labels, and its
@@ -45,7 +45,7 @@ class Method:
     modules: tuple[str, ...]
     """Where TRL may have the two; methods move between ``trl`` and ``trl.experimental``."""
     arguments: Callable[[TrainingSpec], Mapping[str, Any]]
-    """What its config is told besides what all configs are told."""
+    """Its config's options besides those of all configs."""
     text: Mapping[str, Any]
     """Columns of text that its constructor tokenizes."""
     collate: Callable[[int, int], Collate]

@@ -80,5 +80,5 @@ def read_gpu_memory() -> GpuMemory:
 
 
 def cap_allocator() -> None:
-    """Let torch's own allocator refuse what is more than the GPU has, before the driver moves it elsewhere."""
+    """Let torch's own allocator reject what is more than the GPU has, before the driver moves it elsewhere."""
     torch.cuda.set_per_process_memory_fraction(1.0)

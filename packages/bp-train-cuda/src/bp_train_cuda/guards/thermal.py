@@ -34,7 +34,7 @@ class Limits:
     """Degrees Celsius at which something happens."""
 
     warn: int
-    """From here on the user is told, once for each time it gets there."""
+    """From here on the user is warned, once for each time it gets there."""
     pause: int
     resume: int
     """A pause lasts until the GPU is no hotter than this."""
@@ -52,7 +52,7 @@ class Limits:
 
 
 class Governor:
-    """Keeps a run's card under its limits.
+    """Keeps a run's GPU under its limits.
 
     Args:
         stop: The run's stop request, which ends a pause.
@@ -78,7 +78,7 @@ class Governor:
         self._sleep = sleep
         self._read_at = float("-inf")
         self._is_warned = self._is_blind = False
-        self._waited_in_vain = False  # in this step, at whose end that is told
+        self._waited_in_vain = False  # in this step, which is reported at its end
         self.temperature: int | None = None
         """At the last look, in degrees Celsius."""
         self.hottest: int | None = None
@@ -156,7 +156,7 @@ class NvmlSensor:
     """The driver's own reading, through nvidia-ml-py.
 
     Args:
-        nvml: The module ``pynvml``, initialised.
+        nvml: The module ``pynvml``, initialized.
         device: NVML's handle of the GPU.
     """
 
@@ -195,6 +195,6 @@ def find_sensor() -> tuple[NvmlSensor | None, str]:
 
 
 def _find_gpu(nvml: Any) -> Any:
-    """By UUID, since NVML counts cards in another order than CUDA and knows no CUDA_VISIBLE_DEVICES."""
+    """By UUID, since NVML counts GPUs in another order than CUDA and knows no CUDA_VISIBLE_DEVICES."""
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     return nvml.nvmlDeviceGetHandleByUUID((uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}").encode())

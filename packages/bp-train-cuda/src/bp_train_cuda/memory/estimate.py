@@ -143,7 +143,7 @@ def estimate(shapes: Shapes, load: Load, calibration: float = 1.0) -> MemoryEsti
 
 
 def find_adapted(shapes: Shapes, load: Load) -> tuple[Linear, ...]:
-    """The linear layers that carry an adapter; none in mode full."""
+    """The linear layers that carry an adapter; none in full fine-tuning."""
     if load.mode == "full":
         return ()
     names = {name.strip() for name in load.targets.split(",")}
@@ -158,7 +158,7 @@ def _weigh(shapes: Shapes, mode: Mode) -> int:
 
 
 def _weigh_moments(shapes: Shapes, load: Load, trained: int) -> tuple[int, bool]:
-    """Bytes of the optimizer's moments, and whether they may lie in system RAM."""
+    """Bytes of the optimizer's moments, and whether they may be in system RAM."""
     optimizer = _OPTIMIZERS[load.mode] if load.optimizer == "auto" else load.optimizer
     if "8bit" not in optimizer:
         return (4 if load.mode == "full" else 8) * trained, False  # two, of the weight's own type

@@ -1,6 +1,6 @@
 """What fitted a GPU, and how far estimates were off there: remembered from run to run in one small file.
 
-    {"schema": "backpropagate.fitted/1", "cards": {card: {what: {"rows", "free", "peak", "estimated", "at"}}}}
+    ``{"schema": "backpropagate.fitted/1", "cards": {card: {what: {"rows", "free", "peak", "estimated", "at"}}}}``
 
 Two runs that end at the same moment may lose one of two entries, which costs no more than one halving again.
 """

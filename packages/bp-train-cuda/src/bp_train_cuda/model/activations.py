@@ -41,7 +41,7 @@ def find_blocks(model: Any) -> list[Any]:
 class InputOffload:
     """Keeps the inputs of checkpointed blocks in system RAM from forward to backward.
 
-    Copies run on a stream of their own beside the blocks. The last input stays, since backward needs it at once. Pinned
+    Copies run on a stream of their own. The last input stays, since backward needs it at once. Pinned
     buffers are kept from step to step.
 
     Args:

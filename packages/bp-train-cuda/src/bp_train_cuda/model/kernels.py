@@ -62,7 +62,7 @@ def use_fp8(model: Any, *, emulate: bool = False) -> int:
     """Let the linear layers of ``model``, in place, multiply in float8; the output layer does not.
 
     Args:
-        emulate: Compute in high precision what 8 bits would give, where no card does.
+        emulate: Compute in high precision what 8 bits would give, where no GPU does.
 
     Returns:
         How many layers were changed.

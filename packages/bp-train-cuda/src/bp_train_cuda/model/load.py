@@ -164,7 +164,7 @@ def load_model(
     except _LOAD_ERRORS as error:
         raise ModelLoadError(f"the weights in {base} cannot be loaded", cause=first_line(error)) from error
     if missing := sorted(found["missing_keys"]):
-        # transformers would draw them at random and go on.
+        # transformers would draw them at random and continue.
         raise ModelLoadError(f"the weights in {base} lack {len(missing)} tensors", cause=f"{missing[0]} is missing")
     leave_out_router_loss(model)
     return model

@@ -41,7 +41,7 @@ def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
     base's main directions, which are taken off the base in memory; with ``loftq`` of what its 4 bits have lost.
 
     Args:
-        base: The folder that ``model`` was loaded from; for loftq, which reads the whole weights.
+        base: The folder that ``model`` was loaded from; for loftq, which reads the 16-bit weights.
 
     Raises:
         TargetModulesError: No layer has any of the names, or one of them means fused experts.

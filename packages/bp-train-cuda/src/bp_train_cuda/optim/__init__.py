@@ -102,7 +102,7 @@ class AdamW(torch.optim.AdamW):  # type: ignore[misc]  # torch is not typed for 
     """AdamW (Loshchilov and Hutter, arXiv:1711.05101), fused, that finishes an interrupted step when called again.
 
     Memory can run out only while the state of a weight is made, at its first step; the fused kernel updates in place.
-    So what is left to do after a failure is told by counting updates per group: asking the device would make the host
+    So what is left to do after a failure is known by counting updates per group: asking the device would make the host
     wait at every step.
     """
 

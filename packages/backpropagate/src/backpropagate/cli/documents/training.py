@@ -111,7 +111,7 @@ class EstimateVram(TypedDict):
 
 
 class LongestRow(TypedDict):
-    """Longest rows in tokens by a card's GiB, for one way to train."""
+    """Longest rows in tokens by a GPU's GiB, for one way to train."""
 
     model: str
     mode: str

@@ -16,7 +16,7 @@ from bp_runs.record import RunRecord
 from bp_runs.redact import redact_data
 
 MOST_RUNS = 6
-"""More lines than these cannot be told apart."""
+"""More lines than these cannot be distinguished."""
 _GROUPS = ("settings", "data", "model", "versions", "hardware", "result")
 
 

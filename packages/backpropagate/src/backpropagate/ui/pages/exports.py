@@ -72,7 +72,7 @@ def _look(places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
                 if artifact.get("kind") not in _OWN_FILES
             ]
     newest = sorted(exported, key=lambda artifact: str(artifact.get("at", "")), reverse=True)
-    if len(places.outputs()) > 1:  # one folder's runs stand in the order in which they began, whatever the clock said
+    if len(places.outputs()) > 1:  # one folder's runs are in the order in which they began, whatever the clock said
         sources.sort(key=lambda row: row["created_at"], reverse=True)
     return sources, newest
 
@@ -85,7 +85,7 @@ def weights_of(run: Path) -> Path | None:
 
 
 def start(request: Request, form: FormData) -> Response:
-    """Start the export; what is wrong is told above the form."""
+    """Start the export; what is wrong is shown above the form."""
     site = request.app.state.site
     filled = {name: str(value) for name, value in form.items()}
     try:

@@ -13,7 +13,7 @@ from backpropagate.ui.background import CAN_STOP, BackgroundJobs, command_line, 
 from backpropagate.ui.render import show, whole_number
 
 _STOP_POLLING = 286
-"""HTMX's own status: the answer is shown, and not asked for again."""
+"""HTMX's own status: the answer is shown, and not requested again."""
 _SHOWN = 100
 _AFTER = {
     "export": ("/export", "Show exports"),

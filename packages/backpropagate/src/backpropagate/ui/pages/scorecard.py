@@ -1,4 +1,4 @@
-"""The score card of a multi-run: what each run did to the data of the runs before it."""
+"""The scorecard of a multi-run: what each run did to the data of the runs before it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _place(card: Scorecard, i: int, loss: float) -> tuple[float, float]:
 
 
 def _lines(card: Scorecard) -> list[list[tuple[float, float]]]:
-    """For each run's held-out rows the loss after that run and every later one, as points of the picture."""
+    """For each run's validation rows the loss after that run and every later one, as points of the picture."""
     count = len(card.losses)
     return [[_place(card, i, card.losses[i][j]) for i in range(j, count)] for j in range(count)]
 

@@ -1,4 +1,4 @@
-"""Start a training, see whether it fits the card, follow what was started, stop it, go on, do it again."""
+"""Start a training run, see whether it fits the GPU, follow what was started, stop it, continue, do it again."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def check(places: Places, flags: Mapping[str, Any]) -> Resolved:
 
 
 def start(request: Request, form: FormData) -> Response:
-    """Check the form and start the training; what is wrong is told above the form."""
+    """Check the form and start the training run; what is wrong is shown above the form."""
     site = request.app.state.site
     again = str(form.get("again", ""))
     try:
@@ -235,7 +235,7 @@ def start(request: Request, form: FormData) -> Response:
 
 
 def _can_replay(output: Output, record: RunRecord) -> bool:
-    """Whether a run is done again as its child, beside it: where the page may write."""
+    """Whether a run is done again as its child, next to it: where the page may write."""
     return output.is_own and record.kind == "train"
 
 
@@ -330,7 +330,7 @@ def stop(request: Request, _form: FormData) -> Response:
 
 
 def go_on(request: Request, _form: FormData) -> Response:
-    """Go on with an unfinished run, where the page may write."""
+    """Resume an unfinished run, where the page may write."""
     output, _, record = find_run(request)
     if not output.is_own:
         raise HTTPException(403, "This page writes only in its own folder; go on in a terminal.")
