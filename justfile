@@ -74,6 +74,10 @@ large:
 options:
     uv run pytest -m "slow or not slow" -n 0 packages/bp-export/tests/test_export_options.py packages/bp-export/tests/test_export_forward.py
 
+# Classes without a native layout, through llama.cpp's own converter and the gate; it is downloaded once.
+via:
+    uv run pytest -m "slow or not slow" -n 0 packages/bp-export/tests/test_export_via.py
+
 # One pass against the chain merge, save, convert, quantize; `converter` is the folder of llama.cpp's converter.
 bench-export converter:
     uv run python benchmarks/export.py --chain {{converter}}

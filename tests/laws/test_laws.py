@@ -48,10 +48,15 @@ OWNERS = {
 }
 
 
+# Scripts that are run by path in another Python environment; they are no modules of ours.
+OTHER_PROGRAMS = {"bp_export/llama_cpp/driver.py": "runs llama.cpp's converter, next to what that imports"}
+
+
 def sources():
     for name, folder in PACKAGES.items():
         for file in sorted((folder / "src").rglob("*.py")):
-            yield name, file, ast.parse(file.read_text(encoding="utf-8"))
+            if file.relative_to(folder / "src").as_posix() not in OTHER_PROGRAMS:
+                yield name, file, ast.parse(file.read_text(encoding="utf-8"))
 
 
 def imports(tree):
@@ -101,6 +106,17 @@ def test_layering():
             top = module.split(".")[0]
             if top in ours and top != MODULES[name]:
                 assert top in LAYERS[name], f"{file}: {name} must not import {module}"
+
+
+def test_programs_of_other_environments_share_nothing_with_ours():
+    ours = set(MODULES.values())
+    for place in OTHER_PROGRAMS:
+        [file] = (folder / "src" / place for folder in PACKAGES.values() if (folder / "src" / place).is_file())
+        tops = {module.split(".")[0] for module, _ in imports(ast.parse(file.read_text(encoding="utf-8")))}
+        assert not tops & ours, f"{place} imports {tops & ours}"
+        dotted = place.removesuffix(".py").replace("/", ".")
+        for _, other, tree in sources():
+            assert dotted not in {module for module, _ in imports(tree)}, f"{other} imports {dotted}"
 
 
 def test_frameworks_have_owners():
@@ -519,6 +535,8 @@ def test_libraries_speak_no_command_line(package):
             continue  # bp-export's own command line
         if file.parts[-2:] == ("hub", "commands.py"):
             continue  # commands on a model card, for whoever reads it
+        if file.parts[-2:] in (("llama_cpp", "environment.py"), ("llama_cpp", "driver.py")):
+            continue  # options of pip, uv and llama.cpp's converter
         for line, text in _spoken(ast.parse(file.read_text(encoding="utf-8"))):
             if _speaks(text):
                 wrong.append(f"{file.name}:{line}: {text}")

@@ -55,8 +55,8 @@ def expect(error, word, *args, **kwargs):
 
 
 def test_unknown_architecture(base, lora):
-    change_json(base / "config.json", architectures=["MambaForCausalLM"])
-    assert "LlamaForCausalLM" in expect(ArchitectureUnsupportedError, "MambaForCausalLM", lora).message
+    change_json(base / "config.json", architectures=["NobodyForCausalLM"])
+    assert "LlamaForCausalLM" in expect(ArchitectureUnsupportedError, "NobodyForCausalLM", lora).details["known"]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import orjson
 
 import bp_export
 from backpropagate import catalogue, system
-from bp_export.errors import ArchitectureUnsupportedError, ParityFailedError, PushNetworkError
+from bp_export.errors import ParityFailedError, PushNetworkError
+from bp_export.llama_cpp.environment import use_environment
 from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_folder, read_manifest
 from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError, RunNotFoundError
 from bp_runs.files import sha256_file
@@ -97,8 +98,10 @@ def export_adapter(
             or (request.output or bp_export.name_gguf(adapter, request.quantization, name=request.name)).stem
         )
         bp_export.ollama.require_ollama(host, name=ollama_name, force=force)
+    home = system.program_home(os.environ) / "llama.cpp"
     try:
-        outcome = request.write(progress)
+        with use_environment(home, is_offline=system.is_offline(os.environ), notice=_log.warning):
+            outcome = request.write(progress)
     except ParityFailedError as error:
         quantization = bp_export.quant.read_quantization(options.get("quantization")).name
         artifact = {"kind": format, "quantization": quantization, **error.details}
@@ -146,17 +149,14 @@ def warn_unexportable(base: Path) -> None:
     Args:
         base: The model's folder; its config.json is enough.
     """
-    from bp_export.architectures import find_architecture
-
     try:
         config = orjson.loads((base / "config.json").read_bytes())
-        if config.get("architectures"):
-            find_architecture(config)
-    except ArchitectureUnsupportedError as error:
-        formats = render("The adapter, its merged model ({set:format=merged}) and training itself work.")
-        _log.warning("After training, an export to GGUF will not work: %s. %s", error.message, formats)
-    except (OSError, ValueError, CodedError):
+        found = bp_export.supports(config) if config.get("architectures") else None
+    except (OSError, ValueError, AttributeError, CodedError):
         return  # whoever loads the model says what is wrong with its config
+    if found is not None and not found:
+        formats = render("The adapter, its merged model ({set:format=merged}) and training itself work.")
+        _log.warning("After training, an export to GGUF will not work: %s. %s", found.reason, formats)
 
 
 def find_base_folder(source: Path, base: str | None) -> Path | None:
@@ -217,6 +217,7 @@ def _build_artifact(outcome: bp_export.ExportOutcome) -> dict[str, Any]:
         "kind": outcome.format,
         "path": str(outcome.path),
         "quantization": outcome.quantization,
+        "via": outcome.via,
         "sha256": outcome.sha256,
         "parity": outcome.parity.to_dict() if outcome.parity else None,
     }

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from backpropagate.evaluation.compare import Metric
     from backpropagate.evaluation.evaluate import EvalResult
     from bp_data.preparation import AnyPrepared
-    from bp_export import Format
+    from bp_export import Format, ViaChoice
     from bp_export.hub import PushOutcome
     from bp_runs.proof import Proof
     from bp_runs.rail import MemoryEstimate
@@ -460,6 +460,7 @@ class Trainer:
         quantization: QuantizationName | None = None,
         output: str | Path | None = None,
         output_dir: str | Path | None = None,
+        via: ViaChoice | None = None,
         verify: bool | None = None,
         ollama_name: str | None = None,
         force: bool = False,
@@ -472,6 +473,8 @@ class Trainer:
             quantization: The GGUF's type, one of `bp_export.QUANTIZATIONS`; None for ``q4_k_m``.
             output: The file (GGUF) or folder to write; default: next to the adapter.
             output_dir: As ``output``, its name in backpropagate 1.x.
+            via: What writes a GGUF: ``native``, ``llama.cpp`` (its own converter), or ``auto``, as None: llama.cpp for
+                classes without a native layout.
             verify: Whether to compare a GGUF with the model in llama.cpp; None for where that is installed.
             ollama_name: Register the GGUF with a running Ollama under this name.
             force: Whether an earlier export, and a model of that name in Ollama, may be replaced.
@@ -486,6 +489,7 @@ class Trainer:
             format,
             quantization=quantization,
             output=None if (place := output or output_dir) is None else Path(place),
+            via=via,
             verify=verify,
             ollama_name=ollama_name,
             force=force,

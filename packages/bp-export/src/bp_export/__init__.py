@@ -7,6 +7,7 @@ Reading starts at `bp_export.formats`, a module per format. `bp_export.gguf.plan
 `bp_export.gguf.writer` writes it. Around them:
 
     architectures   the GGUF layout of each kind of model       quant    quantizations, kernels, importance matrices
+    llama_cpp       llama.cpp's converter, for all other kinds
     tokenizer       vocabulary and splitting rules              verify   the file against the model that was trained
     ollama          register with Ollama                        hub      upload with a model card
     chat            talk to what was made                       cli      the command ``bp-export``
@@ -20,7 +21,7 @@ from bp_export._lazy import load_lazily
 
 if TYPE_CHECKING:
     from bp_export import chat, gguf, hub, ollama, quant, verify
-    from bp_export.architectures import ARCHITECTURES, supports
+    from bp_export.architectures import ARCHITECTURES, Support, supports
     from bp_export.export import FORMATS, build_request, export_adapter, plan_export
     from bp_export.formats.gguf import GgufExport, name_gguf
     from bp_export.formats.gguf_adapter import GgufAdapterExport
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from bp_export.formats.merged import MergedExport
     from bp_export.formats.mlx import MlxExport
     from bp_export.formats.ollama_adapter import OllamaAdapterExport
-    from bp_export.formats.request import ExportOutcome, ExportPlan, ExportRequest, Format
+    from bp_export.formats.request import ExportOutcome, ExportPlan, ExportRequest, Format, ViaChoice
     from bp_export.quant.types import QUANTIZATIONS
 
 __all__ = [
@@ -45,6 +46,8 @@ __all__ = [
     "MergedExport",
     "MlxExport",
     "OllamaAdapterExport",
+    "Support",
+    "ViaChoice",
     "build_request",
     "chat",
     "export_adapter",
@@ -66,6 +69,7 @@ _MODULES = {
     "quant": "",
     "verify": "",
     "ARCHITECTURES": "architectures",
+    "Support": "architectures",
     "supports": "architectures",
     "FORMATS": "export",
     "build_request": "export",
@@ -82,6 +86,7 @@ _MODULES = {
     "ExportPlan": "formats.request",
     "ExportRequest": "formats.request",
     "Format": "formats.request",
+    "ViaChoice": "formats.request",
     "QUANTIZATIONS": "quant.types",
 }
 __getattr__ = load_lazily(__name__, _MODULES)

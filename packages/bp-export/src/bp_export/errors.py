@@ -20,6 +20,7 @@
     DependencyError (bp_runs)
     ├── GgmlMissingError             DEP_GGML_MISSING                     ggml's library is not installed or not whole
     ├── LlamaCppMissingError         DEP_LLAMA_CPP_MISSING                the extra `verify` is not installed
+    ├── ConverterMissingError        DEP_LLAMA_CPP_CONVERTER              llama.cpp's converter can't be installed
     ├── HubMissingError              DEP_HUB_MISSING                      the extra `hub` is not installed
     ├── PushNetworkError             DEP_HUB_PUSH_NETWORK                 the Hub does not answer
     ├── PushRefusedError             DEP_HUB_PUSH_REFUSED                 the Hub rejects for another reason
@@ -29,6 +30,7 @@
     └── ParityNotTestedError         PARTIAL_EXPORT_NOT_VERIFIED          nothing could be compared
     RunFailedError (bp_runs)
     ├── ChatFailedError              RUNTIME_CHAT_FAILED                  llama.cpp cannot load or run the file
+    ├── ConversionFailedError        RUNTIME_EXPORT_CONVERSION            llama.cpp's converter rejects the model
     └── MeasureFailedError           RUNTIME_MEASURE_FAILED               llama.cpp cannot be measured
 
 The adapter's own faults are bp_merge's and bp_runs', the disk's are bp_runs'.
@@ -187,6 +189,17 @@ class LlamaCppMissingError(DependencyError):
     default_fix = "Install the extra: {install:bp-export[verify]}"
 
 
+class ConverterMissingError(DependencyError):
+    """llama.cpp's converter is not on this machine and cannot be installed."""
+
+    code = "DEP_LLAMA_CPP_CONVERTER"
+    when = "The model's class has no native GGUF layout, and llama.cpp's converter could not be installed."
+    default_fix = (
+        "Repeat the command with a network connection: the converter is installed once, in a folder of its own. "
+        "Or export the merged model: {set:format=merged}"
+    )
+
+
 class HubMissingError(DependencyError):
     """The Hub's library is not installed."""
 
@@ -246,6 +259,14 @@ class ChatFailedError(RunFailedError):
     default_fix = (
         "Export the model again; if it fails again, try {set:quantization=bf16} to see whether the type matters."
     )
+
+
+class ConversionFailedError(RunFailedError):
+    """llama.cpp's converter cannot convert the model."""
+
+    code = "RUNTIME_EXPORT_CONVERSION"
+    when = "llama.cpp's converter stopped with an error. Its last line is the cause."
+    default_fix = "Export the merged model, and convert it with a newer llama.cpp: {set:format=merged}"
 
 
 class ContextFullError(ChatFailedError):

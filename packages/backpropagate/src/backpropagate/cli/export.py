@@ -58,9 +58,14 @@ def _print_notes(notes: tuple[str, ...]) -> None:
         print(f"  note      {note}")  # noqa: T201
 
 
+def name_via(via: str) -> str:
+    """``native``, or ``via llama.cpp b11434``."""
+    return via if via == "native" else f"via {via}"
+
+
 def _print_result(result: ExportResult, folder: Path) -> None:
     done = result.outcome
-    kind = f"{done.format} {done.quantization}" if done.format == "gguf" else done.format
+    kind = f"{done.format} {done.quantization}, {name_via(done.via)}" if done.via else done.format
     print(f"  exported  {done.path}  ({kind}, {done.bytes / 2**20:,.1f} MiB, {done.seconds:.1f} s)")  # noqa: T201
     _print_notes(done.notes)
     if done.parity is None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from bp_export.architectures.decoder import Architecture
 from bp_export.architectures.gemma2 import Gemma2Architecture
@@ -19,6 +20,7 @@ from bp_export.architectures.qwen3moe import Qwen3MoeArchitecture
 from bp_export.architectures.qwen35 import Qwen35Architecture
 from bp_export.architectures.smollm3 import SmolLm3Architecture
 from bp_export.errors import ArchitectureUnsupportedError, ModelInvalidError
+from bp_export.llama_cpp.classes import VIA, converts
 from bp_export.model_config import complete_config
 
 ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
@@ -40,7 +42,70 @@ ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
     }
 )
 
-__all__ = ["ARCHITECTURES", "Architecture", "find_architecture", "supports"]
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "Support",
+    "Via",
+    "choose_via",
+    "find_architecture",
+    "name_class",
+    "supports",
+]
+
+
+Via: TypeAlias = Literal["native", "llama.cpp"]
+"""Who lays a GGUF out: this package, or llama.cpp's own converter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """Whether and how a model becomes a GGUF; true if it does."""
+
+    architecture: str
+    """transformers' name of the class, as ``config.json`` has it."""
+    via: Via | None
+    """None if neither can."""
+    reason: str = ""
+    """Why there is no native layout for it; empty if there is."""
+
+    def __bool__(self) -> bool:
+        return self.via is not None
+
+    @property
+    def words(self) -> str:
+        """For people: ``native``, ``via llama.cpp b11434`` or ``no``."""
+        return {"native": "native", "llama.cpp": f"via {VIA}", None: "no"}[self.via]
+
+
+def supports(config: Mapping[str, Any]) -> Support:
+    """Whether and how a model of this ``config.json`` can be written as GGUF, without its weights.
+
+    A class with a native layout whose options that cannot hold is not handed to llama.cpp's converter by itself: that
+    may drop the option without a word.
+    """
+    name = name_class(config)
+    try:
+        find_architecture(config)
+    except (ArchitectureUnsupportedError, ModelInvalidError) as error:
+        return Support(name, choose_via(config), error.message)
+    return Support(name, "native")
+
+
+def choose_via(config: Mapping[str, Any]) -> Via | None:
+    """Who lays out a model of this class by default; None if neither knows it, or the native layout rejects it."""
+    if name_class(config) in ARCHITECTURES:
+        try:
+            find_architecture(config)
+        except (ArchitectureUnsupportedError, ModelInvalidError):
+            return None
+        return "native"
+    return "llama.cpp" if converts(config) else None
+
+
+def name_class(config: Mapping[str, Any]) -> str:
+    """The class that ``config.json`` names first."""
+    return str((config.get("architectures") or ["(none named)"])[0])
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:
@@ -51,20 +116,14 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
         ModelInvalidError: A setting that the layout needs is missing.
     """
     config = complete_config(config)
-    names = config.get("architectures") or ["(none named)"]
-    found = ARCHITECTURES.get(str(names[0]))
+    name = name_class(config)
+    found = ARCHITECTURES.get(name)
     if found is None:
+        known = f"llama.cpp's own converter ({VIA}) can write it"
         raise ArchitectureUnsupportedError(
-            f"{names[0]} cannot be written as GGUF yet; {', '.join(ARCHITECTURES)} can",
-            details={"architecture": str(names[0]), "known": list(ARCHITECTURES)},
+            f"{name} has no native GGUF layout"
+            + (f"; {known}" if converts(config) else f", and {VIA} has none either"),
+            fix="Use llama.cpp's converter: {set:via=llama.cpp}" if converts(config) else None,
+            details={"architecture": name, "known": list(ARCHITECTURES)},
         )
     return found({**config, **(config.get("text_config") or {})})
-
-
-def supports(config: Mapping[str, Any]) -> bool:
-    """Whether a model of this ``config.json`` can be written as GGUF; `find_architecture` says why not."""
-    try:
-        find_architecture(config)
-    except (ArchitectureUnsupportedError, ModelInvalidError):
-        return False
-    return True

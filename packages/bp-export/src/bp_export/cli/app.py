@@ -15,10 +15,12 @@ from typing import NoReturn
 from bp_export.cli.output import tell_error
 from bp_export.cli.wording import ExportWording
 from bp_export.hub.cache import use_cache
+from bp_export.llama_cpp.environment import use_environment
 from bp_runs.errors import CodedError
 from bp_runs.wording import use_wording
 
 _INTERRUPTED = 130
+_TRUTHS = ("1", "true", "yes", "on")
 # By first word; anything else is the path of what is to be exported.
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -39,7 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = words.pop(0) if words[:1] and words[0] in COMMANDS else "export"
     command = importlib.import_module(f"bp_export.cli.{name}")
     options = command.build_parser().parse_args(words)
-    with use_wording(ExportWording()), use_cache(_find_hub_cache(os.environ)):
+    with (
+        use_wording(ExportWording()),
+        use_cache(_find_hub_cache(os.environ)),
+        use_environment(_find_home(os.environ) / "llama.cpp", is_offline=_is_offline(os.environ), notice=_print_notice),
+    ):
         return _carry_out(command, options)
 
 
@@ -50,6 +56,18 @@ def _find_hub_cache(environ: Mapping[str, str]) -> Path | None:
     if home := environ.get("HF_HOME"):
         return Path(home).expanduser() / "hub"
     return Path(home).expanduser() / "huggingface" / "hub" if (home := environ.get("XDG_CACHE_HOME")) else None
+
+
+def _find_home(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("BACKPROPAGATE_HOME") or "~/.backpropagate").expanduser()
+
+
+def _is_offline(environ: Mapping[str, str]) -> bool:
+    return any(environ.get(name, "").lower() in _TRUTHS for name in ("BACKPROPAGATE_OFFLINE", "HF_HUB_OFFLINE"))
+
+
+def _print_notice(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201
 
 
 def _carry_out(command: ModuleType, options: argparse.Namespace) -> int:

@@ -89,6 +89,8 @@ def _tell_outcome(outcome: ExportOutcome, registered: OllamaModel | None, *, as_
         tell_json({**fields, "path": str(outcome.path), **ollama})
         return
     kind = f"{outcome.format} {outcome.quantization or ''}".strip()
+    if outcome.via is not None:
+        kind += ", native" if outcome.via == "native" else f", via {outcome.via}"
     size = f"{outcome.bytes / 2**20:,.1f} MiB, {outcome.tensors} tensors, {outcome.seconds:.1f} s"
     size += f", {outcome.kernels} kernels" if outcome.kernels else ""
     tell(f"{outcome.path}\n  {kind}, {size}\n  sha256 {outcome.sha256}")

@@ -81,6 +81,13 @@ EXPORT = (
     _OUTPUT,
     _BASE,
     Option("name", str, "the name to write into the GGUF (default: the base's, and that it was tuned)"),
+    Option(
+        "via",
+        str,
+        "what writes the GGUF: native; llama.cpp, its own converter, which is installed on first use; or auto: "
+        "llama.cpp for classes without a native layout (default: auto)",
+        choices=("auto", "native", "llama.cpp"),
+    ),
     Option("pre", str, "llama.cpp's name of the tokenizer's splitting rule, if it is not recognized"),
     Option(
         "importance", Path, "an importance matrix (GGUF or .dat), as the command imatrix measures it", flag="--imatrix"

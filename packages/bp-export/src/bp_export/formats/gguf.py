@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from bp_data.templates.render_hashes import Messages
-from bp_export.errors import LlamaCppMissingError, QuantizationUnknownError
-from bp_export.formats.left_out import check_left_out, note_unreached
+from bp_export.architectures import Via, choose_via, name_class
+from bp_export.errors import ArchitectureUnsupportedError, LlamaCppMissingError, QuantizationUnknownError
+from bp_export.formats.left_out import check_left_out, is_of_tower, name_parts, note_unreached, report_left_out
 from bp_export.formats.output import require_free_file
 from bp_export.formats.request import (
     ExportOutcome,
@@ -19,19 +21,24 @@ from bp_export.formats.request import (
     ModelRequest,
     PlannedTensor,
     Progress,
+    ViaChoice,
     summarize_plan,
 )
+from bp_export.formats.via import NOTE, open_converted, plan_tensors
 from bp_export.gguf.file import name_split
 from bp_export.gguf.plan import GgufPlan, TensorPlan, build_plan
-from bp_export.gguf.writer import cut_plan, write_gguf, write_split
+from bp_export.gguf.writer import Weights, cut_plan, write_gguf, write_split
+from bp_export.llama_cpp.classes import VIA, converts
 from bp_export.local_paths import StrPath
 from bp_export.quant.imatrix import read_importance
 from bp_export.quant.kernels import describe_kernels
 from bp_export.quant.types import read_quantization
-from bp_export.source import Source, is_model, name_after
+from bp_export.source import Source, is_model, name_after, read_config
+from bp_export.verify.evidence import References
 from bp_export.verify.parity import is_verifiable, verify_gguf
-from bp_merge import FoldedModel
+from bp_merge import FoldedModel, TensorReader
 from bp_runs.adapter import read_adapter_folder
+from bp_runs.errors import InvalidSettingError
 from bp_runs.files import require_folder, require_free_space
 
 
@@ -43,6 +50,9 @@ class GgufExport(ModelRequest):
 
     quantization: str | None = None
     """One of `QUANTIZATIONS`; None for ``q4_k_m``."""
+    via: ViaChoice | None = None
+    """Who lays it out: this package, or llama.cpp's own converter in an environment of its own, installed when it is
+    first needed. None, as ``auto``: the converter, if there is no native layout for the model's class."""
     pre: str | None = None
     """llama.cpp's name of the tokenizer's splitting rule, instead of recognizing it."""
     importance: Path | None = None
@@ -60,12 +70,17 @@ class GgufExport(ModelRequest):
         """Every tensor with its type and size, and how long quantizing takes here."""
         source = self.read_source()
         with source.open() as model:
-            plan = self._build_plan(source, model)
-            tensors = tuple(
-                PlannedTensor(t.name, t.source, t.kind.name, t.shape, t.bytes, not model.changed.isdisjoint(t.sources))
-                for t in plan.tensors
-            )
-        return summarize_plan(self._find_target(source), tensors, threads=self.threads, notes=plan.notes)
+            if self._choose_via(source) == "llama.cpp":
+                tensors = plan_tensors(model, read_quantization(self.quantization))
+                notes = (
+                    NOTE,
+                    "names, types and sizes are estimates: the converter decides them",
+                    *self._check_towers(model),
+                )
+            else:
+                plan = self._build_plan(source, model)
+                tensors, notes = list_planned(plan, model), plan.notes
+        return summarize_plan(self._find_target(source), tensors, threads=self.threads, notes=notes)
 
     def write(self, progress: Progress | None = None) -> ExportOutcome:
         """Write the file or its parts, then verify."""
@@ -75,14 +90,13 @@ class GgufExport(ModelRequest):
         verify = self._decide_to_verify()
         source = self.read_source()
         rendering = source.check_rendering()
-        with source.open() as model:
-            plan = self._build_plan(source, model)
-            written = self._write_parts(plan, model, self._find_target(source), progress)
-            path = written[0][0]
+        way = self._choose_via(source)
+        with source.open() as model, self._open_plan(source, model, way, progress) as (plan, weights, others):
+            written = self._write_parts(plan, weights, self._find_target(source), progress)
             parity = None
             if verify:
                 parity = verify_gguf(
-                    path,
+                    written[0][0],
                     plan,
                     model,
                     base=source.base,
@@ -91,9 +105,10 @@ class GgufExport(ModelRequest):
                     trained=self.adapter,
                     prompts=self.prompts,
                     required=bool(self.verify),
+                    others=others,
                 )
         return ExportOutcome(
-            path=path,
+            path=written[0][0],
             format=self.format,
             quantization=read_quantization(self.quantization).name,
             bytes=sum(size for _, size, _ in written),
@@ -104,7 +119,58 @@ class GgufExport(ModelRequest):
             parity=parity,
             kernels=describe_kernels(),
             notes=plan.notes,
+            via="native" if way == "native" else VIA,
         )
+
+    def _choose_via(self, source: Source) -> Via:
+        """The way as set, or by the class.
+
+        Raises:
+            InvalidSettingError: There is no such way.
+            ArchitectureUnsupportedError: llama.cpp's converter does not know the class.
+        """
+        config = read_config(source.base)
+        if self.via not in (None, *get_args(ViaChoice)):
+            raise InvalidSettingError(
+                f"a GGUF can't be written via {self.via!r}",
+                fix="Choose auto, native or llama.cpp: {set:via=auto}",
+                setting="via",
+            )
+        if self.via == "llama.cpp" and not converts(config):
+            raise ArchitectureUnsupportedError(f"{VIA} does not know {name_class(config)}")
+        return (
+            "llama.cpp"
+            if self.via == "llama.cpp" or (self.via != "native" and choose_via(config) == "llama.cpp")
+            else "native"
+        )
+
+    @contextmanager
+    def _open_plan(
+        self, source: Source, model: FoldedModel, way: Via, progress: Progress | None
+    ) -> Iterator[tuple[GgufPlan, Weights, References | None]]:
+        """The plan, what its weights are read from, and what else can compute the model."""
+        if way == "native":
+            yield self._build_plan(source, model), model, None
+            return
+        notes = self._check_towers(model)
+        with open_converted(
+            model,
+            source,
+            self._find_target(source),
+            quantization=read_quantization(self.quantization),
+            own_type=find_largest_type(model),
+            pre=self.pre,
+            importance=read_importance(self.importance) if self.importance else None,
+            progress=progress,
+            threads=self.threads,
+        ) as made:
+            yield replace(made.plan, notes=(*made.plan.notes, *notes)), made.weights, made.references
+
+    def _check_towers(self, model: FoldedModel) -> tuple[str, ...]:
+        towers = [name for name in model.tensors if is_of_tower(name)]
+        lost = [name for name in towers if name in model.changed]
+        notes = (f"the file holds the language model only; left out: {name_parts(towers)}",) if towers else ()
+        return (*notes, *report_left_out(lost, text_only=self.text_only), *note_unreached(model))
 
     def _find_target(self, source: Source) -> Path:
         return self.output or name_gguf(self.adapter, self.quantization, name=source.name)
@@ -120,11 +186,12 @@ class GgufExport(ModelRequest):
             importance=read_importance(self.importance) if self.importance else None,
             hashes=source.hashes,
         )
-        notes = (*check_left_out(model, plan.architecture, text_only=self.text_only), *note_unreached(model))
+        left_out = check_left_out(model, plan.architecture, text_only=self.text_only) if plan.architecture else ()
+        notes = (*left_out, *note_unreached(model))
         return replace(plan, notes=(*plan.notes, *notes))
 
     def _write_parts(
-        self, plan: GgufPlan, model: FoldedModel, target: Path, progress: Progress | None
+        self, plan: GgufPlan, model: Weights, target: Path, progress: Progress | None
     ) -> list[tuple[Path, int, str]]:
         """Path, bytes and SHA-256 of each file."""
         groups: list[list[TensorPlan]] = cut_plan(plan, self.split_bytes) if self.split_bytes else [list(plan.tensors)]
@@ -174,5 +241,17 @@ def find_own_type(source: Source) -> str:
     Raises:
         CodedError: As `bp_merge.open_model`.
     """
-    tensors = source.open_base().tensors.values()
-    return max(tensors, key=lambda info: info.bytes).dtype.lower()
+    return find_largest_type(source.open_base())
+
+
+def find_largest_type(model: FoldedModel | TensorReader) -> str:
+    """The type of a model's largest tensor: ``bf16``."""
+    return max(model.tensors.values(), key=lambda info: info.bytes).dtype.lower()
+
+
+def list_planned(plan: GgufPlan, model: FoldedModel) -> tuple[PlannedTensor, ...]:
+    """The plan's tensors, for people."""
+    return tuple(
+        PlannedTensor(t.name, t.source, t.kind.name, t.shape, t.bytes, not model.changed.isdisjoint(t.sources))
+        for t in plan.tensors
+    )

@@ -20,6 +20,8 @@ from bp_export.verify.report import ParityReport
 from bp_export.verify.template import RenderingCheck
 
 Format: TypeAlias = Literal["gguf", "merged", "lora", "gguf-adapter", "ollama-adapter", "mlx"]
+ViaChoice: TypeAlias = Literal["auto", "native", "llama.cpp"]
+"""What writes a GGUF: this package; llama.cpp's own converter; or that only for classes without a native layout."""
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -50,6 +52,8 @@ class ExportOutcome:
     """What quantized the GGUF (`describe_kernels`); None for the other formats."""
     notes: tuple[str, ...] = ()
     """What the user has to know of the file: a context that was capped, tensors that were left out."""
+    via: str | None = None
+    """Who laid a GGUF out: ``native``, or ``llama.cpp b11434`` for its own converter; None for the other formats."""
 
 
 @dataclass(frozen=True, slots=True)

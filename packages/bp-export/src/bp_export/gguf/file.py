@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -135,21 +136,75 @@ def add_tensor(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: Tens
     writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
 
 
+@dataclass(frozen=True, slots=True)
+class StoredValue:
+    """One setting as the file has it."""
+
+    value: Any
+    kind: int
+    """gguf's ``GGUFValueType``."""
+    item_kind: int | None = None
+    """Of a list's items; None for what is no list."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One row of a file's tensor table."""
+
+    name: str
+    shape: tuple[int, ...]
+    """As NumPy has it: the last axis is the row."""
+    kind: TensorType
+    offset: int
+    """From the beginning of the file, in bytes."""
+
+
 def read_settings(path: StrPath) -> dict[str, Any]:
     """The key-value section of a GGUF as plain Python values.
 
     Raises:
         ChatFailedError: It is missing, cut short, or no GGUF of version 2 or 3.
     """
+    with _open_gguf(path) as (file, _):
+        return {name: stored.value for name, stored in _read_stored(file).items()}
+
+
+def read_tables(path: StrPath) -> tuple[dict[str, StoredValue], list[StoredTensor]]:
+    """All settings with their types, and the tensor table, in the file's order.
+
+    Raises:
+        ChatFailedError: As `read_settings`, or a tensor is of a type that gguf-py does not know.
+    """
+    with _open_gguf(path) as (file, count):
+        settings = _read_stored(file)
+        rows = [_read_tensor_row(file) for _ in range(count)]
+        alignment = settings.get(Keys.General.ALIGNMENT)
+        step = int(alignment.value) if alignment else GGUF_DEFAULT_ALIGNMENT
+        begin = -(-file.tell() // step) * step
+        return settings, [replace(row, offset=begin + row.offset) for row in rows]
+
+
+@contextlib.contextmanager
+def _open_gguf(path: StrPath) -> Iterator[tuple[IO[bytes], int]]:
+    """The file at its settings, and how many tensors it has."""
     try:
         with Path(path).open("rb") as file:
             if file.read(4) != MAGIC or _read_scalar(file, "I") not in (2, 3):
                 raise ChatFailedError(f"{path} is not a GGUF file")
-            _read_scalar(file, "Q")
-            count = _read_scalar(file, "Q")
-            return {_read_string(file): _read_value(file, _read_scalar(file, "I")) for _ in range(count)}
-    except (OSError, struct.error, UnicodeDecodeError, KeyError, MemoryError) as error:
+            yield file, _read_scalar(file, "Q")
+    except (OSError, struct.error, UnicodeDecodeError, KeyError, ValueError, MemoryError) as error:
         raise ChatFailedError(f"{path} cannot be read as GGUF", cause=str(error)) from error
+
+
+def _read_stored(file: IO[bytes]) -> dict[str, StoredValue]:
+    count = _read_scalar(file, "Q")
+    return {_read_string(file): _read_value(file, _read_scalar(file, "I")) for _ in range(count)}
+
+
+def _read_tensor_row(file: IO[bytes]) -> StoredTensor:
+    name, axes = _read_string(file), _read_scalar(file, "I")
+    shape = tuple(_read_scalar(file, "Q") for _ in range(axes))[::-1]
+    return StoredTensor(name, shape, TensorType(_read_scalar(file, "I")), _read_scalar(file, "Q"))
 
 
 def _read_scalar(file: IO[bytes], code: str) -> Any:
@@ -165,13 +220,13 @@ def _read_string(file: IO[bytes]) -> str:
     return raw.decode("utf-8", errors="replace")
 
 
-def _read_value(file: IO[bytes], kind: int) -> Any:
+def _read_value(file: IO[bytes], kind: int) -> StoredValue:
     if kind == _STRING:
-        return _read_string(file)
+        return StoredValue(_read_string(file), kind)
     if kind == _ARRAY:
         item, count = _read_scalar(file, "I"), _read_scalar(file, "Q")
-        return [_read_value(file, item) for _ in range(count)]
-    return _read_scalar(file, _SCALARS[kind])
+        return StoredValue([_read_value(file, item).value for _ in range(count)], kind, item)
+    return StoredValue(_read_scalar(file, _SCALARS[kind]), kind)
 
 
 def read_stop_strings(settings: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,7 @@ from bp_export.quant.types import Quantization
 from bp_export.source import read_config
 from bp_export.tokenizer.vocabulary import Vocabulary, read_vocabulary
 from bp_export.verify.template import add_hashes
-from bp_merge import FoldedModel, parse_expert, strip_wrappers
+from bp_merge import Floats, FoldedModel, parse_expert, strip_wrappers
 
 _SPARE_BYTES = 64 * 2**20
 
@@ -66,12 +66,18 @@ class GgufPlan:
     """In the order in which they are written."""
     writer: GGUFWriter
     """Settings and tensor table."""
-    architecture: Architecture
+    architecture: Architecture | None
+    """None for a file that llama.cpp's converter laid out."""
     vocabulary: Vocabulary
     importance: Importance
     """By GGUF name; empty without an importance matrix."""
     notes: tuple[str, ...] = ()
     """What the user has to know of the file."""
+
+    @property
+    def extra_tensors(self) -> dict[str, Floats]:
+        """Tensors that a checkpoint lacks, by GGUF name."""
+        return {} if self.architecture is None else self.architecture.build_extra_tensors()
 
     @property
     def data_bytes(self) -> int:

@@ -14,24 +14,28 @@ from contextlib import ExitStack, closing
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 from gguf import GGUFWriter, Keys
 
 from bp_export.gguf.file import GgufStream, name_split
 from bp_export.gguf.plan import GgufPlan, TensorPlan
+from bp_export.gguf.stored import StoredWeights
 from bp_export.quant.kernels import TensorType, choose_engine, is_finite, quantize_rows
 from bp_merge import Floats, FoldedModel, TensorsInvalidError
 
 CHUNK_WEIGHTS = 2**19
 MOST_THREADS = 8
 
+Weights: TypeAlias = FoldedModel | StoredWeights
+"""A checkpoint with its adapter, or a GGUF that is quantized."""
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 
 def write_gguf(
     plan: GgufPlan,
-    model: FoldedModel,
+    model: Weights,
     path: Path,
     *,
     progress: Progress | None = None,
@@ -58,7 +62,7 @@ def write_gguf(
 
 def write_split(
     plan: GgufPlan,
-    model: FoldedModel,
+    model: Weights,
     path: Path,
     groups: Sequence[Sequence[TensorPlan]],
     *,
@@ -78,7 +82,7 @@ def write_split(
     infos = plan.writer.tensors[0]
     parts = []
     for number, tensors in enumerate(groups):
-        writer = plan.writer if number == 0 else GGUFWriter(path=None, arch=plan.architecture.name)
+        writer = plan.writer if number == 0 else GGUFWriter(path=None, arch=plan.writer.arch)
         writer.tensors = [{tensor.name: infos[tensor.name] for tensor in tensors}]
         writer.add_uint16(Keys.Split.LLM_KV_SPLIT_NO, number)
         writer.add_uint16(Keys.Split.LLM_KV_SPLIT_COUNT, len(groups))
@@ -103,7 +107,7 @@ def cut_plan(plan: GgufPlan, split_bytes: int) -> list[list[TensorPlan]]:
 def write_parts(
     parts: Sequence[tuple[Path, GGUFWriter, Sequence[TensorPlan]]],
     plan: GgufPlan,
-    model: FoldedModel,
+    model: Weights,
     *,
     progress: Progress | None,
     threads: int | None,
@@ -148,9 +152,9 @@ def compute_in_order(
             future.cancel()
 
 
-def _list_chunks(plan: GgufPlan, model: FoldedModel) -> Iterator[Callable[[], memoryview]]:
+def _list_chunks(plan: GgufPlan, model: Weights) -> Iterator[Callable[[], memoryview]]:
     """The file's data, chunk by chunk."""
-    extra = plan.architecture.build_extra_tensors()
+    extra = plan.extra_tensors
     for tensor in plan.tensors:
         weights = plan.importance.get(tensor.name)
         if not tensor.sources:
@@ -185,9 +189,14 @@ def _quantize_vector(values: Floats, kind: TensorType) -> memoryview:
 
 
 def _compute_chunk(
-    tensor: TensorPlan, source: str, weights: Floats | None, model: FoldedModel, rows: tuple[int, int]
+    tensor: TensorPlan, source: str, weights: Floats | None, model: Weights, rows: tuple[int, int]
 ) -> memoryview:
-    values = tensor.change.read_rows(model, source, *rows)
+    if isinstance(model, StoredWeights):
+        if model.find(source).kind == tensor.kind:
+            return model.read_bytes(source, *rows)
+        values = model.read_rows(source, *rows)
+    else:
+        values = tensor.change.read_rows(model, source, *rows)
     if not is_finite(values):
         raise TensorsInvalidError(
             f"{source} holds weights that are not finite",

@@ -16,10 +16,28 @@ from bp_export.quant.types import Quantization
 
 _BIG_LLAMA_LAYERS = 80
 _MANY_HEADS_A_VALUE = 4
-_NEVER_QUANTIZED = ("_norm.weight", "ssm_conv1d.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight")
+# Parts of names, from ``tensor_allows_quantization``: what is small, and what must be exact.
+_NEVER_QUANTIZED = (
+    *(
+        "_norm.weight",
+        "ffn_gate_inp.weight",
+        "ffn_gate_inp_shexp.weight",
+        "ffn_gate_tid2eid.weight",
+        "altup",
+        "laurel",
+        "per_layer_model_proj",
+    ),
+    *("position_embd.weight", "token_types.weight", "ssm_conv1d", "shortconv.conv.weight"),
+    *("indexer.k_proj.weight", "indexer.q_proj.weight", "attn_rel_b.weight"),
+    *(
+        f"time_mix_{part}.weight"
+        for part in ("first", "w0", "w1", "w2", "v0", "v1", "v2", "a0", "a1", "a2", "g1", "g2")
+    ),
+    *("time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight"),
+)
 _FAVORED_EXPERTS = 8
 """Experts of the one kind of model (Mixtral 8x7B) whose attention gets more bits."""
-_VALUES = ("attn_v.weight", "attn_qkv.weight")
+_VALUES = ("attn_v.weight", "attn_qkv.weight", "attn_kv_b.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +117,8 @@ def _read_layer(name: str) -> int:
 
 
 def _is_quantized(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) > 1 and name.endswith("weight") and not name.endswith(_NEVER_QUANTIZED)
+    axes = len(shape) - next((i for i, size in enumerate(shape) if size > 1), len(shape))  # as ggml_n_dims counts
+    return axes > 1 and name.endswith("weight") and not any(part in name for part in _NEVER_QUANTIZED)
 
 
 def _uses_more_bits(index: int, count: int) -> bool:

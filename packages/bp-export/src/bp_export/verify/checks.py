@@ -94,7 +94,7 @@ def pair_places(prompts: Sequence[WitnessPrompt], found: Sequence[Sequence[Mappi
 def name_reference(evidence: Evidence) -> Any:
     """What the numbers are compared with, in words; None without anything."""
     if evidence.computed:
-        return "independent forward pass"
+        return evidence.computed_by
     return "witness" if evidence.witness else None
 
 

@@ -8,10 +8,10 @@ and without a pass over its base, so that the gate stays a third of the export (
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -36,6 +36,33 @@ _LEAST_TOKENS, _MOST_TOKENS = 32, 4096
 _LONG_FACTOR = 2
 """The prompt past the window may cost so many times the rest."""
 _LEAST_REST = 1e-9
+_EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+)
+
+
+Reference: TypeAlias = Literal["independent forward pass", "transformers"]
+
+
+class Computes(Protocol):
+    """What computes a model: `bp_export.verify.forward.Forward`, or transformers in another environment."""
+
+    def compute_logprobs(self, ids: Sequence[int], places: Sequence[int]) -> Floats:
+        """Next-token log-probabilities in nats after each place: (places, vocabulary)."""
+
+
+class References(Protocol):
+    """Opens the merged model and its base in something that computes them; each raises NotCoveredError if it can't."""
+
+    def open_merged(self) -> Computes:
+        """The model with its adapter."""
+
+    def open_base(self) -> Computes:
+        """The model without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +75,14 @@ class Selection:
     """A text past the window; None if there is no window, or the model is too large for it."""
     witness: Witness | None
     why_no_witness: str
-    forward: Forward | None
+    forward: Computes | None
     why_not_computed: str
-    reference: Forward | None
+    reference: Computes | None
     """The base without the adapter, for what the adapter does; None if the witness knows it, or it is too large."""
     is_rounded: bool
     """Whether the merged weights are stored in 16 bits, which rounds what training in float32 changed."""
+    computed_by: Reference = "independent forward pass"
+    """What computes the merged weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +100,19 @@ class Evidence:
     witness: Witness | None
     why_no_witness: str
     why_not_computed: str
-    forward: Forward | None
+    forward: Computes | None
     is_rounded: bool = False
     """As `Selection.is_rounded`."""
+    computed_by: Reference = "independent forward pass"
+    """As `Selection.computed_by`."""
 
 
 def select_evidence(
-    model: FoldedModel, config: Mapping[str, Any], folder: Path | None, texts: Sequence[Sequence[int]]
+    model: FoldedModel,
+    config: Mapping[str, Any],
+    folder: Path | None,
+    texts: Sequence[Sequence[int]],
+    others: References | None = None,
 ) -> Selection:
     """Read the witness if there is one, and choose texts and places that the model's size allows.
 
@@ -86,13 +121,19 @@ def select_evidence(
         config: Its config.json.
         folder: Of the adapter or the trained model, which may hold a witness.
         texts: Token ids to compare on without a witness.
+        others: What computes a model that the forward pass does not know.
     """
     witness, why_no_witness = _read_witness(folder)
     is_rounded = any(info.dtype != "F32" for info in model.tensors.values())
     weights = sum(info.rows * info.columns for info in model.tensors.values())
     budget = int(min(max(WORK / max(1, weights) / (1 if witness else 2), _LEAST_TOKENS), _MOST_TOKENS))
     threads = count_threads(None) if weights > MANY else 1
+    forward: Computes | None
     forward, why_not = _open_forward(config, model, threads)
+    computed_by: Reference = "independent forward pass"
+    if forward is None and others is not None:
+        forward, why_not = _open_other(others.open_merged, why_not)
+        computed_by = "transformers"
     if forward is not None and witness is not None and weights > LARGE and not witness.base.packed:
         forward, why_not = None, "a model of this size is compared with the witness itself: see divergence"
     known = witness.prompts if witness else _choose_places(texts, budget)
@@ -104,8 +145,12 @@ def select_evidence(
     if long is not None and len(long.ids) > _LONG_FACTOR * budget:
         long = None
     has_reference = forward and witness is None and weights <= LARGE and model.changed and not has_other_shapes(model)
-    reference = _open_forward(config, model.without_adapter(), threads)[0] if has_reference else None
-    return Selection(chosen, long, witness, why_no_witness, forward, why_not, reference, is_rounded)
+    reference: Computes | None = None
+    if has_reference:
+        reference = _open_forward(config, model.without_adapter(), threads)[0]
+        if reference is None and others is not None:
+            reference = _open_other(others.open_base, "")[0]
+    return Selection(chosen, long, witness, why_no_witness, forward, why_not, reference, is_rounded, computed_by)
 
 
 def compute_evidence(selection: Selection) -> Evidence:
@@ -121,6 +166,7 @@ def compute_evidence(selection: Selection) -> Evidence:
         why_not_computed=selection.why_not_computed,
         forward=None,
         is_rounded=selection.is_rounded,
+        computed_by=selection.computed_by,
     )
     forward, reference = selection.forward, selection.reference
     if forward is None:
@@ -172,7 +218,7 @@ def cut_prompt(prompt: WitnessPrompt, tokens: int) -> WitnessPrompt:
     )
 
 
-def compute_prompt(forward: Forward, prompt: WitnessPrompt, base: Forward | None = None) -> WitnessPrompt:
+def compute_prompt(forward: Computes, prompt: WitnessPrompt, base: Computes | None = None) -> WitnessPrompt:
     """The forward pass's own likeliest tokens at a prompt's places.
 
     Args:
@@ -191,7 +237,7 @@ def compute_prompt(forward: Forward, prompt: WitnessPrompt, base: Forward | None
     )
 
 
-def compute_rows(forward: Forward, prompts: Sequence[WitnessPrompt]) -> list[dict[int, float]]:
+def compute_rows(forward: Computes, prompts: Sequence[WitnessPrompt]) -> list[dict[int, float]]:
     """By place of all prompts, the forward pass's log-probability of each token that the prompt lists there."""
     rows: list[dict[int, float]] = []
     for prompt in prompts:
@@ -234,6 +280,13 @@ def _open_forward(config: Mapping[str, Any], model: FoldedModel, threads: int) -
         return None, str(error)
 
 
+def _open_other(open_model: Callable[[], Computes], why_not: str) -> tuple[Computes | None, str]:
+    try:
+        return open_model(), ""
+    except NotCoveredError as error:
+        return None, f"{why_not}; {error}" if why_not else str(error)
+
+
 def _choose_places(texts: Sequence[Sequence[int]], budget: int) -> tuple[WitnessPrompt, ...]:
     """Places spread evenly over texts; of few tokens every fourth, since each place is a step of its own."""
     total = min(budget, sum(map(len, texts)))
@@ -247,8 +300,10 @@ def _choose_places(texts: Sequence[Sequence[int]], budget: int) -> tuple[Witness
     )
 
 
-def _join_long(prompts: Sequence[WitnessPrompt], forward: Forward) -> WitnessPrompt | None:
-    """A text past the model's longest window, of the others one after another; None without windows."""
+def _join_long(prompts: Sequence[WitnessPrompt], forward: Computes) -> WitnessPrompt | None:
+    """A text past the model's longest window, of the others one after another; None without known windows."""
+    if not isinstance(forward, Forward):
+        return None
     window = forward.plan.longest_window
     if window is None or window + 32 > forward.plan.context:
         return None
@@ -259,8 +314,9 @@ def _join_long(prompts: Sequence[WitnessPrompt], forward: Forward) -> WitnessPro
 
 
 def _count_tokens(model: FoldedModel) -> int:
-    rows = [info.rows for name, info in model.tensors.items() if name.endswith("embed_tokens.weight")]
-    return max(rows, default=0)
+    """Rows of the embedding; without one of a known name no text is left out."""
+    rows = [info.rows for name, info in model.tensors.items() if name.endswith(_EMBEDDINGS)]
+    return max(rows, default=2**31)
 
 
 def _pick(table: Floats, order: Any) -> tuple[tuple[float, ...], ...]:

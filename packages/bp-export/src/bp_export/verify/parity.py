@@ -44,7 +44,7 @@ from bp_export.verify.checks import (
     render,
     witness_pairs,
 )
-from bp_export.verify.evidence import Evidence, Selection, compute_evidence, select_evidence
+from bp_export.verify.evidence import Evidence, References, Selection, compute_evidence, select_evidence
 from bp_export.verify.probe import read_places
 from bp_export.verify.report import BOUNDS, ParityReport
 from bp_export.verify.window import check_window
@@ -70,6 +70,7 @@ def verify_gguf(
     trained: Path | None = None,
     prompts: Sequence[Messages] | None = None,
     required: bool = False,
+    others: References | None = None,
 ) -> ParityReport:
     """Load a GGUF that was just written, and compare.
 
@@ -84,6 +85,7 @@ def verify_gguf(
         prompts: Conversations to compare on where there is no witness, such as held-out ones; by default ten of the
             package's.
         required: Whether nothing to compare is an error.
+        others: What computes a model that the forward pass does not know.
 
     Raises:
         ParityFailedError: A check failed; ``details`` holds the report. The file stays.
@@ -95,7 +97,7 @@ def verify_gguf(
     begun = time.monotonic()
     encode = load_tokenizer(base, tokenizer)
     texts = [encode(text) for text in _build_texts(plan, prompts)]
-    selection = select_evidence(model, read_config_file(base), trained, texts)
+    selection = select_evidence(model, read_config_file(base), trained, texts, others)
     checks = [check_training(path)]
     # llama.cpp reads in its own process, mostly on one core, while a thread computes what is expected.
     with LlamaServer(path, _count_context(selection)) as served, ThreadPoolExecutor(1, "evidence") as side:

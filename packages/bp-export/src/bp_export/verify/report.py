@@ -40,7 +40,7 @@ class ParityReport:
     """The whole table."""
 
     checks: tuple[ParityCheck, ...]
-    reference: Literal["independent forward pass", "witness"] | None
+    reference: Literal["independent forward pass", "transformers", "witness"] | None
     """What the file was compared with; None if there was nothing."""
     llama_cpp: str | None
     """Version of xllamacpp; None if no file was loaded in llama.cpp."""

@@ -66,6 +66,8 @@ def check_window(
         return judge_nats("window", apart, bound.divergence, note)
     if window > _LONGEST:
         return report_untested("window", f"a text past the window of {window} tokens takes too long")
+    if plan.architecture is None:
+        return report_untested("window", f"no reduced model of this kind with a window of {window} tokens can be built")
     with tempfile.TemporaryDirectory(prefix=".window-", dir=path.parent) as scratch:
         apart = _measure_reduced(Path(scratch), config, decoder, plan, base=base, tokenizer=tokenizer)
     note = f"{apart:.4f} nats past the window of {window} tokens, in a reduced model of the same kind"
@@ -100,7 +102,7 @@ def _measure_reduced(
         )
         write_gguf(written, model, path)
         length = (decoder.longest_window or 0) + _PAST
-        ids = np.random.default_rng(1).integers(0, min(plan.architecture.vocab_size, 2**15), length)
+        ids = np.random.default_rng(1).integers(0, min(len(plan.vocabulary.tokens), 2**15), length)
         places = tuple(range(length - _PLACES, length))
         prompt = WitnessPrompt(kind="long", ids=tuple(map(int, ids)), places=places, tokens=(), logprobs=())
         expected = compute_prompt(Forward(smaller, model), prompt)
