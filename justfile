@@ -92,7 +92,12 @@ ollama-record address:
 
 # The web page in Chromium, which comes from the system: Debian's package chromium.
 ui-browser:
-    uv run --group browser pytest -n 0 packages/backpropagate/tests/test_tool_ui_browser.py
+    uv run --group browser pytest -n 0 -m browser packages/backpropagate/tests/test_tool_ui_browser.py
+
+# The whole story in Chromium on the real small model, with screenshots of every page in the folder named; some minutes.
+# `unshare -rn` gives it an empty network namespace where the system allows that.
+ui-story screenshots="ui-screenshots":
+    UI_SCREENSHOTS={{screenshots}} uv run --group browser pytest -n 0 -m browser packages/backpropagate/tests/test_tool_ui_story.py
 
 # Every public chat template × every kind of chat, judged by transformers, and the handbook's page; two minutes.
 templates:

@@ -96,9 +96,11 @@ def test_what_cannot_be_found_is_told(place, capsys, argv, code):
 DOWNLOAD = """
 import json, sys
 from backpropagate import downloads
+from backpropagate.cli import output
 from backpropagate.cli.app import run
 
 downloads._REPORT_SECONDS = 0.05
+output.ByteLines.every = 0.0
 for words in json.loads(sys.argv[1]):
     print(json.dumps(run(words)), flush=True)
 """

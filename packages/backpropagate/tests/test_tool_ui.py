@@ -210,11 +210,57 @@ def test_the_page_writes_below_home_where_nothing_else_is_said(place, monkeypatc
         ({"auth": "ada:correct horse", "share": True}, "0.0.0.0"),
     ],
 )
-def test_the_page_listens_where_it_is_told_to_and_nowhere_else(spec, listened, place):
+def test_the_page_listens_where_it_is_told_to_and_nowhere_else(spec, listened, place, monkeypatch):
+    monkeypatch.setenv("PATH", str(place / "no programs"))
     with Server.open(UiSpec(port=0, output=("one", "two"), **spec), os.environ, shown=Path("o")) as server:
         assert server.socket.getsockname()[0] == listened
         assert server.to_dict()["output"] == [str(place / "one"), str(place / "two")]
         assert ("unencrypted" in "".join(server.lines())) is ("share" in spec)
+        assert ("safer     ssh -L" in "\n".join(server.lines())) is ("share" in spec)
+
+
+def write_cloudflared(place, monkeypatch, says):
+    """A program of that name first on the path, which says something and waits to be ended."""
+    folder = place / "programs"
+    folder.mkdir(exist_ok=True)
+    (folder / "cloudflared").write_text(f"#!/bin/sh\necho $$ > {place}/pid\necho $* > {place}/words\n{says}\n")
+    (folder / "cloudflared").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the program is a shell script")
+def test_a_shared_page_gets_a_public_address_by_cloudflared(place, monkeypatch):
+    write_cloudflared(place, monkeypatch, "echo 'INF |  https://two-words.trycloudflare.com  |' >&2; exec sleep 60")
+    spec = UiSpec(port=0, share=True, auth="alice:hunter2")
+    with Server.open(spec, os.environ, shown=Path("o")) as server:
+        assert server.socket.getsockname()[0] == "127.0.0.1"
+        assert server.to_dict()["public"] == "https://two-words.trycloudflare.com"
+        assert (place / "words").read_text().split() == ["tunnel", "--no-autoupdate", "--url", server.address]
+        lines = "\n".join(server.lines())
+        assert "  shared    https://two-words.trycloudflare.com, by cloudflared" in lines
+        assert "the password has fewer than 8 characters and is easy to guess" in lines
+        app = build_app(server.spec, server.places)
+        headers = {"x-forwarded-proto": "https", "x-forwarded-for": "203.0.113.9"}
+        page = TestClient(app, base_url="http://two-words.trycloudflare.com", headers=headers, client=("127.0.0.1", 1))
+        answer = page.get("/login")
+        assert answer.status_code == 200
+        assert "secure" in answer.headers["set-cookie"].lower()
+        page.post("/login", data={"token": "x", "name": "alice", "password": "x"})
+        assert '"address":"203.0.113.9"' in (server.places.own / "audit.jsonl").read_text()
+        assert TestClient(app, base_url="http://other.trycloudflare.com").get("/login").status_code == 421
+        pid = int((place / "pid").read_text())
+        os.kill(pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the program is a shell script")
+def test_a_tunnel_that_does_not_open_is_told_with_another_way(place, monkeypatch, capsys):
+    write_cloudflared(place, monkeypatch, "echo 'ERR failed to request quick Tunnel: offline' >&2; exit 1")
+    assert run(["ui", "--share", "--auth", "alice:hunter2", "--port", "0"]) == 2
+    told = capsys.readouterr().err
+    for words in ("[RUNTIME_UI_TUNNEL]", "failed to request quick Tunnel: offline", "ssh -L 7860"):
+        assert words in told
 
 
 def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch, capsys):
@@ -534,6 +580,44 @@ def test_runs_side_by_side(place):
     assert [r["columns"]["step"][-1] for r in found] == [4, 4, 6]
     assert page.get("/compare").status_code == 200
     assert page.get("/compare?" + "&".join(f"run={key}/{i}" for i in range(9))).status_code == 400
+
+
+def shift_losses(run_id, by):
+    """Every recorded loss of a run, changed by some nats."""
+    file = RunStore(Path("output")).folder(run_id) / "metrics.jsonl"
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    changed = [{**e, "loss": e["loss"] + by} if isinstance(e.get("loss"), float) else e for e in events]
+    file.write_text("".join(json.dumps(event) + "\n" for event in changed))
+
+
+def test_runs_are_compared_with_a_baseline_and_with_the_noise_of_the_seed(place):
+    ids = {name: train(sample_prompts=["who?"], **settings).run_id for name, settings in {
+        "base": {"seed": 1}, "again": {"seed": 2}, "better": {"lr": 1e-3, "seed": 1}}.items()}  # fmt: skip
+    for name, by in {"again": 0.02, "better": -0.5}.items():
+        shift_losses(ids[name], by)
+    RunStore(Path("output")).add_artifact(ids["better"], {"kind": "gguf", "quantization": "q8_0", "bytes": 2**21, "parity": {
+        "checks": [{"name": "witness", "result": "failed", "note": ""}]}})  # fmt: skip
+    key, page = key_of(), open_page()
+
+    def table(base, *shown):
+        query = "&".join(f"run={key}/{ids[name]}" for name in shown)
+        text = page.get(f"/compare?{query}&base={key}/{ids[base]}").text
+        rows = {i: text[text.index(f"{i}</code> <span") :] for i in (ids[name] for name in shown)}
+        found = {name: re.search(r'class="delta (\w+)">([+-][\d.]+)', rows[ids[name]].partition("</tr>")[0])
+                 for name in shown}  # fmt: skip
+        return text, {name: match and match.groups() for name, match in found.items()}
+
+    text, deltas = table("base", "better", "again", "base")
+    assert deltas == {"base": None, "again": ("same", "+0.020"), "better": ("better", "-0.500")}
+    assert f"<code>{ids['base'][-6:]}</code> and <code>{ids['again'][-6:]}</code> differ only by seed" in text
+    assert "a difference of 0.020 nats is noise here" in text
+    assert re.search(r'title="training.learning_rate">Learning rate 0.001 <span class="muted">not 0.0002', text)
+    assert re.search(
+        r"<td>gguf q8_0</td><td class=\"figure\">2.0 MiB</td><td><span class=\"status failed\">failed", text
+    )
+    assert text.count("who?") == 1
+    assert table("better", "base", "better")[1] == {"base": ("worse", "+0.500"), "better": None}
+    assert "differ only by seed" not in table("base", "base", "better")[0]
 
 
 # As it happens

@@ -11,12 +11,15 @@ import stat
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import pytest
 from starlette.testclient import TestClient
 
+from backpropagate import Trainer
 from backpropagate.ui import background, login
 from backpropagate.ui.app import build_app
 from backpropagate.ui.background import BackgroundJobs
@@ -25,6 +28,7 @@ from backpropagate.ui.server import Server
 from backpropagate.ui_spec import UiSpec
 from bp_runs.process import is_own_process, process_birth
 from bp_runs.store import RunStore
+from bp_runs.testing import FakeRail
 
 AUTH = "ada:correct horse"
 OWN = "home/ui-outputs"
@@ -174,6 +178,8 @@ def test_a_copied_cookie_ends_with_the_session(place):
     assert copied.get("/runs").status_code == 200
     assert page.post("/logout", data={"token": token_on(page, "/runs")}).status_code == 303
     assert copied.get("/runs").status_code == 303
+    assert audit(place)[-1] | {"at": ""} == {"at": "", "address": "testclient", "user": None, "method": "GET",
+                                             "path": "/runs", "status": 303, "note": "cookie of an ended login"}  # fmt: skip
 
 
 def test_a_login_survives_a_restart_and_so_does_an_open_form(place):
@@ -201,6 +207,7 @@ def test_sessions_end_by_themselves_and_a_polling_tab_keeps_none(place):
     assert last == 200
     now[0] += login.IDLE_SECONDS / 2
     assert page.get("/runs").status_code == 303
+    assert {line["note"] for line in audit(place) if line["method"] == "GET"} == {"cookie of an ended login"}
 
 
 @pytest.mark.parametrize("value", ["", "x", "a.b", "." + "0" * 40, "ada." + "0" * 40, "%00.%00", "é.1"])
@@ -209,6 +216,122 @@ def test_forged_cookies_are_nobody_s(value, place):
     answer = page.get("/runs", headers={"cookie": f"backprop_7860={value}".encode()})
     assert answer.status_code == 303
     assert page.post("/queue/clear", headers={"cookie": f"backprop_7860={value}".encode()}).status_code in (401, 403)
+    assert [line["note"] for line in audit(place)] == (["forged cookie"] * 2 if value else [None])
+
+
+# What a run folder can carry
+
+PAYLOAD = (
+    "<img src=x onerror=\"document.title='pwned'\">{{7*7}}{% raw %}</script><script>1</script>\r\nX-Evil: 1\r\n\r\n"
+)
+PAGES = ("", "/summary", "/points", "/report", "/steps.csv", "/card", "/events")
+OTHERS = ("/", "/home/state", "/runs", "/runs?q=x", "/export", "/merge", "/chat", "/compare?run={key}", "/train?from={key}",
+          "/compare/points?run={key}")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory):
+    """A run's record and events in which every part is there: the card, samples, an export, checkpoints."""
+    output = tmp_path_factory.mktemp("full") / "output"
+    (output.parent / "m").mkdir()
+    (output.parent / "m/config.json").write_text("{}")
+    (output.parent / "m/model.safetensors").write_bytes(b"")
+    rows = [{"prompt": f"who {i}", "completion": f"me {i}"} for i in range(12)]
+    (output.parent / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer = Trainer(str(output.parent / "m"), output=output, rail=FakeRail(), steps=2, lora_r=2, sample_prompts=["a"])
+    done = trainer.multi_run(output.parent / "d.jsonl", runs=2)
+    folder = RunStore(output).folder(done.run_id)
+    record = json.loads((folder / "run.json").read_text())
+    record |= {"title": "t", "note": "n", "tags": ["x"], "error": {"code": "C", "message": "m", "cause": "c", "fix": "f"},
+               "parent": {"run_id": done.run_id, "relation": "from"}, "command": ["backprop", "x"]}  # fmt: skip
+    record["artifacts"].append({"kind": "gguf", "path": "x.gguf", "quantization": "q", "step": 1, "at": "t", "parity": {
+        "summary": "s", "checks": [{"name": "n", "result": "passed", "note": "x"}]}})  # fmt: skip
+    member = RunStore(output).folder(record["result"]["score_card"]["runs"][0])
+    events = [
+        json.loads(line) for file in (folder, member) for line in (file / "metrics.jsonl").read_text().splitlines()
+    ]
+    return record, events
+
+
+def replace_texts(value, keep=()):
+    """Every text, and every key that isn't named, becomes the payload."""
+    if isinstance(value, dict):
+        return {k: v if k in keep else replace_texts(v, keep) for k, v in value.items()} | {PAYLOAD: PAYLOAD}
+    if isinstance(value, list):
+        return [replace_texts(part, keep) for part in value] or [PAYLOAD]
+    return PAYLOAD if isinstance(value, str) else value
+
+
+def write_run(place, record, events):
+    folder = place / "output/runs" / record["run_id"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (folder / "rejected.jsonl").write_text(json.dumps({"row": PAYLOAD, "code": PAYLOAD, "reason": PAYLOAD}) + "\n[1]\n")
+    (place / "output/run_history.json").unlink(missing_ok=True)
+    return f"{sha256(str(place / 'output').encode()).hexdigest()[:8]}/{record['run_id']}"
+
+
+def require_harmless(page, key, paths):
+    for path in paths:
+        answer = page.get(path.format(key=key))
+        assert answer.status_code in (200, 400, 404, 422), (path, answer.status_code, answer.text[-2000:])
+        assert "x-evil" not in answer.headers
+        kind = answer.headers["content-type"]
+        if kind.startswith("text/html"):
+            assert "<img src=x" not in answer.text, path
+            assert "<script>1" not in answer.text, path
+            assert "49{%" not in answer.text, path
+            assert "A mistake in backpropagate" not in answer.text, path
+        else:
+            assert kind.partition(";")[0] in ("application/json", "text/csv", "text/event-stream"), path
+    headers = page.get(f"/runs/{key}").headers
+    assert "script-src 'self'" in headers["content-security-policy"]
+
+
+def test_no_text_of_a_run_folder_becomes_markup_a_template_or_a_header(full_run, place):
+    record, events = full_run
+    page = open_page(UiSpec())
+    # What the store itself goes by stays: without it there is no run to show.
+    for kept in (("run_id", "schema", "status", "kind", "score_card"), ("run_id", "schema", "kind")):
+        key = write_run(place, replace_texts(record, kept), replace_texts(events, ("event", "at")))
+        require_harmless(page, key, [f"/runs/{key}{part}" for part in PAGES] + list(OTHERS))
+
+
+@pytest.mark.parametrize(
+    ("odds", "others"),
+    [((PAYLOAD, [[1]]), ()), pytest.param((5, {"x": {"y": [PAYLOAD]}}, None), ("/runs", "/"), marks=pytest.mark.slow)],
+)
+def test_a_field_of_another_type_is_told_or_left_out(full_run, place, odds, others):
+    """One field after the other is of every other type; a page either shows the run or says what is wrong with it."""
+    record, events = full_run
+    page = open_page(UiSpec())
+    for name in record:
+        for odd in odds:
+            if name in ("run_id", "schema") or type(odd) is type(record[name]):
+                continue
+            key = write_run(place, record | {name: odd}, [])
+            require_harmless(page, key, (f"/runs/{key}", *others))
+    for kind in {event["event"] for event in events}:
+        sample = next(event for event in events if event["event"] == kind)
+        odd = [
+            {**sample, name: value} for name in sample if name != "event" for value in (PAYLOAD, [1], {"x": 1}, None)
+        ]
+        key = write_run(place, record | {"kind": "train"}, odd)
+        require_harmless(page, key, [f"/runs/{key}{part}" for part in ("", "/points", "/report", "/events")])
+
+
+@pytest.mark.parametrize("name", ["a\r\nX-Evil: 1", '"; filename="x.exe', "%2e%2e", "a b", "é", "<b>", "\x00"])
+def test_no_name_of_a_run_leads_out_or_into_a_header(name, place):
+    page = open_page(UiSpec())
+    key = sha256(str(place / "output").encode()).hexdigest()[:8]
+    for part in PAGES:
+        answer = page.get(f"/runs/{key}/{quote(name, safe='')}{part}")
+        assert answer.status_code in (404, 400), (part, answer.status_code)
+        assert "x-evil" not in answer.headers
+        assert "content-disposition" not in answer.headers
+    assert {line["status"] for line in audit(place)} <= {400, 404}
+    assert len(audit(place)) == len(PAGES)
 
 
 def test_private_files_are_private(place):

@@ -1,18 +1,17 @@
 """The web page in Chromium: every page in both themes, with nothing from elsewhere, and a run that moves by itself.
 
-It runs where Chromium and the group ``browser`` are installed: ``uv run --group browser pytest …``.
+`just ui-browser` runs it, where Chromium is installed.
 """
 
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from urllib.parse import urlsplit
 
 import pytest
+from browser import PHONE, find_violations, open_chromium, open_tab, scrolls_sideways, sync_api
 from pico import write_pico_tokenizer
 
 from backpropagate import Trainer
@@ -20,11 +19,7 @@ from bp_runs.events import EvalDone, Notice, StepDone
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-if CHROMIUM is None:
-    pytest.skip("no Chromium is installed", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="the group browser is not installed")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="the group browser is not installed")
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -78,20 +73,8 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chromium():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with open_chromium() as browser:
         yield browser
-        browser.close()
-
-
-def open_tab(chromium, theme="light"):
-    """A tab, and what is wrong with its pages: requests to elsewhere, errors of scripts, messages of the console."""
-    tab = chromium.new_context(color_scheme=theme, viewport={"width": 1240, "height": 900}).new_page()
-    wrong = []
-    tab.on("request", lambda r: urlsplit(r.url).hostname in ("127.0.0.1", None) or wrong.append(r.url))
-    tab.on("pageerror", lambda error: wrong.append(str(error)))
-    tab.on("console", lambda m: m.type in ("error", "warning") and "404" not in m.text and wrong.append(m.text))
-    return tab, wrong
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -108,20 +91,16 @@ def test_every_page_is_whole_accessible_and_from_here(site, chromium, theme):
             tab.wait_for_selector("#h-checked")
         if name == "train":
             tab.wait_for_selector(".verdict", timeout=90_000)
-        for details in tab.query_selector_all("details"):
-            details.evaluate("e => e.open = true")
-        found = axe.Axe().run(tab).response["violations"]
-        told = [(v["id"], [node["target"] for node in v["nodes"]][:3]) for v in found]
-        assert not told, f"{name} in {theme}"
+        assert not find_violations(tab), f"{name} in {theme}"
     assert not wrong
 
 
 def test_no_page_scrolls_sideways_on_a_phone(site, chromium):
     address, _, pages = site
-    tab = chromium.new_context(viewport={"width": 320, "height": 640}).new_page()
+    tab, _ = open_tab(chromium, size=PHONE)
     for name, path in pages.items():
         tab.goto(address + path)
-        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+        assert not scrolls_sideways(tab), name
 
 
 def test_the_form_says_what_fits_and_hides_what_does_not_apply(site, chromium):

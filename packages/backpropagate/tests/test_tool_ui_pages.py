@@ -125,6 +125,22 @@ def test_a_look_is_refused_in_words(page, part, asked, told):
     assert "Traceback" not in answer.text
 
 
+def test_the_unpacked_small_model_may_be_read_from_any_folder(place, monkeypatch, write_letters):
+    """A fresh user starts the page in a folder of data; the model is below the program's home."""
+    monkeypatch.setenv("BACKPROPAGATE_HOME", str(place.parent / "elsewhere"))
+    model = place.parent / "elsewhere/models/SmolLM2"
+    model.parent.mkdir(parents=True)
+    write_letters(model, TEMPLATE)
+    (model / "model.safetensors").write_bytes(b"")
+    app = build_app(UiSpec(), find_places(UiSpec(), os.environ, shown=Path("output")))
+    page = TestClient(app, base_url="http://127.0.0.1:7860")
+    assert str(model) in page.get("/models").text
+    assert 'class="card row"' in page.get("/data/preview", params={"path": "d.jsonl", "model": str(model)}).text
+    for other in (model.parent, model / "..", model.parent / "../x", "/etc"):
+        params = {"path": "d.jsonl", "model": str(other)}
+        assert "INPUT_UI_PATH" in page.get("/data/preview", params=params).text, other
+
+
 def test_nothing_is_fetched_for_a_look_and_bad_numbers_are_told(page):
     asked = {"path": "d.jsonl", "model": "nobody/nothing", "max_seq_length": "many"}
     assert "INPUT_COMMAND_LINE" in page.get("/data/preview", params=asked).text
@@ -273,7 +289,7 @@ def test_a_model_answers_and_votes_become_rows(place, pico_model):
         pair = page.post("/chat/pair", data={"token": token, "target": target, "other": target}).json()["pair"]
         assert "".join(line.get("piece", "") for line in answer(pair=pair, side="right")) == said
         vote = {"token": token, "pair": pair, "better": "left", "prompt": "who", "left": "a", "right": "b"}
-        assert target[6:] in page.post("/chat/vote", data=vote).json()["left"]
+        assert page.post("/chat/vote", data=vote).json()["left"] == pico_model.name
         rows = (place / "home/ui-outputs/preferences.jsonl").read_text()
         assert json.loads(rows) == {"prompt": "who", "chosen": "a", "rejected": "b"}
         assert page.post("/chat/answer", data=ask | {"target": "model//etc"}).status_code == 404

@@ -34,7 +34,8 @@ GateError
 └── MultiRunGateError      RUNTIME_MULTIRUN_GATE     the gate of a multi-run left out every run
 RunFailedError
 ├── MainProcessError       RUNTIME_MAIN_PROCESS      one of several processes trained along, and the main one failed
-└── UiPortError            RUNTIME_UI_PORT           the web page's address cannot be listened on
+├── UiPortError            RUNTIME_UI_PORT           the web page's address cannot be listened on
+└── UiTunnelError          RUNTIME_UI_TUNNEL         cloudflared opened no public address
 DependencyError
 ├── TrackerMissingError    DEP_TRACKER_MISSING       a tracker was named that is not installed
 ├── UiMissingError         DEP_UI_MISSING            the packages of the web page are not installed
@@ -340,6 +341,14 @@ class UiPortError(RunFailedError):
     code = "RUNTIME_UI_PORT"
     when = "The web page can't listen on its address and port. Another program probably uses it."
     default_fix = "Use another port: {do:ui port=7861}"
+
+
+class UiTunnelError(RunFailedError):
+    """The page gets no public address."""
+
+    code = "RUNTIME_UI_TUNNEL"
+    when = "cloudflared, which --share uses if it is installed, did not open a public address."
+    default_fix = "Share by SSH instead, from the other machine: ssh -L 7860:127.0.0.1:7860 user@this-machine"
 
 
 class UiFolderError(UserError):

@@ -20,7 +20,10 @@ class UiSpec:
     auth_file: str | None = setting(
         None, "File whose first line is user:password, which hides it from other users of this machine.", is_path=True
     )
-    share: bool = setting(False, "Listen on every address, so other machines of this network can open the page.")
+    share: bool = setting(
+        False,
+        "Let other machines open the page: over cloudflared if it is installed, else on every address of this one.",
+    )
     open_browser: bool = setting(False, "Open the page in a browser.")
     allowed_hosts: tuple[str, ...] = setting((), "More host names to answer to, such as a proxy's.")
     trusted_proxies: tuple[str, ...] = setting(

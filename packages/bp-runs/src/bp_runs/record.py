@@ -215,10 +215,19 @@ def parse_record(data: Any, file: Path, run_id: str) -> RunRecord:
         raise RecordInvalidError(f"{file} is not the record of the run {run_id}")
     found = {k: v for k, v in migrate(data).items() if k in shape}
     for name, value in found.items():
-        if not isinstance(value, shape[name]) and name not in _OPTIONAL:
-            raise RecordInvalidError(f"{file}: {name} is {value!r}, not a {shape[name].__name__}")
+        wanted = _OPTIONAL.get(name, shape[name])
+        if not isinstance(value, wanted) and not (value is None and name in _OPTIONAL):
+            raise RecordInvalidError(f"{file}: {name} is {value!r}, not a {wanted.__name__}")
+    for name, part in _PARTS.items():
+        parts = found.get(name) or ()
+        inner = parts.values() if isinstance(parts, dict) else parts
+        if not all(isinstance(value, part) for value in inner):
+            raise RecordInvalidError(f"{file}: {name} holds something that is not a {part.__name__}")
     return RunRecord(**found)
 
 
 _SHAPE = RunRecord(run_id="")
-_OPTIONAL = ("ended_at", "error", "parent", "process_started")
+_PARTS = {"settings": dict, "versions": str, "sessions": dict, "artifacts": dict, "tags": str, "command": str}
+"""What the values of some fields are; whoever reads a record may go by it."""
+_OPTIONAL = {"ended_at": str, "error": dict, "parent": dict, "process_started": str}
+"""Fields that may be null."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 import bp_export
 from backpropagate.adapter_lookup import find_adapter
 from backpropagate.cli.flags import Json, output_folder, with_options
-from backpropagate.cli.output import print_json
+from backpropagate.cli.output import ByteLines, print_json
 from backpropagate.exporting import ExportResult, export_adapter, plan_export
 from bp_export.cli.options import EXPORT, read_values
 
@@ -28,8 +28,12 @@ def _export(adapter: str | None = None, *, json: Json = False, **typed: Any) -> 
     values = read_values(EXPORT, typed)
     if values.pop("dry_run"):
         return _print_plan(plan_export(folder, **values), as_json=json)
-    with _ByteProgress(is_shown=sys.stdout.isatty() and not json) as bar:
-        result = export_adapter(folder, **values, progress=bar)
+    if sys.stdout.isatty() and not json:
+        with _ByteProgress() as bar:
+            result = export_adapter(folder, **values, progress=bar)
+    else:
+        lines = ByteLines(end="comparing the file with the trained model")
+        result = export_adapter(folder, **values, progress=lines)
     if json:
         print_json("export", result.to_dict())
     else:
@@ -85,11 +89,11 @@ def _print_result(result: ExportResult, folder: Path) -> None:
 class _ByteProgress:
     """A progress bar over bytes written."""
 
-    def __init__(self, *, is_shown: bool) -> None:
+    def __init__(self) -> None:
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("  export  "), BarColumn(bar_width=24), DownloadColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, transient=True, disable=not is_shown)
+        self._progress = Progress(*columns, transient=True)
         self._task = self._progress.add_task("export", total=None)
 
     def __call__(self, done: int, total: int) -> None:

@@ -44,7 +44,7 @@ from backpropagate.ui.pages import (
 from backpropagate.ui.render import HERE, show
 from backpropagate.ui.security import UPLOAD_PATH, Gate, LoginGate, comes_from_us, session_of
 from backpropagate.ui_spec import UiSpec
-from bp_runs.errors import CodedError, RunNotFoundError, UserError
+from bp_runs.errors import CodedError, RecordInvalidError, RunNotFoundError, UserError
 from bp_runs.redact import redact
 
 _FORM_SECONDS = 20.0  # in which a form must have arrived
@@ -102,6 +102,7 @@ def build_routes() -> list[Route | Mount]:
         Route("/settings", home.show_settings),
         Route("/chat", chat.show_chat),
         change("/chat/answer", chat.answer),
+        Route("/chat/ollama", chat.find_in_ollama),
         change("/chat/pair", chat.hide),
         change("/chat/vote", chat.vote),
         Route("/multi-run", combine.show_multi_run),
@@ -138,6 +139,7 @@ def build_routes() -> list[Route | Mount]:
         change(UPLOAD_PATH, data.upload, max_files=1, seconds=_UPLOAD_SECONDS),
         Route("/export", exports.show_exports),
         change("/export", exports.start),
+        Route("/export/plan", exports.show_plan),
         Route("/models", models.show_models),
         change("/models/download", models.download),
         change("/models/remove", models.remove),
@@ -219,7 +221,16 @@ def _log_out(request: Request, _form: FormData) -> Response:
 def _tell_coded(request: Request, error: Exception) -> Response:
     assert isinstance(error, CodedError)  # noqa: S101  # Starlette calls it for no other
     missing = isinstance(error, UiPathError | RunNotFoundError | JobNotFoundError)
-    status = 404 if missing else 400 if isinstance(error, UserError) else 500
+    # A record that can't be read is no fault of the server: 422.
+    status = (
+        404
+        if missing
+        else 400
+        if isinstance(error, UserError)
+        else 422
+        if isinstance(error, RecordInvalidError)
+        else 500
+    )
     request.scope["audit_note"] = error.code
     return show(request, "error.html", status=status, title=redact(error.message), error=error.to_dict())
 

@@ -2,8 +2,8 @@
 
     <own>/audit.jsonl    {"at", "address", "user", "method", "path", "status", "note"}, one line each
 
-It has every request that changes something, every login and every rejection. Queries and forms are left out, since they
-can hold secrets.
+It has every request that changes something, every login, every rejection, and every cookie that is forged or whose
+login has ended. Queries and forms are left out, since they can hold secrets.
 """
 
 from __future__ import annotations

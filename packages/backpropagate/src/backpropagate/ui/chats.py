@@ -33,6 +33,12 @@ class Target:
     label: str
     words: tuple[str, ...]
     """Arguments of the worker."""
+    group: str = "Trained"
+    """What it stands under in the list: ``Trained``, ``Checkpoints``, ``Exported``, ``In Ollama``, ``Base models``."""
+    run: str = ""
+    """Of an adapter and its checkpoints, the key of their run."""
+    base: str = ""
+    """Of an adapter, the key of the base model it was trained from, if that is on this machine."""
 
 
 @dataclass(slots=True)
@@ -58,6 +64,8 @@ class Chats:
         self._own = own
         self._workers: OrderedDict[str, _Worker] = OrderedDict()
         self.pairs: OrderedDict[str, Pair] = OrderedDict()
+        self.ollama: tuple[Target, ...] = ()
+        """Models that Ollama had when it was asked last."""
 
     async def answer(self, target: Target, messages: Sequence[dict[str, str]], max_tokens: int) -> AsyncIterator[bytes]:
         """Lines of JSON as the worker writes them, see `backpropagate.cli.chat_worker`."""

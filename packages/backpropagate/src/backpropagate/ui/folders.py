@@ -87,10 +87,12 @@ class Places:
     """Output folders of others."""
     readable: tuple[Path, ...]
     """Data files and models are read from here."""
+    models: Path | None = None
+    """Where the program keeps models that it unpacked; they may be read, wherever the page was started."""
 
     def outputs(self) -> list[Output]:
         """Every output folder that is shown: those named, and the page's own that have runs."""
-        made = sorted(folder for folder in _folders(self.own) if runs_folder(folder).is_dir())
+        made = sorted(folder for folder in own_folders(self.own) if runs_folder(folder).is_dir())
         return [_output(path, is_own=False) for path in self.shown] + [_output(path, is_own=True) for path in made]
 
     def find(self, key: str) -> Output:
@@ -157,6 +159,8 @@ def require_readable_name(places: Places, text: str) -> None:
         return
     if looks_like_hub_name(text) and not path_exists(to_path(text)):
         return
+    if places.models is not None and _resolve(to_path(text)).parent == places.models:
+        return
     places.require_readable(text)
 
 
@@ -179,6 +183,7 @@ def find_places(spec: UiSpec, environ: Mapping[str, str], *, shown: Path) -> Pla
         own,
         tuple(dict.fromkeys(_resolve(path) for path in others)),
         tuple(dict.fromkeys(_resolve(path) for path in readable)),
+        _resolve(program_home(environ) / "models"),
     )
 
 
@@ -219,7 +224,8 @@ def _output(path: Path, *, is_own: bool) -> Output:
     return Output(sha256(str(path).encode()).hexdigest()[:_KEY_DIGITS], path, is_own)
 
 
-def _folders(parent: Path) -> list[Path]:
+def own_folders(parent: Path) -> list[Path]:
+    """The page's output folders: those whose names its forms could give."""
     try:
         with os.scandir(parent) as entries:
             return [parent / e.name for e in entries if e.is_dir(follow_symlinks=False) and _NAME.fullmatch(e.name)]

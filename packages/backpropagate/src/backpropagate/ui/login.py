@@ -95,6 +95,8 @@ class Sessions:
         self._clock = clock
         self._logins = self._load()
         """By hash of the session's id: user, beginning and last use; the ids themselves are on no disk."""
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        """Hashes of logins that ended while this server ran: whoever still comes with one is noted."""
 
     def layer(self, app: ASGIApp) -> ASGIApp:
         """``app`` behind the sessions."""
@@ -104,7 +106,7 @@ class Sessions:
                 await app(scope, receive, send)
                 return
             given = cookie_parser(Headers(scope=scope).get("cookie", "")).get(self._cookie, "")
-            scope["session"] = session = self._open(given, scope["path"])
+            scope["session"] = session = self._open(given, scope)
 
             async def send_cookie(message: Message) -> None:
                 if message["type"] == "http.response.start":
@@ -131,19 +133,24 @@ class Sessions:
     def log_out(self, session: Session) -> Session:
         """End a session, and every copy of its cookie; returns a new one of nobody."""
         if self._logins.pop(_hash(session.id), None):
-            self._save()
+            self._note_end(_hash(session.id))
         return self._make(secrets.token_urlsafe(24), None)
 
     def is_valid(self, session: Session) -> bool:
         """Whether the session still is what it was when its request came: for answers that take long."""
         return session.user is None or self._user(session.id) == session.user
 
-    def _open(self, given: str, path: str) -> Session:
+    def _open(self, given: str, scope: Scope) -> Session:
+        """The session of a cookie's value; the audit log hears of one that is forged, or of a login that has ended."""
         session_id, _, signature = given.partition(".")
-        if not session_id or not hmac.compare_digest(signature, self._sign("cookie", session_id)):
+        if not session_id or not hmac.compare_digest(signature.encode(), self._sign("cookie", session_id).encode()):
+            if given:
+                scope["audit_note"] = "forged cookie"
             return self._make(secrets.token_urlsafe(24), None)
         user = self._user(session_id)
-        if user is not None and not path.endswith(POLLED):
+        if user is None and _hash(session_id) in self._ended:
+            scope["audit_note"] = "cookie of an ended login"
+        if user is not None and not scope["path"].endswith(POLLED):
             name, begun, _ = self._logins[_hash(session_id)]
             self._logins[_hash(session_id)] = (name, begun, self._clock())
         return self._make(session_id, user)
@@ -156,9 +163,15 @@ class Sessions:
         now = self._clock()
         if now - begun > SESSION_SECONDS or now - used > IDLE_SECONDS:
             del self._logins[_hash(session_id)]
-            self._save()
+            self._note_end(_hash(session_id))
             return None
         return user
+
+    def _note_end(self, hashed: str) -> None:
+        self._ended[hashed] = None
+        while len(self._ended) > _MOST_LOGINS:
+            self._ended.popitem(last=False)
+        self._save()
 
     def _make(self, session_id: str, user: str | None) -> Session:
         return Session(session_id, user, self._sign("form", session_id))

@@ -160,7 +160,7 @@ class Gate:
         async def send_noted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 status = int(message["status"])
-                if scope["method"] not in SAFE_METHODS or status >= _REFUSED:
+                if scope["method"] not in SAFE_METHODS or status >= _REFUSED or scope.get("audit_note"):
                     await asyncio.to_thread(self._audit.write, scope, status)
             await send(message)
 

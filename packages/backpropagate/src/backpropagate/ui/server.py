@@ -6,17 +6,18 @@ import asyncio
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from backpropagate.errors import UiPortError
+from backpropagate.errors import UiPortError, UiTunnelError
 from backpropagate.ui.app import build_app
 from backpropagate.ui.folders import Places, find_places
 from backpropagate.ui.security import SHORT_PASSWORD, is_loopback, read_auth, require_guarded
+from backpropagate.ui.tunnel import Tunnel, find_tunnel
 from backpropagate.ui_spec import UiSpec
 from bp_runs.files import require_folder
 
@@ -53,6 +54,7 @@ class Server:
     spec: UiSpec
     places: Places
     socket: socket.socket
+    tunnel: Tunnel | None = None
     _running: uvicorn.Server | None = None
 
     @classmethod
@@ -68,13 +70,29 @@ class Server:
             UiAuthError: Others would see the page without a password; nothing listens then.
             UiFolderError: The page would write where nothing of ours belongs.
             UiPortError: The address cannot be listened on.
+            UiTunnelError: `cloudflared` is installed and opens no public address.
             OutputNotWritableError: Nothing can be written where the page writes.
         """
         spec = read_auth(spec)
         require_guarded(spec)
         places = find_places(spec, environ, shown=shown)
         require_folder(places.own)
-        return cls(spec, places, _listen(spec))
+        if not spec.share or find_tunnel() is None:
+            return cls(spec, places, _listen(spec))
+        return cls._open_tunnel(replace(spec, share=False), places)
+
+    @classmethod
+    def _open_tunnel(cls, spec: UiSpec, places: Places) -> Self:
+        """Listen on this machine alone; `cloudflared` leads others here, encrypted, and says who they are."""
+        server = cls(spec, places, _listen(spec))
+        try:
+            server.tunnel = Tunnel.open(server.address)
+        except UiTunnelError:
+            server.socket.close()
+            raise
+        hosts = (*spec.allowed_hosts, server.tunnel.host)
+        server.spec = replace(spec, allowed_hosts=hosts, trusted_proxies=(*spec.trusted_proxies, "127.0.0.1", "::1"))
+        return server
 
     @property
     def address(self) -> str:
@@ -87,8 +105,15 @@ class Server:
         """What the command prints."""
         shown = ", ".join(map(str, self.places.shown))
         lines = [f"  open      {self.address}", f"  shows     {shown}", f"  writes    {self.places.own}"]
+        port = self.socket.getsockname()[1]
+        if self.tunnel is not None:
+            lines.append(
+                f"  shared    {self.tunnel.address}, by cloudflared, for whoever has the address and the password"
+            )
         if self.spec.share or not is_loopback(self.spec.host):
-            lines.append(f"  shared    as http://{socket.gethostname()}:{self.socket.getsockname()[1]}, unencrypted")
+            name = socket.gethostname()
+            lines.append(f"  shared    as http://{name}:{port}, unencrypted")
+            lines.append(f"  safer     ssh -L {port}:127.0.0.1:{port} {name}, without --share; or install cloudflared")
         if self.spec.auth and len(self.spec.auth.partition(":")[2]) < SHORT_PASSWORD:
             lines.append(f"  warning   the password has fewer than {SHORT_PASSWORD} characters and is easy to guess")
         return [*lines, "  close     Ctrl-C; running jobs continue"]
@@ -101,6 +126,7 @@ class Server:
             "output_dir": str(self.places.own),
             "output": [str(path) for path in self.places.shown],
             "auth": self.spec.auth is not None,
+            "public": self.tunnel.address if self.tunnel is not None else None,
         }
 
     def run(self) -> None:
@@ -132,6 +158,8 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.tunnel is not None:
+            self.tunnel.close()
         self.socket.close()
 
 

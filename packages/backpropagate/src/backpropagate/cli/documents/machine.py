@@ -63,13 +63,16 @@ class Doctor(TypedDict):
 
 
 class Ui(TypedDict):
-    """`backprop ui`, once it can be opened; output_dir: where it writes; output: folders of runs that it shows."""
+    """`backprop ui`, once it can be opened; output_dir: where it writes; output: folders of runs that it shows; public:
+    the address of cloudflared, null without one.
+    """
 
     address: str
     pid: int
     output_dir: str
     output: list[str]
     auth: bool
+    public: str | None
 
 
 class ErrorRow(TypedDict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,15 +11,17 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from backpropagate.keywords import QuantizationName
-from backpropagate.ui.folders import Places
+from backpropagate.ui.folders import Places, own_folders
 from backpropagate.ui.render import show
+from backpropagate.ui.subcommand import AnswerError, ask
 from bp_export.cli.options import FORMAT_NAMES
 from bp_runs.adapter import CONFIG_FILE
 from bp_runs.errors import CodedError, InvalidSettingError, RecordInvalidError
-from bp_runs.paths import ADAPTER_NAME, MODEL_NAME
+from bp_runs.paths import ADAPTER_NAME, MODEL_NAME, runs_folder
 from bp_runs.redact import redact_data
 
 FOLDER = "exports"
+_PLAN_SECONDS = 60
 _LOOKED_AT = 100
 """Newest runs of each folder whose files are shown."""
 _OWN_FILES = ("adapter", "model")
@@ -38,6 +41,7 @@ def _page(request: Request, filled: dict[str, str], error: CodedError | None = N
         request,
         "export.html",
         sources=sources,
+        merged=find_merged(site.places),
         exported=exported,
         filled=filled,
         formats=_FORMATS,
@@ -84,6 +88,29 @@ def weights_of(run: Path) -> Path | None:
     return run / MODEL_NAME if (run / MODEL_NAME / "config.json").is_file() else None
 
 
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """An adapter that the page's form merged: it belongs to no run."""
+
+    name: str
+    folder: Path
+
+    @property
+    def key(self) -> str:
+        """Stands for it in forms."""
+        return f"merged/{self.name}"
+
+
+def find_merged(places: Places) -> list[MergedAdapter]:
+    """The merged adapters in the page's own folder, newest first."""
+    found = [
+        MergedAdapter(folder.name, folder / ADAPTER_NAME)
+        for folder in own_folders(places.own)
+        if (folder / ADAPTER_NAME / CONFIG_FILE).is_file() and not runs_folder(folder).is_dir()
+    ]
+    return sorted(found, key=lambda merged: merged.folder.stat().st_mtime, reverse=True)
+
+
 def start(request: Request, form: FormData) -> Response:
     """Start the export; what is wrong is shown above the form."""
     site = request.app.state.site
@@ -96,6 +123,17 @@ def start(request: Request, form: FormData) -> Response:
     return RedirectResponse(f"/jobs/{job.id}", 303)
 
 
+def show_plan(request: Request) -> Response:
+    """How large the export will be, how much room there is, and about how long it takes; a part of the form."""
+    filled = dict(request.query_params)
+    try:
+        words = _words(request.app.state.site.places, filled)
+        found = ask([*words, "--dry-run"], seconds=_PLAN_SECONDS)
+    except (AnswerError, CodedError) as error:
+        return show(request, "parts/export_plan.html", plan=None, message=error.message)
+    return show(request, "parts/export_plan.html", plan=found)
+
+
 def _words(places: Places, filled: dict[str, str]) -> list[str]:
     """The command, with a target in the page's own folder.
 
@@ -103,12 +141,7 @@ def _words(places: Places, filled: dict[str, str]) -> list[str]:
         UiPathError, RunNotFoundError: There is no such run.
         InvalidSettingError: A word that the form does not offer, or a run without an adapter.
     """
-    key, _, run_id = filled.get("source", "").partition("/")
-    store = places.find(key).store
-    run_id = store.find(run_id)
-    weights = weights_of(store.folder(run_id))
-    if weights is None:
-        raise InvalidSettingError(f"the run {run_id} has left no adapter", fix="Choose another run.")
+    weights, run_id = _find_source(places, filled.get("source", ""))
     format, quantization = filled.get("format", "gguf"), filled.get("quantization", "q4_k_m")
     if format not in _FORMATS or quantization not in get_args(QuantizationName):
         raise InvalidSettingError(f"there is no export {format} {quantization}", fix="Choose one of the form's.")
@@ -119,3 +152,22 @@ def _words(places: Places, filled: dict[str, str]) -> list[str]:
     if ollama := filled.get("ollama_name", "").strip():
         words.append(f"--ollama-name={ollama}")
     return [*words, "--force"] if filled.get("force") else words
+
+
+def _find_source(places: Places, source: str) -> tuple[Path, str]:
+    """The weights of a form's ``source``, and what their exports are named after.
+
+    Raises:
+        UiPathError, RunNotFoundError: There is no such run.
+        InvalidSettingError: It has left no adapter.
+    """
+    merged = next((m for m in find_merged(places) if m.key == source), None)
+    if merged is not None:
+        return merged.folder, merged.name
+    key, _, run_id = source.partition("/")
+    store = places.find(key).store
+    run_id = store.find(run_id)
+    weights = weights_of(store.folder(run_id))
+    if weights is None:
+        raise InvalidSettingError(f"the run {run_id} has left no adapter", fix="Choose another run.")
+    return weights, run_id

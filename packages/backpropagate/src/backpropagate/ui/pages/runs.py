@@ -177,13 +177,20 @@ def _summary(request: Request, output: Output, record: RunRecord, series: RunSer
         "proof": _proof(record, series, record.describe_rows()),
         "evals": series.evals,
         "samples": _samples(series.samples),
-        "notices": redact_data(series.notices),
+        "notices": _last_of_each(redact_data(series.notices), "message"),
+        "files": _last_of_each(RunRecord(**record.to_dict()).artifacts, "path"),
         "can_stop": CAN_STOP and record.host == platform.node(),
         "is_asked": request.app.state.site.jobs.is_asked(record),
         "has_card": find_scorecard(record, series.notices) is not None,
         "members": [row for row in output.store.list_runs() if row["parent"] == record.run_id][::-1],
         "go_on": render(resume_line(record.run_id, output.path)) if can_resume else None,
     }
+
+
+def _last_of_each(found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Without those that a later one has repeated: a resumed run says and writes some things again."""
+    last = {str(one.get(name)): place for place, one in enumerate(found)}
+    return [one for place, one in enumerate(found) if last[str(one.get(name))] == place]
 
 
 def _samples(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

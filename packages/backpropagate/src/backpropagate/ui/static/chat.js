@@ -15,6 +15,55 @@
   let pair = null;
   let last = null;
 
+  /** The chosen model's key: of a run, what its slider is at. */
+  const chosen = (name) => {
+    const select = form.elements[name];
+    const slider = select.closest(".model-choice").querySelector('input[type="range"]');
+    const steps = stepsOf(select);
+    return steps ? steps[Number(slider.value)][0] : select.value;
+  };
+  const stepsOf = (select) => {
+    const steps = JSON.parse(select.selectedOptions[0]?.dataset.steps ?? "[]");
+    return steps.length > 1 ? steps : null;
+  };
+
+  /** A slider from the base model over the checkpoints to the adapter, for a run that has some. */
+  function showSlider(place, wanted) {
+    const steps = stepsOf(place.querySelector("select"));
+    const label = place.querySelector(".steps");
+    label.hidden = !steps;
+    if (!steps) return;
+    const slider = label.querySelector("input");
+    slider.max = steps.length - 1;
+    const found = steps.findIndex(([key]) => key === wanted);
+    slider.value = found < 0 ? steps.length - 1 : found;
+    tellStep(place);
+  }
+
+  function tellStep(place) {
+    const slider = place.querySelector(".steps input");
+    const [, label] = stepsOf(place.querySelector("select"))[Number(slider.value)];
+    place.querySelector("output").value = label;
+    slider.setAttribute("aria-valuetext", label);
+  }
+
+  for (const place of form.querySelectorAll(".model-choice")) {
+    showSlider(place, place.dataset.chosen);
+    place.querySelector("select").addEventListener("change", () => showSlider(place));
+    place.querySelector(".steps input").addEventListener("input", () => tellStep(place));
+  }
+
+  fetch("/chat/ollama").then((answer) => (answer.ok ? answer.json() : [])).then((models) => {
+    if (!models.length) return;
+    for (const select of form.querySelectorAll("select")) {
+      const group = document.createElement("optgroup");
+      group.label = "In Ollama";
+      for (const { key, label } of models) group.append(new Option(label, key));
+      select.querySelector('optgroup[label="In Ollama"]')?.remove();
+      select.append(group);
+    }
+  });
+
   const post = (path, fields) => fetch(path, { method: "POST", body: new URLSearchParams({ token, ...fields }) });
 
   function say(role, text, place = talk) {
@@ -54,12 +103,12 @@
     say("user", text);
     messages.push({ role: "user", content: text });
     const box = say("assistant", "…");
-    const said = await stream({ target: form.elements.target.value, messages: JSON.stringify(messages) }, box);
+    const said = await stream({ target: chosen("target"), messages: JSON.stringify(messages) }, box);
     messages.push({ role: "assistant", content: said });
   }
 
   async function answerTwo(text) {
-    if (!pair) pair = (await (await post("/chat/pair", { target: form.elements.target.value, other: form.elements.other.value })).json()).pair;
+    if (!pair) pair = (await (await post("/chat/pair", { target: chosen("target"), other: chosen("other") })).json()).pair;
     const boxes = {};
     talk.replaceChildren();
     for (const side of ["left", "right"]) {

@@ -122,8 +122,8 @@ function makeTabs() {
       if (by) choose((i + by + panels.length) % panels.length, true);
     });
   });
-  const target = location.hash && document.getElementById(location.hash.slice(1));
-  choose(Math.max(0, panels.findIndex((panel) => panel === target || panel.contains(target))));
+  const target = document.getElementById(location.hash.slice(1));
+  choose(Math.max(0, panels.findIndex((panel) => panel === target || (target !== null && panel.contains(target)))));
 }
 makeTabs();
 prepare(document);
