@@ -38,12 +38,34 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-3b": _shape("llama", 128256, 3072, 8192, 28, 24, 8, tied=True, head_dim=128),
     "phi-4-mini": _shape("phi3", 200064, 3072, 8192, 32, 24, 8, tied=True),
     "mistral-7b": _shape("mistral", 32768, 4096, 14336, 32, 32, 8, tied=False, head_dim=128, sliding_window=None),
+    "pico-moe": _shape(
+        "qwen3_moe", 512, 64, 128, 2, 4, 2, tied=False, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=32, norm_topk_prob=True,
+    ),
+    "pico-gpt-oss": _shape(
+        "gpt_oss", 512, 64, 64, 2, 4, 2, tied=False, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
+        sliding_window=32,
+    ),
+    "qwen3-30b-a3b": _shape(
+        "qwen3_moe", 151936, 2048, 6144, 48, 32, 4, tied=False, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, norm_topk_prob=True,
+    ),
+    "gpt-oss-20b": _shape(
+        "gpt_oss", 201088, 2880, 2880, 24, 64, 8, tied=False, head_dim=64, num_local_experts=32, num_experts_per_tok=4,
+        sliding_window=128,
+    ),
     "qwen2.5-7b": _shape("qwen2", 152064, 3584, 18944, 28, 28, 4, tied=False),
 }  # fmt: skip
 
 
-def write_model(folder: Path, shape: str) -> Path:
-    """A model of the given shape: random bfloat16 weights, a small byte-level tokenizer with ChatML's special tokens."""
+def write_model(folder: Path, shape: str, **changes: Any) -> Path:
+    """A model of the given shape: random bfloat16 weights, a small byte-level tokenizer with ChatML's special tokens.
+
+    Args:
+        folder: Where it goes.
+        shape: A name of `SHAPES`.
+        changes: Sizes that differ from the shape's, such as ``num_hidden_layers``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -58,7 +80,10 @@ def write_model(folder: Path, shape: str) -> Path:
     core.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}))
     torch.manual_seed(0)
-    kind, sizes = SHAPES[shape]["model_type"], {k: v for k, v in SHAPES[shape].items() if k != "model_type"}
+    kind, sizes = (
+        SHAPES[shape]["model_type"],
+        {k: v for k, v in {**SHAPES[shape], **changes}.items() if k != "model_type"},
+    )
     config = transformers.AutoConfig.for_model(kind, **sizes)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -15,7 +15,7 @@ from bp_merge import write_tensors
 FILE = Path(__file__).with_name("golden_models.json")
 ROWS = 320  # of the embedding
 QUANTIZATIONS = ("bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k")
-MORE = ("f16", "q3_k_m")
+MORE = ("f16", "q3_k_m", "mxfp4")
 """For mixtures of experts also these: their rules differ there."""
 
 # transformers' class, and what its config is told beside COMMON.
@@ -61,6 +61,22 @@ MODELS = {
             "norm_topk_prob": True,
             "tie_word_embeddings": False,
         },
+    ),
+    "qwen2moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 8, "sliding_window": None, "tie_word_embeddings": False}),
+    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
+    "gpt-oss": (
+        "GptOss",
+        {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},
     ),
     "qwen35": ("Qwen3_5", _DELTA),
     "phi3": ("Phi3", {}),
@@ -108,7 +124,8 @@ def write_model(folder: Path, name: str) -> Path:
     lora.mkdir()
     pairs = {}
     for tensor, shape in stored["tensors"].items():
-        if "proj" in tensor and len(shape) == 2:
+        # PEFT converts adapters of single experts for most models, and drops those of Qwen2-MoE.
+        if tensor.endswith("proj.weight") and len(shape) == 2 and not (name == "qwen2moe" and ".experts." in tensor):
             stem = f"base_model.model.{tensor.removesuffix('.weight')}"
             pairs[f"{stem}.lora_A.weight"], pairs[f"{stem}.lora_B.weight"] = (
                 draw(raw, (8, shape[1])),

@@ -179,7 +179,7 @@ def hash_plain(folder: Path, name: str, quantize) -> dict[str, str]:
     )
     export_adapter(base, quantization="bf16", output=plain, force=True)
     hashes = {"bf16": hash_tensors(plain)}
-    for asked in (each for each in QUANTIZATIONS.values() if not each.is_float):
+    for asked in (each for each in QUANTIZATIONS.values() if not each.is_float and each.name != "mxfp4"):
         export_adapter(base, quantization=asked.name, output=ours, force=True)
         quantize(plain, theirs, asked.name)
         assert ours.read_bytes() == theirs.read_bytes(), (name, asked.name)

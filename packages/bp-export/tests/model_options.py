@@ -20,6 +20,9 @@ FAMILIES = {
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "qwen3-moe": "Qwen3Moe",
+    "qwen2-moe": "Qwen2Moe",
+    "olmoe": "Olmoe",
+    "gpt-oss": "GptOss",
     "qwen35": "Qwen3_5",
     "phi3": "Phi3",
     "smollm3": "SmolLM3",
@@ -47,7 +50,19 @@ ROPES = {
         "original_max_position_embeddings": 64,
     },
 }
-_MANY_ROPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "mixtral", "qwen3-moe")
+_MANY_ROPES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "granite",
+    "mixtral",
+    "qwen3-moe",
+    "qwen2-moe",
+    "olmoe",
+    "gpt-oss",
+)
 
 
 def draw_options(family: str, seed: int) -> dict:
@@ -76,7 +91,7 @@ def draw_options(family: str, seed: int) -> dict:
 def _head_width(family: str, pick) -> dict:
     return (
         {"head_dim": pick(16, 32)}
-        if family in ("llama", "mistral", "mixtral", "qwen3", "qwen3-moe", "gemma2", "gemma3")
+        if family in ("llama", "mistral", "mixtral", "qwen3", "qwen3-moe", "gpt-oss", "gemma2", "gemma3")
         else {}
     )
 
@@ -162,6 +177,25 @@ _OWN = {
         "norm_topk_prob": pick(True, False),
         "decoder_sparse_step": pick(1, 2),
         "mlp_only_layers": pick([], [0]),
+    },
+    "qwen2-moe": lambda pick: {
+        "num_experts": 4,
+        "num_experts_per_tok": pick(1, 2),
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": pick(32, 64),
+        "norm_topk_prob": pick(True, False),
+        "decoder_sparse_step": pick(1, 2),
+        "qkv_bias": pick(True, False),
+    },
+    "olmoe": lambda pick: {"num_experts": 4, "num_experts_per_tok": pick(1, 2), "norm_topk_prob": pick(True, False)},
+    "gpt-oss": lambda pick: {
+        "num_local_experts": 4,
+        "num_experts_per_tok": pick(1, 2),
+        "sliding_window": 12,
+        "swiglu_limit": pick(7.0, 2.0),
+        "swiglu_alpha": pick(1.702, 1.0),
+        "attention_bias": pick(True, False),
+        "layer_types": pick(None, ["full_attention", "sliding_attention"] * 2),
     },
     "qwen35": _delta,
     "phi3": _phi3,

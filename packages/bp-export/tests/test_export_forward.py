@@ -12,7 +12,7 @@ from model_options import FAMILIES, build_model, draw_options  # noqa: E402
 
 from bp_export.verify.decoder import NotCoveredError  # noqa: E402
 from bp_export.verify.forward import Forward  # noqa: E402
-from bp_merge import FoldedModel, TensorReader, read_model_index  # noqa: E402
+from bp_merge import FoldedModel, open_model  # noqa: E402
 
 IDS = np.random.default_rng(0).integers(3, 320, 40).tolist()
 
@@ -27,7 +27,7 @@ def save(folder, family, options):
 
 def compute(folder, ids=IDS):
     config = json.loads((folder / "config.json").read_bytes())
-    with FoldedModel(TensorReader(read_model_index(folder))) as model:
+    with FoldedModel(open_model(folder)) as model:
         return Forward(config, model).compute_logprobs(ids, range(len(ids)))
 
 

@@ -32,6 +32,11 @@ CASES = [
     ("gemma3_text", {}),
     ("olmo2", {}),
     ("qwen3_5_text", {"head_dim": 64, "tie_word_embeddings": True}),
+    ("qwen3_moe", {"head_dim": 32, "num_experts": 6, "moe_intermediate_size": 96}),
+    ("qwen2_moe", {"num_experts": 6, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 160}),
+    ("mixtral", {"num_local_experts": 6}),
+    ("olmoe", {"num_experts": 6}),
+    ("gpt_oss", {"num_local_experts": 6}),
     ("qwen3_5_text", {"layer_types": ["full_attention", "linear_attention"] * 2}),
 ]
 
@@ -60,6 +65,19 @@ def test_the_adapter_is_counted_as_peft_builds_it():
     assert estimate(shapes, Load(r=8, use_dora=True)).trained == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
+
+
+def test_the_adapter_on_experts_is_counted_as_peft_builds_it():
+    changes = {"head_dim": 32, "num_experts": 6, "moe_intermediate_size": 96}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(build("qwen3_moe", **changes))
+        parameters = ["experts.gate_up_proj", "experts.down_proj"]
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj"], target_parameters=parameters))
+    shapes = read_shapes({**SIZES, **changes, "num_experts_per_tok": 2, "model_type": "qwen3_moe"})
+    plain, found = (estimate(shapes, Load(r=8, targets=f"q_proj{more}")) for more in ("", ",experts"))
+    assert found.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.parts["weights"] == plain.parts["weights"] > 2 * shapes.in_experts
+    assert sum(found.parts.values()) > sum(plain.parts.values()) + 2 * shapes.in_experts // shapes.layers
 
 
 class Live(TorchDispatchMode):

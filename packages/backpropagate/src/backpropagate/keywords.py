@@ -25,6 +25,7 @@ QuantizationName: TypeAlias = Literal[
     "q4_k_s",
     "q4_0",
     "iq4_xs",
+    "mxfp4",
     "q3_k_m",
     "q2_k",
 ]
@@ -146,7 +147,9 @@ class LoraKeywords(TypedDict, total=False):
     """Learn magnitude and direction separately (DoRA, arXiv:2402.09353)."""
 
     target_modules: str | None
-    """Layers to adapt: all-linear, or names separated by commas: q_proj,v_proj."""
+    """Layers to adapt: all-linear, or names separated by commas: q_proj,v_proj. In a mixture of experts also
+    experts and router.
+    """
 
 
 class TrainingKeywords(TypedDict, total=False):

@@ -16,6 +16,7 @@ from bp_merge.errors import (
 )
 from bp_merge.experts import parse_expert, split_experts
 from bp_merge.fold import FoldedModel, fold_rows
+from bp_merge.gpt_oss import join_expert
 from bp_merge.lowrank import Product, Term, cut_matrix, cut_product, cut_sum
 from bp_merge.merge import MergeOutcome, merge_adapters, write_adapter_like
 from bp_merge.methods.options import MergeOptions, ModulePlan
@@ -82,6 +83,7 @@ __all__ = [
     "factor_rows",
     "find_method",
     "fold_rows",
+    "join_expert",
     "load_adapter",
     "merge_adapters",
     "open_model",

@@ -32,7 +32,7 @@ from bp_merge.expert_pairs import (
     match_modules,
 )
 from bp_merge.product import add_in_order
-from bp_merge.tensors import Dtype, Floats, StoredTensor, TensorInfo, TensorReader, round_to, strip_wrappers
+from bp_merge.tensors import Dtype, Floats, Raw, StoredTensor, TensorInfo, TensorReader, round_to, strip_wrappers
 
 
 def fold_rows(rows: Floats, pair: LoraPair, start: int, dtype: Dtype) -> Floats:
@@ -153,6 +153,10 @@ class FoldedModel:
         if (added := self._added.get(name)) is not None:
             rows = round_to(rows + added.reshape(1, -1), dtype)
         return fold_rows(rows, pair, start, dtype) if pair else rows
+
+    def read_packed(self, name: str, start: int, stop: int) -> Raw | None:
+        """As `TensorReader.read_packed`; None also for a tensor that the adapter changes."""
+        return None if name in self._changed else self._base.read_packed(self._shared.get(name, name), start, stop)
 
     def _read_unfolded(self, name: str, start: int, stop: int) -> Floats:
         """Rows as they are before anything is added to them."""

@@ -22,6 +22,7 @@ import numpy as np
 
 from bp_merge.errors import TensorsInvalidError
 from bp_merge.experts import split_experts
+from bp_merge.gpt_oss import GptOssReader, is_gpt_oss
 from bp_merge.nf4 import Nf4Reader
 from bp_merge.tensors import (
     Dtype,
@@ -31,7 +32,6 @@ from bp_merge.tensors import (
     TensorInfo,
     TensorReader,
     encode,
-    read_model_index,
     read_raw_model_index,
     to_info,
 )
@@ -67,10 +67,12 @@ def open_model(
     Raises:
         TensorsInvalidError: As `read_model_index`; or a packed weight is not whole.
     """
-    raw = read_raw_model_index(folder) if dequantize else {}
-    if any(_STATE in name for name in raw):
+    raw = read_raw_model_index(folder)
+    if dequantize and any(_STATE in name for name in raw):
         return PackedReader(raw)
-    split = split_experts(read_model_index(folder))
+    if is_gpt_oss(raw):
+        return GptOssReader(raw)
+    split = split_experts({name: to_info(name, tensor) for name, tensor in raw.items()})
     if not dequantize:
         return TensorReader(split.tensors, split.stored)
     return Nf4Reader(split.tensors, packed, stored=split.stored, double_quantized=double_quantized)

@@ -237,7 +237,9 @@ class LoraSpec:
     use_rslora: bool = setting(False, "Scale by alpha / sqrt(r) instead of alpha / r (arXiv:2312.03732).")
     use_dora: bool = setting(False, "Learn magnitude and direction separately (DoRA, arXiv:2402.09353).")
     target_modules: str = setting(
-        "all-linear", "Layers to adapt: all-linear, or names separated by commas: q_proj,v_proj."
+        "all-linear",
+        "Layers to adapt: all-linear, or names separated by commas: q_proj,v_proj. In a mixture of experts also "
+        "experts and router.",
     )
 
     @property

@@ -25,7 +25,7 @@ from bp_train_cuda.engines import unsloth
 from bp_train_cuda.engines.trl_methods import require_trl
 from bp_train_cuda.errors import BitsandbytesError, Fp8Error
 from bp_train_cuda.model import load
-from bp_train_cuda.model.experts import ALL_LINEAR, choose_targets
+from bp_train_cuda.model.experts import ALL_LINEAR, PRESETS, Targets, choose_targets
 from bp_train_cuda.model.kernels import require_kernels
 from bp_train_cuda.model.packing import check_packing
 from bp_train_cuda.third_party import require_names
@@ -80,7 +80,9 @@ def check_model(settings: Settings, base: Path, adapter: Path | None = None) -> 
     warnings: tuple[str, ...] = ()
     if mode.name != "full":
         require_targets(sketch, settings.lora)
-        warnings = choose_targets(sketch, settings.lora.target_modules).warnings
+        targets = choose_targets(sketch, settings.lora.target_modules)
+        require_parameters(settings.lora, targets)
+        warnings = targets.warnings
         require_start(settings.lora, mode)
     if adapter is not None:
         require_adapter(adapter, base, sketch)
@@ -101,7 +103,12 @@ def require_adapter(adapter: Path, base: Path, sketch: Any) -> None:
             fix=f"Take that one; if you are sure of this one, take base_fingerprint out of {MANIFEST_FILE}.",
         )
     layers = dict(sketch.named_modules())
+    parameters = {name for name, _ in sketch.named_parameters()}
+    targets = [str(name) for name in folder.config.get("target_parameters") or ()]
+    taken = {name.rpartition(".")[0] for name in parameters if any(f".{name}".endswith(f".{t}") for t in targets)}
     for name, side, width in _read_widths(folder.weights):
+        if name.replace(".base_layer", "") in taken:
+            continue  # PEFT compares the shapes when it loads them
         found = getattr(layers.get(name), side, None)
         if found != width:
             what = f"no layer {name}" if name not in layers else f"{found} {side} in {name}, not {width}"
@@ -157,11 +164,30 @@ def require_targets(model: Any, spec: LoraSpec) -> None:
     linear = sorted(name for name, kind in names.items() if kind in ("Linear", "Conv1D"))
     ends = {_find_name(model, end) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
     carries = [name for name in linear if name not in ends]
-    wanted = [name.strip() for name in spec.target_modules.split(",") if name.strip()]
-    for name in wanted or [""]:
+    every = [name.strip() for name in spec.target_modules.split(",") if name.strip()]
+    wanted = [name for name in every if name not in PRESETS]
+    for name in wanted or ([] if every else [""]):
         if name.rsplit(".", 1)[-1] not in carries and wanted != [ALL_LINEAR]:
             known = f"its layers that can carry an adapter: {', '.join(carries)}"
             raise TargetModulesError(f"no layer that can carry an adapter is named {name!r}", cause=known)
+
+
+def require_parameters(spec: LoraSpec, targets: Targets) -> None:
+    """Reject what PEFT cannot do on parameters: experts and routers that are no linear layers."""
+    if not targets.parameters:
+        return
+    fixes = {
+        "lora.dropout": (spec.dropout, "dropout=0"),
+        "lora.use_dora": (spec.use_dora, "use_dora=false"),
+        "lora.init_lora_weights": (spec.init_lora_weights != "default", "init_lora_weights=default"),
+    }
+    for key, (is_set, fix) in fixes.items():
+        if is_set:
+            raise InvalidSettingError(
+                f"{key} can't be combined with LoRA on {', '.join(targets.parameters)}",
+                fix=f"Leave it out: {{set:lora.{fix}}}",
+                setting=key,
+            )
 
 
 def require_start(spec: LoraSpec, mode: backend.Mode) -> None:

@@ -10,13 +10,16 @@ from typing import Any, Literal, TypeAlias
 from bp_export.architectures.decoder import Architecture
 from bp_export.architectures.gemma2 import Gemma2Architecture
 from bp_export.architectures.gemma3 import Gemma3Architecture
+from bp_export.architectures.gpt_oss import GptOssArchitecture
 from bp_export.architectures.granite import GraniteArchitecture
 from bp_export.architectures.llama import LlamaArchitecture
+from bp_export.architectures.mixtral import MixtralArchitecture
 from bp_export.architectures.olmo2 import Olmo2Architecture
+from bp_export.architectures.olmoe import OlmoeArchitecture
 from bp_export.architectures.phi3 import Phi3Architecture
 from bp_export.architectures.qwen2 import Qwen2Architecture
+from bp_export.architectures.qwen2moe import Qwen2MoeArchitecture, Qwen3MoeArchitecture
 from bp_export.architectures.qwen3 import Qwen3Architecture
-from bp_export.architectures.qwen3moe import Qwen3MoeArchitecture
 from bp_export.architectures.qwen35 import Qwen35Architecture
 from bp_export.architectures.smollm3 import SmolLm3Architecture
 from bp_export.errors import ArchitectureUnsupportedError, ModelInvalidError
@@ -31,6 +34,10 @@ ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
         "Qwen2ForCausalLM": Qwen2Architecture,
         "Qwen3ForCausalLM": Qwen3Architecture,
         "Qwen3MoeForCausalLM": Qwen3MoeArchitecture,
+        "Qwen2MoeForCausalLM": Qwen2MoeArchitecture,
+        "MixtralForCausalLM": MixtralArchitecture,
+        "OlmoeForCausalLM": OlmoeArchitecture,
+        "GptOssForCausalLM": GptOssArchitecture,
         "Qwen3_5ForCausalLM": Qwen35Architecture,
         "Qwen3_5ForConditionalGeneration": Qwen35Architecture,
         "GraniteForCausalLM": GraniteArchitecture,

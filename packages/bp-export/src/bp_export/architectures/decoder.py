@@ -51,6 +51,8 @@ class Architecture:
     """Whether llama.cpp keeps to a sliding window."""
     windows_need_switch: ClassVar[bool] = False
     """Whether transformers uses a window only with ``use_sliding_window``."""
+    needs_head: ClassVar[bool] = False
+    """Whether llama.cpp demands an output matrix of its own; one that is the embedding is refused."""
     has_experts: ClassVar[bool] = False
     """Whether feed-forward layers are mixtures of experts."""
     windows_start_late: ClassVar[bool] = True
@@ -72,6 +74,8 @@ class Architecture:
         activation = config.get("hidden_activation") or config.get("hidden_act") or self.activation
         if activation != self.activation:
             raise self._refuse(f"hidden_act={activation}")
+        if self.needs_head and config.get("tie_word_embeddings"):
+            raise self._refuse("tie_word_embeddings")
         if (kind := self.rope.get("rope_type", "default")) not in self.ropes:
             raise ArchitectureUnsupportedError(f"the rotary embedding's type {kind!r} cannot be written as GGUF yet")
 
@@ -227,8 +231,7 @@ class Architecture:
         (llama-context.cpp); so what config.json wants is written as a multiple of that. llama.cpp's converter writes
         the former key, with which logits differ. ``extrapolation_factor`` is no setting of transformers.
         """
-        if self.rope.get("truncate", True) is not True:
-            raise self._refuse("YaRN with truncate=false")
+        self.require_rounded_ramp()
         self._require_usual_ramp()
         factor = self._read_rope_number("factor")
         wanted, own = compute_yarn_attention(self.rope, factor), compute_yarn_scale(factor)
@@ -241,6 +244,15 @@ class Architecture:
         for key, add in options:
             if (value := self.rope.get(key)) is not None:
                 add(float(value))
+
+    def require_rounded_ramp(self) -> None:
+        """llama.cpp rounds the ramp's bounds to whole pairs.
+
+        Raises:
+            ArchitectureUnsupportedError: The model does not.
+        """
+        if self.rope.get("truncate", True) is not True:
+            raise self._refuse("YaRN with truncate=false")
 
     def _require_usual_ramp(self) -> None:
         """llama.cpp reads neither bound of the ramp for these models and takes 32 and 1; others may mean the same ramp.

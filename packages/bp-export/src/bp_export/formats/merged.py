@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from bp_export.gguf.writer import CHUNK_WEIGHTS, compute_in_order, count_parts, 
 from bp_export.model_config import fit_config
 from bp_export.source import Source, read_config_file
 from bp_export.verify.parity import verify_folder
-from bp_merge import FoldedModel, TensorInfo, build_header, encode
+from bp_merge import FoldedModel, TensorInfo, build_header, encode, join_expert
 from bp_runs.adapter import copy_tokenizer_files
 from bp_runs.files import publish_folder, publish_json, require_folder, require_free_space, sha256_file
 from bp_runs.witness import WITNESS_FILE
@@ -119,10 +119,11 @@ def write_merged(
     with publish_folder(output) as folder:
         with ExitStack() as stack:
             pool = stack.enter_context(ThreadPoolExecutor(count_threads(threads), "bp-export"))
-            calls = _list_chunks(model, [parts for infos in shards.values() for parts in _list_parts(model, infos)])
-            chunks = stack.enter_context(closing(compute_in_order(calls, pool, count_threads(threads))))
+            calls = {file_name: _list_chunks(model, infos) for file_name, infos in shards.items()}
+            every = chain.from_iterable(calls.values())
+            chunks = stack.enter_context(closing(compute_in_order(every, pool, count_threads(threads))))
             for file_name, infos in shards.items():
-                own = islice(chunks, sum(len(_cut_rows(part)) for part in _list_parts(model, infos)))
+                own = islice(chunks, len(calls[file_name]))
                 digests[file_name] = _write_shard(folder / file_name, infos, count_parts(own, done, total, progress))
                 done += sum(info.bytes for info in infos.values())
         if len(shards) > 1:
@@ -148,7 +149,7 @@ def _write_shard(path: Path, infos: Mapping[str, TensorInfo], chunks: Iterator[m
 def list_stored(model: FoldedModel) -> dict[str, tuple[TensorInfo, tuple[str, ...]]]:
     """The tensors as the base's files have them, each with the names of the model's that hold its bytes, in order."""
     owners = {part: name for name, tensor in model.stored.items() for part in tensor.parts}
-    found = {}
+    found: dict[str, tuple[TensorInfo, tuple[str, ...]]] = {}
     for name, info in model.tensors.items():
         owner = owners.get(name)
         if owner is None:
@@ -158,15 +159,24 @@ def list_stored(model: FoldedModel) -> dict[str, tuple[TensorInfo, tuple[str, ..
     return found
 
 
-def _list_parts(model: FoldedModel, infos: Iterable[str]) -> list[TensorInfo]:
+def _list_chunks(model: FoldedModel, names: Iterable[str]) -> list[Callable[[], memoryview]]:
+    """What computes the bytes of some of the files' tensors, chunk by chunk."""
     stored = list_stored(model)
-    return [model.tensors[part] for name in infos for part in stored[name][1]]
+    calls: list[Callable[[], memoryview]] = []
+    for name in names:
+        parts = [model.tensors[part] for part in stored[name][1]]
+        if name in model.stored and model.stored[name].has_pairs:
+            experts = stored[name][0].shape[0]
+            each = len(parts) // experts
+            calls += [partial(_encode_expert, model, parts[i * each : (i + 1) * each]) for i in range(experts)]
+        else:
+            calls += [partial(_encode_rows, model, part, *rows) for part in parts for rows in _cut_rows(part)]
+    return calls
 
 
-def _list_chunks(model: FoldedModel, parts: Iterable[TensorInfo]) -> Iterator[Callable[[], memoryview]]:
-    for info in parts:
-        for start, stop in _cut_rows(info):
-            yield partial(_encode_rows, model, info, start, stop)
+def _encode_expert(model: FoldedModel, projections: Sequence[TensorInfo]) -> memoryview:
+    rows = [model.read_rows(info.name, 0, info.rows).reshape(info.shape) for info in projections]
+    return encode(join_expert(rows), projections[0].dtype)
 
 
 def _encode_rows(model: FoldedModel, info: TensorInfo, start: int, stop: int) -> memoryview:

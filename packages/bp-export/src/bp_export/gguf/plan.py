@@ -167,7 +167,16 @@ def _plan_tensors(
     kinds = choose_types(shapes, quantization, _build_facts(architecture, importance))
     # The converter keeps the checkpoint's order, and llama-quantize sorts.
     order = list(shapes) if quantization.is_float else sort_like_quantizer(list(shapes))
+    if not quantization.is_float:
+        shapes = {name: _drop_axes_of_one(shape) for name, shape in shapes.items()}
     return tuple(TensorPlan(n, sources.get(n, ()), shapes[n], kinds[n], changes.get(n, KEEP)) for n in order)
+
+
+def _drop_axes_of_one(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """As llama-quantize writes a shape."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 def _group_sources(model: FoldedModel, architecture: Architecture) -> dict[str, tuple[str, ...]]:

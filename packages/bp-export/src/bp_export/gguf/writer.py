@@ -196,6 +196,8 @@ def _compute_chunk(
             return model.read_bytes(source, *rows)
         values = model.read_rows(source, *rows)
     else:
+        if tensor.kind == TensorType.MXFP4 and (packed := model.read_packed(source, *rows)) is not None:
+            return packed.data
         values = tensor.change.read_rows(model, source, *rows)
     if not is_finite(values):
         raise TensorsInvalidError(

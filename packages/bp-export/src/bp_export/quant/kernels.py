@@ -3,7 +3,7 @@
 ``compiled``: our own kernels (``native/``), where a compiler was at hand when the package was built. ``ggml``: its own
 quantizer (``ggml_quantize_chunk`` in ggml.c, MIT license) by way of ctypes, from the package libggml-python: the source
 that llama-quantize uses, built for x86-64 without fused multiply-adds, so that the bytes are the same on every x86-64.
-``numpy``: works everywhere, with gguf-py for Q4_0, Q4_1, Q5_0 and Q5_1. Rows are independent: no cut into chunks
+``numpy``: works everywhere, with gguf-py for Q4_0, Q4_1, Q5_0, Q5_1 and MXFP4. Rows are independent: no cut into chunks
 changes a byte. Only IQ4_XS, IQ4_NL, Q3_K and Q2_K, and importance matrices, need ggml's library.
 
 Weights are finite: the export rejects others. Infinities come out as ggml's do; NaNs may not.
@@ -42,8 +42,9 @@ _BITS: Mapping[TensorType, int] = MappingProxyType(
     {TensorType.Q4_K: 4, TensorType.Q5_K: 5, TensorType.Q6_K: 6, TensorType.Q8_0: 8}
 )
 _COMPILED = (TensorType.Q4_K, TensorType.Q5_K, TensorType.Q6_K, TensorType.Q8_0, TensorType.BF16)
-# gguf-py's own, which give ggml's bytes: what the 4 to 6 bits fall back to where a row is no multiple of 256.
-_GGUF_PY = (TensorType.Q4_0, TensorType.Q4_1, TensorType.Q5_0, TensorType.Q5_1)
+# gguf-py's own, which give ggml's bytes: what the 4 to 6 bits fall back to where a row is no multiple of 256, and
+# gpt-oss's experts.
+_GGUF_PY = (TensorType.Q4_0, TensorType.Q4_1, TensorType.Q5_0, TensorType.Q5_1, TensorType.MXFP4)
 _PLAIN: Mapping[TensorType, Literal["BF16", "F16"]] = MappingProxyType({TensorType.BF16: "BF16", TensorType.F16: "F16"})
 
 

@@ -35,6 +35,7 @@ _NEVER_QUANTIZED = (
     ),
     *("time_mix_decay_w1.weight", "time_mix_decay_w2.weight", "time_mix_lerp_fused.weight"),
 )
+_MATRIX = 2  # axes; experts have one more
 _FAVORED_EXPERTS = 8
 """Experts of the one kind of model (Mixtral 8x7B) whose attention gets more bits."""
 _VALUES = ("attn_v.weight", "attn_qkv.weight", "attn_kv_b.weight")
@@ -94,7 +95,9 @@ def choose_types(
         kind = quantization.default if _is_quantized(name, shapes[name]) else TensorType.F32
         if kind != TensorType.F32 and not quantization.is_float:
             columns = shapes[name][-1]
-            if name == "output.weight" or (tied and name == "token_embd.weight"):
+            if quantization.default == TensorType.MXFP4:
+                kind = TensorType.MXFP4 if len(shapes[name]) > _MATRIX else TensorType.Q8_0
+            elif name == "output.weight" or (tied and name == "token_embd.weight"):
                 kind = _choose_output(kind, columns)
             elif name.endswith(_VALUES):
                 kind = _choose_value(kind, quantization.name, values.index(name), len(values), facts)

@@ -59,7 +59,8 @@ class Quantization:
         """What ``general.file_type`` says."""
         from gguf import LlamaFileType
 
-        return LlamaFileType["ALL_F32" if self.name == "f32" else f"MOSTLY_{self.name.upper()}"]
+        names = {"f32": "ALL_F32", "mxfp4": "MOSTLY_MXFP4_MOE"}
+        return LlamaFileType[names.get(self.name, f"MOSTLY_{self.name.upper()}")]
 
 
 _TABLE = (
@@ -75,6 +76,7 @@ _TABLE = (
     Quantization("q4_k_s", "Q4_K", 4.6, Bound(0.4, 0.9), "4 bits"),
     Quantization("q4_0", "Q4_0", 4.5, Bound(0.6, 0.8), "4 bits, older format"),
     Quantization("iq4_xs", "IQ4_XS", 4.3, Bound(0.4, 0.9), "4 bits, smaller"),
+    Quantization("mxfp4", "MXFP4", 4.3, Bound(0.4, 0.9), "experts in 4 bits as gpt-oss has them, 8 bits for the rest"),
     Quantization("q3_k_m", "Q3_K", 3.9, Bound(0.8, 0.7), "3 bits, 4 and 5 for some tensors"),
     Quantization("q2_k", "Q2_K", 3.2, Bound(1.5, 0.5), "2 bits, 3 and 4 for some tensors"),
 )

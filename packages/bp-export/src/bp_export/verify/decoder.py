@@ -34,6 +34,8 @@ class Experts:
     """Experts a token."""
     is_normalized: bool
     """Whether the chosen experts' probabilities are scaled to a sum of 1."""
+    clamped: tuple[float, float] | None = None
+    """gpt-oss: (alpha, limit) of (up + 1) gate sigmoid(alpha gate), gate and up no larger than the limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,28 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
         ),
         "Qwen2ForCausalLM": _Family({"max_window_layers": 28, "sliding_window": 4096}),
         "Qwen3ForCausalLM": _Family(_QWEN_3),
+        "Qwen2MoeForCausalLM": _Family(
+            {"num_experts_per_tok": 4, "sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 16}
+        ),
+        "OlmoeForCausalLM": _Family({"num_experts_per_tok": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
+        "GptOssForCausalLM": _Family(
+            {
+                "num_attention_heads": 64,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "rms_norm_eps": 1e-5,
+                "num_experts_per_tok": 4,
+                "sliding_window": 128,
+                "max_position_embeddings": 131072,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 32.0,
+                    "truncate": False,
+                    "original_max_position_embeddings": 4096,
+                },
+            },
+            theta=150_000.0,
+        ),
         "Qwen3MoeForCausalLM": _Family(
             {**_QWEN_3, "head_dim": None, "num_experts_per_tok": 8, "num_key_value_heads": 4}
         ),
@@ -182,10 +206,20 @@ def read_decoder(config: Mapping[str, Any]) -> DecoderPlan:
         return _add_gemma(words, plan)
     if name.startswith("Qwen3_5"):
         return replace(plan, has_output_gate=True, delta=_read_delta(words))
-    if name.startswith(("Mixtral", "Qwen3Moe")):
-        is_normalized = name.startswith("Mixtral") or bool(words.get("norm_topk_prob"))
-        return replace(plan, experts=Experts(_read_count(words, "num_experts_per_tok"), is_normalized))
+    if name.startswith(("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss")):
+        return replace(plan, experts=_read_experts(name, words))
     return _add_granite(words, plan) if name.startswith("Granite") else plan
+
+
+def _read_experts(name: str, words: Mapping[str, Any]) -> Experts:
+    """gpt-oss's softmax over the chosen experts is the scaling of all experts' softmax to a sum of 1."""
+    if words.get("clip_qkv") is not None:
+        raise NotCoveredError("the independent forward pass does not know clip_qkv")
+    is_normalized = name.startswith(("Mixtral", "GptOss")) or bool(words.get("norm_topk_prob"))
+    numbers = (float(words.get("swiglu_alpha", 1.702)), float(words.get("swiglu_limit", 7.0)))
+    return Experts(
+        _read_count(words, "num_experts_per_tok"), is_normalized, numbers if name.startswith("GptOss") else None
+    )
 
 
 def _nulls(words: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,7 +284,7 @@ def _read_delta(words: Mapping[str, Any]) -> Delta:
 def _plan_layers(name: str, words: Mapping[str, Any], family: _Family) -> tuple[LayerPlan, ...]:
     count = _read_count(words, "num_hidden_layers")
     kinds = _read_kinds(name, words, count)
-    has_window = name.startswith(("Mistral", "Phi3", "Gemma")) or bool(words.get("use_sliding_window"))
+    has_window = name.startswith(("Mistral", "Phi3", "Gemma", "GptOss")) or bool(words.get("use_sliding_window"))
     window = int(words["sliding_window"]) if has_window and words.get("sliding_window") else None
     rotated = _read_rotated(words, count) if name.startswith("SmolLM3") else [True] * count
     ropes = {kind: _read_rope(name, words, kind, family) for kind in set(kinds)}
@@ -275,6 +309,8 @@ def _read_kinds(name: str, words: Mapping[str, Any], count: int) -> list[str]:
     if name.startswith("Gemma"):
         every = 2 if name.startswith("Gemma2") else int(words.get("sliding_window_pattern", 6))
         return _repeat("sliding_attention", every, count)
+    if name.startswith("GptOss"):
+        return _repeat("sliding_attention", 2, count)
     if name.startswith("Qwen3_5"):
         return _repeat("linear_attention", int(words.get("full_attention_interval", 4)), count)
     if words.get("use_sliding_window") and name.startswith("SmolLM3"):

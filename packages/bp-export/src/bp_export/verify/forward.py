@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from bp_export.verify.decoder import DecoderPlan, LayerPlan, NotCoveredError, read_decoder
 from bp_export.verify.mixers import mix_delta, mix_experts
-from bp_export.verify.ops import Floats, activate, cap_softly, log_softmax, normalize, softmax
+from bp_export.verify.ops import Floats, activate, cap_softly, log_softmax, multiply_clamped, normalize, softmax
 from bp_export.verify.rotary import rotate
 
 _CHUNK_WEIGHTS = 2**20
@@ -131,12 +131,14 @@ class Forward:
             q, k = rotate(q, layer.rope, plan), rotate(k, layer.rope, plan)
         mixed = np.empty_like(q)
         mask = _build_mask(len(x), layer.window)
+        sinks = self._read(f"{stem}sinks").reshape(-1) if self._has(f"{stem}sinks") else None
         for head in range(plan.heads):
             shared = head // (plan.heads // plan.key_heads)
             scores = q[:, head] @ k[:, shared].T * np.float32(plan.attention_scale)  # (tokens, tokens)
             if plan.attention_cap is not None:
                 scores = cap_softly(scores, plan.attention_cap)
-            mixed[:, head] = softmax(scores + mask) @ v[:, shared]
+            sink = None if sinks is None else sinks[head]
+            mixed[:, head] = softmax(scores + mask, sink) @ v[:, shared]
         flat = mixed.reshape(len(x), -1)
         return self._project(flat if gate is None else flat * gate, f"{stem}o_proj")
 
@@ -166,9 +168,10 @@ class Forward:
 
     def _feed_forward(self, x: Floats, stem: str) -> Floats:
         experts = self.plan.experts
-        routers = [f"{stem}{name}.gate" for name in ("mlp", "block_sparse_moe")]
+        routers = [f"{stem}{name}" for name in ("mlp.gate", "block_sparse_moe.gate", "mlp.router")]
         if experts is not None and (found := [name for name in routers if self._has(f"{name}.weight")]):
-            return mix_experts(x, self._project(x, found[0]), experts, partial(self._run_expert, found[0]))
+            mixed = mix_experts(x, self._project(x, found[0]), experts, partial(self._run_expert, found[0]))
+            return mixed + self._run_shared(x, f"{stem}mlp.shared_expert")
         if self._has(f"{stem}mlp.gate_up_proj.weight"):
             gate, up = np.split(self._project(x, f"{stem}mlp.gate_up_proj"), 2, axis=1)
         else:
@@ -179,7 +182,17 @@ class Forward:
         stem = f"{router.rpartition('.')[0]}.experts.{index}."
         names = ("w1", "w3", "w2") if self._has(f"{stem}w1.weight") else ("gate_proj", "up_proj", "down_proj")
         gate, up = (self._project(x, stem + name) for name in names[:2])
-        return self._project(activate(gate, self.plan.activation) * up, stem + names[2])
+        clamped = self.plan.experts.clamped if self.plan.experts else None
+        inner = activate(gate, self.plan.activation) * up if clamped is None else multiply_clamped(gate, up, *clamped)
+        return self._project(inner, stem + names[2])
+
+    def _run_shared(self, x: Floats, stem: str) -> Floats:
+        """The expert that reads every token, behind a gate of its own (Qwen2-MoE); 0 where there is none."""
+        if not self._has(f"{stem}_gate.weight"):
+            return np.zeros_like(x)
+        gate, up = (self._project(x, f"{stem}.{name}_proj") for name in ("gate", "up"))
+        found = self._project(activate(gate, self.plan.activation) * up, f"{stem}.down_proj")
+        return found * activate(self._project(x, f"{stem}_gate"), "sigmoid")
 
     def _normalize_heads(self, x: Floats, name: str) -> Floats:
         """Each head by itself, or as OLMo 2 all heads of a token as one vector: (tokens, heads, head width)."""

@@ -51,10 +51,22 @@ def cap_softly(x: Floats, cap: float) -> Floats:
     return capped
 
 
-def softmax(x: Floats) -> Floats:
-    """Over the last axis."""
-    powers = np.exp(x - x.max(axis=-1, keepdims=True))
-    shares: Floats = powers / powers.sum(axis=-1, keepdims=True)
+def multiply_clamped(gate: Floats, up: Floats, alpha: float, limit: float) -> Floats:
+    """gpt-oss's SwiGLU: (up + 1) gate sigmoid(alpha gate), gate at most and up within the limit."""
+    gate, up = np.minimum(gate, np.float32(limit)), np.clip(up, np.float32(-limit), np.float32(limit))
+    return (up + 1) * gate * activate(gate * np.float32(alpha), "sigmoid")
+
+
+def softmax(x: Floats, sink: np.float32 | None = None) -> Floats:
+    """Over the last axis; a sink takes its share of each row and adds nothing (gpt-oss)."""
+    top = x.max(axis=-1, keepdims=True)
+    if sink is not None:
+        top = np.maximum(top, sink)
+    powers = np.exp(x - top)
+    total = powers.sum(axis=-1, keepdims=True)
+    if sink is not None:
+        total = total + np.exp(sink - top)
+    shares: Floats = powers / total
     return shares
 
 

@@ -29,7 +29,7 @@ from bp_export.verify.forward import Forward
 from bp_export.verify.ops import Floats
 from bp_export.verify.probe import read_places
 from bp_export.verify.report import ParityCheck, judge_nats, report_untested
-from bp_merge import FoldedModel, TensorReader, read_model_index, write_tensors
+from bp_merge import FoldedModel, TensorReader, open_model, read_model_index, write_tensors
 from bp_runs.files import require_free_space
 from bp_runs.witness import WitnessPrompt
 
@@ -92,7 +92,7 @@ def _measure_reduced(
     """Mean divergence of the reduced model in llama.cpp from the forward pass, past the window."""
     smaller = reduce_config(config, decoder)
     (folder / "config.json").write_text(json.dumps(smaller), encoding="utf-8")
-    shapes = reduce_shapes({name: info.shape for name, info in read_model_index(base).items()}, config, smaller)
+    shapes = reduce_shapes({name: info.shape for name, info in open_model(base).tensors.items()}, config, smaller)
     require_free_space(folder, 8 * sum(int(np.prod(shape)) for shape in shapes.values()), "the reduced model")
     write_tensors(folder / "model.safetensors", _draw_weights(shapes), dtype="F16")
     path, pre = folder / "reduced.gguf", plan.vocabulary.pre
@@ -137,32 +137,31 @@ def reduce_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Shapes of the reduced model's tensors, from the real one's: each axis by what it counts."""
     before, after = read_decoder(config), read_decoder(smaller)
+    keys, units = after.key_heads * after.head_width, int(smaller["intermediate_size"])
     rows = {
-        "q_proj": (before.heads * before.head_width, after.heads * after.head_width),
-        "k_proj": (before.key_heads * before.head_width, after.key_heads * after.head_width),
-        "v_proj": (before.key_heads * before.head_width, after.key_heads * after.head_width),
-        "qkv_proj": tuple((one.heads + 2 * one.key_heads) * one.head_width for one in (before, after)),
+        "q_proj": after.heads * after.head_width,
+        "k_proj": keys,
+        "v_proj": keys,
+        "qkv_proj": after.heads * after.head_width + 2 * keys,
+        "o_proj": after.width,
+        **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), units),
+        "gate_up_proj": 2 * units,
+        **dict.fromkeys(("down_proj", "w2"), after.width),
+        "self_attn": after.heads,  # the sinks, which are no module
     }
-    units = tuple(
-        int({**one, **(one.get("text_config") or {})}.get("intermediate_size", 0)) for one in (config, smaller)
-    )
+    columns = {"o_proj": after.heads * after.head_width, "down_proj": units, "w2": units}
     found = {}
     for name, shape in shapes.items():
         layer = re.search(r"layers\.(\d+)\.", name)
         if "vision" in name or "projector" in name or (layer and int(layer[1]) >= len(after.layers)):
             continue
-        sizes = {before.width: after.width, units[0]: units[1], 2 * units[0]: 2 * units[1]}
         module = name.split(".")[-2]
-        if module in rows:
-            sizes = {before.width: after.width, rows[module][0]: rows[module][1]}
-            found[name] = (rows[module][1], *(sizes[axis] for axis in shape[1:]))
-        elif module == "o_proj":
-            found[name] = (after.width, after.heads * after.head_width)[: len(shape)]
-        elif module in ("q_norm", "k_norm"):
-            found[name] = shape
-        else:
-            first = shape[0] if module in ("embed_tokens", "lm_head") else sizes.get(shape[0], shape[0])
-            found[name] = (first, *(sizes.get(axis, axis) for axis in shape[1:]))
+        first = rows.get(module, after.width if shape[0] == before.width else shape[0])
+        if module in ("embed_tokens", "lm_head"):
+            first = shape[0]
+        elif module in ("q_norm", "k_norm"):  # of each head, or of all as one
+            first = shape[0] if shape[0] == before.head_width else rows[f"{module[0]}_proj"]
+        found[name] = (first, columns.get(module, after.width))[: len(shape)]
     return found
 
 

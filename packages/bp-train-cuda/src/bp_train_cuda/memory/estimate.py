@@ -27,6 +27,8 @@ WEIGHTS_SHARE = 0.6
 
 HIGH_RANK = 64
 """From this rank on, adapters are bfloat16 where the optimizer rounds stochastically: 6 bytes a weight less."""
+EXPERTS = "experts"
+"""The target that means the experts of a mixture."""
 
 Mode = Literal["lora", "qlora", "full"]
 
@@ -34,6 +36,8 @@ _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a weight; scales of 64 weights in 
 _TILE = 2**26  # logits that the loss head computes at a time, as in bp_train_cuda.model.log_probs
 _OPTIMIZERS: Mapping[str, str] = {"lora": "adamw_torch", "qlora": "adamw_8bit", "full": "paged_adamw_8bit"}
 """What ``auto`` takes."""
+_EXPERT_ROWS = 8
+"""Bytes a token takes for each expert that it passes and each unit: what goes in and comes out, with gradients."""
 _8BIT = 2 + 8 / 256  # bytes a weight: two moments, and a float32 scale of each for 256 weights
 
 
@@ -147,13 +151,22 @@ def find_adapted(shapes: Shapes, load: Load) -> tuple[Linear, ...]:
     if load.mode == "full":
         return ()
     names = {name.strip() for name in load.targets.split(",")}
-    return shapes.linears if names == {"all-linear"} else tuple(a for a in shapes.linears if a.name in names)
+    linears = shapes.linears if "all-linear" in names else tuple(a for a in shapes.linears if a.name in names)
+    if "router" in names and shapes.experts:
+        count = shapes.experts[0].count // shapes.layers
+        linears = (*linears, Linear("router", shapes.hidden, count, shapes.layers))
+    return (*linears, *(shapes.experts if adapts_experts(load) else ()))
+
+
+def adapts_experts(load: Load) -> bool:
+    """Whether the experts of a mixture carry an adapter."""
+    return load.mode != "full" and EXPERTS in [name.strip() for name in load.targets.split(",")]
 
 
 def _weigh(shapes: Shapes, mode: Mode) -> int:
     """Bytes of the base's weights."""
     if mode == "qlora":
-        return int(_NF4 * shapes.in_linears) + 2 * (shapes.embedding + shapes.others)
+        return int(_NF4 * shapes.in_linears) + 2 * (shapes.in_experts + shapes.embedding + shapes.others)
     return 2 * shapes.parameters
 
 
@@ -247,6 +260,7 @@ def count_layer_bytes(shapes: Shapes, load: Load, adapted: tuple[Linear, ...]) -
         + 4 * shapes.queries
         + 4 * shapes.keys
         + 4 * load.r * len(names)
+        + _EXPERT_ROWS * shapes.active_experts * shapes.hidden
     )
 
 
@@ -266,4 +280,6 @@ def _unpack(shapes: Shapes, load: Load) -> int:
     """
     largest = max(linear.inp * linear.out for linear in shapes.linears)
     once = 2 * largest if load.mode == "qlora" or (load.mode == "full" and load.accumulates) else 0
+    if adapts_experts(load):  # a layer's experts with the change added, and the gradient of that
+        once += 4 * shapes.in_experts // shapes.layers
     return once + (8 * largest if load.use_dora else 0)

@@ -1,8 +1,9 @@
-"""What an adapter reaches in a mixture of experts: attention and shared layers, never routers or fused experts.
+"""What an adapter reaches in a mixture of experts: attention and shared layers, and by name experts and routers.
 
-transformers 5 keeps a layer's experts in one 3-dimensional parameter, which is no linear layer. PEFT still finds a way
-for some models: it reads ``all-linear``, ``gate_proj`` and the like as LoRA on those parameters (and on the router),
-because their adapters of transformers 4 had them. No merge and no export takes such an adapter, so it is never made.
+transformers 5 keeps a layer's experts in two 3-dimensional parameters, which are no linear layers. The names `EXPERTS`
+and `ROUTER` among the targets put LoRA on those parameters (PEFT's ``target_parameters``). PEFT also reads
+``all-linear``, ``gate_proj`` and the like so for some models, because their adapters of transformers 4 had them; that
+is never left to it.
 """
 
 from __future__ import annotations
@@ -17,8 +18,14 @@ from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 from bp_runs.errors import TargetModulesError
+from bp_train_cuda.memory.estimate import EXPERTS
 
 ALL_LINEAR: Literal["all-linear"] = "all-linear"
+ROUTER = "router"
+PRESETS = (EXPERTS, ROUTER)
+"""Targets that are no names of layers."""
+MERGEABLE = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss")
+"""Kinds of models whose fused experts can be adapted."""
 _COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _ONE_EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -32,7 +39,9 @@ class Experts:
     linear: tuple[str, ...] = ()
     """Linear layers of single experts."""
     routers: tuple[str, ...] = ()
-    """Linear layers that choose experts; other routers carry no adapter anyway."""
+    """Linear layers that choose experts."""
+    router_weights: tuple[str, ...] = ()
+    """Parameters (experts, width) of routers that are no linear layers."""
 
     def __bool__(self) -> bool:
         return bool(self.fused or self.linear)
@@ -44,6 +53,8 @@ class Targets:
 
     modules: tuple[str, ...] | Literal["all-linear"]
     """As PEFT's ``target_modules``."""
+    parameters: tuple[str, ...] = ()
+    """As PEFT's ``target_parameters``: last parts of names."""
     warnings: tuple[str, ...] = ()
     """What the user should know before training."""
 
@@ -55,6 +66,7 @@ def find_experts(model: Any) -> Experts:
     fused: list[str] = []
     linear: list[str] = []
     routers: list[str] = []
+    weights: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             if _ONE_EXPERT.search(name):
@@ -62,9 +74,14 @@ def find_experts(model: Any) -> Experts:
             elif module.out_features in counts and _is_router(name, module):
                 routers.append(name)
         elif not isinstance(module, torch.nn.Conv1d):
-            own = module.named_parameters(recurse=False)
-            fused += [f"{name}.{key}" for key, value in own if value.dim() == 3 and value.shape[0] in counts]
-    return Experts(tuple(fused), tuple(linear), tuple(routers)) if fused or linear else Experts()
+            own = dict(module.named_parameters(recurse=False))
+            fused += [f"{name}.{key}" for key, value in own.items() if value.dim() == 3 and value.shape[0] in counts]
+            found = own.get("weight")
+            if found is not None and found.dim() == 2 and found.shape[0] in counts and _is_router(name, module):
+                weights.append(f"{name}.weight")
+    if not (fused or linear):
+        return Experts()
+    return Experts(tuple(fused), tuple(linear), tuple(routers), tuple(weights))
 
 
 def _is_router(name: str, module: Any) -> bool:
@@ -78,18 +95,57 @@ def choose_targets(model: Any, target_modules: str) -> Targets:
 
     Args:
         model: A transformers model without an adapter; a meta model will do.
-        target_modules: ``all-linear``, or names joined by commas.
+        target_modules: ``all-linear``, or names joined by commas; `PRESETS` may stand among them.
 
     Raises:
-        TargetModulesError: PEFT would adapt fused experts under one of the names.
+        TargetModulesError: PEFT would adapt fused experts under one of the names; or there are no experts, or of a form
+            that cannot be merged.
     """
-    wanted = [name.strip() for name in target_modules.split(",") if name.strip()]
+    every = [name.strip() for name in target_modules.split(",") if name.strip()]
+    wanted = [name for name in every if name not in PRESETS]
+    presets = [name for name in PRESETS if name in every]
     experts = find_experts(model)
     if not experts:
+        if presets:
+            raise TargetModulesError(f"{presets[0]!r} means a mixture of experts, and this model is none")
         return Targets(ALL_LINEAR if wanted == [ALL_LINEAR] else tuple(wanted))
+    modules, parameters = _choose_presets(model, experts, presets)
     if wanted != [ALL_LINEAR]:
         _require_plain(model, wanted)
-        return Targets(tuple(wanted))
+        return Targets((*wanted, *modules), parameters)
+    linear = _choose_linear(model, experts)
+    warnings = () if presets else linear.warnings
+    return Targets((*linear.modules, *(name for name in modules if name not in linear.modules)), parameters, warnings)
+
+
+def _choose_presets(model: Any, experts: Experts, presets: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Modules and parameters that the presets mean."""
+    modules: list[str] = []
+    parameters: list[str] = []
+    if EXPERTS in presets:
+        _require_mergeable(model, experts)
+        modules += experts.linear
+        parameters += experts.fused
+    if ROUTER in presets:
+        modules += experts.routers
+        parameters += experts.router_weights
+    # PEFT finds a parameter by the end of its name.
+    return tuple(modules), tuple(sorted({".".join(name.split(".")[-3:]) for name in parameters}))
+
+
+def _require_mergeable(model: Any, experts: Experts) -> None:
+    """Only models whose checkpoints' experts bp-merge knows."""
+    kind = model.config.get_text_config(decoder=True).model_type
+    if experts.fused and kind not in MERGEABLE:
+        raise TargetModulesError(
+            f"the experts of a {kind} model can't be adapted",
+            cause=f"no merge or export knows the form of their weights; those of {', '.join(MERGEABLE)} are known",
+            fix="Adapt the other layers: {set:lora.target_modules=all-linear}",
+        )
+
+
+def _choose_linear(model: Any, experts: Experts) -> Targets:
+    """What ``all-linear`` means on a mixture of experts."""
     head = model.get_output_embeddings()
     linear = [
         name
@@ -99,7 +155,7 @@ def choose_targets(model: Any, target_modules: str) -> Targets:
     leaves = {name.rsplit(".", 1)[-1] for name in linear}
     redirected = {leaf for leaf in leaves if _is_redirected(model.config, leaf)}
     kept = tuple(name for name in linear if name.rsplit(".", 1)[-1] not in redirected)
-    return Targets(kept, _warn(experts, sorted(leaves - redirected), sorted(redirected)))
+    return Targets(kept, (), _warn(experts, sorted(leaves - redirected), sorted(redirected)))
 
 
 def _warn(experts: Experts, adapted: Sequence[str], redirected: Sequence[str]) -> tuple[str, ...]:
@@ -108,10 +164,10 @@ def _warn(experts: Experts, adapted: Sequence[str], redirected: Sequence[str]) -
         count = f"each of the {len(experts.linear)} linear layers of its experts gets an adapter"
         fix = "To adapt the attention alone, set target_modules to q_proj,k_proj,v_proj,o_proj."
         return (f"The model is a mixture of experts: {count}, which not every export takes. {fix}",)
+    more = "To adapt those too, set target_modules to all-linear,experts,router."
     also = f" PEFT can't adapt {', '.join(redirected)} on this kind of model." if redirected else ""
-    return (
-        f"The model is a mixture of experts: its experts and routers are not adapted, {', '.join(adapted)} are.{also}",
-    )
+    words = f"its experts and routers are not adapted, {', '.join(adapted)} are"
+    return (f"The model is a mixture of experts: {words}.{also} {more}",)
 
 
 def _require_plain(model: Any, names: Sequence[str]) -> None:
@@ -119,8 +175,9 @@ def _require_plain(model: Any, names: Sequence[str]) -> None:
         if _is_redirected(model.config, name):
             raise TargetModulesError(
                 f"{name!r} can't be a target on a {model.config.model_type} model",
-                cause="PEFT applies it to the fused experts, and no merge or export takes such an adapter",
-                fix="Adapt the attention: {set:lora.target_modules=q_proj,k_proj,v_proj,o_proj}",
+                cause="PEFT would apply it to the fused experts",
+                fix="Adapt the attention: {set:lora.target_modules=q_proj,k_proj,v_proj,o_proj}; experts have a name "
+                "of their own: {set:lora.target_modules=q_proj,k_proj,v_proj,o_proj,experts}",
             )
 
 

@@ -27,6 +27,7 @@ from bp_data.loop.shapes import Linear, Shapes
 from bp_runs.errors import ModelLoadError, RemoteCodeError, first_line
 from bp_train_cuda.backend import CPU_PARAMETER_LIMIT, Device, Mode, choose_dtype
 from bp_train_cuda.errors import DriverTooOldError, GpuNotAvailableError
+from bp_train_cuda.model.experts import find_experts
 
 _LOAD_ERRORS = (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, ImportError, SafetensorError)
 
@@ -92,6 +93,7 @@ def measure_shapes(config: Mapping[str, Any]) -> Shapes:
         if isinstance(module, torch.nn.Linear) and module is not head
     )
     linears = tuple(Linear(name, inp, out, count) for (name, inp, out), count in found.items())
+    experts = _measure_experts(model)
     parameters = sum(p.numel() for p in model.parameters())
     tied = head is None or head.weight is model.get_input_embeddings().weight
     hidden, vocabulary = int(text.hidden_size), int(text.vocab_size)
@@ -102,12 +104,25 @@ def measure_shapes(config: Mapping[str, Any]) -> Shapes:
         layers=int(text.num_hidden_layers),
         vocabulary=vocabulary,
         feed_forward=max((max(a.inp, a.out) for a in linears), default=hidden),
+        experts=experts,
+        active_experts=int(getattr(text, "num_experts_per_tok", 1) or 1) if experts else 0,
         queries=hidden,
         keys=hidden,
         linears=linears,
-        others=parameters - embedding - sum(a.parameters for a in linears),
+        others=parameters - embedding - sum(a.parameters for a in (*linears, *experts)),
         tied=tied,
     )
+
+
+def _measure_experts(model: Any) -> tuple[Linear, ...]:
+    """Matrices of single experts that are parameters of a layer, by name and size."""
+    names = set(find_experts(model).fused)
+    found: Counter[tuple[str, int, int]] = Counter()
+    for name, parameter in model.named_parameters():
+        if name in names:
+            count, out, inp = parameter.shape
+            found[name.rsplit(".", 1)[-1], inp, out] += count
+    return tuple(Linear(name, inp, out, count) for (name, inp, out), count in found.items())
 
 
 def require_capable(parameters: int, device: Device) -> None:

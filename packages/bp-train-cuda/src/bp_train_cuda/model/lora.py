@@ -35,7 +35,7 @@ _START = "start"
 def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
     """Freeze ``model`` and put adapters on its linear layers: A (r, d_in) random, B (d_out, r) zero.
 
-    Experts and routers of a mixture of experts get none (`model.experts`).
+    Experts and routers of a mixture of experts get one if they are named (`model.experts`).
 
     The adapters are float32 whatever the base's dtype. The seed must be set before. With ``pissa`` B A is made of the
     base's main directions, which are taken off the base in memory; with ``loftq`` of what its 4 bits have lost.
@@ -46,7 +46,8 @@ def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
     Raises:
         TargetModulesError: No layer has any of the names, or one of them means fused experts.
     """
-    targets = choose_targets(model, spec.target_modules).modules
+    chosen = choose_targets(model, spec.target_modules)
+    targets = chosen.modules
     config = LoraConfig(
         r=spec.r,
         lora_alpha=spec.resolved_alpha,
@@ -55,6 +56,7 @@ def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
         use_dora=spec.use_dora,
         init_lora_weights=_PISSA if spec.init_lora_weights == "pissa" else True,
         target_modules=targets if targets == ALL_LINEAR else list(targets),
+        target_parameters=list(chosen.parameters) or None,
         task_type="CAUSAL_LM",
     )
     try:
