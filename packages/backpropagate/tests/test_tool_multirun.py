@@ -13,17 +13,17 @@ from backpropagate.cli.app import run
 from backpropagate.continual.multirun import check_settings, read_settings
 from backpropagate.continual.scorecard import Scorecard, card_html, card_text
 from backpropagate.continual.slices import write_slices
+from backpropagate.continual.spec import MultiRunSpec, RunSettings
 from backpropagate.errors import EvalDataError, MultiRunGateError, MultiRunStateError, RunsAndRowsError
 from bp_data import read_rows
 from bp_data.errors import DatasetEmptyError
 from bp_merge import SlaoStateError, SlaoStreamError, blend, factor_rows, load_adapter
 from bp_merge.errors import AdapterUnmergeableError
-from bp_runs import Settings
 from bp_runs.adapter import changed_files
 from bp_runs.checkpoint_store import CheckpointFolder
 from bp_runs.errors import InterruptedRunError, InvalidSettingError, TrainingDivergedError
 from bp_runs.events import Notice
-from bp_runs.spec import DataSpec, MultiRunSpec, TrainingSpec
+from bp_runs.spec import DataSpec, TrainingSpec
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail
 from bp_runs.witness import read_witness
@@ -130,7 +130,7 @@ def test_trainer_exports_what_was_merged(place):
 
 
 def settings(runs=3, samples=None, seed=1, **multi):
-    return Settings(
+    return RunSettings(
         data=DataSpec(samples=samples), training=TrainingSpec(seed=seed), multirun=MultiRunSpec(runs=runs, **multi)
     )
 
@@ -239,8 +239,8 @@ def test_what_cannot_be_a_stream(place, rows, flags, error, word):
 
 
 def test_runs_of_several_files_are_counted_by_them():
-    assert check_settings(Settings(), 3).multirun.runs == 3
-    assert check_settings(Settings(), 1).multirun.runs == 5
+    assert check_settings(RunSettings(), 3).multirun.runs == 3
+    assert check_settings(RunSettings(), 1).multirun.runs == 5
 
 
 class Judge:
@@ -655,7 +655,7 @@ def judged(place, labels):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_kto_trains_and_measures_on_both_labels_in_every_slice(place, seed):
-    wanted = Settings(training=TrainingSpec(method="kto", seed=seed), multirun=MultiRunSpec(runs=2, heldout=0.1))
+    wanted = RunSettings(training=TrainingSpec(method="kto", seed=seed), multirun=MultiRunSpec(runs=2, heldout=0.1))
     files = [judged(place, [i % 4 == 0 for i in range(12)]), place / "other.jsonl"]
     files[1].write_text(files[0].read_text().replace('"p ', '"other p '))
     slices = write_slices(place / "slices", files, wanted, lambda _: None)
@@ -671,7 +671,7 @@ def test_slices_are_read_as_the_settings_say_and_keep_long_integers(place):
     lines = [line.replace("ja", " yes").replace("nein", "no") for line in lines]
     (place / "k.csv").write_bytes("\n".join(["wer;was;gut;id", *lines]).encode("cp1252"))
     data = DataSpec(columns=("wer=prompt,was=completion", "gut=label"), encoding="cp1252")
-    wanted = Settings(data=data, training=TrainingSpec(method="kto"), multirun=MultiRunSpec(runs=2, heldout=0.25))
+    wanted = RunSettings(data=data, training=TrainingSpec(method="kto"), multirun=MultiRunSpec(runs=2, heldout=0.25))
     slices = write_slices(place / "slices", [place / "k.csv"], wanted, lambda _: None)
     rows = [row for one in slices for row in read_rows(place / "slices" / one.heldout_file)]
     assert {row.data["gut"] for row in rows} == {" yes", "no"}, "both labels are held out"
@@ -682,7 +682,7 @@ def test_slices_are_read_as_the_settings_say_and_keep_long_integers(place):
 
 
 def test_kto_with_one_row_of_a_label_says_what_is_missing(place):
-    wanted = Settings(training=TrainingSpec(method="kto"), multirun=MultiRunSpec(runs=1, heldout=0.1))
+    wanted = RunSettings(training=TrainingSpec(method="kto"), multirun=MultiRunSpec(runs=1, heldout=0.1))
     with pytest.raises(RunsAndRowsError, match="run 1 has 1 good and 7 bad answers"):
         write_slices(place / "slices", [judged(place, [i == 3 for i in range(8)])], wanted, lambda _: None)
     wanted = replace(wanted, multirun=MultiRunSpec(runs=1, heldout=0.0))

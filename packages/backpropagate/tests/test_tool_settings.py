@@ -3,6 +3,7 @@ import json
 import pytest
 
 from backpropagate.cli.app import build_app, run
+from backpropagate.continual.spec import MultiRunSpec, RunSettings
 from backpropagate.errors import SettingsFileError, UnknownSettingError
 from backpropagate.settings import (
     ENV_PREFIX,
@@ -14,7 +15,6 @@ from backpropagate.settings import (
     resolve,
     ui_settings,
 )
-from bp_runs import Settings
 from bp_runs.errors import InvalidSettingError
 from bp_runs.record import RunRecord
 
@@ -235,7 +235,7 @@ def test_two_names_of_one_setting_must_agree(flags, environ, toml, tmp_path):
 
 
 def test_defaults_are_bp_runs_own():
-    assert resolve({}).settings == Settings()
+    assert resolve({}).settings == RunSettings()
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_a_broken_settings_file_is_named(tmp_path):
 
 def test_the_programs_own_variables_are_no_settings():
     names = ("HOME", "LOG_LEVEL", "LOG_FORMAT", "OFFLINE", "DEBUG", "RANKS_TOKEN")
-    assert resolve({}, {f"BACKPROPAGATE_{n}": "1" for n in names}).settings == Settings()
+    assert resolve({}, {f"BACKPROPAGATE_{n}": "1" for n in names}).settings == RunSettings()
 
 
 def test_reasoning_traces_get_room_unless_the_user_says_otherwise():
@@ -384,3 +384,10 @@ def test_a_wrong_value_is_reported_under_the_name_that_was_written(environ, toml
     with pytest.raises(InvalidSettingError) as caught:
         resolve({}, environ, file)
     assert caught.value.message == f"{named} cannot be 'x'"
+
+
+def test_settings_of_multi_runs_are_held_to_their_ranges_too():
+    with pytest.raises(InvalidSettingError, match=r"runs is 0; it must be at least 1"):
+        RunSettings(multirun=MultiRunSpec(runs=0))
+    with pytest.raises(InvalidSettingError, match=r"did you mean 'slao'"):
+        RunSettings(multirun=MultiRunSpec(merge="slaos"))

@@ -1,6 +1,6 @@
 """Where each setting's value comes from: flag > environment > backpropagate.toml > default.
 
-A setting is a field of `bp_runs.Settings`; nothing here lists them a second time.
+A setting is a field of `backpropagate.continual.spec.RunSettings`; nothing here lists them a second time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_type_hints
 
 from backpropagate import legacy_names
+from backpropagate.continual.spec import RunSettings
 from backpropagate.errors import OldNameError, SettingsFileError, UnknownSettingError
 from backpropagate.presets import find_preset
 from backpropagate.suggestions import nearest
@@ -22,7 +23,7 @@ from backpropagate.ui_spec import UiSpec
 from bp_runs.errors import InvalidSettingError
 from bp_runs.record import RunRecord
 from bp_runs.redact import MASK
-from bp_runs.spec import LORA_PRESETS, LoraSpec, Range, Settings, check_value, choices_of, short_name
+from bp_runs.spec import LORA_PRESETS, LoraSpec, Range, check_value, choices_of, short_name
 
 ENV_PREFIX = "BACKPROPAGATE_"
 TOML_FILE = "backpropagate.toml"
@@ -89,8 +90,8 @@ class Setting:
 def all_settings() -> Mapping[str, Setting]:
     """Every setting of a run by dotted key, in the order of `bp_runs.spec`."""
     found: dict[str, Setting] = {}
-    for group in fields(Settings):
-        found |= _settings_of(group.name, get_type_hints(Settings)[group.name])
+    for group in fields(RunSettings):
+        found |= _settings_of(group.name, get_type_hints(RunSettings)[group.name])
     return MappingProxyType(found)
 
 
@@ -163,7 +164,7 @@ def choices(setting: Setting) -> tuple[str, ...]:
 class Resolved:
     """Settings, and where each value came from."""
 
-    settings: Settings
+    settings: RunSettings
     sources: Mapping[str, Source]
 
     def to_record(self) -> dict[str, dict[str, Any]]:
@@ -283,7 +284,7 @@ def apply_lora_preset(resolved: Resolved, preset: str) -> Resolved:
     return Resolved(changed, MappingProxyType(sources))
 
 
-def with_output(wanted: Settings, output: Path) -> Settings:
+def with_output(wanted: RunSettings, output: Path) -> RunSettings:
     """Recorded settings, with the output folder where it is now: it may have been moved since."""
     if to_path(wanted.training.output_dir) == output:
         return wanted
@@ -458,10 +459,10 @@ def kind_of(setting: Setting) -> str:
     return next((words for kind, words in named.items() if kind in str(setting.type)), "text")
 
 
-def _build(values: Mapping[str, Any]) -> Settings:
+def _build(values: Mapping[str, Any]) -> RunSettings:
     groups: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         group, name = key.split(".")
         groups.setdefault(group, {})[name] = value
-    types = get_type_hints(Settings)
-    return Settings(**{group: types[group](**values) for group, values in groups.items()})
+    types = get_type_hints(RunSettings)
+    return RunSettings(**{group: types[group](**values) for group, values in groups.items()})

@@ -7,7 +7,7 @@ TOML. ``metadata["help"]`` of each field is the text that the CLI and the docs s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -128,12 +128,17 @@ def check_value(key: str, value: Any, kind: Any, allowed: Range | None, name: st
 
 
 @cache
-def _checks(group: str) -> tuple[tuple[str, Any, Range | None], ...]:
-    """Name, type and range of the fields of a group that have choices or a range."""
-    spec = get_type_hints(Settings)[group]
-    hints = get_type_hints(spec)
-    found = [(f.name, hints[f.name], f.metadata.get("range")) for f in fields(spec)]
-    return tuple(row for row in found if row[2] is not None or choices_of(row[1]))
+def _checks(owner: type[Settings]) -> tuple[tuple[str, str, Any, Range | None], ...]:
+    """Group, name, type and range of the settings that have choices or a range."""
+    groups = {name: spec for name, spec in get_type_hints(owner).items() if is_dataclass(spec)}
+    hints = {group: get_type_hints(spec) for group, spec in groups.items()}
+    found = [
+        (group, f.name, hints[group][f.name], f.metadata["range"])
+        for group, spec in groups.items()
+        for f in fields(spec)
+        if "range" in f.metadata  # `RunFolders` and `Ranks` are no settings
+    ]
+    return tuple(row for row in found if row[3] is not None or choices_of(row[2]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -438,57 +443,6 @@ def _require_planned(key: str, value: int | None) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MultiRunSpec:
-    """Several runs, each continuing from the previous one; only multi-runs read it."""
-
-    runs: int = setting(
-        5,
-        "Number of runs, each on its own slice of the data. With several data files: one run per file.",
-        aliases=("num_runs", "multi_run.num_runs"),
-        at_least=1,
-    )
-    merge: Literal["ftba-mb", "slao", "slao-preserving", "none"] = setting(
-        "ftba-mb",
-        "How runs are merged. ftba-mb: blend B by 1/sqrt(i) and start from the last adapter; slao: the "
-        "same from orthonormal rows of A (arXiv:2512.23017); slao-preserving: as slao, keeping the "
-        "adapter's function; none: keep the last adapter.",
-    )
-    last_lr: float = setting(
-        0.25, "Learning rate of the last run as a share of the first's; it falls linearly in between.", above=0
-    )
-    replay_share: float = setting(
-        0.0, "Share of each run's examples to draw from earlier runs.", at_least=0.0, at_most=0.9
-    )
-    replay: Literal["recent", "random", "all"] = setting(
-        "random",
-        "Which examples to replay: from the run before (recent), any earlier run (random), or all of them"
-        " equally (all).",
-    )
-    heldout: float = setting(
-        0.1,
-        "Share of each run's examples to hold out for measuring forgetting; 0: none.",
-        aliases=("eval_heldout",),
-        at_least=0.0,
-        at_most=0.9,
-    )
-    metric: Literal["none", "exact", "f1", "contains"] = setting(
-        "none",
-        "Also score answers to held-out examples: exact match, f1 (shared words), or contains.",
-    )
-    eval_gate: bool = setting(False, "Leave out a run whose merge makes the mean held-out loss worse.")
-    max_regression: float = setting(
-        0.0,
-        "How much worse the mean held-out loss may become before the gate leaves a run out, in nats.",
-        aliases=("eval_max_regression",),
-        at_least=0.0,
-    )
-    patience: int = setting(0, "Stop after this many runs without a lower mean held-out loss; 0: never.", at_least=0)
-    keep_adapters: Literal["all", "last", "none"] = setting(
-        "all", "Which runs' own adapters to keep, fine-tuned and merged. The result is always kept."
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class RunFolders:
     """Where the run lives; made by the store, never by the user."""
 
@@ -539,13 +493,12 @@ class Ranks:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All that a user can set, by group."""
+    """All that a user can set for a run, by group. A program adds its own groups in a subclass."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
     data: DataSpec = field(default_factory=DataSpec)
     lora: LoraSpec = field(default_factory=LoraSpec)
     training: TrainingSpec = field(default_factory=TrainingSpec)
-    multirun: MultiRunSpec = field(default_factory=MultiRunSpec)
 
     def __post_init__(self) -> None:
         """Hold every value to its choices and its range; here, so that each package alone is held to them.
@@ -553,10 +506,8 @@ class Settings:
         Raises:
             InvalidSettingError: As `check_value`; or steps and epochs are both set.
         """
-        for group in ("model", "data", "lora", "training", "multirun"):
-            values = getattr(self, group)
-            for name, kind, allowed in _checks(group):
-                check_value(f"{group}.{name}", getattr(values, name), kind, allowed)
+        for group, name, kind, allowed in _checks(cast("Any", type(self))):
+            check_value(f"{group}.{name}", getattr(getattr(self, group), name), kind, allowed)
         if self.training.steps is not None and self.training.epochs is not None:
             raise InvalidSettingError(
                 f"{{set:training.steps}} is {self.training.steps} and {{set:training.epochs}} is "

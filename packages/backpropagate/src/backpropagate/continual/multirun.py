@@ -18,6 +18,7 @@ from typing import Any
 from backpropagate import catalogue
 from backpropagate.continual.scorecard import Scorecard
 from backpropagate.continual.slices import PLAN_FILE, Slice, read_slices, write_slices
+from backpropagate.continual.spec import MultiRunSpec, RunSettings
 from backpropagate.continual.stream import JUDGED, SLICES, START, Progress, Stream, join_outcomes, read_progress
 from backpropagate.errors import MultiRunGateError, MultiRunStateError, RunsAndRowsError
 from backpropagate.run_hints import UNFINISHED, resume_line
@@ -28,7 +29,6 @@ from bp_runs.errors import InterruptedRunError, InvalidSettingError, ResumeNotFo
 from bp_runs.events import Emit, Notice
 from bp_runs.rail import TrainOutcome
 from bp_runs.record import RunRecord
-from bp_runs.spec import MultiRunSpec, Settings
 from bp_runs.store import RunStore
 
 NEWEST = "newest"
@@ -57,7 +57,7 @@ class MultiRunResult:
         )
 
 
-def check_settings(settings: Settings, files: int) -> Settings:
+def check_settings(settings: RunSettings, files: int) -> RunSettings:
     """The settings with as many runs as there are data files, where these are several.
 
     Raises:
@@ -100,7 +100,7 @@ def check_settings(settings: Settings, files: int) -> Settings:
     return replace(settings, multirun=replace(multi, runs=files)) if files > 1 else settings
 
 
-def _check_measures(settings: Settings) -> None:
+def _check_measures(settings: RunSettings) -> None:
     """Reject measures of validation rows where there are none, or none that could be answered."""
     multi, method = settings.multirun, settings.training.method
     asked = {
@@ -130,7 +130,7 @@ class MultiRun:
 
     context: SessionContext
     base: catalogue.BaseModel
-    settings: Settings
+    settings: RunSettings
     """As `check_settings` gave them."""
     record: Mapping[str, Mapping[str, Any]]
     """The settings with their sources."""
@@ -229,7 +229,7 @@ class MultiRun:
         return join_outcomes(progress, folders.adapter, stopped=stopped)
 
 
-def read_settings(record: RunRecord) -> Settings:
+def read_settings(record: RunRecord) -> RunSettings:
     """The settings that a multi-run was started with, whatever the environment says now.
 
     Raises:

@@ -17,6 +17,7 @@ from typing import Self, TypeAlias
 
 import orjson
 
+from backpropagate.continual.spec import RunSettings
 from backpropagate.errors import RunsAndRowsError
 from bp_data import Rejected, Row, read_rows
 from bp_data.columns import PLAIN, Columns, ReadOptions
@@ -26,7 +27,6 @@ from bp_data.json_text import dump_json
 from bp_data.preparation import bad_row
 from bp_runs.files import coded_disk_errors, publish_folder
 from bp_runs.methods import METHODS
-from bp_runs.spec import Settings
 
 PLAN_FILE = "plan.json"
 DEFAULT_SAMPLES = 1000
@@ -62,7 +62,7 @@ class Slice:
         return f"run-{self.number}.heldout.jsonl"
 
 
-def write_slices(folder: Path, sources: Sequence[Path], settings: Settings, say: Say) -> list[Slice]:
+def write_slices(folder: Path, sources: Sequence[Path], settings: RunSettings, say: Say) -> list[Slice]:
     """Part the data and publish ``folder`` with a train and a held-out file for each run, and the plan.
 
     Args:
@@ -155,7 +155,7 @@ def read_slices(folder: Path) -> list[Slice]:
     return [Slice(**entry) for entry in orjson.loads((folder / PLAN_FILE).read_bytes())]
 
 
-def _cut(spool: Spool, source: Path, settings: Settings, draw: random.Random, say: Say) -> list[tuple[Path, Places]]:
+def _cut(spool: Spool, source: Path, settings: RunSettings, draw: random.Random, say: Say) -> list[tuple[Path, Places]]:
     """Slices of equal size of one data set, shuffled."""
     runs, samples = settings.multirun.runs, settings.data.samples or DEFAULT_SAMPLES
     count = sum(1 for _ in _read(source, settings, lambda _: None))
@@ -177,7 +177,7 @@ def _cut(spool: Spool, source: Path, settings: Settings, draw: random.Random, sa
 
 
 def _take(
-    spool: Spool, sources: Sequence[Path], settings: Settings, draw: random.Random, say: Say
+    spool: Spool, sources: Sequence[Path], settings: RunSettings, draw: random.Random, say: Say
 ) -> list[tuple[Path, Places]]:
     """One data set a run, each shuffled, at most the asked rows of each."""
     found = []
@@ -188,7 +188,7 @@ def _take(
     return found
 
 
-def _read(source: Path, settings: Settings, say: Say) -> Iterator[Row]:
+def _read(source: Path, settings: RunSettings, say: Say) -> Iterator[Row]:
     rejected = 0
     for row in read_rows(source, _options(settings)):
         if isinstance(row, Rejected):
@@ -201,7 +201,7 @@ def _read(source: Path, settings: Settings, say: Say) -> Iterator[Row]:
         say(f"{rejected} rows of {source} cannot be read and are left out")
 
 
-def _options(settings: Settings) -> ReadOptions:
+def _options(settings: RunSettings) -> ReadOptions:
     return ReadOptions.parse(settings.data.columns, settings.data.ignore_columns, settings.data.encoding)
 
 
@@ -249,7 +249,7 @@ def _pick_labels(places: Places, labels: Mapping[int, bool], settings: int) -> P
     return picked
 
 
-def _replay(trained: Sequence[Places], own: int, settings: Settings, draw: random.Random) -> Places:
+def _replay(trained: Sequence[Places], own: int, settings: RunSettings, draw: random.Random) -> Places:
     """Earlier rows, so many that they are the asked share of the run's rows."""
     share = settings.multirun.replay_share
     count = round(share / (1 - share) * own)

@@ -18,6 +18,7 @@ import orjson
 from backpropagate import catalogue
 from backpropagate.continual.scorecard import Scorecard
 from backpropagate.continual.slices import Slice
+from backpropagate.continual.spec import RunSettings
 from backpropagate.errors import EvalDataError, EvalRailError, MultiRunStateError
 from backpropagate.evaluation.compare import METRICS
 from backpropagate.session import RunSession, SessionContext
@@ -26,7 +27,7 @@ from bp_runs.events import Emit, Notice
 from bp_runs.files import publish_folder, publish_json
 from bp_runs.rail import ExaminesRows, Rail, Stop, TrainOutcome, WritesWitnesses
 from bp_runs.recovery import write_copy
-from bp_runs.spec import RunFolders, Settings, TrainingSpec, TrainSpec
+from bp_runs.spec import RunFolders, TrainingSpec, TrainSpec
 from bp_runs.store import RunStore
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class Trained:
     """As ``before``, of the metric; None where none is requested."""
 
 
-def learning_rate(settings: Settings, number: int) -> float:
+def learning_rate(settings: RunSettings, number: int) -> float:
     """Of run ``number``, from 1: on a line from the first run's to the last's."""
     first, runs = settings.training.resolved_learning_rate, settings.multirun.runs
     way = (number - 1) / max(1, runs - 1)
@@ -89,7 +90,7 @@ class Stream:
 
     context: SessionContext
     base: catalogue.BaseModel
-    settings: Settings
+    settings: RunSettings
     record: Mapping[str, Mapping[str, Any]]
     """The settings with their sources, for the members' records."""
     folders: RunFolders
@@ -191,7 +192,7 @@ class Stream:
             run.finish(outcome)
         return Trained(run_id=run.run_id, plan=plan, outcome=outcome, before=before)
 
-    def _settings_for(self, plan: Slice, name: str, training: TrainingSpec) -> tuple[Settings, Path]:
+    def _settings_for(self, plan: Slice, name: str, training: TrainingSpec) -> tuple[RunSettings, Path]:
         """The settings for one of a slice's files, which is read whole; documents are split as if read themselves."""
         data, file = self.settings.data, self.folders.run / SLICES / name
         if data.on_overflow == "auto" and plan.source.removesuffix(".gz").endswith((".txt", ".md")):

@@ -66,11 +66,9 @@ def is_hub_id(name: str) -> bool:
 def list_changes(record: RunRecord) -> dict[str, Any]:
     """The settings that are not at their defaults, by dotted key, but for the places of model, data and output."""
     defaults = Settings().to_flat()
-    return {
-        key: record.setting(key)
-        for key, default in defaults.items()
-        if key not in _PLACES and key in record.settings and _differs(record.setting(key), default)
-    }
+    own = {key for key, entry in record.settings.items() if key not in defaults and entry["source"] != "default"}
+    changed = {key for key in defaults if key in record.settings and _differs(record.setting(key), defaults[key])}
+    return {key: record.setting(key) for key in record.settings if key in (own | changed).difference(_PLACES)}
 
 
 def _differs(value: Any, default: Any) -> bool:

@@ -16,6 +16,7 @@ from starlette.responses import RedirectResponse, Response
 
 from backpropagate import catalogue, rails
 from backpropagate.cli.flags import MULTI_RUN, flag_names
+from backpropagate.continual.spec import RunSettings
 from backpropagate.errors import DataMissingError
 from backpropagate.presets import MODEL_PRESETS, find_preset
 from backpropagate.settings import TOML_FILE, Resolved, Setting, all_settings, choices, resolve
@@ -30,7 +31,6 @@ from bp_runs.errors import CodedError, InvalidSettingError
 from bp_runs.rail import MemoryEstimate
 from bp_runs.record import RunRecord
 from bp_runs.redact import MASK
-from bp_runs.spec import Settings
 
 FIRST = (
     "model.name",
@@ -136,7 +136,7 @@ def describe_field(
 def _fill_from(record: RunRecord) -> dict[str, str]:
     """The form's texts of a recorded run: what was set, and what would be another default today."""
     texts = {}
-    known = Settings().to_flat()
+    known = RunSettings().to_flat()
     for key, setting in offered().items():
         entry = record.settings.get(key)
         if entry is None or entry["source"] in ("default", "preset") or MASK in str(entry["value"]):
