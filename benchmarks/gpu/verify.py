@@ -107,7 +107,7 @@ def curves(scene: Scene) -> dict[str, Any]:
 
 
 def ranks(scene: Scene) -> dict[str, Any]:
-    """A hundred steps at r=256: a bfloat16 adapter with stochastic rounding, a float32 one, and that one drawn anew."""
+    """A hundred steps at r=256: a bfloat16 adapter with stochastic rounding, a float32 one, and that one drawn again."""
     change = {"steps": 20 if scene.dry else 100, "optim": "adamw_8bit"}
     limit = estimate.HIGH_RANK
     runs = {}

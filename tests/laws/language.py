@@ -149,7 +149,7 @@ def read_docstrings(source: str) -> str:
     """The docstrings of a module, without code in backticks; the Hub's model cards are cards there."""
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Expr)]
     texts = [n.value.value for n in nodes if isinstance(n.value, ast.Constant) and isinstance(n.value.value, str)]
-    text = re.sub(r"`+[^`]*`+", "Code", "\n".join(texts))
+    text = re.sub(r"`+[^`]*`+|(?m:^ +\w+:)", "Code", "\n".join(texts))
     return re.sub(r"\bcards?\b", "model card", text) if CARDS.search(source) else text
 
 
