@@ -5,6 +5,7 @@ weights, and those of an adapter on all linears, come from a bit generator's raw
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from bp_merge import write_tensors
 
 FILE = Path(__file__).with_name("golden_models.json")
 ROWS = 320  # of the embedding
-QUANTIZATIONS = ("bf16", "q8_0", "q4_k_m", "q5_k_m", "q6_k")
+QUANTIZATIONS = ("bf16", "q4_k_m")
 MORE = ("f16", "q3_k_m", "mxfp4")
 """For mixtures of experts also these: their rules differ there."""
 
@@ -44,6 +45,26 @@ _DELTA = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
 }
 _GEMMA = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16}
+_MINISTRAL = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 32,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+_OLMO_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "attention_factor": 1.2079441541679836,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
 MODELS = {
     "llama": ("Llama", {"tie_word_embeddings": False}),
     "llama3": ("Llama", {"rope_parameters": {**_LLAMA_3, "original_max_position_embeddings": 128}}),
@@ -102,6 +123,36 @@ MODELS = {
     "olmo2": ("Olmo2", {"tie_word_embeddings": False}),
     "gemma2": ("Gemma2", _GEMMA),
     "gemma3": ("Gemma3", {**_GEMMA, "num_hidden_layers": 7}),
+    "gemma3-vision": ("Gemma3Vision", {**_GEMMA, "num_hidden_layers": 6}),
+    "mistral-small3": ("Mistral3Vision", {"head_dim": 32, "sliding_window": None, "tie_word_embeddings": False}),
+    "ministral3": ("Ministral3Vision", {"head_dim": 32, "rope_parameters": _MINISTRAL, "tie_word_embeddings": False}),
+    "ministral3-text": ("Ministral3", {"head_dim": 32, "rope_parameters": _MINISTRAL, "tie_word_embeddings": True}),
+    "phi4": (
+        "Phi3",
+        {
+            "partial_rotary_factor": 1.0,
+            "sliding_window": None,
+            "rope_parameters": {"rope_theta": 250000.0, "rope_type": "default"},
+        },
+    ),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 16,
+            "num_hidden_layers": 4,
+            "rope_parameters": {
+                "full_attention": _OLMO_YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+            },
+        },
+    ),
+    "glm4": (
+        "Glm4",
+        {
+            "head_dim": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
 }
 
 
@@ -109,6 +160,28 @@ def list_quantizations(name: str) -> tuple[str, ...]:
     """What a model's files are compared in."""
     is_mixture = any("experts" in key for key in MODELS[name][1])
     return (*QUANTIZATIONS, *MORE) if is_mixture else QUANTIZATIONS
+
+
+def save_model(folder: Path, name: str) -> None:
+    """A random model as transformers saves it in bf16, norms and biases included, with a tokenizer."""
+    import torch
+    from pico_configs import build_random_model
+
+    kind, options = MODELS[name]
+    model = build_random_model(kind, {**COMMON, **options})
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn_like(weight) * 0.05 + (weight.ndim == 1))
+    write_tokenizer(folder)
+    kept = (folder / "tokenizer_config.json").read_text()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(kept)
+
+
+def copy_for_converter(base: Path, folder: Path) -> None:
+    """The model again, with a vocabulary of all rows: Gemma 3's beyond the tokens would be cut off."""
+    shutil.copytree(base, folder)
+    write_json(folder / "tokenizer.json", {"model": {"vocab": {}}, "added_tokens": [None] * ROWS})
 
 
 def write_model(folder: Path, name: str) -> Path:
@@ -125,7 +198,9 @@ def write_model(folder: Path, name: str) -> Path:
     pairs = {}
     for tensor, shape in stored["tensors"].items():
         # PEFT converts adapters of single experts for most models, and drops those of Qwen2-MoE.
-        if tensor.endswith("proj.weight") and len(shape) == 2 and not (name == "qwen2moe" and ".experts." in tensor):
+        is_dropped = name == "qwen2moe" and ".experts." in tensor
+        is_other = is_dropped or any(word in tensor for word in ("vision", "projector"))
+        if tensor.endswith("proj.weight") and len(shape) == 2 and not is_other:
             stem = f"base_model.model.{tensor.removesuffix('.weight')}"
             pairs[f"{stem}.lora_A.weight"], pairs[f"{stem}.lora_B.weight"] = (
                 draw(raw, (8, shape[1])),

@@ -14,7 +14,7 @@ FILE = Path(__file__).parents[1] / "src" / "bp_export" / "architectures" / "defa
 KINDS = (
     *("llama", "mistral", "smollm3", "qwen2", "qwen3", "qwen3_5_text", "phi3", "gemma2", "gemma3_text"),
     *("mixtral", "qwen2_moe", "olmoe", "gpt_oss"),
-    *("qwen3_moe", "olmo2", "granite", "glm4"),
+    *("qwen3_moe", "olmo2", "olmo3", "granite", "glm4", "ministral3"),
 )
 """``model_type`` of each config class."""
 UNREAD = (

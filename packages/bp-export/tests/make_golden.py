@@ -113,15 +113,13 @@ def require_same_settings(ours: Path, theirs: Path) -> None:
 def describe_models() -> dict[str, dict[str, object]]:
     """Settings and shapes of every model as transformers saves them."""
     import torch
-    import transformers
+    from pico_configs import build_random_model
 
     table = {}
     for name, (kind, options) in golden_models.MODELS.items():
-        stem = {"Gemma3": "Gemma3Text", "Qwen3_5": "Qwen3_5Text"}.get(kind, kind)
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{stem}Config")(**{**golden_models.COMMON, **options})
         with tempfile.TemporaryDirectory() as folder:
-            getattr(transformers, f"{kind}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
+            model = build_random_model(kind, {**golden_models.COMMON, **options})
+            model.to(torch.bfloat16).save_pretrained(folder)
             stored = json.loads((Path(folder) / "config.json").read_text())
             del stored["transformers_version"]
             shapes = {n: info.shape for n, info in sorted(read_model_index(Path(folder)).items())}
@@ -132,10 +130,11 @@ def describe_models() -> dict[str, dict[str, object]]:
 def merge_by_peft(folder: Path) -> Path:
     """The chain's first steps: base and adapter merged and saved."""
     import torch
+    import transformers
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16)
+    kind = json.loads((folder / "base" / "config.json").read_text())["architectures"][0]
+    base = getattr(transformers, kind).from_pretrained(folder / "base", dtype=torch.bfloat16)
     PeftModel.from_pretrained(base, folder / "lora").merge_and_unload().save_pretrained(folder / "merged")
     # Only tensors are compared, so the converter gets no vocabulary; Gemma 3's rows beyond the tokens it would cut off.
     write_json(folder / "merged" / "tokenizer.json", {"model": {"vocab": {}}, "added_tokens": [None] * ROWS})

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-import transformers
+from pico_configs import build_random_model
 
 COMMON = {
     "vocab_size": 320,
@@ -29,6 +29,13 @@ FAMILIES = {
     "granite": "Granite",
     "gemma2": "Gemma2",
     "gemma3": "Gemma3",
+    "gemma3-vision": "Gemma3Vision",
+    "mistral3-vision": "Mistral3Vision",
+    "ministral3": "Ministral3",
+    "ministral3-vision": "Ministral3Vision",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "glm4": "Glm4",
 }
 ROPES = {
     "default": {},
@@ -51,17 +58,12 @@ ROPES = {
     },
 }
 _MANY_ROPES = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "granite",
-    "mixtral",
-    "qwen3-moe",
-    "qwen2-moe",
-    "olmoe",
-    "gpt-oss",
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "mixtral", "qwen3-moe"),
+    *("olmo2", "mistral3-vision", "qwen2-moe", "olmoe", "gpt-oss"),
+)
+_OWN_HEADS = (
+    *("llama", "mistral", "mixtral", "qwen3", "qwen3-moe", "gemma2", "gemma3", "gemma3-vision", "glm4"),
+    *("mistral3-vision", "ministral3", "ministral3-vision", "gpt-oss"),
 )
 
 
@@ -89,11 +91,7 @@ def draw_options(family: str, seed: int) -> dict:
 
 
 def _head_width(family: str, pick) -> dict:
-    return (
-        {"head_dim": pick(16, 32)}
-        if family in ("llama", "mistral", "mixtral", "qwen3", "qwen3-moe", "gpt-oss", "gemma2", "gemma3")
-        else {}
-    )
+    return {"head_dim": pick(16, 32)} if family in _OWN_HEADS else {}
 
 
 def _window(pick) -> dict:
@@ -160,6 +158,28 @@ def _gemma3(pick) -> dict:
     }
 
 
+def _ministral3(pick) -> dict:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": pick(10, 16)}
+    scales = pick({"mscale": 1.0, "mscale_all_dim": 1.0}, {"mscale": 0.7, "mscale_all_dim": 1.4})
+    return {
+        "rope_parameters": {**yarn, **scales, "llama_4_scaling_beta": pick(0.1, 0.5)},
+        "sliding_window": pick(None, 12),
+    }
+
+
+def _olmo3(pick) -> dict:
+    full = pick({"rope_type": "default"}, {**ROPES["yarn"], "rope_type": "yarn"})
+    layers = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    return {
+        "sliding_window": 12,
+        "layer_types": pick(None, layers),
+        "rope_parameters": {
+            "full_attention": {**full, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": pick(5e5, 1e4)},
+        },
+    }
+
+
 _OWN = {
     "llama": lambda pick: {
         "attention_bias": pick(True, False),
@@ -213,16 +233,21 @@ _OWN = {
     },
     "gemma2": _gemma2,
     "gemma3": _gemma3,
+    "gemma3-vision": _gemma3,
+    "mistral3-vision": lambda pick: {"sliding_window": pick(None, 12)},
+    "ministral3": _ministral3,
+    "ministral3-vision": _ministral3,
+    "olmo3": _olmo3,
+    "glm4": lambda pick: {
+        "attention_bias": pick(True, False),
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": pick(0.5, 1.0, 0.25)},
+    },
 }
 
 
 def build_model(family: str, options: dict, seed: int = 0):
     """A random model in float32 whose distributions differ from place to place, and whose biases and norms count."""
-    name = FAMILIES[family]
-    stem = {"Gemma3": "Gemma3Text", "Qwen3_5": "Qwen3_5Text"}.get(name, name)
-    torch.manual_seed(seed)
-    config = getattr(transformers, f"{stem}Config")(**options)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = build_random_model(FAMILIES[family], options, seed)
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.ndim > 1:

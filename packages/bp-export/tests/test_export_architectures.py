@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from export_pico import export_adapter, read_place, skip_without_llama_cpp, write_json, write_lora, write_tokenizer
+from pico_configs import build_random_model
 
 from bp_export.architectures import ARCHITECTURES
 from bp_export.chat.server import LlamaServer
@@ -39,6 +40,12 @@ DELTA = {
 }
 FACTORS = {"long_factor": [1.0 + i / 3 for i in range(6)], "short_factor": [1.0 + i / 9 for i in range(6)]}
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, **FACTORS}
+YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16}
+MINISTRAL = {**YARN, "rope_theta": 1e6, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+OLMO = {
+    "full_attention": {**YARN, "rope_theta": 5e5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+}
 CASES = {
     "smollm3": ("SmolLM3", {"tie_word_embeddings": True}, "smollm3"),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}, "qwen3"),
@@ -73,6 +80,15 @@ CASES = {
         "granite",
     ),
     "olmo2": ("Olmo2", {"tie_word_embeddings": False}, "olmo2"),
+    "gemma3-vision": (
+        "Gemma3Vision",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 6},
+        "gemma3",
+    ),
+    "mistral3-vision": ("Mistral3Vision", {"head_dim": 32, "sliding_window": None}, "mistral3"),
+    "ministral3": ("Ministral3Vision", {"head_dim": 32, "rope_parameters": MINISTRAL}, "mistral3"),
+    "olmo3": ("Olmo3", {"sliding_window": 16, "rope_parameters": OLMO, "tie_word_embeddings": False}, "olmo2"),
+    "glm4": ("Glm4", {"head_dim": 32}, "glm4"),
     "mistral": ("Mistral", {"head_dim": 32, "sliding_window": None}, "llama"),
     "qwen2": ("Qwen2", {}, "qwen2"),
 }
@@ -82,10 +98,7 @@ PROMPT = [1, 40, 77, 120, 33, 260, 90, 14, 201, 5, 66, 150, 151, 152, 30, 31, 32
 def write_pico(folder, name, options):
     """A random transformers model, large enough in its weights that its distributions differ from place to place."""
     vocab = write_tokenizer(folder)
-    stem = {"Gemma3": "Gemma3Text", "Qwen3_5": "Qwen3_5Text"}.get(name, name)
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{stem}Config")(**{**COMMON, "vocab_size": vocab, **options})
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    model = build_random_model(name, {**COMMON, "vocab_size": vocab, **options})
     with torch.no_grad():
         for key, weight in model.named_parameters():
             if weight.ndim == 2:
@@ -104,10 +117,16 @@ def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     base = write_pico(folder / "base", name, options)
     index = read_model_index(base)
-    modules = {n.removesuffix(".weight"): i.shape for n, i in index.items() if "proj" in n and len(i.shape) == 2}
-    modules = {n: shape for n, shape in modules.items() if "conv1d" not in n}
+    linear = {n.removesuffix(".weight"): i.shape for n, i in index.items() if "proj" in n and len(i.shape) == 2}
+    modules = {
+        n: shape for n, shape in linear.items() if not any(word in n for word in ("conv1d", "vision", "projector"))
+    }
     write_lora(folder / "lora", base, modules=modules, alpha=8)
     return folder, arch
+
+
+def has_windows(config):
+    return "sliding_attention" in (config.get("text_config", config).get("layer_types") or ())
 
 
 def read_logprobs(server, ids, vocab):
@@ -126,9 +145,10 @@ def test_llama_cpp_says_what_transformers_says(case):
     path, states = done.path, {check.name: check.result for check in done.parity.checks}
     assert states["divergence"] == states["effect"] == "passed"
     assert states.get("window", "passed") == "passed"
-    assert ("window" in states) == ("gemma" in arch)
+    config = json.loads((merged / "config.json").read_text())
+    assert ("window" in states) == has_windows(config)
     assert read_settings(path)["general.architecture"] == arch
-    model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    model = getattr(transformers, config["architectures"][0]).from_pretrained(merged, dtype=torch.float32).eval()
     ids = list(PROMPT)
     # Not more than the original context: llama.cpp takes the long factors for all texts of a larger one.
     with LlamaServer(path, 256) as server, torch.no_grad():

@@ -10,11 +10,13 @@ from typing import Any, Literal, TypeAlias
 from bp_export.architectures.decoder import Architecture
 from bp_export.architectures.gemma2 import Gemma2Architecture
 from bp_export.architectures.gemma3 import Gemma3Architecture
+from bp_export.architectures.glm4 import Glm4Architecture
 from bp_export.architectures.gpt_oss import GptOssArchitecture
 from bp_export.architectures.granite import GraniteArchitecture
 from bp_export.architectures.llama import LlamaArchitecture
+from bp_export.architectures.mistral3 import Mistral3Architecture
 from bp_export.architectures.mixtral import MixtralArchitecture
-from bp_export.architectures.olmo2 import Olmo2Architecture
+from bp_export.architectures.olmo2 import Olmo2Architecture, Olmo3Architecture
 from bp_export.architectures.olmoe import OlmoeArchitecture
 from bp_export.architectures.phi3 import Phi3Architecture
 from bp_export.architectures.qwen2 import Qwen2Architecture
@@ -30,6 +32,8 @@ ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
     {
         "LlamaForCausalLM": LlamaArchitecture,
         "MistralForCausalLM": LlamaArchitecture,
+        "Ministral3ForCausalLM": Mistral3Architecture,
+        "Mistral3ForConditionalGeneration": Mistral3Architecture,
         "SmolLM3ForCausalLM": SmolLm3Architecture,
         "Qwen2ForCausalLM": Qwen2Architecture,
         "Qwen3ForCausalLM": Qwen3Architecture,
@@ -42,6 +46,8 @@ ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
         "Qwen3_5ForConditionalGeneration": Qwen35Architecture,
         "GraniteForCausalLM": GraniteArchitecture,
         "Olmo2ForCausalLM": Olmo2Architecture,
+        "Olmo3ForCausalLM": Olmo3Architecture,
+        "Glm4ForCausalLM": Glm4Architecture,
         "Phi3ForCausalLM": Phi3Architecture,
         "Gemma2ForCausalLM": Gemma2Architecture,
         "Gemma3ForCausalLM": Gemma3Architecture,

@@ -15,7 +15,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter, LlamaFileType, RopeSc
 
 from bp_export.architectures.change import KEEP, Change
 from bp_export.errors import ArchitectureUnsupportedError, ModelInvalidError
-from bp_merge import Floats
+from bp_merge import Floats, strip_wrappers
 
 # Buffers that old checkpoints carry along and llama.cpp computes by itself.
 _SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")
@@ -57,6 +57,8 @@ class Architecture:
     """Whether feed-forward layers are mixtures of experts."""
     windows_start_late: ClassVar[bool] = True
     """Whether ``max_window_layers`` says at which layer windows begin."""
+    towers: ClassVar[tuple[str, ...]] = ()
+    """What the names of other towers' tensors start with, without wrappers; those are left out."""
     default_head_width: ClassVar[int | None] = None
     """What transformers assumes where config.json names no ``head_dim``; None for a share of the width."""
 
@@ -118,8 +120,8 @@ class Architecture:
         return str(mapped)
 
     def clean_name(self, name: str) -> str:
-        """The name as gguf-py's map knows it."""
-        return name
+        """The name as gguf-py's map knows it: without the language model's place in a larger one."""
+        return name.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -160,11 +162,12 @@ class Architecture:
 
     def is_of_another_tower(self, name: str) -> bool:
         """Whether a tensor of the checkpoint is none of the language model's, such as a vision tower's."""
-        del name
-        return False
+        return bool(self.towers) and strip_wrappers(name).startswith(self.towers)
 
     def is_left_out(self, name: str) -> bool:
         """Whether a tensor, by its clean name, has no place in the GGUF and needs none."""
+        if self.is_of_another_tower(name):
+            return True
         return name.endswith(_SKIPPED) or (name == "lm_head.weight" and bool(self.config.get("tie_word_embeddings")))
 
     def plan_change(self, name: str, shape: tuple[int, ...]) -> Change:
@@ -232,11 +235,13 @@ class Architecture:
         the former key, with which logits differ. ``extrapolation_factor`` is no setting of transformers.
         """
         self.require_rounded_ramp()
-        self._require_usual_ramp()
+        self.require_usual_ramp()
         factor = self._read_rope_number("factor")
-        wanted, own = compute_yarn_attention(self.rope, factor), compute_yarn_scale(factor)
+        wanted, own = compute_yarn_attention(self.rope, factor), self.compute_own_yarn_scale(factor)
         if not math.isclose(wanted, own, rel_tol=1e-7):
             writer.add_rope_scaling_attn_factors(wanted / own)
+        elif self.rope.get("attention_factor") is not None:
+            writer.add_rope_scaling_yarn_attn_factor(wanted)  # as the converter does; it changes nothing
         options = (
             ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
             ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
@@ -254,7 +259,11 @@ class Architecture:
         if self.rope.get("truncate", True) is not True:
             raise self._refuse("YaRN with truncate=false")
 
-    def _require_usual_ramp(self) -> None:
+    def compute_own_yarn_scale(self, factor: float) -> float:
+        """The factor on cosines and sines that llama.cpp computes by itself."""
+        return compute_yarn_scale(factor)
+
+    def require_usual_ramp(self) -> None:
         """llama.cpp reads neither bound of the ramp for these models and takes 32 and 1; others may mean the same ramp.
 
         Raises:

@@ -9,9 +9,6 @@ from gguf import MODEL_ARCH, GGUFWriter, LlamaFileType
 
 from bp_export.architectures.decoder import Architecture
 from bp_export.architectures.gemma2 import Gemma2Architecture
-from bp_merge import strip_wrappers
-
-_VISION = ("vision_tower.", "multi_modal_projector.")
 
 
 class Gemma3Architecture(Gemma2Architecture):
@@ -19,6 +16,7 @@ class Gemma3Architecture(Gemma2Architecture):
 
     gguf_arch = MODEL_ARCH.GEMMA3
     ropes = ("default", "linear")
+    towers = ("vision_tower.", "multi_modal_projector.")
     has_head = True
     window_every = 6
     _caps_always = False
@@ -33,22 +31,15 @@ class Gemma3Architecture(Gemma2Architecture):
         self.rope.setdefault("rope_theta", 1_000_000.0)
         self.local_rope = {"rope_theta": 10_000.0, **self.local_rope}
 
-    def clean_name(self, name: str) -> str:
-        """Without the language model's place in a larger one."""
-        name = name.removeprefix("language_model.")
-        return name.replace("model.language_model.", "model.", 1)
-
-    def is_of_another_tower(self, name: str) -> bool:
-        """The vision tower's, and of the projection behind it."""
-        return strip_wrappers(name).startswith(_VISION)
-
     def is_left_out(self, name: str) -> bool:
-        """Also the vision tower."""
-        return self.is_of_another_tower(name) or Architecture.is_left_out(self, name)
+        """As elsewhere: Gemma 3 has a head."""
+        return Architecture.is_left_out(self, name)
 
     def add_settings(self, writer: GGUFWriter, file_type: LlamaFileType) -> None:
         """The common ones, then caps and window."""
         Architecture.add_settings(self, writer, file_type)
-        if cap := self.config.get("final_logit_softcapping"):
+        cap = self.config.get("final_logit_softcapping")
+        # transformers' model with a vision tower does not cap, whatever its config.json says.
+        if cap and "Gemma3ForConditionalGeneration" not in (self.config.get("architectures") or ()):
             writer.add_final_logit_softcapping(float(cap))
         writer.add_sliding_window(int(self.config.get("sliding_window", 4096)))

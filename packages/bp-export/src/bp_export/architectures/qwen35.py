@@ -18,7 +18,6 @@ from bp_export.architectures.decoder import Architecture
 from bp_export.errors import ModelInvalidError
 from bp_merge import strip_wrappers
 
-_LEFT_OUT = ("mtp.", "visual.")
 _SECTIONS = [11, 11, 10, 0]
 _INTERVAL = 4
 _DELTA = "linear_attn."
@@ -30,6 +29,7 @@ class Qwen35Architecture(Architecture):
 
     gguf_arch = MODEL_ARCH.QWEN35
     has_windows = True  # it has none
+    towers = ("visual.",)
     biases = frozenset({"linear_attn.dt_proj"})
     tells_head_width = True
     default_head_width = 256
@@ -48,17 +48,12 @@ class Qwen35Architecture(Architecture):
             raise ModelInvalidError(f"config.json says {self.layers} layers, and {len(self._kinds)} layer_types")
 
     def clean_name(self, name: str) -> str:
-        """Without the language model's place in a larger one; the step's bias has a name that the map lacks."""
-        name = name.replace("model.language_model.", "model.", 1)
-        return name.replace(".dt_bias", ".dt_proj.bias")
-
-    def is_of_another_tower(self, name: str) -> bool:
-        """The vision tower's."""
-        return strip_wrappers(name).startswith("visual.")
+        """The step's bias has a name that the map lacks."""
+        return super().clean_name(name).replace(".dt_bias", ".dt_proj.bias")
 
     def is_left_out(self, name: str) -> bool:
-        """Also the vision tower and the layers that predict further tokens."""
-        return strip_wrappers(name).startswith(_LEFT_OUT) or super().is_left_out(name)
+        """Also the layers that predict further tokens."""
+        return strip_wrappers(name).startswith("mtp.") or super().is_left_out(name)
 
     def plan_change(self, name: str, shape: tuple[int, ...]) -> Change:
         """As the module says; the convolution loses its axis of one channel."""

@@ -85,6 +85,10 @@ class DecoderPlan:
     """Factor on what each block adds."""
     norm_offset: float = 0.0
     """Added to norm weights: 1 where the checkpoint stores them less one."""
+    is_interleaved: bool = False
+    """Whether neighboring values of a head are rotated as a pair, and not its halves (GLM-4, Cohere)."""
+    temperature: tuple[float, int] | None = None
+    """Queries grow with their position: 1 + first * ln(1 + floor(position / second)), as in Llama 4 and Ministral 3."""
     has_output_gate: bool = False
     """Whether q_proj also holds a sigmoid gate on the attention's output (Qwen3.5)."""
     experts: Experts | None = None
@@ -124,6 +128,7 @@ _DELTA = {
     "linear_num_value_heads": 32,
     "partial_rotary_factor": 0.25,
 }
+_MINISTRAL = {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "sliding_window": None}
 _FAMILIES: Mapping[str, _Family] = MappingProxyType(
     {
         "LlamaForCausalLM": _Family({"max_position_embeddings": 2048}),
@@ -171,6 +176,14 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
         "Phi3ForCausalLM": _Family({"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}),
         "SmolLM3ForCausalLM": _Family({"num_key_value_heads": 4}, theta=2_000_000.0),
         "Olmo2ForCausalLM": _Family({"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}),
+        "Olmo3ForCausalLM": _Family(
+            {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window": 4096}, theta=500_000.0
+        ),
+        "Glm4ForCausalLM": _Family(
+            {"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-07, "partial_rotary_factor": 0.5}
+        ),
+        "Ministral3ForCausalLM": _Family(_MINISTRAL, theta=1e6),
+        "Mistral3ForConditionalGeneration": _Family(_MINISTRAL, theta=1e6),
         "GraniteForCausalLM": _Family({"max_position_embeddings": 2048}),
         "Gemma2ForCausalLM": _Family(
             {**_GEMMA, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0}, norm_offset=1.0
@@ -181,7 +194,7 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
 )
 COVERED = frozenset(_FAMILIES)
 """Class names of the models that the forward pass knows."""
-_WINDOWED = ("Mistral", "Phi3")
+_WINDOWED = ("Mistral", "Ministral3", "Phi3")
 """Families whose every layer has the window."""
 
 
@@ -208,7 +221,11 @@ def read_decoder(config: Mapping[str, Any]) -> DecoderPlan:
         return replace(plan, has_output_gate=True, delta=_read_delta(words))
     if name.startswith(("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss")):
         return replace(plan, experts=_read_experts(name, words))
-    return _add_granite(words, plan) if name.startswith("Granite") else plan
+    if name.startswith("Granite"):
+        return _add_granite(words, plan)
+    if words.get("model_type") == "ministral3":
+        return _add_ministral(plan)
+    return replace(plan, is_interleaved=name.startswith("Glm4"))
 
 
 def _read_experts(name: str, words: Mapping[str, Any]) -> Experts:
@@ -252,14 +269,26 @@ def _read_common(words: Mapping[str, Any], family: _Family) -> DecoderPlan:
 def _add_gemma(words: Mapping[str, Any], plan: DecoderPlan) -> DecoderPlan:
     if words.get("use_bidirectional_attention"):
         raise NotCoveredError("the independent forward pass does not know use_bidirectional_attention")
-    is_third = "Gemma3" in str(words["architectures"][0])  # whose attention class ignores its cap
+    name = str(words["architectures"][0])
+    is_third = "Gemma3" in name  # whose attention class ignores its cap
+    has_cap = not name.endswith("ForConditionalGeneration")  # which ignores it on its logits
     return replace(
         plan,
         embedding_scale=plan.width**0.5,
         attention_scale=float(words["query_pre_attn_scalar"]) ** -0.5,
         attention_cap=None if is_third else words.get("attn_logit_softcapping"),
-        logit_cap=words.get("final_logit_softcapping"),
+        logit_cap=words.get("final_logit_softcapping") if has_cap else None,
     )
+
+
+def _add_ministral(plan: DecoderPlan) -> DecoderPlan:
+    rope = plan.layers[0].rope or {}
+    try:
+        return replace(
+            plan, temperature=(float(rope["llama_4_scaling_beta"]), int(rope["original_max_position_embeddings"]))
+        )
+    except (KeyError, TypeError) as error:
+        raise NotCoveredError(f"config.json scales queries by position without {error}") from error
 
 
 def _add_granite(words: Mapping[str, Any], plan: DecoderPlan) -> DecoderPlan:
@@ -284,7 +313,7 @@ def _read_delta(words: Mapping[str, Any]) -> Delta:
 def _plan_layers(name: str, words: Mapping[str, Any], family: _Family) -> tuple[LayerPlan, ...]:
     count = _read_count(words, "num_hidden_layers")
     kinds = _read_kinds(name, words, count)
-    has_window = name.startswith(("Mistral", "Phi3", "Gemma", "GptOss")) or bool(words.get("use_sliding_window"))
+    has_window = name.startswith((*_WINDOWED, "Gemma", "GptOss", "Olmo3")) or bool(words.get("use_sliding_window"))
     window = int(words["sliding_window"]) if has_window and words.get("sliding_window") else None
     rotated = _read_rotated(words, count) if name.startswith("SmolLM3") else [True] * count
     ropes = {kind: _read_rope(name, words, kind, family) for kind in set(kinds)}
@@ -311,6 +340,8 @@ def _read_kinds(name: str, words: Mapping[str, Any], count: int) -> list[str]:
         return _repeat("sliding_attention", every, count)
     if name.startswith("GptOss"):
         return _repeat("sliding_attention", 2, count)
+    if name.startswith("Olmo3"):
+        return _repeat("sliding_attention", 4, count)
     if name.startswith("Qwen3_5"):
         return _repeat("linear_attention", int(words.get("full_attention_interval", 4)), count)
     if words.get("use_sliding_window") and name.startswith("SmolLM3"):
@@ -335,6 +366,8 @@ def _read_rotated(words: Mapping[str, Any], count: int) -> list[bool]:
 def _read_rope(name: str, words: Mapping[str, Any], kind: str, family: _Family) -> Mapping[str, Any]:
     """One kind of layer's rotary settings, old and new spelling, with defaults filled in."""
     rope = dict(words.get("rope_scaling") or words.get("rope_parameters") or {})
+    if name.startswith("Olmo3") and kind == "sliding_attention" and words.get("rope_scaling"):
+        rope = {}  # older files scale the layers that see the whole text
     is_nested = any(isinstance(rope.get(key), dict) for key in ("full_attention", "sliding_attention"))
     if name.startswith("Gemma3"):
         rope = _read_gemma_rope(words, rope, kind, is_nested=is_nested)

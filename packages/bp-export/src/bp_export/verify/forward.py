@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from bp_export.verify.decoder import DecoderPlan, LayerPlan, NotCoveredError, read_decoder
 from bp_export.verify.mixers import mix_delta, mix_experts
 from bp_export.verify.ops import Floats, activate, cap_softly, log_softmax, multiply_clamped, normalize, softmax
-from bp_export.verify.rotary import rotate
+from bp_export.verify.rotary import rotate, scale_by_position
 
 _CHUNK_WEIGHTS = 2**20
 _EMBEDDING = "embed_tokens.weight"
@@ -108,20 +108,32 @@ class Forward:
     def _run_layer(self, x: Floats, stem: str, layer: LayerPlan) -> Floats:
         """One block: attention or delta net, then feed-forward, each with the norms that the checkpoint has."""
         scale = np.float32(self.plan.residual_scale)
-        # Gemma's four norms: there "post_attention" is on what attention adds, elsewhere on what feed-forward reads.
-        # OLMo 2 has only the two on what is added.
-        has_four = self._has(f"{stem}post_feedforward_layernorm.weight")
-        reads_plain = not self._has(f"{stem}input_layernorm.weight")
-        read = "pre_feedforward_layernorm" if has_four else "post_attention_layernorm"
-        inside = x if reads_plain else self._normalize(x, f"{stem}input_layernorm.weight")
+        names = self._find_norms(stem)
+        inside = self._normalize_by(x, names[0])
         added = self._run_delta(inside, stem) if layer.is_recurrent else self._attend(inside, stem, layer)
-        if has_four:
-            added = self._normalize(added, f"{stem}post_attention_layernorm.weight")
-        x = x + added * scale
-        added = self._feed_forward(x if reads_plain else self._normalize(x, f"{stem}{read}.weight"), stem)
-        if has_four:
-            added = self._normalize(added, f"{stem}post_feedforward_layernorm.weight")
-        return x + added * scale
+        x = x + self._normalize_by(added, names[1]) * scale
+        added = self._feed_forward(self._normalize_by(x, names[2]), stem)
+        return x + self._normalize_by(added, names[3]) * scale
+
+    def _find_norms(self, stem: str) -> tuple[str | None, ...]:
+        """Norms before and after attention, before and after feed-forward; None where the layer has none.
+
+        "post_attention" is on what attention adds in Gemma and OLMo, and elsewhere on what feed-forward reads.
+        """
+
+        def find(*names: str) -> str | None:
+            return next((f"{stem}{name}" for name in names if self._has(f"{stem}{name}.weight")), None)
+
+        before = find("input_layernorm")
+        after_feeding = find("post_feedforward_layernorm", "post_mlp_layernorm")
+        after = find("post_self_attn_layernorm")
+        if after is None and find("post_feedforward_layernorm"):
+            after = find("post_attention_layernorm")
+        feeding = find("pre_feedforward_layernorm", "post_attention_layernorm")
+        return before, after, None if feeding == after else feeding, after_feeding
+
+    def _normalize_by(self, x: Floats, name: str | None) -> Floats:
+        return x if name is None else self._normalize(x, f"{name}.weight")
 
     def _attend(self, x: Floats, stem: str, layer: LayerPlan) -> Floats:
         plan, stem = self.plan, f"{stem}self_attn."
@@ -129,6 +141,7 @@ class Forward:
         q, k = (self._normalize_heads(part, f"{stem}{name}_norm.weight") for part, name in ((q, "q"), (k, "k")))
         if layer.rope is not None:
             q, k = rotate(q, layer.rope, plan), rotate(k, layer.rope, plan)
+        q = scale_by_position(q, plan)
         mixed = np.empty_like(q)
         mask = _build_mask(len(x), layer.window)
         sinks = self._read(f"{stem}sinks").reshape(-1) if self._has(f"{stem}sinks") else None

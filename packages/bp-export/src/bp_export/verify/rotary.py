@@ -23,7 +23,7 @@ _Wide: TypeAlias = NDArray[np.float64]
 
 
 def rotate(x: Floats, rope: Mapping[str, Any], plan: DecoderPlan) -> Floats:
-    """Turn each head's halves by its position's angles.
+    """Turn each head's halves, or its neighboring pairs, by its position's angles.
 
     Args:
         x: Queries or keys: (tokens, heads, head width).
@@ -37,9 +37,22 @@ def rotate(x: Floats, rope: Mapping[str, Any], plan: DecoderPlan) -> Floats:
     angles = np.arange(len(x))[:, None] * frequencies  # (tokens, rotated / 2)
     cos, sin = (f(angles).astype(np.float32)[:, None] * np.float32(scale) for f in (np.cos, np.sin))
     half = len(frequencies)
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned: Floats = np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+    part, rest = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (part[..., ::2], part[..., 1::2]) if plan.is_interleaved else (part[..., :half], part[..., half:])
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    joined = np.stack(pair, axis=-1).reshape(part.shape) if plan.is_interleaved else np.concatenate(pair, axis=-1)
+    turned: Floats = np.concatenate([joined, rest], axis=-1)
     return turned
+
+
+def scale_by_position(q: Floats, plan: DecoderPlan) -> Floats:
+    """Queries as they grow with the position where the plan says so: (tokens, heads, head width)."""
+    if plan.temperature is None:
+        return q
+    beta, original = plan.temperature
+    factors = 1 + beta * np.log1p(np.arange(len(q)) // original)
+    scaled: Floats = q * factors.astype(np.float32)[:, None, None]
+    return scaled
 
 
 def compute_frequencies(rope: Mapping[str, Any], plan: DecoderPlan, tokens: int) -> tuple[_Wide, float]:

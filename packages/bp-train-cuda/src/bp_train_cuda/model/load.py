@@ -15,10 +15,15 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
     PreTrainedTokenizerFast,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 from transformers.utils import logging
 
@@ -54,6 +59,13 @@ def read_config(base: Path, *, trust_remote_code: bool) -> Any:
     return config
 
 
+def choose_auto_class(config: Any) -> Any:
+    """What loads a model: a kind that exists only with its vision tower, such as Mistral Small 3, with the tower."""
+    kind = config.model_type
+    is_whole = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
+
+
 def sketch_model(config: Any, *, trust_remote_code: bool) -> Any:
     """The model that ``config`` describes, without its weights: on torch's meta device.
 
@@ -62,7 +74,7 @@ def sketch_model(config: Any, *, trust_remote_code: bool) -> Any:
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return choose_auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except _LOAD_ERRORS as error:
         raise ModelLoadError("the config describes no causal language model", cause=first_line(error)) from error
 
@@ -158,6 +170,7 @@ def load_model(
         ModelLoadError: Files are missing, damaged or do not fit the config.
     """
     compute = choose_dtype(dtype, device)
+    loader = choose_auto_class(read_config(base, trust_remote_code=trust_remote_code))
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -165,7 +178,7 @@ def load_model(
         bnb_4bit_compute_dtype=compute,
     )
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = loader.from_pretrained(
             base,
             dtype=compute,
             quantization_config=quantization if mode.name == "qlora" else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
         init_lora_weights=_PISSA if spec.init_lora_weights == "pissa" else True,
         target_modules=targets if targets == ALL_LINEAR else list(targets),
         target_parameters=list(chosen.parameters) or None,
+        exclude_modules=match_other_towers(model),
         task_type="CAUSAL_LM",
     )
     try:
@@ -69,6 +71,18 @@ def add_lora(model: Any, spec: LoraSpec, base: Path | None = None) -> Any:
         raise TargetModulesError(
             f"no layer is named {spec.target_modules!r}", cause=f"its linear layers: {', '.join(known)}"
         ) from error
+
+
+def match_other_towers(model: Any) -> str | None:
+    """What matches the modules outside a language model, such as a vision tower; None for a language model alone.
+
+    Text never reaches them, so an adapter there would learn nothing, and its file would not fit a model of text.
+    """
+    if model.config.get_text_config(decoder=True) is model.config:
+        return None
+    decoder = model.get_decoder()
+    inside = next((name for name, module in model.named_modules() if module is decoder), "")
+    return rf"(?!{re.escape(inside)}\.|lm_head$).*" if inside else None
 
 
 def load_lora(model: Any, adapter: Path) -> Any:
