@@ -78,6 +78,10 @@ options:
 via:
     uv run pytest -m "slow or not slow" -n 0 packages/bp-export/tests/test_export_via.py
 
+# Every native layout against llama.cpp's converter and quantizer, and the handbook's table; `sources` is llama.cpp's folder.
+oracle sources:
+    uv run python packages/bp-export/tests/oracle.py {{sources}} --page docs/reference/layouts.md
+
 # One pass against the chain merge, save, convert, quantize; `converter` is the folder of llama.cpp's converter.
 bench-export converter:
     uv run python benchmarks/export.py --chain {{converter}}

