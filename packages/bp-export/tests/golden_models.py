@@ -200,7 +200,7 @@ def write_model(folder: Path, name: str) -> Path:
         # PEFT converts adapters of single experts for most models, and drops those of Qwen2-MoE.
         is_dropped = name == "qwen2moe" and ".experts." in tensor
         is_other = is_dropped or any(word in tensor for word in ("vision", "projector"))
-        if tensor.endswith("proj.weight") and len(shape) == 2 and not is_other:
+        if "proj" in tensor and tensor.endswith(".weight") and len(shape) == 2 and not is_other:
             stem = f"base_model.model.{tensor.removesuffix('.weight')}"
             pairs[f"{stem}.lora_A.weight"], pairs[f"{stem}.lora_B.weight"] = (
                 draw(raw, (8, shape[1])),
