@@ -11,7 +11,7 @@ import bp_export
 from backpropagate import Trainer, rails
 from backpropagate.cli.app import COMMANDS, run
 from backpropagate.cli.errors import load_codes
-from backpropagate.cli.progress import loss_plot
+from backpropagate.cli.plots import loss_plot
 from bp_runs.errors import TrainingDivergedError
 from bp_runs.store import RunStore
 from bp_runs.testing import FakeRail

@@ -122,7 +122,7 @@ def test_validations_are_about_one_an_epoch_and_two_to_twenty_a_run(rows, steps)
 )
 def test_lengths_that_no_run_can_have_are_rejected(wrong):
     with pytest.raises(InvalidSettingError):
-        plan_run(TrainingSpec(**wrong), 10, 10, 1)
+        Settings(training=TrainingSpec(**wrong))
 
 
 def test_a_plan_that_is_missing_is_a_programmers_mistake():

@@ -347,8 +347,8 @@ class UiTunnelError(RunFailedError):
     """The page gets no public address."""
 
     code = "RUNTIME_UI_TUNNEL"
-    when = "cloudflared, which --share uses if it is installed, did not open a public address."
-    default_fix = "Share by SSH instead, from the other machine: ssh -L 7860:127.0.0.1:7860 user@this-machine"
+    when = "cloudflared, which opens a shared page to others, did not open a public address."
+    default_fix = "Use SSH instead, from the other machine: ssh -L 7860:127.0.0.1:7860 user@this-machine"
 
 
 class UiFolderError(UserError):

@@ -13,11 +13,11 @@ import mlx.core as mx
 
 from bp_data.loop.checkpoint_adapter import copied_bytes
 from bp_data.loop.examples import build_examples
-from bp_data.loop.loop import LoopParts, LoopState
+from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import MemoryGuard
 from bp_data.loop.protocols import NoMonitor, OneProcess
 from bp_data.loop.rows import pad_token, plan_rows
-from bp_data.loop.run import build_loop, summarize_run, train_and_save
+from bp_data.loop.run import build_loop, choosing_weights, summarize_run
 from bp_data.loop.sampler import ExampleOrder, StepSampler
 from bp_data.preparation import AnyPrepared
 from bp_runs.errors import (
@@ -114,8 +114,10 @@ class MlxRun:
             checkpoint_layers(model)
         try:
             parts, state = self._build(trained)
-            # Saved before anything that may still fail.
-            folder = train_and_save(parts, state, partial(self._save, trained, parts.guard), self.spec.folders.run_id)
+            save = partial(self._save, trained, parts.guard)
+            with choosing_weights(parts, state, save, self.spec.folders.run_id):
+                run_loop(parts, state)
+            folder = save()  # before anything that may still fail
             parts.sample(state.step)
             return summarize_run(parts, state, folder, parts.framework.peak_memory())
         finally:

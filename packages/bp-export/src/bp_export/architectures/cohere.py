@@ -14,7 +14,7 @@ _INTERVAL = 4
 
 
 class CohereArchitecture(Architecture):
-    """llama.cpp takes the embedding for the output, always; a head that differs from it is refused."""
+    """llama.cpp takes the embedding for the output, always; a head that differs from it is rejected."""
 
     gguf_arch = MODEL_ARCH.COMMAND_R
     ropes = ("default",)

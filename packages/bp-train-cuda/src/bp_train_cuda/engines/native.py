@@ -12,10 +12,10 @@ import torch
 from transformers import set_seed
 
 from bp_data.loop.examples import RowExamples, build_examples
-from bp_data.loop.loop import LoopParts, LoopState
+from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import HALVINGS, MemoryGuard
 from bp_data.loop.rows import pad_token
-from bp_data.loop.run import build_loop, summarize_run, train_and_save
+from bp_data.loop.run import build_loop, choosing_weights, summarize_run
 from bp_data.loop.sampler import ExampleOrder, StepSampler
 from bp_data.preparation import AnyPrepared
 from bp_runs.events import Emit, Notice
@@ -67,8 +67,10 @@ class NativeRun:
         """Build what the loop needs, run it, save what comes out."""
         group, mode = self.group, self.loaded.mode
         wrapped, parts, state, fit = self._build()
-        # Saved before anything that may still fail.
-        folder = train_and_save(parts, state, partial(self._save, wrapped, parts.guard), self.spec.folders.run_id)
+        save = partial(self._save, wrapped, parts.guard)
+        with choosing_weights(parts, state, save, self.spec.folders.run_id):
+            run_loop(parts, state)
+        folder = save()  # before anything that may still fail
         if group.rank == 0 and not group.is_sharded:
             plan = parts.framework.activations  # type: ignore[attr-defined]
             is_least = plan is None or not plan.has_kept

@@ -1,6 +1,6 @@
 """What fitted a GPU, and how far estimates were off there: remembered from run to run in one small file.
 
-    ``{"schema": "backpropagate.fitted/1", "cards": {card: {what: {"rows", "free", "peak", "estimated", "at"}}}}``
+    ``{"schema": "backpropagate.fitted/1", "cards": {gpu: {what: {"rows", "free", "peak", "estimated", "at"}}}}``
 
 Two runs that end at the same moment may lose one of two entries, which costs no more than one halving again.
 """
@@ -63,12 +63,12 @@ class FitMemory:
 
     Args:
         folder: Where facts about this machine are kept.
-        card: The GPU's name and size; None: the only one in the file, if there is but one.
+        gpu: The GPU's name and size; None: the only one in the file, if there is but one.
     """
 
-    def __init__(self, folder: Path | None, card: str | None = None) -> None:
+    def __init__(self, folder: Path | None, gpu: str | None = None) -> None:
         self._file = None if folder is None else folder / FITTED_FILE
-        known = [name for name in self._read_gpus() if name != "cpu"] if card is None else [card]
+        known = [name for name in self._read_gpus() if name != "cpu"] if gpu is None else [gpu]
         self._card = known[0] if len(known) == 1 else ""
 
     def recall(self, load: str, batch_size: int, free: int, *, most: int) -> int:

@@ -6,14 +6,29 @@ bitsandbytes makes and holds the state; `bp_train_cuda.optim.adamw_update` updat
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 
-from bp_train_cuda.optim.adamw_update import Moments, choose_update, read_numbers
+from bp_train_cuda.optim import adamw_update
+from bp_train_cuda.optim.adamw_update import Moments, Numbers, read_numbers
 
 _MOMENTS = ("state1", "state2")
+
+_Update = Callable[[torch.Tensor, torch.Tensor, Moments, Numbers, int], None]
+"""Of weights (n,) bfloat16 and gradients (n,) in place, with their state; the place of the first draw."""
+
+
+def _choose_update(weight: torch.Tensor) -> tuple[_Update, int]:
+    """The update for a weight's device, and how many weights it takes at a time."""
+    if weight.is_cuda and find_spec("triton") is not None:
+        from bp_train_cuda.optim import adamw_triton
+
+        return adamw_triton.update, weight.numel()  # no scratch, so nothing to divide
+    return adamw_update.update, adamw_update.CHUNK
 
 
 class _Stochastic:
@@ -88,7 +103,7 @@ class _Stochastic:
             betas=config["betas"], eps=config["eps"], lr=config["lr"], weight_decay=config["weight_decay"],
             step=state["step"] + 1, key=_mix(self._seed, gindex, pindex, state["step"]),
         )  # fmt: skip
-        update, size = choose_update(p)
+        update, size = _choose_update(p)
         weights, slopes, moments = p.data.view(-1), p.grad.view(-1), _read_moments(state)
         while self._next < p.numel():  # not from 0 where an interrupted call has done some
             here = slice(self._next, min(self._next + size, p.numel()))

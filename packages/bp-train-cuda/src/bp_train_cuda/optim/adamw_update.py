@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -76,19 +74,6 @@ class Moments:
         blocks = slice(here.start // BLOCK, -(-here.stop // BLOCK))
         scales = None if self.scales is None else (self.scales[0][blocks], self.scales[1][blocks])
         return Moments(self.first[here], self.second[here], scales, self.maps)
-
-
-Update = Callable[[Tensor, Tensor, Moments, Numbers, int], None]
-"""Of weights (n,) bfloat16 and gradients (n,) in place, with their state; the place of the first draw."""
-
-
-def choose_update(weight: Tensor) -> tuple[Update, int]:
-    """The update for a weight's device, and how many weights it takes at a time."""
-    if weight.is_cuda and find_spec("triton") is not None:
-        from bp_train_cuda.optim import adamw_triton
-
-        return adamw_triton.update, weight.numel()  # no scratch, so nothing to divide
-    return update, CHUNK
 
 
 def update(weights: Tensor, gradients: Tensor, moments: Moments, numbers: Numbers, place: int) -> None:
