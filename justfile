@@ -141,6 +141,10 @@ bench-start:
 bench-runs:
     uv run python benchmarks/runs.py
 
+# What the web page's server costs with 2,000 runs and 100,000 steps.
+bench-ui:
+    uv run python benchmarks/ui.py
+
 # Kills: 200 of a real training, and one between any two system calls of a run's end.
 kills:
     uv run pytest -m slow -n 0 packages/bp-train-cuda/tests/test_cuda_kills.py packages/bp-runs/tests

@@ -54,8 +54,10 @@ def prepare(place: Path) -> dict[str, str]:
     os.chdir(place)
     trainer = Trainer("./tiny-llama", output="output", lora_r=16, lr=5e-3, max_seq_length=64)
     run = trainer.train("sailors.jsonl", epochs=12, eval_steps=10, sample_prompts=[QUESTIONS[0]])
+    again = trainer.train("sailors.jsonl", epochs=12, eval_steps=10, sample_prompts=[QUESTIONS[0]], seed=7)
+    wide = trainer.train("sailors.jsonl", epochs=12, eval_steps=10, sample_prompts=[QUESTIONS[0]], lora_r=32)
     many = trainer.multi_run("sailors.jsonl", runs=3, steps=20, heldout=0.2)
-    return {"run": run.run_id, "many": many.run_id}
+    return {"run": run.run_id, "again": again.run_id, "wide": wide.run_id, "many": many.run_id}
 
 
 def main() -> None:
@@ -70,6 +72,7 @@ def main() -> None:
         "train": "/train?data=sailors.jsonl&model=./tiny-llama",
         "run": f"/runs/{key}/{ids['run']}",
         "card": f"/runs/{key}/{ids['many']}/card",
+        "compare": "/compare?" + "&".join(f"run={key}/{ids[name]}" for name in ("run", "again", "wide")),
     }
     words = [sys.executable, "-m", "backpropagate", "ui", "--json", "--port", "0", "--output", "output"]
     server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)  # noqa: S603  # our own program
@@ -84,7 +87,8 @@ def main() -> None:
                 tab.goto(address + path)
                 if name == "data":
                     tab.wait_for_selector(".tokens mark", timeout=120_000)
-                tab.wait_for_timeout(800)
+                    tab.wait_for_selector("#h-checked", timeout=120_000)
+                tab.wait_for_timeout(2000)
                 suffix = "-dark" if theme == "dark" else ""
                 tab.screenshot(path=TARGET / f"ui-{name}{suffix}.png")
         browser.close()

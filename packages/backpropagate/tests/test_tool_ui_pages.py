@@ -4,7 +4,9 @@ import html
 import json
 import os
 import re
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -15,6 +17,7 @@ from backpropagate import Trainer
 from backpropagate.cli.app import run
 from backpropagate.presets import MODEL_PRESETS
 from backpropagate.ui.app import build_app
+from backpropagate.ui.background import BackgroundJobs
 from backpropagate.ui.folders import find_places
 from backpropagate.ui_spec import UiSpec
 from bp_runs.testing import FakeRail
@@ -295,3 +298,53 @@ def test_a_model_answers_and_votes_become_rows(place, pico_model):
         assert page.post("/chat/answer", data=ask | {"target": "model//etc"}).status_code == 404
         assert page.post("/chat/answer", data=ask | {"target": target, "messages": "[]"}).status_code == 400
         assert page.post("/chat/vote", data=vote | {"pair": "x"}).status_code == 400
+
+
+class OllamaTags(BaseHTTPRequestHandler):
+    """An Ollama that lists two models; the name of one looks like a flag."""
+
+    def do_GET(self):
+        models = [
+            {"name": name, "model": name, "size": 5, "digest": "sha256:" + "a" * 64}
+            for name in ("mine:latest", "--prompt=x")
+        ]
+        body = json.dumps({"models": models, "version": "0.32.0"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_chat_offers_checkpoints_merged_adapters_and_what_ollama_has(page, place, monkeypatch):
+    trainer = Trainer("./m", output="output", rail=FakeRail(), steps=3, lora_r=2, save_steps=1)
+    run_id = trainer.train("d.jsonl", on_bad_row="skip").run_id
+    merged = place / "home/ui-outputs/both/lora"
+    merged.mkdir(parents=True)
+    (merged / "adapter_config.json").write_text("{}")
+    text = page.get("/chat").text
+    option = re.search(rf'<option value="(\w+/{run_id})"[^>]*data-steps="([^"]+)"', text)
+    steps = json.loads(html.unescape(option[2]))
+    assert [label for _, label in steps] == ["before training", *(label for _, label in steps[1:-1]), "final"]
+    assert steps[0][0] == "model/./m"
+    assert [key for key, _ in steps[1:]] == [*(f"{option[1]}@{label[5:]}" for _, label in steps[1:-1]), option[1]]
+    assert len(steps) > 2
+    assert '<option value="merged/both">both (merged)</option>' in text
+    assert '<option value="merged/both">both (merged)</option>' in page.get("/export").text
+    monkeypatch.setattr(BackgroundJobs, "run_queue", lambda _: None)
+    form = {"token": token_on(page), "source": "merged/both", "format": "lora"}
+    assert page.post("/export", data=form).status_code == 303
+    assert page.app._app.state.site.jobs.newest()[0].argv[1] == str(merged)
+    assert page.post("/export", data=form | {"source": "merged/../../m"}).status_code in (400, 404)
+    ask = {"token": token_on(page), "messages": json.dumps([{"role": "user", "content": "who"}])}
+    with ThreadingHTTPServer(("127.0.0.1", 0), OllamaTags) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("OLLAMA_HOST", f"127.0.0.1:{server.server_port}")
+        assert page.post("/chat/answer", data=ask | {"target": "ollama/mine:latest"}).status_code == 404
+        assert page.get("/chat/ollama").json() == [{"key": "ollama/mine:latest", "label": "mine:latest"}]
+        assert '<optgroup label="In Ollama"><option value="ollama/mine:latest">' in page.get("/chat").text
+        server.shutdown()
+    assert page.get("/chat/ollama").json() == []
+    assert page.post("/chat/answer", data=ask | {"target": "ollama/--prompt=x"}).status_code == 404

@@ -16,6 +16,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,12 @@ class RunSeries:
                     if offset == self._offset:
                         return self
                     self._offset, self._points = offset, None
-                    for event in events:
-                        self._take(event)
+                    for is_step, group in groupby(events, _is_done_step):
+                        if is_step:
+                            self._take_steps(list(group))
+                        else:
+                            for event in group:
+                                self._take(event)
             except OSError:
                 return self
 
@@ -82,20 +87,23 @@ class RunSeries:
             kept = event.get("step")
             self._cut(kept if event.get("checkpoint") and isinstance(kept, int) and _is_step(kept) else -1)
             self._last_at = seconds_of(event.get("at"))
-        elif kind == StepDone.kind and _is_step(event.get("step")):
-            self._steps.append(event["step"])
-            for name, values in self._values.items():
-                values.append(_finite(event.get(name)))
-            self._elapsed.append(self._count_time(seconds_of(event.get("at"))))
-            self._epoch_steps = event["steps"] if _is_step(event.get("steps")) else self._epoch_steps
         elif kind == EvalDone.kind and _is_step(event.get("step")):
-            self.evals.append({**event, "loss": _number(event.get("loss"))})
+            _keep(self.evals, {**event, "loss": _number(event.get("loss"))})
         elif kind == SampleAnswer.kind and _is_step(event.get("step")):
-            self.samples.append(event)
+            _keep(self.samples, event)
         elif kind == Notice.kind:
-            self.notices.append(event)
-        for kept_events in (self.evals, self.notices, self.samples):
-            del kept_events[:-_MOST_EVENTS]
+            _keep(self.notices, event)
+
+    def _take_steps(self, events: list[dict[str, Any]]) -> None:
+        """Column by column: nearly all of a file are steps, and a call for each value would be most of the time."""
+        self._steps.extend([event["step"] for event in events])
+        for name, values in self._values.items():
+            column = [event.get(name) for event in events]
+            values.extend([value if type(value) is float else _finite(value) for value in column])
+        for event in events:
+            self._elapsed.append(self._count_time(seconds_of(event.get("at"))))
+        planned = events[-1].get("steps")
+        self._epoch_steps = planned if _is_step(planned) else self._epoch_steps
 
     def _cut(self, step: int) -> None:
         """Forget what was trained after ``step``: the run was resumed from there."""
@@ -198,6 +206,16 @@ class SeriesCache:
             while len(self._found) > _MOST_SERIES:
                 self._found.popitem(last=False)
         return series.update()
+
+
+def _is_done_step(event: Mapping[str, Any]) -> bool:
+    return event.get("event") == StepDone.kind and _is_step(event.get("step"))
+
+
+def _keep(events: list[dict[str, Any]], event: dict[str, Any]) -> None:
+    """Append an event; of very many, the newest stay."""
+    events.append(event)
+    del events[:-_MOST_EVENTS]
 
 
 def seconds_of(at: Any) -> float:

@@ -57,7 +57,7 @@ def _look(places: Places) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     sources, exported = [], []
     for output in places.outputs():
         store = output.store
-        for row in store.list_runs()[:_LOOKED_AT]:
+        for row in store.list_newest(_LOOKED_AT)[0]:
             key = f"{output.key}/{row['run_id']}"
             if weights_of(store.folder(row["run_id"])) is not None and row["status"] != "running":
                 sources.append({**row, "key": key, "output_name": output.name})

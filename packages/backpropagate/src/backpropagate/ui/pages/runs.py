@@ -182,9 +182,16 @@ def _summary(request: Request, output: Output, record: RunRecord, series: RunSer
         "can_stop": CAN_STOP and record.host == platform.node(),
         "is_asked": request.app.state.site.jobs.is_asked(record),
         "has_card": find_scorecard(record, series.notices) is not None,
-        "members": [row for row in output.store.list_runs() if row["parent"] == record.run_id][::-1],
+        "members": _members(output.store, record),
         "go_on": render(resume_line(record.run_id, output.path)) if can_resume else None,
     }
+
+
+def _members(store: RunStore, record: RunRecord) -> list[dict[str, Any]]:
+    """The runs of a multi-run, oldest first; for other runs the list of all is not even read."""
+    if record.kind != "multi-run":
+        return []
+    return [row for row in store.list_runs() if row["parent"] == record.run_id][::-1]
 
 
 def _last_of_each(found: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -277,8 +277,9 @@ def show_verdict(request: Request) -> Response:
     flags = read_flags(request.query_params)
     try:
         wanted = check(site.places, flags)
-        memory = site.machine.free_memory()
-        found = estimate(wanted, memory)
+        found = estimate(wanted, None)  # a model that nothing is known of needs no look at the GPU, which takes seconds
+        memory = None if found is None else site.machine.free_memory()
+        found = found if memory is None else estimate(wanted, memory)
     except CodedError as error:
         return show(request, "parts/verdict.html", need=None, told=error.message)
     if found is None:

@@ -126,4 +126,6 @@ function makeTabs() {
   choose(Math.max(0, panels.findIndex((panel) => panel === target || (target !== null && panel.contains(target)))));
 }
 makeTabs();
+// On a phone the pages are one row that scrolls; the present one is in sight.
+document.querySelector(".side nav [aria-current]")?.scrollIntoView({ block: "nearest", inline: "center" });
 prepare(document);
