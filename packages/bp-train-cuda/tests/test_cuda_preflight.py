@@ -9,10 +9,9 @@ from cuda_training import spec_for, train
 from safetensors.torch import load_file
 
 from bp_data.loop.examples import find_longest
+from bp_data.loop.preflight import is_due
 from bp_runs.errors import DiskFullError
 from bp_runs.events import EvalDone, Notice, StepDone
-from bp_train_cuda.backend import Device
-from bp_train_cuda.memory.preflight import is_due
 
 HELD = {"eval_share": 0.25, "eval_min_rows": 2, "eval_steps": 2, "batch_size": 2, "steps": 3, "keep": "last"}
 
@@ -93,7 +92,7 @@ def test_no_room_for_the_saves_is_noticed_before_the_first_step(pico_model, chat
 
 def test_long_runs_on_a_gpu_have_a_preflight_by_default(pico_model, chat_file, tmp_path):
     spec = spec_for(pico_model, chat_file, tmp_path / "run", training={"steps": 50})
-    gpu, cpu = Device("cuda", "a card", 2**34), Device("cpu", "none", 2**34)
     off = replace(spec, training=replace(spec.training, preflight="off"))
     short = replace(spec, training=replace(spec.training, steps=49))
-    assert [is_due(spec, gpu), is_due(spec, cpu), is_due(short, gpu), is_due(off, gpu)] == [True, False, False, False]
+    due = [is_due(spec, on_gpu=True), is_due(spec, on_gpu=False), is_due(short, on_gpu=True), is_due(off, on_gpu=True)]
+    assert due == [True, False, False, False]

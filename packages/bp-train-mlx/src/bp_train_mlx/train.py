@@ -15,6 +15,7 @@ from bp_data.loop.checkpoint_adapter import copied_bytes
 from bp_data.loop.examples import build_examples
 from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import MemoryGuard
+from bp_data.loop.preflight import is_due
 from bp_data.loop.protocols import NoMonitor, OneProcess
 from bp_data.loop.rows import pad_token, plan_rows
 from bp_data.loop.run import build_loop, choosing_weights, summarize_run
@@ -33,7 +34,7 @@ from bp_runs.files import require_free_space
 from bp_runs.rail import Stop, TrainOutcome
 from bp_runs.spec import TrainSpec
 from bp_runs.witness import Witness
-from bp_train_mlx import backend, check, preflight
+from bp_train_mlx import backend, check
 from bp_train_mlx.checkpoint import Checkpointer
 from bp_train_mlx.framework import MlxFramework, Trained
 from bp_train_mlx.generate import answer_prompts
@@ -44,6 +45,7 @@ from bp_train_mlx.model.log_probs import LogProbModel
 from bp_train_mlx.model.packing import require_packable
 from bp_train_mlx.model.save import save_adapter, save_model
 from bp_train_mlx.optim import AdamW
+from bp_train_mlx.preflight import run_preflight
 from bp_train_mlx.witness import measure_witness
 
 _SMALL_FILES = 2**20  # bytes for settings and metrics
@@ -195,8 +197,8 @@ class MlxRun:
     def _start(self, parts: LoopParts, framework: MlxFramework) -> None:
         """Measure the reference of methods that have one, and run the preflight."""
         framework.measure_references(parts.sampler, parts.steps, self.emit)
-        if preflight.is_due(self.spec, self.loaded.checked.device):
-            preflight.run_preflight(self.spec, parts, framework, self.loaded.checked.device)
+        if is_due(self.spec, on_gpu=self.loaded.checked.device.is_gpu):
+            run_preflight(self.spec, parts, framework, self.loaded.checked.device)
 
     def _answer(self, model: Any, step: int) -> None:
         answer_prompts(self.spec, self.prepared, model, self.emit, step=step)

@@ -14,6 +14,7 @@ from transformers import set_seed
 from bp_data.loop.examples import RowExamples, build_examples
 from bp_data.loop.loop import LoopParts, LoopState, run_loop
 from bp_data.loop.memory import HALVINGS, MemoryGuard
+from bp_data.loop.preflight import is_due
 from bp_data.loop.rows import pad_token
 from bp_data.loop.run import build_loop, choosing_weights, summarize_run
 from bp_data.loop.sampler import ExampleOrder, StepSampler
@@ -36,8 +37,9 @@ from bp_train_cuda.engines.base import (
 )
 from bp_train_cuda.engines.framework import TorchFramework
 from bp_train_cuda.guards.monitor import open_monitor
-from bp_train_cuda.memory import planner, preflight
+from bp_train_cuda.memory import planner
 from bp_train_cuda.memory.fit import GpuFit
+from bp_train_cuda.memory.preflight import run_preflight
 from bp_train_cuda.model.activations import untile_feed_forward
 from bp_train_cuda.model.log_probs import LogProbModel
 from bp_train_cuda.model.lora_linear import use_fast_lora
@@ -203,8 +205,8 @@ class NativeRun:
     def _start(self, parts: LoopParts, framework: TorchFramework) -> None:
         """Measure the reference of methods that have one, and run the preflight."""
         framework.measure_references(parts.sampler, parts.steps, self.emit)
-        if preflight.is_due(self.spec, self.loaded.device):
-            preflight.run_preflight(self.spec, parts, framework, self.loaded.device)
+        if is_due(self.spec, on_gpu=self.loaded.device.kind == "cuda"):
+            run_preflight(self.spec, parts, framework)
 
     def _answer(self, wrapped: LogProbModel, step: int) -> None:
         """Sample answers; with sharded weights all ranks generate together, else the main process alone."""
