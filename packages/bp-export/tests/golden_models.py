@@ -94,7 +94,10 @@ MODELS = {
         },
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 8, "sliding_window": None, "tie_word_embeddings": False}),
-    "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}),
+    "olmoe": (
+        "Olmoe",
+        {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False},
+    ),
     "gpt-oss": (
         "GptOss",
         {"head_dim": 64, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16},

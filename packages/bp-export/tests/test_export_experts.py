@@ -2,13 +2,14 @@
 
 import json
 
+import gguf
 import numpy as np
 import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_json
 from golden_models import write_model
 
 from bp_export.errors import AdapterFormatError, ArchitectureUnsupportedError, ModelInvalidError
-from bp_merge import read_index, read_model_index, write_tensors
+from bp_merge import FoldedModel, open_model, read_index, read_model_index, write_tensors
 from bp_merge.tensors import TensorReader
 
 NAME = "model.layers.{}.mlp.experts"
@@ -128,3 +129,53 @@ def test_two_tensors_of_one_name_are_refused(folder, tmp_path):
 def test_adapter_formats_refuse_experts(folder, tmp_path, format):
     with pytest.raises(AdapterFormatError, match="single experts"):
         export_adapter(folder / "lora", format=format, output=tmp_path / "x")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A pico gpt-oss whose experts are in 4 bits, and an adapter on its attention."""
+    folder = tmp_path_factory.mktemp("packed")
+    write_model(folder, "gpt-oss")
+    base = folder / "base"
+    random = np.random.default_rng(5)
+    floats = read_all(base / "model.safetensors")
+    entries = {}
+    for name, value in floats.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inp, out = value.shape
+            entries[f"{name}_blocks"] = ("U8", random.integers(0, 256, (experts, out, inp // 32, 16), np.uint8))
+            entries[f"{name}_scales"] = ("U8", random.integers(117, 122, (experts, out, inp // 32)).astype(np.uint8))
+        else:
+            entries[name] = ("F32", value)
+    header, offset = {}, 0
+    for name, (dtype, value) in entries.items():
+        header[name] = {"dtype": dtype, "shape": value.shape, "data_offsets": [offset, offset + value.nbytes]}
+        offset += value.nbytes
+    text = json.dumps(header).encode()
+    data = b"".join(value.tobytes() for _, value in entries.values())
+    (base / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    config = json.loads((base / "config.json").read_text())
+    write_json(base / "config.json", {**config, "quantization_config": {"quant_method": "mxfp4"}})
+    return folder
+
+
+def test_experts_in_4_bits_are_copied_and_the_gate_passes(packed, tmp_path):
+    """GGUF's MXFP4 holds the same codes in another order, so nothing is rounded; a merged folder holds them in 16 bits."""
+    skip_without_llama_cpp()
+    done = export_adapter(packed / "lora", quantization="mxfp4", output=tmp_path / "x.gguf", verify=True)
+    assert {check.name: check.result for check in done.parity.checks}["divergence"] == "passed"
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(done.path).tensors}
+    with FoldedModel(open_model(packed / "base")) as model:
+        for projection in ("gate", "up", "down"):
+            tensor = found[f"blk.1.ffn_{projection}_exps.weight"]
+            assert tensor.tensor_type.name == "MXFP4"
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            for expert in range(4):
+                name = f"model.layers.1.mlp.experts.{expert}.{projection}_proj.weight"
+                assert np.array_equal(values[expert], model.read_rows(name, 0, 256)), name
+        merged = export_adapter(packed / "lora", format="merged", output=tmp_path / "merged").path
+        with FoldedModel(open_model(merged)) as other:
+            assert set(other.tensors) == set(model.tensors)
+            assert np.array_equal(other.read_rows(name, 0, 256), model.read_rows(name, 0, 256))
+    assert "quantization_config" not in json.loads((merged / "config.json").read_text())
+    assert f"{NAME.format(0)}.gate_up_proj" in read_index(merged / "model.safetensors")

@@ -90,9 +90,15 @@ def find_expected(merged, name):
     return np.split(whole, 2)[expert.projection == "up_proj"]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["one-by-one", "fused"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "fused"),
+    [
+        ("qwen3-moe", torch.bfloat16, False),
+        ("qwen3-moe", torch.float32, True),
+        ("mixtral", torch.bfloat16, True),
+        ("mixtral", torch.float32, False),
+    ],
+)
 def test_a_fold_of_experts_is_pefts_merge(tmp_path, kind, dtype, fused):
     lora = {"rank_pattern": {r".*\.down_proj": 3}, "alpha_pattern": {r".*\.gate_up_proj": 5}}
     router = ["mlp.gate.weight"]

@@ -11,7 +11,7 @@ from bp_export.architectures.decoder import Architecture
 
 
 class OlmoeArchitecture(Architecture):
-    """llama.cpp neither clips q, k and v nor scales the experts' weights; so both are rejected."""
+    """llama.cpp neither clips q, k and v nor scales the experts' weights, and wants as many keys as queries."""
 
     gguf_arch = MODEL_ARCH.OLMOE
     has_experts = True
@@ -19,6 +19,8 @@ class OlmoeArchitecture(Architecture):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
+        if self.key_heads != self.heads:  # its norm of k is as wide as the model
+            raise self._refuse(f"num_key_value_heads={self.key_heads}")
         if config.get("norm_topk_prob"):
             raise self._refuse("norm_topk_prob=true")
         if config.get("clip_qkv") is not None:
