@@ -610,7 +610,8 @@ def test_runs_are_compared_with_a_baseline_and_with_the_noise_of_the_seed(place)
     text, deltas = table("base", "better", "again", "base")
     assert deltas == {"base": None, "again": ("same", "+0.020"), "better": ("better", "-0.500")}
     assert f"<code>{ids['base'][-6:]}</code> and <code>{ids['again'][-6:]}</code> differ only by seed" in text
-    assert "a difference of 0.020 nats is noise here" in text
+    assert "0.020 nats of training loss" in text
+    assert "are noise here" in text
     assert re.search(r'title="training.learning_rate">Learning rate 0.001 <span class="muted">not 0.0002', text)
     assert re.search(
         r"<td>gguf q8_0</td><td class=\"figure\">2.0 MiB</td><td><span class=\"status failed\">failed", text
