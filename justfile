@@ -119,6 +119,7 @@ stories:
 # The handbook's pictures, from real runs on the real small model; some minutes.
 pictures:
     uv run python docs/pictures/draw.py
+    uv run python docs/pictures/terminal.py
     uv run --group browser python docs/pictures/screens.py
 
 # The handbook as a site in docs/_site; a broken link or a page without a place stops it.

