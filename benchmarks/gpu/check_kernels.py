@@ -60,7 +60,7 @@ def check_nf4() -> bool:
 def check_adamw() -> bool:
     """The kernel against the torch form bit for bit, also with paged state; and against bitsandbytes' own."""
     small, large = 1_000_003, 3072 * 8192
-    good = all([compare_forms(kind, count) for kind, count in (("8bit", small), ("paged", small), ("32bit", small))])
+    good = all([compare_forms(kind, count) for kind, count in (("8bit", small), ("paged", small), ("32bit", small))])  # noqa: C419  # all are run
     return good & compare_forms("8bit", large) & compare_bitsandbytes()
 
 
@@ -113,7 +113,7 @@ def compare_bitsandbytes() -> bool:
         off[name] = float(((values[0] - values[1]).abs() / other[f"absmax{number}"][:, None]).max())
         share[name] = float((one[name] != other[name]).double().mean())
     say(against_bitsandbytes={"off_of_block": off, "share_off": share, "ms": milliseconds(ours.step)})
-    return max(off.values()) <= 0.02  # noqa: PLR2004  # a code is 0.014 of its block's scale wide at most
+    return max(off.values()) <= 0.02  # a code is 0.014 of its block's scale wide at most
 
 
 def tiny(dtype: torch.dtype) -> Any:
