@@ -1,15 +1,19 @@
 """The witness of training against what the export makes: what 4-bit training learned around its own rounding."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_json, write_lora
 
+from bp_export import MergedExport
 from bp_export.errors import ParityFailedError
+from bp_export.verify.rounding import compute_step
 from bp_merge import Nf4Reader, TensorReader, read_model_index, write_tensors
+from bp_merge.tensors import decode, read_index
 from bp_runs.errors import InvalidSettingError
-from bp_runs.witness import TOP_TOKENS, BaseFacts, Witness, WitnessPrompt, write_witness
+from bp_runs.witness import TOP_TOKENS, BaseFacts, Witness, WitnessPrompt, read_witness, write_witness
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -118,6 +122,47 @@ def test_what_was_trained_in_4_bits_fails_on_16_and_passes_as_4_bits_left_it(tra
     checks = read_checks(done.parity.to_dict())
     assert checks["witness"]["result"] == checks["greedy"]["result"] == checks["effect"]["result"] == "passed"
     assert checks["witness"]["value"] < 0.001
+
+
+def scale_adapter(lora, target, factor):
+    """The adapter with its change multiplied, under the witness of the one that was trained."""
+    shutil.copytree(lora, target)
+    weights, witness = target / "adapter_model.safetensors", read_witness(lora)
+    with TensorReader(read_index(weights)) as reader:
+        tensors = {name: reader.read(name) for name in reader.tensors}
+    write_tensors(weights, {n: v * np.float32(factor) if "lora_B" in n else v for n, v in tensors.items()})
+    write_witness(target, witness, weights=weights)
+    return target
+
+
+def test_rounding_to_16_bits_is_allowed_what_a_draw_of_it_moves_and_no_more(trained, tmp_path, monkeypatch):
+    mode, lora = trained
+    if mode == "qlora":
+        return
+    monkeypatch.setattr("bp_export.verify.checks._ROUNDING", 0.0)  # as if rounding alone were above the usual
+
+    def check(adapter, name):
+        request = MergedExport(adapter=adapter, output=tmp_path / name)
+        try:
+            return read_checks(request.write().parity.to_dict())["witness"]
+        except ParityFailedError as error:
+            return read_checks(error.details)["witness"]
+
+    right = check(lora, "right")
+    assert (right["result"], "storing 16 bits alone moves" in right["note"]) == ("passed", True)
+    assert 0 < right["bound"] / 4 < right["value"] <= right["bound"]
+    for factor in (0.9, 1.1):
+        wrong = check(scale_adapter(lora, tmp_path / f"lora-{factor}", factor), f"wrong-{factor}")
+        assert wrong["result"] == "failed"
+        assert wrong["value"] > 4 * wrong["bound"]
+
+
+@pytest.mark.parametrize(("dtype", "fraction", "smallest"), [("BF16", 7, -133), ("F16", 10, -24)])
+def test_a_step_is_the_distance_to_the_next_value_of_the_type(dtype, fraction, smallest):
+    bits = np.random.default_rng(0).integers(0, 0x7BFF, 2000).astype("<u2")
+    here, after = (decode((bits + np.uint16(more)).tobytes(), dtype) for more in (0, 1))
+    steps = compute_step(here, fraction, smallest)
+    assert np.array_equal(steps, np.where(here == 0, 0, after - here))
 
 
 def test_a_witness_that_is_damaged_is_reported_and_not_believed(tmp_path):

@@ -50,11 +50,16 @@ class Forward:
     """
 
     def __init__(self, config: Mapping[str, Any], weights: Weights, *, threads: int = 1) -> None:
+        self._config = config
         self.plan: DecoderPlan = read_decoder(config)
         self._weights = weights
         self._threads = threads
         self._run: Callable[[Callable[[int], None], Iterable[int]], Iterable[None]] = map
         self._stem = _find_stem(weights.tensors)
+
+    def with_weights(self, weights: Weights) -> Forward:
+        """The same model with other weights of the same names and shapes."""
+        return Forward(self._config, weights, threads=self._threads)
 
     def compute_logprobs(self, ids: Sequence[int], places: Sequence[int]) -> Floats:
         """Next-token log-probabilities in nats after each of some places: (places, vocabulary).
