@@ -17,6 +17,7 @@ from pathlib import Path
 from bp_export.chat.server import LlamaServer
 from bp_export.gguf.file import read_settings
 from bp_export.ollama.go_templates import find_go_template
+from bp_export.verify.probe import tokenize
 
 FIELDS = {
     "model",
@@ -81,7 +82,9 @@ class Handler(BaseHTTPRequestHandler):
         try:
             if call == "blobs":
                 return self.take_blob(body)
-            return {"create": self.create, "show": self.show, "chat": self.chat}[call](json.loads(body or "null"))
+            return getattr(self, {"create", "show", "chat", "generate"}.intersection([call]).pop())(
+                json.loads(body or "null")
+            )
         except Refusal as error:
             self.reply_json(error.status, {"error": str(error)})
 
@@ -194,10 +197,15 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.models[self.server.full_name(name)]
 
     def chat(self, asked):
-        assert set(asked) <= {"model", "messages", "tools", "stream", "options", "format", "keep_alive", "think"}
+        logprobs = {"logprobs", "top_logprobs"}
+        known = {"model", "messages", "tools", "stream", "options", "format", "keep_alive", "think"}
+        assert set(asked) <= known | logprobs
         model = self.find(asked)
         if self.server.failure == "runner":
             raise Refusal("model runner has unexpectedly stopped", 500)
+        if asked.get("logprobs"):
+            prompt = self.server.render(model, asked["messages"])
+            return self.reply_json(200, self.server.list_next(model, prompt))
         text, reason = self.server.answer(model, asked["messages"], asked.get("options") or {})
         head = {"model": asked["model"], "created_at": now()}
         end = {
@@ -222,6 +230,13 @@ class Handler(BaseHTTPRequestHandler):
             lines = [{**head, "message": {"role": "assistant", "content": p}, "done": False} for p in pieces]
             return self.stream([*lines, {**head, "message": {"role": "assistant", "content": ""}, **end}])
         return self.reply_json(200, {**head, "message": {"role": "assistant", "content": text}, **end})
+
+    def generate(self, asked):
+        """Only as the exporter asks: one token after a raw prompt, and the likeliest in its place."""
+        names = {"model", "prompt", "raw", "stream", "options", "logprobs", "top_logprobs"}
+        assert (set(asked), asked["raw"], asked["stream"]) == (names, True, False)
+        model = self.find(asked)
+        return self.reply_json(200, self.server.list_next(model, asked["prompt"]))
 
 
 def now():
@@ -370,10 +385,30 @@ class FakeOllama(ThreadingHTTPServer):
         reply = served.post("/v1/chat/completions", {**body, "messages": messages})["choices"][0]
         return reply["message"]["content"] or "", reply["finish_reason"]
 
+    def render(self, model, messages):
+        messages = [*([{"role": "system", "content": model["system"]}] if model.get("system") else []), *messages]
+        if model["template"] == RAW and self.is_old:
+            return messages[-1]["content"]
+        served = self.load(self.blobs[model["digest"]], None)
+        return served.post("/apply-template", {"messages": messages})["prompt"]
+
+    def list_next(self, model, prompt):
+        """The likeliest next tokens; none if the failure is that of a server before 0.12.11."""
+        if self.failure == "no list":
+            return {"done": True, "prompt_eval_count": 1}
+        body = {"prompt": prompt, "n_predict": 1, "n_probs": 20, "temperature": 0, "cache_prompt": True}
+        served = self.load(self.blobs[model["digest"]], None)
+        reply = served.post("/completion", {**body, "logit_bias": [[served.letter, 1e6]]})
+        top = reply["completion_probabilities"][0]["top_logprobs"]
+        listed = [{key: one[key] for key in ("token", "bytes", "logprob")} for one in top]
+        counts = {"prompt_eval_count": reply["tokens_evaluated"], "eval_count": 1}
+        return {"done": True, **counts, "logprobs": [{**listed[0], "top_logprobs": listed}]}
+
     def load(self, path, adapter):
         """Loading takes seconds, so what is loaded stays, as with the real one."""
         if (path, adapter) not in self.loaded:
-            self.loaded[path, adapter] = LlamaServer(path, 512, adapter=adapter)
+            self.loaded[path, adapter] = served = LlamaServer(path, 512, adapter=adapter)
+            served.letter = tokenize(served, "a")[-1]
         return self.loaded[path, adapter]
 
 

@@ -66,7 +66,10 @@ def test_a_model_is_uploaded_created_looked_at_and_asked(ollama, model):
     made = register_gguf(
         model, "me/pico:latest", host=ollama.url, system="Be short.", context=512, license="MIT", status=seen.append
     )
-    assert ollama.calls == ["HEAD", "blobs", "create", "show", "chat"]
+    assert ollama.calls[:5] == ["HEAD", "blobs", "create", "show", "chat"]
+    checks = {check.name: check for check in made.parity.checks}
+    assert (checks["witness"].result, checks["template"].result) == ("not tested", "passed")
+    assert checks["template"].note == "3 conversations as Ollama renders them"
     request = ollama.models["me/pico:latest"]["request"]
     assert request["parameters"] == {"repeat_penalty": 1.0, "stop": ["<|im_end|>"], "num_ctx": 512}
     assert (request["system"], request["license"]) == ("Be short.", "MIT")

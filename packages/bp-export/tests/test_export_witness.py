@@ -2,13 +2,18 @@
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
-from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_json, write_lora
+from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_json, write_lora, write_tokenizer
+from fake_ollama import serve
 
+from bp_data import load_tokenizer
 from bp_export import MergedExport
 from bp_export.errors import ParityFailedError
+from bp_export.ollama import list_models, register_model
 from bp_export.verify.rounding import compute_step
 from bp_merge import Nf4Reader, TensorReader, read_model_index, write_tensors
 from bp_merge.tensors import decode, read_index
@@ -19,7 +24,19 @@ torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-TEXTS = np.random.default_rng(5).integers(4, 300, (6, 24)).tolist()
+
+def write_texts(folder):
+    """Six texts of 24 tokens, which a tokenizer reads again as the same ones."""
+    write_tokenizer(folder)
+    draw, tokenizer = np.random.default_rng(5), load_tokenizer(folder)
+    words = ("".join(map(chr, draw.integers(97, 123, draw.integers(2, 8)))) for _ in range(400))
+    ids = [tokenizer.encode(f" {word}").ids for word in words]
+    found = [sum(ids[i : i + 24], [])[:24] for i in range(0, 240, 24)]
+    return [text for text in found if tokenizer.encode(tokenizer.decode(text)).ids == text][:6]
+
+
+with tempfile.TemporaryDirectory() as scratch:
+    TEXTS = write_texts(Path(scratch))
 RUN = "20260101-000000-abcdef"
 
 
@@ -122,6 +139,31 @@ def test_what_was_trained_in_4_bits_fails_on_16_and_passes_as_4_bits_left_it(tra
     checks = read_checks(done.parity.to_dict())
     assert checks["witness"]["result"] == checks["greedy"]["result"] == checks["effect"]["result"] == "passed"
     assert checks["witness"]["value"] < 0.001
+
+
+def test_ollama_is_compared_with_the_witness(trained, tmp_path):
+    skip_without_llama_cpp()
+    mode, lora = trained
+    path = export_adapter(lora, quantization="f16", output=tmp_path / "x.gguf", verify=False).path
+    (tmp_path / "server").mkdir()
+    with serve(tmp_path / "server") as ollama:
+        if mode == "qlora":  # on 16 bits it is not what was trained
+            with pytest.raises(ParityFailedError, match="it is not the trained model") as caught:
+                register_model(path, "pico", host=ollama.url, trained=lora)
+            assert read_checks(caught.value.details)["witness"]["value"] > 0.1
+            assert "pico" in [model.name.partition(":")[0] for model in list_models(ollama.url)]
+            kept = export_adapter(lora, quantization="f16", output=tmp_path / "k.gguf", dequantize=True, verify=False)
+            made = register_model(kept.path, "kept", host=ollama.url, trained=lora)
+        else:
+            made = register_model(path, "pico", host=ollama.url, trained=lora)
+            with pytest.raises(InvalidSettingError, match="only a GGUF"):
+                register_model(lora, "folder", host=ollama.url, trained=lora)
+            ollama.failure = "no list"
+            old = register_model(path, "pico", host=ollama.url, trained=lora, force=True).parity
+            assert {check.result for check in old.checks} == {"not tested"}
+        found = read_checks(made.parity.to_dict())
+        assert (found["witness"]["result"], found["template"]["result"]) == ("passed", "passed")
+        assert found["witness"]["value"] < 0.005
 
 
 def scale_adapter(lora, target, factor):

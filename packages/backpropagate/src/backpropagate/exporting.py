@@ -47,6 +47,7 @@ class ExportResult:
         parity = self.outcome.parity.to_dict() if self.outcome.parity else None
         own: dict[str, Any] = {"path": str(self.path), "parity": parity, "run_id": self.run_id}
         own |= {"ollama": self.ollama and self.ollama.name, "ollama_context": self.ollama and self.ollama.context}
+        own["ollama_parity"] = self.ollama.parity.to_dict() if self.ollama and self.ollama.parity else None
         return {**asdict(self.outcome), **own}
 
 
@@ -110,7 +111,13 @@ def export_adapter(
     run_id = _note_in_run(adapter, run_id, {**_build_artifact(outcome), "weights_sha256": _hash_weights(adapter)})
     if ollama_name is not None:
         model = bp_export.ollama.register_gguf(
-            outcome.path, ollama_name, host=host, context=ollama_context, force=force
+            outcome.path,
+            ollama_name,
+            host=host,
+            context=ollama_context,
+            trained=adapter,
+            allowed=outcome.parity.witness_bound if outcome.parity else None,
+            force=force,
         )
         return ExportResult(outcome=outcome, ollama=model, run_id=run_id)
     return ExportResult(outcome=outcome, ollama=None, run_id=run_id)

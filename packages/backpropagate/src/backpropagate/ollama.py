@@ -11,7 +11,13 @@ if TYPE_CHECKING:
 
 
 def register_with_ollama(
-    path: str | Path, name: str, *, system: str | None = None, context: int | None = None, force: bool = False
+    path: str | Path,
+    name: str,
+    *,
+    system: str | None = None,
+    context: int | None = None,
+    trained: str | Path | None = None,
+    force: bool = False,
 ) -> OllamaModel:
     """Register a GGUF, or a folder of the format ollama-adapter, with the Ollama that runs here (OLLAMA_HOST).
 
@@ -20,13 +26,14 @@ def register_with_ollama(
         name: Its name in Ollama.
         system: A system message that the model gets by default.
         context: Tokens of context; default: chosen by Ollama.
+        trained: The adapter's folder, whose witness of training the model in Ollama is compared with.
         force: Whether a model of that name may be replaced.
 
     Raises:
-        CodedError: As `bp_export.ollama.register_gguf` and `register_adapter`.
+        CodedError: As `bp_export.ollama.register_model`.
     """
     from backpropagate.exporting import read_ollama_host
     from bp_export import ollama
 
-    register = ollama.register_adapter if Path(path).is_dir() else ollama.register_gguf
-    return register(Path(path), name, host=read_ollama_host(os.environ), system=system, context=context, force=force)
+    host = read_ollama_host(os.environ)
+    return ollama.register_model(path, name, host=host, system=system, context=context, trained=trained, force=force)

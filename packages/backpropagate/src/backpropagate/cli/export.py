@@ -81,6 +81,8 @@ def _print_result(result: ExportResult, folder: Path) -> None:
     if result.ollama:
         context = result.ollama.describe_context()
         print(f"  ollama    registered as {result.ollama.name}, context: {context}")  # noqa: T201
+        for check in result.ollama.parity.checks if result.ollama.parity else ():
+            print(f"            {check.name:<11} {check.result:<10} {check.note}")  # noqa: T201
         print(f"  next      ollama run {result.ollama.name}")  # noqa: T201
     elif done.format == "gguf":
         print(f"  next      backprop export {folder} --ollama-name my-model    with Ollama running")  # noqa: T201

@@ -27,14 +27,15 @@ def _register(path: Path, name: str, *, json: Json = False, **typed: Any) -> int
     asked = read_values(REGISTER, typed)
     host = read_ollama_host(os.environ)
     asked["license"] = bp_export.ollama.read_license(asked["license"]) if asked["license"] else None
-    register_it = bp_export.ollama.register_adapter if path.is_dir() else bp_export.ollama.register_gguf
-    made = register_it(path, name, host=host, **asked)
+    made = bp_export.ollama.register_model(path, name, host=host, **asked)
     if json:
         print_json("ollama-register", asdict(made))
         return 0
     print(f"  ollama    {made.name} in Ollama {made.version}")  # noqa: T201
     print(f"  context   {made.describe_context()}")  # noqa: T201
     print(f"  template  {made.rendering.note}")  # noqa: T201
+    for check in made.parity.checks if made.parity else ():
+        print(f"  {check.name:<9} {check.result}: {check.note}")  # noqa: T201
     print(f"  it says   {' '.join((made.answer or '').split())}")  # noqa: T201
     print(f"  next      ollama run {made.name}")  # noqa: T201
     return 0

@@ -55,8 +55,15 @@ def run(options: argparse.Namespace) -> int:
         return 0
     name = _require_ollama(options)
     outcome = request.write(progress)
-    context, host = ollama["ollama_context"], ollama["ollama_host"]
-    model = bp_export.ollama.register_gguf(outcome.path, name, host=host, context=context, force=options.force)
+    model = bp_export.ollama.register_gguf(
+        outcome.path,
+        name,
+        host=ollama["ollama_host"],
+        context=ollama["ollama_context"],
+        trained=options.adapter,
+        allowed=outcome.parity.witness_bound if outcome.parity else None,
+        force=options.force,
+    )
     _tell_outcome(outcome, model, as_json=options.json)
     return 0
 
@@ -85,7 +92,11 @@ def _tell_plan(plan: ExportPlan, *, as_json: bool) -> None:
 def _tell_outcome(outcome: ExportOutcome, registered: OllamaModel | None, *, as_json: bool) -> None:
     if as_json:
         fields: dict[str, Any] = dataclasses.asdict(outcome)
-        ollama = {"ollama": registered and registered.name, "ollama_context": registered and registered.context}
+        ollama: dict[str, Any] = {
+            "ollama": registered and registered.name,
+            "ollama_context": registered and registered.context,
+        }
+        ollama["ollama_parity"] = registered.parity.to_dict() if registered and registered.parity else None
         tell_json({**fields, "path": str(outcome.path), **ollama})
         return
     kind = f"{outcome.format} {outcome.quantization or ''}".strip()
@@ -104,4 +115,6 @@ def _tell_outcome(outcome: ExportOutcome, registered: OllamaModel | None, *, as_
         tell(f"  verified: {outcome.parity.summary}")
     if registered:
         name, context = registered.name, registered.describe_context()
+        for check in registered.parity.checks if registered.parity else ():
+            tell(f"  in Ollama: {check.name:<11} {check.result:<10} {check.note}")
         tell(f"  in Ollama as {name}: ollama run {name}\n  context: {context}")

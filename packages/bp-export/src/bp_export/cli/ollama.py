@@ -40,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
         else:
             tell(f"{made.name}\n  in Ollama {made.version}; it says: {made.answer!r}\n  ollama run {made.name}")
             tell(f"  context: {made.describe_context()}\n  chat template: {made.rendering.note}")
+            for check in made.parity.checks if made.parity else ():
+                tell(f"  {check.name:<11} {check.result:<10} {check.note}")
     elif options.action == "rm":
         ollama.remove_model(options.name, options.host)
         tell_json([{"name": options.name, "removed": True}]) if options.json else tell(f"{options.name} removed")
@@ -56,13 +58,13 @@ def _register(options: argparse.Namespace) -> OllamaModel:
     from bp_export import ollama
 
     license = ollama.read_license(options.license) if options.license else None
-    register = ollama.register_adapter if options.path.is_dir() else ollama.register_gguf
-    return register(
+    return ollama.register_model(
         options.path,
         options.name,
         host=options.host,
         system=options.system,
         context=options.context,
         license=license,
+        trained=options.trained,
         force=options.force,
     )

@@ -153,6 +153,7 @@ PUSH = (
 REGISTER = (
     Option("context", int, "tokens of context, num_ctx (default: Ollama's own)"),
     Option("system", str, "a system prompt to keep with it (default: the one that a GGUF's chat template adds)"),
+    Option("trained", Path, "the adapter's folder, whose witness of training the model in Ollama is compared with"),
     Option("license", Path, "a file with the license, to keep with it (default: the license named in a GGUF)"),
     Option("force", bool, "replace a model of that name"),
 )  # fmt: skip

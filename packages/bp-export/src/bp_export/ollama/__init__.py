@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         read_license,
         register_adapter,
         register_gguf,
+        register_model,
         stream_answer,
     )
     from bp_export.ollama.server import (
@@ -31,6 +32,7 @@ __all__ = [
     "read_license",
     "register_adapter",
     "register_gguf",
+    "register_model",
     "remove_model",
     "require_ollama",
     "stream_answer",
@@ -43,6 +45,7 @@ _MODULES = {
     "read_license": "register",
     "register_adapter": "register",
     "register_gguf": "register",
+    "register_model": "register",
     "stream_answer": "register",
     "ListedModel": "server",
     "find_server": "server",

@@ -17,6 +17,7 @@ from bp_export.errors import OllamaRegistrationError
 from bp_export.formats.ollama_adapter import OllamaAdapter, read_ollama_adapter, require_same_layout
 from bp_export.gguf.file import read_settings, read_stop_strings
 from bp_export.local_paths import StrPath
+from bp_export.ollama.compare import compare_model
 from bp_export.ollama.go_templates import find_go_template
 from bp_export.ollama.server import (
     MERGED_WAY,
@@ -28,6 +29,7 @@ from bp_export.ollama.server import (
     require_name,
     takes_adapters,
 )
+from bp_export.verify.report import ParityReport
 from bp_export.verify.template import RenderingCheck, check_gguf, read_gguf_template
 from bp_runs.errors import InvalidSettingError
 from bp_runs.files import sha256_file
@@ -64,10 +66,35 @@ class OllamaModel:
     """Whether its chat template renders ten conversations as at training."""
     context: int | None = None
     """Tokens of context that were set (``num_ctx``); None for Ollama's default."""
+    parity: ParityReport | None = None
+    """How it compares with the trained model, over Ollama's API; None if it was not asked, or is an adapter."""
 
     def describe_context(self) -> str:
         """The context in words."""
         return "Ollama's default" if self.context is None else f"{self.context} tokens"
+
+
+def register_model(path: StrPath, name: str, *, trained: StrPath | None = None, **options: Any) -> OllamaModel:
+    """Register a GGUF, or a folder of the format ``ollama-adapter``.
+
+    Args:
+        path: The file or the folder.
+        name: The model's name.
+        trained: As `register_gguf`; an adapter in Ollama is not compared.
+        **options: What `register_gguf` and `register_adapter` have in common.
+
+    Raises:
+        InvalidSettingError: ``trained`` with a folder.
+        CodedError: As `register_gguf` and `register_adapter`.
+    """
+    if not Path(path).is_dir():
+        return register_gguf(path, name, trained=trained, **options)
+    if trained is not None:
+        raise InvalidSettingError(
+            f"{path} is a folder, and only a GGUF is compared with what was trained",
+            fix="Leave it out: {set:trained}",
+        )
+    return register_adapter(path, name, **options)
 
 
 def register_gguf(
@@ -80,11 +107,13 @@ def register_gguf(
     context: int | None = None,
     stop: Sequence[str] | None = None,
     license: str | None = None,
+    trained: StrPath | None = None,
+    allowed: float | None = None,
     force: bool = False,
     question: str | None = FIRST_QUESTION,
     status: Status | None = None,
 ) -> OllamaModel:
-    """Upload a GGUF, create a model of it, look at what it became, and ask it once.
+    """Upload a GGUF, create a model of it, look at what it became, ask it once, and compare it with what was trained.
 
     Args:
         path: The GGUF.
@@ -97,8 +126,10 @@ def register_gguf(
         context: Tokens of context (``num_ctx``); by default Ollama's own, or the file's where that is shorter.
         stop: Stop words; by default the end tokens that the GGUF names.
         license: Text of the model's license, to keep with it; by default the one that the GGUF names.
+        trained: The adapter's or the trained model's folder, whose witness the model in Ollama is compared with.
+        allowed: Nats that the merged weights may be away from that witness, as the export found; None for the usual.
         force: Whether it may take the place of a model of the same name.
-        question: What the new model is asked, to see that it runs; None for nothing.
+        question: What the new model is asked, to see that it runs; None for nothing, and for no comparison.
         status: Called with each of Ollama's status lines.
 
     Raises:
@@ -107,6 +138,7 @@ def register_gguf(
             the model (which stays registered then).
         TemplateChangedError: Its chat template renders chats differently than training did.
         ChatFailedError: The file is no GGUF.
+        ParityFailedError: In Ollama it does not say what was trained; it stays registered.
     """
     path = Path(path)
     version, server = _require_place(name, host, force=force), find_server(host)
@@ -132,8 +164,12 @@ def register_gguf(
             _create(client, {**asked, "template": known}, status)
             found = _read_template(client, name)
     rendering = _unless_replaced(rendering, found, settings)
-    answer = None if question is None else _try(name, question, server)
-    return OllamaModel(name, server, version, found, words, found.strip() == _RAW, answer, rendering, context)
+    answer, parity = None, None
+    if question is not None:
+        answer = _try(name, question, server)
+        folder = None if trained is None else Path(trained)
+        parity = compare_model(name, server, path, system=system, trained=folder, allowed=allowed)
+    return OllamaModel(name, server, version, found, words, found.strip() == _RAW, answer, rendering, context, parity)
 
 
 def register_adapter(

@@ -61,6 +61,11 @@ class ParityReport:
         return self.result == "passed"
 
     @property
+    def witness_bound(self) -> float | None:
+        """Nats that the merged weights may be away from the witness; None if that was not tested."""
+        return next((c.bound for c in self.checks if c.name == "witness" and c.result != "not tested"), None)
+
+    @property
     def counts(self) -> dict[Result, int]:
         """Checks by result."""
         results = [check.result for check in self.checks]

@@ -28,6 +28,7 @@ class Export(TypedDict):
     notes: list[str]
     ollama: str | None
     ollama_context: int | None
+    ollama_parity: dict[str, Any] | None
     run_id: str | None
 
 
@@ -102,6 +103,7 @@ class OllamaRegister(TypedDict):
     answer: str | None
     rendering: Rendering
     context: int | None
+    parity: dict[str, Any] | None
 
 
 class OllamaRow(TypedDict):
