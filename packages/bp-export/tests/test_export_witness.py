@@ -3,6 +3,8 @@
 import json
 import shutil
 import tempfile
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,12 @@ from bp_data import load_tokenizer
 from bp_export import MergedExport
 from bp_export.errors import ParityFailedError
 from bp_export.ollama import list_models, register_model
-from bp_export.verify.rounding import compute_step
+from bp_export.source import read_config_file, read_source
+from bp_export.verify.evidence import compute_prompt
+from bp_export.verify.forward import Forward
+from bp_export.verify.rounding import UnroundedModel
 from bp_merge import Nf4Reader, TensorReader, read_model_index, write_tensors
-from bp_merge.tensors import decode, read_index
+from bp_merge.tensors import read_index
 from bp_runs.errors import InvalidSettingError
 from bp_runs.witness import TOP_TOKENS, BaseFacts, Witness, WitnessPrompt, read_witness, write_witness
 
@@ -31,7 +36,7 @@ def write_texts(folder):
     draw, tokenizer = np.random.default_rng(5), load_tokenizer(folder)
     words = ("".join(map(chr, draw.integers(97, 123, draw.integers(2, 8)))) for _ in range(400))
     ids = [tokenizer.encode(f" {word}").ids for word in words]
-    found = [sum(ids[i : i + 24], [])[:24] for i in range(0, 240, 24)]
+    found = [list(chain(*ids[i : i + 24]))[:24] for i in range(0, 240, 24)]
     return [text for text in found if tokenizer.encode(tokenizer.decode(text)).ids == text][:6]
 
 
@@ -177,11 +182,11 @@ def scale_adapter(lora, target, factor):
     return target
 
 
-def test_rounding_to_16_bits_is_allowed_what_a_draw_of_it_moves_and_no_more(trained, tmp_path, monkeypatch):
+def test_what_rounding_loses_is_told_apart_from_a_wrong_merge(trained, tmp_path, monkeypatch):
     mode, lora = trained
     if mode == "qlora":
         return
-    monkeypatch.setattr("bp_export.verify.checks._ROUNDING", 0.0)  # as if rounding alone were above the usual
+    monkeypatch.setattr("bp_export.verify.checks._ROUNDING", 1e-6)
 
     def check(adapter, name):
         request = MergedExport(adapter=adapter, output=tmp_path / name)
@@ -191,20 +196,22 @@ def test_rounding_to_16_bits_is_allowed_what_a_draw_of_it_moves_and_no_more(trai
             return read_checks(error.details)["witness"]
 
     right = check(lora, "right")
-    assert (right["result"], "storing 16 bits alone moves" in right["note"]) == ("passed", True)
-    assert 0 < right["bound"] / 4 < right["value"] <= right["bound"]
+    assert (right["result"], "before rounding to the base's dtype" in right["note"]) == ("passed", True)
+    assert 1e-6 < right["value"] < right["bound"] / 100, "rounding costs little of a large change"
     for factor in (0.9, 1.1):
         wrong = check(scale_adapter(lora, tmp_path / f"lora-{factor}", factor), f"wrong-{factor}")
-        assert wrong["result"] == "failed"
-        assert wrong["value"] > 4 * wrong["bound"]
-
-
-@pytest.mark.parametrize(("dtype", "fraction", "smallest"), [("BF16", 7, -133), ("F16", 10, -24)])
-def test_a_step_is_the_distance_to_the_next_value_of_the_type(dtype, fraction, smallest):
-    bits = np.random.default_rng(0).integers(0, 0x7BFF, 2000).astype("<u2")
-    here, after = (decode((bits + np.uint16(more)).tobytes(), dtype) for more in (0, 1))
-    steps = compute_step(here, fraction, smallest)
-    assert np.array_equal(steps, np.where(here == 0, 0, after - here))
+        assert (wrong["result"], wrong["bound"]) == ("failed", 1e-6)
+    tiny = scale_adapter(lora, tmp_path / "tiny", 1e-3)
+    source = read_source(tiny, None, None, dequantize=False)
+    with source.open() as model:
+        config = read_config_file(source.base)
+        before, base = (Forward(config, weights) for weights in (UnroundedModel(model), model.without_adapter()))
+        witness = read_witness(tiny)
+        found = tuple(compute_prompt(before, prompt, base) for prompt in witness.prompts)
+    write_witness(tiny, replace(witness, prompts=found), weights=tiny / "adapter_model.safetensors")
+    monkeypatch.setattr("bp_export.verify.checks._ROUNDING", 1e-9)
+    lost = check(tiny, "lost")
+    assert (lost["result"], "before rounding to the base's dtype" in lost["note"]) == ("failed", True)
 
 
 def test_a_witness_that_is_damaged_is_reported_and_not_believed(tmp_path):

@@ -72,10 +72,9 @@ class MergedExport(ModelRequest):
         with source.open() as model:
             require_free_folder(target, force=self.force, sources=source.folders)
             size, sha256 = write_merged(model, source, target, progress=progress, threads=self.threads)
-            count, notes, changed = len(list_stored(model)), note_unreached(model), model.changed
-        parity = None
-        if self.verify or (self.verify is None and (self.adapter / WITNESS_FILE).is_file()):
-            parity = verify_folder(target, trained=self.adapter, changed=changed, required=bool(self.verify))
+            count, notes, parity = len(list_stored(model)), note_unreached(model), None
+            if self.verify or (self.verify is None and (self.adapter / WITNESS_FILE).is_file()):
+                parity = verify_folder(target, model, trained=self.adapter, required=bool(self.verify))
         seconds = time.monotonic() - begun
         return ExportOutcome(target, self.format, None, size, count, seconds, sha256, rendering, parity, notes=notes)
 

@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from bp_export.gguf.plan import GgufPlan
 from bp_export.quant.types import Quantization
 from bp_export.tokenizer.vocabulary import TOKENIZER_FILE
 from bp_export.verify.evidence import Evidence, compute_divergence, compute_rows, has_other_shapes
+from bp_export.verify.forward import Forward
 from bp_export.verify.probe import ends_answer, tokenize
 from bp_export.verify.report import BOUNDS, ParityCheck, judge_nats, judge_share, report_untested
-from bp_export.verify.rounding import measure_rounding
+from bp_export.verify.rounding import UnroundedModel
 from bp_export.verify.template import check_gguf, render_in_llama_cpp
 from bp_merge import FoldedModel
 from bp_runs.witness import WitnessPrompt
@@ -30,8 +31,6 @@ _LEAST_CLEAR = 4
 _UNSEEN_EFFECT = 1e-7  # nats
 _ROUNDING = 0.02
 """Nats that 16-bit arithmetic explains: a witness comes from a model that computed in bfloat16."""
-_DRAWS = 2
-"""How much more than a random draw of it the rounding itself may move: it is one draw, and so is what is measured."""
 _PACKED = 0.3
 """Nats between 4-bit and 16-bit weights that are usual; then it counts what the trained tokens lost."""
 _LOST = 0.05
@@ -180,13 +179,12 @@ def _describe_difference(ours: Sequence[int], theirs: Sequence[int]) -> str:
     return f"from token {same} on {list(ours[same : same + 4])} became {list(theirs[same : same + 4])}"
 
 
-def check_witness(evidence: Evidence, model: FoldedModel, rounded: Collection[str]) -> ParityCheck:
+def check_witness(evidence: Evidence, model: FoldedModel) -> ParityCheck:
     """Whether the merged weights are the model in memory: by divergence, and by what the trained tokens lost.
 
     Args:
         evidence: What is known of the trained model.
-        model: The merged weights.
-        rounded: Names of the tensors that were rounded when they were merged or saved.
+        model: The base and the adapter that were merged.
     """
     if evidence.witness is None:
         return report_untested("witness", evidence.why_no_witness)
@@ -194,12 +192,9 @@ def check_witness(evidence: Evidence, model: FoldedModel, rounded: Collection[st
         return report_untested("witness", evidence.why_not_computed)
     if not evidence.seen:
         return report_untested("witness", "the witness has no place within the tokens that are read")
-    rows = compute_rows(evidence.forward, evidence.seen)
     places = [(prompt, i) for prompt in evidence.seen for i in range(len(prompt.places))]
-    apart = statistics.fmean(
-        compute_divergence(prompt.tokens[i], prompt.logprobs[i], row)
-        for (prompt, i), row in zip(places, rows, strict=True)
-    )
+    rows = compute_rows(evidence.forward, evidence.seen)
+    apart = _average_from(evidence.seen, rows)
     lost = [_lose(prompt, i, row) for (prompt, i), row in zip(places, rows, strict=True)]
     known = [value for value in lost if value is not None]
     loss = statistics.fmean(known) if known else 0.0
@@ -210,24 +205,35 @@ def check_witness(evidence: Evidence, model: FoldedModel, rounded: Collection[st
         is_kept = apart <= _ROUNDING or (bool(known) and apart <= _PACKED and loss <= _LOST)
         return ParityCheck("witness", "passed" if is_kept else "failed", apart, _PACKED, note)
     most = _ROUNDING
-    if apart > most and evidence.is_rounded:
-        noise = measure_rounding(evidence.forward, model, rounded, evidence.seen, rows)
-        effect = _measure_trained(evidence.seen)
-        most = min(_ROUNDING + _DRAWS * noise, max(_ROUNDING, effect / 2))
-        note += f"; storing 16 bits alone moves {noise:.4f} nats" + (
-            f", the adapter {effect:.4f}" if math.isfinite(effect) else ""
-        )
+    if apart > most and model.pairs and isinstance(evidence.forward, Forward):
+        most, why = _allow_rounding(evidence.forward, evidence.seen, model)
+        note += why
     return judge_nats("witness", apart, most, note)
 
 
-def _measure_trained(prompts: Sequence[WitnessPrompt]) -> float:
-    """Mean divergence in nats of the base from the model in memory; infinite if the base was not measured."""
-    found = [
-        compute_divergence(tokens, row, dict(zip(tokens, base, strict=True)))
-        for prompt in prompts
-        for tokens, row, base in zip(prompt.tokens, prompt.logprobs, prompt.base_logprobs or (), strict=False)
+def _allow_rounding(forward: Forward, seen: Sequence[WitnessPrompt], model: FoldedModel) -> tuple[float, str]:
+    """What rounding the merged weights may cost: half of what the adapter does, if before rounding they are right."""
+    before = _average_from(seen, compute_rows(forward.with_weights(UnroundedModel(model)), seen))
+    if before > _ROUNDING:
+        return _ROUNDING, f"; {before:.4f} before rounding"
+    bases = [
+        dict(zip(tokens, row, strict=True))
+        for prompt in seen
+        for tokens, row in zip(prompt.tokens, prompt.base_logprobs or (), strict=False)
     ]
-    return statistics.fmean(found) if found else math.inf
+    if not bases:
+        return _ROUNDING, ""
+    effect = _average_from(seen, bases)
+    why = f"; {before:.4f} before rounding to the base's dtype, which loses that of the {effect:.4f} the adapter moves"
+    return max(_ROUNDING, effect / 2), why
+
+
+def _average_from(prompts: Sequence[WitnessPrompt], rows: Sequence[Mapping[int, float]]) -> float:
+    """Mean divergence in nats of rows, one a place, from what the witness's prompts say."""
+    expected = [pair for prompt in prompts for pair in zip(prompt.tokens, prompt.logprobs, strict=True)]
+    return statistics.fmean(
+        compute_divergence(tokens, logprobs, row) for (tokens, logprobs), row in zip(expected, rows, strict=True)
+    )
 
 
 def _lose(prompt: WitnessPrompt, index: int, row: Mapping[int, float]) -> float | None:

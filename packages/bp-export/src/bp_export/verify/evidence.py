@@ -79,8 +79,6 @@ class Selection:
     why_not_computed: str
     reference: Computes | None
     """The base without the adapter, for what the adapter does; None if the witness knows it, or it is too large."""
-    is_rounded: bool
-    """Whether the merged weights are stored in 16 bits, which rounds what training in float32 changed."""
     computed_by: Reference = "independent forward pass"
     """What computes the merged weights."""
 
@@ -101,8 +99,6 @@ class Evidence:
     why_no_witness: str
     why_not_computed: str
     forward: Computes | None
-    is_rounded: bool = False
-    """As `Selection.is_rounded`."""
     computed_by: Reference = "independent forward pass"
     """As `Selection.computed_by`."""
 
@@ -124,7 +120,6 @@ def select_evidence(
         others: What computes a model that the forward pass does not know.
     """
     witness, why_no_witness = _read_witness(folder)
-    is_rounded = any(info.dtype != "F32" for info in model.tensors.values())
     weights = sum(info.rows * info.columns for info in model.tensors.values())
     budget = int(min(max(WORK / max(1, weights) / (1 if witness else 2), _LEAST_TOKENS), _MOST_TOKENS))
     threads = count_threads(None) if weights > MANY else 1
@@ -150,7 +145,7 @@ def select_evidence(
         reference = _open_forward(config, model.without_adapter(), threads)[0]
         if reference is None and others is not None:
             reference = _open_other(others.open_base, "")[0]
-    return Selection(chosen, long, witness, why_no_witness, forward, why_not, reference, is_rounded, computed_by)
+    return Selection(chosen, long, witness, why_no_witness, forward, why_not, reference, computed_by)
 
 
 def compute_evidence(selection: Selection) -> Evidence:
@@ -165,7 +160,6 @@ def compute_evidence(selection: Selection) -> Evidence:
         why_no_witness=selection.why_no_witness,
         why_not_computed=selection.why_not_computed,
         forward=None,
-        is_rounded=selection.is_rounded,
         computed_by=selection.computed_by,
     )
     forward, reference = selection.forward, selection.reference

@@ -17,7 +17,7 @@ weights without the exporter and without llama.cpp. Every check passed, failed, 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -105,7 +105,7 @@ def verify_gguf(
         checks += [check_tokenizer(served, encode), check_template(served, plan, encode)]
         found = [read_places(served, prompt) for prompt in selection.prompts]
         evidence = computing.result()
-        checks.append(check_witness(evidence, model, model.changed or model.tensors))
+        checks.append(check_witness(evidence, model))
         pairs = pair_places(evidence.expected, found if evidence.expected else ())
         checks += check_next_tokens(pairs, evidence, quantization)
         checks.append(check_stop(served, plan, pairs, quantization))
@@ -118,13 +118,13 @@ def verify_gguf(
     return report
 
 
-def verify_folder(path: Path, *, trained: Path, changed: Collection[str] = (), required: bool = False) -> ParityReport:
+def verify_folder(path: Path, source: FoldedModel, *, trained: Path, required: bool = False) -> ParityReport:
     """Compare a merged folder that was just written with the witness of training; llama.cpp is not needed.
 
     Args:
         path: The folder.
+        source: The base and the adapter that it was written from.
         trained: The adapter's or the trained model's folder.
-        changed: Names of the tensors that merging rounded; none for all.
         required: Whether nothing to compare is an error.
 
     Raises:
@@ -134,7 +134,7 @@ def verify_folder(path: Path, *, trained: Path, changed: Collection[str] = (), r
     begun = time.monotonic()
     with FoldedModel(open_model(path)) as model:
         evidence = compute_evidence(select_evidence(model, read_config_file(path), trained, ()))
-        check = check_witness(evidence, model, changed or model.tensors)
+        check = check_witness(evidence, source)
     report = ParityReport((check,), name_reference(evidence), None, time.monotonic() - begun)
     require_passed(report, path, evidence, required=required)
     return report
