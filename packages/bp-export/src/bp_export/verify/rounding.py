@@ -2,7 +2,7 @@
 
 Merging adds a change to each weight and rounds the sum once. A change below half a unit in the last place is lost, and
 in bfloat16 that is much of what a short run learns: 0.025 nats of 0.83 for SmolLM2-135M after 6 steps, where the sum
-before rounding says what was trained to 3e-7. So the two are told apart: the sum must be the trained model, and what
+before rounding says what was trained to 3e-7. So the two are separated: the sum must be the trained model, and what
 rounding loses of the adapter is counted.
 """
 
