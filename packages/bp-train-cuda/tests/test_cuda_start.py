@@ -56,3 +56,26 @@ def test_a_disabled_collector_stays_disabled():
     with pytest.raises(ImportError), start.importing():
         raise ImportError
     assert gc.isenabled()
+
+
+def test_the_gpu_s_context_is_created_by_the_driver(monkeypatch):
+    """As far as a machine without a GPU shows: the calls, and no error where the driver is missing or fails."""
+    calls = []
+
+    class Driver:
+        def __init__(self, name):
+            self.name = name
+
+        def __getattr__(self, function):
+            return lambda *_: calls.append(function) or failing.get(function, 0)
+
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(start.ctypes, "CDLL", missing)
+    assert not start._open_gpu()
+    monkeypatch.setattr(start.ctypes, "CDLL", Driver)
+    for failing, done in (({"cuInit": 100}, ["cuInit"]), ({}, ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"])):
+        calls.clear()
+        assert start._open_gpu() == (not failing)
+        assert calls == done

@@ -7,8 +7,10 @@ disk; both hardly need Python.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,29 +33,35 @@ def importing(base: Path | None = None) -> Iterator[None]:
     """
     if base is not None:
         _start(_read_ahead, base)
+    _start(_open_gpu)
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        import torch
-
-        if torch.cuda.is_available():
-            _start(_open_gpu)
         yield
     finally:
         if was_enabled:
             gc.enable()
 
 
-def _start(work: Callable[..., None], *arguments: object) -> None:
+def _start(work: Callable[..., object], *arguments: object) -> None:
     threading.Thread(target=work, args=arguments, daemon=True).start()
 
 
-def _open_gpu() -> None:
-    """Create the CUDA context. Whoever needs the GPU next meets the same error, and names it."""
-    import torch
+def _open_gpu() -> bool:
+    """Create the first GPU's primary context, which torch will use; returns whether there is one.
 
-    with contextlib.suppress(RuntimeError):
-        torch.cuda.mem_get_info(0)
+    By the driver's own functions, which run without Python's lock; torch's would hold it and stop the imports.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    return bool(
+        driver.cuInit(0) == 0
+        and driver.cuDeviceGet(ctypes.byref(device), 0) == 0
+        and driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
+    )
 
 
 def _read_ahead(base: Path) -> None:
