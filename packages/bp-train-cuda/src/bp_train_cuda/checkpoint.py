@@ -93,6 +93,7 @@ class Checkpointer:
         Raises:
             DiskFullError, OutputNotWritableError: The earlier checkpoints stay.
         """
+        # A stop, the schedule and a guard can all want the checkpoint of one step.
         if step == self._last_step:
             return
         self._stage_own()
@@ -170,6 +171,7 @@ class Checkpointer:
         if self._group.count == 1:
             return
         if self._group.rank:
+            # Next to the checkpoints, so that the main process publishes all parts with one rename.
             place = self._stage(self._group.rank)
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
@@ -275,6 +277,7 @@ def _load_averages(file: Path, optimizer: torch.optim.Optimizer, weights: Mappin
     found = {name: value.clone() for name, value in load_file(file).items()}
     with safe_open(file, "pt") as opened:
         step = float(opened.metadata()["step"])
+    # The optimizer knows weights by place, which depends on how it groups them; files know them by name.
     names = {id(weight): name for name, weight in weights.items()}
     template = optimizer.state_dict()
     order = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -293,6 +296,7 @@ def _load_averages(file: Path, optimizer: torch.optim.Optimizer, weights: Mappin
     for place, values in state.items():
         if values["exp_avg"].shape != order[place].shape:
             raise ValueError(f"{names[id(order[place])]} has another shape")
+    # Not set directly: load_state_dict also moves each average to its weight's device and dtype.
     optimizer.load_state_dict({**template, "state": state})
 
 

@@ -293,12 +293,15 @@ def _bounds(encoding: Any, marked: Marked) -> list[tuple[int, int]] | None:
     for start, end in marked.spans:
         low = encoding.char_to_token(start)
         high = count if end == size else encoding.char_to_token(end)
+        # A border on no token: a normalizer has removed the character, or the span is empty.
         if low is None or high is None or high <= low:
             return None
+        # A token over the border would be trained on with text that the model is only given, or the other way round.
         if encoding.token_to_chars(low)[0] != start or encoding.token_to_chars(high - 1)[1] > end:
             return None
         if high < count and encoding.token_to_chars(high)[0] != end:
             return None
+        # Bytes of one character may be several tokens with the same offsets: the one before may still reach in.
         if low and encoding.token_to_chars(low - 1)[1] > start:
             return None
         found.append((low, high))
@@ -336,6 +339,7 @@ def _verify(encoded: Encoded, mask: bytearray, marked: Marked, tokenizer: Tokeni
     """Prove that the trained tokens decode to the trained characters, run by run."""
     runs = list(mask_runs(mask))
     spans = merge_spans(marked.spans)
+    # Two turns whose spans touch are one run, and were merged; any other difference is a lost or an added border.
     if len(runs) != len(spans):
         raise RowFaultError(RowFault.MASK_UNVERIFIED, f"{len(runs)} runs of trained tokens for {len(spans)} turns")
     for (low, high), span in zip(runs, spans, strict=True):

@@ -86,11 +86,13 @@ def run_loop(parts: LoopParts, state: LoopState) -> None:  # noqa: C901, PLR0915
         micro_batches = [framework.expand(indexes) for indexes in parts.sampler.step(state.step)]
         mine = [(framework.weigh(batch), framework.count_tokens(batch)) for batch in micro_batches]
         total, tokens = group.sum_values([float(sum(weights)) for weights in zip(*mine, strict=True)])
+        # A step of rows without a trained token has a loss of 0, not 0 / 0.
         total = max(total, 1.0)
 
         # 2. Loss and backward of every micro-batch; out of memory runs the whole step again in smaller chunks.
         own = [index for batch in micro_batches for index in batch]
         shared = framework.prepare(own, parts.sampler.all_indexes(state.step))
+        # Before the step's first dropout draw: a retry sets the generators back to here.
         start = framework.random_state()
 
         def accumulate() -> Any:
@@ -109,6 +111,7 @@ def run_loop(parts: LoopParts, state: LoopState) -> None:  # noqa: C901, PLR0915
         sums = parts.guard.split(accumulate, max(map(len, micro_batches)), undo)
 
         # 3. Clip and update. The numbers are read after the update is launched, so that the device never idles.
+        # After the splitter: ranks may cut their work into different chunks, but meet once a step.
         framework.sum_gradients()
         rate = training.resolved_learning_rate * rate_factor(state.step, training, parts.steps)
         pending = framework.clip(training.max_grad_norm, sums)

@@ -90,6 +90,7 @@ class References:
                         found[place * width : (place + 1) * width] = log_probs[number * width : (number + 1) * width]
 
             self._reader.split(run, max(1, len(mine)), lambda: None)
+        # Each process has filled in its own and left zeros for the rest, so a sum joins them.
         found = self._group.sum_values(found) if self._group.count > 1 else found
         return [found[start : start + width] for start in range(0, len(found), width)]
 

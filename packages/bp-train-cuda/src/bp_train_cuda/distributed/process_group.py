@@ -187,7 +187,9 @@ class DistributedGroup(ProcessGroup):
 
     def sum_gradients(self, parameters: Sequence[torch.nn.Parameter], emit: Emit) -> None:
         """As `ProcessGroup.sum_gradients`."""
+        # Before anyone waits for the others: a rank that runs out of memory inside a collective stops all of them.
         buffer = MemoryGuard(TorchMemory(), emit).retry(lambda: self._open_buffer(parameters), "adding gradients up")
+        # A rank whose chunk did not use a weight has no gradient for it, but must send one: the others add theirs.
         held = self.all_gather([parameter.grad is not None for parameter in parameters])
         for parameter, has in zip(parameters, zip(*held, strict=True), strict=True):
             if any(has) and parameter.grad is None:

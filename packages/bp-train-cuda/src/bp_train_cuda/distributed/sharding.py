@@ -35,10 +35,13 @@ def shard_model(root: Any, model: Any, base: Any, kind: str) -> None:
         "mp_policy": MixedPrecisionPolicy(compute, torch.float32) if low else MixedPrecisionPolicy(),
         "ignored_params": adapter,
     }
+    # Layers before the root: what an inner call has wrapped is gathered by itself, and the root takes the rest.
     for part in [*_find_layers(base), root]:
         if is_full:
+            # For the optimizer. Layer by layer, so that only one layer at a time is unsharded in float32.
             part.float()
         fully_shard(part, **shared)
+    # Hooks gather around forward alone, so generate would meet sharded embeddings.
     register_fsdp_forward_method(root, "generate")
 
 
@@ -79,6 +82,7 @@ def gather_weights(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}  # tied ones are joined once
     buffers = {name: buffer for name, buffer in model.state_dict().items() if name not in names}
     for name, weight in [*model.named_parameters(), *buffers.items()]:
+        # A collective: all ranks gather all weights in the same order, one at a time, though one rank keeps them.
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
         if keeps:
             found[name] = whole.detach().to("cpu", dtype if whole.is_floating_point() else whole.dtype)
@@ -113,6 +117,7 @@ def shard_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
             continue
         for name, value in values.items():
             if torch.is_tensor(value) and not isinstance(value, DTensor) and value.shape == weight.to_local().shape:
+                # With the shape, since the last shard may be shorter than the others and the total can't be guessed.
                 values[name] = DTensor.from_local(
                     value, weight.device_mesh, weight.placements, shape=weight.shape, stride=weight.stride()
                 )

@@ -73,10 +73,12 @@ class InputOffload:
             yield
 
     def _pack(self, tensor: Tensor) -> Tensor | int:
+        # Checkpointed blocks save their inputs; by shape alone they differ from masks, positions and small tensors.
         if tensor.dim() != 3 or tensor.shape[-1] != self._width or tensor.nbytes < _LEAST:
             return tensor
         place = self._count
         self._count += 1
+        # Backward begins with the last block: its input would be moved out and at once back.
         if place >= self._blocks - 1:
             return tensor
         self._shapes[place] = (tensor.shape, tensor.dtype, tensor.device)

@@ -127,6 +127,7 @@ class _LogProbs(torch.autograd.Function):  # type: ignore[misc]
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         trains_head = needs_weight or needs_bias
+        # Dtypes are chosen here by hand: autocast would round the logits to 16 bits before the softmax.
         with torch.autocast(kind, enabled=False):
             weight_low, hidden_low = weight.to(dtype), hidden.to(dtype)
             normalizer = torch.empty(len(hidden), device=hidden.device)
@@ -164,6 +165,8 @@ class _LogProbs(torch.autograd.Function):  # type: ignore[misc]
         d_weight = torch.empty_like(weight) if needs_weight else None
         d_bias = torch.empty_like(bias) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
+            # Vocabulary outside, tokens inside: each tile of the weight's gradient is summed over all tokens in float32
+            # and rounded once.
             for words in _tiles(len(weight), max(1, TILE // _TOKENS)):
                 part = weight[words].to(ctx.dtype)
                 sums = torch.zeros(part.shape, device=weight.device)
@@ -172,6 +175,7 @@ class _LogProbs(torch.autograd.Function):  # type: ignore[misc]
                     low = hidden[rows].to(ctx.dtype)
                     logits = _logits(low, part, None if bias is None else bias[words], ctx.scale, ctx.softcap)
                     local = targets[rows] - words.start
+                    # A target in another tile of the vocabulary is clamped to a word of this one, and adds 0 there.
                     inside = (local >= 0) & (local < len(part))
                     at = local.clamp(0, len(part) - 1)[:, None]
                     own = torch.where(inside, ctx.scale, 0.0)[:, None] * _cap_slope(logits.gather(1, at), ctx.softcap)

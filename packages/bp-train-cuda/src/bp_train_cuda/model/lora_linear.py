@@ -184,6 +184,7 @@ class _Shared(torch.autograd.Function):  # type: ignore[misc]  # torch is not ty
             )
         ctx.save_for_backward(rows, inner, *params)
         ctx.weights, ctx.dtype, ctx.shape, ctx.in_dtype = weights, dtype, x.shape, x.dtype
+        # An unused output comes back as None. Zeros in its place would cost a pass over (T, N) and a product.
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -205,6 +206,7 @@ class _Shared(torch.autograd.Function):  # type: ignore[misc]  # torch is not ty
                 down_slopes.append(d @ _scale(up, weight.scale, ctx.dtype))
                 up_slopes.append(_product32(d.T, part, up, weight.scale))
                 if ctx.needs_input_grad[0]:
+                    # Unpacked a second time instead of saved: a saved copy would hold the whole base in 16 bits.
                     dense = weight.dense(ctx.dtype)
                     slope = d @ dense if slope is None else slope.addmm_(d, dense)
             inner_slope = torch.cat(down_slopes, dim=1)  # (T, R)

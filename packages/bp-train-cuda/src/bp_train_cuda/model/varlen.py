@@ -115,6 +115,7 @@ def _attend_on_gpu(  # noqa: PLR0917
     known = inspect.signature(varlen_attn).parameters  # it has changed from release to release
     options: dict[str, Any] = {}
     if "window_size" in known:
+        # transformers counts the token itself among those of its window, the kernel only those before it.
         options["window_size"] = (-1 if window is None else window - 1, 0)
     elif window is None:
         options["is_causal"] = True
@@ -138,6 +139,7 @@ def _attend_row_by_row(  # noqa: PLR0917
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float, window: int | None
 ) -> Tensor:
     del longest
+    # The reference for the GPU's kernel; on a CPU a call per row costs little.
     places, rows = bounds.tolist(), []
     for start, end in itertools.pairwise(places):
         q, k, v = (one[:, :, start:end] for one in (query, key, value))
