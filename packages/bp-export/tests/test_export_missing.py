@@ -55,6 +55,19 @@ def test_without_ggml_only_its_own_types_are_refused(hide, monkeypatch):
         kernels.load_ggml.cache_clear()
 
 
+@pytest.mark.parametrize("kind", sorted(set(bp_export.QUANTIZATIONS) - {"iq4_xs", "q3_k_m", "q2_k"}))
+def test_a_model_is_exported_without_ggml_but_for_three_types(kind, hide, tmp_path):
+    """`pip install bp-export` brings no ggml: a file has tensors of several types, norms in f32 among them."""
+    lora = write_lora(tmp_path / "lora", write_base(tmp_path / "base"))
+    hide("libggml")
+    kernels.load_ggml.cache_clear()
+    try:
+        found = bp_export.export_adapter(lora, base=tmp_path / "base", quantization=kind, verify=False)
+        assert found.path.stat().st_size == found.bytes > 0
+    finally:
+        kernels.load_ggml.cache_clear()
+
+
 def test_without_the_hub_s_client_nothing_is_pushed(hide, tmp_path):
     hide("huggingface_hub")
     with pytest.raises(HubMissingError) as caught:

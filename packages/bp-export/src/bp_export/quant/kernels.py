@@ -104,6 +104,8 @@ def choose_engine(kind: TensorType, *, is_weighted: bool = False) -> Engine:
     Raises:
         GgmlMissingError: Only ggml can do it, and its library cannot be loaded.
     """
+    if kind == TensorType.F32:  # copied as it is, by whichever
+        return "numpy"
     is_ours = (kind in _BITS or kind in _PLAIN or kind in _GGUF_PY) and not is_weighted
     if is_ours and TARGETS and kind in _COMPILED:
         return "compiled"
