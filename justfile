@@ -76,7 +76,12 @@ options:
 
 # Classes without a native layout, through llama.cpp's own converter and the gate; it is downloaded once.
 via:
-    uv run pytest -m "slow or not slow" -n 0 packages/bp-export/tests/test_export_via.py
+    uv run pytest -m "slow or not slow" -n 0 packages/bp-export/tests/test_export_via.py packages/bp-export/tests/test_export_mmproj.py
+
+# Every decoder class of transformers, or those named, from training to the verified GGUF; the handbook's matrix.
+certify *classes:
+    PYTHONPATH=packages/bp-train-cuda/tests:tests/laws uv run python packages/backpropagate/tests/certify_classes.py {{classes}}
+    uv run python docs/reference/generate.py
 
 # Every native layout against llama.cpp's converter and quantizer, and the handbook's table; `sources` is llama.cpp's folder.
 oracle sources:

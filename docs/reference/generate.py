@@ -18,6 +18,7 @@ from api_page import build_api
 from keyword_types import build_keywords
 
 from backpropagate import legacy_names
+from backpropagate.certificate import list_support
 from backpropagate.cli.app import COMMANDS, run
 from backpropagate.cli.documents import DOCUMENTS, build_schema
 from backpropagate.cli.errors import load_codes
@@ -233,6 +234,42 @@ def build_llms() -> str:
     return "\n".join(lines)
 
 
+def build_support() -> str:
+    """The support matrix: every class of models, from the shipped certificates."""
+    rows = list_support()
+    tried = [row for row in rows if row.certificate is not None]
+    good = sum(row.certificate.passed for row in tried if row.certificate)
+    text = (
+        f"# Supported models\n\n{_NOTE}{len(tried)} classes of transformers were tried from the first token to the "
+        f"exported file; {good} passed the whole loop. Each was built small from its config class, trained for two "
+        "steps, merged and exported. Its GGUF was compared in llama.cpp. `backprop models --certify ORG/NAME` tries "
+        "another model's class in seconds, before its weights are downloaded.\n\n"
+        "- *trains*: template and masks, two steps, a validation loss, a witness.\n"
+        "- *packs*: packed examples give what they give alone. A model that does not pack trains with `--no-packing`.\n"
+        "- *merges*: the merged folder is compared with the witness.\n"
+        "- *exports*: llama.cpp loads the GGUF, and it passes the gate.\n"
+        "- *refused*: an error with a code and a fix, before time is spent.\n\n"
+        "| class | GGUF | trains | packs | merges | exports | transformers |\n"
+        "| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    lines = [text]
+    for row in tried:
+        made = row.certificate.versions.get("transformers", "") if row.certificate else ""
+        lines.append(f"| {' | '.join((row.architecture, row.gguf, *row.cells[2:], made))} |")
+    reasons = [
+        f"- `{row.architecture}`, {name}: {' '.join(note.split())}"
+        for row in tried
+        for name, note in row.to_dict()["reasons"].items()
+        if row.to_dict()["stages"][name] in ("failed", "refused")
+    ]
+    lines += ["\n## Reasons\n", *reasons, "\n## Not tried yet\n"]
+    lines += [
+        f"{way}: {', '.join(f'`{row.architecture}`' for row in rows if row.certificate is None and row.gguf == way)}.\n"
+        for way in dict.fromkeys(row.gguf for row in rows if row.certificate is None)
+    ]
+    return "\n".join(lines)
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "../../packages/backpropagate/src/backpropagate/keywords.py": build_keywords,
     "errors.md": build_errors,
@@ -243,6 +280,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "old-names.md": build_old_names,
     "contract.md": build_contract,
     "memory.md": build_memory,
+    "support.md": build_support,
     "../llms.txt": build_llms,
     **{f"schemas/{kind}.json": partial(_schema_text, kind) for kind in DOCUMENTS},
 }

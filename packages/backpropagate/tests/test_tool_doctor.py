@@ -62,7 +62,7 @@ def test_a_machine_that_can_train_passes(here, capsys):
     with rails.use(FakeRail()):
         assert run(["doctor"]) == 0
     text = capsys.readouterr().out
-    for name in ("settings", "disk", "page file", "llama.cpp", "ollama", "hub", "rail fake"):
+    for name in ("settings", "disk", "page file", "llama.cpp", "certificates", "ollama", "hub", "rail fake"):
         assert f" {name} " in text
     assert "everything that training needs works" in text
     assert "ollama serve" in text or "Ollama" in text

@@ -316,7 +316,7 @@ class FakeOllama(ThreadingHTTPServer):
         source = dict(self.models.get(self.full_name(asked.get("from") or ""), {}))
         if asked.get("from") and not source:
             return lines, f"model '{asked['from']}' not found"
-        [digest] = asked.get("files", {"": source.get("digest")}).values()
+        digest = next(iter(asked.get("files", {"": source.get("digest")}).values()))  # a vision tower comes second
         for wanted in (digest, *asked.get("adapters", {}).values()):
             if wanted not in self.blobs:
                 return lines, f"open /blobs/{wanted}: no such file or directory"

@@ -61,6 +61,15 @@ def model(tmp_path_factory):
     return export_adapter(write_base(folder / "base"), quantization="q8_0").path
 
 
+def test_a_vision_tower_next_to_the_model_is_registered_with_it(ollama, model, tmp_path):
+    """Real servers (0.24, 0.34.1) take the two files of one create as model and projector."""
+    own, tower = tmp_path / "x.gguf", tmp_path / "mmproj-x.gguf"
+    for path in (own, tower):
+        path.write_bytes(model.read_bytes())
+    register_gguf(own, "me/seeing", host=ollama.url, question=None)
+    assert list(ollama.models["me/seeing:latest"]["request"]["files"]) == ["x.gguf", "mmproj-x.gguf"]
+
+
 def test_a_model_is_uploaded_created_looked_at_and_asked(ollama, model):
     seen = []
     made = register_gguf(

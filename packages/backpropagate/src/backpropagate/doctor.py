@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import bp_export
-from backpropagate import rails, settings, system
+from backpropagate import certificate, rails, settings, system
 from backpropagate.exporting import read_ollama_host
+from bp_export.llama_cpp.classes import VIA
+from bp_export.llama_cpp.environment import find_converter, use_environment
 from bp_runs.errors import CodedError, first_line
 from bp_runs.files import require_folder
 from bp_runs.rail import Check, ChecksMachine, Finding
@@ -67,6 +69,7 @@ def own_checks(environ: Mapping[str, str], output: Path) -> tuple[Check, ...]:
         Check("disk", lambda: check_disk(environ, output), "Choose another folder: {set:output=/other/disk/output}"),
         Check("page file", check_page_file),
         Check("llama.cpp", check_llama_cpp),
+        Check("certificates", lambda: check_certificates(environ)),
         Check("ollama", lambda: check_ollama(environ)),
         Check("hub", lambda: check_hub(environ)),
     )
@@ -77,6 +80,18 @@ def check_settings(environ: Mapping[str, str]) -> Finding:
     found = settings.resolve({}, environ, Path(settings.TOML_FILE))
     changed = sum(source != "default" for source in found.sources.values())
     return Finding(state="ok", message=f"{changed} settings from the environment and {settings.TOML_FILE}")
+
+
+def check_certificates(environ: Mapping[str, str]) -> Finding:
+    """How many classes of models are certified, and whether llama.cpp's converter is installed."""
+    rows = [row.certificate for row in certificate.list_support(system.program_home(environ)) if row.certificate]
+    here = certificate.read_versions().get("transformers", "none")
+    passed = [made for made in rows if made.passed]
+    same = sum(made.versions.get("transformers") == here for made in passed)
+    with use_environment(system.program_home(environ) / "llama.cpp"):
+        converter = "installed" if find_converter() else "not installed, and fetched on first use"
+    words = f"{len(passed)} classes of models certified, {same} with transformers {here}"
+    return Finding(state="ok", message=f"{words}; the converter of {VIA}: {converter}")
 
 
 def check_disk(environ: Mapping[str, str], output: Path) -> Finding:

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 import bp_export
-from backpropagate import catalogue, system
+from backpropagate import catalogue, certificate, system
 from bp_export.errors import ParityFailedError, PushNetworkError
 from bp_export.llama_cpp.environment import use_environment
 from bp_runs.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_folder, read_manifest
@@ -46,6 +46,7 @@ class ExportResult:
         """JSON-ready."""
         parity = self.outcome.parity.to_dict() if self.outcome.parity else None
         own: dict[str, Any] = {"path": str(self.path), "parity": parity, "run_id": self.run_id}
+        own["mmproj"] = self.outcome.mmproj and str(self.outcome.mmproj)
         own |= {"ollama": self.ollama and self.ollama.name, "ollama_context": self.ollama and self.ollama.context}
         own["ollama_parity"] = self.ollama.parity.to_dict() if self.ollama and self.ollama.parity else None
         return {**asdict(self.outcome), **own}
@@ -161,9 +162,24 @@ def warn_unexportable(base: Path) -> None:
         found = bp_export.supports(config) if config.get("architectures") else None
     except (OSError, ValueError, AttributeError, CodedError):
         return  # whoever loads the model says what is wrong with its config
+    if found is not None:
+        _report_certificate(config)
     if found is not None and not found:
         formats = render("The adapter, its merged model ({set:format=merged}) and training itself work.")
         _log.warning("After training, an export to GGUF will not work: %s. %s", found.reason, formats)
+
+
+def _report_certificate(config: Mapping[str, Any]) -> None:
+    """Log what is known of the model's class; nothing is tried, so this takes no time."""
+    made = certificate.find(config, system.program_home(os.environ))
+    if made is None:
+        hint = render("Try the whole loop on a copy of two layers: {do:models certify=MODEL}")
+        _log.info("%s has no certificate yet. %s", bp_export.supports(config).architecture, hint)
+    elif made.passed:
+        _log.info("%s is %s", made.architecture, made.summary)
+    else:
+        wrong = "; ".join(f"{s.name} {s.state}: {s.note}" for s in made.stages if s.state in ("failed", "refused"))
+        _log.warning("%s is not certified for the whole loop: %s", made.architecture, wrong)
 
 
 def find_base_folder(source: Path, base: str | None) -> Path | None:

@@ -258,6 +258,30 @@ class UnpacksModels(Protocol):
         ...
 
 
+@runtime_checkable
+class BuildsPicos(Protocol):
+    """A rail that can build a small random model of a config, to try a model's class before its weights are fetched."""
+
+    def build_pico(self, base: Path, folder: Path) -> None:
+        """Write the model, with the base's tokenizer, into the empty ``folder``; no weight of the base is read.
+
+        Args:
+            base: Holds config.json and the tokenizer.
+
+        Raises:
+            CodedError: The config is of no known class, or can't be made small.
+        """
+        ...
+
+    def check_packing(self, base: Path) -> None:
+        """Prove on a small model that packed examples give what they give alone.
+
+        Raises:
+            PackingError: They don't, on this machine.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """Losses of a run's first steps as an independent loop computes them."""

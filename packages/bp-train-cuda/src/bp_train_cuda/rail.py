@@ -223,6 +223,19 @@ class CudaRail:
 
         load.unpack_gguf(file, folder)
 
+    def build_pico(self, base: Path, folder: Path) -> None:
+        """Write a random model of two layers of the config in ``base``, with its tokenizer, into ``folder``."""
+        from bp_train_cuda.model import pico
+
+        pico.write_pico(base, folder)
+
+    def check_packing(self, base: Path) -> None:
+        """Prove on a small model of the config in ``base`` that packed examples give what they give alone."""
+        from bp_train_cuda.backend import choose_device
+        from bp_train_cuda.model import load, packing
+
+        packing.check_packing(load.read_config(base, trust_remote_code=False), choose_device().kind)
+
     @contextlib.contextmanager
     def keep_base(self) -> Iterator[None]:
         """While the context lasts, the base that was loaded last stays in memory."""

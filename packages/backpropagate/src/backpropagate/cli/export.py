@@ -13,6 +13,7 @@ from backpropagate.cli.flags import Json, output_folder, with_options
 from backpropagate.cli.output import ByteLines, print_json
 from backpropagate.exporting import ExportResult, export_adapter, plan_export
 from bp_export.cli.options import EXPORT, read_values
+from bp_runs.wording import render
 
 
 def _export(adapter: str | None = None, *, json: Json = False, **typed: Any) -> int:
@@ -59,7 +60,7 @@ def _print_plan(plan: bp_export.ExportPlan, *, as_json: bool) -> int:
 
 def _print_notes(notes: tuple[str, ...]) -> None:
     for note in notes:
-        print(f"  note      {note}")  # noqa: T201
+        print(f"  note      {render(note)}")  # noqa: T201
 
 
 def name_via(via: str) -> str:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from backpropagate import rails
+from backpropagate import catalogue, certificate, rails, system
 from backpropagate.cli.flags import Json
 from backpropagate.cli.output import print_json
 from backpropagate.presets import MODEL_PRESETS, ModelPreset
 from bp_runs.rail import Estimates
 from bp_runs.spec import Settings, TrainingSpec
+from bp_runs.wording import render
 
 
-def models(*, json: Json = False) -> int:
-    """Show the base models that are known to train well, with license and memory."""
+def models(*, supported: bool = False, certify: str | None = None, json: Json = False) -> int:
+    """Show the base models that are known to train well, with license and memory.
+
+    Parameters
+    ----------
+    supported: bool
+        Show every class of models instead: how its GGUF is written, and what was certified of it.
+    certify: str
+        Try the class of this model (a folder or Hub id) on a random copy of two layers: train, pack, merge, export.
+    """
+    if certify is not None:
+        return _certify(certify, as_json=json)
+    if supported:
+        return _print_supported(as_json=json)
     estimator = rails.find_estimator()
     rows = [describe_preset(preset, estimator) for preset in MODEL_PRESETS.values()]
     if json:
@@ -29,6 +43,38 @@ def models(*, json: Json = False) -> int:
             print(f"    {row['note']}{warning}")  # noqa: T201
     print("\nGiB that a card needs for 2 rows of 2,048 tokens at rank 16, estimated: backprop estimate-vram NAME")  # noqa: T201
     print("Train one: backprop train --data my_data.jsonl --model smollm3-3b")  # noqa: T201
+    return 0
+
+
+def _certify(name: str, *, as_json: bool) -> int:
+    """Fetch config and tokenizer, try, keep the certificate; 0 if it passed, 1 if not."""
+    home = system.program_home(os.environ)
+    base = catalogue.find_model(name, offline=system.is_offline(os.environ), need=catalogue.TOKENIZER)
+    found = certificate.certify(base.folder)
+    certificate.keep(found, home)
+    if as_json:
+        print_json("certificate", found.to_dict())
+        return int(not found.passed)
+    print(f"  {found.architecture} in {name}")  # noqa: T201
+    for stage in found.stages:
+        print(f"  {stage.name:<9} {stage.state:<10} {stage.note}")  # noqa: T201
+        if stage.fix:
+            print(f"  {'':<9} fix: {render(stage.fix)}")  # noqa: T201
+    print(f"  {found.summary}" if found.passed else "  not certified")  # noqa: T201
+    return int(not found.passed)
+
+
+def _print_supported(*, as_json: bool) -> int:
+    rows = certificate.list_support(system.program_home(os.environ))
+    if as_json:
+        print_json("models-supported", {"classes": [row.to_dict() for row in rows]})
+        return 0
+    heads = ("class", "GGUF", *certificate.STAGES[1:])
+    cells = [heads, *(row.cells for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())  # noqa: T201
+    print("\nA dot: not tried yet. Try a model's class in seconds: backprop models --certify ORG/NAME")  # noqa: T201
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import bp_export
 from bp_export.cli.options import EXPORT, read_values
 from bp_export.cli.output import add_options, find_progress, tell, tell_json
+from bp_runs.wording import render
 
 if TYPE_CHECKING:
     from bp_export.formats.request import ExportOutcome, ExportPlan
@@ -91,7 +92,7 @@ def _tell_plan(plan: ExportPlan, *, as_json: bool) -> None:
 
 def _tell_outcome(outcome: ExportOutcome, registered: OllamaModel | None, *, as_json: bool) -> None:
     if as_json:
-        fields: dict[str, Any] = dataclasses.asdict(outcome)
+        fields: dict[str, Any] = {**dataclasses.asdict(outcome), "mmproj": outcome.mmproj and str(outcome.mmproj)}
         ollama: dict[str, Any] = {
             "ollama": registered and registered.name,
             "ollama_context": registered and registered.context,
@@ -106,7 +107,7 @@ def _tell_outcome(outcome: ExportOutcome, registered: OllamaModel | None, *, as_
     size += f", {outcome.kernels} kernels" if outcome.kernels else ""
     tell(f"{outcome.path}\n  {kind}, {size}\n  sha256 {outcome.sha256}")
     for note in outcome.notes:
-        tell(f"  note: {note}")
+        tell(f"  note: {render(note)}")
     if outcome.parity is None:
         tell(f"  {'training':<11} {outcome.rendering.result:<10} {outcome.rendering.note}")
     for check in outcome.parity.checks if outcome.parity else ():

@@ -88,6 +88,13 @@ EXPORT = (
         "llama.cpp for classes without a native layout (default: auto)",
         choices=("auto", "native", "llama.cpp"),
     ),
+    Option(
+        "mmproj",
+        bool,
+        "write the base's vision tower next to the GGUF, so that it still sees in Ollama (default: if llama.cpp's "
+        "converter is installed)",
+        has_negative=True,
+    ),
     Option("pre", str, "llama.cpp's name of the tokenizer's splitting rule, if it is not recognized"),
     Option(
         "importance", Path, "an importance matrix (GGUF or .dat), as the command imatrix measures it", flag="--imatrix"

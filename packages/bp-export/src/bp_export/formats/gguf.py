@@ -13,6 +13,7 @@ from bp_data.templates.render_hashes import Messages
 from bp_export.architectures import Via, choose_via, name_class
 from bp_export.errors import ArchitectureUnsupportedError, LlamaCppMissingError, QuantizationUnknownError
 from bp_export.formats.left_out import check_left_out, is_of_tower, name_parts, note_unreached, report_left_out
+from bp_export.formats.mmproj import write_towers
 from bp_export.formats.output import require_free_file
 from bp_export.formats.request import (
     ExportOutcome,
@@ -53,6 +54,9 @@ class GgufExport(ModelRequest):
     via: ViaChoice | None = None
     """Who lays it out: this package, or llama.cpp's own converter in an environment of its own, installed when it is
     first needed. None, as ``auto``: the converter, if there is no native layout for the model's class."""
+    mmproj: bool | None = None
+    """Whether to write the base's vision tower next to the GGUF, through llama.cpp's converter; None: if the base has
+    one and the converter is installed already."""
     pre: str | None = None
     """llama.cpp's name of the tokenizer's splitting rule, instead of recognizing it."""
     importance: Path | None = None
@@ -91,6 +95,7 @@ class GgufExport(ModelRequest):
         source = self.read_source()
         rendering = source.check_rendering()
         way = self._choose_via(source)
+        mmproj, notes = write_towers(source.base, self._find_target(source), wanted=self.mmproj, force=self.force)
         with source.open() as model, self._open_plan(source, model, way, progress) as (plan, weights, others):
             written = self._write_parts(plan, weights, self._find_target(source), progress)
             parity = None
@@ -118,7 +123,8 @@ class GgufExport(ModelRequest):
             rendering=rendering,
             parity=parity,
             kernels=describe_kernels(),
-            notes=plan.notes,
+            notes=(*plan.notes, *notes),
+            mmproj=mmproj,
             via="native" if way == "native" else VIA,
         )
 

@@ -52,6 +52,8 @@ class ExportOutcome:
     """What quantized the GGUF (`describe_kernels`); None for the other formats."""
     notes: tuple[str, ...] = ()
     """What the user has to know of the file: a context that was capped, tensors that were left out."""
+    mmproj: Path | None = None
+    """The vision tower's file next to a GGUF; None without one."""
     via: str | None = None
     """Who laid a GGUF out: ``native``, or ``llama.cpp b11434`` for its own converter; None for the other formats."""
 

@@ -156,7 +156,9 @@ def register_gguf(
     context = _choose_context(settings, context)
     asked = _build_request(name, words, context, system, license or _find_license(settings))
     with connect(server) as client:
-        asked["files"] = {path.name: _upload(client, server, path, status)}
+        towers = path.with_name(f"mmproj-{path.name}")  # an export's vision tower, if there is one
+        parts = [path, towers] if towers.is_file() else [path]
+        asked["files"] = {part.name: _upload(client, server, part, status) for part in parts}
         _create(client, {**asked, "template": template}, status)
         found = _read_template(client, name)
         known = find_go_template(str(settings.get("tokenizer.chat_template", "")))

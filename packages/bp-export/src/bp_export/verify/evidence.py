@@ -126,7 +126,7 @@ def select_evidence(
     forward: Computes | None
     forward, why_not = _open_forward(config, model, threads)
     computed_by: Reference = "independent forward pass"
-    if forward is None and others is not None:
+    if forward is None and others is not None and witness is None:
         forward, why_not = _open_other(others.open_merged, why_not)
         computed_by = "transformers"
     if forward is not None and witness is not None and weights > LARGE and not witness.base.packed:

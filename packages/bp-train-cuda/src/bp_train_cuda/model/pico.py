@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bp_runs.adapter import copy_tokenizer_files
+from bp_runs.errors import ModelLoadError
 
 _MAX_PARAMETERS = 20_000_000
 _SPREAD = 0.1
 """Standard deviation of the weights: every layer must move the logits, and at the usual 0.02 some hardly do (LFM2)."""
 _WINDOW = 8
 """Tokens; below the length of a proof's examples, so that windows take part in it."""
+_EXPORTED_WINDOW = 512
+"""The same for a model that is exported: whole conversations must fit where llama.cpp's context ends at the window."""
 _BUILD_ERRORS = (
     TypeError, ValueError, KeyError, AttributeError, RuntimeError, ImportError, IndexError, AssertionError,
     ArithmeticError, StrictDataclassError,
@@ -51,10 +57,11 @@ _RULES: tuple[tuple[str, Callable[[int], int]], ...] = (
     (r"linear_num_key_heads", lambda _: 2),
     (r"linear_num_(value_)?heads", lambda _: 4),
     (r"sliding_window(_size)?|local_attention|att(entio)?n_(window_size|chunk_size)", lambda n: min(n, _WINDOW)),
-)  # fmt: skip
+)
+_WINDOWS = _RULES[-1][0]  # fmt: skip
 
 
-def build_pico(config: Any, *, seed: int = 0) -> Any | None:
+def build_pico(config: Any, *, seed: int = 0, exported_tokens: int | None = None) -> Any | None:
     """A random float32 model of ``config``'s class in evaluation mode, or None if this config cannot be made small.
 
     The random state of the process stays as it is.
@@ -62,9 +69,10 @@ def build_pico(config: Any, *, seed: int = 0) -> Any | None:
     Args:
         config: A transformers config of a causal language model.
         seed: Seed of the weights.
+        exported_tokens: As `shrink_config`.
     """
     try:
-        small = shrink_config(config)
+        small = shrink_config(config, exported_tokens=exported_tokens)
         with torch.device("meta"):
             sketch = AutoModelForCausalLM.from_config(small)
         if sum(p.numel() for p in sketch.parameters()) > _MAX_PARAMETERS:
@@ -76,15 +84,40 @@ def build_pico(config: Any, *, seed: int = 0) -> Any | None:
         return None
 
 
-def shrink_config(config: Any) -> Any:
-    """The text part of a config with small widths and one layer of each kind."""
+def write_pico(base: Path, folder: Path) -> None:
+    """Save a small model of the config in ``base``, as large in its vocabulary as the tokenizer there, with that.
+
+    Raises:
+        ModelLoadError: No small model of this config can be built.
+        CodedError: As `load.read_config`.
+    """
+    from bp_train_cuda.model import load  # it imports this module
+
+    config = load.read_config(base, trust_remote_code=False)
+    count = len(AutoTokenizer.from_pretrained(base))
+    model = build_pico(config, exported_tokens=-(-count // 8) * 8)
+    if model is None:
+        raise ModelLoadError(f"no small model can be built of {config.model_type}")
+    copy_tokenizer_files(base, folder)
+    model.save_pretrained(folder)
+
+
+def shrink_config(config: Any, *, exported_tokens: int | None = None) -> Any:
+    """The text part of a config with small widths and one layer of each kind.
+
+    Args:
+        config: A transformers config.
+        exported_tokens: Tokens of a model that llama.cpp is going to load, which takes only what real models have:
+            layers in their usual order, and windows that hold a conversation. None: 96 tokens, a layer of each kind.
+    """
     text = config.get_text_config(decoder=True)
     values = {
         key: value
         for key, value in text.to_dict().items()
         if key not in ("dtype", "torch_dtype", "quantization_config")
     }
-    small = {key: _shrink_value(key, value) for key, value in _keep_layers(values).items()}
+    is_exported = exported_tokens is not None
+    small = {key: _shrink_value(key, value) for key, value in _keep_layers(values, in_order=is_exported).items()}
     if values.get("head_dim") == values.get("qk_rope_head_dim") is not None:
         small["head_dim"] = small["qk_rope_head_dim"]  # DeepSeek: of the rotary embedding
     if values.get("num_key_value_heads") == values.get("num_attention_heads") is not None:
@@ -93,6 +126,12 @@ def shrink_config(config: Any) -> Any:
         small["num_heads"] = small["expand"] * small["hidden_size"] // small["head_dim"]  # Mamba 2
     if isinstance(small.get("initializer_range"), float):
         small["initializer_range"] = _SPREAD
+    if is_exported:
+        windows = [key for key in small if re.fullmatch(_WINDOWS, key) and values[key]]
+        small |= {key: min(values[key], _EXPORTED_WINDOW) for key in windows}
+        small |= {"vocab_size": exported_tokens} if "vocab_size" in small else {}
+        if values.get("query_pre_attn_scalar") == values.get("head_dim") is not None:
+            small["query_pre_attn_scalar"] = small["head_dim"]
     size = small.get("vocab_size", 96)
     small |= {key: value % size for key, value in small.items() if key.endswith("token_id") and isinstance(value, int)}
     return type(text)(**small)
@@ -106,8 +145,8 @@ def _shrink_value(key: str, value: Any) -> Any:
     return next((smaller(value) for pattern, smaller in _RULES if re.fullmatch(pattern, key)), value)
 
 
-def _keep_layers(values: dict[str, Any]) -> dict[str, Any]:
-    """One layer of each kind, the first of it, by the lists that have an entry for each layer."""
+def _keep_layers(values: dict[str, Any], *, in_order: bool = False) -> dict[str, Any]:
+    """One layer of each kind, by the lists that have an entry for each layer; or all layers up to the last of those."""
     name = next((name for name in _LAYER_COUNTS if isinstance(values.get(name), int)), None)
     if name is None:
         return values
@@ -118,7 +157,7 @@ def _keep_layers(values: dict[str, Any]) -> dict[str, Any]:
         kinds.setdefault(repr([value[layer] for value in lists.values()]), layer)
     kept = sorted(kinds.values())
     kept += [layer for layer in range(count) if layer not in kept][: max(0, 2 - len(kept))]
-    kept.sort()
+    kept = list(range(max(kept) + 1)) if in_order else sorted(kept)
     cut: dict[str, Any] = {key: [value[layer] for layer in kept] for key, value in lists.items()}
     cut |= {key: _renumber(value, kept) for key, value in values.items() if key == "per_layer_config"}
     counts = {key: len(kept) for key in _LAYER_COUNTS if isinstance(values.get(key), int)}

@@ -42,12 +42,14 @@ from backpropagate.cli.documents.shipping import (
     PushPlan,
 )
 from backpropagate.cli.documents.training import (
+    CertificateDocument,
     Download,
     EstimateVram,
     EstimateVramTable,
     Eval,
     Merge,
     Models,
+    ModelsSupported,
     MultiRun,
     Quickstart,
     Train,
@@ -97,6 +99,8 @@ DOCUMENTS: Mapping[str, type] = {
     "config-show": ConfigShow,
     "config-explain": SettingRow,
     "models": Models,
+    "models-supported": ModelsSupported,
+    "certificate": CertificateDocument,
     "download": Download,
     "estimate-vram": EstimateVram,
     "estimate-vram-table": EstimateVramTable,

@@ -26,6 +26,8 @@ class Export(TypedDict):
     parity: dict[str, Any] | None
     kernels: str | None
     notes: list[str]
+    mmproj: str | None
+    via: str | None
     ollama: str | None
     ollama_context: int | None
     ollama_parity: dict[str, Any] | None

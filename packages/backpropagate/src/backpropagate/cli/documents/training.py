@@ -84,6 +84,40 @@ class Models(TypedDict):
     models: list[ModelRow]
 
 
+class SupportRow(TypedDict):
+    """A class of models; stages: by name passed, failed, refused or not tested, empty if never tried."""
+
+    architecture: str
+    gguf: str
+    stages: dict[str, str]
+    reasons: dict[str, str]
+    versions: dict[str, str]
+
+
+class ModelsSupported(TypedDict):
+    """`backprop models --supported`."""
+
+    classes: list[SupportRow]
+
+
+class CertificateStage(TypedDict):
+    """A stage of a certificate."""
+
+    name: str
+    state: str
+    note: str
+    fix: str
+
+
+class CertificateDocument(TypedDict):
+    """`backprop models --certify`."""
+
+    architecture: str
+    stages: list[CertificateStage]
+    versions: dict[str, str]
+    passed: bool
+
+
 class Download(TypedDict):
     """`backprop download`; bytes: on disk, what was removed too."""
 
