@@ -248,7 +248,7 @@ def build_support() -> str:
         "- *packs*: packed examples give what they give alone. A model that does not pack trains with `--no-packing`.\n"
         "- *merges*: the merged folder is compared with the witness.\n"
         "- *exports*: llama.cpp loads the GGUF, and it passes the gate.\n"
-        "- *refused*: an error with a code and a fix, before time is spent.\n\n"
+        "- *rejected*: an error with a code and a fix, before time is spent.\n\n"
         "| class | GGUF | trains | packs | merges | exports | transformers |\n"
         "| --- | --- | --- | --- | --- | --- | --- |"
     )
@@ -260,7 +260,7 @@ def build_support() -> str:
         f"- `{row.architecture}`, {name}: {' '.join(note.split())}"
         for row in tried
         for name, note in row.to_dict()["reasons"].items()
-        if row.to_dict()["stages"][name] in ("failed", "refused")
+        if row.to_dict()["stages"][name] in ("failed", "rejected")
     ]
     lines += ["\n## Reasons\n", *reasons, "\n## Not tried yet\n"]
     lines += [

@@ -17,7 +17,8 @@ from pico import write_pico_tokenizer
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from backpropagate.certificate import STAGES, Certificate, certify
+from backpropagate.certificate import STAGES, Certificate
+from backpropagate.certify import certify
 
 REAL = {**OVERRIDES, "qwen3_moe": {"norm_topk_prob": True}, "mistral": {}, "qwen2": {}}
 """Values as the published models have them, where the class's defaults differ."""

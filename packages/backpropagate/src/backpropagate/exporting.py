@@ -178,7 +178,7 @@ def _report_certificate(config: Mapping[str, Any]) -> None:
     elif made.passed:
         _log.info("%s is %s", made.architecture, made.summary)
     else:
-        wrong = "; ".join(f"{s.name} {s.state}: {s.note}" for s in made.stages if s.state in ("failed", "refused"))
+        wrong = "; ".join(f"{s.name} {s.state}: {s.note}" for s in made.stages if s.state in ("failed", "rejected"))
         _log.warning("%s is not certified for the whole loop: %s", made.architecture, wrong)
 
 

@@ -85,7 +85,7 @@ class Models(TypedDict):
 
 
 class SupportRow(TypedDict):
-    """A class of models; stages: by name passed, failed, refused or not tested, empty if never tried."""
+    """A class of models; stages: by name passed, failed, rejected or not tested, empty if never tried."""
 
     architecture: str
     gguf: str
