@@ -165,6 +165,22 @@ def is_other_base(path: Path, base_folder: Path) -> bool:
     return recorded is not None and found is not None and recorded != found
 
 
+def require_same_base(path: Path, base_folder: Path) -> AdapterFolder:
+    """The adapter folder, unless it was made on other weights than a base's.
+
+    Raises:
+        AdapterInvalidError: Likewise for a folder that is no adapter.
+    """
+    folder = read_adapter_folder(path)
+    if is_other_base(path, base_folder):
+        raise AdapterInvalidError(
+            f"{path} was trained on another base than {base_folder}: their norms differ",
+            cause=f"it names {folder.base} as its base",
+            fix=f"Use that one; if you are sure of this one, remove base_fingerprint from {MANIFEST_FILE}.",
+        )
+    return folder
+
+
 def changed_files(path: Path) -> list[str]:
     """Names of files that are gone or whose bytes no longer match ``run.json``; empty when all hold."""
     recorded: Mapping[str, str] = read_manifest(path).get("files", {})

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from bp_data.loop import rows
 from bp_data.preparation import AnyPrepared
-from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
+from bp_runs.adapter import require_same_base
 from bp_runs.errors import (
     AdapterInvalidError,
     InvalidSettingError,
@@ -95,13 +95,7 @@ def require_adapter(adapter: Path, base: Path, sketch: Any) -> None:
     Raises:
         AdapterInvalidError: Likewise for a folder that is no adapter.
     """
-    folder = read_adapter_folder(adapter)
-    if is_other_base(adapter, base):
-        raise AdapterInvalidError(
-            f"{adapter} was trained on another base than {base}: their norms differ",
-            cause=f"it names {folder.base} as its base",
-            fix=f"Take that one; if you are sure of this one, take base_fingerprint out of {MANIFEST_FILE}.",
-        )
+    folder = require_same_base(adapter, base)
     layers = dict(sketch.named_modules())
     parameters = {name for name, _ in sketch.named_parameters()}
     targets = [str(name) for name in folder.config.get("target_parameters") or ()]

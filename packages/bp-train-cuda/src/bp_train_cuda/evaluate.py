@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from transformers import AutoTokenizer, set_seed
 
 from bp_data import Prepared, TokenRow
+from bp_data.loop.evaluation import examine_rows, measure_rows
 from bp_data.loop.examples import build_examples
 from bp_data.loop.memory import MemoryGuard
-from bp_data.loop.rows import last_turn, pad_token
-from bp_data.loop.validation import Validator
+from bp_data.loop.rows import pad_token
 from bp_data.preparation import AnyPrepared
 from bp_runs.adapter import WEIGHTS_FILE, add_to_manifest
 from bp_runs.events import Emit
@@ -48,21 +49,11 @@ def evaluate(
     """
     with quiet_framework(), _open(spec, adapter, cache) as (model, loaded):
         framework = measure_with(spec, prepared, model, loaded, emit)
-        assert framework.heldout is not None  # noqa: S101
         with model.disable_adapter() if adapter is not None else contextlib.nullcontext():
             framework.measure_heldout_references()  # the base is what completions are compared with
-        validator = Validator(
-            framework,
-            framework.heldout.count,
-            spec.training,
-            emit,
-            guard=framework.reader,
-            group=framework.group,
-            eval_steps=1,
-        )
-        loss, tokens, _ = validator.measure()
+        outcome = measure_rows(framework, spec.training, emit)
         answer_prompts(spec, prepared, model, emit, step=0)
-        return EvalOutcome(loss=loss, tokens=tokens, rows=len(prepared.rows))
+        return outcome
 
 
 def write_adapter_witness(
@@ -114,16 +105,7 @@ def examine(
     """
     with quiet_framework(), _open(spec, adapter, cache) as (model, loaded):
         framework = measure_with(spec, prepared, model, loaded, emit)
-        outcomes: list[RowOutcome] = []
-        for place, row in enumerate(prepared.rows):
-            loss = framework.measure([place], None)["loss"]
-            outcome = RowOutcome(loss=loss / max(1, row.trained), tokens=row.trained)
-            if answers > 0 and (turn := last_turn(row)) is not None:
-                prompt, reference, answer = _answer(model, prepared, row.ids, turn, answer_tokens)
-                outcome = replace(outcome, prompt=prompt, reference=reference, answer=answer)
-                answers -= 1
-            outcomes.append(outcome)
-        return outcomes
+        return examine_rows(framework, prepared, partial(complete, model), answers=answers, answer_tokens=answer_tokens)
 
 
 def measure_with(spec: TrainSpec, prepared: AnyPrepared, model: Any, loaded: Loaded, emit: Emit) -> TorchFramework:
@@ -170,15 +152,3 @@ def load_for_inference(spec: TrainSpec, adapter: Path | None) -> tuple[Any, Any]
         model = base if adapter is None else lora.load_lora(base, adapter)
         model.eval()
         return model, AutoTokenizer.from_pretrained(adapter or spec.base, trust_remote_code=trust)
-
-
-def _answer(
-    model: Any, prepared: Prepared[TokenRow], ids: Sequence[int], turn: tuple[int, int], longest: int
-) -> tuple[str, str, str]:
-    """Prompt, reference and answer as text."""
-    begin, end = turn
-    ends = prepared.facts.stop_ids
-    decode = prepared.tokenizer.decode
-    said = complete(model, ids[:begin], max_tokens=longest, ends=ends)
-    reference = [token for token in ids[begin:end] if token not in ends]
-    return decode(list(ids[:begin])), decode(reference).strip(), decode(said).strip()

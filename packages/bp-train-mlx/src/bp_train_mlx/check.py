@@ -9,8 +9,8 @@ from typing import Any
 
 from bp_data.loop import rows
 from bp_data.preparation import AnyPrepared
-from bp_runs.adapter import MANIFEST_FILE, is_other_base, read_adapter_folder
-from bp_runs.errors import AdapterInvalidError, InvalidSettingError
+from bp_runs.adapter import require_same_base
+from bp_runs.errors import InvalidSettingError
 from bp_runs.spec import Settings, TrainSpec
 from bp_train_mlx import backend
 from bp_train_mlx.errors import MlxUnavailableError
@@ -81,21 +81,6 @@ def require_here(settings: Settings) -> None:
                 setting=key,
             )
     require_optimizer(training)
-
-
-def require_same_base(adapter: Path, base: Path) -> None:
-    """Reject an adapter that was made on other weights.
-
-    Raises:
-        AdapterInvalidError: Likewise for a folder that is no adapter.
-    """
-    folder = read_adapter_folder(adapter)
-    if is_other_base(adapter, base):
-        raise AdapterInvalidError(
-            f"{adapter} was trained on another base than {base}: their norms differ",
-            cause=f"it names {folder.base} as its base",
-            fix=f"Use that one; if you are sure of this one, remove base_fingerprint from {MANIFEST_FILE}.",
-        )
 
 
 def require_rows_fit(spec: TrainSpec, prepared: AnyPrepared) -> None:

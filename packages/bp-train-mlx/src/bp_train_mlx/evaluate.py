@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bp_data import Prepared, TokenRow
-from bp_data.loop.protocols import OneProcess
-from bp_data.loop.rows import last_turn
-from bp_data.loop.validation import Validator
+from bp_data.loop.evaluation import examine_rows, measure_rows
 from bp_data.preparation import AnyPrepared
 from bp_runs.events import Emit
 from bp_runs.rail import EvalOutcome, RowOutcome
@@ -65,19 +64,9 @@ def evaluate(
         framework = _measured(spec, prepared, emit, loaded)
         framework.measure_heldout_references()  # the base is what completions are compared with
         with _adapted(loaded, spec, adapter):
-            assert framework.heldout is not None  # noqa: S101
-            validator = Validator(
-                framework,
-                framework.heldout.count,
-                spec.training,
-                emit,
-                guard=framework.reader,
-                group=OneProcess(),
-                eval_steps=1,
-            )
-            loss, tokens, _ = validator.measure()
+            outcome = measure_rows(framework, spec.training, emit)
             answer_prompts(spec, prepared, loaded.model, emit, step=0)
-        return EvalOutcome(loss=loss, tokens=tokens, rows=len(prepared.rows))
+        return outcome
 
 
 def examine(
@@ -95,20 +84,11 @@ def examine(
     Raises:
         CodedError: As `bp_train_mlx.rail.MlxRail.examine`.
     """
-    outcomes = []
     with _open(spec, adapter, cache) as loaded, _adapted(loaded, spec, adapter):
         framework = _measured(spec, prepared, emit, loaded)
-        for place in range(len(prepared.rows)):
-            found = framework.measure([place], None)
-            tokens = int(found["tokens"])
-            outcome = RowOutcome(loss=found["loss"] / max(1, tokens), tokens=tokens)
-            row = prepared.rows[place]
-            if answers > 0 and (turn := last_turn(row)) is not None:
-                prompt, reference, answer = _answer(loaded.model, prepared, row, turn, answer_tokens)
-                outcome = replace(outcome, prompt=prompt, reference=reference, answer=answer)
-                answers -= 1
-            outcomes.append(outcome)
-    return outcomes
+        return examine_rows(
+            framework, prepared, partial(complete, loaded.model), answers=answers, answer_tokens=answer_tokens
+        )
 
 
 def _measured(spec: TrainSpec, prepared: AnyPrepared, emit: Emit, loaded: Loaded) -> MlxFramework:
@@ -140,14 +120,3 @@ def _adapted(loaded: Loaded, spec: TrainSpec, adapter: Path | None) -> Iterator[
         yield
     finally:
         added.remove()
-
-
-def _answer(
-    model: Any, prepared: Prepared[TokenRow], row: TokenRow, turn: tuple[int, int], longest: int
-) -> tuple[str, str, str]:
-    """Prompt, reference and answer as text."""
-    begin, end = turn
-    ends, decode = prepared.facts.stop_ids, prepared.tokenizer.decode
-    said = complete(model, list(row.ids[:begin]), max_tokens=longest, ends=ends)
-    reference = [token for token in row.ids[begin:end] if token not in ends]
-    return decode(list(row.ids[:begin])), decode(reference).strip(), decode(said).strip()
