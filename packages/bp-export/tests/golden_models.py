@@ -156,6 +156,33 @@ MODELS = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
         },
     ),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True}),
+    "exaone4": (
+        "Exaone4",
+        {
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 3,
+            "rope_parameters": {**_LLAMA_3, "original_max_position_embeddings": 128},
+        },
+    ),
+    "cohere": ("Cohere", {"tie_word_embeddings": True, "model_max_length": 1024}),
+    "cohere2": (
+        "Cohere2",
+        {"tie_word_embeddings": True, "sliding_window": 16, "rotary_pct": 1.0, "num_hidden_layers": 4},
+    ),
+    "hunyuan": (
+        "HunYuanDenseV1",
+        {"head_dim": 64, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ),
+    "hunyuan-stretched": (
+        "HunYuanDenseV1",
+        {
+            "head_dim": 64,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "rope_theta": 10000.0},
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 

@@ -15,6 +15,7 @@ KINDS = (
     *("llama", "mistral", "smollm3", "qwen2", "qwen3", "qwen3_5_text", "phi3", "gemma2", "gemma3_text"),
     *("mixtral", "qwen2_moe", "olmoe", "gpt_oss"),
     *("qwen3_moe", "olmo2", "olmo3", "granite", "glm4", "ministral3"),
+    *("lfm2", "exaone4", "cohere", "cohere2", "hunyuan_v1_dense"),
 )
 """``model_type`` of each config class."""
 UNREAD = (

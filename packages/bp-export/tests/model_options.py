@@ -36,6 +36,11 @@ FAMILIES = {
     "olmo2": "Olmo2",
     "olmo3": "Olmo3",
     "glm4": "Glm4",
+    "lfm2": "Lfm2",
+    "exaone4": "Exaone4",
+    "cohere": "Cohere",
+    "cohere2": "Cohere2",
+    "hunyuan": "HunYuanDenseV1",
 }
 ROPES = {
     "default": {},
@@ -59,11 +64,11 @@ ROPES = {
 }
 _MANY_ROPES = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "mixtral", "qwen3-moe"),
-    *("olmo2", "mistral3-vision", "qwen2-moe", "olmoe", "gpt-oss"),
+    *("olmo2", "mistral3-vision", "lfm2", "exaone4", "qwen2-moe", "olmoe", "gpt-oss"),
 )
 _OWN_HEADS = (
     *("llama", "mistral", "mixtral", "qwen3", "qwen3-moe", "gemma2", "gemma3", "gemma3-vision", "glm4"),
-    *("mistral3-vision", "ministral3", "ministral3-vision", "gpt-oss"),
+    *("mistral3-vision", "ministral3", "ministral3-vision", "hunyuan", "gpt-oss"),
 )
 
 
@@ -238,6 +243,31 @@ _OWN = {
     "ministral3": _ministral3,
     "ministral3-vision": _ministral3,
     "olmo3": _olmo3,
+    "lfm2": lambda pick: {
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+        "norm_eps": pick(1e-5, 1e-3),
+        "conv_L_cache": pick(3, 4),
+        "conv_bias": pick(True, False),
+        "block_multiple_of": 16,
+        "block_auto_adjust_ff_dim": pick(True, False),
+    },
+    "exaone4": lambda pick: pick(
+        {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+        {"sliding_window": 12},
+        {"sliding_window": 12, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
+    "cohere": lambda pick: {"logit_scale": pick(0.0625, 1.5), "layer_norm_eps": pick(1e-5, 1e-3)},
+    "cohere2": lambda pick: {
+        "logit_scale": pick(0.0625, 1.5),
+        "sliding_window": 12,
+        "layer_types": pick(None, ["sliding_attention", "full_attention"] * 2),
+    },
+    "hunyuan": lambda pick: {
+        "rope_parameters": pick(
+            {"rope_type": "default", "rope_theta": 1e4},
+            {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": pick(50.0, 1000.0), "factor": 1.0},
+        )
+    },
     "glm4": lambda pick: {
         "attention_bias": pick(True, False),
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": pick(0.5, 1.0, 0.25)},

@@ -40,6 +40,7 @@ DELTA = {
 }
 FACTORS = {"long_factor": [1.0 + i / 3 for i in range(6)], "short_factor": [1.0 + i / 9 for i in range(6)]}
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.75, **FACTORS}
+STRETCHED = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}
 YARN = {"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16}
 MINISTRAL = {**YARN, "rope_theta": 1e6, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
 OLMO = {
@@ -89,6 +90,11 @@ CASES = {
     "ministral3": ("Ministral3Vision", {"head_dim": 32, "rope_parameters": MINISTRAL}, "mistral3"),
     "olmo3": ("Olmo3", {"sliding_window": 16, "rope_parameters": OLMO, "tie_word_embeddings": False}, "olmo2"),
     "glm4": ("Glm4", {"head_dim": 32}, "glm4"),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv", "conv"], "tie_word_embeddings": True}, "lfm2"),
+    "exaone4": ("Exaone4", {"sliding_window": None, "layer_types": ["full_attention"] * 4}, "exaone4"),
+    "cohere": ("Cohere", {"tie_word_embeddings": True, "logit_scale": 1.0}, "command-r"),
+    "cohere2": ("Cohere2", {"tie_word_embeddings": True, "sliding_window": 16, "logit_scale": 1.0}, "cohere2"),
+    "hunyuan": ("HunYuanDenseV1", {"head_dim": 16, "rope_parameters": STRETCHED}, "hunyuan-dense"),
     "mistral": ("Mistral", {"head_dim": 32, "sliding_window": None}, "llama"),
     "qwen2": ("Qwen2", {}, "qwen2"),
 }

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from model_options import COMMON, FAMILIES, ROPES, build_model  # noqa: E402
+from pico_configs import build_config  # noqa: E402
 
 from bp_export.chat.server import LlamaServer  # noqa: E402
 from bp_export.gguf.file import read_settings  # noqa: E402
@@ -64,7 +65,35 @@ OWN = {
         "rope_parameters": {**ROPE, "partial_rotary_factor": 0.25},
     },
 }
-EVERY = 12  # of the cases, one in so many runs by default; of mixtures, one in four times as many
+OWN |= {
+    "granite": {"rope_parameters": ROPE},
+    "ministral3": {
+        "head_dim": 16,
+        "sliding_window": None,
+        "rope_parameters": {
+            **ROPE,
+            **ROPES["yarn"],
+            "rope_type": "yarn",
+            "original_max_position_embeddings": 16,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
+    "olmo2": {"rope_parameters": ROPE},
+    "olmo3": {"sliding_window": 12},
+    "glm4": {"head_dim": 16, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}},
+    "lfm2": {
+        "layer_types": ["conv", "full_attention", "conv", "conv"],
+        "block_multiple_of": 16,
+        "rope_parameters": ROPE,
+    },
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 4, "rope_parameters": ROPE},
+    "cohere": {"rope_parameters": ROPE},
+    "cohere2": {"sliding_window": 12, "rope_parameters": ROPE},
+    "hunyuan": {"head_dim": 16, "rope_parameters": ROPE},
+}
+EVERY = 24  # of the cases, one in so many runs by default; of mixtures, one in twice as many
 CHANGED = 1e-3  # nats
 SAME_EXPERTS = 3e-3
 """For mixtures: what float16 rounds may tip a router that is near a tie."""
@@ -98,9 +127,8 @@ def list_changes(options: dict) -> dict[str, dict]:
 
 def build_options(family: str) -> dict:
     """The base's options: what is set here, and every other field of the class at its default."""
-    name = {"gemma3": "Gemma3Text", "qwen35": "Qwen3_5Text"}.get(family, FAMILIES[family])
     set_here = {**COMMON, **SIZES, **OWN[family]}
-    known = getattr(transformers, f"{name}Config")(**set_here).to_dict()
+    known = build_config(FAMILIES[family], set_here).to_dict()
     meta = ("architectures", "model_type", "transformers_version", "dtype", "rope_parameters", "layer_types")
     return {**{key: value for key, value in known.items() if key not in meta and not key.startswith("_")}, **set_here}
 
@@ -109,7 +137,7 @@ CASES = [(family, name) for family in OWN for name in list_changes(build_options
 
 
 def is_quick(i: int, family: str) -> bool:
-    return i % (4 * EVERY if "num_experts_per_tok" in OWN[family] else EVERY) == 0
+    return i % (2 * EVERY if "num_experts_per_tok" in OWN[family] else EVERY) == 0
 
 
 def run(model):

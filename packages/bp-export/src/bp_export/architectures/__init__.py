@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
 
+from bp_export.architectures.cohere import Cohere2Architecture, CohereArchitecture
 from bp_export.architectures.decoder import Architecture
+from bp_export.architectures.exaone4 import Exaone4Architecture
 from bp_export.architectures.gemma2 import Gemma2Architecture
 from bp_export.architectures.gemma3 import Gemma3Architecture
 from bp_export.architectures.glm4 import Glm4Architecture
 from bp_export.architectures.gpt_oss import GptOssArchitecture
 from bp_export.architectures.granite import GraniteArchitecture
+from bp_export.architectures.hunyuan import HunyuanArchitecture
+from bp_export.architectures.lfm2 import Lfm2Architecture
 from bp_export.architectures.llama import LlamaArchitecture
 from bp_export.architectures.mistral3 import Mistral3Architecture
 from bp_export.architectures.mixtral import MixtralArchitecture
@@ -48,6 +52,11 @@ ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
         "Olmo2ForCausalLM": Olmo2Architecture,
         "Olmo3ForCausalLM": Olmo3Architecture,
         "Glm4ForCausalLM": Glm4Architecture,
+        "Lfm2ForCausalLM": Lfm2Architecture,
+        "Exaone4ForCausalLM": Exaone4Architecture,
+        "CohereForCausalLM": CohereArchitecture,
+        "Cohere2ForCausalLM": Cohere2Architecture,
+        "HunYuanDenseV1ForCausalLM": HunyuanArchitecture,
         "Phi3ForCausalLM": Phi3Architecture,
         "Gemma2ForCausalLM": Gemma2Architecture,
         "Gemma3ForCausalLM": Gemma3Architecture,

@@ -101,6 +101,19 @@ class Architecture:
         """Base of the rotary wavelengths."""
         return float(self.rope.get("rope_theta", _DEFAULT_THETA))
 
+    @property
+    def feed_forward(self) -> int:
+        """Width of the feed-forward layers."""
+        return self._read_count("intermediate_size")
+
+    def list_key_heads(self) -> int | list[int]:
+        """Heads of keys and values, by layer where layers differ."""
+        return self.key_heads
+
+    def add_epsilon(self, writer: GGUFWriter) -> None:
+        """Write what the norms add to the variance."""
+        writer.add_layer_norm_rms_eps(self.epsilon)
+
     def map_name(self, name: str) -> str | None:
         """The GGUF's name of a checkpoint's tensor; None for one that is left out.
 
@@ -194,11 +207,11 @@ class Architecture:
         if (context := self.context_length) is not None:
             writer.add_context_length(context)
         writer.add_embedding_length(self.width)
-        writer.add_feed_forward_length(self._read_count("intermediate_size"))
+        writer.add_feed_forward_length(self.feed_forward)
         writer.add_head_count(self.heads)
-        writer.add_head_count_kv(self.key_heads)
+        writer.add_head_count_kv(self.list_key_heads())
         self._add_rope(writer)
-        writer.add_layer_norm_rms_eps(self.epsilon)
+        self.add_epsilon(writer)
         if self.has_experts:
             writer.add_expert_count(self.experts)
             writer.add_expert_used_count(self.active_experts)

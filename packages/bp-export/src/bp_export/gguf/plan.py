@@ -232,7 +232,7 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], architecture: Architect
     head = shapes.get("output.weight", embedding)
     if head != embedding:
         raise ModelInvalidError(f"the embedding is {embedding}, and the head is {head}; both need a row per token")
-    kinds = ("attn_q.weight", "attn_qkv.weight")
+    kinds = ("attn_q.weight", "attn_qkv.weight", "shortconv.in_proj.weight")
     if missing := [i for i in range(architecture.layers) if not any(f"blk.{i}.{kind}" in shapes for kind in kinds)]:
         raise ModelInvalidError(f"config.json says {architecture.layers} layers, and layer {missing[0]} has no weights")
     if wrong := [

@@ -58,6 +58,8 @@ class LayerPlan:
     """Rotary settings as in transformers' ``rope_parameters``; None for a layer without positions."""
     is_recurrent: bool = False
     """Whether the layer is a gated delta net instead of attention."""
+    is_convolution: bool = False
+    """Whether the layer is a short convolution instead of attention (LFM2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,10 @@ class DecoderPlan:
     """Factor on what each block adds."""
     norm_offset: float = 0.0
     """Added to norm weights: 1 where the checkpoint stores them less one."""
+    takes_mean_off: bool = False
+    """Whether norms are LayerNorms (arXiv:1607.06450) instead of RMSNorms."""
+    is_parallel: bool = False
+    """Whether attention and feed-forward read the same norm and are added together (Cohere)."""
     is_interleaved: bool = False
     """Whether neighboring values of a head are rotated as a pair, and not its halves (GLM-4, Cohere)."""
     temperature: tuple[float, int] | None = None
@@ -128,6 +134,7 @@ _DELTA = {
     "linear_num_value_heads": 32,
     "partial_rotary_factor": 0.25,
 }
+_COHERE = {"rms_norm_eps": 1e-5, "logit_scale": 0.0625, "max_position_embeddings": 8192}
 _MINISTRAL = {"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "sliding_window": None}
 _FAMILIES: Mapping[str, _Family] = MappingProxyType(
     {
@@ -182,6 +189,13 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
         "Glm4ForCausalLM": _Family(
             {"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-07, "partial_rotary_factor": 0.5}
         ),
+        "Lfm2ForCausalLM": _Family({"num_key_value_heads": 8, "rms_norm_eps": 1e-5}, theta=1e6),
+        "Exaone4ForCausalLM": _Family(
+            {"rms_norm_eps": 1e-5, "sliding_window": 4096, "num_key_value_heads": 32, "max_position_embeddings": 2048}
+        ),
+        "CohereForCausalLM": _Family(_COHERE, theta=500_000.0),
+        "Cohere2ForCausalLM": _Family({**_COHERE, "sliding_window": 4096}),
+        "HunYuanDenseV1ForCausalLM": _Family({"rms_norm_eps": 1e-5, "max_position_embeddings": 2048}),
         "Ministral3ForCausalLM": _Family(_MINISTRAL, theta=1e6),
         "Mistral3ForConditionalGeneration": _Family(_MINISTRAL, theta=1e6),
         "GraniteForCausalLM": _Family({"max_position_embeddings": 2048}),
@@ -196,6 +210,8 @@ COVERED = frozenset(_FAMILIES)
 """Class names of the models that the forward pass knows."""
 _WINDOWED = ("Mistral", "Ministral3", "Phi3")
 """Families whose every layer has the window."""
+_WITH_WINDOWS = (*_WINDOWED, "Gemma", "GptOss", "Olmo3", "Exaone4", "Cohere2")
+"""Families that use a window without being told to."""
 
 
 def read_decoder(config: Mapping[str, Any]) -> DecoderPlan:
@@ -225,6 +241,8 @@ def read_decoder(config: Mapping[str, Any]) -> DecoderPlan:
         return _add_granite(words, plan)
     if words.get("model_type") == "ministral3":
         return _add_ministral(plan)
+    if name.startswith("Cohere"):
+        return _add_cohere(words, plan)
     return replace(plan, is_interleaved=name.startswith("Glm4"))
 
 
@@ -258,7 +276,7 @@ def _read_common(words: Mapping[str, Any], family: _Family) -> DecoderPlan:
         heads=heads,
         key_heads=int(words.get("num_key_value_heads") or heads),
         head_width=head_width,
-        epsilon=float(words.get("rms_norm_eps", 1e-6)),
+        epsilon=float(words.get("norm_eps") or words.get("rms_norm_eps", 1e-6)),
         activation=_ACTIVATIONS[activation],
         attention_scale=head_width**-0.5,
         context=int(words.get("max_position_embeddings", 32768)),
@@ -278,6 +296,19 @@ def _add_gemma(words: Mapping[str, Any], plan: DecoderPlan) -> DecoderPlan:
         attention_scale=float(words["query_pre_attn_scalar"]) ** -0.5,
         attention_cap=None if is_third else words.get("attn_logit_softcapping"),
         logit_cap=words.get("final_logit_softcapping") if has_cap else None,
+    )
+
+
+def _add_cohere(words: Mapping[str, Any], plan: DecoderPlan) -> DecoderPlan:
+    if words.get("use_qk_norm"):
+        raise NotCoveredError("the independent forward pass does not know use_qk_norm")
+    return replace(
+        plan,
+        takes_mean_off=True,
+        is_parallel=True,
+        is_interleaved=True,
+        epsilon=float(words.get("layer_norm_eps", plan.epsilon)),
+        logit_scale=float(words["logit_scale"]),
     )
 
 
@@ -313,15 +344,18 @@ def _read_delta(words: Mapping[str, Any]) -> Delta:
 def _plan_layers(name: str, words: Mapping[str, Any], family: _Family) -> tuple[LayerPlan, ...]:
     count = _read_count(words, "num_hidden_layers")
     kinds = _read_kinds(name, words, count)
-    has_window = name.startswith((*_WINDOWED, "Gemma", "GptOss", "Olmo3")) or bool(words.get("use_sliding_window"))
+    has_window = name.startswith(_WITH_WINDOWS) or bool(words.get("use_sliding_window"))
     window = int(words["sliding_window"]) if has_window and words.get("sliding_window") else None
     rotated = _read_rotated(words, count) if name.startswith("SmolLM3") else [True] * count
+    if window and name.startswith(("Exaone4", "Cohere2")):
+        rotated = [kind == "sliding_attention" for kind in kinds]
     ropes = {kind: _read_rope(name, words, kind, family) for kind in set(kinds)}
     return tuple(
         LayerPlan(
             window=window if kind == "sliding_attention" else None,
             rope=ropes[kind] if has_rope else None,
             is_recurrent=kind == "linear_attention",
+            is_convolution=kind == "conv",
         )
         for kind, has_rope in zip(kinds, rotated, strict=True)
     )
@@ -335,21 +369,33 @@ def _read_kinds(name: str, words: Mapping[str, Any], count: int) -> list[str]:
         if len(found) < count:
             raise NotCoveredError(f"config.json has {len(found)} layer_types for {count} layers")
         return [str(kind) for kind in found[:count]]
-    if name.startswith("Gemma"):
-        every = 2 if name.startswith("Gemma2") else int(words.get("sliding_window_pattern", 6))
-        return _repeat("sliding_attention", every, count)
-    if name.startswith("GptOss"):
-        return _repeat("sliding_attention", 2, count)
-    if name.startswith("Olmo3"):
-        return _repeat("sliding_attention", 4, count)
-    if name.startswith("Qwen3_5"):
-        return _repeat("linear_attention", int(words.get("full_attention_interval", 4)), count)
+    if (every := _find_interval(name, words)) is not None:
+        return _repeat("linear_attention" if name.startswith("Qwen3_5") else "sliding_attention", every, count)
+    if name.startswith("Lfm2"):
+        attending = words.get("full_attn_idxs")
+        return ["full_attention" if attending is None or i in attending else "conv" for i in range(count)]
     if words.get("use_sliding_window") and name.startswith("SmolLM3"):
         return ["full_attention" if has_rope else "sliding_attention" for has_rope in _read_rotated(words, count)]
     if words.get("use_sliding_window"):
         first = int(words.get("max_window_layers", 28)) if not name.startswith("Qwen3Moe") else 0
         return ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
     return ["full_attention"] * count
+
+
+def _find_interval(name: str, words: Mapping[str, Any]) -> int | None:
+    """One layer in so many sees the whole text, in families where that is the rule; None in others."""
+    fixed = {"Gemma2": 2, "GptOss": 2, "Olmo3": 4}
+    if (found := next((every for stem, every in fixed.items() if name.startswith(stem)), None)) is not None:
+        return found
+    if name.startswith("Qwen3_5"):
+        return int(words.get("full_attention_interval", 4))
+    if name.startswith("Gemma"):
+        return int(words.get("sliding_window_pattern", 6))
+    if not name.startswith(("Exaone4", "Cohere2")):
+        return None
+    pattern = words.get("sliding_window_pattern") or 4
+    every = len(pattern) if isinstance(pattern, str) else int(pattern)  # "LLLG" means 4
+    return every if words.get("sliding_window") else 1
 
 
 def _repeat(kind: str, every: int, count: int) -> list[str]:

@@ -18,8 +18,17 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from bp_export.verify.decoder import DecoderPlan, LayerPlan, NotCoveredError, read_decoder
-from bp_export.verify.mixers import mix_delta, mix_experts
-from bp_export.verify.ops import Floats, activate, cap_softly, log_softmax, multiply_clamped, normalize, softmax
+from bp_export.verify.mixers import convolve, mix_delta, mix_experts
+from bp_export.verify.ops import (
+    Floats,
+    activate,
+    cap_softly,
+    log_softmax,
+    multiply_clamped,
+    normalize,
+    softmax,
+    take_mean_off,
+)
 from bp_export.verify.rotary import rotate, scale_by_position
 
 _CHUNK_WEIGHTS = 2**20
@@ -75,7 +84,8 @@ class Forward:
             x = self._embed(ids)
             for i, layer in enumerate(self.plan.layers):
                 x = self._run_layer(x, f"{self._stem}layers.{i}.", layer)
-            x = self._normalize(x[list(places)], f"{self._stem}norm.weight")
+            last = "embedding_norm" if self._has(f"{self._stem}embedding_norm.weight") else "norm"
+            x = self._normalize(x[list(places)], f"{self._stem}{last}.weight")
             logits = self._project(x, self._head) * np.float32(self.plan.logit_scale)
         if self.plan.logit_cap is not None:
             logits = cap_softly(logits, self.plan.logit_cap)
@@ -115,10 +125,26 @@ class Forward:
         scale = np.float32(self.plan.residual_scale)
         names = self._find_norms(stem)
         inside = self._normalize_by(x, names[0])
-        added = self._run_delta(inside, stem) if layer.is_recurrent else self._attend(inside, stem, layer)
+        added = self._mix(inside, stem, layer)
+        if self.plan.is_parallel:
+            return x + added + self._feed_forward(inside, stem)
         x = x + self._normalize_by(added, names[1]) * scale
         added = self._feed_forward(self._normalize_by(x, names[2]), stem)
         return x + self._normalize_by(added, names[3]) * scale
+
+    def _mix(self, x: Floats, stem: str, layer: LayerPlan) -> Floats:
+        """What lets tokens see each other: attention, a delta net or a short convolution."""
+        if layer.is_recurrent:
+            return self._run_delta(x, stem)
+        return self._run_convolution(x, f"{stem}conv.") if layer.is_convolution else self._attend(x, stem, layer)
+
+    def _run_convolution(self, x: Floats, stem: str) -> Floats:
+        """LFM2's: the input is gated before and after it."""
+        before, after, inside = np.split(self._project(x, f"{stem}in_proj"), 3, axis=1)
+        mixed = convolve(before * inside, self._read(f"{stem}conv.weight"))
+        if self._has(f"{stem}conv.bias"):
+            mixed = mixed + self._read(f"{stem}conv.bias").reshape(-1)
+        return self._project(after * mixed, f"{stem}out_proj")
 
     def _find_norms(self, stem: str) -> tuple[str | None, ...]:
         """Norms before and after attention, before and after feed-forward; None where the layer has none.
@@ -129,12 +155,12 @@ class Forward:
         def find(*names: str) -> str | None:
             return next((f"{stem}{name}" for name in names if self._has(f"{stem}{name}.weight")), None)
 
-        before = find("input_layernorm")
+        before = find("input_layernorm", "operator_norm")
         after_feeding = find("post_feedforward_layernorm", "post_mlp_layernorm")
         after = find("post_self_attn_layernorm")
         if after is None and find("post_feedforward_layernorm"):
             after = find("post_attention_layernorm")
-        feeding = find("pre_feedforward_layernorm", "post_attention_layernorm")
+        feeding = find("pre_feedforward_layernorm", "post_attention_layernorm", "ffn_norm")
         return before, after, None if feeding == after else feeding, after_feeding
 
     def _normalize_by(self, x: Floats, name: str | None) -> Floats:
@@ -143,9 +169,12 @@ class Forward:
     def _attend(self, x: Floats, stem: str, layer: LayerPlan) -> Floats:
         plan, stem = self.plan, f"{stem}self_attn."
         q, k, v, gate = self._project_heads(x, stem)
-        q, k = (self._normalize_heads(part, f"{stem}{name}_norm.weight") for part, name in ((q, "q"), (k, "k")))
+        q = self._normalize_heads(q, stem, ("q_norm", "q_layernorm"))
+        k = self._normalize_heads(k, stem, ("k_norm", "k_layernorm"))
         if layer.rope is not None:
             q, k = rotate(q, layer.rope, plan), rotate(k, layer.rope, plan)
+        q = self._normalize_heads(q, stem, ("query_layernorm",))  # Hunyuan's stand here
+        k = self._normalize_heads(k, stem, ("key_layernorm",))
         q = scale_by_position(q, plan)
         mixed = np.empty_like(q)
         mask = _build_mask(len(x), layer.window)
@@ -158,7 +187,8 @@ class Forward:
             sink = None if sinks is None else sinks[head]
             mixed[:, head] = softmax(scores + mask, sink) @ v[:, shared]
         flat = mixed.reshape(len(x), -1)
-        return self._project(flat if gate is None else flat * gate, f"{stem}o_proj")
+        name = "o_proj" if self._has(f"{stem}o_proj.weight") else "out_proj"
+        return self._project(flat if gate is None else flat * gate, f"{stem}{name}")
 
     def _project_heads(self, x: Floats, stem: str) -> tuple[Floats, Floats, Floats, Floats | None]:
         """Queries, keys and values by head, (tokens, heads, head width), and the output's gate where there is one."""
@@ -190,6 +220,9 @@ class Forward:
         if experts is not None and (found := [name for name in routers if self._has(f"{name}.weight")]):
             mixed = mix_experts(x, self._project(x, found[0]), experts, partial(self._run_expert, found[0]))
             return mixed + self._run_shared(x, f"{stem}mlp.shared_expert")
+        if self._has(f"{stem}feed_forward.w1.weight"):
+            gate, up = (self._project(x, f"{stem}feed_forward.{name}") for name in ("w1", "w3"))
+            return self._project(activate(gate, self.plan.activation) * up, f"{stem}feed_forward.w2")
         if self._has(f"{stem}mlp.gate_up_proj.weight"):
             gate, up = np.split(self._project(x, f"{stem}mlp.gate_up_proj"), 2, axis=1)
         else:
@@ -212,14 +245,16 @@ class Forward:
         found = self._project(activate(gate, self.plan.activation) * up, f"{stem}.down_proj")
         return found * activate(self._project(x, f"{stem}_gate"), "sigmoid")
 
-    def _normalize_heads(self, x: Floats, name: str) -> Floats:
+    def _normalize_heads(self, x: Floats, stem: str, names: Sequence[str]) -> Floats:
         """Each head by itself, or as OLMo 2 all heads of a token as one vector: (tokens, heads, head width)."""
-        if not self._has(name):
+        name = next((f"{stem}{name}.weight" for name in names if self._has(f"{stem}{name}.weight")), None)
+        if name is None:
             return x
         is_whole = self._shape(name)[0] != x.shape[-1]
         return self._normalize(x.reshape(len(x), -1), name).reshape(x.shape) if is_whole else self._normalize(x, name)
 
     def _normalize(self, x: Floats, name: str) -> Floats:
+        x = take_mean_off(x) if self.plan.takes_mean_off else x
         return normalize(x, self._read(name).reshape(-1) + np.float32(self.plan.norm_offset), self.plan.epsilon)
 
     def _project(self, x: Floats, name: str) -> Floats:

@@ -69,10 +69,16 @@ def mix_delta(parts: Mapping[str, Floats], small: Mapping[str, Floats], sizes: D
 
 def _convolve(x: Floats, weight: Floats) -> Floats:
     """A causal convolution of each channel by itself, then SiLU: (tokens, channels)."""
+    return activate(convolve(x, weight), "silu")
+
+
+def convolve(x: Floats, weight: Floats) -> Floats:
+    """A causal convolution of each channel by itself: (tokens, channels)."""
     taps = weight.reshape(x.shape[1], -1)  # (channels, kernel)
     size = taps.shape[1]
     padded = np.concatenate([np.zeros((size - 1, x.shape[1]), np.float32), x])
-    return activate(np.add.reduce([padded[i : i + len(x)] * taps[:, i] for i in range(size)]), "silu")
+    summed: Floats = np.add.reduce([padded[i : i + len(x)] * taps[:, i] for i in range(size)])
+    return summed
 
 
 def _split_heads(x: Floats, sizes: Delta) -> tuple[Floats, Floats, Floats]:

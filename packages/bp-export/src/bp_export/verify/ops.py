@@ -18,6 +18,12 @@ def normalize(x: Floats, weight: Floats, epsilon: float) -> Floats:
     return scaled
 
 
+def take_mean_off(x: Floats) -> Floats:
+    """What a LayerNorm does before it scales, over the last axis."""
+    centered: Floats = x - x.mean(axis=-1, keepdims=True)
+    return centered
+
+
 def activate(x: Floats, kind: str) -> Floats:
     """SiLU, sigmoid, ReLU, GELU or its tanh approximation (arXiv:1606.08415)."""
     match kind:

@@ -4,6 +4,7 @@ default     arXiv:2104.09864
 linear      positions divided by a factor
 yarn        arXiv:2309.00071, with transformers' ``attention_factor``, ``mscale``, ``mscale_all_dim`` and ``truncate``
 llama3      Llama 3.1's blend of stretched and original wavelengths
+dynamic     one base for all texts, stretched by Hunyuan's ``alpha``
 longrope    arXiv:2402.13753, long and short factors by the length of the text
 """
 
@@ -83,6 +84,17 @@ def _keep(plain: _Wide, rope: Mapping[str, Any], plan: DecoderPlan, tokens: int)
     return plain, 1.0
 
 
+def _stretch(plain: _Wide, rope: Mapping[str, Any], plan: DecoderPlan, tokens: int) -> tuple[_Wide, float]:
+    """Hunyuan's "dynamic": the base is multiplied by alpha ^ (dim / (dim - 2)), for texts of any length."""
+    del plan, tokens
+    if not rope.get("alpha"):
+        raise NotCoveredError("the independent forward pass does not know rotary scaling dynamic without alpha")
+    dim = 2 * len(plain)
+    base = float(rope["rope_theta"]) * float(rope["alpha"]) ** (dim / (dim - 2))
+    stretched: _Wide = base ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    return stretched, 1.0
+
+
 def _divide(plain: _Wide, rope: Mapping[str, Any], plan: DecoderPlan, tokens: int) -> tuple[_Wide, float]:
     del plan, tokens
     return plain / float(rope["factor"]), 1.0
@@ -140,6 +152,7 @@ def _choose_longrope(plain: _Wide, rope: Mapping[str, Any], plan: DecoderPlan, t
 
 _KINDS: Mapping[str, Callable[[_Wide, Mapping[str, Any], DecoderPlan, int], tuple[_Wide, float]]] = {
     "default": _keep,
+    "dynamic": _stretch,
     "linear": _divide,
     "yarn": _blend_yarn,
     "llama3": _blend_llama3,
