@@ -243,6 +243,12 @@ def now():
     return dt.datetime.now(dt.UTC).isoformat()
 
 
+def add_system(model, messages):
+    """The model's system message, if the conversation has none (``ChatHandler`` in server/routes.go)."""
+    is_missing = model.get("system") and messages[0]["role"] != "system"
+    return [*([{"role": "system", "content": model["system"]}] if is_missing else []), *messages]
+
+
 class FakeOllama(ThreadingHTTPServer):
     """The server at ``url``; ``calls`` names what it was asked, ``failure`` makes it fail."""
 
@@ -345,7 +351,7 @@ class FakeOllama(ThreadingHTTPServer):
             ]
         lines.append(f"creating new layer sha256:{'1' * 64}" if quantize else f"using existing layer {digest}")
         jinja = read_settings(self.blobs[digest]).get("tokenizer.chat_template", "")
-        known = find_go_template(jinja)
+        known = CHATML if self.failure == "nearest" else find_go_template(jinja)
         if asked.get("files") and known and not template:
             lines += ["using autodetected template chatml"]
         kept = {key: asked[key] for key in ("system", "license") if asked.get(key)}
@@ -369,7 +375,7 @@ class FakeOllama(ThreadingHTTPServer):
 
     def answer(self, model, messages, options):
         """What llama.cpp says on the uploaded bytes, and whether it stopped or was cut."""
-        messages = [*([{"role": "system", "content": model["system"]}] if model.get("system") else []), *messages]
+        messages = add_system(model, messages)
         settings = {"temperature": 0.8, **model["parameters"], **options}
         adapter = self.blobs[model["adapter"]] if model.get("adapter") else None
         body = {
@@ -386,7 +392,7 @@ class FakeOllama(ThreadingHTTPServer):
         return reply["message"]["content"] or "", reply["finish_reason"]
 
     def render(self, model, messages):
-        messages = [*([{"role": "system", "content": model["system"]}] if model.get("system") else []), *messages]
+        messages = add_system(model, messages)
         if model["template"] == RAW and self.is_old:
             return messages[-1]["content"]
         served = self.load(self.blobs[model["digest"]], None)

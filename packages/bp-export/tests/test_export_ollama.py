@@ -77,7 +77,7 @@ def test_a_model_is_uploaded_created_looked_at_and_asked(ollama, model):
     )
     assert ollama.calls[:5] == ["HEAD", "blobs", "create", "show", "chat"]
     checks = {check.name: check for check in made.parity.checks}
-    assert (checks["witness"].result, checks["template"].result) == ("not tested", "passed")
+    assert (checks["witness"].result, checks["template"].result) == ("not tested", "passed"), checks["template"].note
     assert checks["template"].note == "3 conversations as Ollama renders them"
     request = ollama.models["me/pico:latest"]["request"]
     assert request["parameters"] == {"repeat_penalty": 1.0, "stop": ["<|im_end|>"], "num_ctx": 512}
@@ -146,6 +146,30 @@ def test_a_name_that_is_taken_is_refused_before_the_upload(ollama, model, tmp_pa
     register_gguf(model, "pico:other", host=ollama.url, question=None)
     register_gguf(model, "Pico", host=ollama.url, force=True, context=64, question=None)
     assert ollama.models["Pico:latest"]["parameters"]["num_ctx"] == 64
+
+
+def test_a_template_of_another_family_is_replaced_by_the_right_one(old_ollama, tmp_path):
+    """Ollama takes the nearest template that it knows: ChatML for a short one of Llama 3."""
+    base = write_base(tmp_path / "base")
+    (base / "chat_template.jinja").write_text(
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    )
+    old_ollama.failure = "nearest"
+    path = export_adapter(base, quantization="q8_0").path
+    made = register_gguf(path, "pico", host=old_ollama.url, question=None)
+    assert made.template.startswith("{{- range .Messages }}<|start_header_id|>")
+
+
+@pytest.mark.parametrize(("longest", "sent"), [(8192, None), (4096, None), (2048, 2048)])
+def test_the_context_is_ollama_s_default_whatever_the_length_of_the_rows_was(ollama, tmp_path, longest, sent):
+    """A LoRA on rows of 256 tokens does not shorten a base of 8,192; only a file that allows less sets ``num_ctx``."""
+    lora = write_lora(tmp_path / "lora", write_base(tmp_path / "base", max_position_embeddings=longest))
+    (lora / "run.json").write_text(json.dumps({"run_id": "r", "settings": {"model": {"max_seq_length": 256}}}))
+    made = register_gguf(export_adapter(lora, quantization="q8_0").path, "pico", host=ollama.url, question=None)
+    assert made.context == sent
+    assert ollama.models["pico:latest"]["parameters"].get("num_ctx") == sent
+    assert made.describe_context() == ("Ollama's default" if sent is None else f"{sent} tokens")
 
 
 def test_models_are_registered_listed_asked_and_removed_from_the_command_line(ollama, model, capsys):

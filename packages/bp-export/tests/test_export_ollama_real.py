@@ -1,6 +1,7 @@
 """The same steps against a real Ollama: the one that OLLAMA_HOST names; skipped only where it names none."""
 
 import pytest
+import tokenizers
 from export_pico import export_adapter, write_base, write_lora
 
 from bp_export.errors import OllamaNameTakenError, OllamaRegistrationError
@@ -37,6 +38,42 @@ def test_upload_create_show_chat_list_remove(real_ollama, tmp_path):
     finally:
         remove_model("bp-pico:test", real_ollama)
     assert "bp-pico:test" not in [model.name for model in list_models(real_ollama)]
+
+
+LLAMA_3 = (
+    "{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content + '<|eot_id|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+PHI_4 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+MARKS = {
+    "chatml": ("smollm", None, "<|im_end|>", ()),
+    "llama-3": ("llama-bpe", LLAMA_3, "<|eot_id|>", ("<|start_header_id|>", "<|end_header_id|>")),
+    "phi-4": ("smollm", PHI_4, "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")),
+}
+
+
+@pytest.mark.parametrize("marks", MARKS)
+def test_template_and_stop_of_three_families(real_ollama, tmp_path, marks):
+    """A random model says anything, so what Ollama renders is compared by the first token of three chats."""
+    family, template, end, others = MARKS[marks]
+    base = write_base(tmp_path / "base", hidden=256, inner=256, family=family, pad_vocab=8, tied=False)
+    if template is not None:
+        tokenizer = tokenizers.Tokenizer.from_file(str(base / "tokenizer.json"))
+        tokenizer.add_special_tokens([end, *others])
+        tokenizer.save(str(base / "tokenizer.json"))
+        (base / "chat_template.jinja").write_text(template)
+    path = export_adapter(base, quantization="f16").path
+    made = register_gguf(path, "bp-marks:test", host=real_ollama, force=True)
+    try:
+        found = {check.name: check for check in made.parity.checks}
+        assert found["template"].result == "passed", (found["template"].note, made.template)
+        assert end in made.stop
+        assert not made.is_raw
+    finally:
+        remove_model("bp-marks:test", real_ollama)
 
 
 def test_an_adapter_on_its_base_or_the_fix_where_the_server_takes_none(real_ollama, tmp_path):

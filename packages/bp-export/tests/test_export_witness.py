@@ -15,7 +15,7 @@ from fake_ollama import serve
 from bp_data import load_tokenizer
 from bp_export import MergedExport
 from bp_export.errors import ParityFailedError
-from bp_export.ollama import list_models, register_model
+from bp_export.ollama import list_models, register_model, remove_model
 from bp_export.source import read_config_file, read_source
 from bp_export.verify.evidence import compute_prompt
 from bp_export.verify.forward import Forward
@@ -146,29 +146,39 @@ def test_what_was_trained_in_4_bits_fails_on_16_and_passes_as_4_bits_left_it(tra
     assert checks["witness"]["value"] < 0.001
 
 
+def compare_in_ollama(trained, folder, host):
+    """What is registered from 16 bits and as 4 bits left it, each with its verdict."""
+    mode, lora = trained
+    path = export_adapter(lora, quantization="f16", output=folder / "x.gguf", verify=False).path
+    if mode == "qlora":  # on 16 bits it is not what was trained
+        with pytest.raises(ParityFailedError, match="it is not the trained model") as caught:
+            register_model(path, "bp-pico", host=host, trained=lora, force=True)
+        assert read_checks(caught.value.details)["witness"]["value"] > 0.1
+        assert "bp-pico:latest" in [model.name for model in list_models(host)]
+        path = export_adapter(lora, quantization="f16", output=folder / "k.gguf", dequantize=True, verify=False).path
+    made = register_model(path, "bp-pico", host=host, trained=lora, force=True)
+    found = read_checks(made.parity.to_dict())
+    assert (found["witness"]["result"], found["template"]["result"]) == ("passed", "passed")
+    assert found["witness"]["value"] < 0.005
+    return path
+
+
 def test_ollama_is_compared_with_the_witness(trained, tmp_path):
     skip_without_llama_cpp()
-    mode, lora = trained
-    path = export_adapter(lora, quantization="f16", output=tmp_path / "x.gguf", verify=False).path
     (tmp_path / "server").mkdir()
     with serve(tmp_path / "server") as ollama:
-        if mode == "qlora":  # on 16 bits it is not what was trained
-            with pytest.raises(ParityFailedError, match="it is not the trained model") as caught:
-                register_model(path, "pico", host=ollama.url, trained=lora)
-            assert read_checks(caught.value.details)["witness"]["value"] > 0.1
-            assert "pico" in [model.name.partition(":")[0] for model in list_models(ollama.url)]
-            kept = export_adapter(lora, quantization="f16", output=tmp_path / "k.gguf", dequantize=True, verify=False)
-            made = register_model(kept.path, "kept", host=ollama.url, trained=lora)
-        else:
-            made = register_model(path, "pico", host=ollama.url, trained=lora)
-            with pytest.raises(InvalidSettingError, match="only a GGUF"):
-                register_model(lora, "folder", host=ollama.url, trained=lora)
-            ollama.failure = "no list"
-            old = register_model(path, "pico", host=ollama.url, trained=lora, force=True).parity
-            assert {check.result for check in old.checks} == {"not tested"}
-        found = read_checks(made.parity.to_dict())
-        assert (found["witness"]["result"], found["template"]["result"]) == ("passed", "passed")
-        assert found["witness"]["value"] < 0.005
+        path = compare_in_ollama(trained, tmp_path, ollama.url)
+        with pytest.raises(InvalidSettingError, match="only a GGUF"):
+            register_model(trained[1], "folder", host=ollama.url, trained=trained[1])
+        ollama.failure = "no list"
+        old = register_model(path, "bp-pico", host=ollama.url, trained=trained[1], force=True).parity
+        assert {check.result for check in old.checks} == {"not tested"}
+
+
+@pytest.mark.ollama
+def test_a_real_ollama_is_compared_with_the_witness(real_ollama, trained, tmp_path):
+    compare_in_ollama(trained, tmp_path, real_ollama)
+    remove_model("bp-pico", real_ollama)
 
 
 def scale_adapter(lora, target, factor):

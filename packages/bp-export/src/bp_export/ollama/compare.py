@@ -176,15 +176,15 @@ def _check_template(model: _Registered, template: ChatTemplate | None, system: s
         if rendered is None:
             continue
         ours, theirs = model.continue_text(rendered.removeprefix(bos)), model.answer(messages)
-        if not ours.logprobs or not theirs.logprobs:
-            return report_untested("template", _NO_LIST)
+        if not ours.logprobs and not theirs.logprobs:
+            continue  # an old server; or the likeliest token ends the answer, and then none are listed
         count += 1
         if ours.read.isdisjoint(theirs.read):
             wrong.append(f"conversation {number} has {max(theirs.read)} tokens instead of {max(ours.read)}")
         elif (apart := _compare_tables(ours.logprobs, theirs.logprobs)) > _SAME:
             wrong.append(f"conversation {number}: the first token moves by {apart:.3f} nats")
     if not count:
-        return report_untested("template", "the template rejects all three conversations")
+        return report_untested("template", f"{_NO_LIST}, or the template rejects all three conversations")
     note = "; ".join([f"{count} conversations as Ollama renders them", *wrong])
     return ParityCheck("template", "failed" if wrong else "passed", 1 - len(wrong) / count, 1.0, note)
 

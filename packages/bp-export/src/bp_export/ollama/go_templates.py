@@ -33,3 +33,13 @@ _BY_MARK: Mapping[str, str] = MappingProxyType(
 def find_go_template(jinja: str) -> str | None:
     """The Go template of the family whose marks a Jinja template has; None for families that are not known."""
     return next((template for mark, template in _BY_MARK.items() if mark in jinja), None)
+
+
+def is_of_other_family(found: str, jinja: str) -> bool:
+    """Whether a Go template has none of the marks of a Jinja template whose family is known.
+
+    Ollama takes the nearest of the templates that it knows by heart, by edit distance: for a short one that may be
+    another family's.
+    """
+    mark = next((mark for mark in _BY_MARK if mark in jinja), None)
+    return mark is not None and mark not in found

@@ -18,7 +18,7 @@ from bp_export.formats.ollama_adapter import OllamaAdapter, read_ollama_adapter,
 from bp_export.gguf.file import read_settings, read_stop_strings
 from bp_export.local_paths import StrPath
 from bp_export.ollama.compare import compare_model
-from bp_export.ollama.go_templates import find_go_template
+from bp_export.ollama.go_templates import find_go_template, is_of_other_family
 from bp_export.ollama.server import (
     MERGED_WAY,
     connect,
@@ -121,8 +121,8 @@ def register_gguf(
         host: The server; by default ``http://127.0.0.1:11434``.
         system: A system prompt to keep with it. By default the one that the GGUF's own template adds where a
             conversation has none: Ollama's templates know no such thing.
-        template: A Go template, for servers older than 0.30. By default none, and where the server then passes prompts
-            on raw, the one in `bp_export.ollama.go_templates` that fits the GGUF's own.
+        template: A Go template, for servers older than 0.30. By default none; if the server then passes prompts on
+            raw or takes another family's, the one in `bp_export.ollama.go_templates` that fits the GGUF's own.
         context: Tokens of context (``num_ctx``); by default Ollama's own, or the file's where that is shorter.
         stop: Stop words; by default the end tokens that the GGUF names.
         license: Text of the model's license, to keep with it; by default the one that the GGUF names.
@@ -161,8 +161,9 @@ def register_gguf(
         asked["files"] = {part.name: _upload(client, server, part, status) for part in parts}
         _create(client, {**asked, "template": template}, status)
         found = _read_template(client, name)
-        known = find_go_template(str(settings.get("tokenizer.chat_template", "")))
-        if template is None and known and found.strip() == _RAW:
+        jinja = str(settings.get("tokenizer.chat_template", ""))
+        known = find_go_template(jinja)
+        if template is None and known and (found.strip() == _RAW or is_of_other_family(found, jinja)):
             _create(client, {**asked, "template": known}, status)
             found = _read_template(client, name)
     rendering = _unless_replaced(rendering, found, settings)
