@@ -159,6 +159,14 @@ def test_models_are_those_of_the_command(page, capsys):
         for value in (row["licence"], row["restriction"], f"{row['needed_bytes']['qlora'] / 2**30:.1f} GiB"):
             assert value in text
     assert 'name="model" value="smollm3-3b"' in page.get("/train?model=smollm3-3b").text
+    assert 'hx-get="/models/presets"' in text  # the GPU has not been asked yet
+    machine = page.app._app.state.site.machine
+    machine._rails = [{"usable": True, "device": "cuda", "memory": 12 * 2**30}]
+    machine._looked = time.monotonic()
+    text = page.get("/models/presets").text
+    row = text[text.index("<strong>qwen2.5-7b<") :].partition("</tr>")[0]
+    assert re.findall(r'class="chip \w+">([\w ]+)', row) == ["fits", "too large", "too large"]
+    assert 'hx-get="/models/presets"' not in page.get("/models").text
 
 
 def test_an_export_is_started_from_the_run_s_own_folder_into_the_page_s(page, place):

@@ -141,6 +141,7 @@ def build_routes() -> list[Route | Mount]:
         change("/export", exports.start),
         Route("/export/plan", exports.show_plan),
         Route("/models", models.show_models),
+        Route("/models/presets", models.show_presets),
         change("/models/download", models.download),
         change("/models/remove", models.remove),
         Route("/queue", jobs.show_queue),

@@ -30,6 +30,11 @@ class Machine:
                 self._rails, self._looked = _ask_rails(), time.monotonic()
             return self._rails
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it has been asked before."""
+        return bool(self._looked)
+
     def known_memory(self) -> int | None:
         """As `free_memory`, if it has been asked before; asks nothing."""
         found = (r for r in self._rails or () if r["usable"] and r["device"] in GPUS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -13,7 +16,7 @@ from backpropagate.downloads import SMALL_MODEL
 from backpropagate.presets import MODEL_PRESETS, find_preset
 from backpropagate.quickstart_model import HUB_NAME, find_gguf
 from backpropagate.system import is_offline
-from backpropagate.ui.local_models import find_local_models
+from backpropagate.ui.local_models import LocalModel, find_local_models
 from backpropagate.ui.render import show
 from bp_data import looks_like_hub_name
 
@@ -23,19 +26,32 @@ def show_models(request: Request) -> Response:
     return _page(request)
 
 
-def _page(request: Request, error: str | None = None) -> Response:
-    estimator = rails.find_estimator()
+def show_presets(request: Request) -> Response:
+    """The table of presets with what fits, once the GPU was asked, which takes seconds the first time."""
     site = request.app.state.site
-    local = find_local_models(site.places, site.environ)
+    rows = _presets(find_local_models(site.places, site.environ))
+    offline, memory = is_offline(site.environ), site.machine.free_memory()
+    return show(request, "parts/presets.html", rows=rows, memory=memory, is_offline=offline)
+
+
+def _presets(local: Sequence[LocalModel]) -> list[dict[str, Any]]:
+    """A row for each preset: as `backprop models` has it, and whether it is on this machine."""
+    estimator = rails.find_estimator()
     have = {model.name for model in local}
-    rows = [
+    return [
         {**describe_preset(preset, estimator), "is_here": preset.model in have} for preset in MODEL_PRESETS.values()
     ]
+
+
+def _page(request: Request, error: str | None = None) -> Response:
+    site = request.app.state.site
+    local = find_local_models(site.places, site.environ)
     has_small = any(model.source == "quickstart" or model.name == HUB_NAME for model in local)
     return show(
         request,
         "models.html",
-        rows=rows,
+        rows=_presets(local),
+        is_measured=site.machine.is_known,
         local=local,
         memory=site.machine.known_memory(),
         small=None if has_small else "unpack" if find_gguf() is not None else "download",
