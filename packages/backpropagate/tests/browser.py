@@ -44,8 +44,12 @@ def find_violations(tab):
     return [(v["id"], [node["target"] for node in v["nodes"]][:3]) for v in found]
 
 
-def scrolls_sideways(tab):
-    return tab.evaluate("document.documentElement.scrollWidth > innerWidth")
+def find_wide(tab):
+    """What makes the page scroll sideways: elements that stick out; empty if it doesn't scroll."""
+    return tab.evaluate("""() => document.documentElement.scrollWidth <= innerWidth ? [] : [
+        document.documentElement.scrollWidth, ...[...document.querySelectorAll("body *")]
+        .filter((e) => e.getBoundingClientRect().right > innerWidth && !e.closest(".wide, nav"))
+        .map((e) => `${e.tagName}.${e.className} ${Math.round(e.getBoundingClientRect().right)}`)]""")
 
 
 def picture_folder(fallback):

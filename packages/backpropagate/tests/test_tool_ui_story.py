@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from browser import DESK, PHONE, find_violations, open_chromium, open_tab, picture_folder, scrolls_sideways, sync_api
+from browser import DESK, PHONE, find_violations, find_wide, open_chromium, open_tab, picture_folder, sync_api
 
 from backpropagate import quickstart_model
 
@@ -276,7 +276,7 @@ def look_at_every_page(chromium, address, pictures, pages):
                 tab.wait_for_selector("canvas")
             tab.screenshot(path=pictures / f"{name}-{kind}.png", full_page=True)
             if kind == "phone":
-                assert not scrolls_sideways(tab), name
+                assert find_wide(tab) == [], name
             assert not find_violations(tab), f"{name}, {kind}"
         assert wrong == []
 
