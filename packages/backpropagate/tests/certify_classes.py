@@ -20,7 +20,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from backpropagate.certificate import STAGES, Certificate
 from backpropagate.certify import certify
 
-REAL = {**OVERRIDES, "qwen3_moe": {"norm_topk_prob": True}, "mistral": {}, "qwen2": {}}
+REAL = {
+    **OVERRIDES,
+    "qwen3_moe": {"norm_topk_prob": True},
+    "mistral": {},
+    "qwen2": {},
+    "cohere2": {"rotary_pct": 1.0},
+    "gpt_neox": {"rotary_pct": 0.25},
+    "gpt2": {"n_ctx": 1024},
+}
 """Values as the published models have them, where the class's defaults differ."""
 FIRST = (
     "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "smollm3", "granite", "olmo2", "qwen3_moe",

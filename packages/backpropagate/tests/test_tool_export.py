@@ -160,10 +160,11 @@ def test_an_export_names_its_step_and_goes_stale_when_its_run_is_resumed(tmp_pat
     artifact = record.artifacts[-1]
     assert artifact["step"] == 3
     assert artifact["weights_sha256"] == sha256_file(adapter / "adapter_model.safetensors")
-    assert record.describe_artifact(artifact) == "from step 3"
+    assert record.describe_artifact(artifact) == "native, from step 3"
+    assert record.describe_artifact({"via": "llama.cpp b1", "step": 3}) == "via llama.cpp b1, from step 3"
     store.update(writer.run_id, lambda record: record.result.update(steps=5))
     assert run(["show-run", writer.run_id, "--output", str(tmp_path / "out")]) == 0
-    assert "x.gguf  (from step 3, stale: the run is at step 5)" in capsys.readouterr().out
+    assert "x.gguf  (native, from step 3, stale: the run is at step 5)" in capsys.readouterr().out
     assert record.describe_artifact({"path": "x"}) == ""
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from backpropagate import rails
 from backpropagate.certificate import Certificate, Stage, read_versions
@@ -49,7 +48,7 @@ def certify(base: Path, rail: Rail | None = None) -> Certificate:
 
 def _read_config(base: Path) -> Mapping[str, Any]:
     try:
-        found: Mapping[str, Any] = orjson.loads((base / "config.json").read_bytes())
+        found: Mapping[str, Any] = json.loads((base / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise ModelInvalidError(f"{base / 'config.json'} cannot be read", cause=first_line(error)) from error
     return found
@@ -92,6 +91,7 @@ class _Trial:
             progress=False,
             mode="lora",
             lora_r=4,
+            lr=1e-2,
             packing=False,
             max_seq_length=128,
             batch_size=2,

@@ -159,13 +159,14 @@ class RunRecord:
         }
 
     def describe_artifact(self, artifact: Mapping[str, Any]) -> str:
-        """Which step a file was made from, and whether the run has trained on since; empty if that was not recorded."""
-        step, now = artifact.get("step"), self.result.get("steps", self.progress.get("step"))
-        if not isinstance(step, int):
-            return ""
-        if isinstance(now, int) and now > step:
-            return f"from step {step}, stale: the run is at step {now}"
-        return f"from step {step}"
+        """Who wrote a file, from which step, and whether the run has trained on since; as far as recorded."""
+        via, step = artifact.get("via"), artifact.get("step")
+        words = ["native" if via == "native" else f"via {via}"] if via else []
+        now = self.result.get("steps", self.progress.get("step"))
+        if isinstance(step, int):
+            is_stale = isinstance(now, int) and now > step
+            words.append(f"from step {step}, stale: the run is at step {now}" if is_stale else f"from step {step}")
+        return ", ".join(words)
 
     def setting(self, key: str) -> Any:
         """A setting's value by dotted key; None when it was not recorded."""
