@@ -28,8 +28,7 @@ from typing import Any, Literal, TypeAlias
 import orjson
 
 import bp_export
-from bp_export.architectures import name_class
-from bp_export.llama_cpp.classes import VIA, list_classes
+from bp_export.llama_cpp.classes import VIA, list_classes, name_class
 from bp_runs.files import publish_json
 
 State: TypeAlias = Literal["passed", "failed", "rejected", "not tested"]

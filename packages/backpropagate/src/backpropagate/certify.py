@@ -13,7 +13,7 @@ from backpropagate import rails
 from backpropagate.certificate import Certificate, Stage, read_versions
 from backpropagate.errors import ModelInvalidError
 from backpropagate.trainer import Trainer
-from bp_export.architectures import name_class
+from bp_export.llama_cpp.classes import name_class
 from bp_runs.errors import CodedError, first_line
 from bp_runs.rail import BuildsPicos, Rail
 

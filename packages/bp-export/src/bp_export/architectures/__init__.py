@@ -29,7 +29,7 @@ from bp_export.architectures.qwen3 import Qwen3Architecture
 from bp_export.architectures.qwen35 import Qwen35Architecture
 from bp_export.architectures.smollm3 import SmolLm3Architecture
 from bp_export.errors import ArchitectureUnsupportedError, ModelInvalidError
-from bp_export.llama_cpp.classes import VIA, converts
+from bp_export.llama_cpp.classes import VIA, converts, name_class
 from bp_export.model_config import complete_config
 
 ARCHITECTURES: Mapping[str, type[Architecture]] = MappingProxyType(
@@ -71,7 +71,6 @@ __all__ = [
     "Via",
     "choose_via",
     "find_architecture",
-    "name_class",
     "supports",
 ]
 
@@ -123,11 +122,6 @@ def choose_via(config: Mapping[str, Any]) -> Via | None:
             return None
         return "native"
     return "llama.cpp" if converts(config) else None
-
-
-def name_class(config: Mapping[str, Any]) -> str:
-    """The class that ``config.json`` names first."""
-    return str((config.get("architectures") or ["(none named)"])[0])
 
 
 def find_architecture(config: Mapping[str, Any]) -> Architecture:

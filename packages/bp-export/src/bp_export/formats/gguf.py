@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, get_args
 
 from bp_data.templates.render_hashes import Messages
-from bp_export.architectures import Via, choose_via, name_class
+from bp_export.architectures import Via, choose_via
 from bp_export.errors import ArchitectureUnsupportedError, LlamaCppMissingError, QuantizationUnknownError
 from bp_export.formats.left_out import check_left_out, is_of_tower, name_parts, note_unreached, report_left_out
 from bp_export.formats.mmproj import write_towers
@@ -29,7 +29,7 @@ from bp_export.formats.via import NOTE, open_converted, plan_tensors
 from bp_export.gguf.file import name_split
 from bp_export.gguf.plan import GgufPlan, TensorPlan, build_plan
 from bp_export.gguf.writer import Weights, cut_plan, write_gguf, write_split
-from bp_export.llama_cpp.classes import VIA, converts
+from bp_export.llama_cpp.classes import VIA, converts, name_class
 from bp_export.local_paths import StrPath
 from bp_export.quant.imatrix import read_importance
 from bp_export.quant.kernels import describe_kernels

@@ -29,14 +29,14 @@ def list_classes() -> frozenset[str]:
 
 def converts(config: Mapping[str, Any]) -> bool:
     """Whether the converter writes the language model of this ``config.json``."""
-    return _name_class(config) in _read_table()["text"]
+    return name_class(config) in _read_table()["text"]
 
 
 def converts_vision(config: Mapping[str, Any]) -> bool:
     """Whether the converter writes an ``mmproj`` file with the vision or audio tower of this ``config.json``."""
-    return _name_class(config) in _read_table()["vision"]
+    return name_class(config) in _read_table()["vision"]
 
 
-def _name_class(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures") or [""]
-    return str(names[0])
+def name_class(config: Mapping[str, Any]) -> str:
+    """The class that ``config.json`` names first."""
+    return str((config.get("architectures") or ["(none named)"])[0])
