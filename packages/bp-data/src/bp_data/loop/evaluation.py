@@ -24,10 +24,10 @@ class Complete(Protocol):
 
 
 def measure_rows(framework: Any, training: TrainingSpec, emit: Emit) -> EvalOutcome:
-    """The loss on all held-out rows, as a validation in training measures it.
+    """The loss on the whole validation set, as a validation in training measures it.
 
     Args:
-        framework: An `bp_data.loop.framework.ExampleFramework` with a ``reader``.
+        framework: A `bp_data.loop.framework.ExampleFramework` with a ``reader``.
         training: The method and its batch size.
         emit: Receives warnings.
     """
