@@ -15,6 +15,7 @@ import json
 import shutil
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -78,8 +79,11 @@ def measure(scratch: Path, base: Path, shape: str, targets: str, options: argpar
     loaded = next(event for event in events if isinstance(event, ModelLoaded))
     speeds = [event.tokens_per_second for event in events if isinstance(event, StepDone)][2:] or [0.0]
     config = json.loads((base / "config.json").read_text())
-    expected = estimate(read_shapes(config), read_load(settings, settings.training.mode))
-    used = sum(expected.parts.values())
+    shapes, load = read_shapes(config), read_load(settings, settings.training.mode)
+    expected = estimate(shapes, load)
+    least = sum(expected.parts.values())
+    # With memory to spare, every layer keeps its activations.
+    used = sum(estimate(shapes, replace(load, checkpointing=False)).parts.values())
     return {
         "shape": shape,
         "layers": config["num_hidden_layers"],
@@ -90,6 +94,7 @@ def measure(scratch: Path, base: Path, shape: str, targets: str, options: argpar
         "estimated_trainable": expected.trained,
         "tokens_per_second": round(statistics.median(speeds), 1),
         "peak_allocated": round(outcome.peak_memory / 2**30, 2),
+        "estimated_least": round(least / 2**30, 2),
         "estimated": round(used / 2**30, 2),
         "estimated_over_measured": round(used / outcome.peak_memory, 3) if outcome.peak_memory else None,
         "parts": {name: round(value / 2**30, 2) for name, value in expected.parts.items()},

@@ -1,5 +1,6 @@
 """Memory plans: what they choose, and that they change where activations wait but not a gradient."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -102,6 +103,11 @@ def test_memory_decides_what_layers_keep(spare, expected):
     assert plan.has_kept == (expected.kept > 0)
     plan.shrink()
     assert plan.choose(100).kept <= expected.kept
+
+
+def test_experts_with_a_change_added_count_in_every_layer_that_keeps_them():
+    assert ActivationPlan(165 * 100, replace(PARTS, saved_weights=1385), blocks()).choose(100).kept == 4
+    assert ActivationPlan(10**6, replace(PARTS, saved_weights=10**6), blocks()).choose(100).kept == 0
 
 
 def test_tiles_bound_a_layer_s_work():

@@ -60,6 +60,8 @@ class Shapes:
     neither all-linear nor a 4-bit base reaches them."""
     active_experts: int = 0
     """Experts that a token passes in a layer."""
+    score_heads: int = 0
+    """Heads whose attention scores are held whole, as gpt-oss's sinks need."""
 
     @property
     def embedding(self) -> int:
@@ -141,6 +143,7 @@ def _read(kind: str, text: Mapping[str, Any]) -> Shapes:
         tied=text.get("tie_word_embeddings", kind in _TIED),
         experts=experts,
         active_experts=active,
+        score_heads=int(heads) if kind == "gpt_oss" else 0,
     )
 
 

@@ -200,6 +200,8 @@ class Parts:
     vocabulary: int
     head_own: int
     """Of the head's gradient."""
+    saved_weights: int = 0
+    """Of a layer that keeps its activations, whatever the tokens: weights that only this step has."""
 
     def block(self, tokens: int, tile: int | None = None) -> int:
         """While a layer is computed again and differentiated.
@@ -224,6 +226,7 @@ def count_parts(shapes: Shapes, load: Load) -> Parts:
     return Parts(
         input=2 * shapes.hidden,
         saved=count_saved_bytes(shapes, load),
+        saved_weights=count_saved_weights(shapes, load),
         inner=inner,
         rest=count_layer_bytes(shapes, load, adapted) - inner,
         unpacked=_unpack(shapes, load),
@@ -237,7 +240,7 @@ def count_parts(shapes: Shapes, load: Load) -> Parts:
 def _find_peak(shapes: Shapes, load: Load, gradients: int) -> dict[str, int]:
     """The highest of the moments of a step at which memory can be highest, in bytes."""
     parts, tokens = count_parts(shapes, load), load.tokens
-    one_input = (parts.input if load.checkpointing else parts.saved) * tokens
+    one_input = parts.input * tokens if load.checkpointing else parts.saved * tokens + parts.saved_weights
     inputs, layer = one_input * shapes.layers, parts.block(tokens)
     earlier = gradients if load.accumulates else 0
     embedding = 2 * shapes.vocabulary * shapes.hidden if load.mode == "full" else 0
@@ -261,6 +264,7 @@ def count_layer_bytes(shapes: Shapes, load: Load, adapted: tuple[Linear, ...]) -
         + 4 * shapes.keys
         + 4 * load.r * len(names)
         + _EXPERT_ROWS * shapes.active_experts * shapes.hidden
+        + 8 * shapes.score_heads * load.seq_length
     )
 
 
@@ -270,7 +274,13 @@ def count_saved_bytes(shapes: Shapes, load: Load) -> int:
         inner, hidden, queries = 8, 18, 6
     else:  # Liger's norms and SwiGLU save their inputs alone
         inner, hidden, queries = (6, 8, 4) if load.fused else (8, 12, 4)
-    return inner * shapes.feed_forward + hidden * shapes.hidden + queries * shapes.queries + 4 * shapes.keys
+    mixed = _EXPERT_ROWS * shapes.active_experts * shapes.hidden + 2 * shapes.score_heads * load.seq_length
+    return inner * shapes.feed_forward + hidden * shapes.hidden + queries * shapes.queries + 4 * shapes.keys + mixed
+
+
+def count_saved_weights(shapes: Shapes, load: Load) -> int:
+    """Bytes a layer that keeps its activations holds whatever the tokens: its experts with the change added."""
+    return 2 * shapes.in_experts // shapes.layers if adapts_experts(load) else 0
 
 
 def _unpack(shapes: Shapes, load: Load) -> int:

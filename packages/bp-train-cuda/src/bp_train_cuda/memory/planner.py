@@ -76,7 +76,8 @@ class ActivationPlan:
         """For a micro-batch of ``tokens`` tokens, padding included: the fastest that fits, else what takes least."""
         parts, inputs = self._parts, len(self.blocks) * self._parts.input * tokens
         left = self.spare - self._work(tokens, None) - inputs
-        kept = min(len(self.blocks), max(0, int(left // max(1, (_SAVED * parts.saved - parts.input) * tokens))))
+        kept_bytes = (_SAVED * parts.saved - parts.input) * tokens + parts.saved_weights
+        kept = min(len(self.blocks), max(0, int(left // max(1, kept_bytes))))
         if left >= 0 or kept:
             return Choice(kept, offload=False)
         tiles: tuple[int | None, ...] = (None,) if self._tiling is None else TILES
