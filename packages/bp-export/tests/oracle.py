@@ -126,7 +126,7 @@ def build_page(rows: dict[str, dict[str, list[str]]], build: str) -> str:
         f"quantizer, {build}: a random model was saved by transformers, exported here, and converted there.",
         "",
         "**yes**: all tensors and all of the model's settings are the same, byte for byte and in the same order.",
-        "Other tests compare the vocabulary. Classes that are not listed are exported by llama.cpp's converter.",
+        "Other tests compare the vocabulary. llama.cpp's converter exports other classes that it knows.",
         "",
         f"| class | model | {' | '.join(QUANTIZATIONS)} |",
         f"|---|---|{'---|' * len(QUANTIZATIONS)}",
