@@ -341,6 +341,8 @@ def test_chat_offers_checkpoints_merged_adapters_and_what_ollama_has(page, place
     assert len(steps) > 2
     assert '<option value="merged/both">both (merged)</option>' in text
     assert '<option value="merged/both">both (merged)</option>' in page.get("/export").text
+    blind = page.get("/chat?blind=yes").text  # two different models from the start
+    assert re.findall(r'<option value="([^"]+)" selected', blind) == ["merged/both"]
     monkeypatch.setattr(BackgroundJobs, "run_queue", lambda _: None)
     form = {"token": token_on(page), "source": "merged/both", "format": "lora"}
     assert page.post("/export", data=form).status_code == 303

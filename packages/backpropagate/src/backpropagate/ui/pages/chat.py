@@ -41,6 +41,7 @@ def show_chat(request: Request) -> Response:
         sliders={target.key: _slider(target, targets) for target in listed if target.run},
         chosen=chosen,
         chosen_run=chosen.partition("@")[0],
+        second=next((t.key for t in listed[1:] if t.key != chosen), ""),
         other=request.query_params.get("other", ""),
         is_blind="blind" in request.query_params,
         preferences=request.app.state.site.places.own / PREFERENCES_FILE,
