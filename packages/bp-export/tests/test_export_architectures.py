@@ -190,11 +190,13 @@ def test_its_quantized_tensors_are_llama_quantizes(case, quantization, llama_qua
         ("Gemma2", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar"),
         ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ("Phi3", {"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
+        ("Olmo2", {"tie_word_embeddings": True}, "tie_word_embeddings"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path, name, changes, word):
     options = {"head_dim": 32, "query_pre_attn_scalar": 32} if "Gemma" in name else {}
-    base = write_pico(tmp_path / "base", name, options)
+    tied = {key: changes[key] for key in changes if key == "tie_word_embeddings"}  # else the model has its own head
+    base = write_pico(tmp_path / "base", name, {**options, **tied})
     config = json.loads((base / "config.json").read_text())
     write_json(base / "config.json", {**config, **changes})
     with pytest.raises(ArchitectureUnsupportedError, match=word):

@@ -14,9 +14,14 @@ _INTERVAL = 4
 
 
 class Olmo2Architecture(Architecture):
-    """As the checkpoint has it."""
+    """As the checkpoint has it. llama.cpp loads no file of this arch without a head of its own."""
 
     gguf_arch = MODEL_ARCH.OLMO2
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        if config.get("tie_word_embeddings"):
+            raise self._refuse("tie_word_embeddings")
 
 
 class Olmo3Architecture(Olmo2Architecture):
