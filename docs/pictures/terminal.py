@@ -61,7 +61,7 @@ RECORDINGS = {
     ),
     "chat": Recording(
         "backprop chat ./SmolLM2.gguf --temperature 0 --max-tokens 32",
-        typed="What is the capital of France?\n/help\n/bye\n",
+        typed="What is gravity?\n/help\n/bye\n",
     ),
     "quickstart": Recording("backprop quickstart"),
 }

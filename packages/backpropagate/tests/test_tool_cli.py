@@ -316,7 +316,7 @@ def test_ollama_s_own_variable_names_the_server(given, address):
 def test_what_is_no_address_of_ollama_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("OLLAMA_HOST", "ftp://box")
     assert run(["ollama", "list"]) == 1
-    assert "OLLAMA_HOST cannot be" in capsys.readouterr().err
+    assert "invalid value for OLLAMA_HOST" in capsys.readouterr().err
 
 
 def test_an_export_survives_a_record_that_cannot_be_written(place, fake, capsys):

@@ -109,5 +109,5 @@ def test_a_picture_is_whole_shown_and_says_what_made_it(picture):
 
 def test_the_pictures_are_there():
     drawn = {"loss", "mask", "path", "score-card"}
-    recorded = {"terminal-data-doctor", "terminal-doctor", "terminal-live-run"}
+    recorded = {f"terminal-{name}" for name in ("chat", "data-doctor", "doctor", "live-run")}
     assert {file.stem for file in (DOCS / "pictures").glob("*.svg")} >= drawn | recorded

@@ -60,7 +60,7 @@ def test_an_old_flag_works_or_names_its_successor(command, capsys):
         assert old is not None, f"{command} {flag}"
         run([*command.split(), flag, "x"])
         error = capsys.readouterr().err
-        assert error.startswith(f"[INPUT_OLD_NAME]: backprop {command} has no {flag} any more")
+        assert error.startswith(f"[INPUT_OLD_NAME]: backprop {command} {flag} was removed")
         assert old.now in error
 
 

@@ -383,7 +383,7 @@ def test_a_wrong_value_is_reported_under_the_name_that_was_written(environ, toml
     file.write_text(toml)
     with pytest.raises(InvalidSettingError) as caught:
         resolve({}, environ, file)
-    assert caught.value.message == f"{named} cannot be 'x'"
+    assert caught.value.message == f"invalid value for {named}: 'x'"
 
 
 def test_settings_of_multi_runs_are_held_to_their_ranges_too():

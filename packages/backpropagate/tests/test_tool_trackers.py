@@ -240,7 +240,7 @@ def test_several_trackers_by_every_way_of_setting_them(given, tmp_path):
     file = tmp_path / "backpropagate.toml"
     file.write_text(f"[training]\nreport_to = {list(given) if not isinstance(given, str) else given!r}\n")
     assert resolve({}, {}, file).settings.training.report_to == both
-    with pytest.raises(InvalidSettingError, match="report_to cannot be 'wandbb'; did you mean 'wandb'"):
+    with pytest.raises(InvalidSettingError, match="invalid value for report_to: 'wandbb'; did you mean 'wandb'"):
         Trainer("m", report_to=["tensorboard", "wandbb"])
 
 

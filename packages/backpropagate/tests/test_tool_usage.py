@@ -36,7 +36,7 @@ def error_of(capsys, argv):
         (["delete", "9f2"], "did you mean 'runs rm'?"),
         (["train", "--rank", "8"], "did you mean '--lora-r'?"),
         (["train", "--num-train-epochs", "3"], "did you mean '--epochs'?"),
-        (["train", "--mode", "fulll"], "--mode cannot be 'fulll'; did you mean 'full'?"),
+        (["train", "--mode", "fulll"], "invalid value for --mode: 'fulll'; did you mean 'full'?"),
         (["train", "--lora-r", "abc"], "it must be a whole number"),
         (["train", "--epochs"], "--epochs needs a value"),
         (["train", "a.jsonl", "b.jsonl"], "backprop train does not take 'b.jsonl'"),
@@ -45,7 +45,7 @@ def error_of(capsys, argv):
         (["runs", "protect", "x"], "backprop runs protect needs --step"),
         (["config", "explain", "rank"], "did you mean 'lora_r'?"),
         (["errors", "RUNTIME_OOM"], "did you mean 'RUNTIME_GPU_OOM'?"),
-        (["list-runs", "--log-level", "nonsense"], "--log-level cannot be 'nonsense'"),
+        (["list-runs", "--log-level", "nonsense"], "invalid value for --log-level: 'nonsense'"),
     ],
 )
 def test_a_mistake_is_answered_in_the_words_that_were_typed(place, capsys, argv, said):
@@ -120,7 +120,7 @@ def test_a_wrong_word_in_a_variable_of_the_logs_is_rejected(monkeypatch):
     from backpropagate.cli.error_output import set_up_logs
     from bp_runs.errors import InvalidSettingError
 
-    with pytest.raises(InvalidSettingError, match="BACKPROPAGATE_LOG_LEVEL cannot be 'nonsense'"):
+    with pytest.raises(InvalidSettingError, match="invalid value for BACKPROPAGATE_LOG_LEVEL: 'nonsense'"):
         set_up_logs({"BACKPROPAGATE_LOG_LEVEL": "nonsense"})
     with pytest.raises(InvalidSettingError, match="BACKPROPAGATE_LOG_FORMAT"):
         set_up_logs({"BACKPROPAGATE_LOG_FORMAT": "xml"})

@@ -1,4 +1,4 @@
-"""A run that was cut off goes on as if it had not been: the same bytes, the same curve."""
+"""An interrupted run resumes exactly where it stopped: the same bytes, the same curve."""
 
 import json
 from dataclasses import replace

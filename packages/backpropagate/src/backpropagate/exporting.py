@@ -231,7 +231,7 @@ def read_ollama_host(environ: Mapping[str, str]) -> str | None:
         return bp_export.ollama.find_server(host)
     except InvalidSettingError as error:
         raise InvalidSettingError(
-            f"OLLAMA_HOST cannot be {host!r}", cause=error.cause, fix="Say: OLLAMA_HOST=127.0.0.1:11434"
+            f"invalid value for OLLAMA_HOST: {host!r}", cause=error.cause, fix="Set OLLAMA_HOST=127.0.0.1:11434"
         ) from error
 
 

@@ -392,7 +392,7 @@ def _from_env(environ: Mapping[str, str]) -> _Layer:
             if name == setting.env or setting.env not in environ:  # a variable's own name wins over its others
                 named.append((name, setting.key, value))
         elif old := legacy_names.find_variable(own):
-            raise OldNameError(f"the environment variable {name} is no setting any more", cause=old.why, fix=old.now)
+            raise OldNameError(f"the environment variable {name} was removed", cause=old.why, fix=old.now)
         else:
             raise UnknownSettingError(f"the environment variable {name} is no setting{nearest(name, by_env)}")
     return _join_names(named)
@@ -449,7 +449,7 @@ def _as_type(setting: Setting, raw: Any, source: Source, where: str) -> Any:
         return msgspec.convert(raw, setting.type, strict=source == "toml")
     except msgspec.ValidationError as error:
         raise InvalidSettingError(
-            f"{where} cannot be {raw!r}", cause=f"it must be {kind_of(setting)}", setting=setting.key
+            f"invalid value for {where}: {raw!r}", cause=f"it must be {kind_of(setting)}", setting=setting.key
         ) from error
 
 

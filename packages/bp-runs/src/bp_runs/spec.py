@@ -119,7 +119,7 @@ def check_value(key: str, value: Any, kind: Any, allowed: Range | None, name: st
 
         near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
         raise InvalidSettingError(
-            f"{named} cannot be {value!r}{f'; did you mean {near[0]!r}?' if near else ''}",
+            f"invalid value for {named}: {value!r}{f'; did you mean {near[0]!r}?' if near else ''}",
             cause=f"it must be one of: {', '.join(map(str, choices))}",
             setting=key,
         )

@@ -58,7 +58,9 @@ def _one_of(environ: Mapping[str, str], name: str, default: str, words: tuple[_W
     found = next((word for word in words if word.lower() == value.lower()), None)
     if found is None:
         raise InvalidSettingError(
-            f"{name} cannot be {value!r}", cause=f"it must be one of: {', '.join(words)}", fix=f"Set {name}={default}"
+            f"invalid value for {name}: {value!r}",
+            cause=f"it must be one of: {', '.join(words)}",
+            fix=f"Set {name}={default}",
         )
     return found
 

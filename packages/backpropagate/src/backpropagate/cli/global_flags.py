@@ -74,7 +74,7 @@ def _read(switch: Switch, value: str | None) -> str:
     if not value or value.startswith("--"):
         raise CommandLineError(f"{switch.flag} needs a value", fix=f"Give it a value: {switch.help}")
     if switch.choices and value.upper() not in {choice.upper() for choice in switch.choices}:
-        raise CommandLineError(f"{switch.flag} cannot be {value!r}", fix=f"Give it a value: {switch.help}")
+        raise CommandLineError(f"invalid value for {switch.flag}: {value!r}", fix=f"Give it a value: {switch.help}")
     return value
 
 

@@ -84,5 +84,5 @@ def _read_weights(text: str) -> list[float]:
         return [float(word) for word in text.split(",")]
     except ValueError as error:
         raise CommandLineError(
-            f"--weights cannot be {text!r}", fix="Give a number for each adapter: --weights 0.7,0.3"
+            f"invalid value for --weights: {text!r}", fix="Give a number for each adapter: --weights 0.7,0.3"
         ) from error

@@ -113,7 +113,7 @@ def rm(*jobs: int, ended: Annotated[bool, Parameter(negative="")] = False, json:
     jobs: int
         Their numbers, as `backprop queue list` shows them.
     ended: bool
-        All that are not waiting or running.
+        Remove all finished jobs.
     """
     queue = Queue.of_home(os.environ)
     if not jobs and not ended:

@@ -56,7 +56,7 @@ def replay(
     run: str
         The run's id, or a part of it that only one run has.
     override: list[str]
-        A setting that is to be another, as key=value: lr=1e-4, lora.r=8. Can be given several times.
+        Override a setting: lr=1e-4, lora.r=8. Can be given several times.
     """
     pairs = [_split(text) for text in override or []]
     trainer = open_trainer(output=output_folder(output))

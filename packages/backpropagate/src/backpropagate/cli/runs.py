@@ -150,7 +150,7 @@ def protect(run: str, *, step: int, output: Output = None, json: Json = False) -
 
 
 def import_(file: Path | None = None, *, output: Output = None, json: Json = False) -> int:
-    """Take over the runs of backpropagate 1.x; importing twice adds nothing.
+    """Import runs from backpropagate 1.x; safe to repeat.
 
     Parameters
     ----------

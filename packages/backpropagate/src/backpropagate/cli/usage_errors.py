@@ -51,7 +51,7 @@ def explain(error: CycloptsError, commands: Sequence[str]) -> CodedError:
 def _unknown_flag(error: UnknownOptionError, chain: Sequence[str], fix: str) -> CodedError:
     flag = (error.token.keyword or error.token.value).partition("=")[0]
     if chain and (old := legacy_names.find_flag(" ".join(chain), flag)):
-        return OldNameError(f"backprop {' '.join(chain)} has no {flag} any more", cause=old.why, fix=old.now)
+        return OldNameError(f"backprop {' '.join(chain)} {flag} was removed", cause=old.why, fix=old.now)
     known = {name for argument in error.argument_collection if argument.parse for name in argument.names}
     known |= {switch.flag for switch in SWITCHES}
     return CommandLineError(f"unknown flag {flag}{nearest(flag, known)}", fix=fix)
@@ -89,9 +89,9 @@ def _expected(parts: Iterable[Any], choices: Sequence[str]) -> str | None:
 def _unknown_command(chain: Sequence[str], word: str, commands: Iterable[str]) -> CodedError:
     typed = " ".join((*chain, word))
     if old := legacy_names.find_command(typed):
-        return OldNameError(f"backprop {typed} is no command any more", cause=old.why, fix=old.now)
+        return OldNameError(f"backprop {typed} was removed", cause=old.why, fix=old.now)
     if chain and (old := legacy_names.find_flag(" ".join(chain), word)):
-        return OldNameError(f"backprop {' '.join(chain)} has no {word} any more", cause=old.why, fix=old.now)
+        return OldNameError(f"backprop {' '.join(chain)} {word} was removed", cause=old.why, fix=old.now)
     depth = len(chain)
     known = {name.split()[depth] for name in commands if name.split()[:depth] == list(chain) and name != typed}
     if not chain:
