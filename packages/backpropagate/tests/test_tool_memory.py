@@ -89,7 +89,7 @@ class Card(FakeRail):
 
 
 @pytest.mark.parametrize(
-    ("gib", "preset"), [(24, "balanced"), (16, "quality"), (12, "balanced"), (8, "fast"), (4, "fast")]
+    ("gib", "preset"), [(24, "balanced"), (16, "quality"), (12, "quality"), (8, "fast"), (4, "fast")]
 )
 def test_auto_takes_the_richest_that_fits(tmp_path, gib, preset):
     (tmp_path / "config.json").write_text(json.dumps(dict(MODEL_PRESETS["qwen2.5-7b"].config)))

@@ -171,15 +171,15 @@ def require_parameters(spec: LoraSpec, targets: Targets) -> None:
     if not targets.parameters:
         return
     fixes = {
-        "lora.dropout": (spec.dropout, "dropout=0"),
-        "lora.use_dora": (spec.use_dora, "use_dora=false"),
-        "lora.init_lora_weights": (spec.init_lora_weights != "default", "init_lora_weights=default"),
+        "lora.dropout": (spec.dropout, "{set:lora.dropout=0}"),
+        "lora.use_dora": (spec.use_dora, "{set:lora.use_dora=false}"),
+        "lora.init_lora_weights": (spec.init_lora_weights != "default", "{set:lora.init_lora_weights=default}"),
     }
     for key, (is_set, fix) in fixes.items():
         if is_set:
             raise InvalidSettingError(
                 f"{key} can't be combined with LoRA on {', '.join(targets.parameters)}",
-                fix=f"Leave it out: {{set:lora.{fix}}}",
+                fix=f"Leave it out: {fix}",
                 setting=key,
             )
 
