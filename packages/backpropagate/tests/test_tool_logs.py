@@ -110,7 +110,9 @@ def test_a_traceback_s_lines_and_those_of_other_threads_belong_to_the_run(train,
     )
     text = capsys.readouterr().err
     lines = [CONSOLE.fullmatch(line) for line in text.splitlines()]
-    assert {line[3] for line in lines} == {newest(tmp_path / "o")}
+    before = [line for line in lines if line[3] == "-"]
+    assert all("certif" in line[0] for line in before), "what is known of the model's class, before there is a run"
+    assert {line[3] for line in lines if line not in before} == {newest(tmp_path / "o")}
     for said in ("from aside", "Traceback (most recent call last)", "RuntimeError: a show that breaks"):
         assert said in text
     assert {line["run_id"] for line in read_json((tmp_path / "l.jsonl").read_text())} == {newest(tmp_path / "o")}

