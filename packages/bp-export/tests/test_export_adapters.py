@@ -10,7 +10,8 @@ from export_pico import export_adapter, read_place, skip_without_llama_cpp, writ
 from bp_export import plan_export
 from bp_export.chat.server import LlamaServer
 from bp_export.cli.app import main
-from bp_export.errors import AdapterFormatError, OutputTakenError
+from bp_export.errors import AdapterFormatError, OutputTakenError, ParityFailedError
+from bp_export.formats import mlx
 from bp_export.gguf import read_settings
 from bp_export.verify import is_verifiable
 from bp_merge import AdapterMismatchError, TensorReader, load_adapter, read_index, write_tensors
@@ -73,6 +74,8 @@ def test_an_ollama_adapter_on_another_base_is_refused(tmp_path, lora):
 def test_mlxs_adapter_multiplies_to_the_same_change(tmp_path, lora):
     set_config(lora, alpha_pattern={"q_proj": 3})
     outcome = export_adapter(lora, format="mlx")
+    assert [(c.name, c.result) for c in outcome.parity.checks] == [("adapter", "passed"), ("witness", "not tested")]
+    assert (outcome.parity.result, outcome.parity.checks[0].note[:10]) == ("passed", "14 modules")
     config = json.loads((outcome.path / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "lora"
     assert config["num_layers"] == 2
@@ -86,6 +89,33 @@ def test_mlxs_adapter_multiplies_to_the_same_change(tmp_path, lora):
             a, b = reader.read(f"{name}.lora_a"), reader.read(f"{name}.lora_b")
             assert a.shape == (pair.shape[1], parameters["rank"])
             assert np.allclose((a @ b).T * parameters["scale"], pair.delta(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("fault", ["transposed", "scale", "missing", "swapped", "nan"])
+def test_an_mlx_folder_that_changes_the_base_differently_fails(tmp_path, lora, monkeypatch, fault):
+    name, end = "model.layers.1.self_attn.q_proj", "lora_b"
+    keep = mlx.write_tensors
+
+    def spoil(path, tensors):
+        key = f"{name}.{end}"
+        if fault == "transposed":
+            tensors[key] = np.ascontiguousarray(tensors[key][:, ::-1])
+        elif fault == "scale":
+            tensors[key] = tensors[key] * np.float32(1.001)
+        elif fault == "missing":
+            del tensors[key]
+        elif fault == "nan":
+            tensors[key] = tensors[key] * np.float32("nan")
+        else:
+            other = key.replace("layers.1", "layers.0")
+            tensors[key], tensors[other] = tensors[other], tensors[key]
+        keep(path, tensors)
+
+    monkeypatch.setattr(mlx, "write_tensors", spoil)
+    with pytest.raises(ParityFailedError, match="not the trained adapter") as caught:
+        export_adapter(lora, format="mlx")
+    assert name.split(".", 3)[3] in caught.value.cause
+    assert caught.value.details["result"] == "failed"
 
 
 def test_ranks_that_differ_are_filled_up_for_mlx(tmp_path):

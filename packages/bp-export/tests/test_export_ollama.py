@@ -11,6 +11,7 @@ import pytest
 from export_pico import export_adapter, skip_without_llama_cpp, write_base, write_lora
 from fake_ollama import serve
 
+from bp_data.templates.render_hashes import CONVERSATIONS
 from bp_export.chat import LlamaChat
 from bp_export.cli.app import main
 from bp_export.errors import (
@@ -90,6 +91,18 @@ def test_a_model_is_uploaded_created_looked_at_and_asked(ollama, model):
     assert made.answer == ask_model(
         "me/pico:latest", [{"role": "user", "content": FIRST_QUESTION}], ollama.url, max_tokens=16
     )
+
+
+def test_a_template_that_ollama_renders_differently_is_no_success(ollama, model, capsys, monkeypatch):
+    monkeypatch.setattr("bp_export.ollama.compare._CHATS", CONVERSATIONS[1:2])
+    render = type(ollama).render
+    monkeypatch.setattr(type(ollama), "render", lambda self, made, messages: " " + render(self, made, messages))
+    assert main(["ollama", "--host", ollama.url, "register", str(model), "odd"]) == 3
+    said = capsys.readouterr().err
+    assert "renders chats differently" in said
+    assert "conversation 1" in said
+    assert "Update Ollama" in said
+    assert "odd:latest" in ollama.models
 
 
 def test_what_llama_cpp_says_to_the_file_ollama_says(ollama, old_ollama, model):

@@ -13,11 +13,11 @@ from export_pico import export_adapter, skip_without_llama_cpp, write_base, writ
 from fake_ollama import serve
 
 from bp_data import load_tokenizer
-from bp_export import MergedExport
 from bp_export.errors import ParityFailedError
 from bp_export.ollama import list_models, register_model, remove_model
 from bp_export.source import read_config_file, read_source
-from bp_export.verify.evidence import compute_prompt
+from bp_export.verify.checks import check_witness
+from bp_export.verify.evidence import compute_evidence, compute_prompt, select_evidence
 from bp_export.verify.forward import Forward
 from bp_export.verify.rounding import UnroundedModel
 from bp_merge import Nf4Reader, TensorReader, read_model_index, write_tensors
@@ -198,19 +198,19 @@ def test_what_rounding_loses_is_told_apart_from_a_wrong_merge(trained, tmp_path,
         return
     monkeypatch.setattr("bp_export.verify.checks._ROUNDING", 1e-6)
 
-    def check(adapter, name):
-        request = MergedExport(adapter=adapter, output=tmp_path / name)
-        try:
-            return read_checks(request.write().parity.to_dict())["witness"]
-        except ParityFailedError as error:
-            return read_checks(error.details)["witness"]
+    def check(adapter):
+        """What `verify_folder` compares, without a folder: the merged rows are computed as they are written."""
+        source = read_source(adapter, None, None, dequantize=False)
+        with source.open() as model:
+            evidence = compute_evidence(select_evidence(model, read_config_file(source.base), adapter, ()))
+            return check_witness(evidence, model)
 
-    right = check(lora, "right")
-    assert (right["result"], "before rounding to the base's dtype" in right["note"]) == ("passed", True)
-    assert 1e-6 < right["value"] < right["bound"] / 100, "rounding costs little of a large change"
+    right = check(lora)
+    assert (right.result, "before rounding to the base's dtype" in right.note) == ("passed", True)
+    assert 1e-6 < right.value < right.bound / 100, "rounding costs little of a large change"
     for factor in (0.9, 1.1):
-        wrong = check(scale_adapter(lora, tmp_path / f"lora-{factor}", factor), f"wrong-{factor}")
-        assert (wrong["result"], wrong["bound"]) == ("failed", 1e-6)
+        wrong = check(scale_adapter(lora, tmp_path / f"lora-{factor}", factor))
+        assert (wrong.result, wrong.bound) == ("failed", 1e-6)
     tiny = scale_adapter(lora, tmp_path / "tiny", 1e-3)
     source = read_source(tiny, None, None, dequantize=False)
     with source.open() as model:
@@ -220,8 +220,8 @@ def test_what_rounding_loses_is_told_apart_from_a_wrong_merge(trained, tmp_path,
         found = tuple(compute_prompt(before, prompt, base) for prompt in witness.prompts)
     write_witness(tiny, replace(witness, prompts=found), weights=tiny / "adapter_model.safetensors")
     monkeypatch.setattr("bp_export.verify.checks._ROUNDING", 1e-9)
-    lost = check(tiny, "lost")
-    assert (lost["result"], "before rounding to the base's dtype" in lost["note"]) == ("failed", True)
+    lost = check(tiny)
+    assert (lost.result, "before rounding to the base's dtype" in lost.note) == ("failed", True)
 
 
 def test_a_witness_that_is_damaged_is_reported_and_not_believed(tmp_path):

@@ -20,6 +20,7 @@ from bp_export.formats.request import (
     summarize_plan,
 )
 from bp_export.source import TOKENIZER_FILE, name_after
+from bp_export.verify.report import ParityReport
 from bp_export.verify.template import check_folder, read_trained_hashes
 from bp_merge import read_index
 from bp_runs.adapter import TEMPLATE_FOLDER, AdapterFolder, read_adapter_folder
@@ -48,8 +49,18 @@ class LoraExport(ExportRequest):
         require_free_folder(target, force=self.force, sources=[self.adapter])
         rendering = check_folder(self.adapter, find_hashes(self.adapter))
         tensors, size, sha256 = self.write_folder(folder, target)
+        parity = self.verify_written(folder, target)
         seconds = time.monotonic() - begun
-        return ExportOutcome(target, self.format, None, size, tensors, seconds, sha256, rendering)
+        return ExportOutcome(target, self.format, None, size, tensors, seconds, sha256, rendering, parity)
+
+    def verify_written(self, folder: AdapterFolder, target: Path) -> ParityReport | None:
+        """Compare the written folder with the adapter; None for a copy, whose bytes are the adapter's.
+
+        Raises:
+            ParityFailedError: They differ.
+        """
+        del folder, target
+        return None
 
     def find_target(self, folder: AdapterFolder) -> Path:
         """Where it is written."""

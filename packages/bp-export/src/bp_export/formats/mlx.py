@@ -14,6 +14,8 @@ from bp_export.formats.gguf_adapter import require_plain
 from bp_export.formats.lora import LoraExport
 from bp_export.formats.output import write_mark
 from bp_export.formats.request import Format
+from bp_export.verify.adapter import verify_mlx_adapter
+from bp_export.verify.report import ParityReport
 from bp_merge import Floats, LoraAdapter, LoraPair, load_adapter, write_tensors
 from bp_runs.adapter import AdapterFolder
 from bp_runs.files import publish_folder, publish_json, sha256_file
@@ -33,6 +35,10 @@ class MlxExport(LoraExport):
         adapter = load_adapter(folder.path)
         require_plain(adapter, self.format)
         return write_mlx_adapter(adapter, target)
+
+    def verify_written(self, folder: AdapterFolder, target: Path) -> ParityReport:
+        """As `bp_export.verify.adapter.verify_mlx_adapter`."""
+        return verify_mlx_adapter(target, load_adapter(folder.path))
 
 
 def write_mlx_adapter(adapter: LoraAdapter, output: Path) -> tuple[int, int, str]:

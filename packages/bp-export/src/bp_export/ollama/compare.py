@@ -36,6 +36,8 @@ _LISTED = 20
 _ONE = {"temperature": 0, "num_predict": 1, "repeat_penalty": 1.0, "stop": []}
 _USUAL = 0.02  # nats that 16-bit arithmetic explains
 _SAME = 0.001  # nats between two readings of one prompt
+_OTHER_TEMPLATE = "Update Ollama: 0.30 and later render chats with the file's own template. Then register it again."
+_OTHER_WEIGHTS = "Export the adapter again, and register that file: {do:export ADAPTER ollama=true force=true}"
 _NO_LIST = "this Ollama lists no probabilities (0.12.11 and later do)"
 
 
@@ -96,7 +98,7 @@ def compare_model(
         allowed: Nats that the merged weights may be away from the witness, as the export found; None for the usual.
 
     Raises:
-        ParityFailedError: It does not say what was trained; the model stays registered.
+        ParityFailedError: It does not say what was trained, or renders chats differently; it stays registered.
         OllamaRegistrationError: The server fails.
     """
     begun = time.monotonic()
@@ -106,14 +108,22 @@ def compare_model(
     witness = _check_witness(model, trained, most)
     checks = (witness, _check_template(model, read_gguf_template(settings), system))
     report = ParityReport(checks, None if witness.result == "not tested" else "witness", None, time.monotonic() - begun)
-    if witness.result == "failed":
-        raise ParityFailedError(
-            f"{name} was registered, and in Ollama {read_version(server)} it is not the trained model",
-            cause=witness.note,
-            fix="Export the adapter again, and register that file: {do:export ADAPTER ollama=true force=true}",
-            details={"path": str(path), **report.to_dict()},
-        )
+    _require_passed(report, name, server, path)
     return report
+
+
+def _require_passed(report: ParityReport, name: str, server: str, path: Path) -> None:
+    failed = [check for check in report.checks if check.result == "failed"]
+    if not failed:
+        return
+    is_trained = all(check.name == "template" for check in failed)
+    what = "it renders chats differently than training did" if is_trained else "it is not the trained model"
+    raise ParityFailedError(
+        f"{name} was registered, and in Ollama {read_version(server)} {what}",
+        cause="; ".join(check.note for check in failed),
+        fix=_OTHER_TEMPLATE if is_trained else _OTHER_WEIGHTS,
+        details={"path": str(path), **report.to_dict()},
+    )
 
 
 def _read_bound(settings: Mapping[str, Any]) -> float:

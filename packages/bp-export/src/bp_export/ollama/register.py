@@ -138,7 +138,8 @@ def register_gguf(
             the model (which stays registered then).
         TemplateChangedError: Its chat template renders chats differently than training did.
         ChatFailedError: The file is no GGUF.
-        ParityFailedError: In Ollama it does not say what was trained; it stays registered.
+        ParityFailedError: In Ollama it does not say what was trained, or renders chats differently; the model
+            stays registered.
     """
     path = Path(path)
     version, server = _require_place(name, host, force=force), find_server(host)

@@ -2,7 +2,7 @@
 
 Both are tables of the same kind: texts, places in them, and the likeliest next tokens after each place. The witness
 says what was trained; the forward pass says what the merged weights compute. A large model is compared on fewer tokens,
-and without a pass over its base, so that the gate stays a third of the export (docs/log has the figures).
+and without a pass over its base, so that the gate stays a fraction of the export (docs/log has the figures).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, TypeAlias, get_args
 from bp_export.quant.types import QUANTIZATIONS, Bound
 
 CheckName: TypeAlias = Literal[
-    "training", "tokenizer", "template", "witness", "greedy", "divergence", "window", "stop", "effect"
+    "training", "tokenizer", "template", "witness", "adapter", "greedy", "divergence", "window", "stop", "effect"
 ]
 Result: TypeAlias = Literal["passed", "failed", "not tested"]
 
@@ -27,8 +27,8 @@ class ParityCheck:
     name: CheckName
     result: Result
     value: float | None
-    """Share (tokenizer, template, greedy, stop), nats (witness, divergence, window), or share of the adapter's effect
-    that is kept (effect)."""
+    """Share (tokenizer, template, greedy, stop), nats (witness, divergence, window), share of the adapter's effect
+    that is kept (effect), or largest relative error of a module's change (adapter)."""
     bound: float | None
     """Least share that passes; most nats."""
     note: str
@@ -40,7 +40,7 @@ class ParityReport:
     """The whole table."""
 
     checks: tuple[ParityCheck, ...]
-    reference: Literal["independent forward pass", "transformers", "witness"] | None
+    reference: Literal["independent forward pass", "transformers", "witness", "adapter"] | None
     """What the file was compared with; None if there was nothing."""
     llama_cpp: str | None
     """Version of xllamacpp; None if no file was loaded in llama.cpp."""
@@ -52,7 +52,7 @@ class ParityReport:
         found = {check.name: check.result for check in self.checks}
         if "failed" in found.values():
             return "failed"
-        compared = found.get(_ESSENTIAL) or found.get("witness")
+        compared = found.get(_ESSENTIAL) or found.get("adapter") or found.get("witness")
         return "passed" if compared == "passed" else "not tested"
 
     @property
