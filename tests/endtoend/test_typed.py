@@ -89,6 +89,7 @@ NOT_RUN = {
     "backprop --version": "test_tool_installation.py",
     "ollama run": "Ollama's own program",
     "backprop ui": ELSEWHERE["ui"],
+    "backprop models --certify": "half a minute; test_tool_certificate.py certifies a pico model",
     "backprop multi-run --resume RUN_ID": "test_multi_run.py kills one and goes on with it",
 }
 # Pages whose lines are alternatives: each is typed in a fresh copy.

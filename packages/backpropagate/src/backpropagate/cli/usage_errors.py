@@ -71,12 +71,12 @@ def _missing(error: MissingArgumentError, command: str) -> str:
 def _wrong_value(error: CoercionError, fix: str) -> CommandLineError:
     argument, token = error.argument, error.token
     name = (token.keyword if token is not None else None) or (argument.names[0] if argument is not None else "a value")
-    value = "" if token is None else f" {token.value!r}"
+    value = "" if token is None else f": {token.value!r}"
     kind = None if argument is None else argument.field_info.annotation
     parts = (kind, *get_args(kind), *(inner for part in get_args(kind) for inner in get_args(part)))
     choices = list(dict.fromkeys(str(choice) for part in parts for choice in choices_of(part)))
     near = nearest(token.value, choices) if token is not None else ""
-    return CommandLineError(f"{name} cannot be{value}{near}", cause=_expected(parts, choices), fix=fix)
+    return CommandLineError(f"invalid value for {name}{value}{near}", cause=_expected(parts, choices), fix=fix)
 
 
 def _expected(parts: Iterable[Any], choices: Sequence[str]) -> str | None:
