@@ -9,7 +9,8 @@ from export_pico import export_adapter, skip_without_llama_cpp, write_json
 from golden_models import write_model
 
 from bp_export.errors import AdapterFormatError, ArchitectureUnsupportedError, ModelInvalidError
-from bp_merge import FoldedModel, open_model, read_index, read_model_index, write_tensors
+from bp_export.formats.gguf_adapter import require_plain
+from bp_merge import FoldedModel, LoraAdapter, LoraPair, open_model, read_index, read_model_index, write_tensors
 from bp_merge.tensors import TensorReader
 
 NAME = "model.layers.{}.mlp.experts"
@@ -129,6 +130,14 @@ def test_two_tensors_of_one_name_are_refused(folder, tmp_path):
 def test_adapter_formats_refuse_experts(folder, tmp_path, format):
     with pytest.raises(AdapterFormatError, match="single experts"):
         export_adapter(folder / "lora", format=format, output=tmp_path / "x")
+
+
+def test_experts_in_unsloths_form_are_rejected_too():
+    """Named ``experts.gate_up_projs.3``, all of them would go to one tensor of the file."""
+    pair = LoraPair(np.ones((2, 8), np.float32), np.ones((16, 2), np.float32), 1.0)
+    named = {f"model.layers.0.mlp.experts.gate_up_projs.{i}": pair for i in range(3)}
+    with pytest.raises(AdapterFormatError, match="gate_up_projs"):
+        require_plain(LoraAdapter(None, named), "gguf-adapter")
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import pytest
 
 from bp_merge import AdapterMismatchError, FoldedModel, TensorsInvalidError, load_adapter, open_model
 from bp_merge.experts import parse_expert
+from bp_runs.errors import AdapterInvalidError
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -137,3 +138,40 @@ def test_a_damaged_packed_expert_is_an_error(tmp_path):
     save_file({name: value for name, value in tensors.items() if not name.endswith("down_proj_scales")}, file)
     with pytest.raises(TensorsInvalidError, match="not all there"):
         open_model(tmp_path / "base")
+
+
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys", "ignore:The following alpha_pattern keys")
+@pytest.mark.parametrize("pattern", ["router.weight", "mlp.router.weight", "router"])
+def test_patterns_count_for_a_router_as_peft_counts_them(tmp_path, pattern):
+    """PEFT looks a parameter's pattern up by its whole name, with the ``weight``."""
+    model = write_base(tmp_path / "base")
+    merged = write_adapter(
+        tmp_path / "lora",
+        model,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.router.weight"],
+        alpha_pattern={pattern: 40},
+        rank_pattern={pattern: 2},
+    )
+    found = read_all(tmp_path / "base", tmp_path / "lora")
+    for layer in range(2):
+        name = f"model.layers.{layer}.mlp.router.weight"
+        assert np.abs(found[name] - merged[name]).max() < 1e-6
+
+
+def test_lost_weights_of_a_parameter_are_reported_by_any_name_of_it(tmp_path):
+    model = write_base(tmp_path / "base")
+    targets = [f"{MODULE}.gate_up_proj", f"{MODULE}.down_proj"]
+    write_adapter(tmp_path / "lora", model, target_modules=["q_proj"], target_parameters=targets)
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    kept = {name: value for name, value in load_file(file).items() if "base_layer" not in name}
+    assert len(kept) < len(load_file(file))
+    save_file(kept, file)
+    with pytest.raises(AdapterInvalidError, match="as trained"):
+        read_all(tmp_path / "base", tmp_path / "lora")
+
+
+def test_weights_as_4_bits_left_them_are_not_read_of_gpt_oss(tmp_path):
+    write_base(tmp_path / "base")
+    with pytest.raises(TensorsInvalidError, match="gpt-oss"):
+        open_model(tmp_path / "base", dequantize=True)

@@ -14,6 +14,7 @@ from bp_merge.errors import (
     SlaoStreamError,
     TensorsInvalidError,
 )
+from bp_merge.expert_pairs import list_joined_modules
 from bp_merge.experts import parse_expert, split_experts
 from bp_merge.fold import FoldedModel, fold_rows
 from bp_merge.gpt_oss import join_expert
@@ -84,6 +85,7 @@ __all__ = [
     "find_method",
     "fold_rows",
     "join_expert",
+    "list_joined_modules",
     "load_adapter",
     "merge_adapters",
     "open_model",

@@ -219,8 +219,11 @@ def compute_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
     """Rank and factor of a module by PEFT's rules.
 
     A pattern is a regular expression that must match the module's whole name or its end after a dot; the first match
-    counts (PEFT, ``get_pattern_key``).
+    counts (PEFT, ``get_pattern_key``). Of a weight that is a target parameter, such as a router's, the name ends in
+    ``.weight`` there.
     """
+    if any(f".{module}.weight".endswith(f".{target}") for target in config.get("target_parameters") or ()):
+        module = f"{module}.weight"
     r = int(_find_in_pattern(config.get("rank_pattern"), module, config["r"]))
     alpha = float(_find_in_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", r)))
     return r, alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r

@@ -217,7 +217,7 @@ def _find_orientation(fits: Iterable[_Fit], config: Mapping[str, Any]) -> bool:
 
 def _require_all(config: Mapping[str, Any], mixtures: Mapping[str, Mixture], slots: Mapping[str, ExpertSlot]) -> None:
     """PEFT puts LoRA on every parameter whose name ends as one of ``target_parameters``; so one without is a loss."""
-    targets = [str(name) for name in config.get("target_parameters") or ()]
+    targets = [strip_wrappers(str(name)) for name in config.get("target_parameters") or ()]
     for module, mixture in mixtures.items():
         for parameter, projections in PARAMETERS.items():
             if not any(f".{module}.{parameter}".endswith(f".{target}") for target in targets):

@@ -65,12 +65,17 @@ def open_model(
         double_quantized: As `bp_merge.nf4.Nf4Reader`.
 
     Raises:
-        TensorsInvalidError: As `read_model_index`; or a packed weight is not whole.
+        TensorsInvalidError: As `read_model_index`; a packed weight is not whole; or gpt-oss is to be dequantized.
     """
     raw = read_raw_model_index(folder)
     if dequantize and any(_STATE in name for name in raw):
         return PackedReader(raw)
     if is_gpt_oss(raw):
+        if dequantize:
+            raise TensorsInvalidError(
+                f"{folder} holds gpt-oss, whose weights can't be read as 4 bits left them in training",
+                fix="Use its weights as they are: leave out {set:dequantize}",
+            )
         return GptOssReader(raw)
     split = split_experts({name: to_info(name, tensor) for name, tensor in raw.items()})
     if not dequantize:

@@ -33,7 +33,7 @@ from bp_export.gguf.plan import list_left_out
 from bp_export.model_config import fit_config
 from bp_export.quant.kernels import TensorType
 from bp_export.source import Source, read_config
-from bp_merge import Floats, FoldedModel, LoraAdapter, parse_expert, strip_wrappers
+from bp_merge import Floats, FoldedModel, LoraAdapter, list_joined_modules, parse_expert, strip_wrappers
 from bp_runs.files import require_folder
 
 
@@ -118,7 +118,8 @@ def require_plain(adapter: LoraAdapter, format: str) -> None:
         raise AdapterFormatError(
             f"{adapter.folder.path} holds more than LoRA on linear weights, which {format} cannot say"
         )
-    if experts := [module for module in adapter.modules if parse_expert(f"{module}.weight")]:
+    experts = [module for module in adapter.modules if parse_expert(f"{module}.weight")]
+    if experts := experts or list(list_joined_modules(adapter)):
         raise AdapterFormatError(f"the adapter changes single experts, such as {experts[0]}, which {format} cannot say")
 
 
