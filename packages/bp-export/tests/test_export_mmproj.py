@@ -40,14 +40,14 @@ def test_a_tower_that_the_converter_does_not_know_is_a_note(seeing, tmp_path):
 def test_without_the_converter_the_note_says_how(seeing, tmp_path):
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     write_json(tmp_path / "base" / "config.json", {**config, "architectures": ["LlavaForConditionalGeneration"]})
-    from bp_export.formats.mmproj import write_towers
+    from bp_export.formats.mmproj import plan_towers
 
     with use_environment(tmp_path / "converter", is_offline=True):
-        path, notes = write_towers(tmp_path / "base", tmp_path / "x.gguf", wanted=None, force=False)
+        path, notes = plan_towers(tmp_path / "base", tmp_path / "x.gguf", wanted=None, force=False)
         assert path is None
         assert "{set:mmproj=true}" in notes[0]
         with pytest.raises(ConverterMissingError):
-            write_towers(tmp_path / "base", tmp_path / "x.gguf", wanted=True, force=False)
+            plan_towers(tmp_path / "base", tmp_path / "x.gguf", wanted=True, force=False)
 
 
 @pytest.mark.slow

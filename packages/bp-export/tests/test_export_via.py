@@ -17,6 +17,7 @@ from bp_export.errors import (
     ArchitectureUnsupportedError,
     ConversionFailedError,
     ConverterMissingError,
+    OutputTakenError,
 )
 from bp_export.formats.request import ViaChoice
 from bp_export.gguf.stored import StoredWeights
@@ -77,6 +78,12 @@ def test_offline_without_the_converter_says_what_to_do(other, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "lora"], "nothing is left"
 
 
+def test_a_file_that_is_taken_is_found_before_the_conversion(other, tmp_path):
+    (tmp_path / "taken.gguf").write_bytes(b"GGUF")
+    with use_environment(tmp_path / "nothing", is_offline=True), pytest.raises(OutputTakenError, match="exists"):
+        export_adapter(other, output=tmp_path / "taken.gguf")
+
+
 def test_a_plan_needs_no_converter(other, tmp_path):
     with use_environment(tmp_path / "converter", is_offline=True):
         plan = bp_export.plan_export(other, quantization="q8_0")
@@ -87,7 +94,7 @@ def test_a_plan_needs_no_converter(other, tmp_path):
 def test_native_only_offers_the_converter_where_it_knows_the_class(other):
     with pytest.raises(ArchitectureUnsupportedError) as caught:
         export_adapter(other, via="native")
-    assert caught.value.fix.endswith('converter: via="llama.cpp"')
+    assert caught.value.fix.endswith('converter: format="gguf" via="llama.cpp"')
     with pytest.raises(InvalidSettingError, match="via"):
         export_adapter(other, via="magic")
 

@@ -13,7 +13,7 @@ from bp_data.templates.render_hashes import Messages
 from bp_export.architectures import Via, choose_via
 from bp_export.errors import ArchitectureUnsupportedError, LlamaCppMissingError, QuantizationUnknownError
 from bp_export.formats.left_out import check_left_out, is_of_tower, name_parts, note_unreached, report_left_out
-from bp_export.formats.mmproj import write_towers
+from bp_export.formats.mmproj import plan_towers, write_towers
 from bp_export.formats.output import require_free_file
 from bp_export.formats.request import (
     ExportOutcome,
@@ -95,9 +95,14 @@ class GgufExport(ModelRequest):
         source = self.read_source()
         rendering = source.check_rendering()
         way = self._choose_via(source)
-        mmproj, notes = write_towers(source.base, self._find_target(source), wanted=self.mmproj, force=self.force)
+        target = self._find_target(source)
+        if self.split_bytes is None:  # how many parts there are is known after the merge only
+            self._require_free(target)
+        mmproj, notes = plan_towers(source.base, target, wanted=self.mmproj, force=self.force)
         with source.open() as model, self._open_plan(source, model, way, progress) as (plan, weights, others):
-            written = self._write_parts(plan, weights, self._find_target(source), progress)
+            written = self._write_parts(plan, weights, target, progress)
+            if mmproj is not None:
+                mmproj, notes = write_towers(source.base, mmproj, wanted=self.mmproj)
             parity = None
             if verify:
                 parity = verify_gguf(
@@ -204,7 +209,7 @@ class GgufExport(ModelRequest):
         count = len(groups)
         paths = [name_split(target, i, count) for i in range(1, count + 1)] if count > 1 else [target]
         for path in paths:
-            require_free_file(path, force=self.force, sources=[self.importance] if self.importance else [])
+            self._require_free(path)
         require_folder(target.parent)
         require_free_space(target.parent, plan.disk_bytes, f"the {read_quantization(self.quantization).name} GGUF")
         if count > 1:
@@ -212,6 +217,9 @@ class GgufExport(ModelRequest):
         else:
             written = [write_gguf(plan, model, target, progress=progress, threads=self.threads)]
         return [(path, size, sha256) for path, (size, sha256) in zip(paths, written, strict=True)]
+
+    def _require_free(self, path: Path) -> None:
+        require_free_file(path, force=self.force, sources=[self.importance] if self.importance else [])
 
     def _check_split(self) -> None:
         if self.split_bytes is not None and self.split_bytes < 1:

@@ -31,22 +31,23 @@ def has_towers(base: Path) -> bool:
     return any(isinstance(config.get(f"{kind}_config"), dict) for kind in ("vision", "audio"))
 
 
-def write_towers(base: Path, target: Path, *, wanted: bool | None, force: bool) -> tuple[Path | None, tuple[str, ...]]:
-    """Write the towers next to a GGUF, if the base has some.
+def plan_towers(base: Path, target: Path, *, wanted: bool | None, force: bool) -> tuple[Path | None, tuple[str, ...]]:
+    """Where the towers of a GGUF are going to be, if the base has some; nothing is written.
 
     Args:
         base: The base's folder.
         target: The GGUF of the language model.
-        wanted: False: never; None: if llama.cpp's converter is installed already, and what fails becomes a note.
+        wanted: False: never; None: if llama.cpp's converter is installed already.
         force: Whether an earlier file may be replaced.
 
     Returns:
-        The file, None without one, and notes for the user.
+        The file for `write_towers`, None without one, and then notes for the user.
 
     Raises:
         ArchitectureUnsupportedError: ``wanted``, and the converter does not know the towers of this class, or there are
             none.
-        ConverterMissingError, ConversionFailedError, OutputTakenError: ``wanted``, and as named.
+        OutputTakenError: The file is there already.
+        ConverterMissingError: ``wanted``, and the converter can't be installed.
     """
     if wanted is False or (wanted is None and not has_towers(base)):
         return None, ()
@@ -61,6 +62,25 @@ def write_towers(base: Path, target: Path, *, wanted: bool | None, force: bool) 
     if wanted is None and find_converter() is None:
         return None, ("the file understands text only; {set:mmproj=true} writes the vision tower next to it",)
     require_free_file(path, force=force)
+    if wanted:
+        ensure_converter()
+    return path, ()
+
+
+def write_towers(base: Path, path: Path, *, wanted: bool | None) -> tuple[Path | None, tuple[str, ...]]:
+    """Convert the towers, once the GGUF is there: an export that fails before leaves no file of them.
+
+    Args:
+        base: The base's folder.
+        path: As from `plan_towers`.
+        wanted: As there; None: what fails becomes a note.
+
+    Returns:
+        The file, None without one, and notes for the user.
+
+    Raises:
+        ConverterMissingError, ConversionFailedError: ``wanted``, and as named.
+    """
     try:
         _convert(base, path)
     except ConversionFailedError as error:
