@@ -4,6 +4,7 @@ The heavy share needs the network once, for the converter: `just via`.
 """
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -82,6 +83,33 @@ def test_a_file_that_is_taken_is_found_before_the_conversion(other, tmp_path):
     (tmp_path / "taken.gguf").write_bytes(b"GGUF")
     with use_environment(tmp_path / "nothing", is_offline=True), pytest.raises(OutputTakenError, match="exists"):
         export_adapter(other, output=tmp_path / "taken.gguf")
+
+
+OPEN = """
+import runpy, sys
+runpy.run_path(sys.argv[1])["reject_model_code"]()
+from transformers import AutoTokenizer
+AutoTokenizer.from_pretrained(sys.argv[2], trust_remote_code=True)
+"""
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json"])
+def test_the_converter_runs_no_code_of_a_model(tmp_path, where):
+    pytest.importorskip("transformers")
+    write_tokenizer(tmp_path / "model")
+    (tmp_path / "model" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    file = tmp_path / "model" / where
+    kept = json.loads(file.read_text()) if file.exists() else {"model_type": "nobodys"}
+    named = ["code.Own", None] if where.startswith("tokenizer") else "code.Own"
+    kept.pop("tokenizer_class", None)
+    write_json(file, {**kept, "auto_map": {"AutoTokenizer": named, "AutoConfig": "code.Own"}})
+    driver = Path(bp_export.__file__).parent / "llama_cpp" / "driver.py"
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, driver, tmp_path / "model"], check=False, capture_output=True, text=True
+    )
+    assert done.returncode
+    assert "asks to run its own code" in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_plan_needs_no_converter(other, tmp_path):

@@ -140,6 +140,8 @@ SWITCHES = {
     # llama.cpp's converter has no switch for a model without vocabulary; the driver runs in an environment of its own.
     "conversion.get_model_class",
     "convert_hf_to_gguf.get_model_class",
+    # It opens tokenizers with trust_remote_code=True; the driver, in that environment, has transformers run no code.
+    "dynamic_module_utils.get_cached_module_file",
 }
 
 

